@@ -1,0 +1,66 @@
+"""One exception tree: everything the package refuses on purpose is a `MergeRLError`.
+
+A message is one sentence that says what was found and what was expected. The command line prints
+it and exits with 1; a library user catches the root or the branch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MergeRLError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class ConfigError(MergeRLError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class UnknownNameError(ConfigError):
+    """A name that is not registered; the message suggests the nearest known one."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        listed = ", ".join(names) or "none"
+        super().__init__(f"unknown {kind} {name!r}{hint} (known: {listed})")
+        self.kind, self.name, self.known = kind, name, tuple(names)
+
+
+class BudgetError(ConfigError):
+    """A budget of generated images that does not pay for one round."""
+
+
+class CheckpointError(MergeRLError):
+    """A checkpoint file or folder that cannot be used."""
+
+
+class ManifestError(CheckpointError):
+    """A manifest that is malformed or names a path outside its folder."""
+
+
+class IncompatibleCheckpointError(CheckpointError):
+    """A file whose tensor names, shapes or dtypes differ from the rest of its set."""
+
+
+class NonFiniteWeightsError(CheckpointError):
+    """Weights that hold NaN or infinity."""
+
+
+class HashMismatchError(CheckpointError):
+    """A file whose SHA-256 differs from the recorded one."""
+
+
+class StatisticsError(MergeRLError):
+    """Feature statistics that cannot be computed or compared."""
+
+
+class TooFewSamplesError(StatisticsError):
+    """Fewer samples than an estimator needs."""
+
+
+class RunError(MergeRLError):
+    """A run directory that exists already, is incomplete, or belongs to other inputs."""
