@@ -1,0 +1,1 @@
+"""Find the best way to merge the checkpoints of a diffusion training run."""

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: no files, network, printing, clocks or global state."""

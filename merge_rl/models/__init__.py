@@ -1,0 +1,1 @@
+"""Networks and autoencoders: one file an external architecture, official parameter names."""

@@ -1,0 +1,292 @@
+"""EDM2: the magnitude-preserving U-Net denoiser of Karras et al., 2024 (arXiv:2312.02696).
+
+Written from the paper and from published facts about the released networks. State-dict names,
+order and shapes equal those of the official checkpoints, so that files travel both ways.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from merge_rl.errors import ConfigError
+from merge_rl.models.magnitude import (
+    FourierFeatures,
+    NormalizedWeight,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    normalize,
+    resample,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What all blocks of a U-Net share; the defaults are those of the released networks."""
+
+    resample_filter: tuple[float, ...] = (1, 1)
+    channels_per_head: int = 64
+    dropout: float = 0.0
+    res_balance: float = 0.3  # share of the residual branch
+    attn_balance: float = 0.3  # share of the attention branch
+    clip_act: float = 256.0
+
+
+class Block(nn.Module):
+    """One encoder or decoder block: (resample), residual branch, (self-attention), clip.
+
+    Encoder: the 1x1 skip convolution and the pixel norm come before the residual branch.
+    Decoder: the branch sees the raw input; the skip convolution is on the shortcut alone.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        config: BlockConfig,
+        *,
+        decoder: bool = False,
+        mode: str = "keep",
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.decoder, self.mode = config, decoder, mode
+        self.num_heads = out_channels // config.channels_per_head if attention else 0
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        branch_in = in_channels if decoder else out_channels
+        self.conv_res0 = NormalizedWeight(branch_in, out_channels, 3)
+        self.emb_linear = NormalizedWeight(emb_channels, out_channels)
+        self.conv_res1 = NormalizedWeight(out_channels, out_channels, 3)
+        self.conv_skip = None
+        if in_channels != out_channels:
+            self.conv_skip = NormalizedWeight(in_channels, out_channels, 1)
+        self.attn_qkv = self.attn_proj = None
+        if self.num_heads:
+            self.attn_qkv = NormalizedWeight(out_channels, 3 * out_channels, 1)
+            self.attn_proj = NormalizedWeight(out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = resample(x, self.config.resample_filter, self.mode)
+        if not self.decoder:
+            x = self.conv_skip(x) if self.conv_skip is not None else x
+            x = normalize(x, dims=(1,))
+        y = self._residual(x, emb)
+        if self.decoder and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, self.config.res_balance)
+        if self.attn_qkv is not None and self.attn_proj is not None:
+            y = self.attn_proj(self._attention(self.attn_qkv(x)))
+            x = mp_sum(x, y, self.config.attn_balance)
+        return x.clip(-self.config.clip_act, self.config.clip_act)
+
+    def _residual(self, x: Tensor, emb: Tensor) -> Tensor:
+        y = self.conv_res0(mp_silu(x))
+        modulation = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = mp_silu(y * modulation[:, :, None, None].to(y.dtype))
+        if self.training and self.config.dropout:
+            y = F.dropout(y, p=self.config.dropout)
+        out: Tensor = self.conv_res1(y)
+        return out
+
+    def _attention(self, qkv: Tensor) -> Tensor:
+        """(B, 3C, H, W) with channels ordered (head, channel, q|k|v) -> (B, C, H, W)."""
+        batch, channels, height, width = qkv.shape
+        qkv = qkv.reshape(batch, self.num_heads, -1, 3, height * width)
+        q, k, v = normalize(qkv, dims=(2,)).unbind(3)  # each (B, heads, d, T), unit rms over d
+        out = F.scaled_dot_product_attention(q.mT, k.mT, v.mT)  # scales by 1 / sqrt(d)
+        return out.mT.reshape(batch, channels // 3, height, width)
+
+
+class UNet(nn.Module):
+    """F(x, c_noise, labels): (B, C, R, R) -> (B, C, R, R); no biases, no normalisation layers."""
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_noise: int | None = None,
+        channel_mult_emb: int | None = None,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        **block_options: Any,
+    ) -> None:
+        super().__init__()
+        self.label_balance, self.concat_balance = label_balance, concat_balance
+        widths = [model_channels * m for m in channel_mult]
+        noise_channels = model_channels * (channel_mult_noise or channel_mult[0])
+        emb_channels = model_channels * (channel_mult_emb or max(channel_mult))
+        block_options["resample_filter"] = tuple(block_options.get("resample_filter", (1, 1)))
+        config = BlockConfig(**block_options)
+
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = FourierFeatures(noise_channels)
+        self.emb_noise = NormalizedWeight(noise_channels, emb_channels)
+        self.emb_label = NormalizedWeight(label_dim, emb_channels) if label_dim else None
+        levels = [(img_resolution >> i, width) for i, width in enumerate(widths)]
+        self.enc = nn.ModuleDict()
+        self.dec = nn.ModuleDict()
+        # Every block takes (in, out, **kind); the rest is common to the whole network.
+        block = partial(Block, emb_channels=emb_channels, config=config)
+        attention = set(attn_resolutions)
+        skips = self._build_encoder(block, levels, img_channels, num_blocks, attention)
+        self._build_decoder(block, levels, skips, num_blocks, attention)
+        self.out_conv = NormalizedWeight(widths[0], img_channels, 3)
+
+    def _build_encoder(
+        self,
+        block: Callable[..., Block],
+        levels: list[tuple[int, int]],
+        img_channels: int,
+        num_blocks: int,
+        attention: set[int],
+    ) -> list[int]:
+        """Add the encoder; returns the width of every skip connection, in order."""
+        width = levels[0][1]
+        skips: list[int] = []
+        for level, (res, level_width) in enumerate(levels):
+            if level == 0:  # one more input channel: a constant plane of ones
+                self.enc[f"{res}x{res}_conv"] = NormalizedWeight(img_channels + 1, width, 3)
+            else:
+                self.enc[f"{res}x{res}_down"] = block(width, width, mode="down")
+            skips.append(width)
+            for i in range(num_blocks):
+                name = f"{res}x{res}_block{i}"
+                self.enc[name] = block(width, level_width, attention=res in attention)
+                width = level_width
+                skips.append(width)
+        return skips
+
+    def _build_decoder(
+        self,
+        block: Callable[..., Block],
+        levels: list[tuple[int, int]],
+        skips: list[int],
+        num_blocks: int,
+        attention: set[int],
+    ) -> None:
+        """Add the decoder, lowest level first; uses up the skip widths, last in first out."""
+        block = partial(block, decoder=True)
+        width = levels[-1][1]
+        for level, (res, level_width) in reversed(list(enumerate(levels))):
+            prefix = f"{res}x{res}"
+            if level == len(levels) - 1:  # in0 asks for attention whatever the resolution
+                self.dec[f"{prefix}_in0"] = block(width, width, attention=True)
+                self.dec[f"{prefix}_in1"] = block(width, width)
+            else:
+                self.dec[f"{prefix}_up"] = block(width, width, mode="up")
+            for i in range(num_blocks + 1):
+                inputs = width + skips.pop()
+                self.dec[f"{prefix}_block{i}"] = block(
+                    inputs, level_width, attention=res in attention
+                )
+                width = level_width
+
+    def embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Embedding (B or 1, cemb) of the noise level and, where the network has them, labels."""
+        emb: Tensor = self.emb_noise(self.emb_fourier(c_noise))
+        if self.emb_label is not None and labels is not None:
+            # sqrt(K) makes a one-hot row unit rms.
+            label_emb = self.emb_label(labels * math.sqrt(labels.shape[1]))
+            emb = mp_sum(emb, label_emb, self.label_balance)
+        return mp_silu(emb)
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        emb = self.embed(c_noise, labels)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        skips = []
+        for block in self.enc.values():
+            x = block(x, emb) if isinstance(block, Block) else block(x)
+            skips.append(x)
+        for name, block in self.dec.items():
+            if "block" in name:
+                x = mp_cat(x, skips.pop(), self.concat_balance)
+            x = block(x, emb)
+        out: Tensor = self.out_conv(x, gain=self.out_gain)
+        return out
+
+
+class EDM2(nn.Module):
+    """Preconditioned denoiser D(x; sigma, labels) (arXiv:2312.02696, equation 1 and table 1).
+
+        D = c_skip x + c_out F(c_in x, ln(sigma) / 4, labels)
+
+    Args:
+        img_resolution: R; images or latents are (B, C, R, R).
+        img_channels: C.
+        label_dim: number of classes K; 0 for an unconditional network, which ignores labels.
+        use_fp16: run the image path in float16 on a GPU (on the CPU all is float32).
+        sigma_data: standard deviation of the training data.
+        logvar_channels: width of the uncertainty head of the training loss.
+        unet_options: constructor options of the U-Net and its blocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        use_fp16: bool = True,
+        sigma_data: float = 0.5,
+        logvar_channels: int = 128,
+        **unet_options: Any,
+    ) -> None:
+        super().__init__()
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.label_dim, self.use_fp16, self.sigma_data = label_dim, use_fp16, sigma_data
+        try:
+            self.unet = UNet(img_resolution, img_channels, label_dim, **unet_options)
+        except TypeError as error:
+            raise ConfigError(f"EDM2 does not take this option: {error}") from error
+        self.logvar_fourier = FourierFeatures(logvar_channels)
+        self.logvar_linear = NormalizedWeight(logvar_channels, 1)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, R, R) of one sample."""
+        return (self.img_channels, self.img_resolution, self.img_resolution)
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Denoise x (B, C, R, R) at noise level sigma, one or (B,) values > 0; returns float32.
+
+        Labels are class ids (B,) int64 or soft rows (B, K) float. None is an all-zero row.
+        """
+        x = x.float()
+        sigma = sigma.float().reshape(-1, 1, 1, 1)
+        total = sigma.square() + self.sigma_data**2
+        c_skip = self.sigma_data**2 / total
+        c_out = sigma * self.sigma_data / total.sqrt()
+        dtype = torch.float16 if self.use_fp16 and x.device.type == "cuda" else torch.float32
+        c_noise = (sigma.log() / 4).reshape(-1)
+        out = self.unet((x / total.sqrt()).to(dtype), c_noise, self._label_rows(labels, x.device))
+        denoised: Tensor = c_skip * x + c_out * out.float()
+        return denoised
+
+    def logvar(self, sigma: Tensor) -> Tensor:
+        """u(sigma) (B, 1, 1, 1): log variance of the training loss."""
+        c_noise = (sigma.float().log() / 4).reshape(-1)
+        u: Tensor = self.logvar_linear(self.logvar_fourier(c_noise))
+        return u.reshape(-1, 1, 1, 1)
+
+    def _label_rows(self, labels: Tensor | None, device: torch.device) -> Tensor | None:
+        if not self.label_dim:
+            return None
+        if labels is None:
+            return torch.zeros(1, self.label_dim, device=device)
+        if labels.ndim == 1:
+            return F.one_hot(labels.to(device), self.label_dim).float()
+        return labels.to(device, torch.float32).reshape(-1, self.label_dim)

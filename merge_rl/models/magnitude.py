@@ -1,0 +1,140 @@
+"""Magnitude-preserving building blocks of EDM2 (Karras et al., 2024, arXiv:2312.02696).
+
+Every operation keeps the expected root mean square of its input, so that activations and weights
+stay at unit scale without any data-dependent normalisation layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPSILON = 1e-4  # added to the rms itself, neither under the root nor as a lower bound
+SILU_RMS = 0.596  # rms of silu(x) for x ~ Normal(0, 1), the rounded constant of the release
+
+Gain: TypeAlias = Tensor | float
+
+
+def normalize(x: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    """Scale slices of `x` to unit magnitude: x / (1e-4 + rms(x)).
+
+    Args:
+        x: any shape, any floating dtype; the rms is taken in float32 and cast back to x.dtype.
+        dims: axes of one slice; by default all but the first.
+    """
+    dims = tuple(range(1, x.ndim)) if dims is None else tuple(dims)
+    count = math.prod(x.shape[d] for d in dims)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
+    scaled: Tensor = x / (norm * (1 / math.sqrt(count)) + EPSILON).to(x.dtype)
+    return scaled
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """silu(x) / 0.596, of unit rms for x ~ Normal(0, 1)."""
+    return F.silu(x) / SILU_RMS
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """((1 - t) a + t b) / sqrt((1 - t)^2 + t^2): unit rms for independent a, b of unit rms."""
+    scale = 1 / math.hypot(1 - t, t)
+    return torch.add(a * ((1 - t) * scale), b, alpha=t * scale)
+
+
+def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Concatenate (B, Na, H, W) and (B, Nb, H, W) so that b has the share t of the variance."""
+    na, nb = a.shape[1], b.shape[1]
+    scale = math.sqrt((na + nb) / ((1 - t) ** 2 + t**2))
+    return torch.cat([a * (scale * (1 - t) / math.sqrt(na)), b * (scale * t / math.sqrt(nb))], 1)
+
+
+def resample(x: Tensor, taps: Sequence[float], mode: str) -> Tensor:
+    """Halve ("down"), double ("up") or keep ("keep") the resolution of (B, C, H, W).
+
+    The filter is the outer product of `taps`, normalised to sum 1 (times 4 when doubling).
+    """
+    if mode == "keep":
+        return x
+    if len(taps) == 2 and taps[0] == taps[1]:  # the released models: plain pooling and doubling
+        return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2.0)
+    pad = (len(taps) - 1) // 2
+    line = torch.tensor(taps, dtype=torch.float32, device=x.device)
+    kernel = (line.outer(line) / line.sum().square()).to(x.dtype)
+    kernel = kernel.expand(x.shape[1], 1, -1, -1)
+    if mode == "down":
+        return F.conv2d(x, kernel, groups=x.shape[1], stride=2, padding=pad)
+    return F.conv_transpose2d(x, kernel * 4, groups=x.shape[1], stride=2, padding=pad)
+
+
+class FourierFeatures(nn.Module):
+    """sqrt(2) cos(v * freqs + phases) of scalars v (B,) -> (B, C), in float32.
+
+    The buffers already hold the factor 2 pi and belong to the checkpoint: two runs with different
+    draws see noise levels through different eyes and cannot be merged.
+    """
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, v: Tensor) -> Tensor:
+        angle = v.float().outer(self.freqs.float()) + self.phases.float()
+        return (angle.cos() * math.sqrt(2)).to(v.dtype)
+
+
+class NormalizedWeight(nn.Module):
+    """Linear layer or convolution without bias whose weight rows have unit magnitude.
+
+        w_eff[o] = gain * normalize(w[o]) / sqrt(fan_in)
+
+    (arXiv:2312.02696, section 2.3.) Where no gradient is wanted, w_eff is computed once per set
+    of weights and kept: the key holds the storage address and the version counter of weight and
+    gain, so that writing to either in place, through any view, makes it stale by itself.
+    In training mode a forward pass first overwrites the stored weight by normalize(w).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 0) -> None:
+        super().__init__()
+        window = (kernel, kernel) if kernel else ()
+        self.out_channels = out_channels
+        self.padding = kernel // 2
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *window))
+        self._cached: tuple[tuple[object, ...], Tensor] | None = None
+
+    def effective_weight(self, dtype: torch.dtype, gain: Gain = 1.0) -> Tensor:
+        """w_eff in `dtype`; computed in float32 and cast once."""
+        weight = self.weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return self._normalized(gain).to(dtype)
+        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, dtype, *_key(gain))
+        if self._cached is None or self._cached[0] != key:
+            self._cached = (key, self._normalized(gain).to(dtype))
+        return self._cached[1]
+
+    def _normalized(self, gain: Gain) -> Tensor:
+        # A float16 gain gives a float16 quotient, rounded once more, as in the official sampler.
+        fan_in = self.weight[0].numel()
+        return normalize(self.weight.float()) * (gain / math.sqrt(fan_in))
+
+    def forward(self, x: Tensor, gain: Gain = 1.0) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(normalize(self.weight.float()))
+        weight = self.effective_weight(x.dtype, gain)
+        if weight.ndim == 2:
+            return x @ weight.T
+        return F.conv2d(x, weight, padding=self.padding)
+
+
+def _key(gain: Gain) -> tuple[object, ...]:
+    if isinstance(gain, Tensor):
+        return (gain.data_ptr(), gain._version)
+    return (gain,)

@@ -1,0 +1,1 @@
+"""Searchers: one file a family, all behind ask and tell."""
