@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merge_rl.errors import ConfigError
 from merge_rl.models.magnitude import (
     FourierFeatures,
     NormalizedWeight,
@@ -248,10 +247,7 @@ class EDM2(nn.Module):
         super().__init__()
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.label_dim, self.use_fp16, self.sigma_data = label_dim, use_fp16, sigma_data
-        try:
-            self.unet = UNet(img_resolution, img_channels, label_dim, **unet_options)
-        except TypeError as error:
-            raise ConfigError(f"EDM2 does not take this option: {error}") from error
+        self.unet = UNet(img_resolution, img_channels, label_dim, **unet_options)
         self.logvar_fourier = FourierFeatures(logvar_channels)
         self.logvar_linear = NormalizedWeight(logvar_channels, 1)
 

@@ -29,9 +29,9 @@ def normalize(x: Tensor, dims: Sequence[int] | None = None) -> Tensor:
     """
     dims = tuple(range(1, x.ndim)) if dims is None else tuple(dims)
     count = math.prod(x.shape[d] for d in dims)
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
-    scaled: Tensor = x / (norm * (1 / math.sqrt(count)) + EPSILON).to(x.dtype)
-    return scaled
+    # Not linalg.vector_norm: over a strided axis it is many times slower on the CPU.
+    rms = (x.float().square().sum(dims, keepdim=True) / count).sqrt()
+    return x / (rms + EPSILON).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:

@@ -1,0 +1,204 @@
+"""Power-function EMA of weights, and the coefficients that rebuild another EMA from saved ones.
+
+Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
+arXiv:2312.02696, section 3 and appendix C. An EMA of exponent γ that ends at time T averages the
+training trajectory with the profile p(t) = (γ+1)/T · (t/T)^γ on [0, T]; its width is given as
+`ema_std`, the standard deviation of p over T. Times are images seen (`nimg`): exact counts, not
+the rounded kimg of a file name. Everything here is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from merge_rl.errors import ConfigError
+
+Floats: TypeAlias = Sequence[float] | npt.NDArray[np.generic] | Tensor
+
+WIDEST_STD = 1 / math.sqrt(12)  # a flat profile, γ = 0: a uniform average of the whole run
+
+
+def as_float64(values: float | Floats) -> Tensor:
+    """The same numbers as a float64 tensor; arrays and lists are copied."""
+    if isinstance(values, Tensor):
+        return values.to(torch.float64)
+    return torch.from_numpy(np.array(values, dtype=np.float64))
+
+
+@overload
+def exponent_from_std(ema_std: float) -> float: ...
+@overload
+def exponent_from_std(ema_std: Floats) -> Tensor: ...
+def exponent_from_std(ema_std: float | Floats) -> float | Tensor:
+    """Exponent γ > 0 of the profile whose relative width is `ema_std`, elementwise.
+
+    The largest root of γ³ + 7γ² + (16 − a)γ + (12 − a) = 0 with a = ema_std⁻² (appendix C).
+    For a > 12 all three roots are real, and Viète's formula gives the largest in closed form:
+
+        γ = ⅔ √(1+3a) · cos( ⅓ arccos( −(1+18a) / (1+3a)^{3/2} ) ) − 7/3
+
+    `ema_std` in (0, 1/√12), any shape; a float gives a float, all else a float64 tensor.
+    """
+    width = as_float64(ema_std)
+    if not bool(((width > 0) & (width < WIDEST_STD)).all()):
+        got = width.flatten().tolist()
+        raise ConfigError(f"expected 0 < ema_std < {WIDEST_STD:.6f} (1/sqrt(12)), got {got}")
+    a = width.pow(-2)
+    angle = torch.arccos(-(1 + 18 * a) * (1 + 3 * a).pow(-1.5))
+    gamma = 2 / 3 * (1 + 3 * a).sqrt() * torch.cos(angle / 3) - 7 / 3
+    return float(gamma) if isinstance(ema_std, (int, float)) else gamma
+
+
+@overload
+def std_from_exponent(gamma: float) -> float: ...
+@overload
+def std_from_exponent(gamma: Floats) -> Tensor: ...
+def std_from_exponent(gamma: float | Floats) -> float | Tensor:
+    """Relative width √((γ+1) / ((γ+2)² (γ+3))) of the profile of exponent γ >= 0, elementwise."""
+    g = as_float64(gamma)
+    if not bool((g >= 0).all()):
+        raise ConfigError(f"expected an exponent >= 0, got {g.flatten().tolist()}")
+    width = ((g + 1) / ((g + 2).square() * (g + 3))).sqrt()
+    return float(width) if isinstance(gamma, (int, float)) else width
+
+
+def ema_beta(ema_std: float, nimg_after: int, batch: int) -> float:
+    """Decay of one EMA update, ema ← β ema + (1 − β) weights, with β = (1 − batch/nimg)^(γ+1).
+
+    `nimg_after` counts the images seen *after* the step, the step's `batch` included; at the
+    first step both are equal, β = 0 and the EMA starts as a copy of the weights.
+    """
+    if not 0 < batch <= nimg_after:
+        raise ConfigError(f"expected 0 < batch <= nimg_after, got {batch} and {nimg_after}")
+    return float((1 - batch / nimg_after) ** (exponent_from_std(float(ema_std)) + 1))
+
+
+def ema_response(end: float, ema_std: float, length: int) -> Tensor:
+    """Weight of each of the times 0, 1, …, length−1 in an EMA that ends at `end`; sums to 1.
+
+    Proportional to t^γ for t <= end and 0 after it. Returns (length,) float64.
+    """
+    if not 1 <= end < length:
+        raise ConfigError(f"expected 1 <= end < length, got end {end} and length {length}")
+    t = torch.arange(length, dtype=torch.float64)
+    response = (t / end).pow(exponent_from_std(float(ema_std))) * (t <= end)
+    return response / response.sum()
+
+
+def profile_correlation(nimg_a: Floats, std_a: Floats, nimg_b: Floats, std_b: Floats) -> Tensor:
+    """Inner products ∫ p_a(t) p_b(t) dt of two lists of profiles: (A,), (A,), (B,), (B,) -> (A, B).
+
+        <p_a, p_b> = (γa+1)(γb+1) / ((γa+γb+1) max(Ta,Tb)) · (min(T)/max(T))^γ_later
+
+    where γ_later belongs to the profile that ends later (appendix C).
+    """
+    return _log_correlation(*_profiles(nimg_a, std_a), *_profiles(nimg_b, std_b)).exp()
+
+
+def posthoc_coefficients(
+    in_nimg: Floats, in_std: Floats, out_nimg: Floats, out_std: Floats
+) -> Tensor:
+    """Coefficients that rebuild output EMAs from input EMAs: (I,), (I,), (O,), (O,) -> (I, O).
+
+    Least-squares fit of each output profile by a sum of the input profiles: A X = B with
+    A = <in, in>, B = <in, out>; each column is then divided by its own sum, so that it sums to 1
+    (section 3.2). Coefficients may be negative and above 1. An output equal to one of the inputs
+    gives exactly that input. Repeated or indistinguishable inputs are refused.
+    """
+    t_in, g_in = _profiles(in_nimg, in_std)
+    t_out, g_out = _profiles(out_nimg, out_std)
+    log_gram = _log_correlation(t_in, g_in, t_in, g_in)
+    # Unit diagonal: the solution does not depend on the unit of time, and the condition number is
+    # that of the shapes alone.
+    norm = log_gram.diagonal() / 2
+    gram = (log_gram - norm[:, None] - norm).exp()
+    _check_independent(gram, t_in, as_float64(in_std))
+    log_target = _log_correlation(t_in, g_in, t_out, g_out) - norm[:, None]
+    # Each column is normalised in the end, so its scale is free: a narrow output far from every
+    # input would otherwise underflow to 0 / 0.
+    target = (log_target - log_target.amax(0)).exp()
+    solution = torch.linalg.solve(gram, target) * (norm.min() - norm).exp()[:, None]
+    coefficients = solution / solution.sum(0)
+    same = (t_in[:, None] == t_out) & (g_in[:, None] == g_out)
+    return torch.where(same.any(0), same.double(), coefficients)
+
+
+def parse_std_list(text: str) -> list[float]:
+    """Widths written as "0.05,0.10" or as a range "0.010,0.015,...,0.250"; sorted, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    values: list[float] = []
+    try:
+        for i, part in enumerate(parts):
+            if part == "...":
+                first, second = values[-2], values[-1]
+                values += _range_after(first, second, last=float(parts[i + 1]))
+            else:
+                values.append(float(part))
+    except (ValueError, IndexError):
+        shape = '"0.05,0.10" or "0.010,0.015,...,0.250"'
+        raise ConfigError(f"expected a list of widths such as {shape}, got {text!r}") from None
+    exponent_from_std(values)  # refuses widths that no profile has
+    # 12 digits: 0.010 + 8 * 0.005 must be the 0.05 of a file name, not 0.049999999999999996.
+    return sorted({round(value, 12) for value in values})
+
+
+def nimg_from_kimg(kimg: int) -> int:
+    """Images seen, from the kimg = nimg // 1000 of a file name: a multiple of 1024, if one fits."""
+    nimg = -(-1000 * kimg // 1024) * 1024
+    if kimg < 0 or nimg // 1000 != kimg:
+        raise ConfigError(
+            f"expected kimg of a multiple of 1024 images, got {kimg} (the next is {nimg // 1000})"
+        )
+    return nimg
+
+
+def _profiles(nimg: Floats, ema_std: Floats) -> tuple[Tensor, Tensor]:
+    """End times and exponents of a list of profiles, both (P,) float64."""
+    times, widths = as_float64(nimg), as_float64(ema_std)
+    if times.ndim != 1 or times.shape != widths.shape or times.numel() == 0:
+        got = f"{tuple(times.shape)} and {tuple(widths.shape)}"
+        raise ConfigError(f"expected as many nimg as ema_std, in two lists, got shapes {got}")
+    if not bool(((times > 0) & times.isfinite()).all()):
+        raise ConfigError(f"expected nimg > 0, got {times.tolist()}")
+    return times, exponent_from_std(widths)
+
+
+def _log_correlation(t_a: Tensor, g_a: Tensor, t_b: Tensor, g_b: Tensor) -> Tensor:
+    """Logarithm of `profile_correlation`, from times and exponents: (A,)², (B,)² -> (A, B)."""
+    t_a, g_a = t_a[:, None], g_a[:, None]
+    later = torch.where(t_a >= t_b, g_a, g_b)
+    # In logs: a ratio of times such as 1/256 to the power of a γ near 200 underflows.
+    ratio = -(t_a.log() - t_b.log()).abs()
+    scale = torch.log1p(g_a) + torch.log1p(g_b) - torch.log1p(g_a + g_b)
+    return scale - torch.maximum(t_a, t_b).log() + later * ratio
+
+
+def _check_independent(gram: Tensor, nimg: Tensor, ema_std: Tensor) -> None:
+    pairs = list(zip(nimg.tolist(), ema_std.tolist(), strict=True))
+    repeated = sorted({pair for pair in pairs if pairs.count(pair) > 1})
+    if repeated:
+        listed = ", ".join(f"nimg {t:.0f} with ema_std {s:g}" for t, s in repeated)
+        raise ConfigError(f"expected each input profile once, got more than one of {listed}")
+    spread = torch.linalg.eigvalsh(gram)
+    # 1e-13: beyond this condition number float64 leaves fewer than three digits to a coefficient.
+    if not float(spread[0]) > 1e-13 * float(spread[-1]):
+        raise ConfigError(
+            f"expected input profiles that differ, got {len(pairs)} with a condition number"
+            f" above 1e13: two of them are almost equal"
+        )
+
+
+def _range_after(first: float, second: float, *, last: float) -> list[float]:
+    """The values that follow `second` at the step second − first, before `last`."""
+    step = second - first
+    count = round((last - second) / step) if step > 0 else 0
+    if count < 1 or abs(second + count * step - last) > 1e-6 * step:
+        raise ValueError(f"{last} is not ahead of {second} by whole steps of {step}")
+    return [first + i * step for i in range(2, 1 + count)]

@@ -1,0 +1,132 @@
+"""Mean and covariance of feature sets: collected once, merged, updated when rows are replaced.
+
+Moments are taken about the mean in float64: raw second moments would lose every digit of a
+covariance that is small beside the squared mean. Nothing here alters its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merge_rl.errors import StatisticsError, TooFewSamplesError
+
+BLOCK_ROWS = 1024  # rows converted to float64 at a time: 16 MiB at D = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStats:
+    """Moments of `count` feature rows: mean (D,) and sample covariance (D, D), n−1, float64."""
+
+    count: int
+    mean: Tensor
+    cov: Tensor
+
+    def __post_init__(self) -> None:
+        dim = self.mean.numel()
+        if self.mean.ndim != 1 or tuple(self.cov.shape) != (dim, dim):
+            got = f"{tuple(self.mean.shape)} and {tuple(self.cov.shape)}"
+            raise StatisticsError(f"expected a mean (D,) and a covariance (D, D), got shapes {got}")
+        if self.mean.dtype != torch.float64 or self.cov.dtype != torch.float64:
+            got = f"{self.mean.dtype} and {self.cov.dtype}"
+            raise StatisticsError(f"expected moments in float64, got {got}")
+        if self.count < 1:
+            raise TooFewSamplesError(f"expected moments of at least 1 sample, got {self.count}")
+
+    @property
+    def dim(self) -> int:
+        return self.mean.numel()
+
+    @property
+    def scatter(self) -> Tensor:
+        """Sum of (x − mean)(x − mean)ᵀ over the rows: cov · (count − 1), (D, D)."""
+        return self.cov * (self.count - 1)
+
+
+def feature_stats(features: Tensor) -> FeatureStats:
+    """Moments of features (N, D) of any dtype, N >= 2, in two passes over blocks of rows.
+
+    The second pass holds one block in float64, never a float64 copy of all rows.
+    """
+    check_features(features, at_least=2)
+    count, dim = features.shape
+    total = torch.zeros(dim, dtype=torch.float64, device=features.device)
+    for block in row_blocks(features, BLOCK_ROWS):
+        total += block.sum(0, dtype=torch.float64)
+    mean = total / count
+    scatter = torch.zeros(dim, dim, dtype=torch.float64, device=features.device)
+    for block in row_blocks(features, BLOCK_ROWS):
+        centred = block.to(torch.float64) - mean
+        scatter.addmm_(centred.T, centred)
+    return FeatureStats(count, mean, scatter / (count - 1))
+
+
+def merge_stats(a: FeatureStats, b: FeatureStats) -> FeatureStats:
+    """Moments of the union of two disjoint sets (Chan, Golub & LeVeque, 1983, eq. 2.1).
+
+    mean    = mean_a + δ n_b/n                               with δ = mean_b − mean_a
+    scatter = scatter_a + scatter_b + δδᵀ n_a n_b/n
+    """
+    check_same_dim(a, b)
+    count, delta = a.count + b.count, b.mean - a.mean
+    mean = a.mean + delta * (b.count / count)
+    between = torch.outer(delta, delta) * (a.count * b.count / count)
+    return FeatureStats(count, mean, (a.scatter + b.scatter + between) / (count - 1))
+
+
+def replace_rows(stats: FeatureStats, old: Tensor, new: Tensor) -> FeatureStats:
+    """Moments of the set after its rows `old` (n, D) have become `new` (n, D), in O(n D²).
+
+    With rows taken about the present mean (o, r) and the shift of the mean δ = (Σr − Σo)/N,
+
+        scatter' = scatter + Σ r rᵀ − Σ o oᵀ − N δδᵀ
+
+    is one signed product of a factor with 2n+1 rows. That `old` are rows of the set is up to the
+    caller: it cannot be seen from the moments.
+    """
+    for rows in (old, new):
+        check_features(rows, at_least=0)
+    if old.shape != new.shape or old.shape[1] != stats.dim or len(old) > stats.count:
+        got = f"{tuple(old.shape)} and {tuple(new.shape)}"
+        raise StatisticsError(
+            f"expected old and new rows (n, {stats.dim}), n <= {stats.count}, got shapes {got}"
+        )
+    if stats.count < 2:
+        raise TooFewSamplesError(f"expected moments of at least 2 samples, got {stats.count}")
+    removed, added = old.to(torch.float64) - stats.mean, new.to(torch.float64) - stats.mean
+    # Row by row first: two large sums that almost cancel would cost digits of the small shift.
+    shift = (added - removed).sum(0) / stats.count
+    factor = torch.cat([added, removed, stats.count**0.5 * shift[None]])
+    signs = factor.new_full((len(factor), 1), -1.0)
+    signs[: len(new)] = 1.0
+    cov = torch.addmm(stats.cov, (signs * factor).T, factor, alpha=1 / (stats.count - 1))
+    return FeatureStats(stats.count, stats.mean + shift, cov)
+
+
+def row_blocks(features: Tensor, size: int) -> Iterator[Tensor]:
+    """Views of `size` consecutive rows at a time, the last one shorter."""
+    for start in range(0, len(features), size):
+        yield features[start : start + size]
+
+
+def check_features(features: Tensor, *, at_least: int) -> None:
+    """Refuse what is not a finite matrix (N, D) of at least that many rows."""
+    if features.ndim != 2:
+        raise StatisticsError(f"expected features (N, D), got shape {tuple(features.shape)}")
+    if len(features) < at_least:
+        raise TooFewSamplesError(f"expected at least {at_least} feature rows, got {len(features)}")
+    bad = 0
+    for block in row_blocks(features, BLOCK_ROWS):
+        bad += int((~block.isfinite()).any(1).sum())
+    if bad:
+        raise StatisticsError(
+            f"expected finite features, got {bad} of {len(features)} rows with NaN or infinity"
+        )
+
+
+def check_same_dim(a: FeatureStats, b: FeatureStats) -> None:
+    if a.dim != b.dim:
+        raise StatisticsError(f"expected moments of one dimension, got {a.dim} and {b.dim}")

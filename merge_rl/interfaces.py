@@ -1,0 +1,101 @@
+"""The seams between layers, as Protocols: anything with these methods fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Denoiser(Protocol):
+    """A denoising network: D(x; sigma, labels), the expected clean sample."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        """x (B, C, h, w) at noise level sigma (0-dim or (B,)) -> D of the shape of x, float32."""
+        ...
+
+
+class Autoencoder(Protocol):
+    """From the samples of a network to images."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) float32 -> images (B, 1 or 3, H, W) uint8."""
+        ...
+
+
+class FeatureExtractor(Protocol):
+    """From images to the features whose distribution is compared."""
+
+    name: str
+    dim: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, 1 or 3, H, W) uint8 -> features (B, dim) float32."""
+        ...
+
+
+class Searcher(Protocol):
+    """Proposes thetas and learns from their rewards (higher is better).
+
+    What is asked is a function of the settings and of what was told, so that a restored searcher
+    asks exactly what the interrupted one would have asked.
+    """
+
+    def ask(self) -> Tensor:
+        """The next population of thetas (P, D) float64."""
+        ...
+
+    def tell(self, thetas: Tensor, rewards: Tensor) -> None:
+        """Rewards (P,) of thetas (P, D); NaN marks a failed candidate and ranks last."""
+        ...
+
+    @property
+    def mean(self) -> Tensor:
+        """The theta (D,) the searcher would report now."""
+        ...
+
+    def damp(self, factor: float) -> None:
+        """The pool lags behind (factor < 1) or has caught up (> 1): take smaller, larger steps."""
+        ...
+
+    def recenter(self, theta: Tensor) -> None:
+        """Go on from theta (D,): the mean proposed last yields samples that are not finite."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"tensors": {name: Tensor}, "scalars": {name: number or text}}: all to go on exactly."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        ...
+
+
+class Tracker(Protocol):
+    """Hears of progress; prints, draws or forgets it."""
+
+    def phase(self, name: str, total: int) -> None:
+        """A phase begins that will take `total` units (images unless the name says otherwise)."""
+        ...
+
+    def advance(self, count: int) -> None:
+        """`count` more units of the phase are done."""
+        ...
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """A line of events.jsonl, as it is written."""
+        ...
+
+
+class NullTracker:
+    """Forgets everything."""
+
+    def phase(self, name: str, total: int) -> None:
+        """Do nothing."""
+
+    def advance(self, count: int) -> None:
+        """Do nothing."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Do nothing."""

@@ -1,0 +1,51 @@
+"""One seed in, independent named streams out; one generator for each image.
+
+All draws are made on the CPU and then moved, so that a number depends on its seed alone: not on
+the device, the batch it falls in, or what was drawn before it elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SEED_BITS = 62  # below the sign bit of int64 everywhere
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """A seed in [0, 2^62) for the stream called `names`, a hash of both (SHA-256)."""
+    text = "/".join([str(int(seed)), *map(str, names)])
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - SEED_BITS)
+
+
+def stream(seed: int, *names: str | int) -> torch.Generator:
+    """CPU generator of the stream called `names`."""
+    return torch.Generator().manual_seed(derive_seed(seed, *names))
+
+
+def image_seeds(count: int, seed: int, *names: str | int) -> list[int]:
+    """`count` image seeds of a stream; the first n do not depend on how many are asked for."""
+    return [derive_seed(seed, *names, i) for i in range(count)]
+
+
+class ImageStreams:
+    """One CPU generator for each image; every draw of image i comes from seeds[i] alone.
+
+    The order of draws is that of the official EDM2 sampler: initial noise, then the label, then
+    the noise of churned steps.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(int(s) % (1 << 63)) for s in seeds]
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        """Unit normal noise (B, *shape) float32."""
+        return torch.stack([torch.randn(*shape, generator=g) for g in self._generators])
+
+    def randint(self, high: int) -> Tensor:
+        """One integer in [0, high) for each image, (B,) int64."""
+        return torch.stack([torch.randint(high, [], generator=g) for g in self._generators])

@@ -1,0 +1,120 @@
+"""Untrusted YAML and JSON documents: bounded reading, and refusals that say where and why.
+
+Only plain data comes out (mappings, lists, text, numbers, true / false, null); nothing in a
+document can run, repeat a key or grow by aliases.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merge_rl.errors import CheckpointError, ManifestError
+
+MAX_DOCUMENT_BYTES = 4 * 2**20
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe loader that also refuses aliases and repeated keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        # A few hundred bytes of nested aliases stand for billions of values once walked.
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", None)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # PyYAML lets the last of two equal keys win, which hides slips of copy and paste.
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} appears twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_bounded(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> str:
+    """UTF-8 text of a file of at most `limit` bytes."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(data) > limit:
+        raise ManifestError(f"{path}: larger than {limit} bytes, the most that is read")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def load_yaml(path: Path) -> object:
+    """The one YAML document in `path`, as plain data."""
+    text = read_bounded(path)
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        message = f"{path}: not readable YAML: {error.problem}{place}"
+    except RecursionError:
+        message = f"{path}: not readable YAML: nested too deeply"
+    # PyYAML lets these escape for scalars that do not fit their tag, such as 2024-99-99.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        detail = " ".join(str(error).split())
+        message = f"{path}: not readable YAML: {detail}"
+    raise ManifestError(message) from None
+
+
+def load_json_mapping(text: str, where: str) -> dict[str, Any]:
+    """A JSON object, as a dict of plain data; `where` begins the message of a refusal."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise CheckpointError(f"{where}: not readable JSON: nested too deeply") from None
+    except ValueError as error:
+        raise CheckpointError(f"{where}: not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, found {describe(value)}")
+    return value
+
+
+def describe(value: object) -> str:
+    """A few words for a value of the wrong kind."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    text = repr(value)
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    return f"the text {shown}" if isinstance(value, str) else shown
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' for the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def require_plain(value: object, where: str) -> None:
+    """Refuse what JSON cannot hold: dates, bytes, sets, keys that are not text."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ManifestError(f"{where}: expected text as key, found {describe(key)}")
+            require_plain(item, f"{where}, {key}")
+    elif isinstance(value, list):
+        for position, item in enumerate(value):
+            require_plain(item, f"{where}[{position}]")
+    elif value is not None and not isinstance(value, (str, int, float, bool)):
+        expected = "text, a number, true, false, a list or a mapping"
+        raise ManifestError(f"{where}: expected {expected}, found {describe(value)}")

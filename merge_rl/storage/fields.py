@@ -1,0 +1,99 @@
+"""Typed access to the keys of one mapping in a document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from merge_rl.errors import ManifestError
+from merge_rl.storage.documents import describe, nearest, require_plain
+
+
+class Fields:
+    """One mapping of a document, at `where` (file and place, for messages).
+
+    Unknown and missing keys are refused on construction, wrong types on access. A key whose
+    value is null counts as left out.
+    """
+
+    def __init__(
+        self, value: object, where: str, *, required: Iterable[str], optional: Iterable[str] = ()
+    ) -> None:
+        if not isinstance(value, dict):
+            raise ManifestError(f"{where}: expected a mapping, found {describe(value)}")
+        required, known = list(required), [*required, *optional]
+        for key in value:
+            if key not in known:
+                hint = nearest(str(key), known)
+                listed = ", ".join(known)
+                raise ManifestError(f"{where}: unknown key {key!r}{hint} (known: {listed})")
+        for key in required:
+            if value.get(key) is None:
+                raise ManifestError(f"{where}: the key {key!r} is missing")
+        self.where, self._value = where, value
+
+    def __contains__(self, key: str) -> bool:
+        return self._value.get(key) is not None
+
+    def raw(self, key: str) -> object:
+        """The value as it is, None when left out."""
+        return self._value.get(key)
+
+    def refuse(self, key: str, expected: str) -> ManifestError:
+        """The error for a value that is not what was expected."""
+        found = describe(self._value.get(key))
+        return ManifestError(f"{self.where}, {key}: expected {expected}, found {found}")
+
+    def text(self, key: str) -> str | None:
+        value = self.raw(key)
+        if value is not None and (not isinstance(value, str) or not value.strip()):
+            raise self.refuse(key, "text")
+        return value if value is None else str(value)
+
+    def needed_text(self, key: str) -> str:
+        value = self.text(key)
+        if value is None:
+            raise self.refuse(key, "text")
+        return value
+
+    def flag(self, key: str) -> bool | None:
+        value = self.raw(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.refuse(key, "true or false")
+        return value
+
+    def count(self, key: str) -> int | None:
+        """A whole number that is not negative."""
+        value = self.raw(key)
+        if value is None:
+            return None
+        # bool is a subclass of int: "nimg: yes" is no count.
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self.refuse(key, "a whole number of at least 0")
+        return value
+
+    def number(self, key: str) -> float | None:
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise self.refuse(key, "a number")
+        return float(value)
+
+    def entries(self, key: str) -> list[object]:
+        value = self.raw(key)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise self.refuse(key, "a list")
+        return value
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A mapping of plain data, empty when left out."""
+        value = self.raw(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self.refuse(key, "a mapping")
+        require_plain(value, f"{self.where}, {key}")
+        return value

@@ -1,0 +1,118 @@
+"""The run directory: config, events, resume point, scores, result.
+
+config.yaml        the resolved settings
+inputs.json        hashes of everything the run read
+events.jsonl       one line a round
+state.safetensors  the resume point, replaced atomically after every round
+scores.json        finished scores of the final comparison
+result.json        the end; its presence means the run is finished
+merged/            the merged model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from merge_rl.config import OptimizeConfig, dump_config, load_config
+from merge_rl.errors import CheckpointError, RunError
+from merge_rl.storage.atomic import save_tensors, write_json, write_text
+from merge_rl.storage.safetensors_file import read_file
+
+
+class RunDir:
+    """Files of one run; every write is atomic or, for events, a whole appended line."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.events_path = self.path / "events.jsonl"
+        self.state_path = self.path / "state.safetensors"
+        self.merged_path = self.path / "merged"
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], config: OptimizeConfig, inputs: Mapping[str, Any]
+    ) -> RunDir:
+        """Start a run; an existing path is refused, never written into."""
+        run = cls(path)
+        if run.path.exists() or run.path.is_symlink():
+            raise RunError(f"{run.path} exists already; choose another --out, or resume that run")
+        try:
+            run.path.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"{run.path}: cannot be made: {error.strerror}") from None
+        run.write("inputs.json", inputs)
+        write_text(run.config_path, dump_config(config))
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunDir:
+        """An existing run; RunError if the folder is missing or is not a run."""
+        run = cls(path)
+        if not run.path.is_dir():
+            raise RunError(f"{run.path}: no such run directory")
+        if not run.config_path.is_file():
+            raise RunError(f"{run.path}: not a run directory, config.yaml is missing")
+        return run
+
+    def config(self) -> OptimizeConfig:
+        """The resolved settings of the run."""
+        return load_config(OptimizeConfig, self.config_path)
+
+    def write(self, name: str, value: object) -> None:
+        """Write a JSON file of the run, atomically."""
+        write_json(self.path / name, value)
+
+    def read(self, name: str) -> Any | None:
+        """Contents of a JSON file of the run; None where it is not there."""
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RunError(f"{path}: damaged: {error}") from None
+
+    def append_event(self, event: Mapping[str, Any]) -> None:
+        """Add one line to events.jsonl and force it to disk."""
+        with self.events_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def events(self) -> list[dict[str, Any]]:
+        """All whole lines of events.jsonl; a last line cut short by a crash is left out."""
+        if not self.events_path.is_file():
+            return []
+        events = []
+        for line in self.events_path.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return events
+
+    def keep_events_before(self, round_index: int) -> None:
+        """Drop events at or after a round: they belong to a round that will be repeated."""
+        kept = [event for event in self.events() if event.get("round", 0) < round_index]
+        write_text(self.events_path, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def save_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Replace the resume point."""
+        save_tensors(self.state_path, dict(tensors), {"state": json.dumps(dict(scalars))})
+
+    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The resume point, or None if no round has begun."""
+        if not self.state_path.is_file():
+            return None
+        try:
+            header, tensors, _ = read_file(self.state_path, hashed=False)
+            return tensors, json.loads(header.metadata["state"])
+        except (CheckpointError, KeyError, json.JSONDecodeError) as error:
+            raise RunError(f"{self.state_path}: damaged resume point: {error}") from None

@@ -1,0 +1,251 @@
+"""From a config to built objects: checkpoints, flat buffers, network, extractor, references."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merge_rl import registry
+from merge_rl.config import MergeConfig, OptimizeConfig, SamplerConfig, from_mapping
+from merge_rl.core.coefficients import (
+    CoefficientMap,
+    initial_coefficients,
+    make_map,
+)
+from merge_rl.core.groups import assign_groups
+from merge_rl.core.merging import FlatCheckpoints, FlatLayout, LiveModel
+from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.interfaces import FeatureExtractor
+from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.storage.hashing import sha256_file
+from merge_rl.storage.model_file import open_model_file
+from merge_rl.storage.reference import Reference, load_reference
+from merge_rl.workflows.reward import SubsetReplaceFID
+from merge_rl.workflows.rollout import MergedRollout, Rollout
+
+
+def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfig:
+    """The config with everything unsaid filled in from the set's manifest, and absolute paths."""
+    defaults = checkpoints.defaults
+    sampler = config.sampler
+    if sampler is None:
+        where = f"{checkpoints.folder.name} manifest, defaults.sampler"
+        sampler = from_mapping(SamplerConfig, dict(defaults.sampler), where)
+    extractor = config.extractor or defaults.extractor
+    reference = config.reference or defaults.reference
+    if extractor is None or reference is None:
+        what = "an extractor" if extractor is None else "reference statistics"
+        flag = "--extractor" if extractor is None else "--reference"
+        raise ConfigError(f"the checkpoint set names no default for {what}; pass {flag}")
+    own = config.extractor is None or config.extractor == defaults.extractor
+    weights = config.extractor_weights or (defaults.extractor_weights if own else None)
+    heldout = config.heldout or (None if config.reference else defaults.heldout)
+    return dataclasses.replace(
+        config,
+        checkpoints=_absolute(config.checkpoints),
+        sampler=sampler,
+        extractor=extractor,
+        extractor_weights=_absolute(weights) if weights else None,
+        reference=_absolute(reference),
+        heldout=_absolute(heldout) if heldout else None,
+    )
+
+
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).resolve())
+
+
+def carried_names(model: nn.Module) -> set[str]:
+    """Tensors that a merge carries from the base instead of averaging: the network's buffers."""
+    return {name for name, _ in model.named_buffers()}
+
+
+def load_flat(
+    checkpoints: CheckpointSet, model: nn.Module | None, *, base: int, merge: MergeConfig
+) -> tuple[FlatCheckpoints, tuple[str, ...]]:
+    """All checkpoints as flat buffers, and the names of the groups of tensors.
+
+    Without a network (no config known) only tensors that are not floating are carried.
+    """
+    infos = checkpoints.tensors
+    if model is not None:
+        require_fit(checkpoints, model)
+        carried = carried_names(model)
+    else:
+        carried = {n for n, info in infos.items() if not info.dtype.is_floating_point}
+    shapes = {name: info.shape for name, info in infos.items() if name not in carried}
+    groups = assign_groups(list(shapes), merge.groups) if merge.groups else None
+    layout = FlatLayout.of(shapes, groups)
+    flat = FlatCheckpoints.load(
+        checkpoints.read, len(checkpoints), layout, base=base, fixed=sorted(carried)
+    )
+    return flat, groups.names if groups else ("all",)
+
+
+def require_fit(checkpoints: CheckpointSet, model: nn.Module) -> None:
+    """Raise CheckpointError unless the set's tensors are those of the network of its config."""
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(info.shape) for name, info in checkpoints.tensors.items()}
+    odd = sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    )
+    if odd:
+        name = odd[0]
+        raise CheckpointError(
+            f"{checkpoints.folder}: {len(odd)} tensors do not fit the network of the model "
+            f"config, first {name!r}: found {found.get(name, 'nothing')}, "
+            f"expected {expected.get(name, 'nothing')}"
+        )
+
+
+def base_index(checkpoints: CheckpointSet, start: str) -> int:
+    """The checkpoint that coefficients start from and buffers are carried from."""
+    if start in checkpoints.names:
+        return checkpoints.names.index(start)
+    return checkpoints.newest
+
+
+def build_map(checkpoints: CheckpointSet, merge: MergeConfig, num_groups: int) -> CoefficientMap:
+    """The map from theta to coefficients for this set."""
+    base = base_index(checkpoints, merge.start)
+    named = merge.start in checkpoints.names
+    start = "newest" if named else merge.start
+    init = initial_coefficients(start, num_checkpoints=len(checkpoints), base=base)
+    nimg = checkpoints.nimg
+    return make_map(
+        merge.map,
+        num_checkpoints=len(checkpoints),
+        num_groups=num_groups,
+        base=base,
+        scale=merge.scale,
+        init=init,
+        nimg=None if any(n is None for n in nimg) else [int(n or 0) for n in nimg],
+        ema_std=checkpoints.ema_std,
+    )
+
+
+def build_extractor(name: str, weights: str | None) -> tuple[FeatureExtractor, str | None]:
+    """The named extractor with weights from a file, and the SHA-256 of that file."""
+    factory = registry.resolve("extractor", registry.EXTRACTORS, name)
+    if weights is None:
+        raise ConfigError(f"the extractor {name!r} needs a weights file; pass --extractor-weights")
+    file = open_model_file(weights)
+    try:
+        return factory(file.weights), sha256_file(Path(weights))
+    except (RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{weights}: not weights of extractor {name!r}: {first}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a search or a comparison works with."""
+
+    checkpoints: CheckpointSet
+    flat: FlatCheckpoints
+    map: CoefficientMap
+    group_names: tuple[str, ...]
+    rollout: MergedRollout
+    num_classes: int
+    reward: SubsetReplaceFID
+    references: dict[str, Reference]
+    hashes: dict[str, Any]
+
+    @property
+    def map_origin(self) -> Tensor:
+        """Theta (D,) of the starting point: 0."""
+        return torch.zeros(self.map.dim, dtype=torch.float64)
+
+    def coefficients(self, index: int | None) -> Tensor:
+        """(G, K): checkpoint `index` alone, or the uniform average for None."""
+        count, groups = len(self.checkpoints), self.map.num_groups
+        row = torch.full((count,), 1 / count, dtype=torch.float64)
+        if index is not None:
+            row = torch.eye(count, dtype=torch.float64)[index]
+        return row.expand(groups, count).clone()
+
+
+def build_job(config: OptimizeConfig, checkpoints: CheckpointSet) -> Job:
+    """Build everything a resolved config names."""
+    if checkpoints.config is None:
+        raise CheckpointError(
+            f"{checkpoints.folder}: the model config is not known; "
+            "expected a manifest or config.json"
+        )
+    model = registry.build_model(checkpoints.config).to(config.device).requires_grad_(False)
+    base = base_index(checkpoints, config.merge.start)
+    flat, group_names = load_flat(checkpoints, model, base=base, merge=config.merge)
+    extractor, digest = build_extractor(config.extractor or "", config.extractor_weights)
+    references = _load_references(config, extractor, digest)
+    live = LiveModel(model, flat)
+    sampler = config.sampler or SamplerConfig()
+    rollout = Rollout(
+        model,
+        model.sample_shape,
+        sampler=sampler,
+        autoencoder=registry.resolve("autoencoder", registry.AUTOENCODERS, "pixel")(),
+        extractor=extractor,
+        batch=config.batch,
+        device=config.device,
+        guide=_load_guide(sampler, config.device),
+    )
+    return Job(
+        checkpoints=checkpoints,
+        flat=flat,
+        map=build_map(checkpoints, config.merge, len(group_names)),
+        group_names=group_names,
+        rollout=MergedRollout(live, rollout),
+        num_classes=int(getattr(model, "label_dim", 0)),
+        reward=registry.resolve("reward", registry.REWARDS, config.reward.name)(
+            references["reference"].stats
+        ),
+        references=references,
+        hashes=_hashes(config, checkpoints, digest),
+    )
+
+
+def _load_references(
+    config: OptimizeConfig, extractor: FeatureExtractor, digest: str | None
+) -> dict[str, Reference]:
+    named = {"reference": config.reference, "heldout": config.heldout}
+    references = {}
+    for name, path in named.items():
+        if path is not None:
+            reference = load_reference(path)
+            reference.require_extractor(extractor.name, digest, Path(path))
+            references[name] = reference
+    return references
+
+
+def _load_guide(sampler: SamplerConfig, device: str) -> Any | None:
+    return load_network(sampler.guide).to(device) if sampler.guide else None
+
+
+def load_network(path: str | Path) -> nn.Module:
+    """A network with the weights of a file or folder, float32, in evaluation mode."""
+    file = open_model_file(path)
+    if file.config is None:
+        raise CheckpointError(f"{path}: the model config is not known; expected a config.json")
+    model: nn.Module = registry.build_model(file.config)
+    try:
+        model.load_state_dict(file.weights)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise CheckpointError(f"{path}: does not fit its model config: {lines[-1]}") from None
+    return model.float().eval().requires_grad_(False)
+
+
+def _hashes(
+    config: OptimizeConfig, checkpoints: CheckpointSet, digest: str | None
+) -> dict[str, Any]:
+    files = {"reference": config.reference, "heldout": config.heldout}
+    return {
+        "checkpoints": {name: checkpoints.sha256(i) for i, name in enumerate(checkpoints.names)},
+        "extractor_weights": digest,
+        **{name: sha256_file(Path(path)) if path else None for name, path in files.items()},
+    }

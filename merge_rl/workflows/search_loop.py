@@ -1,0 +1,200 @@
+"""Rounds of ask, evaluate, tell, with an on-policy pool and a resume point after each."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_rl.config import OptimizeConfig
+from merge_rl.core.statistics import FeatureStats
+from merge_rl.errors import NonFiniteWeightsError
+from merge_rl.interfaces import Searcher, Tracker
+from merge_rl.rng import image_seeds, stream
+from merge_rl.storage.runs import RunDir
+from merge_rl.workflows.assemble import Job
+from merge_rl.workflows.reward import Pool, draw_subset, pool_gap
+from merge_rl.workflows.rollout import balanced_labels
+
+DAMP, RECOVER = 0.7, 1.15  # what a gap does to the step, and how it comes back
+
+
+class SearchLoop:
+    """The search of one run: owns pool, searcher and counters; saves all of them every round.
+
+    Common random numbers: all candidates of a round see the same noise, labels and replaced rows;
+    every round draws new ones. The pool holds images of the policy mean: rows are renewed round
+    robin (or all, every k rounds), so that it follows the policy.
+    """
+
+    def __init__(
+        self, config: OptimizeConfig, job: Job, searcher: Searcher, run: RunDir, tracker: Tracker
+    ) -> None:
+        self.config, self.job, self.searcher = config, job, searcher
+        self.run_dir, self.tracker = run, tracker
+        self.reward = job.reward
+        self.round_index = self.images = self.cursor = 0
+        self.result_theta = searcher.mean  # the last policy mean whose samples were finite
+        self.pool: Pool | None = None
+        job.rollout.rollout.on_images = tracker.advance
+
+    def run(self) -> None:
+        """From the resume point, or the beginning, until the budget is used up."""
+        self.tracker.phase("search", self.config.budget)
+        self._restore()
+        self.tracker.advance(self.images)
+        if self.pool is None:
+            self._first_pool()
+        while self.images + self._round_cost() <= self.config.budget:
+            self._round()
+
+    def _round_cost(self) -> int:
+        reward = self.config.reward
+        candidates = self.config.search.population * reward.images_per_candidate
+        return candidates + reward.refresh_images(self.round_index)
+
+    def _generate(self, theta: Tensor, labels: Tensor, *names: str | int) -> Tensor:
+        """Features of images at theta; the noise comes from the stream called `names`."""
+        noise = self._noise(len(labels), *names)
+        self.images += len(labels)
+        return self.job.rollout.features(self.job.map(theta), noise, labels)
+
+    def _noise(self, count: int, *names: str | int) -> Tensor:
+        return self.job.rollout.rollout.noise(image_seeds(count, self.config.seed, *names))
+
+    def _first_pool(self) -> None:
+        labels = balanced_labels(self.config.reward.pool_size, self.job.num_classes)
+        features = self._generate(self.searcher.mean, labels, "pool")
+        if not bool(features.isfinite().all()):
+            raise NonFiniteWeightsError(
+                "the starting point generates samples that are not finite; "
+                "choose another with --start"
+            )
+        self.pool = Pool.of(features, labels)
+        self._save()
+
+    def _round(self) -> None:
+        began = time.monotonic()
+        thetas = self.searcher.ask()
+        rewards = self._evaluate(thetas)
+        before = self.reward.pool_distance(self._pool)
+        self.searcher.tell(thetas, rewards)
+        refresh = self._refresh(before)
+        event = {
+            "kind": "round",
+            "round": self.round_index,
+            "theta": self.searcher.mean.tolist(),
+            "coefficients": self.job.map(self.searcher.mean).tolist(),
+            "candidates": thetas.tolist(),
+            "rewards": [None if math.isnan(r) else r for r in rewards.tolist()],
+            "failed": int(rewards.isnan().sum()),
+            "pool_before": before,
+            **refresh,
+            "images": self.images,
+            "seconds": time.monotonic() - began,
+        }
+        self.run_dir.append_event(event)
+        self.round_index += 1
+        self._save()
+        self.tracker.event(event)
+
+    @property
+    def _pool(self) -> Pool:
+        if self.pool is None:  # pragma: no cover (run() makes it first)
+            raise RuntimeError("no pool yet")
+        return self.pool
+
+    def _evaluate(self, thetas: Tensor) -> Tensor:
+        """Rewards (P,) of thetas (P, D), all on the same rows, labels and noise."""
+        reward, index = self.config.reward, self.round_index
+        draws = []
+        for s in range(reward.num_subsets):
+            generator = stream(self.config.seed, "subset", index, s)
+            rows = draw_subset(self._pool.labels, reward.subset_size, generator)
+            for r in range(reward.num_replacements):
+                draws.append((rows, self._noise(len(rows), "round", index, s, r)))
+        rewards = [self._reward_of(theta, draws) for theta in thetas]
+        return torch.tensor(rewards, dtype=torch.float64)
+
+    def _reward_of(self, theta: Tensor, draws: list[tuple[Tensor, Tensor]]) -> float:
+        coefficients = self.job.map(theta)
+        made = []
+        for rows, noise in draws:
+            labels = self._pool.labels[rows]
+            made.append((rows, self.job.rollout.features(coefficients, noise, labels)))
+            self.images += len(rows)
+        return self.reward.mean_reward(self._pool, made)
+
+    def _refresh(self, before: float) -> dict[str, Any]:
+        """Renew rows at the new policy mean, measure the gap, act on it; for the event."""
+        count = self.config.reward.refresh_images(self.round_index)
+        if count == 0:
+            return {"pool_after": before, "gap": None, "refreshed": 0}
+        after = self._renew(count, 0)
+        if after is None:
+            self.searcher.recenter(self.result_theta)
+            self.searcher.damp(DAMP)
+            return {"pool_after": before, "gap": None, "refreshed": 0, "mean_failed": True}
+        self.result_theta = self.searcher.mean
+        gap = pool_gap(before, after, count / len(self._pool))
+        if gap <= self.config.reward.max_gap:
+            self.searcher.damp(RECOVER)
+            return {"pool_after": after, "gap": gap, "refreshed": count}
+        # The pool looks better than the policy is: step less, and renew as much again if there
+        # is budget, so that the next round is measured against what the policy makes now.
+        self.searcher.damp(DAMP)
+        if self.images + count <= self.config.budget:
+            again = self._renew(count, 1)
+            after, count = (again, 2 * count) if again is not None else (after, count)
+        return {"pool_after": after, "gap": gap, "refreshed": count, "damped": True}
+
+    def _renew(self, count: int, part: int) -> float | None:
+        """Replace the `count` oldest rows; the pool's distance after it, None if not finite."""
+        rows = (torch.arange(count) + self.cursor) % len(self._pool)
+        labels = self._pool.labels[rows]
+        names = ("refresh", self.round_index, part)
+        features = self._generate(self.searcher.mean, labels, *names)
+        if not bool(features.isfinite().all()):
+            return None
+        self.cursor = (self.cursor + count) % len(self._pool)
+        self.pool = self._pool.replaced(rows, features)
+        return self.reward.pool_distance(self.pool)
+
+    def _save(self) -> None:
+        state = self.searcher.state_dict()
+        pool = self._pool
+        tensors = {f"searcher.{k}": v for k, v in state["tensors"].items()}
+        tensors |= {
+            "pool.features": pool.features,
+            "pool.labels": pool.labels,
+            "pool.mean": pool.stats.mean,
+            "pool.cov": pool.stats.cov,
+            "result_theta": self.result_theta,
+        }
+        scalars = {
+            "round_index": self.round_index,
+            "images": self.images,
+            "cursor": self.cursor,
+            "searcher": state["scalars"],
+        }
+        self.run_dir.save_state(tensors, scalars)
+
+    def _restore(self) -> None:
+        saved = self.run_dir.load_state()
+        if saved is None:
+            self.run_dir.keep_events_before(0)
+            return
+        tensors, scalars = saved
+        self.round_index, self.images = scalars["round_index"], scalars["images"]
+        self.cursor, self.result_theta = scalars["cursor"], tensors["result_theta"]
+        features = tensors["pool.features"]
+        # The moments as they were, not recomputed: an update chain ends in other last bits.
+        stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
+        self.pool = Pool(features, tensors["pool.labels"], stats)
+        prefix = "searcher."
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self.searcher.load_state_dict({"tensors": own, "scalars": scalars["searcher"]})
+        self.run_dir.keep_events_before(self.round_index)
