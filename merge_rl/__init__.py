@@ -1,1 +1,73 @@
-"""Find the best way to merge the checkpoints of a diffusion training run."""
+"""Find the best way to merge the checkpoints of a diffusion training run.
+
+The public names are imported on first use, so that `import merge_rl` is quick and does not load
+torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from merge_rl.version import __version__
+
+if TYPE_CHECKING:
+    from merge_rl.core.distances import frechet_distance, kernel_distance
+    from merge_rl.core.sampling import sample
+    from merge_rl.core.statistics import FeatureStats, feature_stats
+    from merge_rl.errors import MergeRLError
+    from merge_rl.registry import build_model
+    from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
+    from merge_rl.workflows.evaluate import evaluate
+    from merge_rl.workflows.export import save_model
+    from merge_rl.workflows.models import load_model, merge
+    from merge_rl.workflows.optimize import OptimizeResult, optimize, resume
+
+_HOMES: Final = {
+    "frechet_distance": "core.distances",
+    "kernel_distance": "core.distances",
+    "sample": "core.sampling",
+    "FeatureStats": "core.statistics",
+    "feature_stats": "core.statistics",
+    "MergeRLError": "errors",
+    "build_model": "registry",
+    "CheckpointSet": "storage.checkpoints",
+    "open_checkpoints": "storage.checkpoints",
+    "evaluate": "workflows.evaluate",
+    "save_model": "workflows.export",
+    "load_model": "workflows.models",
+    "merge": "workflows.models",
+    "OptimizeResult": "workflows.optimize",
+    "optimize": "workflows.optimize",
+    "resume": "workflows.optimize",
+}
+
+__all__ = [
+    "CheckpointSet",
+    "FeatureStats",
+    "MergeRLError",
+    "OptimizeResult",
+    "__version__",
+    "build_model",
+    "evaluate",
+    "feature_stats",
+    "frechet_distance",
+    "kernel_distance",
+    "load_model",
+    "merge",
+    "open_checkpoints",
+    "optimize",
+    "resume",
+    "sample",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,6 +22,11 @@ from merge_rl.errors import ConfigError, UnknownNameError
 T = TypeVar("T")
 
 
+def _require(good: bool, name: str, expected: str, found: object) -> None:
+    if not good:
+        raise ConfigError(f"expected {name} {expected}, got {found!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """How noise becomes samples."""
@@ -80,7 +85,7 @@ class RewardConfig:
         _require(self.max_gap > 0, "max_gap", "> 0", self.max_gap)
         if self.refresh != "rolling":
             _require(
-                self.refresh.isdigit() and int(self.refresh) >= 1,
+                self.refresh.isdecimal() and int(self.refresh) >= 1,
                 "refresh", '"rolling" or a number of rounds >= 1', self.refresh,
             )  # fmt: skip
         if self.refresh_size is not None:
@@ -125,8 +130,10 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         _require(self.population >= 2, "population", ">= 2", self.population)
-        _require(self.std > 0, "std", "> 0", self.std)
-        _require(self.learning_rate > 0, "learning_rate", "> 0", self.learning_rate)
+        _require(0 < self.std < math.inf, "std", "> 0", self.std)
+        for name in ("learning_rate", "std_learning_rate"):
+            rate = getattr(self, name)
+            _require(0 < rate < math.inf, name, "> 0", rate)
         _require(0 < self.decay <= 1, "decay", "in (0, 1]", self.decay)
         _require(0 < self.min_decay <= 1, "min_decay", "in (0, 1]", self.min_decay)
         _require(0 < self.top_fraction <= 1, "top_fraction", "in (0, 1]", self.top_fraction)
@@ -212,16 +219,26 @@ def from_mapping(cls: type[T], values: object, where: str = "config") -> T:
     return cls(**arguments)
 
 
-def load_config(cls: type[T], path: Path) -> T:
-    """Read a YAML file (safe loader) into a config."""
+def load_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file (safe loader) that must hold a mapping with text keys."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    # PyYAML lets ValueError escape for scalars that do not fit their tag, such as 2024-99-99.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not valid YAML: {reason}") from None
-    return from_mapping(cls, values, path.name)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping, found {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def load_config(cls: type[T], path: Path) -> T:
+    """Read a YAML file (safe loader) into a config."""
+    return from_mapping(cls, load_mapping(path), path.name)
 
 
 def dump_config(config: Any) -> str:
@@ -248,8 +265,3 @@ def _convert(kind: Any, value: object, where: str) -> Any:
         return value
     name = getattr(kind, "__name__", str(kind)) if origin is None else "list or mapping"
     raise ConfigError(f"{where}: expected {name}, found {type(value).__name__} {value!r}")
-
-
-def _require(good: bool, name: str, expected: str, found: object) -> None:
-    if not good:
-        raise ConfigError(f"expected {name} {expected}, got {found!r}")

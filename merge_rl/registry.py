@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any, Final
 
 from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.interfaces import Autoencoder
 
 MODELS: Final[Mapping[str, str]] = {
     "edm2": "merge_rl.models.edm2:EDM2",
@@ -50,6 +51,12 @@ def build_model(config: Mapping[str, Any]) -> Any:
     factory = resolve("model", MODELS, str(name))
     try:
         model = factory(**options)
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(f"the {name} network does not take this config: {error}") from None
     return model.eval()
+
+
+def build_autoencoder(name: str = "pixel") -> Autoencoder:
+    """What turns samples into images: "pixel" for networks that work on pixels."""
+    built: Autoencoder = resolve("autoencoder", AUTOENCODERS, name)()
+    return built

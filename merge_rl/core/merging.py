@@ -95,7 +95,7 @@ class FlatCheckpoints:
     ) -> FlatCheckpoints:
         """Read `count` checkpoints, each once; they must share one dtype per merged tensor.
 
-        Where tensors of different dtypes are merged, the buffer holds the widest of them.
+        Where tensors of different dtypes are merged, the buffer is float32.
         """
         matrix, carried = torch.empty(0), {}
         for index in range(count):
@@ -114,6 +114,12 @@ class FlatCheckpoints:
     def num_checkpoints(self) -> int:
         """K, the rows of the matrix."""
         return len(self.matrix)
+
+    def to(self, device: torch.device) -> FlatCheckpoints:
+        """The same checkpoints with their matrix on `device`; itself where it is there already."""
+        if self.matrix.device == device:
+            return self
+        return FlatCheckpoints(self.layout, self.matrix.to(device), self.fixed)
 
     def merge(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """Merged parameters (size,) float32: theta_g = sum_k coefficients[g, k] theta_{g,k}.
@@ -146,16 +152,22 @@ class FlatCheckpoints:
 
 
 class LiveModel:
-    """A network whose parameters are views of one flat buffer, so that a merge writes in place."""
+    """A network whose parameters are views of one flat buffer, so that a merge writes in place.
+
+    Merges are made on the network's device; the checkpoints are copied there if need be.
+    """
 
     def __init__(self, model: nn.Module, checkpoints: FlatCheckpoints) -> None:
-        self.model, self._checkpoints = model, checkpoints
-        self._flat = torch.empty(checkpoints.layout.size, device=checkpoints.matrix.device)
+        state = model.state_dict()
+        device = next((tensor.device for tensor in state.values()), checkpoints.matrix.device)
+        self.model, self._checkpoints = model, checkpoints.to(device)
+        self._flat = torch.empty(checkpoints.layout.size, device=device)
         views = checkpoints.layout.views(self._flat)
-        expected = set(model.state_dict())
-        found = set(views) | set(checkpoints.fixed)
+        expected = {name: tensor.shape for name, tensor in state.items()}
+        found = {name: tensor.shape for name, tensor in {**views, **checkpoints.fixed}.items()}
         if expected != found:
-            odd = sorted(expected ^ found)
+            names = expected.keys() | found.keys()
+            odd = sorted(name for name in names if expected.get(name) != found.get(name))
             raise ConfigError(
                 f"the network and the checkpoints differ in {len(odd)} tensors, first {odd[0]!r}"
             )

@@ -38,6 +38,11 @@ class DirectMean(nn.Module):
         """What moves the mean as a whole."""
         return self.value
 
+    @property
+    def reach(self) -> float:
+        """How far a first Adam step of 1 moves each theta."""
+        return 1.0
+
 
 class EMANet(nn.Module):
     """The mean of theta from a 3-layer MLP on a learnable embedding, as in the paper.
@@ -60,16 +65,24 @@ class EMANet(nn.Module):
             self.last.bias.zero_()
 
     def forward(self) -> Tensor:
+        out: Tensor = self.last(self._activations())
+        return out
+
+    def _activations(self) -> Tensor:
         x: Tensor = self.embedding
         for layer in self.hidden:
             x = torch.relu(layer(x))
-        out: Tensor = self.last(x)
-        return out
+        return x
 
     @property
     def offset(self) -> nn.Parameter:
         """What moves the mean as a whole."""
         return self.last.bias
+
+    @property
+    def reach(self) -> float:
+        """How far a first Adam step of 1 moves each theta: all weights of the last layer move."""
+        return 1.0 + float(self._activations().detach().abs().sum())
 
 
 def make_mean(policy: str, dim: int, seed: int) -> DirectMean | EMANet:
@@ -97,9 +110,11 @@ class PolicyGradient:
         self._net = make_mean(config.policy, dim, seed)
         log_std = torch.full((dim,), math.log(config.std), dtype=torch.float64)
         self._log_std = nn.Parameter(log_std, requires_grad=config.learn_std)
+        # Divided by the reach, the rate is in theta units for either network.
+        mean_rate = config.learning_rate / self._net.reach
         self._optimizer = torch.optim.Adam(
             [
-                {"params": list(self._net.parameters()), "rate": config.learning_rate},
+                {"params": list(self._net.parameters()), "rate": mean_rate},
                 {"params": [self._log_std], "rate": config.std_learning_rate},
             ],
             lr=config.learning_rate,

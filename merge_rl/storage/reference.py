@@ -78,7 +78,7 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
         extractor=metadata.get("extractor", ""),
         extractor_sha256=metadata.get("extractor_sha256") or None,
         resolution=int(metadata["resolution"])
-        if metadata.get("resolution", "").isdigit()
+        if metadata.get("resolution", "").isdecimal()
         else None,
         source=metadata.get("source", ""),
     )
@@ -86,6 +86,6 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
 
 def _count(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> int:
     count = metadata.get("count", "")
-    if not count.isdigit():
+    if not count.isdecimal():
         raise StatisticsError(f"{path}: expected the number of images, found count {count!r}")
     return int(count)

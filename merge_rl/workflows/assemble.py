@@ -188,7 +188,7 @@ def build_job(config: OptimizeConfig, checkpoints: CheckpointSet) -> Job:
         model,
         model.sample_shape,
         sampler=sampler,
-        autoencoder=registry.resolve("autoencoder", registry.AUTOENCODERS, "pixel")(),
+        autoencoder=registry.build_autoencoder(),
         extractor=extractor,
         batch=config.batch,
         device=config.device,

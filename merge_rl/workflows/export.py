@@ -26,6 +26,12 @@ from merge_rl.workflows.comparison import Comparison
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def require_new(path: str | os.PathLike[str]) -> None:
+    """Raise RunError if something lies at `path`."""
+    if Path(path).exists() or Path(path).is_symlink():
+        raise RunError(f"{path} exists already; choose another folder")
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` if the block succeeds.
@@ -33,8 +39,8 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
     An existing path is refused unless `replace` is set; then it is swapped at the end.
     """
     target = Path(path)
-    if not replace and (target.exists() or target.is_symlink()):
-        raise RunError(f"{target} exists already; choose another folder")
+    if not replace:
+        require_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

@@ -21,7 +21,7 @@ from merge_rl.storage.runs import RunDir
 from merge_rl.version import __version__
 from merge_rl.workflows.assemble import Job, build_job, resolve_config
 from merge_rl.workflows.comparison import Comparison, compare
-from merge_rl.workflows.export import write_merged
+from merge_rl.workflows.export import require_new, write_merged
 from merge_rl.workflows.search_loop import SearchLoop
 
 
@@ -80,7 +80,7 @@ def optimize(
         search=dataclasses.replace(base.search, name=searcher or base.search.name),
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    require_absent(out)
+    require_new(out)
     opened = open_checkpoints(checkpoints, track=base.track)
     resolved = resolve_config(base, opened)
     check_names(resolved)
@@ -157,9 +157,3 @@ def check_budget(config: OptimizeConfig) -> None:
             f"{reward.pool_size}, {config.search.population} candidates of "
             f"{reward.images_per_candidate} images and the refresh need {needed}"
         )
-
-
-def require_absent(out: str | os.PathLike[str]) -> None:
-    """Raise RunError if the run directory exists, before anything is loaded."""
-    if Path(out).exists() or Path(out).is_symlink():
-        raise RunError(f"{out} exists already; choose another --out, or resume that run")

@@ -45,19 +45,18 @@ class Pool:
 def draw_subset(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Row indices (size,) of a random subset with the class proportions of labels (N,).
 
-    Each class is shuffled and its rows are spread evenly over [0, 1) with a random phase; the
-    `size` first of all are taken. A class of share p so gives p * size rows, give or take one.
+    Systematic sampling: rows are lined up class by class, shuffled within, and every (N / size)-th
+    is taken from a random phase on. Every row is as likely as any other, and a class of share p
+    gives p * size rows, rounded up or down.
     """
     count = len(labels)
     if not 0 < size <= count:
         raise ConfigError(f"expected a subset of 1..{count} rows, got {size}")
-    position = torch.empty(count, dtype=torch.float64)
-    for label in sorted(set(labels.tolist())):
-        rows = (labels == label).nonzero().flatten()
-        shuffled = rows[torch.randperm(len(rows), generator=generator)]
-        phase = torch.rand([], generator=generator, dtype=torch.float64)
-        position[shuffled] = (torch.arange(len(rows)) + phase) / len(rows)
-    return position.argsort(stable=True)[:size].sort().values
+    line = torch.randperm(count, generator=generator)
+    line = line[labels[line].argsort(stable=True)]
+    phase = torch.rand([], generator=generator, dtype=torch.float64)
+    picked = ((torch.arange(size) + phase) * (count / size)).long().clamp(max=count - 1)
+    return line[picked].sort().values
 
 
 class SubsetReplaceFID:

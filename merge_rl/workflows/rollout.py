@@ -66,7 +66,8 @@ class Rollout:
 
     def images(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Images (N, C, H, W) uint8 on the CPU."""
-        parts = [self.autoencoder.decode(x).cpu() for x in self._batches(noise, labels)]
+        with torch.no_grad():
+            parts = [self.autoencoder.decode(x).cpu() for x in self._batches(noise, labels)]
         return torch.cat(parts)
 
     def features(self, noise: Tensor, labels: Tensor) -> Tensor:

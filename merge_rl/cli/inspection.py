@@ -1,0 +1,154 @@
+"""`mergerl inspect`: what a folder or file is, and whether it is sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from merge_rl.cli.output import JsonFlag, interval_text, print_json, print_table
+from merge_rl.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from merge_rl.storage.checkpoints import CheckpointSet
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(inspect)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Set, run, reference or model.")],
+    track: Annotated[str | None, typer.Option(help="Series of the manifest to look at.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Read headers only, no weights.")] = False,
+    json: Annotated[bool, JsonFlag] = False,
+) -> None:
+    """Say what a checkpoint set, run, reference or model is, and check it.
+
+    Reads every weight of a set and compares hashes, unless --quick. Exits with 1 if a check fails.
+    """
+    if (path / "config.yaml").is_file() and (path / "inputs.json").is_file():
+        _show_run(path, json=json)
+    elif (path / "config.json").is_file() or path.is_file():
+        _show_file(path, json=json)
+    else:
+        _show_set(path, track=track, quick=quick, json=json)
+
+
+def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None:
+    from merge_rl.storage.checkpoints import open_checkpoints
+
+    opened = open_checkpoints(path, track=track)
+    checks = [] if quick else list(opened.verify())
+    failed = [check for check in checks if not check.ok]
+    if json:
+        print_json(_set_document(opened, {c.name: str(c.error) for c in failed}))
+    else:
+        status = {check.name: "ok" if check.ok else "FAILED" for check in checks}
+        rows = [
+            [
+                name,
+                entry.track or "-",
+                f"{entry.nimg:,}" if entry.nimg is not None else "-",
+                f"{entry.ema_std:.3f}" if entry.ema_std is not None else "raw",
+                status.get(name, "not read"),
+            ]
+            for name, entry in zip(opened.names, opened.entries, strict=True)
+        ]
+        count = sum(_numel(info.shape) for info in opened.tensors.values())
+        model = (opened.config or {}).get("model", "unknown network")
+        title = (
+            f"{len(opened)} checkpoints of {model}, {len(opened.tensors)} tensors, {count:,} values "
+            f"each, {opened.total_bytes / 1e6:.1f} MB, licence {opened.licence or 'not stated'}"
+        )
+        print_table(title, ["checkpoint", "track", "nimg", "ema_std", "check"], rows)
+    if failed:
+        raise CheckpointError(
+            f"{len(failed)} of {len(checks)} checkpoints are not sound; first: {failed[0].error}"
+        )
+
+
+def _set_document(opened: CheckpointSet, failed: dict[str, str]) -> dict[str, Any]:
+    return {
+        "kind": "checkpoint set",
+        "folder": str(opened.folder),
+        "model": opened.config,
+        "licence": opened.licence,
+        "bytes": opened.total_bytes,
+        "tracks": opened.tracks,
+        "newest": opened.names[opened.newest],
+        "checkpoints": [
+            {
+                "name": name,
+                "track": entry.track,
+                "nimg": entry.nimg,
+                "ema_std": entry.ema_std,
+                "error": failed.get(name),
+            }
+            for name, entry in zip(opened.names, opened.entries, strict=True)
+        ],
+    }
+
+
+def _show_run(path: Path, *, json: bool) -> None:
+    from merge_rl.storage.runs import RunDir
+
+    run = RunDir.open(path)
+    config, events, result = run.config(), run.events(), run.read("result.json")
+    last = events[-1] if events else None
+    document = {
+        "kind": "run",
+        "state": "finished" if result else "unfinished",
+        "checkpoints": config.checkpoints,
+        "budget": config.budget,
+        "seed": config.seed,
+        "rounds": len(events),
+        "images": last["images"] if last else 0,
+        "pool_fid": last["pool_after"] if last else None,
+        "comparison": result["comparison"] if result else None,
+    }
+    if json:
+        print_json(document)
+        return
+    rows = [[key, str(value)] for key, value in document.items() if key != "comparison"]
+    print_table(str(path), ["run", ""], rows)
+    if result:
+        headline = result["comparison"]["headline"]
+        entries = result["comparison"]["entries"]
+        print_table(
+            f"{headline} FID, N = {result['comparison']['num_images']:,}",
+            ["model", "mean [95 % interval]"],
+            [[name, interval_text(summary[headline])] for name, summary in entries.items()],
+        )
+    else:
+        typer.echo(f"go on with: mergerl resume {path}")
+
+
+def _show_file(path: Path, *, json: bool) -> None:
+    from merge_rl.storage.model_file import open_model_file
+
+    file = open_model_file(path)
+    kind = "reference" if {"mu", "sigma"} == set(file.weights) else "model"
+    document: dict[str, Any] = {
+        "kind": kind,
+        "tensors": len(file.weights),
+        "values": sum(t.numel() for t in file.weights.values()),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in file.weights.values()}),
+        "config": file.config,
+    }
+    if kind == "reference":
+        document |= {k: v for k, v in file.metadata.items() if k != "config"}
+    if json:
+        print_json(document)
+    else:
+        rows = [[key, str(value)] for key, value in document.items() if value is not None]
+        print_table(str(path), ["file", ""], rows)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,90 @@
+"""The `mergerl` command. Heavy imports happen inside commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from merge_rl.cli import evaluation, inspection, merging, search
+from merge_rl.cli.output import complain
+from merge_rl.errors import MergeRLError
+from merge_rl.version import __version__
+
+app = typer.Typer(
+    name="mergerl",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"merge_rl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Find the best way to merge the checkpoints of a diffusion training run.
+
+    Try it: [bold]mergerl demo digits[/bold], then
+    [bold]mergerl optimize digits/edm2 --track raw[/bold].
+    """
+    if debug:
+        os.environ["MERGERL_DEBUG"] = "1"
+
+
+for module in (search, merging, evaluation, inspection):
+    module.register(app)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    # Schedulers send SIGTERM before they kill: treated as Ctrl-C, which keeps what is saved.
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line; exit 0, or 1 after one sentence on stderr."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except MergeRLError as error:
+        _fail(error, str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(error, f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        complain("interrupted")
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001 (the one place where everything ends)
+        if hasattr(error, "format_message"):  # a usage error of the command line parser
+            hint = getattr(getattr(error, "ctx", None), "command_path", "mergerl")
+            _fail(error, f"{error.format_message()} (see {hint} --help)")
+        if type(error).__name__ in ("Abort", "Exit"):
+            sys.exit(getattr(error, "exit_code", 1))
+        _fail(error, f"unexpected {type(error).__name__}: {error} (run with --debug for more)")
+
+
+def _fail(error: Exception, sentence: str) -> NoReturn:
+    if os.environ.get("MERGERL_DEBUG"):
+        raise error
+    complain(" ".join(sentence.split()))
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

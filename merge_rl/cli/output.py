@@ -1,0 +1,122 @@
+"""What the user sees: errors, JSON, tables, progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+JsonFlag = typer.Option("--json", help="One JSON document on stdout; all else on stderr.")
+
+
+def complain(sentence: str) -> None:
+    """One sentence on stderr."""
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(sentence)}")
+
+
+def say(text: str) -> None:
+    """A line of information on stderr, with rich markup."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text)
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of --json."""
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column is left-aligned, the others right."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+class _Rate(ProgressColumn):
+    """Units a second of the running task."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.0f}/s" if speed else "-/s", style="cyan")
+
+
+class ProgressTracker:
+    """A bar on a terminal; elsewhere one plain line a round on stderr."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        console = Console(stderr=True)
+        self._live = console.is_terminal and not quiet
+        self._quiet, self._task, self._total = quiet, TaskID(0), 0
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not self._live,
+        )
+
+    def __enter__(self) -> ProgressTracker:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str, total: int) -> None:
+        """Start a bar for the next phase."""
+        self._task = self._progress.add_task(name, total=total, note="")
+        if not self._live and not self._quiet:
+            say(f"{escape(name)} ({total:,} images)")
+
+    def advance(self, count: int) -> None:
+        """Move the bar."""
+        if self._live:
+            self._progress.advance(self._task, count)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Show a round's outcome."""
+        if event.get("kind") != "round":
+            return
+        gap = event.get("gap")
+        note = f"round {event['round'] + 1}  pool FID {event['pool_after']:.3f}"
+        note += "" if gap is None else f"  gap {gap:+.0%}"
+        note += f"  {event['failed']} failed" if event.get("failed") else ""
+        if self._live:
+            self._progress.update(self._task, note=note)
+        elif not self._quiet:
+            say(f"  {note}  {event['images']:,} images  {event['seconds']:.1f} s")
+
+
+def interval_text(summary: Mapping[str, Any]) -> str:
+    """A mean with its 95 % interval."""
+    return f"{summary['mean']:.3f} [{summary['low']:.3f}, {summary['high']:.3f}]"

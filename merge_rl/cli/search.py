@@ -1,0 +1,257 @@
+"""`mergerl demo`, `optimize`, `resume`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from merge_rl.cli.output import (
+    JsonFlag,
+    ProgressTracker,
+    interval_text,
+    print_json,
+    print_table,
+    say,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from merge_rl.workflows.optimize import OptimizeResult
+
+SEARCH, MODEL, REWARD, FINAL = "Search", "Model and sampling", "Reward", "Final comparison"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(demo)
+    app.command()(optimize)
+    app.command()(resume)
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
+    json: Annotated[bool, JsonFlag] = False,
+) -> None:
+    """Write the embedded digits run: 24 checkpoints, extractor, reference statistics."""
+    from merge_rl.demo.write import write_demo
+
+    written = write_demo(folder)
+    if json:
+        print_json({"edm2": str(written)})
+    else:
+        typer.echo(f"wrote {written}: an EDM2 of handwritten digits, 3 tracks of 8 checkpoints")
+        typer.echo(f"next: mergerl optimize {written} --track raw")
+
+
+def optimize(
+    checkpoints: Annotated[
+        Path,
+        typer.Argument(metavar="CKPTS", help="Folder of .safetensors, with or without manifest."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; must not exist. [default: runs/NAME-seedN]")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of settings; other options override it.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as search.decay=0.9."),
+    ] = None,
+    track: Annotated[
+        str | None, typer.Option(help="Series of the manifest to use. [default: all]")
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Images the search may generate. [default: 50000]", rich_help_panel=SEARCH
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Fixes every draw. [default: 0]", rich_help_panel=SEARCH)
+    ] = None,
+    searcher: Annotated[
+        str | None, typer.Option(help="[default: policy-gradient]", rich_help_panel=SEARCH)
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="direct, or mlp (EMANet). [default: direct]", rich_help_panel=SEARCH),
+    ] = None,
+    population: Annotated[
+        int | None, typer.Option(help="Candidates a round. [default: 16]", rich_help_panel=SEARCH)
+    ] = None,
+    map_kind: Annotated[
+        str | None,
+        typer.Option(
+            "--map", help="affine, free, softmax, ema. [default: affine]", rich_help_panel=SEARCH
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="newest, uniform, or a checkpoint's name. [default: newest]",
+            rich_help_panel=SEARCH,
+        ),
+    ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(help="Exploration in coefficient units.", rich_help_panel=SEARCH),
+    ] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=REGEX",
+            help="Own coefficients for tensors whose names match; repeatable.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="[default: fid-subset]", rich_help_panel=REWARD)
+    ] = None,
+    pool: Annotated[
+        int | None, typer.Option(help="Images in the pool.", rich_help_panel=REWARD)
+    ] = None,
+    subset: Annotated[
+        int | None, typer.Option(help="Images a candidate replaces.", rich_help_panel=REWARD)
+    ] = None,
+    refresh: Annotated[
+        str | None,
+        typer.Option(
+            help="rolling, or all of the pool every so many rounds.", rich_help_panel=REWARD
+        ),
+    ] = None,
+    extractor: Annotated[
+        str | None, typer.Option(help="Feature extractor.", rich_help_panel=REWARD)
+    ] = None,
+    extractor_weights: Annotated[
+        Path | None, typer.Option(help="Its weights.", rich_help_panel=REWARD)
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Statistics of real data to optimise against.", rich_help_panel=REWARD),
+    ] = None,
+    heldout: Annotated[
+        Path | None,
+        typer.Option(help="Statistics of real data kept for the report.", rich_help_panel=REWARD),
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="heun or euler.", rich_help_panel=MODEL)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Solver intervals.", rich_help_panel=MODEL)
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Strength; 1 is off.", rich_help_panel=MODEL)
+    ] = None,
+    guide: Annotated[
+        Path | None, typer.Option(help="The weaker network.", rich_help_panel=MODEL)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images in one forward pass.", rich_help_panel=MODEL)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...", rich_help_panel=MODEL)
+    ] = None,
+    final_images: Annotated[
+        int | None, typer.Option(help="N of one repeat. [default: 5000]", rich_help_panel=FINAL)
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="At least 3. [default: 4]", rich_help_panel=FINAL)
+    ] = None,
+    json: Annotated[bool, JsonFlag] = False,
+) -> None:
+    """Search the merging coefficients of a checkpoint set: the main job.
+
+    Each round proposes coefficients, merges, generates images with a deterministic ODE and scores
+    how the FID of a pool of images changes when some of it is replaced. Ends with a comparison on
+    fresh seeds and writes RUN/merged. Ctrl-C keeps the finished rounds: [bold]mergerl resume RUN[/bold].
+    """
+    from merge_rl.cli.settings import build_config
+    from merge_rl.storage.checkpoints import open_checkpoints
+    from merge_rl.workflows.optimize import optimize as run_optimize
+
+    given = {
+        "track": track, "budget": budget, "seed": seed, "extractor": extractor, "batch": batch,
+        "extractor_weights": extractor_weights, "reference": reference, "heldout": heldout,
+        "device": device, "search.name": searcher, "search.policy": policy,
+        "search.population": population, "merge.map": map_kind, "merge.start": start,
+        "merge.scale": scale, "reward.name": reward, "reward.pool_size": pool,
+        "reward.subset_size": subset, "reward.refresh": refresh, "sampler.solver": solver,
+        "sampler.num_steps": steps, "sampler.guidance": guidance, "sampler.guide": guide,
+        "evaluation.num_images": final_images, "evaluation.repeats": repeats,
+    }  # fmt: skip
+    defaults = open_checkpoints(checkpoints, track=track).defaults
+    settings = build_config(
+        checkpoints, config, given, groups=group or [], overrides=setting or [],
+        sampler=defaults.sampler,
+    )  # fmt: skip
+    run_dir = out or Path("runs") / f"{checkpoints.resolve().name}-seed{settings.seed}"
+    _drive(
+        run_dir,
+        lambda tracker: run_optimize(checkpoints, out=run_dir, config=settings, tracker=tracker),
+        json=json,
+    )
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    json: Annotated[bool, JsonFlag] = False,
+) -> None:
+    """Go on with an interrupted run; it ends as if it had never been interrupted."""
+    from merge_rl.workflows.optimize import resume as run_resume
+
+    _drive(run, lambda tracker: run_resume(run, tracker=tracker), json=json)
+
+
+def _drive(run_dir: Path, job: Callable[[ProgressTracker], OptimizeResult], *, json: bool) -> None:
+    try:
+        with ProgressTracker() as tracker:
+            result = job(tracker)
+    except KeyboardInterrupt:
+        if (run_dir / "config.yaml").is_file():
+            say(f"\nstopped; finished rounds are saved. Go on with: mergerl resume {run_dir}")
+            raise typer.Exit(1) from None
+        raise
+    if json:
+        print_json(_document(result))
+    else:
+        _print_result(result)
+
+
+def _document(result: OptimizeResult) -> dict[str, Any]:
+    return {
+        "run_dir": str(result.run_dir),
+        "merged": str(result.run_dir / "merged"),
+        "coefficients": result.coefficients.tolist(),
+        "search_images": result.images,
+        "comparison": result.comparison.as_dict(),
+    }
+
+
+def _print_result(result: OptimizeResult) -> None:
+    from merge_rl.workflows.comparison import ENTRIES
+
+    comparison = result.comparison
+    rows = []
+    for entry in ENTRIES:
+        summary = comparison.summary(entry)
+        label = f"{entry} ({comparison.best_single})" if entry == "best single" else entry
+        rows.append([label, *(interval_text(summary[name]) for name in comparison.references)])
+    title = (
+        f"FID, N = {comparison.num_images:,}, {len(comparison.scores['result'])} repeats on fresh "
+        "seeds, mean [95 % interval]"
+    )
+    print_table(title, ["model", *comparison.references], rows)
+    for other in ENTRIES[:-1]:
+        gain = comparison.gain(other)
+        verdict = "better" if gain.low > 0 else "worse" if gain.high < 0 else "no clear difference"
+        typer.echo(
+            f"result against {other}: {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
+            f"{comparison.headline} FID gained, {verdict}"
+        )
+    merged = result.run_dir / "merged"
+    typer.echo(f"searched with {result.images:,} images; merged model in {merged}")
+    typer.echo(f"look at it: mergerl sample {merged}")

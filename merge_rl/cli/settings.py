@@ -1,0 +1,63 @@
+"""Options of the command line to a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merge_rl.config import OptimizeConfig, from_mapping, load_mapping
+from merge_rl.errors import ConfigError
+
+
+def build_config(
+    checkpoints: Path,
+    file: Path | None,
+    given: Mapping[str, Any],
+    *,
+    groups: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    sampler: Mapping[str, Any] | None = None,
+) -> OptimizeConfig:
+    """Defaults, then the YAML file, then options, then KEY=VALUE overrides.
+
+    `given` maps dotted keys to values; None means that the option was not used. `sampler` holds
+    the checkpoint set's own sampler settings, which single options change one by one.
+    """
+    values: dict[str, Any] = load_mapping(file) if file else {}
+    values["checkpoints"] = str(checkpoints)
+    for key, value in given.items():
+        if value is not None:
+            set_dotted(values, key, str(value) if isinstance(value, Path) else value)
+    if groups:
+        set_dotted(values, "merge.groups", dict(split_pair(pair) for pair in groups))
+    for pair in overrides:
+        key, text = split_pair(pair)
+        try:
+            set_dotted(values, key, yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {pair}: the value is not valid YAML") from None
+    if isinstance(values.get("sampler"), dict):
+        values["sampler"] = {**(sampler or {}), **values["sampler"]}
+    return from_mapping(OptimizeConfig, values)
+
+
+def split_pair(pair: str) -> tuple[str, str]:
+    """KEY=VALUE -> (KEY, VALUE)."""
+    key, separator, value = pair.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"expected NAME=VALUE, got {pair!r}")
+    return key, value
+
+
+def set_dotted(values: dict[str, Any], key: str, value: object) -> None:
+    """Set values["a"]["b"] for the key "a.b", making mappings on the way."""
+    *path, last = key.split(".")
+    for part in path:
+        nested = values.get(part)
+        nested = dict(nested) if isinstance(nested, Mapping) else {}
+        values[part] = nested
+        values = nested
+    values[last] = value

@@ -1,0 +1,90 @@
+"""Merge once, load a model: the short ways of the public API."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from merge_rl import registry
+from merge_rl.config import MergeConfig
+from merge_rl.core.ema_profiles import posthoc_coefficients
+from merge_rl.core.merging import FlatCheckpoints
+from merge_rl.errors import ConfigError
+from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.workflows.assemble import base_index, load_flat, load_network
+
+
+def load_model(path: str | os.PathLike[str]) -> nn.Module:
+    """The network of a model folder or of one .safetensors of a set, float32, evaluation mode."""
+    return load_network(os.fspath(path))
+
+
+def merge(
+    checkpoints: CheckpointSet,
+    coefficients: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    *,
+    groups: Mapping[str, str] | None = None,
+    base: str = "newest",
+) -> dict[str, Tensor]:
+    """Weighted sum of a set's checkpoints, dict of float32 tensors with the official names.
+
+    Args:
+        checkpoints: an open set.
+        coefficients: (K,), or (G, K) with one row a group of tensors.
+        groups: group name -> regular expression of tensor names, as in `MergeConfig`.
+        base: name of the checkpoint whose buffers (Fourier frequencies and phases) are carried;
+            the newest by default. Buffers are never averaged.
+
+    Raises ConfigError for coefficients of another shape, or that are not finite.
+    """
+    values = torch.as_tensor(coefficients, dtype=torch.float64)
+    if not bool(values.isfinite().all()):
+        raise ConfigError("expected finite coefficients, got NaN or infinity")
+    flat = flat_checkpoints(checkpoints, groups=groups or {}, base=base)
+    weights = flat.weights(values)
+    return {name: weights[name] for name in checkpoints.tensors}
+
+
+def flat_checkpoints(
+    checkpoints: CheckpointSet, *, groups: Mapping[str, str], base: str
+) -> FlatCheckpoints:
+    """The set's flat buffers; its network, where the config is known, says what is carried."""
+    model = None
+    if checkpoints.config is not None:
+        with torch.device("meta"):
+            model = registry.build_model(checkpoints.config)
+    settings = MergeConfig(start=base, groups=dict(groups))
+    index = base_index(checkpoints, base)
+    flat, _ = load_flat(checkpoints, model, base=index, merge=settings)
+    return flat
+
+
+def ema_coefficients(checkpoints: CheckpointSet, ema_std: float, nimg: int | None = None) -> Tensor:
+    """Coefficients (K,) that rebuild the power-function EMA of width `ema_std` ending at `nimg`.
+
+    Uses every checkpoint with 0 < nimg <= the end (Karras et al., 2024, arXiv:2312.02696, section
+    3.2); the end is the newest checkpoint's by default. All of them need an ema_std.
+    """
+    times, widths = checkpoints.nimg, checkpoints.ema_std
+    lacking = [
+        name
+        for name, time, width in zip(checkpoints.names, times, widths, strict=True)
+        if time is None or width is None
+    ]
+    if lacking:
+        raise ConfigError(
+            f"an EMA profile needs nimg and ema_std of every checkpoint; {lacking[0]!r} and "
+            f"{len(lacking) - 1} more have none (choose the EMA tracks with --track)"
+        )
+    known = torch.tensor([float(t or 0) for t in times], dtype=torch.float64)
+    end = float(nimg) if nimg is not None else float(known.max())
+    seen = (known > 0) & (known <= end)
+    if not bool(seen.any()):
+        raise ConfigError(f"no checkpoint ends at or before {end:.0f} images")
+    std = torch.tensor([float(w or 0) for w in widths], dtype=torch.float64)
+    row = torch.zeros(len(checkpoints), dtype=torch.float64)
+    row[seen] = posthoc_coefficients(known[seen], std[seen], [end], [ema_std])[:, 0]
+    return row

@@ -1,0 +1,58 @@
+"""Read a merge recipe (merge.yaml) back into coefficients."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from merge_rl.errors import CheckpointError, ConfigError, HashMismatchError
+from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.storage.documents import load_yaml
+
+
+class Recipe:
+    """A merge.yaml: coefficients by checkpoint name, with the hashes of the sources."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        document = load_yaml(self.path)
+        if not isinstance(document, dict) or not isinstance(document.get("sources"), list):
+            raise ConfigError(f"{self.path}: expected a merge recipe with a list of sources")
+        self.groups: dict[str, str] = dict(document.get("groups") or {})
+        self.base = str(document.get("base", "newest"))
+        self.sources = [self._source(item) for item in document["sources"]]
+
+    def _source(self, item: object) -> tuple[str, str | None, list[float]]:
+        try:
+            if not isinstance(item, dict):
+                raise TypeError
+            values = [float(v) for v in item["coefficients"]]
+            return str(item["name"]), item.get("sha256"), values
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(
+                f"{self.path}: expected name and coefficients of each source, found {item!r}"
+            ) from None
+
+    def coefficients(self, checkpoints: CheckpointSet) -> Tensor:
+        """(G, K) in the set's order, after checking names and hashes of the sources."""
+        rows: dict[str, list[float]] = {}
+        for name, digest, values in self.sources:
+            if name not in checkpoints.names:
+                raise CheckpointError(
+                    f"{checkpoints.folder}: the recipe needs checkpoint {name!r}, which is missing"
+                )
+            found = checkpoints.sha256(checkpoints.names.index(name))
+            if digest is not None and found != digest:
+                raise HashMismatchError(
+                    f"{name}: SHA-256 is {found}, the recipe was made with {digest}"
+                )
+            rows[name] = values
+        groups = {len(values) for values in rows.values()}
+        if len(groups) != 1:
+            raise ConfigError(f"{self.path}: sources have different numbers of coefficients")
+        zeros = [0.0] * groups.pop()
+        table = [rows.get(name, zeros) for name in checkpoints.names]
+        return torch.tensor(table, dtype=torch.float64).T.contiguous()
