@@ -28,12 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merge_rl.core.ema_profiles import ema_beta
 from merge_rl.core.statistics import feature_stats
-from merge_rl.features.digits import DigitsNet, classify
+from merge_rl.features.digits import DigitsNet
 from merge_rl.models.autoencoder import PixelEncoder
 from merge_rl.models.edm2 import EDM2
 from merge_rl.registry import build_model
@@ -93,21 +93,31 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack(crops).to(torch.uint8)
 
 
-def train_extractor(images: Tensor, labels: Tensor, steps: int = 3000) -> DigitsNet:
-    """A classifier of the digits; its features measure how alike two sets of digits are."""
+def train_extractor(images: Tensor, labels: Tensor, steps: int = 1500) -> DigitsNet:
+    """Features from which a linear map tells the class, and another redraws the image.
+
+    The class alone would let features collapse to ten points, blind to how a digit is drawn.
+    """
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(1)
     net = DigitsNet()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
+    classify, redraw = nn.Linear(64, 10), nn.Linear(64, 64)
+    parameters = [*net.parameters(), *classify.parameters(), *redraw.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         rows = torch.randint(len(labels), (128,), generator=generator)
-        scores = classify(net, shifted(images[rows], generator))
-        loss = F.cross_entropy(scores, labels[rows], label_smoothing=0.1)
+        moved = shifted(images[rows], generator)
+        features = net.pooled(moved)
+        loss = F.cross_entropy(classify(features), labels[rows])
+        loss = loss + 4 * F.mse_loss(redraw(features), moved.flatten(1) / 127.5 - 1)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+    accuracy = float((classify(net.pooled(images)).argmax(1) == labels).float().mean())
+    print(f"extractor: accuracy {accuracy:.4f}", flush=True)
+    net.fit_whitening(images)
     return net.eval()
 
 

@@ -56,7 +56,7 @@ class MergeConfig:
     groups: Mapping[str, str] = field(default_factory=dict)  # name -> regex of tensor names
 
     def __post_init__(self) -> None:
-        _require(0 < self.scale < math.inf, "scale", "> 0", self.scale)
+        _require(0 < self.scale < math.inf, "scale", "finite and > 0", self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +130,10 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         _require(self.population >= 2, "population", ">= 2", self.population)
-        _require(0 < self.std < math.inf, "std", "> 0", self.std)
+        _require(0 < self.std < math.inf, "std", "finite and > 0", self.std)
         for name in ("learning_rate", "std_learning_rate"):
             rate = getattr(self, name)
-            _require(0 < rate < math.inf, name, "> 0", rate)
+            _require(0 < rate < math.inf, name, "finite and > 0", rate)
         _require(0 < self.decay <= 1, "decay", "in (0, 1]", self.decay)
         _require(0 < self.min_decay <= 1, "min_decay", "in (0, 1]", self.min_decay)
         _require(0 < self.top_fraction <= 1, "top_fraction", "in (0, 1]", self.top_fraction)

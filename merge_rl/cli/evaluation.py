@@ -140,7 +140,8 @@ def evaluate(
     rows = [
         [key, interval_text(value), f"{value['min']:.3f}"] for key, value in document["fid"].items()
     ]
-    title = f"FID, N = {num_images:,}, {repeats} repeats, seeds {seed}-{seed + num_images * repeats - 1}"
+    last = seed + num_images * repeats - 1
+    title = f"FID, N = {num_images:,}, {repeats} repeats, seeds {seed}-{last}"
     print_table(title, ["statistics", "mean [95 % interval]", "minimum"], rows)
 
 

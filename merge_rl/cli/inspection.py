@@ -60,8 +60,8 @@ def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None
         count = sum(_numel(info.shape) for info in opened.tensors.values())
         model = (opened.config or {}).get("model", "unknown network")
         title = (
-            f"{len(opened)} checkpoints of {model}, {len(opened.tensors)} tensors, {count:,} values "
-            f"each, {opened.total_bytes / 1e6:.1f} MB, licence {opened.licence or 'not stated'}"
+            f"{len(opened)} checkpoints of {model}, {count:,} values in {len(opened.tensors)} "
+            f"tensors each, {opened.total_bytes / 1e6:.1f} MB, licence {opened.licence or 'not stated'}"
         )
         print_table(title, ["checkpoint", "track", "nimg", "ema_std", "check"], rows)
     if failed:

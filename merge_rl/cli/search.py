@@ -167,7 +167,8 @@ def optimize(
 
     Each round proposes coefficients, merges, generates images with a deterministic ODE and scores
     how the FID of a pool of images changes when some of it is replaced. Ends with a comparison on
-    fresh seeds and writes RUN/merged. Ctrl-C keeps the finished rounds: [bold]mergerl resume RUN[/bold].
+    fresh seeds and writes RUN/merged. Ctrl-C keeps the finished rounds; go on with
+    [bold]mergerl resume RUN[/bold].
     """
     from merge_rl.cli.settings import build_config
     from merge_rl.storage.checkpoints import open_checkpoints
