@@ -61,7 +61,8 @@ def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None
         model = (opened.config or {}).get("model", "unknown network")
         title = (
             f"{len(opened)} checkpoints of {model}, {count:,} values in {len(opened.tensors)} "
-            f"tensors each, {opened.total_bytes / 1e6:.1f} MB, licence {opened.licence or 'not stated'}"
+            f"tensors each, {opened.total_bytes / 1e6:.1f} MB, "
+            f"licence {opened.licence or 'not stated'}"
         )
         print_table(title, ["checkpoint", "track", "nimg", "ema_std", "check"], rows)
     if failed:

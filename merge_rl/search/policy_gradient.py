@@ -53,11 +53,11 @@ class EMANet(nn.Module):
     def __init__(self, dim: int, generator: torch.Generator, width: int = 64) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(width, generator=generator, dtype=torch.float64))
-        self.hidden = [nn.Linear(width, width, dtype=torch.float64) for _ in range(2)]
+        hidden = [nn.Linear(width, width, dtype=torch.float64) for _ in range(2)]
+        self.hidden = nn.ModuleList(hidden)
         self.last = nn.Linear(width, dim, dtype=torch.float64)
-        self.layers = nn.ModuleList([*self.hidden, self.last])
         with torch.no_grad():
-            for layer in self.hidden:
+            for layer in hidden:
                 draw = torch.randn(width, width, generator=generator, dtype=torch.float64)
                 layer.weight.copy_(draw * math.sqrt(2 / width))
                 layer.bias.zero_()

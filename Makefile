@@ -1,0 +1,47 @@
+# make demo   install, then the main job on the embedded digits run (about two minutes)
+# make test   install, then all tests
+# make lint   install, then format, lint and types
+# make bench  the benchmarks; each prints a table and writes JSON to build/bench
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+JOBS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -4
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "merge_rl needs Python >= 3.10")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	rm -rf build/demo
+	$(BIN)/mergerl demo build/demo
+	$(BIN)/mergerl optimize build/demo/edm2 --config examples/digits.yaml --out build/demo/run
+	$(BIN)/mergerl sample build/demo/run/merged --num 100 --out build/demo/samples.png
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	mkdir -p build/bench
+	$(BIN)/python benchmarks/moments.py --out build/bench/moments.json
+	$(BIN)/python benchmarks/digits_search.py --out build/bench/digits_search.json
+
+clean:
+	rm -rf .venv build
