@@ -56,10 +56,10 @@ CONFIG = {
     "attn_resolutions": [4],
     "channels_per_head": 12,
 }
-BATCH = 256
+BATCH = 128
 SNAPSHOTS = 8
-SNAPSHOT_EVERY = 512 * BATCH  # images
-REF_LR, WARMUP_IMAGES = 0.03, 10_000
+SNAPSHOT_EVERY = 768 * BATCH  # images
+REF_LR, WARMUP_IMAGES = 0.04, 10_000
 P_MEAN, P_STD = -0.4, 1.0
 EMA_STDS = (0.05, 0.10)
 

@@ -1,0 +1,245 @@
+"""Settings: to YAML and back, and a refusal for everything that cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from merge_rl.config import (
+    EvaluationConfig,
+    MergeConfig,
+    OptimizeConfig,
+    RewardConfig,
+    SamplerConfig,
+    SearchConfig,
+    dump_config,
+    from_mapping,
+    load_config,
+    to_mapping,
+)
+from merge_rl.errors import ConfigError, UnknownNameError
+
+# Every value differs from its default, so that a field that is dropped on the way is noticed.
+SAMPLER = SamplerConfig(
+    solver="euler", num_steps=7, sigma_min=0.01, sigma_max=40.0, rho=5.5, guidance=1.4, guide="g/x"
+)
+MERGE = MergeConfig(
+    map="softmax", start="uniform", scale=0.125, groups={"enc": r"\.enc\.", "später": "^dec: '#"}
+)
+REWARD = RewardConfig(
+    name="other", pool_size=300, subset_size=40, num_subsets=2, num_replacements=3, refresh="4",
+    refresh_size=17, max_gap=0.3,
+)  # fmt: skip
+SEARCH = SearchConfig(
+    name="other", policy="mlp", population=6, antithetic=False, std=0.5, learn_std=True,
+    learning_rate=1e-05, std_learning_rate=0.125, betas=(0.25, 0.75), decay=0.5, min_decay=0.25,
+    top_fraction=0.3, clip=math.inf, epochs=4,
+)  # fmt: skip
+EVALUATION = EvaluationConfig(num_images=60, repeats=5, selection_images=30)
+OPTIMIZE = OptimizeConfig(
+    checkpoints="a b: c", track="0.05", extractor="e", extractor_weights="w", reference="r",
+    heldout="h", budget=12345, seed=-3, batch=9, device="cuda:1", sampler=SAMPLER, merge=MERGE,
+    reward=REWARD, search=SEARCH, evaluation=EVALUATION,
+)  # fmt: skip
+CONFIGS: list[Any] = [SAMPLER, MERGE, REWARD, SEARCH, EVALUATION, OPTIMIZE]
+CONFIGS += [OptimizeConfig(checkpoints="x"), MergeConfig(), SearchConfig()]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: type(c).__name__)
+def test_yaml_round_trip(config: Any, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(type(config), path) == config
+
+
+@pytest.mark.parametrize("config", CONFIGS[:6], ids=lambda c: type(c).__name__)
+def test_the_examples_leave_no_default(config: Any) -> None:
+    for item in dataclasses.fields(config):
+        if item.default is not dataclasses.MISSING:
+            assert getattr(config, item.name) != item.default, item.name
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: type(c).__name__)
+def test_configs_are_frozen_and_keyword_only(config: Any) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+    with pytest.raises(TypeError, match="positional"):
+        type(config)("x")
+
+
+def test_mappings_are_plain_data() -> None:
+    values = to_mapping(OPTIMIZE)
+    assert values["search"]["betas"] == [0.25, 0.75]
+    assert values["merge"]["groups"] == MERGE.groups
+    assert values["sampler"]["guide"] == "g/x"
+    assert to_mapping(OptimizeConfig(checkpoints="x"))["sampler"] is None
+    values["merge"]["groups"]["new"] = "y"
+    assert "new" not in MERGE.groups
+
+
+def test_nested_types_are_restored() -> None:
+    found = from_mapping(OptimizeConfig, to_mapping(OPTIMIZE))
+    assert found == OPTIMIZE
+    assert isinstance(found.search.betas, tuple)
+    # A whole number is a number.
+    assert type(from_mapping(SamplerConfig, {"rho": 7}).rho) is float
+    assert from_mapping(SearchConfig, {"betas": [0, 0.5]}).betas == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"buget": 5}, r"unknown setting in config 'buget'; did you mean 'budget'\?"),
+        ({"reward": {"poolsize": 5}}, r"setting in config.reward 'poolsize'; .* 'pool_size'"),
+        ({"sampler": {"steps": 5}}, r"setting in config.sampler 'steps'; did you mean 'num_steps'"),
+        ({3: 5}, r"unknown setting in config '3' \(known: batch, budget"),
+    ],
+)
+def test_unknown_keys(values: dict[Any, Any], message: str) -> None:
+    with pytest.raises(UnknownNameError, match=message):
+        from_mapping(OptimizeConfig, {"checkpoints": "x", **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"budget": "many"}, r"config.budget: expected int, found str 'many'"),
+        ({"budget": 2.0}, r"config.budget: expected int, found float 2.0"),
+        ({"budget": True}, r"config.budget: expected int, found bool True"),
+        ({"budget": None}, r"config.budget: expected int, found NoneType None"),
+        ({"device": 0}, r"config.device: expected str, found int 0"),
+        ({"track": 0.05}, r"config.track: expected str, found float 0.05"),
+        ({"sampler": {"rho": True}}, r"config.sampler.rho: expected float, found bool True"),
+        ({"sampler": {"rho": "7"}}, r"config.sampler.rho: expected float, found str '7'"),
+        ({"sampler": [7]}, r"config.sampler: expected a mapping, found list"),
+        ({"reward": None}, r"config.reward: expected a mapping, found NoneType"),
+        ({"search": {"antithetic": 1}}, r"config.search.antithetic: expected bool, found int 1"),
+        ({"search": {"betas": 0.5}}, r"config.search.betas: expected list or mapping, found float"),
+        ({"search": {"betas": ["a", 0]}}, r"config.search.betas: expected float, found str 'a'"),
+        ({"merge": {"groups": ["a"]}}, r"config.merge.groups: expected list or mapping, found li"),
+        ({"merge": {"groups": {"a": 1}}}, r"config.merge.groups.a|config.merge.groups: expected s"),
+    ],
+)
+def test_wrong_types(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_mapping(OptimizeConfig, {"checkpoints": "x", **values})
+
+
+def test_missing_setting() -> None:
+    with pytest.raises(ConfigError, match=r"run: 'checkpoints' is missing"):
+        from_mapping(OptimizeConfig, {"budget": 5}, "run")
+
+
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (SamplerConfig, {"num_steps": 1}, "expected num_steps >= 2, got 1"),
+    (SamplerConfig, {"guidance": -0.5, "guide": "g"}, "expected guidance >= 0, got -0.5"),
+    (SamplerConfig, {"guidance": math.nan, "guide": "g"}, "expected guidance >= 0, got nan"),
+    (SamplerConfig, {"guidance": 1.5}, "guidance 1.5 needs a guide model; 1 switches it off"),
+    (MergeConfig, {"scale": 0.0}, "expected scale finite and > 0, got 0.0"),
+    (MergeConfig, {"scale": math.inf}, "expected scale finite and > 0, got inf"),
+    (RewardConfig, {"pool_size": 1}, "expected pool_size >= 2, got 1"),
+    (RewardConfig, {"subset_size": 0}, "expected subset_size >= 1, got 0"),
+    (
+        RewardConfig,
+        {"pool_size": 100, "subset_size": 101},
+        "the subset of 101 images is larger than the pool of 100; expected subset_size <= pool_siz",
+    ),
+    (RewardConfig, {"num_subsets": 0}, "expected num_subsets >= 1, got 0"),
+    (RewardConfig, {"num_replacements": 0}, "expected num_replacements >= 1, got 0"),
+    (RewardConfig, {"max_gap": 0.0}, "expected max_gap > 0, got 0.0"),
+    (RewardConfig, {"refresh": "0"}, r'expected refresh "rolling" or a number .* >= 1, got \'0\''),
+    (RewardConfig, {"refresh": "often"}, "a number of rounds >= 1, got 'often'"),
+    (RewardConfig, {"refresh": "²"}, "a number of rounds >= 1, got '²'"),
+    (RewardConfig, {"refresh_size": 0}, r"expected refresh_size in 1\.\.5000, got 0"),
+    (RewardConfig, {"refresh_size": 5001}, r"expected refresh_size in 1\.\.5000, got 5001"),
+    (SearchConfig, {"population": 1}, "expected population >= 2, got 1"),
+    (SearchConfig, {"std": 0.0}, "expected std finite and > 0, got 0.0"),
+    (SearchConfig, {"std": math.inf}, "expected std finite and > 0, got inf"),
+    (SearchConfig, {"learning_rate": 0.0}, "expected learning_rate finite and > 0, got 0.0"),
+    (SearchConfig, {"learning_rate": math.nan}, "expected learning_rate finite and > 0, got nan"),
+    (SearchConfig, {"std_learning_rate": -1.0}, "expected std_learning_rate finite and > 0, got"),
+    (SearchConfig, {"decay": 0.0}, r"expected decay in \(0, 1\], got 0.0"),
+    (SearchConfig, {"decay": 1.1}, r"expected decay in \(0, 1\], got 1.1"),
+    (SearchConfig, {"min_decay": 0.0}, r"expected min_decay in \(0, 1\], got 0.0"),
+    (SearchConfig, {"top_fraction": 0.0}, r"expected top_fraction in \(0, 1\], got 0.0"),
+    (SearchConfig, {"clip": 0.0}, "expected clip > 0, got 0.0"),
+    (SearchConfig, {"epochs": 0}, "expected epochs >= 1, got 0"),
+    (SearchConfig, {"betas": (0.5, 1.0)}, r"expected betas two numbers in \[0, 1\), got \(0.5, 1"),
+    (SearchConfig, {"betas": (0.5,)}, r"expected betas two numbers in \[0, 1\), got \(0.5,\)"),
+    (EvaluationConfig, {"num_images": 1}, "expected num_images >= 2, got 1"),
+    (EvaluationConfig, {"repeats": 2}, "expected repeats >= 3, got 2"),
+    (EvaluationConfig, {"selection_images": 1}, "expected selection_images >= 2, got 1"),
+    (OptimizeConfig, {"checkpoints": "x", "budget": 0}, "expected budget >= 1 image, got 0"),
+    (OptimizeConfig, {"checkpoints": "x", "batch": 0}, "expected batch >= 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("cls", "values", "message"), REFUSED)
+def test_refusals(cls: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cls(**values)
+
+
+def test_limits_are_allowed() -> None:
+    RewardConfig(pool_size=100, subset_size=100, refresh_size=100)
+    SearchConfig(decay=1.0, min_decay=1.0, top_fraction=1.0, clip=math.inf, betas=(0.0, 0.0))
+    SamplerConfig(num_steps=2, guidance=0.0, guide="g")
+
+
+def test_images_a_reward_costs() -> None:
+    assert REWARD.images_per_candidate == 2 * 3 * 40
+    # Every fourth round, counted from 0, the whole pool.
+    assert [REWARD.refresh_images(i) for i in range(9)] == [0, 0, 0, 300, 0, 0, 0, 300, 0]
+    rolling = RewardConfig(pool_size=300, subset_size=40)
+    assert rolling.rolling_size == 40
+    assert [rolling.refresh_images(i) for i in range(3)] == [40, 40, 40]
+    assert dataclasses.replace(rolling, refresh_size=17).refresh_images(5) == 17
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "checkpoints: !!python/object/apply:os.getcwd []",
+        "checkpoints: !!python/name:os.getcwd",
+        "checkpoints: !!python/tuple [a]",
+        "checkpoints: !custom x",
+        "checkpoints: [unclosed",
+        "checkpoints: 2024-99-99",
+        "a: " + "[" * 2000,
+        "checkpoints: x\n\tbudget: 5",
+    ],
+)
+def test_yaml_that_is_not_plain(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run.yaml: not valid YAML: "):
+        load_config(OptimizeConfig, path)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text", "3"])
+def test_yaml_that_is_no_mapping(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run.yaml: expected a mapping, found"):
+        load_config(OptimizeConfig, path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none.yaml: no such file"):
+        load_config(OptimizeConfig, tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(OptimizeConfig, tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("checkpoints: über".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin.yaml: not valid YAML: 'utf-8' codec"):
+        load_config(OptimizeConfig, tmp_path / "latin.yaml")
+
+
+def test_a_refusal_in_a_file_names_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("checkpoints: x\nreward:\n  pool_size: big\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run.yaml.reward.pool_size: expected int, found str"):
+        load_config(OptimizeConfig, path)

@@ -1,0 +1,106 @@
+"""Names to factories, and networks from configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from merge_rl import registry
+from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.models.edm2 import EDM2
+from merge_rl.registry import build_autoencoder, build_model, resolve
+
+TABLES: dict[str, Mapping[str, str]] = {
+    name: table
+    for name, table in vars(registry).items()
+    if name.isupper() and isinstance(table, Mapping)
+}
+CONFIG: dict[str, Any] = {
+    "model": "edm2",
+    "img_resolution": 8,
+    "img_channels": 1,
+    "label_dim": 10,
+    "model_channels": 8,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+    "channels_per_head": 8,
+}
+
+
+def test_all_tables_are_seen() -> None:
+    assert set(TABLES) >= {"MODELS", "AUTOENCODERS", "EXTRACTORS", "SEARCHERS", "REWARDS"}
+
+
+@pytest.mark.parametrize(
+    ("table", "name"), [(table, name) for table, names in TABLES.items() for name in names]
+)
+def test_every_registered_name_resolves(table: str, name: str) -> None:
+    target = TABLES[table][name]
+    module, _, factory = target.partition(":")
+    found = resolve("thing", TABLES[table], name)
+    assert callable(found)
+    assert f"{found.__module__}:{found.__qualname__}" == target
+    # Names are typed on the command line and written to files.
+    assert name == name.lower()
+    assert name.replace("-", "").replace("_", "").isalnum()
+    assert module.startswith("merge_rl.")
+    assert factory.isidentifier()
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    message = r"unknown searcher 'policy-gradiant'; did you mean 'policy-gradient'\? \(known: "
+    with pytest.raises(UnknownNameError, match=message) as raised:
+        resolve("searcher", registry.SEARCHERS, "policy-gradiant")
+    assert (raised.value.kind, raised.value.name) == ("searcher", "policy-gradiant")
+    assert raised.value.known == tuple(sorted(registry.SEARCHERS))
+    with pytest.raises(UnknownNameError, match=r"unknown reward '' \(known: "):
+        resolve("reward", registry.REWARDS, "")
+    with pytest.raises(UnknownNameError, match=r"unknown model 'x' \(known: none\)"):
+        resolve("model", {}, "x")
+
+
+def test_build_model() -> None:
+    model = build_model(CONFIG)
+    assert isinstance(model, EDM2)
+    assert not model.training
+    assert "model" in CONFIG  # the mapping is not altered
+    with torch.no_grad():
+        out = model(torch.ones(2, 1, 8, 8), torch.tensor(1.0), torch.tensor([3, 4]))
+    assert out.shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, r'expected "model" in the model config, found keys \[\'attn_resolutions'),
+        ({"depth": 28}, r"the edm2 network does not take this config: .*'depth'"),
+        ({"img_resolution": "8"}, "the edm2 network does not take this config: "),
+        ({"channel_mult": 2}, "the edm2 network does not take this config: .* not iterable"),
+        ({"channels_per_head": 0}, "the edm2 network does not take this config: .* by zero"),
+        ({"model_channels": -8}, "the edm2 network does not take this config: .* negative"),
+    ],
+)
+def test_configs_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model({**CONFIG, **changes})
+
+
+def test_required_options_and_names() -> None:
+    with pytest.raises(ConfigError, match="does not take this config: .*missing"):
+        build_model({"model": "edm2"})
+    with pytest.raises(UnknownNameError, match=r"unknown model 'edm'; did you mean 'edm2'\?"):
+        build_model({**CONFIG, "model": "edm"})
+    with pytest.raises(UnknownNameError, match="unknown model '2'"):
+        build_model({**CONFIG, "model": 2})
+
+
+def test_build_autoencoder() -> None:
+    # The pixel encoder's identity: byte -> [-1, 1] -> the same byte.
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(build_autoencoder().decode(images.float() / 127.5 - 1), images)
+    with pytest.raises(UnknownNameError, match=r"unknown autoencoder 'pixels'; .* 'pixel'"):
+        build_autoencoder("pixels")

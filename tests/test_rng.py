@@ -1,0 +1,74 @@
+"""Named streams of one seed, and one generator an image."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from merge_rl.rng import SEED_BITS, ImageStreams, derive_seed, image_seeds, stream
+
+
+def test_derived_seed_is_the_documented_hash() -> None:
+    # First 8 bytes of SHA-256 of "7/round/3", big endian, without the lowest two bits.
+    digest = hashlib.sha256(b"7/round/3").digest()
+    assert derive_seed(7, "round", 3) == int.from_bytes(digest[:8], "big") // 4
+
+
+def test_seeds_lie_in_62_bits() -> None:
+    seeds = [derive_seed(seed, "x", i) for seed in (0, 1, -5, 2**63) for i in range(500)]
+    assert min(seeds) >= 0
+    # 2,000 uniform draws: the largest one misses the top per cent with probability 2e-9.
+    assert 0.99 * 2**SEED_BITS < max(seeds) < 2**SEED_BITS
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_streams_differ_by_seed_and_by_name() -> None:
+    names: list[tuple[str | int, ...]] = [
+        (), ("pool",), ("pool", 0), ("pool", 1), ("pool", 0, 1), ("round", 0), (0,), (1, 0), (10,),
+    ]  # fmt: skip
+    draws = {
+        tuple(torch.randn(4, generator=stream(seed, *name)).tolist())
+        for seed in (0, 1)
+        for name in names
+    }
+    assert len(draws) == 2 * len(names)
+
+
+def test_streams_do_not_disturb_each_other() -> None:
+    a, b = stream(3, "a"), stream(3, "b")
+    before = torch.random.get_rng_state()
+    mixed = [(torch.randn([], generator=a), torch.randn([], generator=b)) for _ in range(5)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    again = stream(3, "a")
+    assert [x for x, _ in mixed] == [torch.randn([], generator=again) for _ in range(5)]
+
+
+def test_streams_are_uncorrelated() -> None:
+    # 10,000 products of independent unit normals: mean 0, standard error 0.01.
+    a, b = (torch.randn(10_000, generator=stream(0, "ask", i)) for i in (0, 1))
+    assert float((a * b).mean()) == pytest.approx(0, abs=0.05)
+
+
+def test_image_seeds_are_a_prefix_of_a_longer_list() -> None:
+    long = image_seeds(20, 5, "round", 2)
+    assert image_seeds(7, 5, "round", 2) == long[:7]
+    assert len(set(long)) == 20
+    assert not set(long) & set(image_seeds(20, 5, "round", 3))
+    assert image_seeds(0, 5) == []
+
+
+def test_an_image_depends_on_its_own_seed_alone() -> None:
+    seeds = [11, 2**62 - 1, 0, 2**63 + 4]
+    together = ImageStreams(seeds)
+    noise, labels, churn = together.randn((2, 3)), together.randint(1000), together.randn((2, 3))
+    assert noise.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert 0 <= int(labels.min()) <= int(labels.max()) < 1000
+    for i in (3, 0, 2, 1):
+        alone = ImageStreams([seeds[i]])
+        assert torch.equal(alone.randn((2, 3))[0], noise[i])
+        assert torch.equal(alone.randint(1000)[0], labels[i])
+        assert torch.equal(alone.randn((2, 3))[0], churn[i])
+    assert not torch.equal(noise, churn)
