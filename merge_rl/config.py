@@ -6,6 +6,7 @@ nothing is said.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -259,8 +260,11 @@ def _convert(kind: Any, value: object, where: str) -> Any:
         return tuple(_convert(parts[0], item, where) for item in value)
     if origin is not None and isinstance(value, Mapping):
         return {str(k): _convert(parts[1], v, where) for k, v in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
+            return float(str(value))
+    if kind is str and type(value) is int:
+        return str(value)
     if isinstance(kind, type) and type(value) is kind:
         return value
     name = getattr(kind, "__name__", str(kind)) if origin is None else "list or mapping"

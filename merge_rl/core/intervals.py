@@ -14,7 +14,7 @@ from merge_rl.errors import TooFewSamplesError
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of `count` values with the bounds of its 95 % confidence interval."""
+    """A mean of `count` values with the bounds of its confidence interval."""
 
     mean: float
     low: float

@@ -53,9 +53,9 @@ class EMANet(nn.Module):
     def __init__(self, dim: int, generator: torch.Generator, width: int = 64) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(width, generator=generator, dtype=torch.float64))
-        hidden = [nn.Linear(width, width, dtype=torch.float64) for _ in range(2)]
+        hidden = [_blank_linear(width, width) for _ in range(2)]
         self.hidden = nn.ModuleList(hidden)
-        self.last = nn.Linear(width, dim, dtype=torch.float64)
+        self.last = _blank_linear(width, dim)
         with torch.no_grad():
             for layer in hidden:
                 draw = torch.randn(width, width, generator=generator, dtype=torch.float64)
@@ -164,7 +164,8 @@ class PolicyGradient:
         self.damping = min(1.0, max(0.1, self.damping * factor))
 
     def recenter(self, theta: Tensor) -> None:
-        """Move the policy mean to theta (D,), back to where samples were finite."""
+        """Move the policy mean to theta (D,), where samples were finite, and forget momentum."""
+        self._optimizer.state.clear()
         with torch.no_grad():
             self._net.offset.add_(theta - self.mean)
 
@@ -201,6 +202,14 @@ class PolicyGradient:
                 slots.setdefault(int(index), {})[slot] = value.clone()
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+
+def _blank_linear(inputs: int, outputs: int) -> nn.Linear:
+    # Values are set by the caller: the usual ones would be drawn from the global generator.
+    blank: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear, inputs, outputs, dtype=torch.float64
+    )
+    return blank
 
 
 def _plain_normal(count: int, dim: int, generator: torch.Generator) -> Tensor:

@@ -20,7 +20,9 @@ def image_grid(images: Tensor, columns: int | None = None, padding: int = 1) -> 
     The default is the squarest grid. Between tiles lie `padding` pixels of mid grey.
     """
     if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
-        raise ConfigError(f"expected images (N, C, H, W) uint8, got {tuple(images.shape)}")
+        raise ConfigError(
+            f"expected images (N, C, H, W) uint8, got {tuple(images.shape)} {images.dtype}"
+        )
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -41,7 +43,9 @@ def enlarge(image: Tensor, factor: int) -> Tensor:
 def write_png(path: str | os.PathLike[str], image: Tensor) -> None:
     """Write (1 or 3, H, W) uint8 as an 8-bit grey or RGB PNG, atomically."""
     if image.ndim != 3 or image.shape[0] not in (1, 3) or image.dtype != torch.uint8:
-        raise ConfigError(f"expected an image (1 or 3, H, W) uint8, got {tuple(image.shape)}")
+        raise ConfigError(
+            f"expected an image (1 or 3, H, W) uint8, got {tuple(image.shape)} {image.dtype}"
+        )
     channels, height, width = image.shape
     rows = image.permute(1, 2, 0).reshape(height, width * channels).contiguous().numpy()
     # Every line starts with its filter type; 0 is none.

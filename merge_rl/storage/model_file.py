@@ -43,13 +43,7 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
     the `config.json` beside it, then a manifest that lists it, up to two folders higher. Weights
     are checked to be finite, and against the manifest's hash where there is one.
     """
-    given = Path(path)
-    file = _only_file(given) if given.is_dir() else given
-    if not file.is_file():
-        raise CheckpointError(f"{given}: no such file or folder")
-    if file.suffix != ".safetensors":
-        hint = "expected a .safetensors file; `mergerl convert` makes one from .pkl and .pt"
-        raise CheckpointError(f"{file}: {hint}")
+    file = model_file_path(path)
     listed = _find_listing(file)
     recorded = listed[1].sha256 if listed else None
     header, weights, digest = read_file(file, hashed=recorded is not None)
@@ -59,6 +53,18 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
         require_finite(file, name, tensor)
     config = _first_config(file, header.metadata, listed[0] if listed else None)
     return ModelFile(weights, config, dict(header.metadata))
+
+
+def model_file_path(path: str | os.PathLike[str]) -> Path:
+    """The `.safetensors` that `path` means: itself, or the only one of a folder."""
+    given = Path(path)
+    file = _only_file(given) if given.is_dir() else given
+    if not file.is_file():
+        raise CheckpointError(f"{given}: no such file or folder")
+    if file.suffix != ".safetensors":
+        hint = "expected a .safetensors file; `mergerl convert` makes one from .pkl and .pt"
+        raise CheckpointError(f"{file}: {hint}")
+    return file
 
 
 def save_checkpoint(

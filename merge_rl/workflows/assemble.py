@@ -23,7 +23,7 @@ from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.hashing import sha256_file
-from merge_rl.storage.model_file import open_model_file
+from merge_rl.storage.model_file import model_file_path, open_model_file
 from merge_rl.storage.reference import Reference, load_reference
 from merge_rl.workflows.reward import SubsetReplaceFID
 from merge_rl.workflows.rollout import MergedRollout, Rollout
@@ -129,17 +129,22 @@ def build_map(checkpoints: CheckpointSet, merge: MergeConfig, num_groups: int) -
     )
 
 
-def build_extractor(name: str, weights: str | None) -> tuple[FeatureExtractor, str | None]:
-    """The named extractor with weights from a file, and the SHA-256 of that file."""
+def build_extractor(
+    name: str, weights: str | None, device: str = "cpu"
+) -> tuple[FeatureExtractor, str | None]:
+    """The named extractor on a device, with weights from a file, and that file's SHA-256."""
     factory = registry.resolve("extractor", registry.EXTRACTORS, name)
     if weights is None:
         raise ConfigError(f"the extractor {name!r} needs a weights file; pass --extractor-weights")
     file = open_model_file(weights)
     try:
-        return factory(file.weights), sha256_file(Path(weights))
+        extractor: FeatureExtractor = factory(file.weights)
     except (RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{weights}: not weights of extractor {name!r}: {first}") from None
+    if isinstance(extractor, nn.Module):
+        extractor.to(device)
+    return extractor, sha256_file(Path(weights))
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +185,9 @@ def build_job(config: OptimizeConfig, checkpoints: CheckpointSet) -> Job:
     model = registry.build_model(checkpoints.config).to(config.device).requires_grad_(False)
     base = base_index(checkpoints, config.merge.start)
     flat, group_names = load_flat(checkpoints, model, base=base, merge=config.merge)
-    extractor, digest = build_extractor(config.extractor or "", config.extractor_weights)
+    extractor, digest = build_extractor(
+        config.extractor or "", config.extractor_weights, config.device
+    )
     references = _load_references(config, extractor, digest)
     live = LiveModel(model, flat)
     sampler = config.sampler or SamplerConfig()
@@ -243,7 +250,10 @@ def load_network(path: str | Path) -> nn.Module:
 def _hashes(
     config: OptimizeConfig, checkpoints: CheckpointSet, digest: str | None
 ) -> dict[str, Any]:
-    files = {"reference": config.reference, "heldout": config.heldout}
+    guide = (
+        model_file_path(config.sampler.guide) if config.sampler and config.sampler.guide else None
+    )
+    files = {"reference": config.reference, "heldout": config.heldout, "guide": guide}
     return {
         "checkpoints": {name: checkpoints.sha256(i) for i, name in enumerate(checkpoints.names)},
         "extractor_weights": digest,

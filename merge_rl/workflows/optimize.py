@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from merge_rl import registry
-from merge_rl.config import OptimizeConfig
+from merge_rl.config import OptimizeConfig, SamplerConfig
+from merge_rl.core.sampling import count_network_calls
+from merge_rl.core.schedules import edm_noise_levels
 from merge_rl.errors import BudgetError, RunError
 from merge_rl.interfaces import NullTracker, Searcher, Tracker
 from merge_rl.storage.checkpoints import open_checkpoints
@@ -140,10 +142,18 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
 
 
 def check_names(config: OptimizeConfig) -> None:
-    """Raise UnknownNameError before any work for a searcher, reward or extractor not known."""
+    """Raise before any work for names that are not known and noise levels that cannot be."""
     registry.resolve("searcher", registry.SEARCHERS, config.search.name)
     registry.resolve("reward", registry.REWARDS, config.reward.name)
     registry.resolve("extractor", registry.EXTRACTORS, config.extractor or "")
+    sampler = config.sampler or SamplerConfig()
+    count_network_calls(sampler.solver, sampler.num_steps)
+    edm_noise_levels(
+        sampler.num_steps,
+        sigma_min=sampler.sigma_min,
+        sigma_max=sampler.sigma_max,
+        rho=sampler.rho,
+    )
 
 
 def check_budget(config: OptimizeConfig) -> None:
