@@ -259,7 +259,7 @@ def _convert(kind: Any, value: object, where: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(parts[0], item, where) for item in value)
     if origin is not None and isinstance(value, Mapping):
-        return {str(k): _convert(parts[1], v, where) for k, v in value.items()}
+        return {str(k): _convert(parts[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
             return float(str(value))
