@@ -53,7 +53,7 @@ class MergeConfig:
 
     map: str = "affine"  # affine, free, softmax, ema
     start: str = "newest"  # newest, uniform, or a checkpoint's name
-    scale: float = 0.03  # coefficient units of one unit of theta
+    scale: float = 0.05  # coefficient units of one unit of theta
     groups: Mapping[str, str] = field(default_factory=dict)  # name -> regex of tensor names
 
     def __post_init__(self) -> None:
@@ -66,12 +66,12 @@ class RewardConfig:
 
     name: str = "fid-subset"
     pool_size: int = 5000  # N
-    subset_size: int = 250  # n: images a candidate replaces
+    subset_size: int = 100  # n: images a candidate replaces
     num_subsets: int = 1  # Ns: different subsets a candidate is scored on
     num_replacements: int = 1  # Nr: fresh sets of images for each subset
     refresh: str = "rolling"  # rolling: some rows every round; or a number: all, every k rounds
-    refresh_size: int | None = None  # rows a rolling refresh renews; as many as a subset if unset
-    max_gap: float = 0.10  # act where fresh images would move the pool's distance by this share
+    refresh_size: int | None = None  # rows a rolling refresh renews; a tenth of the pool if unset
+    max_gap: float = 0.20  # running mean of the relative gap above which the loop acts
 
     def __post_init__(self) -> None:
         _require(self.pool_size >= 2, "pool_size", ">= 2", self.pool_size)
@@ -101,7 +101,7 @@ class RewardConfig:
     @property
     def rolling_size(self) -> int:
         """Rows that a rolling refresh renews."""
-        return self.refresh_size or self.subset_size
+        return self.refresh_size or max(1, self.pool_size // 10)
 
     def refresh_images(self, round_index: int) -> int:
         """Rows that are renewed after a round, counted from 0."""
@@ -120,10 +120,10 @@ class SearchConfig:
     antithetic: bool = True
     std: float = 1.0  # of the policy, in theta units
     learn_std: bool = False
-    learning_rate: float = 0.5  # Adam's, in theta units: about the step of one round
+    learning_rate: float = 0.7  # Adam's, in theta units: about the step of one round
     std_learning_rate: float = 0.05
     betas: tuple[float, float] = (0.5, 0.9)
-    decay: float = 0.95  # of step and exploration, a round
+    decay: float = 0.93  # of step and exploration, a round
     min_decay: float = 0.1
     top_fraction: float = 1.0  # kept for the update, by advantage
     clip: float = 0.2

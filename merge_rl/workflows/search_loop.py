@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merge_rl.config import OptimizeConfig
 from merge_rl.core.statistics import FeatureStats
-from merge_rl.errors import NonFiniteWeightsError
+from merge_rl.errors import NonFiniteWeightsError, RunError
 from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.rng import image_seeds, stream
 from merge_rl.storage.runs import RunDir
@@ -20,6 +20,7 @@ from merge_rl.workflows.reward import Pool, draw_subset, pool_gap
 from merge_rl.workflows.rollout import balanced_labels
 
 DAMP, RECOVER = 0.7, 1.15  # what a gap does to the step, and how it comes back
+GAP_MEMORY = 0.7  # of the running mean: one refresh alone is mostly chance
 
 
 class SearchLoop:
@@ -37,6 +38,7 @@ class SearchLoop:
         self.run_dir, self.tracker = run, tracker
         self.reward = job.reward
         self.round_index = self.images = self.cursor = 0
+        self.gap_mean = 0.0
         self.result_theta = searcher.mean  # the last policy mean whose samples were finite
         self.pool: Pool | None = None
         job.rollout.rollout.on_images = tracker.advance
@@ -44,7 +46,12 @@ class SearchLoop:
     def run(self) -> None:
         """From the resume point, or the beginning, until the budget is used up."""
         self.tracker.phase("search", self.config.budget)
-        self._restore()
+        try:
+            self._restore()
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            path = self.run_dir.state_path
+            raise RunError(f"{path}: damaged resume point: {reason}") from None
         self.tracker.advance(self.images)
         if self.pool is None:
             self._first_pool()
@@ -133,23 +140,31 @@ class SearchLoop:
         count = self.config.reward.refresh_images(self.round_index)
         if count == 0:
             return {"pool_after": before, "gap": None, "refreshed": 0}
-        after = self._renew(count, 0)
+        after, previous = self._renew(count, 0), self.result_theta
         if after is None:
-            self.searcher.recenter(self.result_theta)
+            self.searcher.recenter(previous)
             self.searcher.damp(DAMP)
             return {"pool_after": before, "gap": None, "refreshed": 0, "mean_failed": True}
         self.result_theta = self.searcher.mean
         gap = pool_gap(before, after, count / len(self._pool))
-        if gap <= self.config.reward.max_gap:
+        self.gap_mean = GAP_MEMORY * self.gap_mean + (1 - GAP_MEMORY) * gap
+        seen = {"gap": gap, "gap_mean": self.gap_mean}
+        if self.gap_mean <= self.config.reward.max_gap:
             self.searcher.damp(RECOVER)
-            return {"pool_after": after, "gap": gap, "refreshed": count}
+            return {"pool_after": after, "refreshed": count, **seen}
         # The pool looks better than the policy is: step less, and renew as much again if there
         # is budget, so that the next round is measured against what the policy makes now.
         self.searcher.damp(DAMP)
+        self.gap_mean = 0.0
         if self.images + count <= self.config.budget:
             again = self._renew(count, 1)
-            after, count = (again, 2 * count) if again is not None else (after, count)
-        return {"pool_after": after, "gap": gap, "refreshed": count, "damped": True}
+            if again is None:
+                self.searcher.recenter(previous)
+                self.result_theta = previous
+                failed = {"damped": True, "mean_failed": True}
+                return {"pool_after": after, "gap": gap, "refreshed": count, **failed}
+            after, count = again, 2 * count
+        return {"pool_after": after, "refreshed": count, "damped": True, **seen}
 
     def _renew(self, count: int, part: int) -> float | None:
         """Replace the `count` oldest rows; the pool's distance after it, None if not finite."""
@@ -178,6 +193,7 @@ class SearchLoop:
             "round_index": self.round_index,
             "images": self.images,
             "cursor": self.cursor,
+            "gap_mean": self.gap_mean,
             "searcher": state["scalars"],
         }
         self.run_dir.save_state(tensors, scalars)
@@ -189,7 +205,8 @@ class SearchLoop:
             return
         tensors, scalars = saved
         self.round_index, self.images = scalars["round_index"], scalars["images"]
-        self.cursor, self.result_theta = scalars["cursor"], tensors["result_theta"]
+        self.cursor, self.gap_mean = scalars["cursor"], scalars["gap_mean"]
+        self.result_theta = tensors["result_theta"]
         features = tensors["pool.features"]
         # The moments as they were, not recomputed: an update chain ends in other last bits.
         stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
