@@ -62,6 +62,7 @@ SNAPSHOT_EVERY = 1024 * BATCH  # images
 REF_LR, WARMUP_IMAGES = 0.012, 10_000
 P_MEAN, P_STD = -0.4, 1.0
 EMA_STDS = (0.05, 0.10)
+SAMPLER = {"solver": "heun", "num_steps": 8}  # over the official noise levels
 
 
 def load_images() -> tuple[Tensor, Tensor]:
@@ -245,7 +246,7 @@ def main() -> None:
                 extractor_weights=Path("evaluation/extractor.safetensors"),
                 reference=Path("evaluation/reference.safetensors"),
                 heldout=Path("evaluation/heldout.safetensors"),
-                sampler={"solver": "heun", "num_steps": 8},
+                sampler=SAMPLER,
             ),
             checkpoints=tuple(entries),
         ),

@@ -203,8 +203,8 @@ def test_images_a_reward_costs() -> None:
     # Every fourth round, counted from 0, the whole pool.
     assert [REWARD.refresh_images(i) for i in range(9)] == [0, 0, 0, 300, 0, 0, 0, 300, 0]
     rolling = RewardConfig(pool_size=300, subset_size=40)
-    assert rolling.rolling_size == 40
-    assert [rolling.refresh_images(i) for i in range(3)] == [40, 40, 40]
+    assert rolling.rolling_size == 30  # a tenth of the pool
+    assert [rolling.refresh_images(i) for i in range(3)] == [30, 30, 30]
     assert dataclasses.replace(rolling, refresh_size=17).refresh_images(5) == 17
 
 

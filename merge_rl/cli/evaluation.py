@@ -37,13 +37,15 @@ def sample(
     label: Annotated[
         int | None, typer.Option("--class", help="One class for all. [default: each in turn]")
     ] = None,
-    columns: Annotated[int | None, typer.Option(help="Of the grid. [default: square]")] = None,
+    columns: Annotated[
+        int | None, typer.Option(min=1, help="Of the grid. [default: square]")
+    ] = None,
     zoom: Annotated[
-        int | None, typer.Option(help="Enlarge pixels. [default: small images]")
+        int | None, typer.Option(min=1, help="Enlarge pixels. [default: small images]")
     ] = None,
     solver: Annotated[str | None, typer.Option(help="heun or euler.")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver intervals.")] = None,
-    batch: Annotated[int, typer.Option(help="Images in one forward pass.")] = 125,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 125,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
@@ -60,13 +62,13 @@ def sample(
     network = load_model(model)
     classes = int(getattr(network, "label_dim", 0))
     if label is not None and not 0 <= label < classes:
-        raise ConfigError(f"expected --class in 0..{classes - 1}, got {label}")
+        known = f"in 0..{classes - 1}" if classes else "left out, the network has no classes"
+        raise ConfigError(f"expected --class {known}, got {label}")
     labels = balanced_labels(num, classes) if label is None else torch.full((num,), label)
+    sampler = _sampler(model, solver, steps)
     with ProgressTracker(quiet=json) as tracker:
+        rollout = pixel_rollout(network, sampler, batch, device, tracker.advance)
         tracker.phase("sample", num)
-        rollout = pixel_rollout(
-            network, _sampler(model, solver, steps), batch, device, tracker.advance
-        )
         images = rollout.images(rollout.noise(range(seed, seed + num)), labels)
     grid = image_grid(images, columns or (10 if classes == 10 and num % 10 == 0 else None))
     factor = zoom or max(1, 480 // grid.shape[-1])
@@ -90,7 +92,7 @@ def evaluate(
     heldout: Annotated[Path | None, typer.Option(help="Statistics of held-out data.")] = None,
     solver: Annotated[str | None, typer.Option(help="heun or euler.")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver intervals.")] = None,
-    batch: Annotated[int, typer.Option(help="Images in one forward pass.")] = 125,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 125,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
@@ -149,9 +151,12 @@ def _sampler(model: Path, solver: str | None, steps: int | None) -> SamplerConfi
     import dataclasses
 
     from merge_rl.config import SamplerConfig
+    from merge_rl.core.sampling import count_network_calls
     from merge_rl.workflows.defaults import find_surroundings
 
     near = find_surroundings(model).sampler or SamplerConfig()
-    return dataclasses.replace(
+    chosen = dataclasses.replace(
         near, solver=solver or near.solver, num_steps=near.num_steps if steps is None else steps
     )
+    count_network_calls(chosen.solver, chosen.num_steps)  # refuses an unknown solver
+    return chosen

@@ -31,7 +31,7 @@ def inspect(
     """
     if (path / "config.yaml").is_file() and (path / "inputs.json").is_file():
         _show_run(path, json=json)
-    elif (path / "config.json").is_file() or path.is_file():
+    elif path.is_file() or (path / "model.safetensors").is_file():
         _show_file(path, json=json)
     else:
         _show_set(path, track=track, quick=quick, json=json)

@@ -51,6 +51,9 @@ for module in (search, merging, evaluation, inspection):
     module.register(app)
 
 
+INTERRUPTED = 130  # what some versions of the parser return for KeyboardInterrupt
+
+
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     # Schedulers send SIGTERM before they kill: treated as Ctrl-C, which keeps what is saved.
     raise KeyboardInterrupt
@@ -61,6 +64,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except MergeRLError as error:
         _fail(error, str(error))
@@ -71,10 +76,15 @@ def main() -> None:
         complain("interrupted")
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 (the one place where everything ends)
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed by now
+            sys.exit(0)
         if hasattr(error, "format_message"):  # a usage error of the command line parser
             hint = getattr(getattr(error, "ctx", None), "command_path", "mergerl")
             _fail(error, f"{error.format_message()} (see {hint} --help)")
-        if type(error).__name__ in ("Abort", "Exit"):
+        if type(error).__name__ == "Abort":  # what others raise for it
+            complain("interrupted")
+            sys.exit(1)
+        if type(error).__name__ == "Exit":
             sys.exit(getattr(error, "exit_code", 1))
         _fail(error, f"unexpected {type(error).__name__}: {error} (run with --debug for more)")
 

@@ -58,6 +58,9 @@ def merge(
     require_new(out)
     opened = open_checkpoints(checkpoints, track=track)
     known = Recipe(recipe) if recipe else None
+    if known and set(known.names) < set(opened.names):
+        # The others would get 0, but even so their rows would change how the sums round.
+        opened = open_checkpoints(checkpoints, track=track, select=known.names)
     groups, start = (known.groups, known.base) if known else ({}, base)
     values = known.coefficients(opened) if known else _coefficients(opened, coefficients, ema_std)
     weights = merge_weights(opened, values, groups=groups, base=start)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -30,12 +31,13 @@ JsonFlag = typer.Option("--json", help="One JSON document on stdout; all else on
 
 def complain(sentence: str) -> None:
     """One sentence on stderr."""
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(sentence)}")
+    console = Console(stderr=True, soft_wrap=True, emoji=False, highlight=False)
+    console.print(f"[bold red]error:[/] {escape(sentence)}")
 
 
 def say(text: str) -> None:
     """A line of information on stderr, with rich markup."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(text)
+    Console(stderr=True, soft_wrap=True, emoji=False, highlight=False).print(text)
 
 
 def print_json(document: Any) -> None:
@@ -45,12 +47,13 @@ def print_json(document: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout; the first column is left-aligned, the others right."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=escape(title), title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
+        side: JustifyMethod = "left" if index == 0 else "right"
+        table.add_column(column, justify=side, no_wrap=index == 0, overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
+        table.add_row(*map(escape, row))
+    Console(emoji=False, highlight=False).print(table)
 
 
 class _Rate(ProgressColumn):
@@ -119,4 +122,6 @@ class ProgressTracker:
 
 def interval_text(summary: Mapping[str, Any]) -> str:
     """A mean with its 95 % interval."""
+    if summary["mean"] is None or math.isnan(summary["mean"]):
+        return "not finite"
     return f"{summary['mean']:.3f} [{summary['low']:.3f}, {summary['high']:.3f}]"

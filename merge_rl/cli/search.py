@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from merge_rl.cli.output import (
     JsonFlag,
@@ -43,7 +45,8 @@ def demo(
         print_json({"edm2": str(written)})
     else:
         typer.echo(f"wrote {written}: an EDM2 of handwritten digits, 3 tracks of 8 checkpoints")
-        typer.echo(f"next: mergerl optimize {written} --track raw")
+        small = "--budget 20000 --pool 1000 --final-images 1000"
+        typer.echo(f"next: mergerl optimize {written} --track raw {small}")
 
 
 def optimize(
@@ -213,7 +216,10 @@ def _drive(run_dir: Path, job: Callable[[ProgressTracker], OptimizeResult], *, j
             result = job(tracker)
     except KeyboardInterrupt:
         if (run_dir / "config.yaml").is_file():
-            say(f"\nstopped; finished rounds are saved. Go on with: mergerl resume {run_dir}")
+            say(
+                "\nstopped; finished rounds are saved. "
+                f"Go on with: mergerl resume {escape(str(run_dir))}"
+            )
             raise typer.Exit(1) from None
         raise
     if json:
@@ -248,6 +254,9 @@ def _print_result(result: OptimizeResult) -> None:
     print_table(title, ["model", *comparison.references], rows)
     for other in ENTRIES[:-1]:
         gain = comparison.gain(other)
+        if math.isnan(gain.mean):
+            typer.echo(f"result against {other}: one of them made samples that are not finite")
+            continue
         verdict = "better" if gain.low > 0 else "worse" if gain.high < 0 else "no clear difference"
         typer.echo(
             f"result against {other}: {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "

@@ -100,8 +100,9 @@ class Block(nn.Module):
         """(B, 3C, H, W) with channels ordered (head, channel, q|k|v) -> (B, C, H, W)."""
         batch, channels, height, width = qkv.shape
         qkv = qkv.reshape(batch, self.num_heads, -1, 3, height * width)
-        q, k, v = normalize(qkv, dims=(2,)).unbind(3)  # each (B, heads, d, T), unit rms over d
-        out = F.scaled_dot_product_attention(q.mT, k.mT, v.mT)  # scales by 1 / sqrt(d)
+        # Each (B, heads, T, d) with d innermost: the layout that fused attention kernels need.
+        q, k, v = normalize(qkv, dims=(2,)).permute(3, 0, 1, 4, 2).contiguous().unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v)  # scales by 1 / sqrt(d)
         return out.mT.reshape(batch, channels // 3, height, width)
 
 

@@ -19,7 +19,7 @@ from merge_rl.core.coefficients import (
 )
 from merge_rl.core.groups import assign_groups
 from merge_rl.core.merging import FlatCheckpoints, FlatLayout, LiveModel
-from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.hashing import sha256_file
@@ -36,6 +36,8 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
     if sampler is None:
         where = f"{checkpoints.folder.name} manifest, defaults.sampler"
         sampler = from_mapping(SamplerConfig, dict(defaults.sampler), where)
+    if sampler.guide is not None:
+        sampler = dataclasses.replace(sampler, guide=_absolute(sampler.guide))
     extractor = config.extractor or defaults.extractor
     reference = config.reference or defaults.reference
     if extractor is None or reference is None:
@@ -107,6 +109,8 @@ def base_index(checkpoints: CheckpointSet, start: str) -> int:
     """The checkpoint that coefficients start from and buffers are carried from."""
     if start in checkpoints.names:
         return checkpoints.names.index(start)
+    if start not in ("newest", "uniform"):
+        raise UnknownNameError("checkpoint", start, ("newest", "uniform", *checkpoints.names))
     return checkpoints.newest
 
 
@@ -145,6 +149,11 @@ def build_extractor(
     if isinstance(extractor, nn.Module):
         extractor.to(device)
     return extractor, sha256_file(Path(weights))
+
+
+def cpu_workers(device: str) -> int:
+    """Batches to make side by side: one a core on the CPU, one on an accelerator."""
+    return torch.get_num_threads() if device == "cpu" else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +208,8 @@ def build_job(config: OptimizeConfig, checkpoints: CheckpointSet) -> Job:
         extractor=extractor,
         batch=config.batch,
         device=config.device,
-        guide=_load_guide(sampler, config.device),
+        guide=load_guide(sampler, config.device),
+        workers=cpu_workers(config.device),
     )
     return Job(
         checkpoints=checkpoints,
@@ -229,7 +239,8 @@ def _load_references(
     return references
 
 
-def _load_guide(sampler: SamplerConfig, device: str) -> Any | None:
+def load_guide(sampler: SamplerConfig, device: str) -> nn.Module | None:
+    """The weaker network that the sampler names, on a device; None without guidance."""
     return load_network(sampler.guide).to(device) if sampler.guide else None
 
 

@@ -49,9 +49,9 @@ class Comparison:
         return improvement(self.scores["result"], self.scores[other], name)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON, with None for what could not be scored."""
         gains = {other: self.gain(other) for other in ENTRIES[:-1]}
-        return {
+        document: dict[str, Any] = {
             "metric": "fid",
             "num_images": self.num_images,
             "repeats": len(self.scores["result"]),
@@ -62,6 +62,15 @@ class Comparison:
                 k: {"mean": g.mean, "low": g.low, "high": g.high} for k, g in gains.items()
             },
         }
+        return {key: _without_nan(value) for key, value in document.items()}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class _Scores:

@@ -15,6 +15,7 @@ from merge_rl.core.statistics import FeatureStats
 from merge_rl.errors import NonFiniteWeightsError, TooFewSamplesError, UnknownNameError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor, NullTracker, Tracker
 from merge_rl.storage.reference import Reference, load_reference
+from merge_rl.workflows.assemble import cpu_workers, load_guide
 from merge_rl.workflows.rollout import Rollout, balanced_labels
 from merge_rl.workflows.scoring import Scorer, summarize
 
@@ -57,18 +58,25 @@ def evaluate(
     for metric in metrics:
         if metric not in METRICS:
             raise UnknownNameError("metric", metric, METRICS)
+    if num_images < 2:
+        raise TooFewSamplesError(f"FID needs at least 2 images, got {num_images}")
     if repeats < 2:
         raise TooFewSamplesError(f"an interval needs at least 2 repeats, got {repeats}")
     named = {"reference": reference, "heldout": heldout}
     stats = {name: _stats(given, extractor) for name, given in named.items() if given is not None}
+    sampler = sampler or SamplerConfig()
+    if isinstance(extractor, nn.Module):
+        extractor.to(device)
     rollout = Rollout(
         model.to(device),
         model.sample_shape,  # type: ignore[arg-type]
-        sampler=sampler or SamplerConfig(),
+        sampler=sampler,
         autoencoder=autoencoder or registry.build_autoencoder(),
         extractor=extractor,
         batch=batch,
         device=device,
+        workers=cpu_workers(device),
+        guide=load_guide(sampler, device),
     )
     classes = int(getattr(model, "label_dim", 0))
     return evaluate_rollout(
@@ -93,6 +101,8 @@ def pixel_rollout(
         extractor=_NoFeatures(),
         batch=batch,
         device=device,
+        workers=cpu_workers(device),
+        guide=load_guide(sampler, device),
         on_images=on_images,
     )
 

@@ -21,13 +21,23 @@ class Recipe:
         document = load_yaml(self.path)
         if not isinstance(document, dict) or not isinstance(document.get("sources"), list):
             raise ConfigError(f"{self.path}: expected a merge recipe with a list of sources")
-        self.groups: dict[str, str] = dict(document.get("groups") or {})
+        if not document["sources"]:
+            raise ConfigError(f"{self.path}: no sources, expected at least one checkpoint")
+        groups = document.get("groups") or {}
+        if not isinstance(groups, dict) or not all(isinstance(v, str) for v in groups.values()):
+            raise ConfigError(f"{self.path}, groups: expected a mapping of text, found {groups!r}")
+        self.groups: dict[str, str] = {str(name): pattern for name, pattern in groups.items()}
         self.base = str(document.get("base", "newest"))
         self.sources = [self._source(item) for item in document["sources"]]
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the checkpoints that are merged."""
+        return [name for name, _, _ in self.sources]
+
     def _source(self, item: object) -> tuple[str, str | None, list[float]]:
         try:
-            if not isinstance(item, dict):
+            if not isinstance(item, dict) or isinstance(item["coefficients"], str):
                 raise TypeError
             values = [float(v) for v in item["coefficients"]]
             return str(item["name"]), item.get("sha256"), values
@@ -49,6 +59,8 @@ class Recipe:
                 raise HashMismatchError(
                     f"{name}: SHA-256 is {found}, the recipe was made with {digest}"
                 )
+            if name in rows:
+                raise ConfigError(f"{self.path}: {name!r} is listed twice")
             rows[name] = values
         groups = {len(values) for values in rows.values()}
         if len(groups) != 1:

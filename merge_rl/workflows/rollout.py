@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ class Rollout:
     """Generates with one network, whatever weights it holds at the moment.
 
     Deterministic: an image is a function of the weights, its noise and its label. `batch` bounds
-    memory; results do not depend on it beyond rounding.
+    memory and `workers` batches are made side by side; results depend on neither beyond rounding.
     """
 
     def __init__(
@@ -32,11 +35,13 @@ class Rollout:
         batch: int,
         device: str = "cpu",
         guide: Denoiser | None = None,
+        workers: int = 1,
         on_images: Callable[[int], None] | None = None,
     ) -> None:
         self.model, self.shape, self.sampler = model, tuple(shape), sampler
         self.autoencoder, self.extractor = autoencoder, extractor
         self.batch, self.device, self.guide = batch, torch.device(device), guide
+        self.workers = workers
         self.on_images = on_images or (lambda _count: None)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
@@ -59,16 +64,9 @@ class Rollout:
             rho=settings.rho,
         )
 
-    def _batches(self, noise: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        for start in range(0, len(noise), self.batch):
-            stop = start + self.batch
-            yield self.latents(noise[start:stop], labels[start:stop])
-
     def images(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Images (N, C, H, W) uint8 on the CPU."""
-        with torch.no_grad():
-            parts = [self.autoencoder.decode(x).cpu() for x in self._batches(noise, labels)]
-        return torch.cat(parts)
+        return self._in_batches(lambda latents: self.autoencoder.decode(latents), noise, labels)
 
     def features(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Features (N, D) float32 on the CPU; a row is NaN where the sample is not finite.
@@ -76,14 +74,60 @@ class Rollout:
         The check is made before decoding, where clipping to uint8 would turn NaN into a plausible
         black image.
         """
+
+        def extract(latents: Tensor) -> Tensor:
+            rows = self.extractor(self.autoencoder.decode(latents)).float()
+            failed = ~latents.flatten(1).isfinite().all(1)
+            return rows.masked_fill(failed[:, None], float("nan"))
+
+        return self._in_batches(extract, noise, labels)
+
+    def _in_batches(
+        self, finish: Callable[[Tensor], Tensor], noise: Tensor, labels: Tensor
+    ) -> Tensor:
+        """finish(latents) of every batch, in order, on the CPU."""
+        size = batch_size(len(noise), self.batch)
+        starts = range(0, len(noise), size)
+
+        def work(start: int) -> Tensor:
+            rows = slice(start, start + size)
+            with torch.no_grad():  # a thread starts with gradients on
+                return finish(self.latents(noise[rows], labels[rows])).cpu()
+
         parts = []
-        with torch.no_grad():
-            for latents in self._batches(noise, labels):
-                rows = self.extractor(self.autoencoder.decode(latents)).float()
-                failed = ~latents.flatten(1).isfinite().all(1)
-                parts.append(rows.masked_fill(failed[:, None], float("nan")).cpu())
-                self.on_images(len(latents))
+        with self._spread(len(starts)) as run:
+            for part in run(work, starts):
+                parts.append(part)
+                self.on_images(len(part))
         return torch.cat(parts)
+
+    @contextlib.contextmanager
+    def _spread(self, batches: int) -> Iterator[Callable[..., Iterable[Tensor]]]:
+        """A map over batches: in threads where there is a batch for each, else one by one.
+
+        Small networks on the CPU lose much of a second core to synchronisation inside operations;
+        whole batches side by side, each on one core, do not.
+        """
+        if self.workers < 2 or batches < self.workers:
+            yield map
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
+
+
+def batch_size(count: int, limit: int) -> int:
+    """Images in one batch: at most `limit`, and at least two batches where that leaves 25 each.
+
+    The second batch keeps a second core busy. The rule does not ask how many cores there are, so
+    that the last bits of a result do not depend on them.
+    """
+    return min(limit, math.ceil(count / 2)) if count >= 50 else min(limit, max(count, 1))
 
 
 class MergedRollout:

@@ -162,7 +162,7 @@ class SearchLoop:
                 self.searcher.recenter(previous)
                 self.result_theta = previous
                 failed = {"damped": True, "mean_failed": True}
-                return {"pool_after": after, "gap": gap, "refreshed": count, **failed}
+                return {"pool_after": after, "refreshed": count, **failed, **seen}
             after, count = again, 2 * count
         return {"pool_after": after, "refreshed": count, "damped": True, **seen}
 

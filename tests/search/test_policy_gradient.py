@@ -75,14 +75,14 @@ def test_only_the_kept_candidates_move_the_mean() -> None:
     # Half of four: the pair along axis 0 decides, the pair along axis 1 is dropped.
     thetas = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 5.0], [0.0, -5.0]], dtype=torch.float64)
     rewards = torch.tensor([4.0, 3.0, 1.0, -6.0], dtype=torch.float64)
-    searcher = build(dim=2, top_fraction=0.5, population=4)
+    searcher = build(dim=2, top_fraction=0.5, population=4, learning_rate=0.5)
     searcher.tell(thetas, rewards)
     # Advantages of the kept are positive, 3.5 and 2.5 over the std: 2 * 3.5 - 1 * 2.5 > 0.
     torch.testing.assert_close(searcher.mean, torch.tensor([0.5, 0.0], dtype=torch.float64))
 
 
 def test_step_and_exploration_decay_to_a_floor() -> None:
-    searcher = build(std=2.0, decay=0.5, min_decay=0.2)
+    searcher = build(std=2.0, decay=0.5, min_decay=0.2, learning_rate=0.5)
     stds, steps = [], []
     for _ in range(5):
         thetas, before = searcher.ask(), searcher.mean

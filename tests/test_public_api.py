@@ -1,0 +1,103 @@
+"""The public names: they resolve, they are documented, and importing them is quick."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import merge_rl as mrl
+from merge_rl.config import EvaluationConfig, OptimizeConfig, RewardConfig, SearchConfig
+from merge_rl.errors import MergeRLError
+
+PROMISED = [
+    "CheckpointSet", "FeatureStats", "MergeRLError", "build_model", "evaluate", "feature_stats",
+    "frechet_distance", "kernel_distance", "load_model", "merge", "open_checkpoints", "optimize",
+    "resume", "sample", "save_model",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", mrl.__all__)
+def test_every_public_name_resolves(name: str) -> None:
+    found = getattr(mrl, name)
+    if name == "__version__":
+        assert isinstance(found, str)
+    else:
+        assert found.__name__ == name
+        assert found.__module__.startswith("merge_rl.")
+        assert getattr(mrl, name) is found
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_promised_names_are_public_and_documented(name: str) -> None:
+    assert name in mrl.__all__
+    found = getattr(mrl, name)
+    text = inspect.getdoc(found)
+    assert text
+    assert text[0].isupper()
+    own = text.splitlines()[0]
+    assert own.endswith((".", ":"))
+    assert not own.startswith(f"{name}(")  # what dataclasses write when nobody did
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert dir(mrl) == sorted(mrl.__all__)
+    assert len(set(mrl.__all__)) == len(mrl.__all__)
+
+
+@pytest.mark.parametrize("name", ["optimise", "torch", "_", "Optimize"])
+def test_unknown_names_are_attribute_errors(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"module 'merge_rl' has no attribute '{name}'"):
+        getattr(mrl, name)
+
+
+def test_importing_does_without_torch() -> None:
+    script = (
+        "import sys, merge_rl\n"
+        "dir(merge_rl), merge_rl.__version__, merge_rl.MergeRLError\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+        "merge_rl.feature_stats\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_the_short_way_through(tiny: Path, tmp_path: Path) -> None:
+    # What the architecture promises to those who write Python, in one go.
+    opened = mrl.open_checkpoints(tiny, track="raw")
+    assert len(opened) == 4
+    weights = mrl.merge(opened, [0.25] * 4)
+    mrl.save_model(tmp_path / "average", weights, opened.config, coefficients=[0.25] * 4)
+    model = mrl.load_model(tmp_path / "average")
+
+    generator = torch.Generator().manual_seed(0)
+    noise, labels = torch.randn(6, 1, 8, 8, generator=generator), torch.arange(6)
+    samples = mrl.sample(model, noise, labels, solver="heun", num_steps=2)
+    assert samples.shape == noise.shape
+    assert bool(samples.isfinite().all())
+    blank = mrl.build_model(opened.config or {})
+    assert list(blank.state_dict()) == list(model.state_dict())
+
+    stats = mrl.feature_stats(samples.flatten(1))
+    assert mrl.frechet_distance(stats, stats) == pytest.approx(0, abs=1e-9)
+    assert mrl.kernel_distance(samples.flatten(1), noise.flatten(1)) > 0
+
+    config = OptimizeConfig(
+        checkpoints=str(tiny), track="raw", search=SearchConfig(population=4),
+        reward=RewardConfig(pool_size=40, subset_size=10, refresh_size=10),
+        evaluation=EvaluationConfig(num_images=10, repeats=3, selection_images=10),
+    )  # fmt: skip
+    run = tmp_path / "run"
+    result = mrl.optimize(tiny, budget=90, seed=0, out=run, config=config)
+    assert result.run_dir == run
+    assert result.coefficients.shape == (1, 4)
+    for summary in (result.baseline, result.final):
+        assert summary["heldout"]["low"] <= summary["heldout"]["mean"]
+    assert mrl.resume(run).final == result.final
+    with pytest.raises(MergeRLError, match="exists already"):
+        mrl.optimize(tiny, out=run, config=config)
