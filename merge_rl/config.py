@@ -69,7 +69,9 @@ class RewardConfig:
     subset_size: int = 100  # n: images a candidate replaces
     num_subsets: int = 1  # Ns: different subsets a candidate is scored on
     num_replacements: int = 1  # Nr: fresh sets of images for each subset
-    refresh: str = "rolling"  # rolling: some rows every round; or a number: all, every k rounds
+    # rolling: some rows every round; or a number: all rows, every k rounds. The result of a search
+    # is the policy mean of the last refresh, the last one whose samples were seen to be sound.
+    refresh: str = "rolling"
     refresh_size: int | None = None  # rows a rolling refresh renews; a tenth of the pool if unset
     max_gap: float = 0.20  # running mean of the relative gap above which the loop acts
 
@@ -263,6 +265,11 @@ def _convert(kind: Any, value: object, where: str) -> Any:
     if kind is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
             return float(str(value))
+    if kind is int and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            if number.is_integer():
+                return int(number)
     if kind is str and type(value) is int:
         return str(value)
     if isinstance(kind, type) and type(value) is kind:

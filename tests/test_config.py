@@ -106,10 +106,11 @@ def test_unknown_keys(values: dict[Any, Any], message: str) -> None:
 
 def test_forms_that_yaml_reads_otherwise_are_taken() -> None:
     # YAML 1.1 reads 1e-3 as text and 10 as a number.
-    values = {"search": {"learning_rate": "1e-3"}, "reward": {"refresh": 10}}
+    values = {"search": {"learning_rate": "1e-3"}, "reward": {"refresh": 10}, "budget": "1e5"}
     config = from_mapping(OptimizeConfig, {"checkpoints": "x", **values})
     assert config.search.learning_rate == 0.001
     assert config.reward.refresh == "10"
+    assert config.budget == 100_000
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,10 @@ def merge(
     base: Annotated[
         str, typer.Option(help="Checkpoint whose buffers are carried; by name.")
     ] = "newest",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16. [default: float32, or the recipe's]"),
+    ] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Merge once, with given coefficients, a recipe, an EMA profile or the plain average."""
@@ -65,7 +68,8 @@ def merge(
     values = known.coefficients(opened) if known else _coefficients(opened, coefficients, ema_std)
     weights = merge_weights(opened, values, groups=groups, base=start)
     written = merge_recipe(opened, values, base=base_index(opened, start), groups=groups)
-    save_model(out, weights, opened.config, recipe=written, dtype=dtype)
+    stored = dtype or (known.dtype if known else "float32")
+    save_model(out, weights, opened.config, recipe=written, dtype=stored)
     rows = values.reshape(-1, len(opened)).T.tolist()
     if json:
         print_json({"out": str(out), "coefficients": dict(zip(opened.names, rows, strict=True))})

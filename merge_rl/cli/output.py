@@ -107,7 +107,9 @@ class ProgressTracker:
             self._progress.advance(self._task, count)
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Show a round's outcome."""
+        """Show a round's outcome, or a warning."""
+        if event.get("kind") == "warning":
+            say(f"[yellow]warning:[/] {escape(event['text'])}")
         if event.get("kind") != "round":
             return
         gap = event.get("gap")

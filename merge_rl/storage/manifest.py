@@ -52,7 +52,12 @@ class SetDefaults:
     def resolved(self, folder: Path) -> SetDefaults:
         """The same with every path under `folder`."""
         paths = {key: getattr(self, key) for key in _DEFAULT_PATHS}
-        return replace(self, **{key: folder / path for key, path in paths.items() if path})
+        sampler = dict(self.sampler)
+        if isinstance(sampler.get("guide"), str):
+            where = f"{folder / MANIFEST_NAME}, defaults.sampler.guide"
+            sampler["guide"] = str(folder / relative_inside(folder, sampler["guide"], where))
+        found = {key: folder / path for key, path in paths.items() if path}
+        return replace(self, sampler=sampler, **found)
 
 
 @dataclass(frozen=True, kw_only=True)

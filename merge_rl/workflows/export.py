@@ -86,7 +86,7 @@ def save_model(
         save_checkpoint(folder / "model.safetensors", cast, {"config": config} if config else {})
         if config:
             write_json(folder / "config.json", dict(config))
-        written = dict(recipe or {})
+        written = {**recipe, "dtype": dtype} if recipe else {}
         if coefficients is not None:
             written["coefficients"] = torch.as_tensor(coefficients, dtype=torch.float64).tolist()
         if written:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from merge_rl import registry
 from merge_rl.config import OptimizeConfig, SamplerConfig
 from merge_rl.core.sampling import count_network_calls
 from merge_rl.core.schedules import edm_noise_levels
-from merge_rl.errors import BudgetError, RunError
+from merge_rl.errors import BudgetError, MergeRLError, RunError
 from merge_rl.interfaces import NullTracker, Searcher, Tracker
 from merge_rl.storage.checkpoints import open_checkpoints
 from merge_rl.storage.runs import RunDir
@@ -90,7 +91,12 @@ def optimize(
     job = build_job(resolved, opened)
     searcher_object = make_searcher(resolved, job)
     run = RunDir.create(out, resolved, {"hashes": job.hashes, "version": __version__})
-    return _drive(run, resolved, job, searcher_object, tracker or NullTracker())
+    try:
+        return _drive(run, resolved, job, searcher_object, tracker or NullTracker())
+    except MergeRLError:
+        if not run.state_path.exists():  # nothing to resume: do not stand in the next try's way
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def resume(run_dir: str | os.PathLike[str], *, tracker: Tracker | None = None) -> OptimizeResult:
@@ -100,15 +106,20 @@ def resume(run_dir: str | os.PathLike[str], *, tracker: Tracker | None = None) -
     """
     run = RunDir.open(run_dir)
     config = run.config()
+    tracker = tracker or NullTracker()
+    inputs = run.read("inputs.json") or {}
+    if inputs.get("version") != __version__:
+        began = f"began with merge_rl {inputs.get('version')}, this is {__version__}"
+        tracker.event({"kind": "warning", "text": f"the run {began}: last bits may differ"})
     job = build_job(config, open_checkpoints(config.checkpoints, track=config.track))
-    recorded = (run.read("inputs.json") or {}).get("hashes")
+    recorded = inputs.get("hashes")
     if recorded != job.hashes:
         changed = [k for k, v in job.hashes.items() if (recorded or {}).get(k) != v]
         raise RunError(
             f"{run.path}: cannot resume, the inputs have changed since it began: "
             f"{', '.join(changed)} (by SHA-256)"
         )
-    return _drive(run, config, job, make_searcher(config, job), tracker or NullTracker())
+    return _drive(run, config, job, make_searcher(config, job), tracker)
 
 
 def _drive(

@@ -28,6 +28,7 @@ class Recipe:
             raise ConfigError(f"{self.path}, groups: expected a mapping of text, found {groups!r}")
         self.groups: dict[str, str] = {str(name): pattern for name, pattern in groups.items()}
         self.base = str(document.get("base", "newest"))
+        self.dtype = str(document.get("dtype", "float32"))
         self.sources = [self._source(item) for item in document["sources"]]
 
     @property

@@ -238,6 +238,16 @@ def test_merge_by_recipe_is_the_same_to_the_last_bit(
     assert (tmp_path / "c/model.safetensors").read_bytes() == weights
 
 
+def test_a_recipe_keeps_the_dtype(tiny: Path, mergerl: Mergerl, tmp_path: Path) -> None:
+    mergerl("merge", tiny, "half", "--track", "raw", "--uniform", "--dtype", "float16")
+    code, _, err = mergerl("merge", tiny, "again", "--recipe", "half/merge.yaml")
+    assert (code, err) == (0, "")
+    halves = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("half", "again")]
+    assert halves[0] == halves[1]
+    mergerl("merge", tiny, "full", "--recipe", "half/merge.yaml", "--dtype", "float32")
+    assert (tmp_path / "full/model.safetensors").stat().st_size > 1.8 * len(halves[0]) - 20_000
+
+
 def test_merge_by_width(tiny: Path, mergerl: Mergerl) -> None:
     code, out, _ = mergerl("merge", tiny, "out", "--track", "ema", "--ema-std", 0.1, "--json")
     assert code == 0

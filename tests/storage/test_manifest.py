@@ -229,3 +229,11 @@ def test_a_catalogue_is_no_manifest_of_its_folder(tmp_path: Path) -> None:
     assert not has_manifest(tmp_path)
     write(tmp_path, HEAD + ENTRY)
     assert has_manifest(tmp_path)
+
+
+def test_a_guide_lies_under_the_folder_like_all_paths(tmp_path: Path) -> None:
+    defaults = SetDefaults(sampler={"num_steps": 4, "guide": "guide/model.safetensors"})
+    found = defaults.resolved(tmp_path).sampler
+    assert found == {"num_steps": 4, "guide": str(tmp_path / "guide/model.safetensors")}
+    with pytest.raises(ManifestError, match="guide"):
+        SetDefaults(sampler={"guide": "../elsewhere.safetensors"}).resolved(tmp_path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,22 @@ from torch import Tensor
 import merge_rl as mrl
 from merge_rl.config import OptimizeConfig, SamplerConfig, load_config
 from merge_rl.core.distances import frechet_distance
-from merge_rl.errors import BudgetError, ConfigError, MergeRLError, RunError, UnknownNameError
+from merge_rl.errors import (
+    BudgetError,
+    ConfigError,
+    MergeRLError,
+    NonFiniteWeightsError,
+    RunError,
+    UnknownNameError,
+)
+from merge_rl.interfaces import NullTracker
 from merge_rl.registry import build_autoencoder
 from merge_rl.rng import image_seeds
 from merge_rl.storage.model_file import open_model_file
 from merge_rl.storage.reference import load_reference
 from merge_rl.storage.safetensors_file import read_file
 from merge_rl.workflows.assemble import build_extractor
-from merge_rl.workflows.optimize import OptimizeResult
+from merge_rl.workflows.optimize import OptimizeResult, optimize, resume
 from merge_rl.workflows.recipe import Recipe
 from merge_rl.workflows.rollout import MergedRollout, Rollout, balanced_labels
 
@@ -442,3 +451,37 @@ def test_a_set_that_names_no_extractor_asks_for_one(
     with pytest.raises(ConfigError, match="no default for an extractor; pass --extractor"):
         mrl.optimize(bare, out=tmp_path / "run", config=tiny_config(bare, track=None))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_fails_leaves_no_folder_in_the_way(
+    shared_tiny: Path, tmp_path: Path, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(self: Rollout, noise: Tensor, labels: Tensor) -> Tensor:
+        return torch.full((len(noise), 64), math.nan)
+
+    monkeypatch.setattr(Rollout, "features", failed)
+    with pytest.raises(NonFiniteWeightsError, match="starting point"):
+        optimize(shared_tiny, out=tmp_path / "run", config=tiny_config(shared_tiny))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_with_another_version_warns(
+    shared_tiny: Path, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    class Heard(NullTracker):
+        def __init__(self) -> None:
+            self.warnings: list[str] = []
+
+        def event(self, event: Mapping[str, Any]) -> None:
+            if event["kind"] == "warning":
+                self.warnings.append(event["text"])
+
+    run, heard = tmp_path / "run", Heard()
+    optimize(shared_tiny, out=run, config=tiny_config(shared_tiny))
+    resume(run, tracker=heard)
+    assert heard.warnings == []
+    inputs = json.loads((run / "inputs.json").read_text())
+    (run / "inputs.json").write_text(json.dumps({**inputs, "version": "0.0.1"}))
+    resume(run, tracker=heard)
+    assert len(heard.warnings) == 1
+    assert "began with merge_rl 0.0.1, this is" in heard.warnings[0]
