@@ -66,11 +66,13 @@ class KnownSet:
         return tuple(nimg // 1000 for nimg in self.nimg)
 
     def file_names(self) -> tuple[str, ...]:
-        """All files of the set, by (nimg, ema_std); none for an embedded set."""
+        """All files of the set, by (nimg, ema_std); raw weights have no ema_std in their names."""
         if self.pattern is None:
             return ()
         if not self.nimg:
             return (self.pattern,)
+        if not self.ema_std:
+            return tuple(self.pattern.format(kimg=kimg) for kimg in self.kimg)
         return tuple(
             self.pattern.format(kimg=kimg, ema_std=ema_std)
             for kimg in self.kimg

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from merge_rl.demo.write import DATA
 from merge_rl.errors import ManifestError, UnknownNameError
 from merge_rl.storage.catalogue import KnownSet, load_catalogue, read_catalogue
+from merge_rl.storage.manifest import read_manifest
+from merge_rl.storage.safetensors_header import read_header
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,11 +115,20 @@ def test_sit_release() -> None:
     assert known.licence == "MIT"
 
 
-def test_the_embedded_run_is_listed() -> None:
-    known = load_catalogue().find("digits-edm2")
-    assert known.embedded
-    assert known.file_names() == ()
-    assert known.urls() == {}
+def test_the_embedded_run_is_what_the_package_holds() -> None:
+    folder = DATA / "edm2"
+    manifest = read_manifest(folder)
+    names = []
+    for name in ("digits-edm2", "digits-edm2-ema"):
+        known = load_catalogue().find(name)
+        assert known.embedded
+        assert known.urls() == {}
+        assert dict(known.model) == dict(manifest.model)
+        for file in known.file_names():
+            header = read_header(folder / file)
+            assert sum(info.nbytes for info in header.tensors.values()) == known.tensor_bytes
+        names += known.file_names()
+    assert sorted(names) == sorted(entry.file for entry in manifest.checkpoints)
 
 
 def test_unknown_names_get_the_nearest() -> None:
