@@ -70,11 +70,11 @@ class ProgressTracker:
     def __init__(self, *, quiet: bool = False) -> None:
         console = Console(stderr=True)
         self._live = console.is_terminal and not quiet
-        self._quiet, self._task, self._total = quiet, TaskID(0), 0
+        self._quiet, self._task = quiet, TaskID(0)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             _Rate(),
             TimeRemainingColumn(),
@@ -97,6 +97,9 @@ class ProgressTracker:
 
     def phase(self, name: str, total: int) -> None:
         """Start a bar for the next phase."""
+        if self._progress.tasks:
+            # One bar at a time: a column is as wide as its widest cell, seen or not.
+            self._progress.remove_task(self._task)
         self._task = self._progress.add_task(name, total=total, note="")
         if not self._live and not self._quiet:
             say(f"{escape(name)} ({total:,} images)")
@@ -117,7 +120,8 @@ class ProgressTracker:
         note += "" if gap is None else f"  gap {gap:+.0%}"
         note += f"  {event['failed']} failed" if event.get("failed") else ""
         if self._live:
-            self._progress.update(self._task, note=note)
+            short = f"round {event['round'] + 1} pool FID {event['pool_after']:.3f}"
+            self._progress.update(self._task, note=short)
         elif not self._quiet:
             say(f"  {note}  {event['images']:,} images  {event['seconds']:.1f} s")
 

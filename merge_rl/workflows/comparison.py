@@ -109,7 +109,7 @@ def compare(
     settings = config.evaluation
     count = len(job.checkpoints)
     scores = _Scores(job, run, config.seed)
-    tracker.phase("find the best single checkpoint", count * settings.selection_images)
+    tracker.phase("best single", count * settings.selection_images)
     found = [
         scores.get(
             f"select/{job.checkpoints.names[i]}",
@@ -127,7 +127,7 @@ def compare(
         "result": coefficients,
     }
     total = len(entries) * settings.repeats * settings.num_images
-    tracker.phase("compare on fresh seeds", total)
+    tracker.phase("compare", total)
     table = {
         entry: [
             scores.get(f"{entry}/{r}", c, settings.num_images, "fresh", r)

@@ -118,12 +118,12 @@ def test_sit_release() -> None:
 def test_the_embedded_run_is_what_the_package_holds() -> None:
     folder = DATA / "edm2"
     manifest = read_manifest(folder)
-    names = []
+    names: list[str] = []
     for name in ("digits-edm2", "digits-edm2-ema"):
         known = load_catalogue().find(name)
         assert known.embedded
         assert known.urls() == {}
-        assert dict(known.model) == dict(manifest.model)
+        assert known.model == manifest.model
         for file in known.file_names():
             header = read_header(folder / file)
             assert sum(info.nbytes for info in header.tensors.values()) == known.tensor_bytes
