@@ -43,7 +43,7 @@ def test_a_saved_folder_holds_what_was_given(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert json.loads((out / "config.json").read_text()) == CONFIG
     assert yaml.safe_load((out / "merge.yaml").read_text(encoding="utf-8")) == {
-        "version": 1, "note": "größer", "coefficients": [0.25, 0.75],
+        "version": 1, "note": "größer", "dtype": "float32", "coefficients": [0.25, 0.75],
     }  # fmt: skip
     assert (out / "README.md").read_text() == "# Card\n"
     file = open_model_file(out)
