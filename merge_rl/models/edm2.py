@@ -85,7 +85,7 @@ class Block(nn.Module):
         if self.attn_qkv is not None and self.attn_proj is not None:
             y = self.attn_proj(self._attention(self.attn_qkv(x)))
             x = mp_sum(x, y, self.config.attn_balance)
-        return x.clip(-self.config.clip_act, self.config.clip_act)
+        return x.clip_(-self.config.clip_act, self.config.clip_act)
 
     def _residual(self, x: Tensor, emb: Tensor) -> Tensor:
         y = self.conv_res0(mp_silu(x))
