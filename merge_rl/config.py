@@ -172,7 +172,7 @@ class OptimizeConfig:
     heldout: str | None = None
     budget: int = 50_000  # generated images: pool, candidates and refreshes
     seed: int = 0
-    batch: int = 125  # images in one forward pass
+    batch: int = 250  # images in one forward pass
     device: str = "cpu"
     sampler: SamplerConfig | None = None
     merge: MergeConfig = field(default_factory=MergeConfig)

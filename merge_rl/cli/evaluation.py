@@ -45,7 +45,7 @@ def sample(
     ] = None,
     solver: Annotated[str | None, typer.Option(help="heun or euler.")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver intervals.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 125,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 250,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
@@ -92,7 +92,7 @@ def evaluate(
     heldout: Annotated[Path | None, typer.Option(help="Statistics of held-out data.")] = None,
     solver: Annotated[str | None, typer.Option(help="heun or euler.")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver intervals.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 125,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 250,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:

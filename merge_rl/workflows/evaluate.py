@@ -33,7 +33,7 @@ def evaluate(
     repeats: int = 3,
     sampler: SamplerConfig | None = None,
     autoencoder: Autoencoder | None = None,
-    batch: int = 125,
+    batch: int = 250,
     device: str = "cpu",
     seed: int = 0,
     tracker: Tracker | None = None,
