@@ -194,9 +194,13 @@ def test_refusals(cls: Any, values: dict[str, Any], message: str) -> None:
 
 
 def test_limits_are_allowed() -> None:
-    RewardConfig(pool_size=100, subset_size=100, refresh_size=100)
-    SearchConfig(decay=1.0, min_decay=1.0, top_fraction=1.0, clip=math.inf, betas=(0.0, 0.0))
-    SamplerConfig(num_steps=2, guidance=0.0, guide="g")
+    whole = RewardConfig(pool_size=100, subset_size=100, refresh_size=100)
+    assert whole.rolling_size == whole.images_per_candidate == 100
+    loose = SearchConfig(
+        decay=1.0, min_decay=1.0, top_fraction=1.0, clip=math.inf, betas=(0.0, 0.0)
+    )
+    assert loose.clip == math.inf
+    assert SamplerConfig(num_steps=2, guidance=0.0, guide="g").guidance == 0.0
 
 
 def test_images_a_reward_costs() -> None:

@@ -130,7 +130,9 @@ def test_guidance_one_never_calls_the_guide() -> None:
     def guide(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         raise AssertionError("called")
 
-    sample(model, torch.ones(1, 1, 2, 2), guide=guide, guidance=1.0, num_steps=2)
+    noise = torch.ones(1, 1, 2, 2)
+    found = sample(model, noise, guide=guide, guidance=1.0, num_steps=2)
+    assert torch.equal(found, sample(model, noise, num_steps=2))
 
 
 def test_refusals() -> None:
