@@ -64,6 +64,11 @@ def merge(
     if known and set(known.names) < set(opened.names):
         # The others would get 0, but even so their rows would change how the sums round.
         opened = open_checkpoints(checkpoints, track=track, select=known.names)
+    if ema_std is not None and track is None and None in opened.ema_std:
+        # A profile is rebuilt from profiles; raw snapshots of the same set have no part in it.
+        pairs = zip(opened.names, opened.ema_std, strict=True)
+        profiles = [name for name, width in pairs if width is not None]
+        opened = open_checkpoints(checkpoints, select=profiles) if profiles else opened
     groups, start = (known.groups, known.base) if known else ({}, base)
     values = known.coefficients(opened) if known else _coefficients(opened, coefficients, ema_std)
     weights = merge_weights(opened, values, groups=groups, base=start)

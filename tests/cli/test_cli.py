@@ -238,6 +238,14 @@ def test_merge_by_recipe_is_the_same_to_the_last_bit(
     assert (tmp_path / "c/model.safetensors").read_bytes() == weights
 
 
+def test_a_width_needs_no_track(tiny: Path, mergerl: Mergerl) -> None:
+    code, out, _ = mergerl("merge", tiny, "all", "--ema-std", 0.1, "--json")
+    assert code == 0
+    found = json.loads(out)["coefficients"]
+    code, out, _ = mergerl("merge", tiny, "track", "--track", "ema", "--ema-std", 0.1, "--json")
+    assert json.loads(out)["coefficients"] == found
+
+
 def test_a_recipe_keeps_the_dtype(tiny: Path, mergerl: Mergerl, tmp_path: Path) -> None:
     mergerl("merge", tiny, "half", "--track", "raw", "--uniform", "--dtype", "float16")
     code, _, err = mergerl("merge", tiny, "again", "--recipe", "half/merge.yaml")
