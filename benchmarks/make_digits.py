@@ -35,7 +35,8 @@ from merge_rl.core.ema_profiles import ema_beta
 from merge_rl.core.statistics import feature_stats
 from merge_rl.features.digits import DigitsNet
 from merge_rl.models.autoencoder import PixelEncoder
-from merge_rl.models.edm2 import EDM2
+from merge_rl.models.edm2 import EDM2, Block
+from merge_rl.models.magnitude import normalize
 from merge_rl.registry import build_model
 from merge_rl.storage.atomic import save_tensors
 from merge_rl.storage.hashing import sha256_file
@@ -150,6 +151,19 @@ def learning_rate(nimg: int) -> float:
     return REF_LR * min(nimg / WARMUP_IMAGES, 1) / math.sqrt(max(nimg / decay_from, 1))
 
 
+def plain_attention(self: Block, qkv: Tensor) -> Tensor:
+    """The block's attention without the layout of fused kernels.
+
+    Training multiplies every rounding into another trajectory. The committed files were made with
+    this kernel; with it they can be made again, whatever kernel the package picks for speed.
+    """
+    batch, channels, height, width = qkv.shape
+    qkv = qkv.reshape(batch, self.num_heads, -1, 3, height * width)
+    q, k, v = normalize(qkv, dims=(2,)).unbind(3)
+    out = F.scaled_dot_product_attention(q.mT, k.mT, v.mT)
+    return out.mT.reshape(batch, channels // 3, height, width)
+
+
 def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Float16 copies, as published snapshots are stored."""
     return {name: tensor.detach().half().clone() for name, tensor in weights.items()}
@@ -194,6 +208,7 @@ def train(images: Tensor, labels: Tensor, folder: Path) -> list[CheckpointEntry]
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = build_model(CONFIG).train()
+    Block._attention = plain_attention  # type: ignore[method-assign]
     latents = PixelEncoder().encode(images)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
     trajectory, began, running = Trajectory(model, folder), time.time(), 0.0
