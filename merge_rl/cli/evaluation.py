@@ -53,7 +53,7 @@ def sample(
     import torch
 
     from merge_rl.storage.images import enlarge, image_grid, write_png
-    from merge_rl.workflows.evaluate import pixel_rollout
+    from merge_rl.workflows.evaluate import network_rollout
     from merge_rl.workflows.models import load_model
     from merge_rl.workflows.rollout import balanced_labels
 
@@ -67,7 +67,7 @@ def sample(
     labels = balanced_labels(num, classes) if label is None else torch.full((num,), label)
     sampler = _sampler(model, solver, steps)
     with ProgressTracker(quiet=json) as tracker:
-        rollout = pixel_rollout(network, sampler, batch, device, tracker.advance)
+        rollout = network_rollout(network, sampler, batch, device, on_images=tracker.advance)
         tracker.phase("sample", num)
         images = rollout.images(rollout.noise(range(seed, seed + num)), labels)
     grid = image_grid(images, columns or (10 if classes == 10 and num % 10 == 0 else None))

@@ -64,19 +64,15 @@ def evaluate(
         raise TooFewSamplesError(f"an interval needs at least 2 repeats, got {repeats}")
     named = {"reference": reference, "heldout": heldout}
     stats = {name: _stats(given, extractor) for name, given in named.items() if given is not None}
-    sampler = sampler or SamplerConfig()
     if isinstance(extractor, nn.Module):
         extractor.to(device)
-    rollout = Rollout(
-        model.to(device),
-        model.sample_shape,  # type: ignore[arg-type]
-        sampler=sampler,
-        autoencoder=autoencoder or registry.build_autoencoder(),
+    rollout = network_rollout(
+        model,
+        sampler or SamplerConfig(),
+        batch,
+        device,
         extractor=extractor,
-        batch=batch,
-        device=device,
-        workers=cpu_workers(device),
-        guide=load_guide(sampler, device),
+        autoencoder=autoencoder,
     )
     classes = int(getattr(model, "label_dim", 0))
     return evaluate_rollout(
@@ -85,20 +81,23 @@ def evaluate(
     )  # fmt: skip
 
 
-def pixel_rollout(
+def network_rollout(
     model: nn.Module,
     sampler: SamplerConfig,
     batch: int,
     device: str,
-    on_images: Callable[[int], None],
+    *,
+    extractor: FeatureExtractor | None = None,
+    autoencoder: Autoencoder | None = None,
+    on_images: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """A rollout for looking at images: no extractor, so `features` is not for it."""
+    """A rollout of one network with its guide; without an extractor it is for images alone."""
     return Rollout(
         model.to(device),
         model.sample_shape,  # type: ignore[arg-type]
         sampler=sampler,
-        autoencoder=registry.build_autoencoder(),
-        extractor=_NoFeatures(),
+        autoencoder=autoencoder or registry.build_autoencoder(),
+        extractor=extractor or _NoFeatures(),
         batch=batch,
         device=device,
         workers=cpu_workers(device),
