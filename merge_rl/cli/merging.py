@@ -47,8 +47,8 @@ def merge(
 ) -> None:
     """Merge once, with given coefficients, a recipe, an EMA profile or the plain average."""
     from merge_rl.storage.checkpoints import open_checkpoints
-    from merge_rl.workflows.assemble import base_index
     from merge_rl.workflows.export import merge_recipe, require_new, save_model
+    from merge_rl.workflows.merging import base_index
     from merge_rl.workflows.models import merge as merge_weights
     from merge_rl.workflows.recipe import Recipe
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from merge_rl.core.groups import Groups
+from merge_rl.core.weighted_sum import weighted_sum
 from merge_rl.errors import ConfigError
-
-CHUNK = 1 << 18  # elements merged at a time: a float32 chunk of 8 checkpoints fits the L2 cache
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,79 @@ class FlatLayout:
         }
 
 
-class FlatCheckpoints:
-    """All checkpoints of a set as the rows of one matrix (K, size), in their storage dtype.
+class Piece(NamedTuple):
+    """Elements [start, stop) of the flat buffer, of one group, in each of the K checkpoints."""
 
-    A merge reads the matrix once: K x size x itemsize bytes, the floor of its time. `fixed` holds
-    the tensors that are carried from the base checkpoint, not averaged.
+    start: int
+    stop: int
+    group: int
+    sources: Sequence[Tensor]
+
+
+class Checkpoints(ABC):
+    """Checkpoints of a set, ready to be merged many times, wherever their values lie.
+
+    `fixed` holds the tensors that are carried from the base checkpoint, not averaged.
+    """
+
+    def __init__(self, layout: FlatLayout, fixed: Mapping[str, Tensor]) -> None:
+        self.layout, self.fixed = layout, dict(fixed)
+
+    @property
+    @abstractmethod
+    def num_checkpoints(self) -> int:
+        """K."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the values lie."""
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """The whole buffer in pieces that lie together in every checkpoint."""
+
+    def merge(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+        """Merged parameters (size,) float32: theta_g = sum_k coefficients[g, k] theta_{g,k}.
+
+        Args:
+            coefficients: (G, K) or, for one group, (K,); any floating dtype, used as float32.
+            out: where to write; may be the buffer a live model's parameters are views of, and may
+                lie on another device than the checkpoints.
+
+        Sums are as `weighted_sum` makes them: the same bits from every kind of storage.
+        """
+        rows = coefficients.to("cpu", torch.float32)
+        rows = rows.reshape(1, -1) if rows.ndim == 1 else rows
+        expected = (self.layout.num_groups, self.num_checkpoints)
+        if tuple(rows.shape) != expected:
+            raise ConfigError(f"expected coefficients {expected}, got {tuple(rows.shape)}")
+        if out is None:
+            out = torch.empty(self.layout.size, device=self.device)
+        for start, stop, group, sources in self.pieces():
+            weighted_sum(sources, rows[group], out[start:stop])
+        return out
+
+    def weights(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """The whole merged state dict in float32, carried tensors included."""
+        merged = self.layout.views(self.merge(coefficients))
+        carried = {name: as_float32(tensor) for name, tensor in self.fixed.items()}
+        return {**merged, **carried}
+
+
+class FlatCheckpoints(Checkpoints):
+    """Checkpoints as the rows of one matrix (K, size), in their storage dtype.
+
+    A merge reads the matrix once: K x size x itemsize bytes, the floor of its time.
     """
 
     def __init__(self, layout: FlatLayout, matrix: Tensor, fixed: Mapping[str, Tensor]) -> None:
+        super().__init__(layout, fixed)
         if matrix.ndim != 2 or matrix.shape[1] != layout.size:
             raise ConfigError(
                 f"expected a matrix of {layout.size} columns, got shape {tuple(matrix.shape)}"
             )
-        self.layout, self.matrix, self.fixed = layout, matrix, dict(fixed)
+        self.matrix = matrix
 
     @classmethod
     def load(
@@ -92,8 +154,9 @@ class FlatCheckpoints:
         *,
         base: int,
         fixed: Iterable[str],
+        device: torch.device | None = None,
     ) -> FlatCheckpoints:
-        """Read `count` checkpoints, each once; they must share one dtype per merged tensor.
+        """Read `count` checkpoints, each once, onto a device (the CPU if None).
 
         Where tensors of different dtypes are merged, the buffer is float32.
         """
@@ -103,7 +166,7 @@ class FlatCheckpoints:
             if index == 0:
                 dtypes = {weights[name].dtype for name in layout.names}
                 dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-                matrix = torch.empty(count, layout.size, dtype=dtype)
+                matrix = torch.empty(count, layout.size, dtype=dtype, device=device)
             for name, view in layout.views(matrix[index]).items():
                 view.copy_(weights[name])
             if index == base:
@@ -112,92 +175,53 @@ class FlatCheckpoints:
 
     @property
     def num_checkpoints(self) -> int:
-        """K, the rows of the matrix."""
         return len(self.matrix)
 
-    def to(self, device: torch.device) -> FlatCheckpoints:
-        """The same checkpoints with their matrix on `device`; itself where it is there already."""
-        if self.matrix.device == device:
-            return self
-        return FlatCheckpoints(self.layout, self.matrix.to(device), self.fixed)
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
 
-    def merge(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
-        """Merged parameters (size,) float32: theta_g = sum_k coefficients[g, k] theta_{g,k}.
-
-        Args:
-            coefficients: (G, K) or, for one group, (K,); any floating dtype, used as float32.
-            out: where to write; may be the buffer a live model's parameters are views of.
-
-        Sums are accumulated in float32 whatever the storage dtype, in the order of checkpoints.
-        """
-        rows = coefficients.to(self.matrix.device, torch.float32)
-        rows = rows.reshape(1, -1) if rows.ndim == 1 else rows
-        expected = (self.layout.num_groups, self.num_checkpoints)
-        if tuple(rows.shape) != expected:
-            raise ConfigError(f"expected coefficients {expected}, got {tuple(rows.shape)}")
-        if out is None:
-            out = torch.empty(self.layout.size, device=self.matrix.device)
+    def pieces(self) -> Iterator[Piece]:
+        """One piece a group."""
         bounds = self.layout.group_bounds
-        for row, begin, end in zip(rows, bounds[:-1], bounds[1:], strict=True):
-            for start in range(begin, end, CHUNK):
-                stop = min(start + CHUNK, end)
-                torch.mv(self.matrix[:, start:stop].float().T, row, out=out[start:stop])
-        return out
-
-    def weights(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """The whole merged state dict in float32, carried tensors included."""
-        merged = self.layout.views(self.merge(coefficients))
-        carried = {name: _as_float32(tensor) for name, tensor in self.fixed.items()}
-        return {**merged, **carried}
+        for group, (start, stop) in enumerate(pairwise(bounds)):
+            yield Piece(start, stop, group, self.matrix[:, start:stop].unbind(0))
 
 
-class LiveModel:
-    """A network whose parameters are views of one flat buffer, so that a merge writes in place.
+class MappedCheckpoints(Checkpoints):
+    """Checkpoints whose tensors stay where they are: views of files mapped into memory.
 
-    Merges are made on the network's device; the checkpoints are copied there if need be.
+    What is not in memory is read from disk at every merge.
     """
 
-    def __init__(self, model: nn.Module, checkpoints: FlatCheckpoints) -> None:
-        state = model.state_dict()
-        device = next((tensor.device for tensor in state.values()), checkpoints.matrix.device)
-        self.model, self._checkpoints = model, checkpoints.to(device)
-        self._flat = torch.empty(checkpoints.layout.size, device=device)
-        views = checkpoints.layout.views(self._flat)
-        expected = {name: tensor.shape for name, tensor in state.items()}
-        found = {name: tensor.shape for name, tensor in {**views, **checkpoints.fixed}.items()}
-        if expected != found:
-            names = expected.keys() | found.keys()
-            odd = sorted(name for name in names if expected.get(name) != found.get(name))
-            raise ConfigError(
-                f"the network and the checkpoints differ in {len(odd)} tensors, first {odd[0]!r}"
-            )
-        self._bind(views)
+    def __init__(
+        self,
+        layout: FlatLayout,
+        rows: Sequence[Mapping[str, Tensor]],
+        fixed: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(layout, fixed)
+        self._flat = {name: [row[name].reshape(-1) for row in rows] for name in layout.names}
+        self._count = len(rows)
 
-    def _bind(self, views: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, view in views.items():
-                owner, leaf = self._owner(name)
-                # A parameter made of a view shares its version counter: caches of derived weights
-                # notice every merge.
-                setattr(owner, leaf, nn.Parameter(view, requires_grad=False))
-            for name, tensor in self._checkpoints.fixed.items():
-                owner, leaf = self._owner(name)
-                current = getattr(owner, leaf)
-                value = _as_float32(tensor).to(self._flat.device)
-                if isinstance(current, nn.Parameter):
-                    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-                else:
-                    setattr(owner, leaf, value)
+    @property
+    def num_checkpoints(self) -> int:
+        return self._count
 
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        path, _, leaf = name.rpartition(".")
-        return self.model.get_submodule(path), leaf
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
-    def set_coefficients(self, coefficients: Tensor) -> None:
-        """Turn the network into the merge with these coefficients (G, K)."""
-        with torch.no_grad():
-            self._checkpoints.merge(coefficients, out=self._flat)
+    def pieces(self) -> Iterator[Piece]:
+        """One piece a tensor."""
+        layout, group = self.layout, 0
+        for name, start in zip(layout.names, layout.offsets, strict=True):
+            sources = self._flat[name]
+            while group + 1 < layout.num_groups and start >= layout.group_bounds[group + 1]:
+                group += 1
+            yield Piece(start, start + sources[0].numel(), group, sources)
 
 
-def _as_float32(tensor: Tensor) -> Tensor:
+def as_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if it is of a floating type, else itself."""
     return tensor.float() if tensor.is_floating_point() else tensor

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ from merge_rl.storage.documents import nearest
 from merge_rl.storage.hashing import Progress, require_hash, sha256_file
 from merge_rl.storage.manifest import CheckpointEntry, Manifest, SetDefaults
 from merge_rl.storage.model_file import ModelFile, open_model_file, save_checkpoint
-from merge_rl.storage.safetensors_file import read_file, read_one, require_finite
+from merge_rl.storage.safetensors_file import (
+    map_file,
+    read_file,
+    read_one,
+    read_slice,
+    require_finite,
+)
 from merge_rl.storage.safetensors_header import Header, TensorInfo
 from merge_rl.storage.selection import (
     Listing,
@@ -145,6 +151,39 @@ class CheckpointSet:
         tensor = read_one(self.paths[index], self._headers[index], name)
         require_finite(self.paths[index], name, tensor)
         return tensor
+
+    def slices(self, name: str, indices: Sequence[int]) -> list[Callable[[int, int], Tensor]]:
+        """For each checkpoint a function (start, stop) -> these elements of a tensor, flattened.
+
+        Only what is asked for is read; neither hash nor values are checked.
+        """
+        return [
+            partial(read_slice, self.paths[index], self._headers[index], name) for index in indices
+        ]
+
+    def mapped(self, index: int) -> dict[str, Tensor]:
+        """All tensors of one checkpoint as views of the file, which stays on disk.
+
+        Checked first, in pieces: values finite, and the hash the recorded one.
+        """
+        if self._needs_hash(index):
+            require_hash(self.paths[index], self.sha256(index), self.entries[index].sha256)
+        weights = map_file(self.paths[index], self._headers[index])
+        for name, tensor in weights.items():
+            require_finite(self.paths[index], name, tensor)
+        return weights
+
+    def check_hashes(self, spread: Callable[..., Iterable[None]] = map) -> None:
+        """Compare every recorded hash that was not compared since the file changed last.
+
+        `spread` is a map over files, e.g. one that works in threads.
+        """
+
+        def check(index: int) -> None:
+            require_hash(self.paths[index], self.sha256(index), self.entries[index].sha256)
+
+        for _ in spread(check, [i for i in range(len(self)) if self._needs_hash(i)]):
+            pass
 
     def sha256(self, index: int, progress: Progress | None = None) -> str:
         """SHA-256 of one file, kept until the file changes; not compared with the manifest."""

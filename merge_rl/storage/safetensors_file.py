@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,15 +52,47 @@ def read_file(path: Path, *, hashed: bool) -> tuple[Header, dict[str, Tensor], s
 def read_one(path: Path, header: Header, name: str) -> Tensor:
     """One tensor of a file whose header was read before."""
     info = header.tensors[name]
+    return read_slice(path, header, name, 0, math.prod(info.shape)).reshape(info.shape)
+
+
+def read_slice(path: Path, header: Header, name: str, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of a flattened tensor, (stop - start,), and nothing else."""
+    dtype = header.tensors[name].dtype
+    values = torch.empty(stop - start, dtype=dtype)
+    target = tensor_bytes(values)
     try:
-        with path.open("rb") as file:
-            file.seek(header.begins[name])
-            data = bytearray(file.read(info.nbytes))
+        # Unbuffered: a buffer would be filled with bytes that nobody asked for.
+        with path.open("rb", buffering=0) as file:
+            file.seek(header.begins[name] + start * dtype.itemsize)
+            while len(target):
+                count = file.readinto(target)
+                if not count:
+                    raise CheckpointError(f"{path}: the file became shorter since it was opened")
+                target = target[count:]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if len(data) < info.nbytes:
-        raise CheckpointError(f"{path}: the file became shorter since it was opened")
-    return _view(data, 0, info)
+    return values
+
+
+def map_file(path: Path, header: Header) -> dict[str, Tensor]:
+    """All tensors of a file as views of its mapping; the system loads and drops pages at will.
+
+    A tensor that does not start at a multiple of its element's size is copied instead.
+    """
+    try:
+        # Private: nothing that is written to the tensors reaches the file.
+        mapping = torch.from_file(
+            str(path), shared=False, size=header.file_bytes, dtype=torch.uint8
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be mapped into memory: {reason}") from None
+    views = {}
+    for name, info in header.tensors.items():
+        part = mapping[header.begins[name] : header.begins[name] + info.nbytes]
+        aligned = header.begins[name] % info.dtype.itemsize == 0
+        views[name] = (part if aligned else part.clone()).view(info.dtype).reshape(info.shape)
+    return views
 
 
 def require_finite(path: Path, name: str, tensor: Tensor) -> None:
@@ -80,12 +113,25 @@ def write_tensors(
     file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Write header and tensors; wider types first, else in the order given."""
-    # Widest first keeps every tensor aligned to its own size: readers map the file into memory.
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    order = write_header(file, infos, metadata)
+    for name in order:
+        file.write(tensor_bytes(tensors[name]))
+
+
+def write_header(
+    file: BinaryIO, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> list[str]:
+    """Write the header alone; the names in the order in which their bytes must follow.
+
+    For files whose tensors come one by one. Wider types come first, else the order is that given:
+    so every tensor is aligned to its own size, and readers can map the file into memory.
+    """
+    order = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)
     header: dict[str, object] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name in order:
-        info = TensorInfo(tuple(tensors[name].shape), tensors[name].dtype)
+        info = infos[name]
         if name == METADATA_KEY or info.dtype not in _NAMES:
             raise CheckpointError(f"tensor {name!r} of {info.dtype} cannot be stored")
         end = position + info.nbytes
@@ -95,11 +141,10 @@ def write_tensors(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        file.write(_bytes(tensors[name]))
+    return order
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, without a copy where it is on the CPU and contiguous."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

@@ -17,14 +17,15 @@ from merge_rl.core.coefficients import (
     initial_coefficients,
     make_map,
 )
-from merge_rl.core.groups import assign_groups
-from merge_rl.core.merging import FlatCheckpoints, FlatLayout, LiveModel
-from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
+from merge_rl.core.live_model import LiveModel
+from merge_rl.core.merging import Checkpoints
+from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.hashing import sha256_file
 from merge_rl.storage.model_file import model_file_path, open_model_file
 from merge_rl.storage.reference import Reference, load_reference
+from merge_rl.workflows.merging import base_index, load_checkpoints, plan_merge
 from merge_rl.workflows.reward import SubsetReplaceFID
 from merge_rl.workflows.rollout import MergedRollout, Rollout
 
@@ -60,58 +61,6 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
 
 def _absolute(path: str | Path) -> str:
     return str(Path(path).resolve())
-
-
-def carried_names(model: nn.Module) -> set[str]:
-    """Tensors that a merge carries from the base instead of averaging: the network's buffers."""
-    return {name for name, _ in model.named_buffers()}
-
-
-def load_flat(
-    checkpoints: CheckpointSet, model: nn.Module | None, *, base: int, merge: MergeConfig
-) -> tuple[FlatCheckpoints, tuple[str, ...]]:
-    """All checkpoints as flat buffers, and the names of the groups of tensors.
-
-    Without a network (no config known) only tensors that are not floating are carried.
-    """
-    infos = checkpoints.tensors
-    if model is not None:
-        require_fit(checkpoints, model)
-        carried = carried_names(model)
-    else:
-        carried = {n for n, info in infos.items() if not info.dtype.is_floating_point}
-    shapes = {name: info.shape for name, info in infos.items() if name not in carried}
-    groups = assign_groups(list(shapes), merge.groups) if merge.groups else None
-    layout = FlatLayout.of(shapes, groups)
-    flat = FlatCheckpoints.load(
-        checkpoints.read, len(checkpoints), layout, base=base, fixed=sorted(carried)
-    )
-    return flat, groups.names if groups else ("all",)
-
-
-def require_fit(checkpoints: CheckpointSet, model: nn.Module) -> None:
-    """Raise CheckpointError unless the set's tensors are those of the network of its config."""
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(info.shape) for name, info in checkpoints.tensors.items()}
-    odd = sorted(
-        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-    )
-    if odd:
-        name = odd[0]
-        raise CheckpointError(
-            f"{checkpoints.folder}: {len(odd)} tensors do not fit the network of the model "
-            f"config, first {name!r}: found {found.get(name, 'nothing')}, "
-            f"expected {expected.get(name, 'nothing')}"
-        )
-
-
-def base_index(checkpoints: CheckpointSet, start: str) -> int:
-    """The checkpoint that coefficients start from and buffers are carried from."""
-    if start in checkpoints.names:
-        return checkpoints.names.index(start)
-    if start not in ("newest", "uniform"):
-        raise UnknownNameError("checkpoint", start, ("newest", "uniform", *checkpoints.names))
-    return checkpoints.newest
 
 
 def build_map(checkpoints: CheckpointSet, merge: MergeConfig, num_groups: int) -> CoefficientMap:
@@ -161,7 +110,7 @@ class Job:
     """What a search or a comparison works with."""
 
     checkpoints: CheckpointSet
-    flat: FlatCheckpoints
+    flat: Checkpoints
     map: CoefficientMap
     group_names: tuple[str, ...]
     rollout: MergedRollout
@@ -192,8 +141,10 @@ def build_job(config: OptimizeConfig, checkpoints: CheckpointSet) -> Job:
             "expected a manifest or config.json"
         )
     model = registry.build_model(checkpoints.config).to(config.device).requires_grad_(False)
-    base = base_index(checkpoints, config.merge.start)
-    flat, group_names = load_flat(checkpoints, model, base=base, merge=config.merge)
+    plan = plan_merge(
+        checkpoints, groups=config.merge.groups, base=config.merge.start, model=model
+    )
+    flat = load_checkpoints(checkpoints, plan, config.device)
     extractor, digest = build_extractor(
         config.extractor or "", config.extractor_weights, config.device
     )
@@ -214,8 +165,8 @@ def build_job(config: OptimizeConfig, checkpoints: CheckpointSet) -> Job:
     return Job(
         checkpoints=checkpoints,
         flat=flat,
-        map=build_map(checkpoints, config.merge, len(group_names)),
-        group_names=group_names,
+        map=build_map(checkpoints, config.merge, len(plan.groups.names)),
+        group_names=plan.groups.names,
         rollout=MergedRollout(live, rollout),
         num_classes=int(getattr(model, "label_dim", 0)),
         reward=registry.resolve("reward", registry.REWARDS, config.reward.name)(

@@ -19,9 +19,10 @@ from merge_rl.storage.atomic import write_json, write_text, write_yaml
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.model_file import save_checkpoint
 from merge_rl.version import __version__
-from merge_rl.workflows.assemble import Job, base_index
+from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.card import model_card
 from merge_rl.workflows.comparison import Comparison
+from merge_rl.workflows.merging import base_index
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from merge_rl import registry
-from merge_rl.config import MergeConfig
 from merge_rl.core.ema_profiles import posthoc_coefficients
-from merge_rl.core.merging import FlatCheckpoints
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet
-from merge_rl.workflows.assemble import base_index, load_flat, load_network
+from merge_rl.workflows.assemble import load_network
+from merge_rl.workflows.merging import plan_merge, stream_merge
 
 
 def load_model(path: str | os.PathLike[str]) -> nn.Module:
@@ -38,28 +36,13 @@ def merge(
         base: name of the checkpoint whose buffers (Fourier frequencies and phases) are carried;
             the newest by default. Buffers are never averaged.
 
-    Raises ConfigError for coefficients of another shape, or that are not finite.
+    The files are read once, a piece at a time: besides the result a few MiB are held. Raises
+    ConfigError for coefficients of another shape, or that are not finite.
     """
     values = torch.as_tensor(coefficients, dtype=torch.float64)
-    if not bool(values.isfinite().all()):
-        raise ConfigError("expected finite coefficients, got NaN or infinity")
-    flat = flat_checkpoints(checkpoints, groups=groups or {}, base=base)
-    weights = flat.weights(values)
-    return {name: weights[name] for name in checkpoints.tensors}
-
-
-def flat_checkpoints(
-    checkpoints: CheckpointSet, *, groups: Mapping[str, str], base: str
-) -> FlatCheckpoints:
-    """The set's flat buffers; its network, where the config is known, says what is carried."""
-    model = None
-    if checkpoints.config is not None:
-        with torch.device("meta"):
-            model = registry.build_model(checkpoints.config)
-    settings = MergeConfig(start=base, groups=dict(groups))
-    index = base_index(checkpoints, base)
-    flat, _ = load_flat(checkpoints, model, base=index, merge=settings)
-    return flat
+    plan = plan_merge(checkpoints, groups=groups, base=base)
+    rows = values.reshape(1, -1) if values.ndim == 1 else values
+    return {name: outs[0] for name, outs in stream_merge(checkpoints, plan, rows[None])}
 
 
 def ema_coefficients(checkpoints: CheckpointSet, ema_std: float, nimg: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
-from merge_rl.core.merging import LiveModel
+from merge_rl.core.live_model import LiveModel
 from merge_rl.core.sampling import sample
 from merge_rl.interfaces import Autoencoder, Denoiser, FeatureExtractor
 from merge_rl.rng import ImageStreams

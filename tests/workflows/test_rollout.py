@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from merge_rl.config import SamplerConfig
-from merge_rl.core.merging import FlatCheckpoints, FlatLayout, LiveModel
+from merge_rl.core.live_model import LiveModel
+from merge_rl.core.merging import FlatCheckpoints, FlatLayout
 from merge_rl.interfaces import Autoencoder, Denoiser, FeatureExtractor
 from merge_rl.rng import ImageStreams
 from merge_rl.workflows.rollout import MergedRollout, Rollout, balanced_labels
