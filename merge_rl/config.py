@@ -244,6 +244,10 @@ def load_config(cls: type[T], path: Path) -> T:
     return from_mapping(cls, load_mapping(path), path.name)
 
 
+    # Where the checkpoints lie while they are merged: a device, "cpu" (memory) or "disk" (mapped
+    # files); None: the first of the three with room. It changes the time, not the result.
+    weights_device: str | None = None
+    licence: str | None = None  # of the merge; None: that of the checkpoints
 def dump_config(config: Any) -> str:
     """A config as YAML text that `load_config` reads back to an equal config."""
     text: str = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)

@@ -168,6 +168,20 @@ def optimize(
 ) -> None:
     """Search the merging coefficients of a checkpoint set: the main job.
 
+    weights_device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the checkpoints lie: the device, cpu (memory) or disk (mapped files). "
+            "[default: the first with room]",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--license", help="Of the merge. [default: the checkpoints']", rich_help_panel=FINAL
+        ),
+    ] = None,
     Each round proposes coefficients, merges, generates images with a deterministic ODE and scores
     how the FID of a pool of images changes when some of it is replaced. Ends with a comparison on
     fresh seeds and writes RUN/merged. Ctrl-C keeps the finished rounds; go on with
@@ -180,7 +194,9 @@ def optimize(
     given = {
         "track": track, "budget": budget, "seed": seed, "extractor": extractor, "batch": batch,
         "extractor_weights": extractor_weights, "reference": reference, "heldout": heldout,
-        "device": device, "search.name": searcher, "search.policy": policy,
+        "autoencoder": autoencoder, "autoencoder_weights": autoencoder_weights,
+        "device": device, "weights_device": weights_device, "licence": licence,
+        "search.name": searcher, "search.policy": policy,
         "search.population": population, "merge.map": map_kind, "merge.start": start,
         "merge.scale": scale, "reward.name": reward, "reward.pool_size": pool,
         "reward.subset_size": subset, "reward.refresh": refresh, "sampler.solver": solver,

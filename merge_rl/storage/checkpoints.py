@@ -126,11 +126,16 @@ class CheckpointSet:
         return sum(header.file_bytes for header in self._headers)
 
     @property
-    def licence(self) -> str | None:
-        """Licence of the weights; several are listed with commas, None if not stated."""
+    def licences(self) -> list[str]:
+        """The licences that the files are stated to be under, each once."""
         common = self.manifest.licence if self.manifest else None
         stated = dict.fromkeys(entry.licence or common for entry in self.entries)
-        return ", ".join(licence for licence in stated if licence) or None
+        return [licence for licence in stated if licence]
+
+    @property
+    def licence(self) -> str | None:
+        """Licence of the weights; several are listed with commas, None if not stated."""
+        return ", ".join(self.licences) or None
 
     def metadata(self, index: int) -> Mapping[str, str]:
         """The metadata stored in one file."""

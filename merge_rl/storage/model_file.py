@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.atomic import save_tensors
 from merge_rl.storage.documents import load_json_mapping, read_bounded
-from merge_rl.storage.hashing import require_hash
+from merge_rl.storage.hashing import require_hash, sha256_file
 from merge_rl.storage.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
@@ -22,6 +23,7 @@ from merge_rl.storage.manifest import (
     read_manifest,
 )
 from merge_rl.storage.safetensors_file import read_file, require_finite
+from merge_rl.storage.shards import INDEX_NAME, read_index
 
 CONFIG_NAME: Final = "config.json"
 CONFIG_KEY: Final = "config"  # of a safetensors file's metadata
@@ -37,12 +39,16 @@ class ModelFile(NamedTuple):
 
 
 def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
-    """Weights and config from a folder with one `.safetensors`, or from such a file.
+    """Weights and config from a folder of one model, or from one `.safetensors`.
 
+    The folder holds one `.safetensors`, or shards with an index.
     The config comes from the folder's `config.json`; for a file, from its own metadata first, then
     the `config.json` beside it, then a manifest that lists it, up to two folders higher. Weights
     are checked to be finite, and against the manifest's hash where there is one.
     """
+    homes = read_index(Path(path)) if Path(path).is_dir() else None
+    if homes is not None:
+        return _read_shards(Path(path), homes)
     file = model_file_path(path)
     listed = _find_listing(file)
     recorded = listed[1].sha256 if listed else None
@@ -53,6 +59,15 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
         require_finite(file, name, tensor)
     config = _first_config(file, header.metadata, listed[0] if listed else None)
     return ModelFile(weights, config, dict(header.metadata))
+
+
+def model_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a model's file; of shards, that of their hashes in name order."""
+    homes = read_index(Path(path)) if Path(path).is_dir() else None
+    if homes is None:
+        return sha256_file(model_file_path(path))
+    digests = [sha256_file(file) for file in sorted(set(homes.values()))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def model_file_path(path: str | os.PathLike[str]) -> Path:
@@ -112,6 +127,28 @@ def _only_file(folder: Path) -> Path:
         hint = "; name one of them, or merge them first" if files else ""
         raise CheckpointError(f"{folder}: expected the folder of one model, found {found}{hint}")
     return files[0]
+
+
+def _read_shards(folder: Path, homes: Mapping[str, Path]) -> ModelFile:
+    weights: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for file in sorted(set(homes.values())):
+        header, tensors, _ = read_file(file, hashed=False)
+        metadata |= header.metadata
+        for name, tensor in tensors.items():
+            if homes.get(name) != file:
+                raise CheckpointError(
+                    f"{file}: holds tensor {name!r}, which the index does not say"
+                )
+            require_finite(file, name, tensor)
+            weights[name] = tensor
+    lacking = [name for name in homes if name not in weights]
+    if lacking:
+        where = homes[lacking[0]]
+        raise CheckpointError(f"{where}: expected tensor {lacking[0]!r}, as the index says")
+    # The index keeps the order of the whole model, the shards only their own.
+    ordered = {name: weights[name] for name in homes}
+    return ModelFile(ordered, _first_config(folder / INDEX_NAME, metadata, None), metadata)
 
 
 def _first_config(

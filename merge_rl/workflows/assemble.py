@@ -23,9 +23,12 @@ from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.hashing import sha256_file
-from merge_rl.storage.model_file import model_file_path, open_model_file
-from merge_rl.storage.reference import Reference, load_reference
+from merge_rl.storage.model_file import model_sha256, open_model_file
+from merge_rl.storage.reference import Reference, load_reference, reference_file
+from merge_rl.workflows.autoencoders import load_autoencoder
+from merge_rl.workflows.extractors import build_extractor
 from merge_rl.workflows.merging import base_index, load_checkpoints, plan_merge
+from merge_rl.workflows.placement import place_weights
 from merge_rl.workflows.reward import SubsetReplaceFID
 from merge_rl.workflows.rollout import MergedRollout, Rollout
 
@@ -144,7 +147,8 @@ def build_job(config: OptimizeConfig, checkpoints: CheckpointSet) -> Job:
     plan = plan_merge(
         checkpoints, groups=config.merge.groups, base=config.merge.start, model=model
     )
-    flat = load_checkpoints(checkpoints, plan, config.device)
+    place = place_weights(checkpoints.total_bytes, config.device, config.weights_device)
+    flat = load_checkpoints(checkpoints, plan, place)
     extractor, digest = build_extractor(
         config.extractor or "", config.extractor_weights, config.device
     )
@@ -219,5 +223,7 @@ def _hashes(
     return {
         "checkpoints": {name: checkpoints.sha256(i) for i, name in enumerate(checkpoints.names)},
         "extractor_weights": digest,
-        **{name: sha256_file(Path(path)) if path else None for name, path in files.items()},
+        **({"autoencoder_weights": decoder} if decoder else {}),
+        "guide": model_sha256(guide) if guide else None,
+        **{name: sha256_file(path) if path else None for name, path in files.items()},
     }

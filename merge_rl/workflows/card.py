@@ -2,62 +2,103 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import yaml
 from torch import Tensor
 
-from merge_rl.config import OptimizeConfig
-from merge_rl.version import __version__
-from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.comparison import ENTRIES, Comparison
+from merge_rl.workflows.licence import hub_licence
+
+TASK: Final = "unconditional-image-generation"  # the Hub's nearest name, with classes or without
 
 
-def model_card(
-    job: Job, config: OptimizeConfig, coefficients: Tensor, comparison: Comparison
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card tells."""
+
+    name: str  # of the checkpoint set
+    family: str | None  # "edm2", "sit"
+    checkpoints: Sequence[str]
+    group_names: Sequence[str]
+    coefficients: Tensor  # (G, K)
+    dtype: str
+    how: str  # a sentence: how the coefficients were found
+    conditional: bool = True  # whether the network takes labels
+    licence: str | None = None
+    base_models: Sequence[str] = ()
+    comparison: Comparison | None = None
+    extractor: str | None = None
+    data: Mapping[str, str] | None = None  # reference name -> what it was made from
+
+
+def model_card(facts: CardFacts) -> str:
     """Markdown with Hub metadata, the comparison, the coefficients and how to load the weights."""
-    checkpoints = job.checkpoints
-    header: dict[str, Any] = {"tags": ["diffusion", "model-merging", "merge_rl"]}
-    if checkpoints.licence:
-        header["license"] = checkpoints.licence.lower()
-    name = checkpoints.manifest.name if checkpoints.manifest else None
-    front = yaml.safe_dump(header, sort_keys=True).strip()
+    front = yaml.safe_dump(card_header(facts), sort_keys=False, allow_unicode=True).strip()
+    title = f"Merge of {len(facts.checkpoints)} checkpoints of {facts.name}"
+    scores = [] if facts.comparison is None else _scores(facts, facts.comparison)
     return "\n".join(
         [
             f"---\n{front}\n---",
-            f"# Merge of {len(checkpoints)} checkpoints of {name or checkpoints.folder.name}",
+            f"# {title}",
             "",
-            f"Found by merge_rl {__version__} with the searcher `{config.search.name}` and the "
-            f"reward `{config.reward.name}`, {config.budget} generated images at most, seed "
-            f"{config.seed}.",
+            facts.how,
             "",
-            "## Scores",
-            "",
-            *score_table(comparison),
-            "",
-            f"FID of features from the extractor `{config.extractor}` at N = "
-            f"{comparison.num_images} images, {len(comparison.scores['result'])} repeats on fresh "
-            "seeds (the same for every row), mean and 95 % interval. FID is biased upward at "
-            "small N: compare only numbers of equal N.",
-            "",
+            *scores,
             "## Coefficients",
             "",
-            *coefficient_table(job, coefficients),
+            *coefficient_table(facts),
             "",
-            "## Loading",
-            "",
-            "```python",
-            "import merge_rl as mrl",
-            'model = mrl.load_model("path/to/this/folder")',
-            "```",
-            "",
-            "`model.safetensors` holds the official network's names and shapes, in float32. "
-            "`merge.yaml` lists the sources with their SHA-256; "
-            "`mergerl merge CHECKPOINTS --recipe merge.yaml` makes the same weights again.",
-            "",
+            *_loading(facts),
         ]
     )
+
+
+def card_header(facts: CardFacts) -> dict[str, Any]:
+    """The YAML header, in the Hub's vocabulary."""
+    header: dict[str, Any] = {"library_name": "merge_rl", **hub_licence(facts.licence)}
+    if facts.base_models:
+        header["base_model"] = list(facts.base_models)
+        header["base_model_relation"] = "merge"
+    header["pipeline_tag"] = TASK
+    family = [facts.family] if facts.family else []
+    header["tags"] = ["merge", "diffusion", *family, "merge_rl"]
+    results = evaluation_results(facts)
+    if results:
+        header["model-index"] = [{"name": f"{facts.name} merge", "results": results}]
+    return header
+
+
+def evaluation_results(facts: CardFacts) -> list[dict[str, Any]]:
+    """Scores of the result in the Hub's format, one entry for each reference; no NaN."""
+    comparison, found = facts.comparison, []
+    if comparison is None:
+        return []
+    summary = comparison.summary("result")
+    repeats = len(comparison.scores["result"])
+    for name in comparison.references:
+        mean, low, high = (summary[name][key] for key in ("mean", "low", "high"))
+        if math.isnan(mean):
+            continue
+        label = (facts.data or {}).get(name) or name
+        metric = {
+            "type": "fid",
+            "name": f"FID ({facts.extractor} features, N = {comparison.num_images:,}, mean of "
+            f"{repeats} repeats, 95 % interval {low:.3f} to {high:.3f})",
+            "value": round(mean, 4),
+        }
+        found.append(
+            {
+                "task": {"type": TASK, "name": "Image generation"},
+                "dataset": {"type": _slug(label), "name": f"{label} ({name})"},
+                "metrics": [metric],
+            }
+        )
+    return found
 
 
 def score_table(comparison: Comparison) -> list[str]:
@@ -76,11 +117,50 @@ def score_table(comparison: Comparison) -> list[str]:
     return lines
 
 
-def coefficient_table(job: Job, coefficients: Tensor) -> list[str]:
+def coefficient_table(facts: CardFacts) -> list[str]:
     """Lines of a Markdown table: one row a checkpoint, one column a group of tensors."""
-    lines = ["| checkpoint | " + " | ".join(job.group_names) + " |"]
-    lines.append("| --- |" + " --- |" * len(job.group_names))
-    for i, name in enumerate(job.checkpoints.names):
-        cells = [f"{value:+.4f}" for value in coefficients[:, i].tolist()]
+    lines = ["| checkpoint | " + " | ".join(facts.group_names) + " |"]
+    lines.append("| --- |" + " --- |" * len(facts.group_names))
+    rows = facts.coefficients.reshape(-1, len(facts.checkpoints))
+    for i, name in enumerate(facts.checkpoints):
+        cells = [f"{value:+.4f}" for value in rows[:, i].tolist()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _scores(facts: CardFacts, comparison: Comparison) -> list[str]:
+    return [
+        "## Scores",
+        "",
+        *score_table(comparison),
+        "",
+        f"FID of features from the extractor `{facts.extractor}` at N = "
+        f"{comparison.num_images:,} images, {len(comparison.scores['result'])} repeats on fresh "
+        "seeds (the same for every row), mean and 95 % interval. FID is biased upward at "
+        "small N: compare only numbers of equal N.",
+        "",
+    ]
+
+
+def _loading(facts: CardFacts) -> list[str]:
+    return [
+        "## Loading",
+        "",
+        "```python",
+        "import torch",
+        "import merge_rl as mrl",
+        "",
+        'model = mrl.load_model("path/to/this/folder")  # or "user/repo"',
+        "noise = torch.randn(4, *model.sample_shape)",
+        f"samples = mrl.sample(model, noise{', torch.arange(4)' if facts.conditional else ''})",
+        "```",
+        "",
+        f"The weights have the official network's names and shapes, in {facts.dtype}; "
+        "`merge.yaml` lists the sources with their SHA-256, and "
+        "`mergerl merge CHECKPOINTS OUT --recipe merge.yaml` makes the same files again.",
+        "",
+    ]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "images"

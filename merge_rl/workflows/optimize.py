@@ -25,6 +25,7 @@ from merge_rl.version import __version__
 from merge_rl.workflows.assemble import Job, build_job, resolve_config
 from merge_rl.workflows.comparison import Comparison, compare
 from merge_rl.workflows.export import require_new, write_merged
+from merge_rl.workflows.licence import merged_licence
 from merge_rl.workflows.search_loop import SearchLoop
 
 
@@ -88,6 +89,7 @@ def optimize(
     resolved = resolve_config(base, opened)
     check_names(resolved)
     check_budget(resolved)
+    merged_licence(opened, resolved.licence)  # refused before the search, not after it
     job = build_job(resolved, opened)
     searcher_object = make_searcher(resolved, job)
     run = RunDir.create(out, resolved, {"hashes": job.hashes, "version": __version__})

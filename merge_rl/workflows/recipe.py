@@ -1,9 +1,12 @@
-"""Read a merge recipe (merge.yaml) back into coefficients."""
+"""Merge recipes (merge.yaml): what it takes to make a merge again, written and read back."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,6 +14,53 @@ from torch import Tensor
 from merge_rl.errors import CheckpointError, ConfigError, HashMismatchError
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.documents import load_yaml
+from merge_rl.storage.shards import MAX_SHARD_BYTES
+from merge_rl.version import __version__
+
+TOOL: Final = f"merge_rl {__version__}"
+
+
+def merge_recipe(
+    checkpoints: CheckpointSet,
+    coefficients: Tensor,
+    *,
+    base: int,
+    groups: Mapping[str, str],
+    licence: str | None = None,
+    tool: str = TOOL,
+) -> dict[str, Any]:
+    """What it takes to make the merge again: sources with hashes, coefficients, groups, base."""
+    rows = coefficients.reshape(-1, len(checkpoints))
+    return {
+        "version": 1,
+        "tool": tool,
+        "base": checkpoints.names[base],
+        "groups": dict(groups),
+        "licence": licence,
+        "sources": [
+            {
+                "name": name,
+                "file": checkpoints.entries[i].file,
+                "source": checkpoints.entries[i].source,
+                "nimg": checkpoints.nimg[i],
+                "ema_std": checkpoints.ema_std[i],
+                "sha256": checkpoints.sha256(i),
+                "coefficients": rows[:, i].tolist(),
+            }
+            for i, name in enumerate(checkpoints.names)
+        ],
+    }
+
+
+def recipe_metadata(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of the merged file, text only: the tool, and the sources with their hashes.
+
+    A function of the parts of the recipe that say how to merge: how its coefficients were found
+    does not change the file.
+    """
+    sources = [{k: s[k] for k in ("name", "sha256", "coefficients")} for s in recipe["sources"]]
+    how = {"base": recipe["base"], "groups": recipe["groups"], "sources": sources}
+    return {"format": "pt", "tool": recipe["tool"], "merge": json.dumps(how, sort_keys=True)}
 
 
 class Recipe:
@@ -29,12 +79,23 @@ class Recipe:
         self.groups: dict[str, str] = {str(name): pattern for name, pattern in groups.items()}
         self.base = str(document.get("base", "newest"))
         self.dtype = str(document.get("dtype", "float32"))
+        self.tool = str(document.get("tool", TOOL))
+        licence = document.get("licence")
+        self.licence = None if licence is None else str(licence)
+        self.max_shard_bytes = self._size(document.get("max_shard_bytes", MAX_SHARD_BYTES))
         self.sources = [self._source(item) for item in document["sources"]]
 
     @property
     def names(self) -> list[str]:
         """Names of the checkpoints that are merged."""
         return [name for name, _, _ in self.sources]
+
+    def _size(self, value: object) -> int:
+        if type(value) is not int or value < 1:
+            raise ConfigError(
+                f"{self.path}, max_shard_bytes: expected a number of bytes, found {value!r}"
+            )
+        return value
 
     def _source(self, item: object) -> tuple[str, str | None, list[float]]:
         try:

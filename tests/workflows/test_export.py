@@ -44,6 +44,7 @@ def test_a_saved_folder_holds_what_was_given(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text()) == CONFIG
     assert yaml.safe_load((out / "merge.yaml").read_text(encoding="utf-8")) == {
         "version": 1, "note": "größer", "dtype": "float32", "coefficients": [0.25, 0.75],
+        "max_shard_bytes": 5_000_000_000,
     }  # fmt: skip
     assert (out / "README.md").read_text() == "# Card\n"
     file = open_model_file(out)
@@ -90,13 +91,14 @@ def test_an_existing_path_is_refused(kind: str, tmp_path: Path) -> None:
     assert listing(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("name", ["save_checkpoint", "write_json", "write_yaml", "write_text"])
+@pytest.mark.parametrize("name", ["write_weights", "write_json", "write_yaml", "write_text"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, ValueError])
 def test_a_failure_in_the_middle_leaves_nothing(
     name: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path, *_: Any) -> None:
-        Path(path).write_text("half")
+    def fail(path: Path, *_: Any, **__: Any) -> None:
+        target = path / "x" if path.is_dir() else path
+        target.write_text("half")
         raise error("no space left")
 
     monkeypatch.setattr(export, name, fail)
@@ -105,14 +107,14 @@ def test_a_failure_in_the_middle_leaves_nothing(
     assert listing(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["save_checkpoint", "write_json", "write_yaml", "write_text"])
+@pytest.mark.parametrize("name", ["write_weights", "write_json", "write_yaml", "write_text"])
 def test_a_failed_replacement_keeps_the_old_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = save_model(tmp_path / "out", weights(), CONFIG, coefficients=[1.0], card="old")
     before = {path: (out / path).read_bytes() for path in listing(out)}
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(export, name, fail)

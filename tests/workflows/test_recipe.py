@@ -15,8 +15,7 @@ import merge_rl as mrl
 from merge_rl.errors import CheckpointError, ConfigError, HashMismatchError, MergeRLError
 from merge_rl.storage.atomic import save_tensors, write_yaml
 from merge_rl.storage.checkpoints import CheckpointSet
-from merge_rl.workflows.export import merge_recipe
-from merge_rl.workflows.recipe import Recipe
+from merge_rl.workflows.recipe import Recipe, merge_recipe
 
 ROWS = [[0.1, -1 / 3, 0.7, 1e-17], [0.25, 0.25, 0.25, 0.25]]
 GROUPS = {"encoder": r"\.enc\."}
@@ -59,6 +58,7 @@ def test_a_recipe_says_where_its_sources_came_from(
     assert source == {
         "name": "tiny-0000300",
         "file": "raw/tiny-0000300.safetensors",
+        "source": None,
         "nimg": 307200,
         "ema_std": None,
         "sha256": raw.sha256(2),

@@ -86,7 +86,7 @@ def tripwire(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
         (RunDir, "save_state"),
         (RunDir, "write"),
         (RunDir, "keep_events_before"),
-        (export, "save_checkpoint"),
+        (export, "write_weights"),
         (export, "write_json"),
         (export, "write_yaml"),
         (export, "write_text"),
