@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 from merge_rl.version import __version__
 
 if TYPE_CHECKING:
-    from merge_rl.core.distances import frechet_distance, kernel_distance
+    from merge_rl.core.distances import frechet_distance
+    from merge_rl.core.kernels import kernel_distance
+    from merge_rl.core.neighbours import prdc
     from merge_rl.core.sampling import sample
     from merge_rl.core.statistics import FeatureStats, feature_stats
     from merge_rl.errors import MergeRLError
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 _HOMES: Final = {
     "frechet_distance": "core.distances",
-    "kernel_distance": "core.distances",
+    "kernel_distance": "core.kernels",
+    "prdc": "core.neighbours",
     "sample": "core.sampling",
     "FeatureStats": "core.statistics",
     "feature_stats": "core.statistics",
@@ -57,6 +60,7 @@ __all__ = [
     "merge",
     "open_checkpoints",
     "optimize",
+    "prdc",
     "resume",
     "sample",
     "save_model",

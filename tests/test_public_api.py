@@ -17,7 +17,7 @@ from merge_rl.errors import MergeRLError
 PROMISED = [
     "CheckpointSet", "FeatureStats", "MergeRLError", "build_model", "evaluate", "feature_stats",
     "frechet_distance", "kernel_distance", "load_model", "merge", "open_checkpoints", "optimize",
-    "resume", "sample", "save_model",
+    "prdc", "resume", "sample", "save_model",
 ]  # fmt: skip
 
 
@@ -86,6 +86,7 @@ def test_the_short_way_through(tiny: Path, tmp_path: Path) -> None:
     stats = mrl.feature_stats(samples.flatten(1))
     assert mrl.frechet_distance(stats, stats) == pytest.approx(0, abs=1e-9)
     assert mrl.kernel_distance(samples.flatten(1), noise.flatten(1)) > 0
+    assert mrl.prdc(samples.flatten(1), samples.flatten(1), k=2).precision == 1
 
     config = OptimizeConfig(
         checkpoints=str(tiny), track="raw", search=SearchConfig(population=4),

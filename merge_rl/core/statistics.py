@@ -15,6 +15,7 @@ from torch import Tensor
 from merge_rl.errors import StatisticsError, TooFewSamplesError
 
 BLOCK_ROWS = 1024  # rows converted to float64 at a time: 16 MiB at D = 2048
+MOMENT_TOLERANCE = 1e-5  # asymmetry and negative variance that rounding to float32 explains
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +54,21 @@ def feature_stats(features: Tensor) -> FeatureStats:
     """
     check_features(features, at_least=2)
     count, dim = features.shape
-    total = torch.zeros(dim, dtype=torch.float64, device=features.device)
-    for block in row_blocks(features, BLOCK_ROWS):
-        total += block.sum(0, dtype=torch.float64)
-    mean = total / count
+    mean = feature_mean(features)
     scatter = torch.zeros(dim, dim, dtype=torch.float64, device=features.device)
     for block in row_blocks(features, BLOCK_ROWS):
         centred = block.to(torch.float64) - mean
         scatter.addmm_(centred.T, centred)
     return FeatureStats(count, mean, scatter / (count - 1))
+
+
+def feature_mean(features: Tensor) -> Tensor:
+    """Mean (D,) in float64 of features (N, D) of any dtype, block by block."""
+    # A sum of all rows in another dtype would first copy them to it.
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    for block in row_blocks(features, BLOCK_ROWS):
+        total += block.sum(0, dtype=torch.float64)
+    return total / len(features)
 
 
 def merge_stats(a: FeatureStats, b: FeatureStats) -> FeatureStats:
@@ -75,6 +82,19 @@ def merge_stats(a: FeatureStats, b: FeatureStats) -> FeatureStats:
     mean = a.mean + delta * (b.count / count)
     between = torch.outer(delta, delta) * (a.count * b.count / count)
     return FeatureStats(count, mean, (a.scatter + b.scatter + between) / (count - 1))
+
+
+def extend_stats(stats: FeatureStats | None, features: Tensor) -> FeatureStats | None:
+    """Moments after further rows (N, D), N >= 0, for sets too large to hold; None before any."""
+    if len(features) == 0:
+        return stats
+    if len(features) == 1:
+        check_features(features, at_least=1)
+        mean = features[0].to(torch.float64)
+        more = FeatureStats(1, mean, mean.new_zeros(len(mean), len(mean)))
+    else:
+        more = feature_stats(features)
+    return more if stats is None else merge_stats(stats, more)
 
 
 def replace_rows(stats: FeatureStats, old: Tensor, new: Tensor) -> FeatureStats:
@@ -125,6 +145,46 @@ def check_features(features: Tensor, *, at_least: int) -> None:
         raise StatisticsError(
             f"expected finite features, got {bad} of {len(features)} rows with NaN or infinity"
         )
+
+
+def check_moments(stats: FeatureStats) -> None:
+    """Refuse moments that no 2 or more samples have: the check where statistics come in.
+
+    Finite, with a symmetric covariance that has no negative variance, to MOMENT_TOLERANCE of its
+    largest entry. `FeatureStats` itself checks shapes and dtypes only: updates make many of them,
+    from moments that have passed here. Costs a few passes over the covariance.
+    """
+    check_count(stats)
+    check_finite_moments(stats)
+    if stats.dim == 0:
+        raise StatisticsError("expected moments of at least 1 dimension, got none")
+    scale = float(stats.cov.abs().max())
+    gap = float((stats.cov - stats.cov.T).abs().max())
+    if gap > MOMENT_TOLERANCE * scale:
+        raise StatisticsError(
+            f"expected a symmetric covariance, got entries that differ by {gap:.3g} from their "
+            f"mirror image, where the largest is {scale:.3g}"
+        )
+    lowest = float(stats.cov.diagonal().min())
+    if lowest < -MOMENT_TOLERANCE * scale:
+        raise StatisticsError(f"expected variances of at least 0, got {lowest:.3g}")
+
+
+def check_count(stats: FeatureStats) -> None:
+    """Refuse moments of a single sample, which have no covariance."""
+    if stats.count < 2:
+        raise TooFewSamplesError(
+            f"expected moments of at least 2 samples for a distance, got {stats.count}"
+        )
+
+
+def check_finite_moments(stats: FeatureStats) -> None:
+    """Refuse moments with NaN or infinity."""
+    # One sum tells, at a thirtieth of the cost of looking at each entry.
+    if not bool((stats.mean.sum() + stats.cov.sum()).isfinite()):
+        bad = sum(int((~moment.isfinite()).sum()) for moment in (stats.mean, stats.cov))
+        if bad:
+            raise StatisticsError(f"expected finite moments, got {bad} entries of NaN or infinity")
 
 
 def check_same_dim(a: FeatureStats, b: FeatureStats) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 from merge_rl.core.statistics import (
     BLOCK_ROWS,
     FeatureStats,
+    check_moments,
+    feature_mean,
     feature_stats,
     merge_stats,
     replace_rows,
@@ -39,6 +41,14 @@ def test_blocks_do_not_show(generator: torch.Generator) -> None:
     stats = feature_stats(features)
     torch.testing.assert_close(stats.mean, features.double().mean(0), rtol=1e-14, atol=0)
     torch.testing.assert_close(stats.cov, torch.cov(features.double().T), rtol=1e-9, atol=1e-15)
+
+
+def test_means_of_all_dtypes_are_taken_in_float64(generator: torch.Generator) -> None:
+    whole = torch.randint(0, 256, (BLOCK_ROWS + 9, 3), generator=generator)
+    for features in (whole, whole.to(torch.uint8), whole.half(), whole.double()):
+        torch.testing.assert_close(
+            feature_mean(features), whole.double().mean(0), rtol=1e-14, atol=0
+        )
 
 
 def test_half_precision_features_are_summed_in_float64(generator: torch.Generator) -> None:
@@ -142,3 +152,31 @@ def test_moments_that_do_not_fit_are_refused() -> None:
         replace_rows(FeatureStats(1, mean, cov), torch.ones(1, 2), torch.ones(1, 2))
     with pytest.raises(StatisticsError, match="got 2 and 3"):
         merge_stats(FeatureStats(9, mean, cov), feature_stats(torch.eye(6, 3)))
+
+
+def test_moments_of_samples_pass_the_check(generator: torch.Generator) -> None:
+    # Fewer samples than dimensions, a variance of 0, and moments after an update.
+    features = torch.randn(5, 8, generator=generator) * torch.tensor([0.0, 1e3] + [1.0] * 6)
+    stats = feature_stats(features)
+    check_moments(stats)
+    check_moments(replace_rows(stats, features[:2], features[2:4]))
+
+
+def test_moments_of_no_samples_are_refused() -> None:
+    mean, cov = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    lopsided = torch.tensor([[4.0, 1.0], [0.0, 4.0]], dtype=torch.float64)
+    bad = {
+        "at least 2 samples for a distance, got 1": FeatureStats(1, mean, cov),
+        "finite moments, got 1 entries": FeatureStats(
+            9, mean.index_fill(0, torch.tensor(1), torch.nan), cov
+        ),
+        "finite moments, got 4 entries": FeatureStats(9, mean, cov * torch.inf),
+        "differ by 1 from their mirror image, where the largest is 4": FeatureStats(
+            9, mean, lopsided
+        ),
+        "variances of at least 0, got -1": FeatureStats(9, mean, -cov),
+        "at least 1 dimension, got none": FeatureStats(9, mean[:0], cov[:0, :0]),
+    }
+    for message, stats in bad.items():
+        with pytest.raises(StatisticsError, match=message):
+            check_moments(stats)
