@@ -26,7 +26,7 @@ def weighted_sum(
     neither the processor, the number of threads nor where the sources lie changes a bit. (A matrix
     product may fuse and reorder; it is a quarter faster at most, as reading the sources dominates.)
     """
-    terms = [(s, c) for s, c in zip(sources, _float32(coefficients), strict=True) if c != 0]
+    terms = [(s, c) for s, c in zip(sources, float32(coefficients), strict=True) if c != 0]
     if not terms:
         return out.zero_()
     size = CHUNK if out.device.type == "cpu" else DEVICE_CHUNK
@@ -34,15 +34,26 @@ def weighted_sum(
     for start in range(0, out.numel(), size):
         part = out[start : start + size]
         for k, (source, coefficient) in enumerate(terms):
-            target = term[: part.numel()] if k else part
-            # Two operations on purpose: one that multiplies and adds may round once or twice,
-            # depending on the machine.
-            target.copy_(source[start : start + size]).mul_(coefficient)
-            if k:
-                part.add_(target)
+            add_product(part, source[start : start + size], coefficient, term, first=k == 0)
     return out
 
 
-def _float32(coefficients: Sequence[float] | Tensor) -> list[float]:
+def add_product(
+    out: Tensor, source: Tensor, coefficient: float, term: Tensor, *, first: bool
+) -> None:
+    """out += coefficient source, or out = coefficient source if it is the `first` of a sum.
+
+    All (n,), `out` and `term` (at least (n,), overwritten) in float32; `coefficient` is a float32
+    number. Two operations on purpose: one that multiplies and adds may round once or twice,
+    depending on the machine.
+    """
+    target = out if first else term[: out.numel()]
+    target.copy_(source).mul_(coefficient)
+    if not first:
+        out.add_(target)
+
+
+def float32(coefficients: Sequence[float] | Tensor) -> list[float]:
+    """The nearest float32 numbers."""
     values: list[float] = torch.as_tensor(coefficients, dtype=torch.float32).tolist()
     return values

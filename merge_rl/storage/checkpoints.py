@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from merge_rl.storage.hashing import Progress, require_hash, sha256_file
 from merge_rl.storage.manifest import CheckpointEntry, Manifest, SetDefaults
 from merge_rl.storage.model_file import ModelFile, open_model_file, save_checkpoint
 from merge_rl.storage.safetensors_file import (
+    TensorReader,
     map_file,
     read_file,
     read_one,
-    read_slice,
     require_finite,
 )
 from merge_rl.storage.safetensors_header import Header, TensorInfo
@@ -157,14 +157,9 @@ class CheckpointSet:
         require_finite(self.paths[index], name, tensor)
         return tensor
 
-    def slices(self, name: str, indices: Sequence[int]) -> list[Callable[[int, int], Tensor]]:
-        """For each checkpoint a function (start, stop) -> these elements of a tensor, flattened.
-
-        Only what is asked for is read; neither hash nor values are checked.
-        """
-        return [
-            partial(read_slice, self.paths[index], self._headers[index], name) for index in indices
-        ]
+    def reader(self, index: int) -> TensorReader:
+        """One file opened to read parts of its tensors; neither hash nor values are checked."""
+        return TensorReader(self.paths[index], self._headers[index])
 
     def mapped(self, index: int) -> dict[str, Tensor]:
         """All tensors of one checkpoint as views of the file, which stays on disk.
@@ -188,6 +183,11 @@ class CheckpointSet:
             require_hash(self.paths[index], self.sha256(index), self.entries[index].sha256)
 
         for _ in spread(check, [i for i in range(len(self)) if self._needs_hash(i)]):
+            pass
+
+    def hash_files(self, spread: Callable[..., Iterable[str]] = map) -> None:
+        """Compute every hash that is not known yet; `spread` is a map over files."""
+        for _ in spread(self.sha256, range(len(self))):
             pass
 
     def sha256(self, index: int, progress: Progress | None = None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,26 +52,44 @@ def read_file(path: Path, *, hashed: bool) -> tuple[Header, dict[str, Tensor], s
 def read_one(path: Path, header: Header, name: str) -> Tensor:
     """One tensor of a file whose header was read before."""
     info = header.tensors[name]
-    return read_slice(path, header, name, 0, math.prod(info.shape)).reshape(info.shape)
-
-
-def read_slice(path: Path, header: Header, name: str, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of a flattened tensor, (stop - start,), and nothing else."""
-    dtype = header.tensors[name].dtype
-    values = torch.empty(stop - start, dtype=dtype)
-    target = tensor_bytes(values)
-    try:
-        # Unbuffered: a buffer would be filled with bytes that nobody asked for.
-        with path.open("rb", buffering=0) as file:
-            file.seek(header.begins[name] + start * dtype.itemsize)
-            while len(target):
-                count = file.readinto(target)
-                if not count:
-                    raise CheckpointError(f"{path}: the file became shorter since it was opened")
-                target = target[count:]
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    values = torch.empty(info.shape, dtype=info.dtype)
+    with TensorReader(path, header) as reader:
+        reader.read_into(name, 0, values)
     return values
+
+
+class TensorReader:
+    """An open file from which parts of tensors are read; several threads may share it."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path, self.header = path, header
+        try:
+            # Unbuffered: a buffer would be filled with bytes that nobody asked for.
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read_into(self, name: str, start: int, values: Tensor) -> None:
+        """Fill `values` (contiguous, of the tensor's dtype) with its elements from `start` on."""
+        begin = self.header.begins[name] + start * values.dtype.itemsize
+        target = tensor_bytes(values)
+        try:
+            while len(target):
+                count = os.preadv(self._file.fileno(), [target], begin)
+                if not count:
+                    raise CheckpointError(
+                        f"{self.path}: the file became shorter since it was opened"
+                    )
+                target, begin = target[count:], begin + count
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{self.path}: cannot be read: {reason}") from None
 
 
 def map_file(path: Path, header: Header) -> dict[str, Tensor]:
@@ -146,7 +164,9 @@ def write_header(
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, without a copy where it is on the CPU and contiguous."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        tensor = tensor.to("cpu").contiguous()
+    flat = tensor.detach().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 

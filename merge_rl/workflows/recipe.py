@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,8 @@ def merge_recipe(
 ) -> dict[str, Any]:
     """What it takes to make the merge again: sources with hashes, coefficients, groups, base."""
     rows = coefficients.reshape(-1, len(checkpoints))
+    with ThreadPoolExecutor() as pool:  # hashing takes longer than merging
+        checkpoints.hash_files(pool.map)
     return {
         "version": 1,
         "tool": tool,
