@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +23,16 @@ from merge_rl.core.merging import (
     MappedCheckpoints,
     as_float32,
 )
-from merge_rl.core.weighted_sum import CHUNK, weighted_sum
-from merge_rl.errors import CheckpointError, ConfigError, NonFiniteWeightsError, UnknownNameError
+from merge_rl.core.weighted_sum import CHUNK, add_product, float32
+from merge_rl.errors import (
+    CheckpointError,
+    ConfigError,
+    IncompatibleCheckpointError,
+    NonFiniteWeightsError,
+    UnknownNameError,
+)
 from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.storage.safetensors_file import TensorReader
 
 DISK = "disk"
 
@@ -61,6 +71,7 @@ def plan_merge(
             model = registry.build_model(checkpoints.config)
     if model is not None:
         require_fit(checkpoints, model)
+        require_shared(checkpoints, fixed_names(model))
         carried = carried_names(model)
     else:
         carried = {n for n, info in infos.items() if not info.dtype.is_floating_point}
@@ -75,8 +86,26 @@ def plan_merge(
 
 
 def carried_names(model: nn.Module) -> set[str]:
-    """Tensors that a merge carries from the base instead of averaging: the network's buffers."""
-    return {name for name, _ in model.named_buffers()}
+    """Tensors that a merge carries from the base instead of averaging: buffers and constants."""
+    return {name for name, _ in model.named_buffers()} | set(fixed_names(model))
+
+
+def fixed_names(model: nn.Module) -> tuple[str, ...]:
+    """Parameters that hold constants, by the network's own word (`fixed_names`)."""
+    names: tuple[str, ...] = getattr(model, "fixed_names", ())
+    return names
+
+
+def require_shared(checkpoints: CheckpointSet, names: Sequence[str]) -> None:
+    """Raise IncompatibleCheckpointError unless all checkpoints hold the same values of `names`."""
+    for name in names:
+        first = checkpoints.read_tensor(0, name)
+        for index in range(1, len(checkpoints)):
+            if not torch.equal(checkpoints.read_tensor(index, name), first):
+                raise IncompatibleCheckpointError(
+                    f"{checkpoints.paths[index]}: the constant {name!r} differs from that of "
+                    f"{checkpoints.paths[0].name}; expected checkpoints of one run"
+                )
 
 
 def require_fit(checkpoints: CheckpointSet, model: nn.Module) -> None:
@@ -149,16 +178,21 @@ def stream_merge(
     if not bool(table.isfinite().all()):
         raise ConfigError("expected finite coefficients, got NaN or infinity")
     group_of = plan.group_of
-
-    def make(name: str) -> tuple[str, list[Tensor]]:
-        if name not in group_of:
-            carried = as_float32(checkpoints.read_tensor(plan.base, name))
-            return name, [carried] * len(table)
-        return name, _merge_tensor(checkpoints, name, table[:, group_of[name]])
-
+    used = [k for k in range(len(checkpoints)) if bool((table[:, :, k] != 0).any())]
     workers = torch.get_num_threads()
-    with single_threaded(workers), ThreadPoolExecutor(workers) as pool:
+    with ExitStack() as stack:
+        stack.enter_context(single_threaded(workers))
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
         checkpoints.check_hashes(pool.map)
+        readers = [stack.enter_context(checkpoints.reader(k)) for k in used]
+        sums = _Summer(checkpoints, readers, used)
+
+        def make(name: str) -> tuple[str, list[Tensor]]:
+            if name not in group_of:
+                carried = as_float32(checkpoints.read_tensor(plan.base, name))
+                return name, [carried] * len(table)
+            return name, sums.merge(name, table[:, group_of[name]][:, used])
+
         yield from _ahead(pool, make, list(checkpoints.tensors), workers)
 
 
@@ -178,29 +212,55 @@ def _ahead(
             future.cancel()
 
 
-def _merge_tensor(checkpoints: CheckpointSet, name: str, rows: Tensor) -> list[Tensor]:
-    """Merges of one tensor with coefficients (P, K), from pieces of the files."""
-    info = checkpoints.tensors[name]
-    outs = [torch.empty(info.shape) for _ in rows]
-    flats = [out.view(-1) for out in outs]
-    used = [k for k in range(len(checkpoints)) if bool((rows[:, k] != 0).any())]
-    files = checkpoints.slices(name, used)
-    for start in range(0, flats[0].numel(), CHUNK):
-        stop = min(start + CHUNK, flats[0].numel())
-        pieces = [read(start, stop) for read in files]
-        for flat, row in zip(flats, rows[:, used], strict=True):
-            weighted_sum(pieces, row, flat[start:stop])
-            if not bool(flat[start:stop].isfinite().all()):
-                _blame(checkpoints, name, used)
-    return outs
+class _Summer:
+    """Sums tensors from pieces of open files; each thread has buffers of its own."""
 
+    def __init__(
+        self, checkpoints: CheckpointSet, readers: Sequence[TensorReader], used: Sequence[int]
+    ) -> None:
+        self._checkpoints, self._readers, self._used = checkpoints, readers, used
+        self._own = threading.local()
 
-def _blame(checkpoints: CheckpointSet, name: str, used: Sequence[int]) -> None:
-    for index in used:
-        checkpoints.read_tensor(index, name)  # refuses values that are not finite, by file
-    raise NonFiniteWeightsError(
-        f"tensor {name!r} of the merge overflows float32; expected coefficients of moderate size"
-    )
+    def merge(self, name: str, rows: Tensor) -> list[Tensor]:
+        """Merges of one tensor with coefficients (P, U) of the U files that have a part in any."""
+        info = self._checkpoints.tensors[name]
+        outs = [torch.empty(info.shape) for _ in rows]
+        table = [float32(row) for row in rows]
+        flats = [out.view(-1) for out in outs]
+        piece, term = self._buffer(info.dtype), self._buffer(torch.float32, 1)
+        for start in range(0, flats[0].numel(), CHUNK):
+            parts = [flat[start : start + CHUNK] for flat in flats]
+            read = piece[: parts[0].numel()]
+            begun = [False] * len(parts)
+            # A piece is summed while the cache holds it: file by file, not chunk by chunk of all.
+            for u, reader in enumerate(self._readers):
+                reader.read_into(name, start, read)
+                for p, part in enumerate(parts):
+                    if table[p][u] != 0:
+                        add_product(part, read, table[p][u], term, first=not begun[p])
+                        begun[p] = True
+            for part, any_term in zip(parts, begun, strict=True):
+                if not any_term:
+                    part.zero_()
+                # A sum tells of NaN and infinity; where it overflows by itself, a look at each.
+                if not math.isfinite(float(part.sum())) and not bool(part.isfinite().all()):
+                    self._blame(name)
+        return outs
+
+    def _buffer(self, dtype: torch.dtype, number: int = 0) -> Tensor:
+        """(CHUNK,), kept: fresh memory costs more than what is read into it."""
+        kept: dict[tuple[torch.dtype, int], Tensor] = self._own.__dict__.setdefault("kept", {})
+        if (dtype, number) not in kept:
+            kept[dtype, number] = torch.empty(CHUNK, dtype=dtype)
+        return kept[dtype, number]
+
+    def _blame(self, name: str) -> NoReturn:
+        for index in self._used:
+            self._checkpoints.read_tensor(index, name)  # refuses what is not finite, by file
+        raise NonFiniteWeightsError(
+            f"tensor {name!r} of the merge overflows float32; expected coefficients of moderate "
+            "size"
+        )
 
 
 @contextlib.contextmanager
