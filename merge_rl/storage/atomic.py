@@ -33,8 +33,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            # A full disk names no file by itself.
+            reason = f"cannot be written: {error.strerror}"
+            raise OSError(error.errno, reason, str(target)) from None
         raise
     # Not every file system lets a folder be synced; the file itself is safe by now.
     with suppress(OSError):
