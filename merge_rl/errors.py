@@ -64,3 +64,11 @@ class TooFewSamplesError(StatisticsError):
 
 class RunError(MergeRLError):
     """A run directory that exists already, is incomplete, or belongs to other inputs."""
+
+
+class DownloadError(MergeRLError):
+    """A file that cannot be downloaded, or is not what its server announced."""
+
+
+class HubError(MergeRLError):
+    """The Hub refused, cannot be reached, or sent something that cannot be used."""

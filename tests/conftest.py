@@ -38,6 +38,7 @@ from merge_rl.storage.manifest import (
 )
 from merge_rl.storage.model_file import save_checkpoint
 from merge_rl.storage.reference import save_reference
+from tests.hub_server import FileServer, HubServer, hub_client, only_loopback, running
 
 TINY_MODEL: dict[str, Any] = {
     "model": "edm2",
@@ -273,3 +274,23 @@ def launch(_own_folder: None) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+# ------------------------------------------------------------------------ servers on loopback
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """A server of plain files; nothing but this machine can be reached."""
+    server = FileServer()
+    with running(server), only_loopback(monkeypatch):
+        yield server
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub, and the client set to speak to it; nothing but this machine can be reached."""
+    server = HubServer()
+    home = tmp_path / "hf-home"
+    with running(server), only_loopback(monkeypatch), hub_client(monkeypatch, server, home):
+        yield server

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from merge_rl.core.ema_profiles import posthoc_coefficients
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.storage.hub import local_model
 from merge_rl.workflows.assemble import load_network
 from merge_rl.workflows.merging import plan_merge, stream_merge
 
 
 def load_model(path: str | os.PathLike[str]) -> nn.Module:
-    """The network of a model folder or of one .safetensors of a set, float32, evaluation mode."""
-    return load_network(os.fspath(path))
+    """The network of a model folder or of one .safetensors of a set, float32, evaluation mode.
+
+    The text "user/repo" or "user/repo@revision" means a model of the Hub, unless there is such a
+    path here; it is downloaded to the cache of the Hub's client.
+    """
+    return load_network(local_model(path))
 
 
 def merge(

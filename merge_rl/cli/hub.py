@@ -1,0 +1,220 @@
+"""`mergerl fetch`, `push`: published checkpoints in, merged models out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from merge_rl.cli.byte_tracker import ByteTracker, byte_text
+from merge_rl.cli.output import JsonFlag, print_json, print_table, say
+from merge_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from merge_rl.storage.fetch import FetchResult
+    from merge_rl.storage.fetch_plan import FetchPlan
+
+CHOICE = "Which files"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(fetch)
+    app.command()(push)
+
+
+def fetch(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Set of the catalogue, user/repo\\[@revision] of the Hub, or an https address.",
+        ),
+    ],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="New folder, or one fetched into before."),
+    ],
+    last: Annotated[
+        int | None,
+        typer.Option(help="The newest so many training times.", rich_help_panel=CHOICE),
+    ] = None,
+    every: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="Training images between two times, counted back from the newest: 192Mi.",
+            rich_help_panel=CHOICE,
+        ),
+    ] = None,
+    track: Annotated[
+        str | None, typer.Option(help="One series: raw, ema-0.050.", rich_help_panel=CHOICE)
+    ] = None,
+    ema_std: Annotated[
+        list[float] | None,
+        typer.Option(help="An EMA width; repeatable.", rich_help_panel=CHOICE),
+    ] = None,
+    file: Annotated[
+        list[str] | None, typer.Option(help="A file by name; repeatable.", rich_help_panel=CHOICE)
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a repository.")
+    ] = None,
+    sha256: Annotated[
+        str | None, typer.Option(metavar="HEX", help="Hash of the file at an address.")
+    ] = None,
+    delete_original: Annotated[
+        bool, typer.Option("--delete-original", help="Remove each .pkl or .pt once converted.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what it takes, no more.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Annotated[bool, JsonFlag] = False,
+) -> None:
+    """Download published checkpoints and convert them to safetensors on the way.
+
+    Shows files, sizes and licence first, and asks. Files come one by one; a cut connection is
+    resumed, and the same command goes on after an interruption. Snapshots of one run, eight of
+    them: [bold]mergerl fetch edm2-img512-xs-raw xs --ema-std 0.05 --last 8 --every 192Mi[/bold]
+    """
+    from merge_rl.storage.fetch import run_fetch
+    from merge_rl.storage.fetch_plan import plan_fetch
+    from merge_rl.storage.snapshots import Selection, parse_count
+
+    selection = Selection(
+        last=last,
+        every=parse_count(every) if every is not None else None,
+        track=track,
+        ema_std=tuple(ema_std or ()),
+        files=tuple(file or ()),
+    )
+    plan = plan_fetch(
+        name, folder, selection=selection, revision=revision, sha256=sha256,
+        delete_original=delete_original,
+    )  # fmt: skip
+    if not json:
+        _show_plan(plan)
+    if dry_run:
+        if json:
+            print_json(_plan_document(plan))
+        return
+    if plan.todo and not yes:
+        _ask(plan)
+    with ByteTracker() as tracker:
+        result = run_fetch(plan, tracker=tracker)
+    if json:
+        print_json(_plan_document(plan) | _result_document(result))
+        return
+    typer.echo(f"{len(result.fetched)} files fetched, {len(result.kept)} were there already")
+    typer.echo(f"look at them: mergerl inspect {folder}")
+
+
+def push(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run directory, or a folder of one model.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="user/repo\\[@branch] of the Hub.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see it. \\[default: private]")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch. \\[default: main]")] = None,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files; send nothing.")
+    ] = False,
+    json: Annotated[bool, JsonFlag] = False,
+) -> None:
+    """Upload the merged model of a finished run, or a model folder, to the Hub.
+
+    Weights, config.json, merge.yaml, README.md and pictures; private unless --public. What has
+    arrived is not sent again when the command is run once more. The token comes from
+    [bold]hf auth login[/bold] or the variable HF_TOKEN; it has no option here, because a command
+    line ends up in the history of the shell.
+    """
+    from merge_rl.storage.hub import push as push_model
+
+    pushed = push_model(
+        run, repo, private=not public, revision=revision, message=message, dry_run=dry_run
+    )
+    document = {
+        "repo": pushed.repo_id,
+        "url": pushed.url,
+        "private": pushed.private,
+        "commit": pushed.commit,
+        "bytes": pushed.size,
+        "files": {item.name: item.size for item in pushed.files},
+    }
+    if json:
+        print_json(document)
+        return
+    rows = [[item.name, byte_text(item.size)] for item in pushed.files]
+    seen = "private" if pushed.private else "public"
+    verb = "would push" if dry_run else "pushed"
+    print_table(f"{verb} {byte_text(pushed.size)} to {pushed.url} ({seen})", ["file", "size"], rows)
+    if not dry_run:
+        typer.echo(f'load it: merge_rl.load_model("{pushed.repo_id}")')
+
+
+def _show_plan(plan: FetchPlan) -> None:
+    rows = [
+        [
+            file.name,
+            f"{file.nimg:,}" if file.nimg is not None else "-",
+            f"{file.ema_std:.3f}" if file.ema_std is not None else "-",
+            byte_text(file.size or 0),
+            "here" if file.name in plan.done else "to download",
+        ]
+        for file in plan.files
+    ]
+    print_table(plan.source.name, ["file", "nimg", "ema_std", "size", "state"], rows)
+    typer.echo(
+        f"{len(plan.files)} files, {byte_text(plan.size)}; to download: "
+        f"{byte_text(plan.to_download)}; disk needed: {byte_text(plan.disk_needed)} of "
+        f"{byte_text(plan.disk_free)} free; licence: {plan.source.licence or 'not stated'}"
+    )
+
+
+def _ask(plan: FetchPlan) -> None:
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"expected --yes to download {byte_text(plan.to_download)}: "
+            "the input is no terminal, so nobody can be asked"
+        )
+    if not typer.confirm(f"download {byte_text(plan.to_download)}?", err=True):
+        say("nothing was downloaded")
+        raise typer.Exit(1)
+
+
+def _plan_document(plan: FetchPlan) -> dict[str, Any]:
+    return {
+        "source": plan.source.name,
+        "commit": plan.source.repository.commit if plan.source.repository else None,
+        "folder": str(plan.folder),
+        "licence": plan.source.licence,
+        "bytes": plan.size,
+        "bytes_to_download": plan.to_download,
+        "disk_needed": plan.disk_needed,
+        "disk_free": plan.disk_free,
+        "files": [
+            {
+                "name": file.name,
+                "bytes": file.size,
+                "nimg": file.nimg,
+                "ema_std": file.ema_std,
+                "track": file.track,
+                "here": file.name in plan.done,
+            }
+            for file in plan.files
+        ],
+    }
+
+
+def _result_document(result: FetchResult) -> dict[str, Any]:
+    return {
+        "fetched": list(result.fetched),
+        "kept": list(result.kept),
+        "outputs": [str(path) for path in result.outputs],
+    }

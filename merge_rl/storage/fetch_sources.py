@@ -1,0 +1,159 @@
+"""Where checkpoints come from: a catalogued set, a repository of the Hub, or one address."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from merge_rl.errors import ConfigError, DownloadError, HubError
+from merge_rl.storage.catalogue import load_catalogue
+from merge_rl.storage.download import probe_file
+from merge_rl.storage.manifest import MANIFEST_NAME, Manifest, has_manifest, read_manifest
+from merge_rl.storage.model_file import CONFIG_NAME
+from merge_rl.storage.model_folder import CARD_NAME, RECIPE_NAME
+from merge_rl.storage.repository import Repository, download_file, open_repository, split_repo
+from merge_rl.storage.shards import INDEX_NAME
+from merge_rl.storage.snapshots import RemoteFile, remote_file
+from merge_rl.storage.web import require_safe, shown
+
+CONVERTIBLE: Final = (".pkl", ".pt", ".pth")
+PROBES: Final = 8  # at a time
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}")
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+# Written by trainers beside the snapshots: optimiser states, several times larger.
+_NOT_A_SNAPSHOT = "training-state-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Files that can be fetched together."""
+
+    name: str  # of the set, the repository, or the address
+    files: tuple[RemoteFile, ...]
+    companions: tuple[RemoteFile, ...] = ()  # taken with every selection
+    licence: str | None = None
+    repository: Repository | None = None
+    manifest: Manifest | None = None  # of a set that needs no conversion
+
+
+def find_source(name: str, *, revision: str | None = None, sha256: str | None = None) -> Source:
+    """What `name` means: an https address, user/repo[@revision], or a set of the catalogue.
+
+    `revision` is for repositories, `sha256` (64 hexadecimal digits) for addresses.
+    """
+    address, repository = "://" in name, "://" not in name and "/" in name
+    if revision is not None and not repository:
+        raise ConfigError(f"a revision belongs to a repository of the Hub, {name!r} is none")
+    if sha256 is not None and not address:
+        raise ConfigError(f"a hash belongs to one address, {name!r} is none")
+    if address:
+        return _from_address(name, sha256)
+    return _from_hub(name, revision) if repository else _from_catalogue(name)
+
+
+def with_sizes(files: tuple[RemoteFile, ...]) -> tuple[RemoteFile, ...]:
+    """The same files with their sizes, asked of their servers where they are not known."""
+
+    def ask(file: RemoteFile) -> RemoteFile:
+        if file.size is not None or file.url is None:
+            return file
+        body = probe_file(file.url)
+        return replace(file, size=body.size, version=body.etag or body.last_modified)
+
+    with ThreadPoolExecutor(PROBES) as pool:
+        return tuple(pool.map(ask, files))
+
+
+def needs_conversion(file: RemoteFile) -> bool:
+    """Whether a file is a pickle that has to become a .safetensors."""
+    return file.name.endswith(CONVERTIBLE)
+
+
+def _from_address(url: str, sha256: str | None) -> Source:
+    require_safe(url)
+    name = unquote(PurePosixPath(urlsplit(url).path).name)
+    if not _FILE_NAME.fullmatch(name) or not name.endswith((*CONVERTIBLE, ".safetensors")):
+        raise DownloadError(
+            f"{shown(url)}: expected the address of a .pkl, .pt, .pth or .safetensors file"
+        )
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise ConfigError(f"expected a SHA-256 of 64 hexadecimal digits, got {sha256!r}")
+    digest = sha256.lower() if sha256 else None
+    return Source(name=shown(url), files=(remote_file(name, url=url, sha256=digest),))
+
+
+def _from_catalogue(name: str) -> Source:
+    known = load_catalogue().find(name)
+    if known.embedded:
+        raise ConfigError(f"{name} comes with the package; write it with: mergerl demo DIR")
+    files = tuple(remote_file(file, url=url) for file, url in known.urls().items())
+    if not files:
+        raise ConfigError(f"{name}: the catalogue has no addresses for this set")
+    return Source(name=name, files=files, licence=known.licence)
+
+
+def _from_hub(name: str, revision: str | None) -> Source:
+    repo_id, given = split_repo(name)
+    if revision is not None and given not in (None, revision):
+        raise ConfigError(f"two revisions are given, {given!r} and {revision!r}, expected one")
+    repository = open_repository(repo_id, revision or given)
+    files = {
+        file.name: remote_file(
+            file.name, size=file.size, sha256=file.sha256, version=file.sha256 or file.blob_id
+        )
+        for file in repository.files
+    }
+    manifest = _hub_manifest(repository) if MANIFEST_NAME in files else None
+    if manifest is not None:
+        return _converted_set(repository, manifest, files)
+    weights = [file for name, file in files.items() if name.endswith(".safetensors")]
+    beside = (CONFIG_NAME, INDEX_NAME, RECIPE_NAME, CARD_NAME) if weights else ()
+    snapshots = weights or [
+        file
+        for name, file in files.items()
+        if name.endswith(CONVERTIBLE) and not PurePosixPath(name).name.startswith(_NOT_A_SNAPSHOT)
+    ]
+    if not snapshots:
+        raise HubError(f"{repo_id}: the repository has no .safetensors, .pkl, .pt or .pth file")
+    return Source(
+        name=repo_id,
+        files=tuple(snapshots),
+        companions=tuple(files[name] for name in beside if name in files),
+        licence=repository.licence,
+        repository=repository,
+    )
+
+
+def _hub_manifest(repository: Repository) -> Manifest | None:
+    with tempfile.TemporaryDirectory() as folder:
+        download_file(repository, MANIFEST_NAME, Path(folder))
+        return read_manifest(folder) if has_manifest(Path(folder)) else None
+
+
+def _converted_set(
+    repository: Repository, manifest: Manifest, files: dict[str, RemoteFile]
+) -> Source:
+    checkpoints = []
+    for entry in manifest.checkpoints:
+        if entry.file not in files:
+            raise HubError(f"{repository.repo_id}: the manifest lists {entry.file!r}, not there")
+        said = {"nimg": entry.nimg, "ema_std": entry.ema_std, "track": entry.track}
+        checkpoints.append(replace(files[entry.file], **said))  # type: ignore[arg-type]
+    defaults = vars(manifest.defaults).values()
+    guide = manifest.defaults.sampler.get("guide")
+    paths = [path for path in (*defaults, guide and Path(guide)) if isinstance(path, Path)]
+    beside = [CARD_NAME, *(path.as_posix() for path in paths)]
+    return Source(
+        name=repository.repo_id,
+        files=tuple(checkpoints),
+        companions=tuple(files[name] for name in dict.fromkeys(beside) if name in files),
+        licence=manifest.licence or repository.licence,
+        repository=repository,
+        manifest=manifest,
+    )
