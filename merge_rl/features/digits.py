@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from merge_rl.core.state_dicts import load_exactly
+
 NUM_FEATURES = 64
 NUM_CLASSES = 10
 
@@ -56,5 +58,5 @@ class DigitsNet(nn.Module):
 def load_digits_extractor(weights: Mapping[str, Tensor]) -> DigitsNet:
     """The extractor with the given weights, in evaluation mode."""
     net = DigitsNet()
-    net.load_state_dict(dict(weights))
+    load_exactly(net, weights, f"extractor {net.name!r}")
     return net.eval().requires_grad_(False)

@@ -23,6 +23,7 @@ MANIFEST_NAME: Final = "checkpoints_manifest.yaml"
 MANIFEST_VERSION: Final = 1
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_NAME = re.compile(r"[a-z0-9_-]+")
 _CATALOGUE = re.compile(r"^sets:", re.MULTILINE)
 
 
@@ -47,6 +48,8 @@ class SetDefaults:
     extractor_weights: Path | None = None
     reference: Path | None = None
     heldout: Path | None = None
+    autoencoder: str | None = None
+    autoencoder_weights: Path | None = None
     sampler: Mapping[str, Any] = field(default_factory=dict)
 
     def resolved(self, folder: Path) -> SetDefaults:
@@ -71,7 +74,7 @@ class Manifest:
     defaults: SetDefaults = SetDefaults()
 
 
-_DEFAULT_PATHS: Final = ("extractor_weights", "reference", "heldout")
+_DEFAULT_PATHS: Final = ("extractor_weights", "reference", "heldout", "autoencoder_weights")
 _ENTRY_OPTIONS: Final = [item.name for item in fields(CheckpointEntry) if item.name != "file"]
 
 
@@ -188,8 +191,19 @@ def _parse_defaults(top: Fields, file: Path) -> SetDefaults:
             where = f"{section.where}, {key}"
             paths[key] = Path(relative_inside(file.parent, section.needed_text(key), where))
     return SetDefaults(
-        extractor=section.text("extractor"), sampler=section.mapping("sampler"), **paths
+        extractor=_parse_name(section, "extractor"),
+        autoencoder=_parse_name(section, "autoencoder"),
+        sampler=section.mapping("sampler"),
+        **paths,
     )
+
+
+def _parse_name(section: Fields, key: str) -> str | None:
+    # "package.module:factory" is for those who own the module: files from anywhere name no code.
+    name = section.text(key)
+    if name is not None and not _NAME.fullmatch(name):
+        raise section.refuse(key, f"the name of a registered {key}")
+    return name
 
 
 def _document(manifest: Manifest) -> dict[str, Any]:
