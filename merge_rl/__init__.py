@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from merge_rl.errors import MergeRLError
     from merge_rl.registry import build_model
     from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
+    from merge_rl.storage.convert import ConvertResult, convert
+    from merge_rl.storage.hub import push
     from merge_rl.workflows.evaluate import evaluate
     from merge_rl.workflows.export import save_model
     from merge_rl.workflows.models import load_model, merge
@@ -36,6 +38,9 @@ _HOMES: Final = {
     "build_model": "registry",
     "CheckpointSet": "storage.checkpoints",
     "open_checkpoints": "storage.checkpoints",
+    "ConvertResult": "storage.convert",
+    "convert": "storage.convert",
+    "push": "storage.hub",
     "evaluate": "workflows.evaluate",
     "save_model": "workflows.export",
     "load_model": "workflows.models",
@@ -47,11 +52,13 @@ _HOMES: Final = {
 
 __all__ = [
     "CheckpointSet",
+    "ConvertResult",
     "FeatureStats",
     "MergeRLError",
     "OptimizeResult",
     "__version__",
     "build_model",
+    "convert",
     "evaluate",
     "feature_stats",
     "frechet_distance",
@@ -61,6 +68,7 @@ __all__ = [
     "open_checkpoints",
     "optimize",
     "prdc",
+    "push",
     "resume",
     "sample",
     "save_model",

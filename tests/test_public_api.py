@@ -15,9 +15,9 @@ from merge_rl.config import EvaluationConfig, OptimizeConfig, RewardConfig, Sear
 from merge_rl.errors import MergeRLError
 
 PROMISED = [
-    "CheckpointSet", "FeatureStats", "MergeRLError", "build_model", "evaluate", "feature_stats",
+    "CheckpointSet", "FeatureStats", "MergeRLError", "build_model", "convert", "evaluate", "feature_stats",
     "frechet_distance", "kernel_distance", "load_model", "merge", "open_checkpoints", "optimize",
-    "prdc", "resume", "sample", "save_model",
+    "prdc", "push", "resume", "sample", "save_model",
 ]  # fmt: skip
 
 

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import re
 
+from merge_rl.core.ema_profiles import nimg_from_kimg
+from merge_rl.errors import ConfigError
+
 # Above 1 / sqrt(12) = 0.2887 no power-function EMA exists; 0.289 is the bound the names go by.
 MAX_EMA_STD = 0.289
 
 _PROGRESS = re.compile(r"-(?P<kimg>[0-9]{7,12})(?:-(?P<std>0\.[0-9]{1,6}))?$")
 
 
-def kimg_to_nimg(kimg: int) -> int:
-    """Exact image count behind a file name: the smallest multiple of 1024 >= 1000 * kimg.
-
-    Training advances in multiples of 1024 images, names round down to thousands.
-    """
-    return -(-kimg * 1000 // 1024) * 1024
+def _nimg(kimg: int) -> int:
+    """Images seen behind a file name; of training that advances by other counts, at least these."""
+    try:
+        return nimg_from_kimg(kimg)
+    except ConfigError:
+        return 1000 * kimg
 
 
 def parse_stem(stem: str) -> tuple[int | None, float | None]:
@@ -29,7 +32,7 @@ def parse_stem(stem: str) -> tuple[int | None, float | None]:
     std = float(match["std"]) if match["std"] else None
     if std is not None and not 0 < std < MAX_EMA_STD:
         return None, None
-    return kimg_to_nimg(int(match["kimg"])), std
+    return _nimg(int(match["kimg"])), std
 
 
 def format_stem(prefix: str, nimg: int, ema_std: float | None = None) -> str:
