@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import yaml
 
@@ -28,23 +28,90 @@ def _require(good: bool, name: str, expected: str, found: object) -> None:
         raise ConfigError(f"expected {name} {expected}, got {found!r}")
 
 
+FIXED_SOLVERS: Final = ("euler", "heun", "midpoint", "heun3", "rk4")
+ADAPTIVE_SOLVERS: Final = ("dopri5",)
+SDE_SOLVERS: Final = ("sde-euler", "sde-heun")
+SOLVERS: Final = (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS, *SDE_SOLVERS)
+PATH_NAMES: Final = ("linear", "gvp", "vp")
+DIFFUSIONS: Final = (
+    "sigma", "linear", "decreasing", "sbdm", "constant", "increasing-decreasing",
+)  # fmt: skip
+LAST_STEPS: Final = ("mean", "euler", "tweedie", "none")
+PRECISIONS: Final = ("float32", "tf32", "bfloat16")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How noise becomes samples."""
+    """How noise becomes samples; each family of networks reads what concerns it.
+
+    What depends on the network (its family, its classes) is checked where both meet, see
+    `merge_rl.core.compatibility`.
+    """
 
     solver: str = "heun"
-    num_steps: int = 32  # solver intervals
+    num_steps: int = 32  # intervals; those of an SDE include the last one, without noise
+    # Noise levels of networks that denoise (EDM2).
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+    # The path of networks that predict velocities (SiT).
+    path: str = "linear"
+    # SDE solvers. EDM2 has the form sigma and ends in the denoised sample.
+    diffusion: str = "sigma"
+    diffusion_norm: float = 1.0
+    last_step: str = "mean"
+    last_step_size: float = 0.04
+    sde_num_steps: int = 250  # num_steps where an SDE is scored beside the ODE
+    # dopri5.
+    rtol: float = 1e-3
+    atol: float = 1e-6
     guidance: float = 1.0  # 1 is off
     guide: str | None = None  # model file or folder of the weaker network
+    guidance_channels: int | None = 3  # guided by the null class; None: all
+    low_memory: bool = False  # guidance by the null class in two forward passes
+    precision: str = "float32"  # of the network's forward pass; the state stays float32
+    compile: bool = False  # torch.compile, on accelerators
 
     def __post_init__(self) -> None:
-        _require(self.num_steps >= 2, "num_steps", ">= 2", self.num_steps)
-        _require(self.guidance >= 0, "guidance", ">= 0", self.guidance)
-        if self.guidance != 1 and self.guide is None:
-            raise ConfigError(f"guidance {self.guidance} needs a guide model; 1 switches it off")
+        _require(self.num_steps >= 1, "num_steps", ">= 1", self.num_steps)
+        _require(self.sde_num_steps >= 2, "sde_num_steps", ">= 2", self.sde_num_steps)
+        _require(0 <= self.guidance < math.inf, "guidance", ">= 0", self.guidance)
+        norm = self.diffusion_norm
+        _require(0 <= norm < math.inf, "diffusion_norm", "finite and >= 0", norm)
+        inside = 0 < self.last_step_size < 1
+        _require(inside, "last_step_size", "in (0, 1)", self.last_step_size)
+        for name in ("rtol", "atol"):
+            _require(0 < getattr(self, name) < math.inf, name, "> 0", getattr(self, name))
+        if self.guidance_channels is not None:
+            _require(self.guidance_channels >= 1, "guidance_channels", ">= 1 or null (all)",
+                     self.guidance_channels)  # fmt: skip
+        for name, known in (
+            ("path", PATH_NAMES), ("diffusion", DIFFUSIONS), ("last_step", LAST_STEPS),
+            ("precision", PRECISIONS),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, getattr(self, name), known)
+
+    @property
+    def is_sde(self) -> bool:
+        """Whether noise is added on the way."""
+        return self.solver in SDE_SOLVERS
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the solver chooses its own steps, by all images of a batch."""
+        return self.solver in ADAPTIVE_SOLVERS
+
+
+def sde_counterpart(sampler: SamplerConfig, *, num_steps: int | None = None) -> SamplerConfig:
+    """The SDE to score beside an ODE: Euler-Maruyama with `sde_num_steps`; an SDE is its own.
+
+    Gains under one of the two need not carry over to the other, so that both are worth a score.
+    """
+    if sampler.is_sde:
+        return dataclasses.replace(sampler, num_steps=num_steps or sampler.num_steps)
+    steps = num_steps or sampler.sde_num_steps
+    return dataclasses.replace(sampler, solver="sde-euler", num_steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +129,9 @@ class MergeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """The subset-replace reward and its pool."""
+    """The reward and its pool."""
 
-    name: str = "fid-subset"
+    name: str = "fid-subset"  # or a sum such as "fid-subset + 0.2 * fd-dinov2-subset"
     pool_size: int = 5000  # N
     subset_size: int = 100  # n: images a candidate replaces
     num_subsets: int = 1  # Ns: different subsets a candidate is scored on
@@ -170,10 +237,20 @@ class OptimizeConfig:
     extractor_weights: str | None = None
     reference: str | None = None
     heldout: str | None = None
+    # Statistics of real data, and weights, of other extractors that the reward names.
+    extra_references: Mapping[str, str] = field(default_factory=dict)
+    extra_weights: Mapping[str, str] = field(default_factory=dict)
+    autoencoder: str | None = None  # None here: also the samples, if they can be images
+    autoencoder_weights: str | None = None
+    autoencoder_dtype: str = "float32"  # of a latent decoder; bfloat16 halves its time and memory
     budget: int = 50_000  # generated images: pool, candidates and refreshes
     seed: int = 0
     batch: int = 250  # images in one forward pass
     device: str = "cpu"
+    # Where the checkpoints lie while they are merged: a device, "cpu" (memory) or "disk" (mapped
+    # files); None: the first of the three with room. It changes the time, not the result.
+    weights_device: str | None = None
+    licence: str | None = None  # of the merge; None: that of the checkpoints
     sampler: SamplerConfig | None = None
     merge: MergeConfig = field(default_factory=MergeConfig)
     reward: RewardConfig = RewardConfig()
@@ -183,6 +260,9 @@ class OptimizeConfig:
     def __post_init__(self) -> None:
         _require(self.budget >= 1, "budget", ">= 1 image", self.budget)
         _require(self.batch >= 1, "batch", ">= 1", self.batch)
+        dtypes = ("float32", "bfloat16")
+        _require(self.autoencoder_dtype in dtypes, "autoencoder_dtype", f"in {dtypes}",
+                 self.autoencoder_dtype)  # fmt: skip
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -244,10 +324,6 @@ def load_config(cls: type[T], path: Path) -> T:
     return from_mapping(cls, load_mapping(path), path.name)
 
 
-    # Where the checkpoints lie while they are merged: a device, "cpu" (memory) or "disk" (mapped
-    # files); None: the first of the three with room. It changes the time, not the result.
-    weights_device: str | None = None
-    licence: str | None = None  # of the merge; None: that of the checkpoints
 def dump_config(config: Any) -> str:
     """A config as YAML text that `load_config` reads back to an equal config."""
     text: str = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)

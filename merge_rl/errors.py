@@ -50,8 +50,20 @@ class NonFiniteWeightsError(CheckpointError):
     """Weights that hold NaN or infinity."""
 
 
+class NonFiniteSamplesError(NonFiniteWeightsError):
+    """Weights whose samples become NaN or infinite at some step of a rollout."""
+
+
 class HashMismatchError(CheckpointError):
     """A file whose SHA-256 differs from the recorded one."""
+
+
+class DataFileError(MergeRLError):
+    """A file of images, features or statistics that cannot be read."""
+
+
+class ImageError(DataFileError):
+    """An image, or a folder or file of images, that cannot be used."""
 
 
 class StatisticsError(MergeRLError):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+PoolT = TypeVar("PoolT", contravariant=True)
+"""What holds the generated images that rewards are measured in."""
+
 
 class Denoiser(Protocol):
-    """A denoising network: D(x; sigma, labels), the expected clean sample."""
+    """A denoising network: D(x; sigma, labels), the expected clean sample.
+
+    Or, where its attribute `prediction` is "velocity", v(x, t, labels) of a path from noise (t = 0)
+    to data (t = 1). `label_dim` (classes) and `null_label` (the id of no class) are looked at where
+    a network has them.
+    """
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
         """x (B, C, h, w) at noise level sigma (0-dim or (B,)) -> D of the shape of x, float32."""
@@ -69,6 +77,31 @@ class Searcher(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
+        ...
+
+
+class Reward(Protocol[PoolT]):
+    """Scores candidates by the distribution of their images (higher is better)."""
+
+    def pool_distance(self, pool: PoolT, /) -> float:
+        """Distance of the pool itself to the real data; lower is closer."""
+        ...
+
+    def rewards(self, pool: PoolT, draws: Sequence[tuple[Tensor, Tensor]], /) -> Tensor:
+        """Rewards (P,) float64 of P candidates, on the CPU.
+
+        A draw is rows (n,) int64 of the pool and the features (P, n, D) of the images that each
+        candidate made to stand in their place. NaN for a candidate with a feature that is not
+        finite.
+        """
+        ...
+
+    def state_dict(self, pool: PoolT, /) -> Mapping[str, Tensor]:
+        """What beyond the pool a later process needs to give the same bits."""
+        ...
+
+    def load_state_dict(self, pool: PoolT, state: Mapping[str, Tensor], /) -> None:
+        """Continue from a saved state of this pool."""
         ...
 
 

@@ -14,18 +14,39 @@ from merge_rl.interfaces import Autoencoder
 
 MODELS: Final[Mapping[str, str]] = {
     "edm2": "merge_rl.models.edm2:EDM2",
+    "sit": "merge_rl.models.sit:SiT",
 }
 AUTOENCODERS: Final[Mapping[str, str]] = {
     "pixel": "merge_rl.models.autoencoder:PixelEncoder",
+    "sd-vae-edm2": "merge_rl.models.autoencoder:load_edm2_vae",
+    "sd-vae-sit": "merge_rl.models.autoencoder:load_sit_vae",
 }
 EXTRACTORS: Final[Mapping[str, str]] = {
     "digits": "merge_rl.features.digits:load_digits_extractor",
+    "inception": "merge_rl.features.inception:load_inception",
+    "inception-tf1": "merge_rl.features.inception:load_inception_tf1",
+    "inception-clean": "merge_rl.features.inception:load_inception_clean",
+    "dinov2": "merge_rl.features.dinov2:load_dinov2",
+    "dinov2-dgm": "merge_rl.features.dinov2:load_dinov2_dgm",
 }
 SEARCHERS: Final[Mapping[str, str]] = {
     "policy-gradient": "merge_rl.search.policy_gradient:PolicyGradient",
 }
 REWARDS: Final[Mapping[str, str]] = {
-    "fid-subset": "merge_rl.workflows.reward:SubsetReplaceFID",
+    "fid-subset": "merge_rl.workflows.reward:SubsetFrechet",
+    "fid-influence": "merge_rl.workflows.reward:InfluenceFrechet",
+    "fid-full": "merge_rl.workflows.reward:FullFrechet",
+    "kid-subset": "merge_rl.workflows.kernel_reward:kid_subset",
+    "kid-full": "merge_rl.workflows.kernel_reward:kid_full",
+    "mmd-subset": "merge_rl.workflows.kernel_reward:mmd_subset",
+    "mmd-full": "merge_rl.workflows.kernel_reward:mmd_full",
+}
+METRICS: Final[Mapping[str, str]] = {
+    "fid": "merge_rl.workflows.metrics:FID",
+    "kid": "merge_rl.workflows.metrics:kid_metric",
+    "mmd": "merge_rl.workflows.metrics:mmd_metric",
+    "prdc": "merge_rl.workflows.metrics:Neighbourhood",
+    "fid-infinity": "merge_rl.workflows.metrics:FIDInfinity",
 }
 
 
@@ -41,8 +62,8 @@ def resolve(kind: str, table: Mapping[str, str], name: str) -> Callable[..., Any
 def build_model(config: Mapping[str, Any]) -> Any:
     """A network in evaluation mode with random weights.
 
-    `config` has "model" ("edm2") and the network's constructor options. Raises UnknownNameError
-    for another model, ConfigError for options the network does not take.
+    `config` has "model" ("edm2", "sit") and the network's constructor options. Raises
+    UnknownNameError for another model, ConfigError for options the network does not take.
     """
     options = dict(config)
     name = options.pop("model", None)
@@ -56,7 +77,27 @@ def build_model(config: Mapping[str, Any]) -> Any:
     return model.eval()
 
 
-def build_autoencoder(name: str = "pixel") -> Autoencoder:
-    """What turns samples into images: "pixel" for networks that work on pixels."""
-    built: Autoencoder = resolve("autoencoder", AUTOENCODERS, name)()
+def build_autoencoder(
+    name: str = "pixel",
+    weights: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Autoencoder:
+    """What turns samples into images.
+
+    Args:
+        name: "pixel" for networks that work on pixels; "sd-vae-edm2" and "sd-vae-sit" for latents
+            of Stability's VAE as EDM2 and as SiT scale them.
+        weights: of the VAE, name -> tensor; "pixel" has none.
+        config: constructor options of the VAE; those of the published ones if None.
+        options: `dtype` ("float32", "bfloat16") and `chunk`, the images decoded at once.
+
+    Raises UnknownNameError for another name, ConfigError for weights where there are none to load
+    or none where there should be.
+    """
+    factory = resolve("autoencoder", AUTOENCODERS, name)
+    if (weights is None) != (name == "pixel"):
+        problem = "needs weights, got none" if weights is None else "has no weights, got some"
+        raise ConfigError(f"the autoencoder {name!r} {problem}")
+    built: Autoencoder = factory() if weights is None else factory(weights, config, **options)
     return built

@@ -42,6 +42,17 @@ class ImageStreams:
     def __init__(self, seeds: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed(int(s) % (1 << 63)) for s in seeds]
 
+    @classmethod
+    def following(cls, noise: Tensor) -> ImageStreams:
+        """Streams for what is drawn after the starting noise (B, ...): row i's from noise[i] alone.
+
+        An image that an SDE makes thus stays a function of its starting noise, whatever carries
+        the noise around. The seed is a hash of the first 16 values, rounded to sixteenths: their
+        last bits, in which processors differ, must not decide what comes after.
+        """
+        rows = (noise.detach().flatten(1)[:, :16].cpu().double() * 16).round().long().tolist()
+        return cls([derive_seed(0, "following", *row) for row in rows])
+
     def randn(self, shape: Sequence[int]) -> Tensor:
         """Unit normal noise (B, *shape) float32."""
         return torch.stack([torch.randn(*shape, generator=g) for g in self._generators])

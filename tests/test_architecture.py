@@ -35,7 +35,9 @@ ALLOWED_LAYERS: dict[int, set[int]] = {
 TOP = {"", "__main__"}
 THIRD_PARTY_HOMES: dict[str, set[str]] = {
     "scipy": {"core"},
+    "torchdiffeq": {"core"},
     "safetensors": {"storage"},
+    "PIL": {"storage"},
     "huggingface_hub": {"storage"},
     "nevergrad": {"search"},
     "diffusers": {"models", "features"},

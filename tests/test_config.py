@@ -25,8 +25,11 @@ from merge_rl.errors import ConfigError, UnknownNameError
 
 # Every value differs from its default, so that a field that is dropped on the way is noticed.
 SAMPLER = SamplerConfig(
-    solver="euler", num_steps=7, sigma_min=0.01, sigma_max=40.0, rho=5.5, guidance=1.4, guide="g/x"
-)
+    solver="euler", num_steps=7, sigma_min=0.01, sigma_max=40.0, rho=5.5, guidance=1.4,
+    guide="g/x", path="gvp", diffusion="linear", diffusion_norm=2.0, last_step="tweedie",
+    last_step_size=0.125, sde_num_steps=77, rtol=1e-4, atol=1e-7, guidance_channels=None,
+    low_memory=True, precision="bfloat16", compile=True,
+)  # fmt: skip
 MERGE = MergeConfig(
     map="softmax", start="uniform", scale=0.125, groups={"enc": r"\.enc\.", "später": "^dec: '#"}
 )
@@ -42,8 +45,10 @@ SEARCH = SearchConfig(
 EVALUATION = EvaluationConfig(num_images=60, repeats=5, selection_images=30)
 OPTIMIZE = OptimizeConfig(
     checkpoints="a b: c", track="0.05", extractor="e", extractor_weights="w", reference="r",
-    heldout="h", budget=12345, seed=-3, batch=9, device="cuda:1", sampler=SAMPLER, merge=MERGE,
-    reward=REWARD, search=SEARCH, evaluation=EVALUATION,
+    heldout="h", autoencoder="sd-vae-sit", autoencoder_weights="v", autoencoder_dtype="bfloat16",
+    extra_references={"dinov2": "d: r"}, extra_weights={"a.b:c": "x=y"}, budget=12345, seed=-3,
+    batch=9, device="cuda:1", sampler=SAMPLER, merge=MERGE, reward=REWARD, search=SEARCH,
+    weights_device="disk", licence="MIT", evaluation=EVALUATION,
 )  # fmt: skip
 CONFIGS: list[Any] = [SAMPLER, MERGE, REWARD, SEARCH, EVALUATION, OPTIMIZE]
 CONFIGS += [OptimizeConfig(checkpoints="x"), MergeConfig(), SearchConfig()]
@@ -96,7 +101,7 @@ def test_nested_types_are_restored() -> None:
         ({"buget": 5}, r"unknown setting in config 'buget'; did you mean 'budget'\?"),
         ({"reward": {"poolsize": 5}}, r"setting in config.reward 'poolsize'; .* 'pool_size'"),
         ({"sampler": {"steps": 5}}, r"setting in config.sampler 'steps'; did you mean 'num_steps'"),
-        ({3: 5}, r"unknown setting in config '3' \(known: batch, budget"),
+        ({3: 5}, r"unknown setting in config '3' \(known: autoencoder, "),
     ],
 )
 def test_unknown_keys(values: dict[Any, Any], message: str) -> None:
@@ -144,10 +149,21 @@ def test_missing_setting() -> None:
 
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
-    (SamplerConfig, {"num_steps": 1}, "expected num_steps >= 2, got 1"),
+    (SamplerConfig, {"num_steps": 0}, "expected num_steps >= 1, got 0"),
+    (SamplerConfig, {"sde_num_steps": 1}, "expected sde_num_steps >= 2, got 1"),
     (SamplerConfig, {"guidance": -0.5, "guide": "g"}, "expected guidance >= 0, got -0.5"),
     (SamplerConfig, {"guidance": math.nan, "guide": "g"}, "expected guidance >= 0, got nan"),
-    (SamplerConfig, {"guidance": 1.5}, "guidance 1.5 needs a guide model; 1 switches it off"),
+    (SamplerConfig, {"guidance_channels": 0}, r"guidance_channels >= 1 or null \(all\), got 0"),
+    (SamplerConfig, {"diffusion_norm": -1.0}, "diffusion_norm finite and >= 0, got -1.0"),
+    (SamplerConfig, {"diffusion_norm": math.inf}, "diffusion_norm finite and >= 0, got inf"),
+    (SamplerConfig, {"last_step_size": 0.0}, r"last_step_size in \(0, 1\), got 0.0"),
+    (SamplerConfig, {"last_step_size": 1.0}, r"last_step_size in \(0, 1\), got 1.0"),
+    (SamplerConfig, {"rtol": 0.0}, "rtol > 0, got 0.0"),
+    (SamplerConfig, {"atol": math.nan}, "atol > 0, got nan"),
+    (SamplerConfig, {"path": "Linear"}, "unknown path 'Linear'; did you mean 'linear'"),
+    (SamplerConfig, {"diffusion": "SBDM"}, r"unknown diffusion 'SBDM' \(known: .*sbdm"),
+    (SamplerConfig, {"last_step": "twedie"}, "unknown last_step 'twedie'; did you mean 'tweedie'"),
+    (SamplerConfig, {"precision": "float16"}, "unknown precision 'float16'; .* 'bfloat16'"),
     (MergeConfig, {"scale": 0.0}, "expected scale finite and > 0, got 0.0"),
     (MergeConfig, {"scale": math.inf}, "expected scale finite and > 0, got inf"),
     (RewardConfig, {"pool_size": 1}, "expected pool_size >= 2, got 1"),
@@ -200,7 +216,7 @@ def test_limits_are_allowed() -> None:
         decay=1.0, min_decay=1.0, top_fraction=1.0, clip=math.inf, betas=(0.0, 0.0)
     )
     assert loose.clip == math.inf
-    assert SamplerConfig(num_steps=2, guidance=0.0, guide="g").guidance == 0.0
+    assert SamplerConfig(num_steps=1, guidance=0.0, diffusion_norm=0.0).guidance == 0.0
 
 
 def test_images_a_reward_costs() -> None:

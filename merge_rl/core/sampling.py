@@ -1,122 +1,27 @@
-"""ODE solvers: from noise to samples, deterministically unless churn is asked for."""
+"""From noise to samples: one door for both families of networks and all solvers."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
 
-from merge_rl.core.schedules import edm_noise_levels
-from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.config import SamplerConfig
+from merge_rl.core.adaptive import solve_adaptive
+from merge_rl.core.compatibility import VELOCITY, prediction_of, require_labels, require_sampler
+from merge_rl.core.compatibility import count_network_calls as count_network_calls
+from merge_rl.core.edm import Churn as Churn
+from merge_rl.core.edm import Draw, edm_velocity
+from merge_rl.core.edm import solve_edm as solve_edm
+from merge_rl.core.edm_sde import EDMSDE
+from merge_rl.core.guidance import autoguided, classifier_free
+from merge_rl.core.interpolants import make_path
+from merge_rl.core.schedules import levels_of, time_grid
+from merge_rl.core.sde import SDE, PathSDE, solve_sde
+from merge_rl.core.solvers import OnStep, Velocity, find_tableau, runge_kutta_step, solve_fixed
+from merge_rl.core.watch import NormWatch
+from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Denoiser
-
-Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(x, t) -> dx/dt, of the shape of x; t is 0-dim."""
-
-Step: TypeAlias = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]
-"""(velocity, x, t, t_next) -> x at t_next."""
-
-
-def euler_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """x + (t_next - t) v(x, t): one network call, order 1."""
-    return x + (t_next - t) * velocity(x, t)
-
-
-def heun_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """Euler step, then the mean of the slopes at both ends: two network calls, order 2.
-
-    Karras et al., 2022 (arXiv:2206.00364), algorithm 1.
-    """
-    slope = velocity(x, t)
-    ahead = velocity(x + (t_next - t) * slope, t_next)
-    return x + (t_next - t) * (slope + ahead) / 2
-
-
-STEPS: Final[Mapping[str, Step]] = {"euler": euler_step, "heun": heun_step}
-
-
-def count_network_calls(solver: str, num_steps: int) -> int:
-    """Network calls an image costs (nfe), per network: N for Euler, 2N - 1 for Heun."""
-    _require_solver(solver)
-    return num_steps if solver == "euler" else 2 * num_steps - 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Churn:
-    """Noise added back before a step (Karras et al., 2022, algorithm 2); amount 0 is none."""
-
-    amount: float = 0.0  # S_churn: total, spread over the steps
-    sigma_min: float = 0.0  # S_min, S_max: only in this range of noise levels
-    sigma_max: float = math.inf
-    noise_scale: float = 1.0  # S_noise
-
-    def raised_level(self, sigma: Tensor, num_steps: int) -> Tensor | None:
-        """The noise level to climb to from sigma, or None where nothing is added."""
-        if not (self.amount > 0 and self.sigma_min <= float(sigma) <= self.sigma_max):
-            return None
-        gamma = min(self.amount / num_steps, math.sqrt(2) - 1)
-        return sigma + gamma * sigma
-
-
-def edm_velocity(denoise: Velocity) -> Velocity:
-    """dx/dsigma = (x - D(x; sigma)) / sigma: the probability-flow ODE of EDM (equation 3)."""
-
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        # The network works in float32 whatever the precision of the state.
-        denoised = denoise(x.float(), sigma.float()).to(x.dtype)
-        return (x - denoised) / sigma
-
-    return velocity
-
-
-def guided(model: Denoiser, guide: Denoiser, guidance: float) -> Denoiser:
-    """D_guide + guidance (D - D_guide), at the same x, sigma, labels (arXiv:2406.02507, eq. 3)."""
-
-    def denoise(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        weaker = guide(x, sigma, labels)
-        return weaker + guidance * (model(x, sigma, labels) - weaker)
-
-    return denoise
-
-
-def solve_edm(
-    velocity: Velocity,
-    noise: Tensor,
-    sigmas: Tensor,
-    *,
-    solver: str = "heun",
-    churn: Churn | None = None,
-    draw: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    """Integrate dx/dsigma over decreasing noise levels.
-
-    Args:
-        velocity: (x, sigma) -> dx/dsigma.
-        noise: (B, C, h, w) of unit variance; the rollout starts from noise * sigmas[0].
-        sigmas: (N + 1,), decreasing, the last one 0; their dtype is that of the state.
-        solver: "heun" or "euler". The last interval ends where the slope is not defined, so it is
-            an Euler step for both.
-        churn: noise added back; needs `draw`.
-        draw: unit-variance noise of the shape of the state, called once for each churned step.
-    """
-    step = STEPS[_require_solver(solver)]
-    num_steps = len(sigmas) - 1
-    x = noise.to(sigmas.dtype) * sigmas[0]
-    for i in range(num_steps):
-        sigma = sigmas[i]
-        raised = churn.raised_level(sigma, num_steps) if churn else None
-        if churn and raised is not None:
-            if draw is None:
-                raise ConfigError("churn adds noise: pass draw, a source of unit-variance noise")
-            extra = (raised.square() - sigma.square()).sqrt() * churn.noise_scale
-            x, sigma = x + extra * draw().to(x), raised
-        take = step if i < num_steps - 1 else euler_step
-        x = take(velocity, x, sigma, sigmas[i + 1])
-    return x
+from merge_rl.rng import ImageStreams
 
 
 def sample(
@@ -128,40 +33,199 @@ def sample(
     num_steps: int = 32,
     guidance: float = 1.0,
     guide: Denoiser | None = None,
+    guidance_channels: int | None = 3,
+    low_memory: bool = False,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    path: str = "linear",
+    diffusion: str = "sigma",
+    diffusion_norm: float = 1.0,
+    last_step: str = "mean",
+    last_step_size: float = 0.04,
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
     churn: Churn | None = None,
-    draw: Callable[[], Tensor] | None = None,
+    draw: Draw | None = None,
     dtype: torch.dtype = torch.float32,
+    check_finite: bool = False,
 ) -> Tensor:
-    """Samples (B, C, h, w) of `dtype` from noise of unit variance, by ODE.
+    """Samples (B, C, h, w) of `dtype` from noise of unit variance.
 
     Args:
-        model: EDM2 denoiser D(x; sigma, labels).
+        model: a denoiser D(x; sigma, labels) such as EDM2, or, where its attribute `prediction` is
+            "velocity", a velocity v(x, t, labels) such as SiT.
         noise: (B, C, h, w).
-        labels: (B,) int64 class ids, (B, K) float rows, or None.
-        solver, num_steps: "heun" (2 num_steps - 1 network calls) or "euler" (num_steps).
+        labels: (B,) int64 class ids, (B, K) float rows (denoisers), or None.
+        solver: ODE: "euler", "heun", "midpoint", "heun3", "rk4" (the 3/8 rule), each with fixed
+            steps, or "dopri5", which is adaptive and depends on the whole batch. SDE:
+            "sde-euler" (Euler-Maruyama), "sde-heun".
+        num_steps: solver intervals. `count_network_calls` says what they cost.
         guidance: strength; 1 is off and then `guide` is not called.
-        guide: the weaker network; needed where guidance differs from 1.
-        sigma_min, sigma_max, rho: the noise levels, see `edm_noise_levels`.
-        churn, draw: see `solve_edm`; without churn the result is a function of the noise alone.
-        dtype: of the solver's state; the network always works in float32.
+        guide: the weaker network. A velocity network can do without, by its null class.
+        guidance_channels, low_memory: see `classifier_free`.
+        sigma_min, sigma_max, rho: noise levels of denoisers, see `edm_noise_levels`.
+        path: "linear", "gvp" or "vp": what a velocity network was trained on.
+        diffusion, diffusion_norm: noise of an SDE, see `merge_rl.core.diffusions.diffusion`.
+        last_step, last_step_size: end of the SDE of a path, see `PathSDE`.
+        rtol, atol: of dopri5.
+        churn: see `solve_edm`; denoisers with a fixed-step ODE solver only.
+        draw: noise of the state's shape for churn, which needs it, or for an SDE; by default an
+            SDE's noise follows from the starting noise of each image (`ImageStreams.following`).
+        dtype: of the solver's state; the network gets float32.
+        check_finite: raise NonFiniteSamplesError with the step where samples cease to be finite.
 
+    An image is a function of its noise and label, whatever the batch, but for dopri5 and `draw`.
     Raises ConfigError for settings that cannot work, UnknownNameError for an unknown solver.
     """
-    if guidance != 1 and guide is None:
-        raise ConfigError(f"guidance {guidance} needs a guide network; 1 switches guidance off")
-    net = guided(model, guide, guidance) if guide is not None and guidance != 1 else model
-    levels = edm_noise_levels(
-        num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, dtype=dtype
-    ).to(noise.device)
+    settings = SamplerConfig(
+        solver=solver, num_steps=num_steps, guidance=guidance, guidance_channels=guidance_channels,
+        low_memory=low_memory, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, path=path,
+        diffusion=diffusion, diffusion_norm=diffusion_norm, last_step=last_step,
+        last_step_size=last_step_size, rtol=rtol, atol=atol,
+    )  # fmt: skip
+    return sample_with(
+        settings, model, noise, labels, guide=guide, churn=churn, draw=draw, dtype=dtype,
+        check_finite=check_finite,
+    )  # fmt: skip
+
+
+def sample_with(
+    settings: SamplerConfig,
+    model: Denoiser,
+    noise: Tensor,
+    labels: Tensor | None = None,
+    *,
+    guide: Denoiser | None = None,
+    churn: Churn | None = None,
+    draw: Draw | None = None,
+    dtype: torch.dtype = torch.float32,
+    check_finite: bool = False,
+) -> Tensor:
+    """`sample` with its settings in one object; `settings.guide`, a file, is not looked at."""
+    require_sampler(settings, model, guide)
+    require_labels(labels, model, len(noise))
+    if churn is not None and (
+        settings.is_sde or settings.is_adaptive or prediction_of(model) == VELOCITY
+    ):
+        raise ConfigError("churn is for the fixed-step ODE solvers of networks that denoise (EDM2)")
+    scale = 1.0 if prediction_of(model) == VELOCITY else settings.sigma_max
+    watch = NormWatch(noise * scale) if check_finite else None
     with torch.no_grad():
-        velocity = edm_velocity(lambda x, sigma: net(x, sigma, labels))
-        return solve_edm(velocity, noise, levels, solver=solver, churn=churn, draw=draw)
+        if settings.is_sde:
+            sde = make_sde(settings, model, labels, guide=guide, dtype=dtype)
+            samples = solve_sde(sde, noise, draw or _following(noise), on_step=watch)
+        else:
+            evaluate = _network(settings, model, labels, guide, dtype)
+            if prediction_of(model) == VELOCITY:
+                samples = _solve_path(settings, evaluate, noise.to(dtype), watch)
+            else:
+                samples = _solve_denoiser(settings, evaluate, noise.to(dtype), churn, draw, watch)
+    if watch is not None:
+        watch.check()
+    return samples
 
 
-def _require_solver(solver: str) -> str:
-    if solver not in STEPS:
-        raise UnknownNameError("solver", solver, STEPS)
-    return solver
+def make_sde(
+    settings: SamplerConfig,
+    model: Denoiser,
+    labels: Tensor | None = None,
+    *,
+    guide: Denoiser | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> SDE:
+    """The SDE that `sample_with` solves, step by step for whoever needs the steps.
+
+    With gradients where they are on: `gaussian(i, x)` at a stored state, and `step_log_prob` of
+    the state that followed it, are what a policy gradient needs ("sde-euler").
+    """
+    require_sampler(settings, model, guide)
+    evaluate = _network(settings, model, labels, guide, dtype)
+    if prediction_of(model) != VELOCITY:
+        return EDMSDE(
+            denoise=evaluate, sigmas=levels_of(settings, dtype), norm=settings.diffusion_norm,
+            heun=settings.solver == "sde-heun",
+        )  # fmt: skip
+    return PathSDE.of(settings, evaluate, dtype)
+
+
+def _network(
+    settings: SamplerConfig,
+    model: Denoiser,
+    labels: Tensor | None,
+    guide: Denoiser | None,
+    dtype: torch.dtype,
+) -> Velocity:
+    """(x, t) -> the guided network's prediction in the precision of the state."""
+    net = model
+    if settings.guidance != 1:
+        null: int | None = getattr(model, "null_label", None)
+        if guide is not None:
+            net = autoguided(model, guide, settings.guidance)
+        elif null is not None:  # require_sampler has seen to it
+            net = classifier_free(
+                model, null, settings.guidance, channels=settings.guidance_channels,
+                low_memory=settings.low_memory,
+            )  # fmt: skip
+
+    def evaluate(x: Tensor, t: Tensor) -> Tensor:
+        # The network works in float32 whatever the precision of the state. Times of a grid are on
+        # the CPU; filling in a number, unlike copying it, does not wait for the device.
+        here = t.float() if t.device == x.device else torch.full((), float(t), device=x.device)
+        return net(x.float(), here, labels).to(dtype)
+
+    return evaluate
+
+
+def _solve_path(
+    settings: SamplerConfig, velocity: Velocity, x: Tensor, on_step: OnStep | None
+) -> Tensor:
+    path = make_path(settings.path)
+    if settings.is_adaptive:
+        return _adaptive(settings, velocity, x, 0.0, path.end, on_step)
+    times = time_grid(settings.num_steps, end=path.end, dtype=x.dtype)
+    return solve_fixed(velocity, x, times, solver=settings.solver, on_step=on_step)
+
+
+def _solve_denoiser(
+    settings: SamplerConfig,
+    denoise: Velocity,
+    noise: Tensor,
+    churn: Churn | None,
+    draw: Draw | None,
+    on_step: OnStep | None,
+) -> Tensor:
+    velocity, levels = edm_velocity(denoise), levels_of(settings, noise.dtype)
+    if not settings.is_adaptive:
+        return solve_edm(
+            velocity, noise, levels, solver=settings.solver, churn=churn, draw=draw,
+            on_step=on_step,
+        )  # fmt: skip
+    # The slope is not defined at sigma = 0: adaptive down to sigma_min, then Euler.
+    last = levels[-2:]
+    x = noise * levels[0]
+    x = _adaptive(settings, velocity, x, float(levels[0]), float(last[0]), on_step)
+    return runge_kutta_step(find_tableau("euler"), velocity, x, last[0], last[1])
+
+
+def _adaptive(
+    settings: SamplerConfig,
+    velocity: Velocity,
+    x: Tensor,
+    start: float,
+    end: float,
+    on_step: OnStep | None,
+) -> Tensor:
+    # A path's network can be asked a little beyond t = 1, a denoiser not below sigma = 0.
+    x = solve_adaptive(
+        velocity, x, start, end, rtol=settings.rtol, atol=settings.atol, method=settings.solver,
+        overshoot=end > start,
+    )  # fmt: skip
+    if on_step is not None:
+        on_step(0, x)
+    return x
+
+
+def _following(noise: Tensor) -> Draw:
+    streams, shape = ImageStreams.following(noise), noise.shape[1:]
+    return lambda: streams.randn(shape)

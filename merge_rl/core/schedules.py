@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merge_rl.config import SamplerConfig
 from merge_rl.errors import ConfigError
 
 
@@ -35,3 +36,41 @@ def edm_noise_levels(
     start, end = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     levels = (start + fraction * (end - start)) ** rho
     return torch.cat([levels, levels.new_zeros(1)])
+
+
+def time_grid(num_steps: int, *, end: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Equally spaced times (num_steps + 1,) from 0 to `end`, both included.
+
+    `num_steps` counts intervals. Raises ConfigError for less than one of them, and unless
+    0 < end <= 1.
+    """
+    if num_steps < 1:
+        raise ConfigError(f"need num_steps >= 1, got {num_steps}")
+    if not 0 < end <= 1:
+        raise ConfigError(f"expected an end of the time grid in (0, 1], got {end:g}")
+    return torch.linspace(0, end, num_steps + 1, dtype=dtype)
+
+
+# All grids are on the CPU: arithmetic with single numbers then costs an accelerator nothing.
+
+
+def levels_of(settings: SamplerConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The noise levels that the settings describe, see `edm_noise_levels`."""
+    return edm_noise_levels(
+        settings.num_steps,
+        sigma_min=settings.sigma_min,
+        sigma_max=settings.sigma_max,
+        rho=settings.rho,
+        dtype=dtype,
+    )
+
+
+def noisy_times(settings: SamplerConfig, end: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Times of the noisy steps of a path's SDE, where an ODE would go from 0 to `end`.
+
+    The last of the `num_steps` intervals is the step without noise, of its own size, if there is
+    one; so there are `num_steps` times, and one more without a last step.
+    """
+    if settings.last_step == "none":
+        return time_grid(settings.num_steps, end=end, dtype=dtype)
+    return time_grid(settings.num_steps - 1, end=1 - settings.last_step_size, dtype=dtype)

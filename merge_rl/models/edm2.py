@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -233,6 +233,8 @@ class EDM2(nn.Module):
         logvar_channels: width of the uncertainty head of the training loss.
         unet_options: constructor options of the U-Net and its blocks.
     """
+
+    prediction: Final = "denoised"
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,17 +12,22 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
+from merge_rl.core.compatibility import require_sampler
 from merge_rl.core.live_model import LiveModel
-from merge_rl.core.sampling import sample
+from merge_rl.core.sampling import sample_with
 from merge_rl.interfaces import Autoencoder, Denoiser, FeatureExtractor
 from merge_rl.rng import ImageStreams
+from merge_rl.workflows.fast import matmul_precision, prepare_network
 
 
 class Rollout:
     """Generates with one network, whatever weights it holds at the moment.
 
-    Deterministic: an image is a function of the weights, its noise and its label. `batch` bounds
-    memory and `workers` batches are made side by side; results depend on neither beyond rounding.
+    Deterministic: an image is a function of the weights, its noise and its label, with an SDE too.
+    `batch` bounds memory and `workers` batches are made side by side; results depend on neither
+    beyond rounding (adaptive solvers excepted, which choose their steps by the whole batch).
+
+    Raises ConfigError for a sampler that does not fit the network.
     """
 
     def __init__(
@@ -38,35 +44,52 @@ class Rollout:
         workers: int = 1,
         on_images: Callable[[int], None] | None = None,
     ) -> None:
-        self.model, self.shape, self.sampler = model, tuple(shape), sampler
+        self.model, self.shape = model, tuple(shape)
         self.autoencoder, self.extractor = autoencoder, extractor
         self.batch, self.device, self.guide = batch, torch.device(device), guide
         self.workers = workers
         self.on_images = on_images or (lambda _count: None)
+        self._take_sampler(sampler)
+
+    def _take_sampler(self, sampler: SamplerConfig) -> None:
+        require_sampler(sampler, self.model, self.guide)
+        self.sampler = sampler
+        self._network = prepare_network(self.model, sampler, self.device)
+        self._guide = self.guide and prepare_network(self.guide, sampler, self.device)
+
+    def with_sampler(self, sampler: SamplerConfig) -> Rollout:
+        """The same network, decoder and extractor with another sampler (and the same guide)."""
+        other = copy.copy(self)
+        other._take_sampler(sampler)
+        return other
+
+    def with_extractor(self, extractor: FeatureExtractor) -> Rollout:
+        """The same network and settings with another extractor."""
+        other = copy.copy(self)
+        other.extractor = extractor
+        return other
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Noise (N, C, h, w) on the CPU, row i from seeds[i] alone."""
         return ImageStreams(seeds).randn(self.shape)
 
-    def latents(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Samples of one batch, (B, C, h, w) float32 on the device."""
-        settings = self.sampler
-        return sample(
-            self.model,
+    def latents(self, noise: Tensor, labels: Tensor, *, check_finite: bool = False) -> Tensor:
+        """Samples of one batch, (B, C, h, w) float32 on the device.
+
+        With `check_finite` NonFiniteSamplesError names the step at which samples cease to be so.
+        """
+        return sample_with(
+            self.sampler,
+            self._network,
             noise.to(self.device),
             labels.to(self.device),
-            solver=settings.solver,
-            num_steps=settings.num_steps,
-            guidance=settings.guidance,
-            guide=self.guide,
-            sigma_min=settings.sigma_min,
-            sigma_max=settings.sigma_max,
-            rho=settings.rho,
+            guide=self._guide,
+            check_finite=check_finite,
         )
 
     def images(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Images (N, C, H, W) uint8 on the CPU."""
-        return self._in_batches(lambda latents: self.autoencoder.decode(latents), noise, labels)
+        """Images (N, C, H, W) uint8 on the CPU; NonFiniteSamplesError where one is not finite."""
+        return self._in_batches(self.autoencoder.decode, noise, labels, check_finite=True)
 
     def features(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Features (N, D) float32 on the CPU; a row is NaN where the sample is not finite.
@@ -83,7 +106,12 @@ class Rollout:
         return self._in_batches(extract, noise, labels)
 
     def _in_batches(
-        self, finish: Callable[[Tensor], Tensor], noise: Tensor, labels: Tensor
+        self,
+        finish: Callable[[Tensor], Tensor],
+        noise: Tensor,
+        labels: Tensor,
+        *,
+        check_finite: bool = False,
     ) -> Tensor:
         """finish(latents) of every batch, in order, on the CPU."""
         size = batch_size(len(noise), self.batch)
@@ -92,10 +120,11 @@ class Rollout:
         def work(start: int) -> Tensor:
             rows = slice(start, start + size)
             with torch.no_grad():  # a thread starts with gradients on
-                return finish(self.latents(noise[rows], labels[rows])).cpu()
+                latents = self.latents(noise[rows], labels[rows], check_finite=check_finite)
+                return finish(latents).cpu()
 
         parts = []
-        with self._spread(len(starts)) as run:
+        with matmul_precision(self.sampler), self._spread(len(starts)) as run:
             for part in run(work, starts):
                 parts.append(part)
                 self.on_images(len(part))

@@ -175,13 +175,16 @@ def test_spoilt_sets(kind: str, tiny: Path, mergerl: Mergerl, tmp_path: Path) ->
         (["--set", "merge.scale=much"], r"config\.merge\.scale: expected float, found str 'much'"),
         (["--set", "merge.scale=[1"], r"--set merge\.scale=\[1: the value is not valid YAML"),
         (["--set", "budget"], "expected NAME=VALUE, got 'budget'"),
-        (["--guidance", 2.0], "guidance 2.0 needs a guide model; 1 switches it off"),
+        (["--guidance", 2.0], "guidance 2 needs a guide network; 1 switches guidance off"),
+        (["--solver", "dopri5"], "dopri5 chooses its steps by the whole batch"),
+        (["--fast"], "compile is for accelerators, got the device cpu"),
         (["--guidance", 2.0, "--guide", "nowhere"], "nowhere: no such file or folder"),
         (["--repeats", 2], "expected repeats >= 3, got 2"),
         (["--final-images", 1], "expected num_images >= 2, got 1"),
         (["--population", 1], "expected population >= 2, got 1"),
         (["--batch", 0], "expected batch >= 1, got 0"),
-        (["--steps", 1], "expected num_steps >= 2, got 1"),
+        (["--steps", 0], "expected num_steps >= 1, got 0"),
+        (["--steps", 1], "need num_steps >= 2 for EDM noise levels, got 1"),
         (["--refresh", "never"], """expected refresh "rolling" or a number .*, got 'never'"""),
         (["--scale", -1], r"expected scale finite and > 0, got -1\.0"),
         (["--scale", "wide"], r"Invalid value for '--scale'.*optimize --help"),
@@ -260,6 +263,14 @@ def test_settings_that_cannot_be_read(
         (["sample", "MODEL", "--columns", -1], "Invalid value for '--columns'"),
         (["sample", "MODEL", "--zoom", 0], "Invalid value for '--zoom'"),
         (["sample", "MODEL", "--solver", "eular"], "unknown solver 'eular'; did you mean 'euler'"),
+        (["sample", "MODEL", "--steps", 0], "expected num_steps >= 1, got 0"),
+        (["sample", "MODEL", "--guidance", 2], "guidance 2 needs a guide network; 1 switches"),
+        (["sample", "MODEL", "--solver", "sde-euler", "--diffusion", "sbdm"],
+         r"the diffusion form 'sbdm' belongs to paths"),
+        (["sample", "MODEL", "--fast"], "compile is for accelerators, got the device cpu"),
+        (["sample", "MODEL", "--sampler", "path=liner"], "unknown path 'liner'.* 'linear'"),
+        (["sample", "MODEL", "--sampler", "pth=vp"], "unknown setting in sampler 'pth'; .*'path'"),
+        (["sample", "MODEL", "--sampler", "rho=[1"], r"--sampler rho=\[1: the value is not valid"),
         (["evaluate", "MODEL", "--num-images", 1], "at least 2 images, got 1"),
         (["evaluate", "MODEL", "--repeats", 1], "at least 2 repeats, got 1"),
         (["evaluate", "MODEL", "--metrics", "fid,kod"], "unknown metric 'kod'"),
@@ -270,7 +281,7 @@ def test_settings_that_cannot_be_read(
          "not weights of extractor 'digits'"),
         (["evaluate", "MODEL", "--reference", "tiny/raw/tiny-0000100.safetensors"],
          "expected reference statistics, found other tensors"),
-        (["evaluate", "alone.safetensors"], "names an extractor; pass --extractor"),
+        (["evaluate", "alone.safetensors"], "names a reference; pass --reference"),
         (["demo", "tiny/checkpoints_manifest.yaml"], "checkpoints_manifest.yaml: (File|Not a dir)"),
     ],
 )  # fmt: skip
@@ -329,10 +340,10 @@ def test_a_full_disk_is_one_sentence(
     tiny: Path, mergerl: Mergerl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device", "out/model.safetensors")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("merge_rl.storage.atomic.write_tensors", full)
+    monkeypatch.setattr("merge_rl.storage.shards.write_header", full)
     before = everything_in(tmp_path)
     found = mergerl("merge", tiny, "out", "--track", "raw", "--uniform")
-    require_one_sentence(found, r"out/model\.safetensors: No space left on device")
+    require_one_sentence(found, r"model\.safetensors: cannot be written: No space left on device")
     assert everything_in(tmp_path) == before

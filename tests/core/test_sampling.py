@@ -1,19 +1,20 @@
-"""The EDM solver against the official sampler, and against solutions known in closed form."""
+"""Sampling with denoisers: the official EDM sampler's runs, batches, refusals, failures."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from merge_rl.core.sampling import Churn, count_network_calls, sample, solve_edm
+from merge_rl.config import FIXED_SOLVERS, SDE_SOLVERS
+from merge_rl.core.sampling import Churn, count_network_calls, sample
 from merge_rl.core.schedules import edm_noise_levels
-from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.errors import ConfigError, NonFiniteSamplesError, UnknownNameError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.rng import ImageStreams
 
@@ -101,28 +102,6 @@ def test_samples_do_not_depend_on_the_batch_size(golden: Path) -> None:
         assert float((run(batch) - whole).abs().max() / whole.abs().max()) < 5e-5
 
 
-def _gaussian_error(solver: str, num_steps: int) -> float:
-    # Data ~ Normal(0, s^2): D(x; sigma) = x s^2 / (s^2 + sigma^2), and the exact solution of the
-    # ODE keeps x / sqrt(s^2 + sigma^2) constant, so x(0) = x(T) s / sqrt(s^2 + T^2).
-    s, top = 0.5, 4.0
-    sigmas = torch.linspace(top, 0.0, num_steps + 1, dtype=torch.float64)
-    noise = torch.tensor([1.0, -2.0], dtype=torch.float64)
-
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        return x * sigma / (s**2 + sigma**2)
-
-    found = solve_edm(velocity, noise, sigmas, solver=solver)
-    exact = noise * top * s / (s**2 + top**2) ** 0.5
-    return float((found - exact).abs().max())
-
-
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
-def test_order_of_convergence(solver: str, order: int) -> None:
-    errors = [_gaussian_error(solver, n) for n in (64, 128, 256)]
-    for coarse, fine in itertools.pairwise(errors):
-        assert coarse / fine == pytest.approx(2**order, rel=0.15)
-
-
 def test_guidance_one_never_calls_the_guide() -> None:
     def model(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         return 0.5 * x
@@ -150,3 +129,91 @@ def test_refusals() -> None:
         sample(model, noise, churn=Churn(amount=1.0), num_steps=2)
     with pytest.raises(ConfigError, match="sigma_min < sigma_max"):
         sample(model, noise, sigma_min=1.0, sigma_max=0.5)
+    with pytest.raises(ConfigError, match="num_steps >= 1, got 0"):
+        sample(model, noise, num_steps=0)
+    for solver in ("dopri5", "sde-euler"):
+        with pytest.raises(ConfigError, match="churn is for the fixed-step ODE solvers"):
+            sample(model, noise, solver=solver, churn=Churn(amount=1.0))
+    with pytest.raises(ConfigError, match="'linear' belongs to paths; networks that denoise"):
+        sample(model, noise, solver="sde-euler", diffusion="linear")
+    with pytest.raises(ConfigError, match="expected 1 labels, one for each image, found 2"):
+        sample(model, noise, torch.tensor([0, 1]))
+
+
+class Classes:
+    """A denoiser of 3 classes; from sigma = 5 downwards image 1 of every batch breaks."""
+
+    label_dim = 3
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        out = x / (1 + sigma**2)
+        if float(sigma) < 5:
+            out[1] = torch.inf
+        return out
+
+
+@pytest.mark.parametrize("odd", [-1, 3])
+def test_labels_out_of_range(odd: int) -> None:
+    with pytest.raises(ConfigError, match=rf"expected labels in 0\.\.2, found {odd}"):
+        sample(Classes(), torch.zeros(2, 1, 2, 2), torch.tensor([0, odd]))
+
+
+def test_the_step_that_breaks_is_named(generator: torch.Generator) -> None:
+    noise, labels = torch.randn(3, 1, 2, 2, generator=generator), torch.tensor([0, 1, 2])
+    levels = edm_noise_levels(8)
+    # Heun's second call already looks at the level a step leads to.
+    step = int((levels < 5).nonzero()[0])
+    broken = sample(Classes(), noise, labels, num_steps=8)
+    assert broken.isfinite().flatten(1).all(1).tolist() == [True, False, True]
+    for solver, after in (("heun", step), ("euler", step + 1), ("sde-euler", step + 1)):
+        message = (
+            rf"after step {after} of 8: the norm of image 1 of the batch went from .* to (inf|nan)"
+        )
+        with pytest.raises(NonFiniteSamplesError, match=message):
+            sample(Classes(), noise, labels, num_steps=8, solver=solver, check_finite=True)
+    with pytest.raises(NonFiniteSamplesError, match="starting noise of image 2 of the batch is"):
+        sample(lambda x, s, c=None, /: x, noise / torch.tensor([1, 1, 0])[:, None, None, None],
+               check_finite=True)  # fmt: skip
+
+
+def test_an_sde_makes_an_image_of_its_noise_alone(golden: Path) -> None:
+    model = _net(golden, "cond")
+    noise, labels = ImageStreams(range(6)).randn((4, 8, 8)), torch.arange(6)
+
+    def run(rows: slice, **kwargs: Any) -> Tensor:
+        return sample(model, noise[rows], labels[rows], num_steps=4, solver="sde-euler", **kwargs)
+
+    whole = run(slice(0, 6))
+    for rows in (slice(0, 2), slice(2, 6), slice(5, 6)):
+        assert float((run(rows) - whole[rows]).abs().max() / whole.abs().max()) < 5e-5
+    assert torch.equal(run(slice(0, 6)), whole)
+    # Without diffusion, the steps are those of the Euler ODE.
+    still = run(slice(0, 6), diffusion_norm=0.0)
+    ode = sample(model, noise, labels, num_steps=4, solver="euler")
+    torch.testing.assert_close(still, ode, rtol=1e-4, atol=1e-4)
+    assert float((whole - ode).abs().max()) > 0.1
+
+
+def test_network_calls_are_counted() -> None:
+    calls: list[float] = []
+
+    def model(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        calls.append(float(sigma))
+        return x / (1 + sigma**2)
+
+    for solver in (*FIXED_SOLVERS, *SDE_SOLVERS):
+        calls.clear()
+        sample(model, torch.ones(1, 1, 2, 2), num_steps=5, solver=solver)
+        assert len(calls) == count_network_calls(solver, 5)
+    with pytest.raises(ConfigError, match="dopri5 chooses its own steps"):
+        count_network_calls("dopri5", 5)
+
+
+def test_adaptive_sampling_of_a_denoiser() -> None:
+    # Unit normal data: the exact end of the ODE is noise * 80 / sqrt(1 + 80^2).
+    def model(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        return x / (1 + sigma**2)
+
+    noise = ImageStreams([3]).randn((1, 4, 4))
+    found = sample(model, noise, solver="dopri5", rtol=1e-5)
+    torch.testing.assert_close(found, noise * 80 / (1 + 80**2) ** 0.5, rtol=1e-3, atol=1e-3)

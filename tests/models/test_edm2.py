@@ -83,7 +83,7 @@ def test_float16_parameters(golden: Path, name: str) -> None:
         assert _relative(model.logvar(io["sigma"]), io["logvar_fp16_params_upcast"]) < 2e-5
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["cond", "odd"])
 def test_every_block_equals_the_official_one(golden: Path, name: str) -> None:
     model, io = _tiny(golden, name)
     trace = load_file(golden / f"edm2/tiny/{name}.trace.safetensors")

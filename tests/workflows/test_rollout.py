@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from merge_rl.config import SamplerConfig
 from merge_rl.core.live_model import LiveModel
 from merge_rl.core.merging import FlatCheckpoints, FlatLayout
+from merge_rl.errors import NonFiniteSamplesError
 from merge_rl.interfaces import Autoencoder, Denoiser, FeatureExtractor
 from merge_rl.rng import ImageStreams
 from merge_rl.workflows.rollout import MergedRollout, Rollout, balanced_labels
@@ -124,7 +125,11 @@ def test_failed_samples_are_flagged() -> None:
     noise = rollout.noise(SEEDS)
     # The image alone does not tell: the broken pixel is a plausible black one, and not even among
     # the features of the extractor in general.
-    assert bool((rollout.images(noise, LABELS)[LABELS == 2][:, :, 0, 1] == 0).all())
+    images = Bytes().decode(rollout.latents(noise, LABELS))
+    assert bool((images[LABELS == 2][:, :, 0, 1] == 0).all())
+    # Of the first batch (classes 0, 2, 1) the second image is the broken one.
+    with pytest.raises(NonFiniteSamplesError, match="after step 1 of 4: the norm of image 1 of th"):
+        rollout.images(noise, LABELS)
     features = rollout.features(noise, LABELS)
     assert torch.equal(features.isnan(), (LABELS == 2)[:, None].expand(7, 4))
 

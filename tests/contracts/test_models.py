@@ -1,0 +1,206 @@
+"""What every registered network goes through: build, save, load, merge, sample, search, export."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import merge_rl as mrl
+from merge_rl.config import SDE_SOLVERS, SOLVERS
+from merge_rl.core.live_model import LiveModel
+from merge_rl.registry import MODELS, build_model
+from merge_rl.storage.manifest import (
+    MANIFEST_NAME,
+    CheckpointEntry,
+    Manifest,
+    SetDefaults,
+    write_manifest,
+)
+from merge_rl.storage.model_file import save_checkpoint
+from merge_rl.workflows.merging import load_checkpoints, plan_merge
+from merge_rl.workflows.rollout import balanced_labels
+
+# A small network of 8x8 images with one channel and ten classes, for every family.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "edm2": {
+        "model": "edm2", "img_resolution": 8, "img_channels": 1, "label_dim": 10,
+        "use_fp16": False, "model_channels": 8, "channel_mult": [1], "num_blocks": 1,
+        "attn_resolutions": [], "channels_per_head": 8, "logvar_channels": 8,
+    },
+    "sit": {
+        "model": "sit", "input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16,
+        "depth": 2, "num_heads": 2, "num_classes": 10, "learn_sigma": False,
+    },
+}  # fmt: skip
+STEPS = 3
+
+
+def random_weights(config: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+    """Every learned tensor random, so that each path through the network matters."""
+    model = build_model(config)
+    fixed = {name for name, _ in model.named_buffers()} | set(getattr(model, "fixed_names", ()))
+    return {
+        name: t.clone() if name in fixed else 0.3 * torch.randn(t.shape, generator=generator)
+        for name, t in model.state_dict().items()
+    }
+
+
+def write_set(folder: Path, config: dict[str, Any], evaluation: Path) -> Path:
+    generator = torch.Generator().manual_seed(5)
+    base = random_weights(config, generator)
+    entries = []
+    for index in range(3):
+        noise = random_weights(config, generator)
+        same = {k: v for k, v in base.items() if torch.equal(v, noise[k])}
+        weights = {k: base[k] + 0.2 * v for k, v in noise.items()} | same
+        path = folder / f"run-{index}.safetensors"
+        save_checkpoint(path, {name: t.half() for name, t in weights.items()})
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        entries.append(CheckpointEntry(file=path.name, nimg=1024 * (index + 1), sha256=digest))
+    for file in ("extractor", "reference"):
+        shutil.copy(evaluation / f"{file}.safetensors", folder / "evaluation")
+    defaults = SetDefaults(
+        extractor="digits", extractor_weights=Path("evaluation/extractor.safetensors"),
+        reference=Path("evaluation/reference.safetensors"), sampler={"num_steps": STEPS},
+    )  # fmt: skip
+    manifest = Manifest(
+        name="contract", licence="MIT", model=config, defaults=defaults, checkpoints=tuple(entries)
+    )
+    write_manifest(folder / MANIFEST_NAME, manifest)
+    return folder
+
+
+@pytest.fixture(params=sorted(MODELS))
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def folder(family: str, shared_tiny: Path, tmp_path: Path) -> Path:
+    (tmp_path / "set/evaluation").mkdir(parents=True)
+    return write_set(tmp_path / "set", CONFIGS[family], shared_tiny / "evaluation")
+
+
+def noise_and_labels(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(count, 1, 8, 8, generator=generator), balanced_labels(count, 10)
+
+
+def test_every_family_has_a_case() -> None:
+    assert set(CONFIGS) == set(MODELS)
+
+
+def test_build_gives_what_the_rest_relies_on(family: str) -> None:
+    model = mrl.build_model(CONFIGS[family])
+    assert isinstance(model, nn.Module)
+    assert not model.training
+    assert model.sample_shape == (1, 8, 8)
+    assert model.label_dim == 10
+    assert model.prediction in ("denoised", "velocity")
+    noise, labels = noise_and_labels(4)
+    with torch.no_grad():
+        out = model(noise, torch.full((4,), 0.5), labels)
+        alone = model(noise[:1], torch.tensor(0.5), labels[:1])
+    assert out.shape == noise.shape
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out[:1], alone, rtol=1e-5, atol=1e-6)
+    with torch.device("meta"):
+        empty = mrl.build_model(CONFIGS[family])
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    assert {name: t.shape for name, t in empty.state_dict().items()} == shapes
+
+
+def test_saved_weights_load_everywhere(family: str, folder: Path, tmp_path: Path) -> None:
+    opened = mrl.open_checkpoints(folder)
+    assert len(opened) == 3
+    by_file = mrl.load_model(folder / "run-1.safetensors")
+    saved = mrl.save_model(tmp_path / "saved", opened.read(1), opened.config)
+    by_folder = mrl.load_model(saved)
+    plain = mrl.build_model(CONFIGS[family])
+    # As the official code does it: a state dict of the same names.
+    plain.load_state_dict(load_file(saved / "model.safetensors"))
+    noise, labels = noise_and_labels(3)
+    with torch.no_grad():
+        outs = [m(noise, torch.tensor(0.7), labels) for m in (by_file, by_folder, plain)]
+    assert float(outs[0].std()) > 0
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_merges_live_saved_and_by_hand_agree(family: str, folder: Path, tmp_path: Path) -> None:
+    opened = mrl.open_checkpoints(folder)
+    row = [0.5, -0.25, 0.75]
+    merged = mrl.merge(opened, row)
+    sources = [opened.read(i) for i in range(3)]
+    model = mrl.build_model(CONFIGS[family])
+    plan = plan_merge(opened)
+    for name, tensor in merged.items():
+        if name in plan.carried:
+            assert torch.equal(tensor, sources[2][name].float()), name
+        else:
+            by_hand = sum(c * s[name].double() for c, s in zip(row, sources, strict=True))
+            torch.testing.assert_close(tensor.double(), by_hand, rtol=1e-5, atol=1e-6)
+    live = LiveModel(model.requires_grad_(False), load_checkpoints(opened, plan))
+    live.set_coefficients(torch.tensor(row))
+    loaded = mrl.load_model(mrl.save_model(tmp_path / "out", merged, opened.config))
+    noise, labels = noise_and_labels(3)
+    with torch.no_grad():
+        found, expected = (m(noise, torch.tensor(0.4), labels) for m in (live.model, loaded))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_samples(family: str, solver: str, folder: Path) -> None:
+    if solver == "dopri5":
+        pytest.importorskip("torchdiffeq")
+    model = mrl.load_model(folder / "run-0.safetensors")
+    noise, labels = noise_and_labels(4)
+    samples = mrl.sample(model, noise, labels, solver=solver, num_steps=STEPS)
+    assert samples.shape == noise.shape
+    assert bool(samples.isfinite().all())
+    assert torch.equal(samples, mrl.sample(model, noise, labels, solver=solver, num_steps=STEPS))
+    other = mrl.sample(model, noise, labels.flip(0), solver=solver, num_steps=STEPS)
+    assert not torch.allclose(samples, other, atol=1e-4)
+    if solver != "dopri5":  # whose steps depend on the whole batch
+        parts = [
+            mrl.sample(model, noise[i : i + 2], labels[i : i + 2], solver=solver, num_steps=STEPS)
+            for i in (0, 2)
+        ]
+        torch.testing.assert_close(samples, torch.cat(parts), rtol=1e-4, atol=1e-5)
+    if solver in SDE_SOLVERS:
+        ode = mrl.sample(model, noise, labels, solver="heun", num_steps=STEPS)
+        assert not torch.allclose(samples, ode, atol=1e-3)
+
+
+def test_two_rounds_of_search_and_the_export(
+    family: str, folder: Path, tiny_config: Callable[..., Any], mergerl: Callable[..., Any]
+) -> None:
+    config = tiny_config(folder, track=None, budget=40 + 2 * 50)
+    result = mrl.optimize(folder, out="run", config=config)
+    assert result.images == 140
+    assert result.coefficients.shape == (1, 3)
+    assert float(result.coefficients.sum()) == pytest.approx(1)
+    merged = Path("run/merged")
+    by_coefficients = mrl.merge(mrl.open_checkpoints(folder), result.coefficients)
+    exported = load_file(merged / "model.safetensors")
+    assert list(exported) == list(by_coefficients)
+    assert all(torch.equal(exported[name], t) for name, t in by_coefficients.items())
+    for command in (
+        ("inspect", folder), ("inspect", merged), ("inspect", "run"),
+        ("sample", merged, "--num", 4, "--out", "grid.png"),
+        ("evaluate", merged, "--num-images", 20, "--repeats", 2),
+        ("merge", folder, "again", "--recipe", merged / "merge.yaml"),
+    ):  # fmt: skip
+        ended = mergerl(*command)
+        assert ended.code == 0, (command, ended.err)
+    again = Path("again/model.safetensors").read_bytes()
+    assert again == (merged / "model.safetensors").read_bytes()
