@@ -14,104 +14,15 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
 from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.sampler_config import SamplerConfig as SamplerConfig
+from merge_rl.sampler_config import require
 
 T = TypeVar("T")
-
-
-def _require(good: bool, name: str, expected: str, found: object) -> None:
-    if not good:
-        raise ConfigError(f"expected {name} {expected}, got {found!r}")
-
-
-FIXED_SOLVERS: Final = ("euler", "heun", "midpoint", "heun3", "rk4")
-ADAPTIVE_SOLVERS: Final = ("dopri5",)
-SDE_SOLVERS: Final = ("sde-euler", "sde-heun")
-SOLVERS: Final = (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS, *SDE_SOLVERS)
-PATH_NAMES: Final = ("linear", "gvp", "vp")
-DIFFUSIONS: Final = (
-    "sigma", "linear", "decreasing", "sbdm", "constant", "increasing-decreasing",
-)  # fmt: skip
-LAST_STEPS: Final = ("mean", "euler", "tweedie", "none")
-PRECISIONS: Final = ("float32", "tf32", "bfloat16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How noise becomes samples; each family of networks reads what concerns it.
-
-    What depends on the network (its family, its classes) is checked where both meet, see
-    `merge_rl.core.compatibility`.
-    """
-
-    solver: str = "heun"
-    num_steps: int = 32  # intervals; those of an SDE include the last one, without noise
-    # Noise levels of networks that denoise (EDM2).
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    # The path of networks that predict velocities (SiT).
-    path: str = "linear"
-    # SDE solvers. EDM2 has the form sigma and ends in the denoised sample.
-    diffusion: str = "sigma"
-    diffusion_norm: float = 1.0
-    last_step: str = "mean"
-    last_step_size: float = 0.04
-    sde_num_steps: int = 250  # num_steps where an SDE is scored beside the ODE
-    # dopri5.
-    rtol: float = 1e-3
-    atol: float = 1e-6
-    guidance: float = 1.0  # 1 is off
-    guide: str | None = None  # model file or folder of the weaker network
-    guidance_channels: int | None = 3  # guided by the null class; None: all
-    low_memory: bool = False  # guidance by the null class in two forward passes
-    precision: str = "float32"  # of the network's forward pass; the state stays float32
-    compile: bool = False  # torch.compile, on accelerators
-
-    def __post_init__(self) -> None:
-        _require(self.num_steps >= 1, "num_steps", ">= 1", self.num_steps)
-        _require(self.sde_num_steps >= 2, "sde_num_steps", ">= 2", self.sde_num_steps)
-        _require(0 <= self.guidance < math.inf, "guidance", ">= 0", self.guidance)
-        norm = self.diffusion_norm
-        _require(0 <= norm < math.inf, "diffusion_norm", "finite and >= 0", norm)
-        inside = 0 < self.last_step_size < 1
-        _require(inside, "last_step_size", "in (0, 1)", self.last_step_size)
-        for name in ("rtol", "atol"):
-            _require(0 < getattr(self, name) < math.inf, name, "> 0", getattr(self, name))
-        if self.guidance_channels is not None:
-            _require(self.guidance_channels >= 1, "guidance_channels", ">= 1 or null (all)",
-                     self.guidance_channels)  # fmt: skip
-        for name, known in (
-            ("path", PATH_NAMES), ("diffusion", DIFFUSIONS), ("last_step", LAST_STEPS),
-            ("precision", PRECISIONS),
-        ):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, getattr(self, name), known)
-
-    @property
-    def is_sde(self) -> bool:
-        """Whether noise is added on the way."""
-        return self.solver in SDE_SOLVERS
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether the solver chooses its own steps, by all images of a batch."""
-        return self.solver in ADAPTIVE_SOLVERS
-
-
-def sde_counterpart(sampler: SamplerConfig, *, num_steps: int | None = None) -> SamplerConfig:
-    """The SDE to score beside an ODE: Euler-Maruyama with `sde_num_steps`; an SDE is its own.
-
-    Gains under one of the two need not carry over to the other, so that both are worth a score.
-    """
-    if sampler.is_sde:
-        return dataclasses.replace(sampler, num_steps=num_steps or sampler.num_steps)
-    steps = num_steps or sampler.sde_num_steps
-    return dataclasses.replace(sampler, solver="sde-euler", num_steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +35,7 @@ class MergeConfig:
     groups: Mapping[str, str] = field(default_factory=dict)  # name -> regex of tensor names
 
     def __post_init__(self) -> None:
-        _require(0 < self.scale < math.inf, "scale", "finite and > 0", self.scale)
+        require(0 < self.scale < math.inf, "scale", "finite and > 0", self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,24 +54,24 @@ class RewardConfig:
     max_gap: float = 0.20  # running mean of the relative gap above which the loop acts
 
     def __post_init__(self) -> None:
-        _require(self.pool_size >= 2, "pool_size", ">= 2", self.pool_size)
-        _require(self.subset_size >= 1, "subset_size", ">= 1", self.subset_size)
+        require(self.pool_size >= 2, "pool_size", ">= 2", self.pool_size)
+        require(self.subset_size >= 1, "subset_size", ">= 1", self.subset_size)
         if self.subset_size > self.pool_size:
             raise ConfigError(
                 f"the subset of {self.subset_size} images is larger than the pool of "
                 f"{self.pool_size}; expected subset_size <= pool_size"
             )
-        _require(self.num_subsets >= 1, "num_subsets", ">= 1", self.num_subsets)
-        _require(self.num_replacements >= 1, "num_replacements", ">= 1", self.num_replacements)
-        _require(self.max_gap > 0, "max_gap", "> 0", self.max_gap)
+        require(self.num_subsets >= 1, "num_subsets", ">= 1", self.num_subsets)
+        require(self.num_replacements >= 1, "num_replacements", ">= 1", self.num_replacements)
+        require(self.max_gap > 0, "max_gap", "> 0", self.max_gap)
         if self.refresh != "rolling":
-            _require(
+            require(
                 self.refresh.isdecimal() and int(self.refresh) >= 1,
                 "refresh", '"rolling" or a number of rounds >= 1', self.refresh,
             )  # fmt: skip
         if self.refresh_size is not None:
             inside = 1 <= self.refresh_size <= self.pool_size
-            _require(inside, "refresh_size", f"in 1..{self.pool_size}", self.refresh_size)
+            require(inside, "refresh_size", f"in 1..{self.pool_size}", self.refresh_size)
 
     @property
     def images_per_candidate(self) -> int:
@@ -199,18 +110,18 @@ class SearchConfig:
     epochs: int = 1  # updates from one batch
 
     def __post_init__(self) -> None:
-        _require(self.population >= 2, "population", ">= 2", self.population)
-        _require(0 < self.std < math.inf, "std", "finite and > 0", self.std)
+        require(self.population >= 2, "population", ">= 2", self.population)
+        require(0 < self.std < math.inf, "std", "finite and > 0", self.std)
         for name in ("learning_rate", "std_learning_rate"):
             rate = getattr(self, name)
-            _require(0 < rate < math.inf, name, "finite and > 0", rate)
-        _require(0 < self.decay <= 1, "decay", "in (0, 1]", self.decay)
-        _require(0 < self.min_decay <= 1, "min_decay", "in (0, 1]", self.min_decay)
-        _require(0 < self.top_fraction <= 1, "top_fraction", "in (0, 1]", self.top_fraction)
-        _require(self.clip > 0, "clip", "> 0", self.clip)
-        _require(self.epochs >= 1, "epochs", ">= 1", self.epochs)
+            require(0 < rate < math.inf, name, "finite and > 0", rate)
+        require(0 < self.decay <= 1, "decay", "in (0, 1]", self.decay)
+        require(0 < self.min_decay <= 1, "min_decay", "in (0, 1]", self.min_decay)
+        require(0 < self.top_fraction <= 1, "top_fraction", "in (0, 1]", self.top_fraction)
+        require(self.clip > 0, "clip", "> 0", self.clip)
+        require(self.epochs >= 1, "epochs", ">= 1", self.epochs)
         good = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
-        _require(good, "betas", "two numbers in [0, 1)", self.betas)
+        require(good, "betas", "two numbers in [0, 1)", self.betas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +133,9 @@ class EvaluationConfig:
     selection_images: int = 1000  # to find the best single checkpoint, on seeds of their own
 
     def __post_init__(self) -> None:
-        _require(self.num_images >= 2, "num_images", ">= 2", self.num_images)
-        _require(self.repeats >= 3, "repeats", ">= 3", self.repeats)
-        _require(self.selection_images >= 2, "selection_images", ">= 2", self.selection_images)
+        require(self.num_images >= 2, "num_images", ">= 2", self.num_images)
+        require(self.repeats >= 3, "repeats", ">= 3", self.repeats)
+        require(self.selection_images >= 2, "selection_images", ">= 2", self.selection_images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,10 +169,10 @@ class OptimizeConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
-        _require(self.budget >= 1, "budget", ">= 1 image", self.budget)
-        _require(self.batch >= 1, "batch", ">= 1", self.batch)
+        require(self.budget >= 1, "budget", ">= 1 image", self.budget)
+        require(self.batch >= 1, "batch", ">= 1", self.batch)
         dtypes = ("float32", "bfloat16")
-        _require(self.autoencoder_dtype in dtypes, "autoencoder_dtype", f"in {dtypes}",
+        require(self.autoencoder_dtype in dtypes, "autoencoder_dtype", f"in {dtypes}",
                  self.autoencoder_dtype)  # fmt: skip
 
 

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_rl.cli.output import JsonFlag, interval_text, print_json, print_table
-from merge_rl.errors import CheckpointError
+from merge_rl.errors import CheckpointError, MergeRLError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from merge_rl.storage.checkpoints import CheckpointSet
+    from merge_rl.storage.manifest import CheckpointEntry
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +34,8 @@ def inspect(
     """
     if (path / "config.yaml").is_file() and (path / "inputs.json").is_file():
         _show_run(path, json=json)
+    elif _holds_statistics(path):
+        _show_references(path, json=json)
     elif path.is_file() or (path / "model.safetensors").is_file():
         _show_file(path, json=json)
     else:
@@ -52,13 +57,14 @@ def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None
                 name,
                 entry.track or "-",
                 f"{entry.nimg:,}" if entry.nimg is not None else "-",
-                f"{entry.ema_std:.3f}" if entry.ema_std is not None else "raw",
+                _width(entry),
                 status.get(name, "not read"),
             ]
             for name, entry in zip(opened.names, opened.entries, strict=True)
         ]
         count = sum(_numel(info.shape) for info in opened.tensors.values())
-        model = (opened.config or {}).get("model", "unknown network")
+        shapes = {key: info.shape for key, info in opened.tensors.items()}
+        model = _network_name(opened.config, shapes) or "unknown network"
         title = (
             f"{len(opened)} checkpoints of {model}, {count:,} values in {len(opened.tensors)} "
             f"tensors each, {opened.total_bytes / 1e6:.1f} MB, "
@@ -75,6 +81,9 @@ def _set_document(opened: CheckpointSet, failed: dict[str, str]) -> dict[str, An
     return {
         "kind": "checkpoint set",
         "folder": str(opened.folder),
+        "network": _network_name(
+            opened.config, {key: info.shape for key, info in opened.tensors.items()}
+        ),
         "model": opened.config,
         "licence": opened.licence,
         "bytes": opened.total_bytes,
@@ -131,21 +140,85 @@ def _show_file(path: Path, *, json: bool) -> None:
     from merge_rl.storage.model_file import open_model_file
 
     file = open_model_file(path)
-    kind = "reference" if {"mu", "sigma"} == set(file.weights) else "model"
     document: dict[str, Any] = {
-        "kind": kind,
+        "kind": "model",
+        "network": _network_name(
+            file.config, {key: tuple(tensor.shape) for key, tensor in file.weights.items()}
+        ),
         "tensors": len(file.weights),
         "values": sum(t.numel() for t in file.weights.values()),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in file.weights.values()}),
         "config": file.config,
     }
-    if kind == "reference":
-        document |= {k: v for k, v in file.metadata.items() if k != "config"}
     if json:
         print_json(document)
     else:
         rows = [[key, str(value)] for key, value in document.items() if value is not None]
         print_table(str(path), ["file", ""], rows)
+
+
+def _holds_statistics(path: Path) -> bool:
+    if path.is_dir():
+        return False
+    from merge_rl.storage.kinds import kind_of
+
+    return path.suffix.lower() == ".pkl" or kind_of(path) in ("reference", "features")
+
+
+def _show_references(path: Path, *, json: bool) -> None:
+    from merge_rl.storage.reference import load_all_references
+
+    documents = []
+    for entry, found in load_all_references(path).items():
+        documents.append(
+            {
+                "kind": "reference",
+                "entry": entry or None,
+                "extractor": found.extractor or None,
+                "extractor_sha256": found.extractor_sha256,
+                "preprocessing": found.preprocessing or None,
+                "dimensions": found.dim,
+                "count": found.count,
+                "resolution": found.resolution,
+                "features": None if found.features is None else len(found.features),
+                "labels": found.labels is not None,
+                "source": found.source or None,
+                "note": found.assumed or None,
+            }
+        )
+    if json:
+        print_json(documents[0] if len(documents) == 1 else {"entries": documents})
+        return
+    for document in documents:
+        rows = [[key, str(value)] for key, value in document.items() if value is not None]
+        print_table(str(path), ["statistics", ""], rows)
+
+
+def _network_name(
+    config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """The family, with the published size where there is one: "edm2", "SiT-XL/2", "sit (custom)".
+
+    Where no config is known, tensors may still tell a SiT and its size.
+    """
+    from merge_rl.core.sit_config import is_sit, sit_config_from_shapes, sit_size_name
+
+    if config is None:
+        if not is_sit(shapes):
+            return None
+        try:
+            config = sit_config_from_shapes(shapes)
+        except MergeRLError:  # such as a size that does not tell its attention heads
+            return "sit (custom)"
+    family = str(config.get("model"))
+    size = sit_size_name(config) if family == "sit" else family
+    return "sit (custom)" if size == "custom" else size
+
+
+def _width(entry: CheckpointEntry) -> str:
+    if entry.ema_std is not None:
+        return f"{entry.ema_std:.3f}"
+    return "raw" if entry.track in (None, "raw") else "-"
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -10,7 +10,16 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from merge_rl.cli import evaluation, inspection, merging, search
+from merge_rl.cli import (
+    conversion,
+    evaluation,
+    hub,
+    inspection,
+    merging,
+    reference,
+    scoring,
+    search,
+)
 from merge_rl.cli.output import complain
 from merge_rl.errors import MergeRLError
 from merge_rl.version import __version__
@@ -47,7 +56,7 @@ def options(
         os.environ["MERGERL_DEBUG"] = "1"
 
 
-for module in (search, merging, evaluation, inspection):
+for module in (search, conversion, merging, evaluation, scoring, reference, inspection, hub):
     module.register(app)
 
 

@@ -48,15 +48,15 @@ def merge(
     ] = "newest",
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, float16 or bfloat16. [default: float32, or the recipe's]"),
+        typer.Option(help="float32, float16 or bfloat16. \\[default: float32, or the recipe's]"),
     ] = None,
     max_shard_size: Annotated[
         str | None,
-        typer.Option(help="Above it the weights are split, such as 500MB. [default: 5GB]"),
+        typer.Option(help="Above it the weights are split, such as 500MB. \\[default: 5GB]"),
     ] = None,
     licence: Annotated[
         str | None,
-        typer.Option("--license", help="Of the merge. [default: that of the checkpoints]"),
+        typer.Option("--license", help="Of the merge. \\[default: that of the checkpoints]"),
     ] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:

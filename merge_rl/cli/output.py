@@ -67,8 +67,8 @@ class _Rate(ProgressColumn):
 class ProgressTracker:
     """A bar on a terminal; elsewhere one plain line a round on stderr."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        console = Console(stderr=True)
+    def __init__(self, *, quiet: bool = False, unit: str = "images") -> None:
+        console, self._unit = Console(stderr=True), unit
         self._live = console.is_terminal and not quiet
         self._quiet, self._task = quiet, TaskID(0)
         self._progress = Progress(
@@ -102,7 +102,7 @@ class ProgressTracker:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(name, total=total, note="")
         if not self._live and not self._quiet:
-            say(f"{escape(name)} ({total:,} images)")
+            say(f"{escape(name)} ({total:,} {self._unit})")
 
     def advance(self, count: int) -> None:
         """Move the bar."""
@@ -113,6 +113,8 @@ class ProgressTracker:
         """Show a round's outcome, or a warning."""
         if event.get("kind") == "warning":
             say(f"[yellow]warning:[/] {escape(event['text'])}")
+        if event.get("kind") == "note" and not self._quiet:
+            say(escape(event["text"]))
         if event.get("kind") != "round":
             return
         gap = event.get("gap")
@@ -127,7 +129,15 @@ class ProgressTracker:
 
 
 def interval_text(summary: Mapping[str, Any]) -> str:
-    """A mean with its 95 % interval."""
-    if summary["mean"] is None or math.isnan(summary["mean"]):
+    """A mean with its 95 % interval, where there is one."""
+    mean, low, high = (summary[key] for key in ("mean", "low", "high"))
+    if mean is None or math.isnan(mean):
         return "not finite"
-    return f"{summary['mean']:.3f} [{summary['low']:.3f}, {summary['high']:.3f}]"
+    if low is None:
+        return number_text(mean, mean)
+    return f"{number_text(mean, mean)} [{number_text(low, mean)}, {number_text(high, mean)}]"
+
+
+def number_text(value: float, like: float) -> str:
+    """A number to the decimals that one of the size of `like` needs."""
+    return f"{value:.3f}" if abs(like) >= 0.1 else f"{value:.6f}"

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-import yaml
 
-from merge_rl.config import DIFFUSIONS, LAST_STEPS, SOLVERS
 from merge_rl.errors import ConfigError
+from merge_rl.sampler_config import DIFFUSIONS, LAST_STEPS, SOLVERS
 
 if TYPE_CHECKING:
     from merge_rl.config import SamplerConfig
@@ -29,7 +28,7 @@ Guide = Annotated[
     Path | None,
     typer.Option(
         "--guide",
-        help="The weaker network. [default: that of the run or set, or the null class]",
+        help="The weaker network. \\[default: that of the run or set, or the null class]",
         rich_help_panel=PANEL,
     ),
 ]
@@ -75,6 +74,8 @@ def choose_sampler(
     other: Sequence[str] = (),
 ) -> SamplerConfig:
     """The settings near a model with those of the command line on top; None was not given."""
+    import yaml
+
     from merge_rl.cli.settings import split_pair
     from merge_rl.config import SamplerConfig, from_mapping, to_mapping
     from merge_rl.core.compatibility import require_solver

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -12,11 +11,11 @@ from rich.markup import escape
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
-    interval_text,
     print_json,
-    print_table,
     say,
 )
+from merge_rl.cli.results import print_result, result_document
+from merge_rl.cli.sampler_options import FAST_HELP, fast_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,16 +36,21 @@ def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Write the embedded digits run: 24 checkpoints, extractor, reference statistics."""
+    """Write the embedded digits runs: an EDM2 and a SiT with extractor and reference statistics."""
     from merge_rl.demo.write import write_demo
+    from merge_rl.storage.checkpoints import open_checkpoints
 
     written = write_demo(folder)
     if json:
-        print_json({"edm2": str(written)})
-    else:
-        typer.echo(f"wrote {written}: an EDM2 of handwritten digits, 3 tracks of 8 checkpoints")
-        small = "--budget 20000 --pool 1000 --final-images 1000"
-        typer.echo(f"next: mergerl optimize {written} --track raw {small}")
+        print_json({name: str(path) for name, path in written.items()})
+        return
+    for name, path in written.items():
+        opened = open_checkpoints(path)
+        tracks = ", ".join(opened.tracks)
+        typer.echo(f"wrote {path}: {len(opened)} checkpoints of {name} (tracks {tracks})")
+    small = "--track raw --budget 20000 --pool 1000 --final-images 1000"
+    for path in written.values():
+        typer.echo(f"next: mergerl optimize {path} {small}")
 
 
 def optimize(
@@ -55,7 +59,8 @@ def optimize(
         typer.Argument(metavar="CKPTS", help="Folder of .safetensors, with or without manifest."),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Run directory; must not exist. [default: runs/NAME-seedN]")
+        Path | None,
+        typer.Option(help="Run directory; must not exist. \\[default: runs/NAME-seedN]"),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of settings; other options override it.")
@@ -65,37 +70,37 @@ def optimize(
         typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as search.decay=0.9."),
     ] = None,
     track: Annotated[
-        str | None, typer.Option(help="Series of the manifest to use. [default: all]")
+        str | None, typer.Option(help="Series of the manifest to use. \\[default: all]")
     ] = None,
     budget: Annotated[
         int | None,
         typer.Option(
-            help="Images the search may generate. [default: 50000]", rich_help_panel=SEARCH
+            help="Images the search may generate. \\[default: 50000]", rich_help_panel=SEARCH
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Fixes every draw. [default: 0]", rich_help_panel=SEARCH)
+        int | None, typer.Option(help="Fixes every draw. \\[default: 0]", rich_help_panel=SEARCH)
     ] = None,
     searcher: Annotated[
-        str | None, typer.Option(help="[default: policy-gradient]", rich_help_panel=SEARCH)
+        str | None, typer.Option(help="\\[default: policy-gradient]", rich_help_panel=SEARCH)
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(help="direct, or mlp (EMANet). [default: direct]", rich_help_panel=SEARCH),
+        typer.Option(help="direct, or mlp (EMANet). \\[default: direct]", rich_help_panel=SEARCH),
     ] = None,
     population: Annotated[
-        int | None, typer.Option(help="Candidates a round. [default: 16]", rich_help_panel=SEARCH)
+        int | None, typer.Option(help="Candidates a round. \\[default: 16]", rich_help_panel=SEARCH)
     ] = None,
     map_kind: Annotated[
         str | None,
         typer.Option(
-            "--map", help="affine, free, softmax, ema. [default: affine]", rich_help_panel=SEARCH
+            "--map", help="affine, free, softmax, ema. \\[default: affine]", rich_help_panel=SEARCH
         ),
     ] = None,
     start: Annotated[
         str | None,
         typer.Option(
-            help="newest, uniform, or a checkpoint's name. [default: newest]",
+            help="newest, uniform, or a checkpoint's name. \\[default: newest]",
             rich_help_panel=SEARCH,
         ),
     ] = None,
@@ -112,7 +117,13 @@ def optimize(
         ),
     ] = None,
     reward: Annotated[
-        str | None, typer.Option(help="[default: fid-subset]", rich_help_panel=REWARD)
+        str | None,
+        typer.Option(
+            help="fid-, kid- or mmd- with subset or full, fid-influence (first order, faster), on "
+            "another extractor as fd-NAME-subset, or a sum: 'fid-subset + 0.2 * fd-dinov2-subset'. "
+            "\\[default: fid-subset]",
+            rich_help_panel=REWARD,
+        ),
     ] = None,
     pool: Annotated[
         int | None, typer.Option(help="Images in the pool.", rich_help_panel=REWARD)
@@ -130,18 +141,39 @@ def optimize(
         str | None, typer.Option(help="Feature extractor.", rich_help_panel=REWARD)
     ] = None,
     extractor_weights: Annotated[
-        Path | None, typer.Option(help="Its weights.", rich_help_panel=REWARD)
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="Its weights; with NAME those of another extractor of the reward.",
+            rich_help_panel=REWARD,
+        ),
     ] = None,
     reference: Annotated[
-        Path | None,
-        typer.Option(help="Statistics of real data to optimise against.", rich_help_panel=REWARD),
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="Statistics of real data to optimise against; with NAME for another extractor "
+            "of the reward.",
+            rich_help_panel=REWARD,
+        ),
     ] = None,
     heldout: Annotated[
         Path | None,
         typer.Option(help="Statistics of real data kept for the report.", rich_help_panel=REWARD),
     ] = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(
+            help="What makes images of latents: sd-vae-edm2 or sd-vae-sit.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    autoencoder_weights: Annotated[
+        str | None,
+        typer.Option(help="Its weights: file, folder, or public name.", rich_help_panel=MODEL),
+    ] = None,
     solver: Annotated[
-        str | None, typer.Option(help="heun or euler.", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(help="Any but the adaptive, such as heun.", rich_help_panel=MODEL),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Solver intervals.", rich_help_panel=MODEL)
@@ -152,48 +184,52 @@ def optimize(
     guide: Annotated[
         Path | None, typer.Option(help="The weaker network.", rich_help_panel=MODEL)
     ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help=FAST_HELP, rich_help_panel=MODEL)] = False,
     batch: Annotated[
         int | None, typer.Option(help="Images in one forward pass.", rich_help_panel=MODEL)
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...", rich_help_panel=MODEL)
     ] = None,
-    final_images: Annotated[
-        int | None, typer.Option(help="N of one repeat. [default: 5000]", rich_help_panel=FINAL)
-    ] = None,
-    repeats: Annotated[
-        int | None, typer.Option(help="At least 3. [default: 4]", rich_help_panel=FINAL)
-    ] = None,
-    json: Annotated[bool, JsonFlag] = False,
-) -> None:
-    """Search the merging coefficients of a checkpoint set: the main job.
-
     weights_device: Annotated[
         str | None,
         typer.Option(
             help="Where the checkpoints lie: the device, cpu (memory) or disk (mapped files). "
-            "[default: the first with room]",
+            "\\[default: the first with room]",
             rich_help_panel=MODEL,
         ),
     ] = None,
     licence: Annotated[
         str | None,
         typer.Option(
-            "--license", help="Of the merge. [default: the checkpoints']", rich_help_panel=FINAL
+            "--license", help="Of the merge. \\[default: the checkpoints']", rich_help_panel=FINAL
         ),
     ] = None,
+    final_images: Annotated[
+        int | None, typer.Option(help="N of one repeat. \\[default: 5000]", rich_help_panel=FINAL)
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="At least 3. \\[default: 4]", rich_help_panel=FINAL)
+    ] = None,
+    json: Annotated[bool, JsonFlag] = False,
+) -> None:
+    """Search the merging coefficients of a checkpoint set: the main job.
+
     Each round proposes coefficients, merges, generates images with a deterministic ODE and scores
     how the FID of a pool of images changes when some of it is replaced. Ends with a comparison on
     fresh seeds and writes RUN/merged. Ctrl-C keeps the finished rounds; go on with
     [bold]mergerl resume RUN[/bold].
     """
-    from merge_rl.cli.settings import build_config
+    from merge_rl.cli.settings import build_config, split_named
     from merge_rl.storage.checkpoints import open_checkpoints
     from merge_rl.workflows.optimize import optimize as run_optimize
 
+    own_reference, references = split_named("--reference", reference or [])
+    own_weights, weights = split_named("--extractor-weights", extractor_weights or [])
     given = {
         "track": track, "budget": budget, "seed": seed, "extractor": extractor, "batch": batch,
-        "extractor_weights": extractor_weights, "reference": reference, "heldout": heldout,
+        "extractor_weights": own_weights, "reference": own_reference, "heldout": heldout,
+        "extra_references": references, "extra_weights": weights,
         "autoencoder": autoencoder, "autoencoder_weights": autoencoder_weights,
         "device": device, "weights_device": weights_device, "licence": licence,
         "search.name": searcher, "search.policy": policy,
@@ -203,6 +239,8 @@ def optimize(
         "sampler.num_steps": steps, "sampler.guidance": guidance, "sampler.guide": guide,
         "evaluation.num_images": final_images, "evaluation.repeats": repeats,
     }  # fmt: skip
+    if fast:
+        given |= {f"sampler.{key}": value for key, value in fast_settings().items()}
     defaults = open_checkpoints(checkpoints, track=track).defaults
     settings = build_config(
         checkpoints, config, given, groups=group or [], overrides=setting or [],
@@ -239,45 +277,6 @@ def _drive(run_dir: Path, job: Callable[[ProgressTracker], OptimizeResult], *, j
             raise typer.Exit(1) from None
         raise
     if json:
-        print_json(_document(result))
+        print_json(result_document(result))
     else:
-        _print_result(result)
-
-
-def _document(result: OptimizeResult) -> dict[str, Any]:
-    return {
-        "run_dir": str(result.run_dir),
-        "merged": str(result.run_dir / "merged"),
-        "coefficients": result.coefficients.tolist(),
-        "search_images": result.images,
-        "comparison": result.comparison.as_dict(),
-    }
-
-
-def _print_result(result: OptimizeResult) -> None:
-    from merge_rl.workflows.comparison import ENTRIES
-
-    comparison = result.comparison
-    rows = []
-    for entry in ENTRIES:
-        summary = comparison.summary(entry)
-        label = f"{entry} ({comparison.best_single})" if entry == "best single" else entry
-        rows.append([label, *(interval_text(summary[name]) for name in comparison.references)])
-    title = (
-        f"FID, N = {comparison.num_images:,}, {len(comparison.scores['result'])} repeats on fresh "
-        "seeds, mean [95 % interval]"
-    )
-    print_table(title, ["model", *comparison.references], rows)
-    for other in ENTRIES[:-1]:
-        gain = comparison.gain(other)
-        if math.isnan(gain.mean):
-            typer.echo(f"result against {other}: one of them made samples that are not finite")
-            continue
-        verdict = "better" if gain.low > 0 else "worse" if gain.high < 0 else "no clear difference"
-        typer.echo(
-            f"result against {other}: {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
-            f"{comparison.headline} FID gained, {verdict}"
-        )
-    merged = result.run_dir / "merged"
-    typer.echo(f"searched with {result.images:,} images; merged model in {merged}")
-    typer.echo(f"look at it: mergerl sample {merged}")
+        print_result(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def build_config(
     values["checkpoints"] = str(checkpoints)
     for key, value in given.items():
         if value is not None:
+            if isinstance(value, dict) and isinstance(values.get(key), Mapping):
+                value = {**values[key], **value}  # an option adds to the file's
             set_dotted(values, key, str(value) if isinstance(value, Path) else value)
     if groups:
         set_dotted(values, "merge.groups", dict(split_pair(pair) for pair in groups))
@@ -50,6 +53,25 @@ def split_pair(pair: str) -> tuple[str, str]:
     if not separator or not key:
         raise ConfigError(f"expected NAME=VALUE, got {pair!r}")
     return key, value
+
+
+def split_named(option: str, given: Sequence[str]) -> tuple[str | None, dict[str, str] | None]:
+    """Values of a repeatable option, PATH or NAME=PATH: the one path, and the paths by name.
+
+    Nothing given is None. A path that exists is a path, whatever characters it has.
+    """
+    plain, named = [], {}
+    for text in given:
+        name, separator, path = text.partition("=")
+        if separator and path and re.fullmatch(r"[\w.:-]+", name) and not Path(text).exists():
+            named[name] = path
+        else:
+            plain.append(text)
+    if len(plain) > 1:
+        raise ConfigError(
+            f"expected one {option} without NAME=, got {len(plain)}: {', '.join(plain)}"
+        )
+    return plain[0] if plain else None, named or None
 
 
 def set_dotted(values: dict[str, Any], key: str, value: object) -> None:
