@@ -21,7 +21,7 @@ ROOT = Path(merge_rl.__file__).parent
 
 LAYER_OF_UNIT = {
     "errors": 0, "version": 0,
-    "config": 1, "sampler_config": 1, "rng": 1, "parallel": 1, "interfaces": 1,
+    "config": 1, "rng": 1, "parallel": 1, "interfaces": 1,
     "core": 2,
     "models": 3, "features": 3, "storage": 3, "search": 3, "demo": 3,
     "registry": 4,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from merge_rl.config.sampler import DIFFUSIONS, LAST_STEPS, SOLVERS
 from merge_rl.errors import ConfigError
-from merge_rl.sampler_config import DIFFUSIONS, LAST_STEPS, SOLVERS
 
 if TYPE_CHECKING:
     from merge_rl.config import SamplerConfig

@@ -7,12 +7,12 @@ from typing import Final
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
+from merge_rl.config.sampler import FIXED_SOLVERS, SDE_SOLVERS, SOLVERS
 from merge_rl.core.schedules import levels_of
 from merge_rl.core.sde import PathSDE
 from merge_rl.core.solvers import find_tableau
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.interfaces import Denoiser
-from merge_rl.sampler_config import FIXED_SOLVERS, SDE_SOLVERS, SOLVERS
 
 DENOISED, VELOCITY = "denoised", "velocity"
 # What a family's sampler can do; every solver works for both today.

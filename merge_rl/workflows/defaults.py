@@ -19,6 +19,9 @@ class Surroundings:
     extractor_weights: str | None = None
     reference: str | None = None
     heldout: str | None = None
+    autoencoder: str | None = None
+    autoencoder_weights: str | None = None
+    autoencoder_dtype: str = "float32"
     sampler: SamplerConfig | None = None
 
 
@@ -39,6 +42,9 @@ def _from_run(config: OptimizeConfig) -> Surroundings:
         extractor_weights=config.extractor_weights,
         reference=config.reference,
         heldout=config.heldout,
+        autoencoder=config.autoencoder,
+        autoencoder_weights=config.autoencoder_weights,
+        autoencoder_dtype=config.autoencoder_dtype,
         sampler=config.sampler,
     )
 
@@ -57,5 +63,7 @@ def _from_set(folder: Path) -> Surroundings:
         extractor_weights=text(found.extractor_weights),
         reference=text(found.reference),
         heldout=text(found.heldout),
+        autoencoder=found.autoencoder,
+        autoencoder_weights=text(found.autoencoder_weights),
         sampler=sampler,
     )

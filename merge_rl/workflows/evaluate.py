@@ -1,84 +1,211 @@
-"""Scores of one model: repeats over disjoint blocks of seeds, with an interval."""
+"""Scores of a model, of images or of features: repeats over disjoint blocks, with an interval."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor, nn
 
-from merge_rl import registry
 from merge_rl.config import SamplerConfig
-from merge_rl.core.statistics import FeatureStats
-from merge_rl.errors import NonFiniteWeightsError, TooFewSamplesError, UnknownNameError
+from merge_rl.core.compatibility import prediction_of
+from merge_rl.errors import StatisticsError, TooFewSamplesError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor, NullTracker, Tracker
-from merge_rl.storage.reference import Reference, load_reference
+from merge_rl.storage.features_file import load_features
+from merge_rl.storage.kinds import kind_of
 from merge_rl.workflows.assemble import cpu_workers, load_guide
-from merge_rl.workflows.rollout import Rollout, balanced_labels
-from merge_rl.workflows.scoring import Scorer, summarize
+from merge_rl.workflows.autoencoders import load_autoencoder
+from merge_rl.workflows.feature_store import FeatureStore, weights_digest
+from merge_rl.workflows.generated import block_features, sampler_summary
+from merge_rl.workflows.metrics import MAX_ROWS, Scores, summarize_repeats
+from merge_rl.workflows.models import load_model
+from merge_rl.workflows.references import (
+    Maker,
+    Statistics,
+    find_extractor,
+    find_references,
+    maker_of,
+    notes_of,
+)
+from merge_rl.workflows.rollout import Rollout
+from merge_rl.workflows.samplers import samplers_of
+from merge_rl.workflows.stored import blocks_of, image_features
 
-METRICS: Final = ("fid",)
+NUM_IMAGES: Final = 50_000
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     *,
-    reference: Reference | FeatureStats | str | os.PathLike[str],
-    extractor: FeatureExtractor,
-    heldout: Reference | FeatureStats | str | os.PathLike[str] | None = None,
+    reference: Statistics,
+    extractor: FeatureExtractor | str | None = None,
+    extractor_weights: str | None = None,
+    extractor_sha256: str | None = None,
+    heldout: Statistics | None = None,
     metrics: Sequence[str] = ("fid",),
-    num_images: int = 50_000,
+    num_images: int | None = None,
     repeats: int = 3,
-    sampler: SamplerConfig | None = None,
+    sampler: SamplerConfig | Mapping[str, SamplerConfig] | None = None,
     autoencoder: Autoencoder | None = None,
     batch: int = 250,
     device: str = "cpu",
     seed: int = 0,
+    max_rows: int = MAX_ROWS,
+    save_features: str | os.PathLike[str] | None = None,
+    skip_broken: bool = False,
     tracker: Tracker | None = None,
 ) -> dict[str, Any]:
-    """Distances of a network's images to reference statistics, with intervals.
+    """Scores against reference statistics: each metric's mean, 95 % interval and minimum.
 
     Args:
-        model: network with `sample_shape` and `label_dim`, as `load_model` gives.
+        model: network with `sample_shape` and `label_dim`, as `load_model` gives, or a path: of a
+            model, of images (folder, .zip, .npz) or of saved features.
         reference, heldout: statistics, or files of them.
-        extractor: what made the statistics' features.
-        metrics: "fid".
-        num_images: N of one repeat; FID is biased upward at small N, compare equal N only.
-        repeats: at least 2; each has a block of seeds of its own.
-        sampler: solver settings; the defaults of `SamplerConfig` if None.
-        autoencoder: from samples to images; pixel models need none.
+        extractor: what made the statistics' features: an object, or a name with
+            `extractor_weights`; by default the one that the reference names.
+        extractor_sha256: hash of an object's weights, compared with what the statistics record.
+        metrics: "fid", "kid", "mmd", "prdc", "fid-infinity". Those in between compare with
+            features, which the reference must hold.
+        num_images: N of one repeat; by default 50,000 of a model, and all images or features that
+            there are. FID is biased upward at small N: compare equal N only.
+        repeats: of a model at least 2, each with a block of seeds of its own; EDM2 reports the
+            minimum of 3. Of images and features as many as there are images for.
+        sampler: solver settings, or several by name; by default an ODE, and for networks that
+            predict velocities (SiT) an SDE too, see `samplers_of`.
+        autoencoder: from samples to images, as `load_autoencoder` gives; pixel models need none.
         batch, device: bounds memory, says where to work.
-        seed: first image seed.
+        seed: first image seed; also draws the blocks of images and the rows that are compared.
+        max_rows: rows of either set that metrics over pairs of rows compare.
+        save_features: folder for the features of every block. A call that was cut short goes on
+            from what is there, and ends in the same numbers.
+        skip_broken: leave out images that cannot be read, and count them.
         tracker: hears of progress.
 
-    Returns what `evaluate_rollout` describes.
+    Returns {"kind", "num_images", "repeats", METRIC: {"reference": {"mean", "low", "high", "min",
+    "values"}}}; for several samplers the metrics lie in {"samplers": {NAME: ...}}. Where there is
+    only one block an interval's ends are None. Never a score for a failure: StatisticsError for
+    statistics of another extractor, NonFiniteSamplesError for samples that are not finite.
     """
-    for metric in metrics:
-        if metric not in METRICS:
-            raise UnknownNameError("metric", metric, METRICS)
-    if num_images < 2:
-        raise TooFewSamplesError(f"FID needs at least 2 images, got {num_images}")
-    if repeats < 2:
-        raise TooFewSamplesError(f"an interval needs at least 2 repeats, got {repeats}")
-    named = {"reference": reference, "heldout": heldout}
-    stats = {name: _stats(given, extractor) for name, given in named.items() if given is not None}
-    if isinstance(extractor, nn.Module):
-        extractor.to(device)
-    rollout = network_rollout(
-        model,
-        sampler or SamplerConfig(),
-        batch,
-        device,
-        extractor=extractor,
-        autoencoder=autoencoder,
-    )
-    classes = int(getattr(model, "label_dim", 0))
-    return evaluate_rollout(
-        rollout, stats, num_images=num_images, repeats=repeats, num_classes=classes, seed=seed,
-        tracker=tracker,
+    path = "" if isinstance(model, nn.Module) else os.fspath(model)
+    kind = kind_of(path) if path else "model"
+    if kind == "reference":
+        raise StatisticsError(
+            f"{path} holds statistics; expected a model, images, or features to compare"
+        )
+
+    def begin(maker: Maker) -> _Job:
+        references = find_references({"reference": reference, "heldout": heldout}, maker)
+        scores = Scores(metrics, references, device=device, max_rows=max_rows, seed=seed)
+        return _Job(
+            scores, maker, batch, device, seed, repeats, num_images, tracker or NullTracker(),
+            save_features, notes_of(references, maker),
+        )  # fmt: skip
+
+    if kind == "features":
+        saved = load_features(path)
+        job = begin(maker_of(saved, extractor))
+        return job.document(kind, job.score_blocks(saved.features, path))
+    built, maker = find_extractor(extractor, extractor_weights, extractor_sha256, reference, device)
+    job = begin(maker)
+    if kind == "images":
+        return job.document(kind, _of_images(job, path, built, skip_broken))
+    network = model if isinstance(model, nn.Module) else load_model(path)
+    return job.document(kind, _of_network(job, network, built, sampler, autoencoder))
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What all ways of evaluating share."""
+
+    scores: Scores
+    maker: Maker
+    batch: int
+    device: str
+    seed: int
+    repeats: int
+    num_images: int | None
+    tracker: Tracker
+    folder: str | os.PathLike[str] | None
+    notes: list[str]
+
+    def document(self, kind: str, found: dict[str, Any]) -> dict[str, Any]:
+        """What was found, with what to know about it."""
+        rows = self.scores.rows_used
+        return {
+            "kind": kind,
+            **found,
+            **({} if rows is None else {"max_rows": rows}),
+            **({"notes": self.notes} if self.notes else {}),
+        }
+
+    def store(self, key: Mapping[str, Any]) -> FeatureStore | None:
+        """Where features are kept, if they are."""
+        if self.folder is None:
+            return None
+        name, sha256, _ = self.maker
+        return FeatureStore(Path(self.folder), extractor=name, sha256=sha256, key=key)
+
+    def score_blocks(self, features: Tensor, path: str) -> dict[str, Any]:
+        """Scores of disjoint blocks of what there is."""
+        blocks = blocks_of(features, self.num_images, self.repeats, self.seed, path)
+        found = [self.scores.of(block) for block in blocks]
+        return {
+            "num_images": len(blocks[0]), "repeats": len(blocks), "available": len(features),
+            **summarize_repeats(found),
+        }  # fmt: skip
+
+
+def _of_images(
+    job: _Job, images: str, extractor: FeatureExtractor, skip_broken: bool
+) -> dict[str, Any]:
+    features, broken = image_features(
+        images, extractor, batch=job.batch, device=job.device, skip_broken=skip_broken,
+        store=job.store({}), tracker=job.tracker,
     )  # fmt: skip
+    document = job.score_blocks(features, images)
+    return {**document, "broken": len(broken), "first_broken": broken[:10]}
+
+
+def _of_network(
+    job: _Job,
+    network: nn.Module,
+    extractor: FeatureExtractor,
+    sampler: SamplerConfig | Mapping[str, SamplerConfig] | None,
+    autoencoder: Autoencoder | None,
+) -> dict[str, Any]:
+    count = NUM_IMAGES if job.num_images is None else job.num_images
+    if count < 2:
+        raise TooFewSamplesError(f"FID needs at least 2 images, got {count}")
+    if job.repeats < 2:
+        raise TooFewSamplesError(f"an interval needs at least 2 repeats, got {job.repeats}")
+    if isinstance(sampler, SamplerConfig):
+        sampler = {"sde" if sampler.is_sde else "ode": sampler}
+    settings = dict(sampler or samplers_of(network))
+    rollout = network_rollout(
+        network, next(iter(settings.values())), job.batch, job.device,
+        extractor=extractor, autoencoder=autoencoder, on_images=job.tracker.advance,
+    )  # fmt: skip
+    job.tracker.phase("evaluate", count * job.repeats * len(settings))
+    classes = int(getattr(network, "label_dim", 0))
+    parts = (network, rollout.guide, rollout.autoencoder, extractor)
+    keyed = job.folder is not None
+    store = job.store({"networks": [weights_digest(part) for part in parts]} if keyed else {})
+    sections = {}
+    for name, chosen in settings.items():
+        current = rollout.with_sampler(chosen)
+        found = []
+        for first in range(job.seed, job.seed + count * job.repeats, count):
+            features = block_features(current, first, count, classes, section=name, store=store)
+            found.append(job.scores.of(features))
+        summary = sampler_summary(chosen, prediction_of(network))
+        sections[name] = {"sampler": summary, **summarize_repeats(found)}
+    common = {"num_images": count, "repeats": job.repeats, "first_seed": job.seed}
+    if len(sections) == 1:
+        return {**common, **next(iter(sections.values()))}
+    return {**common, "samplers": sections}
 
 
 def network_rollout(
@@ -92,11 +219,15 @@ def network_rollout(
     on_images: Callable[[int], None] | None = None,
 ) -> Rollout:
     """A rollout of one network with its guide; without an extractor it is for images alone."""
+    shape = [int(n) for n in model.sample_shape]  # type: ignore[union-attr]
+    decoder = autoencoder or load_autoencoder(None, shape=shape)[0]
+    if isinstance(decoder, nn.Module):
+        decoder.to(device)
     return Rollout(
         model.to(device),
-        model.sample_shape,  # type: ignore[arg-type]
+        shape,
         sampler=sampler,
-        autoencoder=autoencoder or registry.build_autoencoder(),
+        autoencoder=decoder,
         extractor=extractor or _NoFeatures(),
         batch=batch,
         device=device,
@@ -114,60 +245,3 @@ class _NoFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         """(B, ...) -> (B, 0)."""
         return images.new_zeros(len(images), 0)
-
-
-def _stats(
-    given: Reference | FeatureStats | str | os.PathLike[str], extractor: FeatureExtractor
-) -> FeatureStats:
-    if isinstance(given, FeatureStats):
-        return given
-    loaded = given if isinstance(given, Reference) else load_reference(given)
-    loaded.require_extractor(extractor.name, None, Path(str(given)))
-    return loaded.stats
-
-
-def evaluate_rollout(
-    rollout: Rollout,
-    references: dict[str, FeatureStats],
-    *,
-    num_images: int,
-    repeats: int,
-    num_classes: int,
-    seed: int = 0,
-    tracker: Tracker | None = None,
-) -> dict[str, Any]:
-    """FID to each reference from `repeats` disjoint blocks of `num_images` image seeds.
-
-    Block r holds the seeds seed + r N ... seed + (r + 1) N - 1; labels are balanced. Returns
-    {"num_images", "repeats", "sampler", "fid": {reference: mean, low, high, min, values}}.
-    """
-    tracker = tracker or NullTracker()
-    tracker.phase("evaluate", num_images * repeats)
-    rollout.on_images = tracker.advance
-    scorer, scores = Scorer(references), []
-    labels = balanced_labels(num_images, num_classes)
-    for repeat in range(repeats):
-        first = seed + repeat * num_images
-        features = rollout.features(rollout.noise(range(first, first + num_images)), labels)
-        if not bool(features.isfinite().all()):
-            raise NonFiniteWeightsError("the model generates samples that are not finite: no score")
-        scores.append(scorer.score(features))
-    return {
-        "num_images": num_images,
-        "repeats": repeats,
-        "first_seed": seed,
-        "sampler": sampler_summary(rollout.sampler),
-        "fid": summarize(scores),
-    }
-
-
-def sampler_summary(sampler: SamplerConfig) -> dict[str, Any]:
-    """The settings that a score depends on."""
-    return {
-        "solver": sampler.solver,
-        "num_steps": sampler.num_steps,
-        "sigma_min": sampler.sigma_min,
-        "sigma_max": sampler.sigma_max,
-        "rho": sampler.rho,
-        "guidance": sampler.guidance,
-    }

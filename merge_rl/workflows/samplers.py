@@ -6,9 +6,9 @@ import dataclasses
 from typing import Final
 
 from merge_rl.config import SamplerConfig
+from merge_rl.config.sampler import sde_counterpart
 from merge_rl.core.compatibility import VELOCITY, prediction_of
 from merge_rl.errors import UnknownNameError
-from merge_rl.sampler_config import sde_counterpart
 
 CHOICES: Final = ("ode", "sde", "both")
 

@@ -34,7 +34,7 @@ Mergerl = Callable[..., Ended]
 Launch = Callable[..., "subprocess.Popen[str]"]
 RunOutcome = Callable[[Path], dict[str, object]]
 
-COMMANDS = ["demo", "optimize", "resume", "merge", "sample", "evaluate", "inspect"]
+COMMANDS = ["demo", "optimize", "resume", "merge", "sample", "evaluate", "reference", "inspect"]
 SMALL: list[object] = [
     "--track", "raw", "--budget", 140, "--pool", 40, "--subset", 10, "--population", 4,
     "--final-images", 10, "--repeats", 3, "--set", "evaluation.selection_images=10",
@@ -347,9 +347,9 @@ def test_evaluate_a_model_of_a_set(tiny: Path, mergerl: Mergerl) -> None:
     model = tiny / "raw/tiny-0000400.safetensors"
     code, out, _ = mergerl("evaluate", model, "--num-images", 10, "--repeats", 4, "--seed", 3)
     assert code == 0
-    assert "FID, N = 10, 4 repeats, seeds 3-42" in out
+    assert "N = 10, 4 repeats, seeds 3-42, heun with 2 steps" in out
     for name in ("reference", "heldout"):
-        assert f"│ {name} " in out
+        assert f"│ fid, {name} " in out
     code, out, err = mergerl("evaluate", model, "--num-images", 10, "--repeats", 4, "--json")
     document = json.loads(out)
     assert code == 0
@@ -440,7 +440,7 @@ def test_inspect_files(tiny: Path, mergerl: Mergerl) -> None:
     code, out, _ = mergerl("inspect", tiny / "evaluation/heldout.safetensors", "--json")
     document = json.loads(out)
     assert code == 0
-    assert (document["kind"], document["count"]) == ("reference", "150")
+    assert (document["kind"], document["count"]) == ("reference", 150)
     mergerl("merge", tiny, "out", "--track", "raw", "--uniform")
     for path in ("out", "out/model.safetensors"):
         code, out, _ = mergerl("inspect", path, "--json")

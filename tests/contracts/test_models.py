@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import merge_rl as mrl
+from merge_rl.config.sampler import SDE_SOLVERS, SOLVERS
 from merge_rl.core.live_model import LiveModel
 from merge_rl.registry import MODELS, build_model
-from merge_rl.sampler_config import SDE_SOLVERS, SOLVERS
 from merge_rl.storage.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,

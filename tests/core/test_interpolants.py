@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from merge_rl.config.sampler import DIFFUSIONS, PATH_NAMES
 from merge_rl.core.diffusions import FORMS, diffusion, require_finite_diffusion
 from merge_rl.core.interpolants import (
     PATHS,
@@ -21,7 +22,6 @@ from merge_rl.core.interpolants import (
     velocity_from_score,
 )
 from merge_rl.errors import ConfigError, UnknownNameError
-from merge_rl.sampler_config import DIFFUSIONS, PATH_NAMES
 
 TABLE = {"linear": "Linear", "gvp": "GVP", "vp": "VP"}
 TIMES = torch.tensor([0.0, 1e-6, 0.1, 0.5, 0.9, 1 - 1e-6, 1.0], dtype=torch.float64)

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from merge_rl.config.sampler import FIXED_SOLVERS, SDE_SOLVERS
 from merge_rl.core.sampling import Churn, count_network_calls, sample
 from merge_rl.core.schedules import edm_noise_levels
 from merge_rl.errors import ConfigError, NonFiniteSamplesError, UnknownNameError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.rng import ImageStreams
-from merge_rl.sampler_config import FIXED_SOLVERS, SDE_SOLVERS
 
 CASES = json.loads((Path(__file__).parents[1] / "golden/edm2/sampler/cases.json").read_text())[
     "cases"

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from merge_rl.config.sampler import FIXED_SOLVERS, SDE_SOLVERS
 from merge_rl.core.adaptive import solve_adaptive
 from merge_rl.core.guidance import autoguided, classifier_free
 from merge_rl.core.sampling import Churn, count_network_calls, sample
@@ -19,7 +20,6 @@ from merge_rl.core.schedules import time_grid
 from merge_rl.core.solvers import solve_fixed
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.models.sit import SiT
-from merge_rl.sampler_config import FIXED_SOLVERS, SDE_SOLVERS
 
 CASES = json.loads((Path(__file__).parents[1] / "golden/sit/sampler/cases.json").read_text())
 # What torchdiffeq calls our methods; the others keep their names.

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from merge_rl.config.sampler import ADAPTIVE_SOLVERS, FIXED_SOLVERS
 from merge_rl.core.adaptive import solve_adaptive
 from merge_rl.core.edm import edm_velocity, solve_edm
 from merge_rl.core.interpolants import make_path
 from merge_rl.core.schedules import edm_noise_levels, time_grid
 from merge_rl.core.solvers import TABLEAUS, solve_fixed
 from merge_rl.errors import ConfigError, UnknownNameError
-from merge_rl.sampler_config import ADAPTIVE_SOLVERS, FIXED_SOLVERS
 from tests.gaussian import denoised, denoised_flow, path_flow, path_velocity
 
 ORDER = {"euler": 1, "heun": 2, "midpoint": 2, "heun3": 3, "rk4": 4}

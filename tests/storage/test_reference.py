@@ -85,9 +85,9 @@ def test_narrow_types_are_widened(tmp_path: Path) -> None:
     [
         ({"format": "merge_rl.reference.v9"}, "expected reference statistics, found other"),
         ({"extra": torch.ones(1)}, "expected reference statistics, found other tensors"),
-        ({"sigma": torch.eye(3)}, r"a covariance \(D, D\), got \(2,\) and \(3, 3\)"),
-        ({"mu": torch.zeros(1, 2)}, r"a mean \(D,\) and a covariance .*, got \(1, 2\)"),
-        ({"mu": torch.tensor(1.0)}, r"a mean \(D,\) and a covariance .*, got \(\)"),
+        ({"sigma": torch.eye(3)}, r"a covariance \(D, D\), got shapes \(2,\) and \(3, 3\)"),
+        ({"mu": torch.zeros(1, 2)}, r"a mean \(D,\) and a covariance .*, got shapes \(1, 2\)"),
+        ({"mu": torch.tensor(1.0)}, r"a mean \(D,\) and a covariance .*, got shapes \(\)"),
         ({"count": ""}, "expected the number of images, found count ''"),
         ({"count": "-4"}, "expected the number of images, found count '-4'"),
         ({"count": "²"}, "expected the number of images, found count '²'"),

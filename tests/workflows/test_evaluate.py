@@ -18,15 +18,19 @@ from merge_rl.core.statistics import FeatureStats
 from merge_rl.errors import (
     ConfigError,
     NonFiniteWeightsError,
+    RunError,
     StatisticsError,
     TooFewSamplesError,
     UnknownNameError,
 )
 from merge_rl.features.digits import DigitsNet, load_digits_extractor
 from merge_rl.rng import ImageStreams
+from merge_rl.storage.features_file import load_features
 from merge_rl.storage.model_file import open_model_file
 from merge_rl.storage.reference import load_reference
+from merge_rl.workflows import generated
 from merge_rl.workflows.rollout import Rollout, balanced_labels
+from merge_rl.workflows.samplers import samplers_of
 
 SAMPLER = SamplerConfig(num_steps=2)
 
@@ -143,11 +147,11 @@ def test_a_model_that_fails_has_no_score(settings: dict[str, Any], shared_tiny: 
     ("changes", "error", "message"),
     [
         ({"metrics": ["fidd"]}, UnknownNameError, "unknown metric 'fidd'; did you mean 'fid'"),
-        ({"metrics": ["fid", "x"]}, UnknownNameError, r"unknown metric 'x' \(known: fid\)"),
+        ({"metrics": ["fid", "x"]}, UnknownNameError, r"unknown metric 'x' \(known: fid, "),
         ({"num_images": 1}, TooFewSamplesError, "at least 2 images, got 1"),
         ({"num_images": 0}, TooFewSamplesError, "at least 2 images, got 0"),
         ({"repeats": 1}, TooFewSamplesError, "at least 2 repeats, got 1"),
-        ({"sampler": SamplerConfig(solver="hoin")}, UnknownNameError, "did you mean 'heun'"),
+        ({"sampler": SamplerConfig(solver="huen")}, UnknownNameError, "did you mean 'heun'"),
         ({"reference": "nowhere.safetensors"}, Exception, "nowhere.safetensors: no such file"),
     ],
 )
@@ -186,4 +190,101 @@ def test_guidance_is_part_of_the_score(
     same = mrl.evaluate(model, **{**settings, "sampler": own})
     assert same["fid"]["reference"]["values"] == pytest.approx(plain, rel=1e-5)
     with pytest.raises(ConfigError, match="guidance 2 needs a guide"):
-        SamplerConfig(guidance=2)
+        mrl.evaluate(model, **{**settings, "sampler": SamplerConfig(guidance=2)})
+
+
+# ------------------------------------------------------------------------- kept features, samplers
+
+
+def test_a_run_that_was_cut_short_goes_on(
+    model: nn.Module, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generated, "PIECE_ROWS", 5)  # 12 images: pieces of 5, 5 and 2
+    original, left = Rollout.features, 4
+
+    def features(self: Rollout, noise: Tensor, labels: Tensor) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return original(self, noise, labels)
+
+    whole = mrl.evaluate(model, **settings)
+    monkeypatch.setattr(Rollout, "features", features)
+    kept = tmp_path / "features"
+    with pytest.raises(KeyboardInterrupt):
+        mrl.evaluate(model, save_features=kept, **settings)
+    names = [".ode-19-30.safetensors.partial", "ode-7-18.safetensors"]
+    assert sorted(path.name for path in kept.iterdir()) == names
+    left = 5  # of nine pieces four are made
+    assert mrl.evaluate(model, save_features=kept, **settings) == whole
+    assert left == 0
+    assert mrl.evaluate(model, save_features=kept, **settings) == whole
+    saved = load_features(kept / "ode-31-42.safetensors")
+    assert saved.extractor == "digits"
+    assert saved.labels is not None
+    assert saved.labels.tolist() == [*range(10), 0, 1]
+
+
+def test_kept_features_of_another_model_are_refused(
+    model: nn.Module, settings: dict[str, Any], shared_tiny: Path, tmp_path: Path
+) -> None:
+    mrl.evaluate(model, save_features=tmp_path, **settings)
+    other = mrl.load_model(shared_tiny / "raw/tiny-0000300.safetensors")
+    with pytest.raises(
+        RunError, match=r"ode-7-18\.safetensors belongs to another evaluation: its n"
+    ):
+        mrl.evaluate(other, save_features=tmp_path, **settings)
+    longer = {**settings, "sampler": SamplerConfig(num_steps=3)}
+    with pytest.raises(RunError, match="its sampler is .*; choose another folder"):
+        mrl.evaluate(model, save_features=tmp_path, **longer)
+
+
+def test_a_path_will_do(settings: dict[str, Any], shared_tiny: Path, model: nn.Module) -> None:
+    path = shared_tiny / "raw/tiny-0000400.safetensors"
+    assert mrl.evaluate(path, **settings) == mrl.evaluate(model, **settings)
+
+
+def test_samplers_have_a_section_each(model: nn.Module, settings: dict[str, Any]) -> None:
+    two = {"ode": SAMPLER, "sde": SamplerConfig(solver="sde-euler", num_steps=2)}
+    found = mrl.evaluate(model, **{**settings, "sampler": two})
+    assert list(found["samplers"]) == ["ode", "sde"]
+    for name, sampler in two.items():
+        alone = mrl.evaluate(model, **{**settings, "sampler": sampler})
+        assert found["samplers"][name]["fid"] == alone["fid"]
+        assert found["samplers"][name]["sampler"] == alone["sampler"]
+    values = [section["fid"]["reference"]["values"] for section in found["samplers"].values()]
+    assert set(values[0]).isdisjoint(values[1])
+
+
+def test_velocity_networks_are_scored_under_both(settings: dict[str, Any]) -> None:
+    options = {
+        "model": "sit", "input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 8,
+        "depth": 1, "num_heads": 2, "num_classes": 10, "learn_sigma": False,
+    }  # fmt: skip
+    network = mrl.build_model(options)
+    base = SamplerConfig(num_steps=2, sde_num_steps=3)
+    found = mrl.evaluate(network, **{**settings, "sampler": samplers_of(network, base)})
+    samplers = {name: section["sampler"] for name, section in found["samplers"].items()}
+    assert {name: s["solver"] for name, s in samplers.items()} == {
+        "ode": "heun",
+        "sde": "sde-euler",
+    }
+    assert {name: s["num_steps"] for name, s in samplers.items()} == {"ode": 2, "sde": 3}
+
+
+def test_which_samplers(model: nn.Module) -> None:
+    class Velocity:
+        prediction = "velocity"
+
+    base = SamplerConfig(num_steps=5)
+    sde = SamplerConfig(solver="sde-heun", num_steps=7)
+    assert samplers_of(model, base) == {"ode": base}
+    assert samplers_of(model, sde) == {"sde": sde}
+    assert list(samplers_of(Velocity())) == ["ode", "sde"]
+    both = samplers_of(Velocity(), sde)
+    assert (both["sde"], both["ode"].solver, both["ode"].num_steps) == (sde, "heun", 7)
+    made = samplers_of(model, base, "sde")["sde"]
+    assert (made.solver, made.num_steps) == ("sde-euler", base.sde_num_steps)
+    with pytest.raises(UnknownNameError, match="unknown sampler 'odes'; did you mean 'ode'"):
+        samplers_of(model, base, "odes")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
+from merge_rl.config.sampler import sde_counterpart
 from merge_rl.core.sampling import sample_with
 from merge_rl.errors import ConfigError, NonFiniteSamplesError
 from merge_rl.interfaces import Denoiser
-from merge_rl.sampler_config import sde_counterpart
 from merge_rl.workflows.generated import sampler_summary
 from merge_rl.workflows.rollout import Rollout
 

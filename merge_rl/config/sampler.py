@@ -1,8 +1,4 @@
-"""Settings of a sampler, and the names that they know.
-
-Apart from the other settings because the command line's help needs the names, and must not wait
-for a YAML reader.
-"""
+"""Settings of a sampler, and the names that they know."""
 
 from __future__ import annotations
 

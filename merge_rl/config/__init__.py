@@ -16,11 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from merge_rl.config.sampler import SamplerConfig as SamplerConfig
+from merge_rl.config.sampler import require
 from merge_rl.errors import ConfigError, UnknownNameError
-from merge_rl.sampler_config import SamplerConfig as SamplerConfig
-from merge_rl.sampler_config import require
 
 T = TypeVar("T")
 
@@ -215,6 +213,8 @@ def from_mapping(cls: type[T], values: object, where: str = "config") -> T:
 
 def load_mapping(path: Path) -> dict[str, Any]:
     """A YAML file (safe loader) that must hold a mapping with text keys."""
+    import yaml  # help texts need the settings' names, and must not wait for it
+
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -237,6 +237,8 @@ def load_config(cls: type[T], path: Path) -> T:
 
 def dump_config(config: Any) -> str:
     """A config as YAML text that `load_config` reads back to an equal config."""
+    import yaml
+
     text: str = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
     return text
 
