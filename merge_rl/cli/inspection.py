@@ -203,7 +203,7 @@ def _network_name(
     """
     from merge_rl.core.sit_config import is_sit, sit_config_from_shapes, sit_size_name
 
-    if config is None:
+    if config is None or "model" not in config:
         if not is_sit(shapes):
             return None
         try:

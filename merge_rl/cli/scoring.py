@@ -189,8 +189,6 @@ def _show(document: Mapping[str, Any]) -> None:
             for name, value in of_references.items()
         ]
         print_table(title + how, ["score", "mean [95 % interval]", "minimum"], rows)
-    if document.get("broken"):
-        say(f"{document['broken']} broken images were left out")
     if repeats == 1:
         say("one block of images: no interval; a smaller --num-images gives several blocks")
     for note in document.get("notes", []):

@@ -125,7 +125,7 @@ def decode_image(data: bytes, name: str) -> Pixels:
 
     Nothing is converted: transparency, palettes and CMYK have no single meaning as RGB.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -139,6 +139,9 @@ def decode_image(data: bytes, name: str) -> Pixels:
             pixels = np.asarray(image)
     except ImageError:
         raise
+    except UnidentifiedImageError:  # whose own text is the address of a buffer
+        formats = ", ".join(FORMATS)
+        raise ImageError(f"{name} is broken: no image, expected one of {formats}") from None
     except Exception as error:  # noqa: BLE001 (decoders raise what they like on broken data)
         raise ImageError(f"{name} is broken: {_reason(error)}") from None
     return pixels if pixels.ndim == 3 else pixels[:, :, None]

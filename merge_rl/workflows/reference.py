@@ -152,7 +152,7 @@ def _warnings(document: dict[str, Any]) -> list[str]:
     texts = []
     if document["broken"]:
         first = document["first_broken"][0]
-        texts.append(f"{document['broken']} broken images were skipped; first: {first}")
+        texts.append(f"{document['broken']} broken images skipped; first: {first}")
     fewest = min(file["images"] for file in document["files"])
     if fewest <= document["dim"]:
         texts.append(

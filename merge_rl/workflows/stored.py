@@ -51,7 +51,7 @@ def image_features(
     if kept is None:
         raise TooFewSamplesError(f"{images}: expected sound images, found none")
     if found.broken:
-        text = f"{len(found.broken)} broken images were skipped; first: {found.broken[0]}"
+        text = f"{len(found.broken)} broken images skipped; first: {found.broken[0]}"
         tracker.event({"kind": "warning", "text": text})
     if store is not None:
         labels = None if source.labels is None else source.labels[kept[0]]

@@ -239,14 +239,14 @@ def test_broken_images_are_named_or_counted(
     for i in (3, 12):
         (images / f"img_{i}.png").write_bytes(b"broken")
     out, notes = tmp_path / "r.safetensors", Notes()
-    with pytest.raises(ImageError, match=r"img_3\.png is broken: cannot identify image file"):
+    with pytest.raises(ImageError, match=r"img_3\.png is broken: no image, expected one of PNG"):
         build_reference(images, out, extractor=extractor, batch=4)
     assert not out.exists()
     settings: dict[str, Any] = {"skip_broken": True, "batch": 4, "keep_features": 20}
     document = build_reference(images, out, extractor=extractor, tracker=notes, **settings)
     assert document["broken"] == 2
     assert [reason[:10] for reason in document["first_broken"]] == ["img_3.png ", "img_12.png"]
-    assert notes.texts[0].startswith("2 broken images were skipped; first: img_3.png is broken")
+    assert notes.texts[0].startswith("2 broken images skipped; first: img_3.png is broken")
     found, good = load_reference(out), [i for i in range(20) if i not in (3, 12)]
     assert found.count == 18
     assert found.features is not None
