@@ -29,8 +29,10 @@ from merge_rl.workflows.autoencoders import load_autoencoder
 from merge_rl.workflows.extractors import build_extractor
 from merge_rl.workflows.merging import base_index, load_checkpoints, plan_merge
 from merge_rl.workflows.placement import place_weights
-from merge_rl.workflows.reward import SubsetReplaceFID
+from merge_rl.workflows.reward_assembly import Target, build_reward
+from merge_rl.workflows.reward_sum import RewardSum
 from merge_rl.workflows.rollout import MergedRollout, Rollout
+from merge_rl.workflows.weights import Announce, is_public
 
 
 def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfig:
@@ -51,19 +53,30 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
     own = config.extractor is None or config.extractor == defaults.extractor
     weights = config.extractor_weights or (defaults.extractor_weights if own else None)
     heldout = config.heldout or (None if config.reference else defaults.heldout)
+    own = config.autoencoder in (None, defaults.autoencoder)
+    decoder = config.autoencoder_weights or (defaults.autoencoder_weights if own else None)
     return dataclasses.replace(
         config,
         checkpoints=_absolute(config.checkpoints),
         sampler=sampler,
         extractor=extractor,
-        extractor_weights=_absolute(weights) if weights else None,
+        extractor_weights=_weights(weights) if weights else None,
         reference=_absolute(reference),
         heldout=_absolute(heldout) if heldout else None,
+        extra_references={k: _absolute(v) for k, v in config.extra_references.items()},
+        extra_weights={k: _weights(v) for k, v in config.extra_weights.items()},
+        autoencoder=config.autoencoder or defaults.autoencoder,
+        autoencoder_weights=_weights(decoder) if decoder else None,
     )
 
 
 def _absolute(path: str | Path) -> str:
     return str(Path(path).resolve())
+
+
+def _weights(source: str | Path) -> str:
+    """An absolute path, or the name of public weights as it is."""
+    return str(source) if is_public(str(source)) else _absolute(source)
 
 
 def build_map(checkpoints: CheckpointSet, merge: MergeConfig, num_groups: int) -> CoefficientMap:
@@ -85,24 +98,6 @@ def build_map(checkpoints: CheckpointSet, merge: MergeConfig, num_groups: int) -
     )
 
 
-def build_extractor(
-    name: str, weights: str | None, device: str = "cpu"
-) -> tuple[FeatureExtractor, str | None]:
-    """The named extractor on a device, with weights from a file, and that file's SHA-256."""
-    factory = registry.resolve("extractor", registry.EXTRACTORS, name)
-    if weights is None:
-        raise ConfigError(f"the extractor {name!r} needs a weights file; pass --extractor-weights")
-    file = open_model_file(weights)
-    try:
-        extractor: FeatureExtractor = factory(file.weights)
-    except (RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{weights}: not weights of extractor {name!r}: {first}") from None
-    if isinstance(extractor, nn.Module):
-        extractor.to(device)
-    return extractor, sha256_file(Path(weights))
-
-
 def cpu_workers(device: str) -> int:
     """Batches to make side by side: one a core on the CPU, one on an accelerator."""
     return torch.get_num_threads() if device == "cpu" else 1
@@ -116,9 +111,10 @@ class Job:
     flat: Checkpoints
     map: CoefficientMap
     group_names: tuple[str, ...]
-    rollout: MergedRollout
+    rollout: MergedRollout  # to the features that the reward reads
+    final_rollout: MergedRollout  # to those of the set's extractor: the comparison's
     num_classes: int
-    reward: SubsetReplaceFID
+    reward: RewardSum
     references: dict[str, Reference]
     hashes: dict[str, Any]
 
@@ -136,30 +132,40 @@ class Job:
         return row.expand(groups, count).clone()
 
 
-def build_job(config: OptimizeConfig, checkpoints: CheckpointSet) -> Job:
-    """Build everything a resolved config names."""
+def build_job(
+    config: OptimizeConfig,
+    checkpoints: CheckpointSet,
+    announce: Announce = lambda _text: None,
+) -> Job:
+    """Build everything a resolved config names; `announce` hears of downloads."""
     if checkpoints.config is None:
         raise CheckpointError(
             f"{checkpoints.folder}: the model config is not known; "
             "expected a manifest or config.json"
         )
     model = registry.build_model(checkpoints.config).to(config.device).requires_grad_(False)
-    plan = plan_merge(
-        checkpoints, groups=config.merge.groups, base=config.merge.start, model=model
+    autoencoder, decoder_digest = load_autoencoder(
+        config.autoencoder, config.autoencoder_weights, shape=model.sample_shape,
+        dtype=config.autoencoder_dtype, device=config.device, announce=announce,
+    )  # fmt: skip
+    extractor, digest = build_extractor(
+        config.extractor or "", config.extractor_weights, config.device, announce
     )
+    plan = plan_merge(checkpoints, groups=config.merge.groups, base=config.merge.start, model=model)
     place = place_weights(checkpoints.total_bytes, config.device, config.weights_device)
     flat = load_checkpoints(checkpoints, plan, place)
-    extractor, digest = build_extractor(
-        config.extractor or "", config.extractor_weights, config.device
-    )
     references = _load_references(config, extractor, digest)
+    own = Target(
+        extractor=extractor, reference=references["reference"], path=config.reference or ""
+    )
+    built = build_reward(config, own, announce)
     live = LiveModel(model, flat)
     sampler = config.sampler or SamplerConfig()
     rollout = Rollout(
         model,
         model.sample_shape,
         sampler=sampler,
-        autoencoder=registry.build_autoencoder(),
+        autoencoder=autoencoder,
         extractor=extractor,
         batch=config.batch,
         device=config.device,
@@ -171,13 +177,12 @@ def build_job(config: OptimizeConfig, checkpoints: CheckpointSet) -> Job:
         flat=flat,
         map=build_map(checkpoints, config.merge, len(plan.groups.names)),
         group_names=plan.groups.names,
-        rollout=MergedRollout(live, rollout),
+        rollout=MergedRollout(live, rollout.with_extractor(built.extractor)),
+        final_rollout=MergedRollout(live, rollout),
         num_classes=int(getattr(model, "label_dim", 0)),
-        reward=registry.resolve("reward", registry.REWARDS, config.reward.name)(
-            references["reference"].stats
-        ),
+        reward=built.reward,
         references=references,
-        hashes=_hashes(config, checkpoints, digest),
+        hashes={**_hashes(config, checkpoints, digest, decoder_digest), **built.hashes},
     )
 
 
@@ -188,9 +193,9 @@ def _load_references(
     references = {}
     for name, path in named.items():
         if path is not None:
-            reference = load_reference(path)
-            reference.require_extractor(extractor.name, digest, Path(path))
-            references[name] = reference
+            references[name] = load_reference(
+                path, extractor=extractor.name, sha256=digest, dim=extractor.dim
+            )
     return references
 
 
@@ -214,12 +219,11 @@ def load_network(path: str | Path) -> nn.Module:
 
 
 def _hashes(
-    config: OptimizeConfig, checkpoints: CheckpointSet, digest: str | None
+    config: OptimizeConfig, checkpoints: CheckpointSet, digest: str | None, decoder: str | None
 ) -> dict[str, Any]:
-    guide = (
-        model_file_path(config.sampler.guide) if config.sampler and config.sampler.guide else None
-    )
-    files = {"reference": config.reference, "heldout": config.heldout, "guide": guide}
+    guide = config.sampler.guide if config.sampler else None
+    named = {"reference": config.reference, "heldout": config.heldout}
+    files = {k: reference_file(path)[0] if path else None for k, path in named.items()}
     return {
         "checkpoints": {name: checkpoints.sha256(i) for i, name in enumerate(checkpoints.names)},
         "extractor_weights": digest,

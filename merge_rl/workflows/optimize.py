@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from merge_rl import registry
 from merge_rl.config import OptimizeConfig, SamplerConfig
-from merge_rl.core.sampling import count_network_calls
-from merge_rl.core.schedules import edm_noise_levels
+from merge_rl.core.compatibility import require_reward_solver, require_solver
 from merge_rl.errors import BudgetError, MergeRLError, RunError
 from merge_rl.interfaces import NullTracker, Searcher, Tracker
 from merge_rl.storage.checkpoints import open_checkpoints
@@ -25,7 +24,9 @@ from merge_rl.version import __version__
 from merge_rl.workflows.assemble import Job, build_job, resolve_config
 from merge_rl.workflows.comparison import Comparison, compare
 from merge_rl.workflows.export import require_new, write_merged
+from merge_rl.workflows.extractors import require_known
 from merge_rl.workflows.licence import merged_licence
+from merge_rl.workflows.reward_assembly import check_reward
 from merge_rl.workflows.search_loop import SearchLoop
 
 
@@ -65,7 +66,8 @@ def optimize(
     Args:
         checkpoints: folder of safetensors, with or without a manifest.
         out: run directory; must not exist.
-        reward: name of the reward; "fid-subset".
+        reward: name of the reward, or a weighted sum: "fid-subset + 0.2 * kid-subset"; see
+            `merge_rl.workflows.reward_names`.
         searcher: name of the searcher; "policy-gradient".
         budget: images the search may generate: pool, candidates, refreshes.
         seed: fixes every draw of the run.
@@ -90,7 +92,7 @@ def optimize(
     check_names(resolved)
     check_budget(resolved)
     merged_licence(opened, resolved.licence)  # refused before the search, not after it
-    job = build_job(resolved, opened)
+    job = build_job(resolved, opened, _announce(tracker or NullTracker()))
     searcher_object = make_searcher(resolved, job)
     run = RunDir.create(out, resolved, {"hashes": job.hashes, "version": __version__})
     try:
@@ -113,7 +115,8 @@ def resume(run_dir: str | os.PathLike[str], *, tracker: Tracker | None = None) -
     if inputs.get("version") != __version__:
         began = f"began with merge_rl {inputs.get('version')}, this is {__version__}"
         tracker.event({"kind": "warning", "text": f"the run {began}: last bits may differ"})
-    job = build_job(config, open_checkpoints(config.checkpoints, track=config.track))
+    opened = open_checkpoints(config.checkpoints, track=config.track)
+    job = build_job(config, opened, _announce(tracker))
     recorded = inputs.get("hashes")
     if recorded != job.hashes:
         changed = [k for k, v in job.hashes.items() if (recorded or {}).get(k) != v]
@@ -122,6 +125,10 @@ def resume(run_dir: str | os.PathLike[str], *, tracker: Tracker | None = None) -
             f"{', '.join(changed)} (by SHA-256)"
         )
     return _drive(run, config, job, make_searcher(config, job), tracker)
+
+
+def _announce(tracker: Tracker) -> Callable[[str], None]:
+    return lambda text: tracker.event({"kind": "note", "text": text})
 
 
 def _drive(
@@ -155,18 +162,15 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
 
 
 def check_names(config: OptimizeConfig) -> None:
-    """Raise before any work for names that are not known and noise levels that cannot be."""
+    """Raise before any work for names that are not known and solvers no reward can use."""
     registry.resolve("searcher", registry.SEARCHERS, config.search.name)
-    registry.resolve("reward", registry.REWARDS, config.reward.name)
-    registry.resolve("extractor", registry.EXTRACTORS, config.extractor or "")
+    check_reward(config)
+    require_known(config.extractor or "")
+    if config.autoencoder is not None:
+        registry.resolve("autoencoder", registry.AUTOENCODERS, config.autoencoder)
     sampler = config.sampler or SamplerConfig()
-    count_network_calls(sampler.solver, sampler.num_steps)
-    edm_noise_levels(
-        sampler.num_steps,
-        sigma_min=sampler.sigma_min,
-        sigma_max=sampler.sigma_max,
-        rho=sampler.rho,
-    )
+    require_solver(sampler.solver)
+    require_reward_solver(sampler)
 
 
 def check_budget(config: OptimizeConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.rng import image_seeds, stream
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
-from merge_rl.workflows.reward import Pool, draw_subset, pool_gap
+from merge_rl.workflows.pool import Pool, draw_subset, pool_gap
+from merge_rl.workflows.reward_sum import Scores
 from merge_rl.workflows.rollout import balanced_labels
 
 DAMP, RECOVER = 0.7, 1.15  # what a gap does to the step, and how it comes back
@@ -86,7 +88,7 @@ class SearchLoop:
     def _round(self) -> None:
         began = time.monotonic()
         thetas = self.searcher.ask()
-        rewards = self._evaluate(thetas)
+        rewards, terms = self._evaluate(thetas)
         before = self.reward.pool_distance(self._pool)
         self.searcher.tell(thetas, rewards)
         refresh = self._refresh(before)
@@ -97,6 +99,7 @@ class SearchLoop:
             "coefficients": self.job.map(self.searcher.mean).tolist(),
             "candidates": thetas.tolist(),
             "rewards": [None if math.isnan(r) else r for r in rewards.tolist()],
+            **({"terms": _term_means(terms)} if len(terms) > 1 else {}),
             "failed": int(rewards.isnan().sum()),
             "pool_before": before,
             **refresh,
@@ -114,7 +117,7 @@ class SearchLoop:
             raise RuntimeError("no pool yet")
         return self.pool
 
-    def _evaluate(self, thetas: Tensor) -> Tensor:
+    def _evaluate(self, thetas: Tensor) -> Scores:
         """Rewards (P,) of thetas (P, D), all on the same rows, labels and noise."""
         reward, index = self.config.reward, self.round_index
         draws = []
@@ -123,17 +126,23 @@ class SearchLoop:
             rows = draw_subset(self._pool.labels, reward.subset_size, generator)
             for r in range(reward.num_replacements):
                 draws.append((rows, self._noise(len(rows), "round", index, s, r)))
-        rewards = [self._reward_of(theta, draws) for theta in thetas]
-        return torch.tensor(rewards, dtype=torch.float64)
+        made = [self._features_of(theta, draws) for theta in thetas]
+        # All candidates at once: most of what a distance costs is the same for all of them.
+        scored = [
+            (rows, torch.stack(own))
+            for (rows, _), own in zip(draws, zip(*made, strict=True), strict=True)
+        ]
+        return self.reward.scores(self._pool, scored)
 
-    def _reward_of(self, theta: Tensor, draws: list[tuple[Tensor, Tensor]]) -> float:
+    def _features_of(self, theta: Tensor, draws: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Features (n, D) of a candidate's images, for every draw."""
         coefficients = self.job.map(theta)
         made = []
         for rows, noise in draws:
             labels = self._pool.labels[rows]
-            made.append((rows, self.job.rollout.features(coefficients, noise, labels)))
+            made.append(self.job.rollout.features(coefficients, noise, labels))
             self.images += len(rows)
-        return self.reward.mean_reward(self._pool, made)
+        return made
 
     def _refresh(self, before: float) -> dict[str, Any]:
         """Renew rows at the new policy mean, measure the gap, act on it; for the event."""
@@ -189,6 +198,7 @@ class SearchLoop:
             "pool.cov": pool.stats.cov,
             "result_theta": self.result_theta,
         }
+        tensors |= {f"reward.{k}": v for k, v in self.reward.state_dict(pool).items()}
         scalars = {
             "round_index": self.round_index,
             "images": self.images,
@@ -211,7 +221,18 @@ class SearchLoop:
         # The moments as they were, not recomputed: an update chain ends in other last bits.
         stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
         self.pool = Pool(features, tensors["pool.labels"], stats)
-        prefix = "searcher."
-        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self.reward.load_state_dict(self.pool, _below(tensors, "reward."))
+        own = _below(tensors, "searcher.")
         self.searcher.load_state_dict({"tensors": own, "scalars": scalars["searcher"]})
         self.run_dir.keep_events_before(self.round_index)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _term_means(terms: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """Mean of each term over the candidates that did not fail, None if all did."""
+    means = {name: float(values.nanmean()) for name, values in terms.items()}
+    return {name: None if math.isnan(mean) else mean for name, mean in means.items()}

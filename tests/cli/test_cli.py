@@ -449,37 +449,6 @@ def test_inspect_files(tiny: Path, mergerl: Mergerl) -> None:
         assert document["dtypes"] == ["float32"]
 
 
-# ------------------------------------------------------------------------------------------- demo
-
-
-def test_the_demo_is_a_sound_set(mergerl: Mergerl) -> None:
-    code, out, err = mergerl("demo", "digits")
-    assert (code, err) == (0, "")
-    assert "next: mergerl optimize digits/edm2 --track raw" in out
-    code, out, err = mergerl("inspect", "digits/edm2", "--json")
-    assert (code, err) == (0, "")
-    document = json.loads(out)
-    assert len(document["checkpoints"]) == 24
-    assert len(document["tracks"]) == 3
-    assert document["licence"]
-    code, _, err = mergerl("demo", "digits")
-    assert code == 1
-    assert err == "error: digits/edm2 exists already; choose another folder\n"
-
-
-def test_the_demo_runs(mergerl: Mergerl) -> None:
-    code, out, _ = mergerl("demo", "digits", "--json")
-    assert code == 0
-    assert json.loads(out) == {"edm2": "digits/edm2"}
-    code, out, err = mergerl(
-        "optimize", "digits/edm2", "--out", "run", *SMALL, "--steps", 2, "--json"
-    )  # fmt: skip
-    assert code == 0, err
-    assert json.loads(out)["comparison"]["headline"] == "heldout"
-    code, _, err = mergerl("sample", "run/merged", "--num", 10)
-    assert code == 0, err
-
-
 # ---------------------------------------------------------------------------------- interruptions
 
 

@@ -101,7 +101,7 @@ def tripwire(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples that cost nothing: noise times a merged weight, shifted by the class."""
 
-    def latents(self: Rollout, noise: Tensor, labels: Tensor) -> Tensor:
+    def latents(self: Rollout, noise: Tensor, labels: Tensor, **_: object) -> Tensor:
         gain = self.model.get_parameter("unet.out_gain")  # type: ignore[attr-defined]
         made: Tensor = (gain * noise + labels[:, None, None, None] / 20) / 2
         return made

@@ -1,20 +1,29 @@
-"""The subset-replace reward: subsets, the pool's moments, the distance of the replaced pool."""
+"""Rewards by the Fréchet distance: exact, first-order, of own images."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from merge_rl.core import frechet_pool
 from merge_rl.core.distances import frechet_distance
-from merge_rl.core.statistics import feature_stats
-from merge_rl.errors import ConfigError, StatisticsError
-from merge_rl.workflows.reward import Pool, SubsetReplaceFID, draw_subset, pool_gap
+from merge_rl.core.root_trace import root_trace_changes
+from merge_rl.core.statistics import FeatureStats, feature_stats
+from merge_rl.storage.reference import Reference
+from merge_rl.workflows.pool import Pool
+from merge_rl.workflows.reward import (
+    FullFrechet,
+    InfluenceFrechet,
+    PoolCache,
+    RewardSource,
+    SubsetFrechet,
+)
 
 DIM = 6
-CLASSES = 4
 
 
 def draw_features(count: int, generator: torch.Generator, shift: float = 0.0) -> Tensor:
@@ -22,131 +31,36 @@ def draw_features(count: int, generator: torch.Generator, shift: float = 0.0) ->
     return torch.randn(count, DIM, generator=generator) @ mixing + 3 + shift
 
 
+def source(stats: FeatureStats) -> RewardSource:
+    return RewardSource(name="a-reward", reference=Reference(stats=stats))
+
+
 @pytest.fixture
 def pool(generator: torch.Generator) -> Pool:
-    return Pool.of(draw_features(120, generator, shift=0.4), torch.arange(120) % CLASSES)
+    return Pool.of(draw_features(120, generator, shift=0.4), torch.arange(120) % 4)
 
 
 @pytest.fixture
-def reward(generator: torch.Generator) -> SubsetReplaceFID:
-    return SubsetReplaceFID(feature_stats(draw_features(500, generator)))
+def reference(generator: torch.Generator) -> FeatureStats:
+    return feature_stats(draw_features(500, generator))
 
 
-def counts(labels: Tensor, rows: Tensor) -> list[int]:
-    return torch.bincount(labels[rows], minlength=int(labels.max()) + 1).tolist()
-
-
-# ------------------------------------------------------------------------------------- subsets
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_balanced_classes_stay_balanced(seed: int) -> None:
-    labels = torch.arange(200) % 10
-    rows = draw_subset(labels, 50, torch.Generator().manual_seed(seed))
-    assert counts(labels, rows) == [5] * 10
-    # 37 rows of ten equal classes: three or four of each.
-    rows = draw_subset(labels, 37, torch.Generator().manual_seed(seed))
-    assert sorted(counts(labels, rows)) == [3] * 3 + [4] * 7
-
-
-@pytest.mark.parametrize("size", [1, 7, 50, 333, 1000])
-def test_every_class_keeps_its_share(size: int) -> None:
-    # One class of 900 and ten of 10: rounding each small class on its own could add up to ten rows
-    # that the large one would have to give.
-    sizes = torch.tensor([900] + [10] * 10)
-    labels = torch.arange(11).repeat_interleave(sizes)
-    labels = labels[torch.randperm(1000, generator=torch.Generator().manual_seed(5))]
-    for seed in range(30):
-        rows = draw_subset(labels, size, torch.Generator().manual_seed(seed))
-        assert len(rows) == size
-        for found, total in zip(counts(labels, rows), sizes.tolist(), strict=True):
-            share = total * size / 1000
-            assert math.floor(share) <= found <= math.ceil(share)
-
-
-def test_rows_are_sorted_unique_and_repeatable() -> None:
-    labels = torch.tensor([2, 0, 0, 5, 2, 0, 0, 2, 0])  # labels need not be 0..K-1
-    for size in range(1, 10):
-        rows = draw_subset(labels, size, torch.Generator().manual_seed(size))
-        assert rows.dtype == torch.int64
-        assert rows.tolist() == sorted(set(rows.tolist()))
-        assert 0 <= int(rows[0]) <= int(rows[-1]) < 9
-        again = draw_subset(labels, size, torch.Generator().manual_seed(size))
-        assert torch.equal(rows, again)
-    assert draw_subset(labels, 9, torch.Generator()).tolist() == list(range(9))
-
-
-def test_every_row_is_equally_likely() -> None:
-    # 2,000 draws of 3 out of 12: each row is in 500 of them, standard deviation 19.4; the largest
-    # of twelve deviations stays within 5 of these.
-    labels = torch.tensor([0] * 7 + [1] * 4 + [2])
-    generator = torch.Generator().manual_seed(1)
-    hits = torch.zeros(12)
-    for _ in range(2000):
-        hits[draw_subset(labels, 3, generator)] += 1
-    assert float((hits - 500).abs().max()) < 97
-
-
-@pytest.mark.parametrize("size", [0, -1, 10])
-def test_subset_sizes_refused(size: int) -> None:
-    with pytest.raises(ConfigError, match=rf"expected a subset of 1\.\.9 rows, got {size}"):
-        draw_subset(torch.zeros(9, dtype=torch.int64), size, torch.Generator())
-
-
-# ---------------------------------------------------------------------------------------- pool
-
-
-@pytest.mark.parametrize("size", [1, 30, 119, 120])
-def test_replaced_moments_equal_recomputation(
-    size: int, pool: Pool, generator: torch.Generator
-) -> None:
-    rows = torch.randperm(120, generator=generator)[:size]
-    before = (pool.features.clone(), pool.stats.mean.clone(), pool.stats.cov.clone())
-    fresh = draw_features(size, generator, shift=-2.0)
-    replaced = pool.replaced(rows, fresh)
-    expected = pool.features.clone()
-    expected[rows] = fresh
-    assert torch.equal(replaced.features, expected)
-    assert replaced.labels is pool.labels
-    assert len(replaced) == replaced.stats.count == 120
-    exact = feature_stats(expected)
-    for stats in (replaced.stats, pool.stats_with(rows, fresh)):
-        torch.testing.assert_close(stats.mean, exact.mean, rtol=0, atol=1e-9)
-        torch.testing.assert_close(stats.cov, exact.cov, rtol=0, atol=1e-9)
-    # The pool it was made from is as it was.
-    found = (pool.features, pool.stats.mean, pool.stats.cov)
-    assert all(torch.equal(a, b) for a, b in zip(before, found, strict=True))
-
-
-def test_a_long_chain_of_updates_stays_exact(pool: Pool, generator: torch.Generator) -> None:
-    for start in range(0, 1200, 30):
-        rows = (torch.arange(30) + start) % 120
-        pool = pool.replaced(rows, draw_features(30, generator))
-    exact = feature_stats(pool.features)
-    torch.testing.assert_close(pool.stats.mean, exact.mean, rtol=0, atol=1e-9)
-    torch.testing.assert_close(pool.stats.cov, exact.cov, rtol=0, atol=1e-9)
-
-
-def test_a_pool_of_failed_images_is_refused(generator: torch.Generator) -> None:
-    features = draw_features(5, generator)
-    features[3, 1] = math.nan
-    with pytest.raises(StatisticsError, match="1 of 5 rows with NaN or infinity"):
-        Pool.of(features, torch.zeros(5, dtype=torch.int64))
-
-
-# -------------------------------------------------------------------------------------- reward
+@pytest.fixture
+def reward(reference: FeatureStats) -> SubsetFrechet:
+    return SubsetFrechet(source(reference))
 
 
 def test_reward_is_minus_the_distance_of_the_replaced_pool(
-    pool: Pool, generator: torch.Generator
+    pool: Pool, reference: FeatureStats, reward: SubsetFrechet, generator: torch.Generator
 ) -> None:
-    reference = feature_stats(draw_features(500, generator))
-    reward = SubsetReplaceFID(reference)
-    rows, fresh = torch.tensor([3, 17, 64, 119]), draw_features(4, generator)
-    explicit = pool.features.clone()
-    explicit[rows] = fresh
-    expected = -frechet_distance(feature_stats(explicit), reference)
-    assert reward.reward(pool, rows, fresh) == pytest.approx(expected, rel=1e-9)
+    rows, fresh = torch.tensor([3, 17, 64, 119]), draw_features(8, generator).reshape(2, 4, DIM)
+    found = reward.rewards(pool, [(rows, fresh)])
+    assert (found.dtype, found.shape) == (torch.float64, (2,))
+    for new, value in zip(fresh, found.tolist(), strict=True):
+        explicit = pool.features.clone()
+        explicit[rows] = new
+        expected = -frechet_distance(feature_stats(explicit), reference)
+        assert value == pytest.approx(expected, rel=1e-9)
     assert reward.pool_distance(pool) == pytest.approx(frechet_distance(pool.stats, reference))
 
 
@@ -154,56 +68,116 @@ def test_reward_by_hand() -> None:
     # One dimension. Reference: mean 0, variance 1. The pool (0, 2, 4, 6) with its rows 2 and 3
     # replaced by (0, 2) is (0, 2, 0, 2): mean 1, sample variance 4/3, so
     # FID = (1 - 0)^2 + (sqrt(4/3) - 1)^2.
-    reward = SubsetReplaceFID(feature_stats(torch.tensor([[-1.0], [0.0], [1.0]])))
+    reward = SubsetFrechet(source(feature_stats(torch.tensor([[-1.0], [0.0], [1.0]]))))
     pool = Pool.of(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.zeros(4, dtype=torch.int64))
-    found = reward.reward(pool, torch.tensor([2, 3]), torch.tensor([[0.0], [2.0]]))
-    assert found == pytest.approx(-(1 + (math.sqrt(4 / 3) - 1) ** 2), rel=1e-12)
+    found = reward.rewards(pool, [(torch.tensor([2, 3]), torch.tensor([[[0.0], [2.0]]]))])
+    assert float(found) == pytest.approx(-(1 + (math.sqrt(4 / 3) - 1) ** 2), rel=1e-12)
 
 
-def test_the_order_of_rows_plays_no_part(
-    pool: Pool, reward: SubsetReplaceFID, generator: torch.Generator
-) -> None:
-    rows, fresh = torch.tensor([5, 40, 80]), draw_features(3, generator)
-    found = reward.reward(pool, rows.flip(0), fresh)
-    assert found == pytest.approx(reward.reward(pool, rows, fresh), rel=1e-12)
-
-
-def test_putting_back_what_was_there_gives_the_pool(pool: Pool, reward: SubsetReplaceFID) -> None:
+def test_putting_back_what_was_there_gives_the_pool(pool: Pool, reward: SubsetFrechet) -> None:
     rows = torch.arange(10, 40)
-    found = reward.reward(pool, rows, pool.features[rows])
-    assert found == pytest.approx(-reward.pool_distance(pool), rel=1e-12)
+    found = reward.rewards(pool, [(rows, pool.features[rows][None])])
+    assert float(found) == pytest.approx(-reward.pool_distance(pool), rel=1e-12)
 
 
-def test_better_images_are_rewarded(
-    pool: Pool, reward: SubsetReplaceFID, generator: torch.Generator
+def test_mean_over_draws(pool: Pool, reward: SubsetFrechet, generator: torch.Generator) -> None:
+    draws = [
+        (torch.arange(5) + 5 * i, draw_features(10, generator).reshape(2, 5, DIM)) for i in range(3)
+    ]
+    single = torch.stack([reward.rewards(pool, [draw]) for draw in draws])
+    torch.testing.assert_close(reward.rewards(pool, draws), single.mean(0), rtol=1e-12, atol=0)
+
+
+def test_a_library_that_errs_is_noticed(
+    pool: Pool, reference: FeatureStats, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, base = torch.arange(0, 120, 3), draw_features(40, generator)
-    rewards = [reward.reward(pool, rows, base + shift) for shift in (0.0, 0.4, 1.0, 3.0)]
-    assert rewards == sorted(rewards, reverse=True)
-    assert rewards[0] > -reward.pool_distance(pool) > rewards[2]
+    monkeypatch.setattr(frechet_pool, "MIN_RANK", 1)
+    monkeypatch.setattr(frechet_pool, "MAX_SHARE", math.inf)
+    draws = [(torch.arange(4), draw_features(8, generator).reshape(2, 4, DIM))]
+    good = SubsetFrechet(source(reference))
+    expected = good.rewards(pool, draws)
+    assert not good.by_eigenvalues
+
+    def wrong(*given: Any) -> tuple[Tensor, Tensor]:
+        changes, errors = root_trace_changes(*given)
+        return changes * 1.01, errors
+
+    monkeypatch.setattr(frechet_pool, "root_trace_changes", wrong)
+    bad = SubsetFrechet(source(reference))
+    with pytest.warns(RuntimeWarning, match="distances are off by .* computed from eigenvalues"):
+        found = bad.rewards(pool, draws)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
+    torch.testing.assert_close(bad.rewards(pool, draws), expected, rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_failed_images_give_nan(
-    value: float, pool: Pool, reward: SubsetReplaceFID, generator: torch.Generator
+def test_a_pool_is_prepared_once(pool: Pool) -> None:
+    seen: list[Pool] = []
+
+    def make(given: Pool) -> int:
+        seen.append(given)
+        return len(seen)
+
+    cache, other = PoolCache(make), Pool(pool.features, pool.labels, pool.stats)
+    assert [cache(p) for p in (pool, pool, other, other, pool)] == [1, 1, 2, 2, 3]
+
+
+# ----------------------------------------------------------------------------------- first order
+
+
+def test_influence_follows_the_exact_reward(
+    pool: Pool, reference: FeatureStats, reward: SubsetFrechet, generator: torch.Generator
 ) -> None:
-    rows, fresh = torch.arange(5), draw_features(5, generator)
-    fresh[4, 2] = value
-    assert math.isnan(reward.reward(pool, rows, fresh))
-    good = (rows, draw_features(5, generator))
-    assert math.isnan(reward.mean_reward(pool, [good, (rows, fresh)]))
+    fast = InfluenceFrechet(source(reference))
+    shifts = torch.linspace(-0.3, 0.3, 12)[:, None, None]
+    draws = [
+        (torch.arange(4) + 4 * i, draw_features(48, generator).reshape(12, 4, DIM) + shifts)
+        for i in range(2)
+    ]
+    exact, first_order = (kind.rewards(pool, draws) for kind in (reward, fast))
+    assert float(torch.corrcoef(torch.stack([exact, first_order]))[0, 1]) > 0.97
+    # Both are distances of the same pool, and mean the same by them.
+    change = exact + reward.pool_distance(pool)
+    assert float((first_order - exact).abs().max()) < 0.5 * float(change.abs().max())
+    assert fast.pool_distance(pool) == reward.pool_distance(pool)
 
 
-def test_mean_over_draws(pool: Pool, reward: SubsetReplaceFID, generator: torch.Generator) -> None:
-    draws = [(torch.arange(5) + 5 * i, draw_features(5, generator)) for i in range(3)]
-    single = [reward.reward(pool, rows, fresh) for rows, fresh in draws]
-    assert reward.mean_reward(pool, draws) == pytest.approx(sum(single) / 3)
-    assert reward.mean_reward(pool, draws[1:2]) == single[1]
+def test_every_image_has_a_reward(
+    pool: Pool, reference: FeatureStats, generator: torch.Generator
+) -> None:
+    fast = InfluenceFrechet(source(reference))
+    rows, fresh = torch.arange(7, 12), draw_features(15, generator).reshape(3, 5, DIM)
+    images = fast.per_image(pool, rows, fresh)
+    assert images.shape == (3, 5)
+    together = fast.rewards(pool, [(rows, fresh)])
+    torch.testing.assert_close(images.mean(1), together, rtol=1e-12, atol=0)
+    # Another image in place of one changes the reward of that one alone.
+    other = fresh.clone()
+    other[1, 2] = fresh[0, 4]
+    changed = fast.per_image(pool, rows, other) != images
+    assert changed.nonzero().tolist() == [[1, 2]]
 
 
-def test_pool_gap_by_hand() -> None:
-    # A twentieth of the pool renewed took the distance from 8 to 8.1: 1.25 % for 5 % of the rows,
-    # so a wholly renewed pool would be about 25 % worse.
-    assert pool_gap(8.0, 8.1, 0.05) == pytest.approx(0.25)
-    assert pool_gap(8.0, 7.9, 0.05) == pytest.approx(-0.25)
-    assert pool_gap(8.0, 8.0, 0.5) == 0
+def test_an_image_that_failed_fails_its_candidate(
+    pool: Pool, reference: FeatureStats, generator: torch.Generator
+) -> None:
+    fast = InfluenceFrechet(source(reference))
+    rows, fresh = torch.arange(5), draw_features(10, generator).reshape(2, 5, DIM)
+    fresh[1, 3, 0] = math.nan
+    assert fast.per_image(pool, rows, fresh).isnan().nonzero().tolist() == [[1, 3]]
+    assert fast.rewards(pool, [(rows, fresh)]).isnan().tolist() == [False, True]
+
+
+# ------------------------------------------------------------------------------------ own images
+
+
+def test_own_images_of_all_draws_count_together(
+    pool: Pool, reference: FeatureStats, generator: torch.Generator
+) -> None:
+    full = FullFrechet(source(reference))
+    draws = [(torch.arange(4), draw_features(8, generator).reshape(2, 4, DIM)) for _ in range(3)]
+    expected = [
+        -frechet_distance(feature_stats(torch.cat([f[p] for _, f in draws])), reference)
+        for p in range(2)
+    ]
+    assert full.rewards(pool, draws).tolist() == pytest.approx(expected, rel=1e-9)
+    assert full.pool_distance(pool) == pytest.approx(frechet_distance(pool.stats, reference))

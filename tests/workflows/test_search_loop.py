@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from merge_rl.storage.checkpoints import open_checkpoints
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job, build_job, resolve_config
 from merge_rl.workflows.optimize import make_searcher
-from merge_rl.workflows.reward import Pool
+from merge_rl.workflows.pool import Pool
+from merge_rl.workflows.reward_sum import Scores
 from merge_rl.workflows.rollout import MergedRollout
 from merge_rl.workflows.search_loop import DAMP, GAP_MEMORY, RECOVER, SearchLoop
 
@@ -74,11 +75,18 @@ class Script:
     def pool_distance(self, pool: Pool) -> float:
         return self.distances.pop(0) if len(self.distances) > 1 else self.distances[0]
 
-    def mean_reward(self, pool: Pool, made: Sequence[tuple[Tensor, Tensor]]) -> float:
+    def scores(self, pool: Pool, draws: Sequence[tuple[Tensor, Tensor]]) -> Scores:
         # Nothing but the class a row had may come in its place.
-        for rows, features in made:
-            assert torch.equal(features[:, 1].long(), pool.labels[rows])
-        return -1.0
+        for rows, features in draws:
+            assert bool((features[..., 1].long() == pool.labels[rows]).all())
+        rewards = -torch.ones(len(draws[0][1]), dtype=torch.float64)
+        return Scores(rewards, {"script": rewards})
+
+    def state_dict(self, pool: Pool) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, pool: Pool, state: Mapping[str, Tensor]) -> None:
+        pass
 
 
 def marked(call: int, noise: Tensor, labels: Tensor) -> Tensor:

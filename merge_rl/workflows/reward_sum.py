@@ -1,0 +1,92 @@
+"""Weighted sums of rewards over the columns of one feature matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from merge_rl.interfaces import FeatureExtractor, Reward
+from merge_rl.workflows.pool import Pool
+from merge_rl.workflows.reward import Draw, PoolCache
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedReward:
+    """A term of a sum: a reward, its weight, and the columns start..stop-1 that it reads."""
+
+    name: str
+    weight: float
+    reward: Reward[Pool]
+    start: int
+    stop: int
+
+
+class Scores(NamedTuple):
+    """Rewards (P,) float64 of candidates, and the terms (P,) they are the weighted sum of."""
+
+    rewards: Tensor
+    terms: Mapping[str, Tensor]
+
+
+class RewardSum:
+    """R = Σ weight_t R_t; every term on the features of its own extractor.
+
+    The terms are summed as they are, in their own units: an FID is in the tens, a KID below 1, and
+    a weight is what one unit of a term is worth.
+    """
+
+    def __init__(self, terms: Sequence[WeightedReward]) -> None:
+        self.terms = tuple(terms)
+        spans = {(term.start, term.stop) for term in self.terms}
+        # Terms of one extractor are given one object, which they recognise.
+        self._views = PoolCache(lambda pool: {span: pool.columns(*span) for span in spans})
+
+    def _view(self, pool: Pool, term: WeightedReward) -> Pool:
+        return self._views(pool)[term.start, term.stop]
+
+    def pool_distance(self, pool: Pool) -> float:
+        """Σ weight_t times the distance of the pool in term t."""
+        return sum(
+            term.weight * term.reward.pool_distance(self._view(pool, term)) for term in self.terms
+        )
+
+    def scores(self, pool: Pool, draws: Sequence[Draw]) -> Scores:
+        """Rewards of candidates, NaN where a term is, and the terms by name before weighting."""
+        terms = {}
+        for term in self.terms:
+            own = [(rows, features[..., term.start : term.stop]) for rows, features in draws]
+            terms[term.name] = term.reward.rewards(self._view(pool, term), own)
+        weighted = [term.weight * terms[term.name] for term in self.terms]
+        return Scores(torch.stack(weighted).sum(0), terms)
+
+    def rewards(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
+        """The sum alone: (P,) float64 on the CPU."""
+        return self.scores(pool, draws).rewards
+
+    def state_dict(self, pool: Pool) -> dict[str, Tensor]:
+        """What the terms need to go on exactly, by the number of the term."""
+        states = (term.reward.state_dict(self._view(pool, term)) for term in self.terms)
+        return {f"{i}.{key}": v for i, state in enumerate(states) for key, v in state.items()}
+
+    def load_state_dict(self, pool: Pool, state: Mapping[str, Tensor]) -> None:
+        """Continue from a saved state."""
+        for i, term in enumerate(self.terms):
+            own = {k.removeprefix(f"{i}."): v for k, v in state.items() if k.startswith(f"{i}.")}
+            term.reward.load_state_dict(self._view(pool, term), own)
+
+
+class CombinedExtractor:
+    """Several extractors as one: their features side by side, in their order."""
+
+    def __init__(self, extractors: Sequence[FeatureExtractor]) -> None:
+        self.extractors = tuple(extractors)
+        self.name = "+".join(extractor.name for extractor in self.extractors)
+        self.dim = sum(extractor.dim for extractor in self.extractors)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, 1 or 3, H, W) uint8 -> features (B, dim) float32."""
+        return torch.cat([extractor(images).float() for extractor in self.extractors], 1)
