@@ -38,10 +38,14 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+BENCHES := moments merge_speed convert reward_speed sampling_speed reference_speed extractors \
+	precision_fid prdc_memory digits_search
+
 bench: $(READY)
 	mkdir -p build/bench
-	$(BIN)/python benchmarks/moments.py --out build/bench/moments.json
-	$(BIN)/python benchmarks/digits_search.py --out build/bench/digits_search.json
+	for name in $(BENCHES); do \
+		$(BIN)/python -m benchmarks.$$name --out build/bench/$$name.json || exit 1; \
+	done
 
 clean:
 	rm -rf .venv build

@@ -1,33 +1,42 @@
-"""Write the embedded digits run to a folder."""
+"""Write the embedded digits runs to a folder."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Final
 
 from merge_rl.errors import RunError
 
 DATA = Path(__file__).parent / "data"
+RUNS: Final = ("edm2", "sit")
 
 
-def write_demo(folder: Path) -> Path:
-    """Write DIR/edm2: checkpoints with their manifest, extractor, reference statistics.
+def write_demo(folder: Path) -> dict[str, Path]:
+    """Write DIR/edm2 and DIR/sit: checkpoints with their manifest, extractor, reference statistics.
 
-    An existing DIR/edm2 is refused; the folder appears whole or not at all. Returns DIR/edm2.
+    Each is complete in itself. If one of them exists, nothing is written; else both appear whole
+    or not at all. Returns the folders by the name of the run.
     """
-    target = folder / "edm2"
-    if target.exists():
-        raise RunError(f"{target} exists already; choose another folder")
+    targets = {name: folder / name for name in RUNS}
+    for target in targets.values():
+        if target.exists():
+            raise RunError(f"{target} exists already; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".edm2-", dir=folder))
+    temporary, moved = Path(tempfile.mkdtemp(prefix=".demo-", dir=folder)), []
     try:
-        temporary.chmod(0o755)
-        shutil.copytree(DATA / "edm2", temporary, dirs_exist_ok=True)
-        # Beside the checkpoints, since a manifest names no path outside its folder.
-        shutil.copytree(DATA / "evaluation", temporary / "evaluation")
-        temporary.replace(target)
+        for name in RUNS:
+            shutil.copytree(DATA / name, temporary / name)
+            # Beside the checkpoints, since a manifest names no path outside its folder.
+            shutil.copytree(DATA / "evaluation", temporary / name / "evaluation")
+        for name, target in targets.items():
+            (temporary / name).replace(target)
+            moved.append(target)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for target in moved:
+            shutil.rmtree(target, ignore_errors=True)
         raise
-    return target
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return targets

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from merge_rl.models.labels import require_class_ids
 from merge_rl.models.magnitude import (
     FourierFeatures,
     NormalizedWeight,
@@ -263,6 +264,7 @@ class EDM2(nn.Module):
         """Denoise x (B, C, R, R) at noise level sigma, one or (B,) values > 0; returns float32.
 
         Labels are class ids (B,) int64 or soft rows (B, K) float. None is an all-zero row.
+        ConfigError for class ids out of range, on the CPU.
         """
         x = x.float()
         sigma = sigma.float().reshape(-1, 1, 1, 1)
@@ -287,5 +289,6 @@ class EDM2(nn.Module):
         if labels is None:
             return torch.zeros(1, self.label_dim, device=device)
         if labels.ndim == 1:
+            require_class_ids(labels, self.label_dim)
             return F.one_hot(labels.to(device), self.label_dim).float()
         return labels.to(device, torch.float32).reshape(-1, self.label_dim)

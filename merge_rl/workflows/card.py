@@ -102,13 +102,20 @@ def evaluation_results(facts: CardFacts) -> list[dict[str, Any]]:
 
 
 def score_table(comparison: Comparison) -> list[str]:
-    """Lines of a Markdown table: one row an entry, one column a reference."""
+    """Lines of a Markdown table: one row an entry and sampler, one column a reference."""
     names = comparison.references
     lines = ["| model | " + " | ".join(f"FID, {name}" for name in names) + " |"]
     lines.append("| --- |" + " --- |" * len(names))
-    for entry in ENTRIES:
-        summary = comparison.summary(entry)
-        label = f"{entry} ({comparison.best_single})" if entry == "best single" else entry
+    rows = [
+        (f"{entry} ({comparison.best_single})" if entry == "best single" else entry,
+         comparison.summary(entry))
+        for entry in ENTRIES
+    ]  # fmt: skip
+    if comparison.sde is not None:
+        sde = comparison.sde
+        under = f"{sde.sampler.solver}, {sde.sampler.num_steps} steps"
+        rows += [(f"{entry} ({under})", sde.summary(entry)) for entry in sde.scores]
+    for label, summary in rows:
         cells = [
             f"{summary[n]['mean']:.3f} [{summary[n]['low']:.3f}, {summary[n]['high']:.3f}]"
             for n in names

@@ -9,24 +9,24 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_rl.config import OptimizeConfig
+from merge_rl.config import OptimizeConfig, SamplerConfig
+from merge_rl.config.sampler import sde_counterpart
+from merge_rl.core.compatibility import VELOCITY, prediction_of
 from merge_rl.core.intervals import Interval
 from merge_rl.interfaces import Tracker
 from merge_rl.rng import image_seeds
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
-from merge_rl.workflows.rollout import balanced_labels
+from merge_rl.workflows.generated import sampler_summary
+from merge_rl.workflows.rollout import MergedRollout, balanced_labels
 from merge_rl.workflows.scoring import Scorer, improvement, summarize
 
 ENTRIES = ("start", "uniform", "best single", "result")
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Scores of the four models on the same fresh seeds."""
+class _Table:
+    """What can be read from scores of several entries on the same seeds."""
 
-    num_images: int
-    best_single: str  # name of the checkpoint
     scores: Mapping[str, Sequence[Mapping[str, float]]]  # entry -> repeats -> reference -> FID
 
     @property
@@ -48,20 +48,52 @@ class Comparison:
         name = name or self.headline
         return improvement(self.scores["result"], self.scores[other], name)
 
+    def _entries(self) -> dict[str, Any]:
+        others = [entry for entry in self.scores if entry != "result"]
+        gains = {other: self.gain(other) for other in others}
+        return {
+            "entries": {entry: self.summary(entry) for entry in self.scores},
+            "gain_over": {
+                k: {"mean": g.mean, "low": g.low, "high": g.high} for k, g in gains.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class SamplerComparison(_Table):
+    """Start and result under another sampler than that of the rewards, on the same seeds."""
+
+    sampler: SamplerConfig
+    scores: Mapping[str, Sequence[Mapping[str, float]]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The sampler with the scores."""
+        return {"sampler": sampler_summary(self.sampler, VELOCITY), **self._entries()}
+
+
+@dataclass(frozen=True)
+class Comparison(_Table):
+    """Scores of the four models on the same fresh seeds."""
+
+    num_images: int
+    best_single: str  # name of the checkpoint
+    scores: Mapping[str, Sequence[Mapping[str, float]]]
+    # Under an SDE where the rewards were made by the ODE of a velocity network: gains under one
+    # need not carry over to the other.
+    sde: SamplerComparison | None = None
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with None for what could not be scored."""
-        gains = {other: self.gain(other) for other in ENTRIES[:-1]}
         document: dict[str, Any] = {
             "metric": "fid",
             "num_images": self.num_images,
             "repeats": len(self.scores["result"]),
             "headline": self.headline,
             "best_single": self.best_single,
-            "entries": {entry: self.summary(entry) for entry in ENTRIES},
-            "gain_over": {
-                k: {"mean": g.mean, "low": g.low, "high": g.high} for k, g in gains.items()
-            },
+            **self._entries(),
         }
+        if self.sde is not None:
+            document["sde"] = self.sde.as_dict()
         return {key: _without_nan(value) for key, value in document.items()}
 
 
@@ -82,19 +114,25 @@ class _Scores:
         self.scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
 
     def get(
-        self, key: str, coefficients: Tensor, count: int, *stream: str | int
+        self,
+        key: str,
+        coefficients: Tensor,
+        count: int,
+        *stream: str | int,
+        merged: MergedRollout | None = None,
     ) -> dict[str, float]:
         """Score of `count` images from the stream; from the file if it is known already."""
+        merged = merged or self.job.final_rollout
         if key not in self.known:
-            noise = self.job.rollout.rollout.noise(image_seeds(count, self.seed, *stream))
+            noise = merged.rollout.noise(image_seeds(count, self.seed, *stream))
             labels = balanced_labels(count, self.job.num_classes)
-            features = self.job.rollout.features(coefficients, noise, labels)
+            features = merged.features(coefficients, noise, labels)
             score = self.scorer.score(features)
             # NaN has no place in JSON.
             self.known[key] = {k: None if math.isnan(v) else v for k, v in score.items()}
             self.run.write("scores.json", self.known)
         else:
-            self.job.rollout.rollout.on_images(count)
+            merged.rollout.on_images(count)
         return {k: math.nan if v is None else v for k, v in self.known[key].items()}
 
 
@@ -109,6 +147,7 @@ def compare(
     settings = config.evaluation
     count = len(job.checkpoints)
     scores = _Scores(job, run, config.seed)
+    job.final_rollout.rollout.on_images = tracker.advance
     tracker.phase("best single", count * settings.selection_images)
     found = [
         scores.get(
@@ -126,8 +165,7 @@ def compare(
         "best single": job.coefficients(best),
         "result": coefficients,
     }
-    total = len(entries) * settings.repeats * settings.num_images
-    tracker.phase("compare", total)
+    tracker.phase("compare", len(entries) * settings.repeats * settings.num_images)
     table = {
         entry: [
             scores.get(f"{entry}/{r}", c, settings.num_images, "fresh", r)
@@ -135,4 +173,32 @@ def compare(
         ]
         for entry, c in entries.items()
     }
-    return Comparison(settings.num_images, job.checkpoints.names[best], table)
+    sde = _compare_sde(config, job, entries, scores, tracker)
+    return Comparison(settings.num_images, job.checkpoints.names[best], table, sde)
+
+
+def _compare_sde(
+    config: OptimizeConfig,
+    job: Job,
+    entries: Mapping[str, Tensor],
+    scores: _Scores,
+    tracker: Tracker,
+) -> SamplerComparison | None:
+    """Start and result under the SDE, for networks whose public scores come from either sampler."""
+    settings, rollout = config.evaluation, job.final_rollout.rollout
+    if prediction_of(rollout.model) != VELOCITY or rollout.sampler.is_sde:
+        return None
+    sampler = sde_counterpart(rollout.sampler)
+    merged = MergedRollout(job.final_rollout.live, rollout.with_sampler(sampler))
+    compared = ("start", "result")
+    tracker.phase("compare under the SDE", len(compared) * settings.repeats * settings.num_images)
+    table = {
+        entry: [
+            scores.get(
+                f"sde/{entry}/{r}", entries[entry], settings.num_images, "fresh", r, merged=merged
+            )
+            for r in range(settings.repeats)
+        ]
+        for entry in compared
+    }
+    return SamplerComparison(sampler, table)

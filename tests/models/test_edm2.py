@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from merge_rl.errors import ConfigError
 from merge_rl.models import magnitude
 from merge_rl.models.edm2 import EDM2
 
@@ -124,6 +125,13 @@ def test_class_ids_equal_one_hot_rows(golden: Path) -> None:
         a = model(io["x"], io["sigma"], io["class_idx"])
         b = model(io["x"], io["sigma"], io["class_labels"])
     assert torch.equal(a, b)
+
+
+def test_class_ids_out_of_range_are_refused(golden: Path) -> None:
+    model, io = _tiny(golden, "cond")
+    for odd in (-1, 10):
+        with pytest.raises(ConfigError, match=rf"expected labels in 0\.\.9, found {odd}$"):
+            model(io["x"][:2], io["sigma"][:2], torch.tensor([3, odd]))
 
 
 def test_normalisation_runs_once_per_set_of_weights(

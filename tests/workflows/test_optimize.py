@@ -30,7 +30,7 @@ from merge_rl.rng import image_seeds
 from merge_rl.storage.model_file import open_model_file
 from merge_rl.storage.reference import load_reference
 from merge_rl.storage.safetensors_file import read_file
-from merge_rl.workflows.assemble import build_extractor
+from merge_rl.workflows.extractors import build_extractor
 from merge_rl.workflows.optimize import OptimizeResult, optimize, resume
 from merge_rl.workflows.recipe import Recipe
 from merge_rl.workflows.rollout import MergedRollout, Rollout, balanced_labels
