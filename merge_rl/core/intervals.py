@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy import special  # its statistics take a second to import
 
 from merge_rl.errors import TooFewSamplesError
 
@@ -38,6 +38,6 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
         raise TooFewSamplesError(f"an interval needs at least 2 values, got {count}")
     data = torch.tensor(values, dtype=torch.float64)
     mean = float(data.mean())
-    quantile = float(stats.t.ppf(0.5 + level / 2, count - 1))
+    quantile = float(special.stdtrit(count - 1, 0.5 + level / 2))
     half = quantile * float(data.std()) / math.sqrt(count)
     return Interval(mean, mean - half, mean + half, count)

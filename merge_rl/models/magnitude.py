@@ -7,7 +7,7 @@ stay at unit scale without any data-dependent normalisation layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -82,8 +82,8 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+        self.register_buffer("freqs", _draw(lambda n: 2 * math.pi * torch.randn(n), channels))
+        self.register_buffer("phases", _draw(lambda n: 2 * math.pi * torch.rand(n), channels))
 
     def forward(self, v: Tensor) -> Tensor:
         angle = v.float().outer(self.freqs.float()) + self.phases.float()
@@ -106,7 +106,7 @@ class NormalizedWeight(nn.Module):
         window = (kernel, kernel) if kernel else ()
         self.out_channels = out_channels
         self.padding = kernel // 2
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *window))
+        self.weight = nn.Parameter(_draw(torch.randn, out_channels, in_channels, *window))
         self._cached: tuple[tuple[object, ...], Tensor] | None = None
 
     def effective_weight(self, dtype: torch.dtype, gain: Gain = 1.0) -> Tensor:
@@ -138,3 +138,9 @@ def _key(gain: Gain) -> tuple[object, ...]:
     if isinstance(gain, Tensor):
         return (gain.data_ptr(), gain._version)
     return (gain,)
+
+
+def _draw(sampler: Callable[..., Tensor], *shape: int) -> Tensor:
+    """sampler(shape); on the meta device, where drawing would load a compiler, shapes alone."""
+    empty = torch.empty(shape)
+    return empty if empty.is_meta else sampler(shape)

@@ -212,14 +212,17 @@ class SiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.class_dropout_prob, self.num_classes = class_dropout_prob, num_classes
         side, outputs = input_size // patch_size, (2 if learn_sigma else 1) * in_channels
-        table = position_table(hidden_size, side)
+        table = torch.empty(side * side, hidden_size)
+        if not table.is_meta:  # where only shapes matter, arithmetic would load a compiler
+            table = position_table(hidden_size, side)
         self.pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimeEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes + (class_dropout_prob > 0), hidden_size)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * outputs)
-        self._initialise()
+        if not table.is_meta:
+            self._initialise()
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
