@@ -179,7 +179,9 @@ def test_broken_images_are_named_or_counted(tmp_path: Path) -> None:
     whole = folder / "00001/img_11.png"
     whole.write_bytes(whole.read_bytes()[:-30])
     for path in (folder, write_zip(tmp_path / "a.zip", folder)):
-        with pytest.raises(ImageError, match=r"00000/img_2\.png is broken: no image, expected one of PNG"):
+        with pytest.raises(
+            ImageError, match=r"00000/img_2\.png is broken: no image, expected one of PNG"
+        ):
             read_all(path)
         images, stream = read_all(path, skip_broken=True)
         assert torch.equal(images, IMAGES[[0, 1, 3, 4, 5, 7, 8, 9, 10]])
