@@ -78,8 +78,9 @@ def train(images: Tensor, labels: Tensor, folder: Path) -> None:
         torch._foreach_lerp_(list(ema.values()), list(state.values()), 1 - EMA_DECAY)
         running = 0.99 * running + 0.01 * float(loss.detach())
         if nimg % SNAPSHOT_EVERY == 0:
-            snapshots.write("raw", nimg, state)
             if nimg // SNAPSHOT_EVERY in EMA_SNAPSHOTS:
                 snapshots.write("ema", nimg, ema)
+            # After the EMA of the same time, so that the newest of the whole set is a raw one.
+            snapshots.write("raw", nimg, state)
             print(f"{nimg} images, loss {running:.3f}, {time.time() - began:.0f} s", flush=True)
     snapshots.finish("digits-sit", CONFIG, SAMPLER)

@@ -115,11 +115,12 @@ def test_sit_release() -> None:
     assert known.licence == "MIT"
 
 
-def test_the_embedded_run_is_what_the_package_holds() -> None:
-    folder = DATA / "edm2"
+@pytest.mark.parametrize("run", ["edm2", "sit"])
+def test_the_embedded_runs_are_what_the_package_holds(run: str) -> None:
+    folder = DATA / run
     manifest = read_manifest(folder)
     names: list[str] = []
-    for name in ("digits-edm2", "digits-edm2-ema"):
+    for name in (f"digits-{run}", f"digits-{run}-ema"):
         known = load_catalogue().find(name)
         assert known.embedded
         assert known.urls() == {}
