@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 import yaml
 
 import merge_rl as mrl
+from benchmarks.moments import seconds
 from merge_rl.storage.model_file import save_checkpoint
 
 XS = {"model": "edm2", "img_resolution": 64, "img_channels": 4, "label_dim": 1000,
@@ -51,17 +51,6 @@ def read_once(folder: Path) -> None:
 def hash_once(folder: Path) -> None:
     opened = mrl.open_checkpoints(folder)
     opened.hash_files()
-
-
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median wall-clock time of a call, after one call to warm up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def command(arguments: list[str], out: Path, repeats: int) -> dict[str, float]:

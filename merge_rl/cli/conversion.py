@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merge_rl.cli.output import JsonFlag, ProgressTracker, print_json, print_table
+from merge_rl.cli.byte_tracker import ByteTracker
+from merge_rl.cli.output import JsonFlag, print_json, print_table
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def convert(
     if len(paths) < 2:
         raise ConfigError("expected what to convert and the folder to write to: SRC... DIR")
     *sources, folder = paths
-    with ProgressTracker(quiet=json, unit="MB") as tracker:
+    with ByteTracker(quiet=json) as tracker:
         result = run_convert(
             sources,
             folder,
@@ -84,26 +84,9 @@ def convert(
             name=name,
             licence=licence,
             num_heads=num_heads,
-            tracker=_Megabytes(tracker),
+            tracker=tracker,
         )
     _show(result, json=json)
-
-
-class _Megabytes:
-    """Passes bytes on as whole megabytes."""
-
-    def __init__(self, tracker: ProgressTracker) -> None:
-        self._tracker, self._bytes = tracker, 0
-
-    def phase(self, name: str, total: int) -> None:
-        self._tracker.phase(name, -(-total // 10**6))
-
-    def advance(self, count: int) -> None:
-        before, self._bytes = self._bytes, self._bytes + count
-        self._tracker.advance(self._bytes // 10**6 - before // 10**6)
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        self._tracker.event(event)
 
 
 def _show(result: ConvertResult, *, json: bool) -> None:

@@ -29,9 +29,6 @@ def register(app: typer.Typer) -> None:
 
 
 MODEL_HELP = "Model folder, or one .safetensors of a set."
-AUTOENCODER_HELP = (
-    "What makes images of latents: sd-vae-edm2 or sd-vae-sit. \\[default: of the set]"
-)
 
 
 def sample(
@@ -57,10 +54,8 @@ def sample(
     low_memory: options.LowMemory = False,
     fast: options.Fast = False,
     sampler_setting: options.Other = None,
-    autoencoder: Annotated[str | None, typer.Option(help=AUTOENCODER_HELP)] = None,
-    autoencoder_weights: Annotated[
-        str | None, typer.Option(help="Its weights: file, folder, or public name.")
-    ] = None,
+    autoencoder: options.Autoencoder = None,
+    autoencoder_weights: options.AutoencoderWeights = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 250,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json: Annotated[bool, JsonFlag] = False,

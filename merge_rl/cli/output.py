@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from rich.console import Console, JustifyMethod
@@ -64,26 +64,19 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.0f}/s" if speed else "-/s", style="cyan")
 
 
-class ProgressTracker:
-    """A bar on a terminal; elsewhere one plain line a round on stderr."""
+Tracking = TypeVar("Tracking", bound="BarTracker")
 
-    def __init__(self, *, quiet: bool = False, unit: str = "images") -> None:
-        console, self._unit = Console(stderr=True), unit
+
+class BarTracker:
+    """One bar at a time on a terminal; elsewhere a plain line when a phase begins."""
+
+    def __init__(self, *columns: ProgressColumn, quiet: bool) -> None:
+        console = Console(stderr=True)
         self._live = console.is_terminal and not quiet
         self._quiet, self._task = quiet, TaskID(0)
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not self._live,
-        )
+        self._progress = Progress(*columns, console=console, disable=not self._live)
 
-    def __enter__(self) -> ProgressTracker:
+    def __enter__(self: Tracking) -> Tracking:
         self._progress.start()
         return self
 
@@ -95,14 +88,18 @@ class ProgressTracker:
     ) -> None:
         self._progress.stop()
 
+    def size_text(self, total: int) -> str:
+        """How much a phase takes."""
+        return f"{total:,} images"
+
     def phase(self, name: str, total: int) -> None:
         """Start a bar for the next phase."""
         if self._progress.tasks:
             # One bar at a time: a column is as wide as its widest cell, seen or not.
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(name, total=total, note="")
+        self._task = self._progress.add_task(escape(name), total=total, note="")
         if not self._live and not self._quiet:
-            say(f"{escape(name)} ({total:,} {self._unit})")
+            say(f"{escape(name)} ({self.size_text(total)})")
 
     def advance(self, count: int) -> None:
         """Move the bar."""
@@ -110,11 +107,31 @@ class ProgressTracker:
             self._progress.advance(self._task, count)
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Show a round's outcome, or a warning."""
+        """Show a warning, or a note."""
         if event.get("kind") == "warning":
-            say(f"[yellow]warning:[/] {escape(event['text'])}")
+            say(f"[yellow]warning:[/] {escape(str(event['text']))}")
         if event.get("kind") == "note" and not self._quiet:
-            say(escape(event["text"]))
+            say(escape(str(event["text"])))
+
+
+class ProgressTracker(BarTracker):
+    """Images; a round of a search is one plain line on stderr where there is no terminal."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            quiet=quiet,
+        )
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Show a round's outcome, or a warning."""
+        super().event(event)
         if event.get("kind") != "round":
             return
         gap = event.get("gap")

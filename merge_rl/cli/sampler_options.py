@@ -19,6 +19,17 @@ SOLVER_HELP: Final = f"{', '.join(SOLVERS)} (dopri5 depends on the batch)."
 STEPS_HELP: Final = "Solver intervals; those of an SDE include the last one, without noise."
 FAST_HELP: Final = "On an accelerator: a compiled network in bfloat16."
 
+Autoencoder = Annotated[
+    str | None,
+    typer.Option(
+        "--autoencoder",
+        help="What makes images of latents: sd-vae-edm2 or sd-vae-sit. \\[default: of the set]",
+    ),
+]
+AutoencoderWeights = Annotated[
+    str | None,
+    typer.Option("--autoencoder-weights", help="Its weights: file, folder, or public name."),
+]
 Solver = Annotated[str | None, typer.Option("--solver", help=SOLVER_HELP, rich_help_panel=PANEL)]
 Steps = Annotated[int | None, typer.Option("--steps", help=STEPS_HELP, rich_help_panel=PANEL)]
 Guidance = Annotated[

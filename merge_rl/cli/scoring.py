@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from merge_rl.cli import sampler_options as options
-from merge_rl.cli.evaluation import AUTOENCODER_HELP, find_autoencoder, find_sampler
+from merge_rl.cli.evaluation import find_autoencoder, find_sampler
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -76,10 +76,8 @@ def evaluate(
     low_memory: options.LowMemory = False,
     fast: options.Fast = False,
     sampler_setting: options.Other = None,
-    autoencoder: Annotated[str | None, typer.Option(help=AUTOENCODER_HELP)] = None,
-    autoencoder_weights: Annotated[
-        str | None, typer.Option(help="Its weights: file, folder, or public name.")
-    ] = None,
+    autoencoder: options.Autoencoder = None,
+    autoencoder_weights: options.AutoencoderWeights = None,
     max_rows: Annotated[
         int, typer.Option(min=2, help="Rows of either set that kid, mmd and prdc compare.")
     ] = 10_000,

@@ -89,7 +89,9 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, rows: int, hidden_size: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(rows, hidden_size)
+        empty = torch.empty(rows, hidden_size)
+        given = empty if empty.is_meta else None  # drawing there would load a compiler
+        self.embedding_table = nn.Embedding(rows, hidden_size, _weight=given)
 
     def forward(self, labels: Tensor) -> Tensor:
         out: Tensor = self.embedding_table(labels)

@@ -36,7 +36,7 @@ def test_a_folder_becomes_a_set(snapshots: Path, shared_tiny: Path, mergerl: Com
     assert ended.out.splitlines()[-1] == "next: mergerl inspect ckpts"
     assert "tiny-0000200-0.050" in ended.out
     assert "200,704" in ended.out
-    assert "convert (1 MB)" in ended.err
+    assert "convert (65.2 kB)" in ended.err
     opened, first = mrl.open_checkpoints("ckpts"), mrl.open_checkpoints(shared_tiny, track="ema")
     assert (opened.names, opened.ema_std) == (first.names, first.ema_std)
     assert opened.nimg == [200_704, 200_704, 400_384, 400_384]
