@@ -50,8 +50,16 @@ class Searcher(Protocol):
     asks exactly what the interrupted one would have asked.
     """
 
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to ask; a method without an end never is."""
+        ...
+
     def ask(self) -> Tensor:
-        """The next population of thetas (P, D) float64."""
+        """The next population of thetas (P, D) float64; P may change from round to round.
+
+        Asking again before telling gives the same.
+        """
         ...
 
     def tell(self, thetas: Tensor, rewards: Tensor) -> None:
@@ -61,6 +69,15 @@ class Searcher(Protocol):
     @property
     def mean(self) -> Tensor:
         """The theta (D,) the searcher would report now."""
+        ...
+
+    @property
+    def finalists(self) -> Mapping[str, Tensor]:
+        """Thetas (D,) worth another look at the end, by what they are; `mean` is one of them."""
+        ...
+
+    def halve(self) -> None:
+        """Every candidate of the last round failed: halve step and exploration."""
         ...
 
     def damp(self, factor: float) -> None:

@@ -59,6 +59,14 @@ def resolve(kind: str, table: Mapping[str, str], name: str) -> Callable[..., Any
     return found
 
 
+def resolve_searcher(name: str) -> Callable[..., Any]:
+    """The factory of a searcher; of "nevergrad:CMA", that of the family "nevergrad"."""
+    family, colon, method = name.partition(":")
+    if colon and method and f"{family}:" in SEARCHERS:
+        return resolve("searcher", SEARCHERS, f"{family}:")
+    return resolve("searcher", SEARCHERS, name)
+
+
 def build_model(config: Mapping[str, Any]) -> Any:
     """A network in evaluation mode with random weights.
 

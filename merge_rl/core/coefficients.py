@@ -34,6 +34,9 @@ class CoefficientMap(Protocol):
     @property
     def dim(self) -> int: ...
     def __call__(self, theta: Tensor) -> Tensor: ...
+    def theta_of(self, coefficients: Tensor) -> Tensor:
+        """The theta (D,) that gives coefficients (G, K); ConfigError where none does."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,6 +88,16 @@ class AffineMap(_ShiftedInit):
         before, after = moves[:, : self.base], moves[:, self.base :]
         return self.init + torch.cat([before, -moves.sum(1, keepdim=True), after], dim=1)
 
+    def theta_of(self, coefficients: Tensor) -> Tensor:
+        """The inverse: rows must have the sum of `init`, to 1e-6."""
+        moves = _moves(coefficients, self.init, self.num_groups)
+        if float(moves.sum(1).abs().max()) > 1e-6:
+            sums = coefficients.reshape(self.num_groups, -1).sum(1).tolist()
+            total = float(self.init.sum())
+            raise ConfigError(f"the affine map keeps the sum {total:g} of a row, got {sums}")
+        others = torch.cat([moves[:, : self.base], moves[:, self.base + 1 :]], dim=1)
+        return others.flatten() / self.scale
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FreeMap(_ShiftedInit):
@@ -94,6 +107,10 @@ class FreeMap(_ShiftedInit):
 
     def __call__(self, theta: Tensor) -> Tensor:
         return self.init + self.scale * _rows(theta, self.num_groups, self.dim)
+
+    def theta_of(self, coefficients: Tensor) -> Tensor:
+        """The inverse."""
+        return _moves(coefficients, self.init, self.num_groups).flatten() / self.scale
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -124,6 +141,15 @@ class SoftmaxMap(_ShiftedInit):
     def __call__(self, theta: Tensor) -> Tensor:
         rows = _rows(theta, self.num_groups, self.dim)
         return torch.softmax(self.start.log() + self.scale * rows, dim=1)
+
+    def theta_of(self, coefficients: Tensor) -> Tensor:
+        """An inverse: of the thetas that give the same row, the one without a common offset."""
+        rows = coefficients.to(torch.float64).reshape(self.num_groups, -1)
+        if bool((rows <= 0).any()) or float((rows.sum(1) - 1).abs().max()) > 1e-6:
+            raise ConfigError(
+                f"the softmax map reaches rows above 0 with sum 1, got {rows.tolist()}"
+            )
+        return ((rows.log() - self.start.log()) / self.scale).flatten()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -174,6 +200,17 @@ class EmaMap:
         ends = (self.nimg[self.base] * factors[:, 1]).clamp(self.nimg.min(), self.nimg.max())
         rows = [self._row(end, width) for end, width in zip(ends, widths, strict=True)]
         return torch.stack(rows)
+
+    def theta_of(self, coefficients: Tensor) -> Tensor:
+        """Of the checkpoint at the start alone: which profile a row belongs to is not sought."""
+        origin = torch.zeros(self.dim, dtype=torch.float64)
+        rows = coefficients.to(torch.float64).reshape(self.num_groups, -1)
+        if not torch.equal(rows, self(origin)):
+            raise ConfigError(
+                "the ema map reaches EMA profiles alone, "
+                f"expected those of its start, got {rows.tolist()}"
+            )
+        return origin
 
     def _row(self, end: Tensor, width: Tensor) -> Tensor:
         if bool(end.isnan() | width.isnan()):
@@ -235,6 +272,13 @@ def _rows(theta: Tensor, num_groups: int, dim: int) -> Tensor:
     if tuple(theta.shape) != (dim,):
         raise ConfigError(f"expected theta of shape ({dim},), got {tuple(theta.shape)}")
     return theta.to(torch.float64).reshape(num_groups, -1)
+
+
+def _moves(coefficients: Tensor, init: Tensor, num_groups: int) -> Tensor:
+    expected = (num_groups, init.numel())
+    if tuple(coefficients.shape) != expected:
+        raise ConfigError(f"expected coefficients {expected}, got {tuple(coefficients.shape)}")
+    return coefficients.to(torch.float64) - init
 
 
 def _known(name: str, values: Sequence[float | None] | Tensor | None, length: int) -> Tensor:

@@ -19,6 +19,7 @@ from merge_rl.core.policy import (
     gaussian_log_prob,
     keep_top_fraction,
 )
+from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.rng import derive_seed, stream
 
@@ -101,9 +102,8 @@ class PolicyGradient:
     on the seed and on what was told, never on how often `ask` was called.
     """
 
-    def __init__(self, config: SearchConfig, dim: int, seed: int) -> None:
-        if dim < 1:
-            raise ConfigError(f"nothing to search: theta has {dim} dimensions (one checkpoint?)")
+    def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
+        dim = space.dim
         self.config, self.dim, self.seed = config, dim, seed
         self.round_index = 0
         self.damping = 1.0  # shrinks the step where the pool lags behind the policy
@@ -127,6 +127,16 @@ class PolicyGradient:
         """Policy mean (D,) float64."""
         value: Tensor = self._net()
         return value.detach().clone()
+
+    @property
+    def done(self) -> bool:
+        """Never: there is always another round."""
+        return False
+
+    @property
+    def finalists(self) -> dict[str, Tensor]:
+        """The policy mean."""
+        return {"mean": self.mean}
 
     @property
     def std(self) -> Tensor:
@@ -162,6 +172,12 @@ class PolicyGradient:
     def damp(self, factor: float) -> None:
         """Multiply the step by `factor` from now on, never below a tenth of the configured one."""
         self.damping = min(1.0, max(0.1, self.damping * factor))
+
+    def halve(self) -> None:
+        """Halve the step and the exploration for good."""
+        self.damping *= 0.5
+        with torch.no_grad():
+            self._log_std.sub_(math.log(2))
 
     def recenter(self, theta: Tensor) -> None:
         """Move the policy mean to theta (D,), where samples were finite, and forget momentum."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from merge_rl import registry
 from merge_rl.config import OptimizeConfig, SamplerConfig
 from merge_rl.core.compatibility import require_reward_solver, require_solver
+from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import BudgetError, MergeRLError, RunError
 from merge_rl.interfaces import NullTracker, Searcher, Tracker
 from merge_rl.storage.checkpoints import open_checkpoints
@@ -156,14 +157,22 @@ def _drive(
 
 def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
     """The searcher a config names, for the job's theta."""
-    factory = registry.resolve("searcher", registry.SEARCHERS, config.search.name)
-    searcher: Searcher = factory(config.search, job.map.dim, config.seed)
+    space = SearchSpace(
+        map=job.map,
+        names=tuple(job.checkpoints.names),
+        nimg=tuple(job.checkpoints.nimg),
+        ema_std=tuple(job.checkpoints.ema_std),
+        evaluations=max(1, config.budget // config.reward.images_per_candidate),
+    )
+    searcher: Searcher = registry.resolve_searcher(config.search.name)(
+        config.search, space, config.seed
+    )
     return searcher
 
 
 def check_names(config: OptimizeConfig) -> None:
     """Raise before any work for names that are not known and solvers no reward can use."""
-    registry.resolve("searcher", registry.SEARCHERS, config.search.name)
+    registry.resolve_searcher(config.search.name)
     check_reward(config)
     require_known(config.extractor or "")
     if config.autoencoder is not None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SearchConfig
+from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Searcher
-from merge_rl.registry import SEARCHERS, resolve
+from merge_rl.registry import SEARCHERS, resolve_searcher
 
 # Settings a searcher is tried with, beside its defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -38,7 +39,7 @@ def build(request: pytest.FixtureRequest) -> Build:
 
     def make(dim: int = DIM, seed: int = 0) -> Searcher:
         config = SearchConfig(name=name, population=12, **settings)
-        searcher: Searcher = resolve("searcher", SEARCHERS, name)(config, dim, seed)
+        searcher: Searcher = resolve_searcher(name)(config, SearchSpace.plain(dim), seed)
         return searcher
 
     return make

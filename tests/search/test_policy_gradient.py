@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SearchConfig
+from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.rng import stream
 from merge_rl.search.policy_gradient import EMANet, PolicyGradient
@@ -19,7 +20,7 @@ OPTIMUM = torch.tensor([2.0, -1.0, 0.5, 3.0], dtype=torch.float64)
 
 
 def build(dim: int = 4, seed: int = 0, **settings: Any) -> PolicyGradient:
-    return PolicyGradient(SearchConfig(**settings), dim, seed)
+    return PolicyGradient(SearchConfig(**settings), SearchSpace.plain(dim), seed)
 
 
 def quadratic(thetas: Tensor) -> Tensor:
