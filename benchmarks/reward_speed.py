@@ -38,10 +38,10 @@ from merge_rl.rng import image_seeds, stream
 from merge_rl.storage.checkpoints import open_checkpoints
 from merge_rl.storage.reference import load_reference
 from merge_rl.workflows.assemble import Job, build_job, resolve_config
-from merge_rl.workflows.optimize import make_searcher
 from merge_rl.workflows.pool import Pool, draw_subset
 from merge_rl.workflows.reward import InfluenceFrechet, RewardSource, SubsetFrechet
 from merge_rl.workflows.rollout import balanced_labels
+from merge_rl.workflows.search import make_searcher
 
 GOALS = {"exact": 12.0, "influence": 150.0, "error": 1e-6, "rank correlation": 0.95}
 
@@ -218,7 +218,7 @@ def digits(rounds: int) -> dict[str, Any]:
         config = resolve_config(config, opened)
         job = build_job(config, opened)
         source = RewardSource(name="fid", reference=load_reference(config.reference or ""))
-    size, settings = config.reward.subset_size, config.reward
+    size, settings = config.reward.images_per_subset, config.reward
     labels = balanced_labels(settings.pool_size, job.num_classes)
     found = []
     for seed in range(rounds):

@@ -31,8 +31,9 @@ SAMPLER = SamplerConfig(
     low_memory=True, precision="bfloat16", compile=True,
 )  # fmt: skip
 MERGE = MergeConfig(
-    map="softmax", start="uniform", scale=0.125, groups={"enc": r"\.enc\.", "später": "^dec: '#"}
-)
+    map="softmax", start="uniform", scale=0.125, max_abs=3.5, l2=0.25,
+    groups={"enc": r"\.enc\.", "später": "^dec: '#"},
+)  # fmt: skip
 REWARD = RewardConfig(
     name="other", pool_size=300, subset_size=40, num_subsets=2, num_replacements=3, refresh="4",
     refresh_size=17, max_gap=0.3,
@@ -40,7 +41,8 @@ REWARD = RewardConfig(
 SEARCH = SearchConfig(
     name="other", policy="mlp", population=6, antithetic=False, std=0.5, learn_std=True,
     learning_rate=1e-05, std_learning_rate=0.125, betas=(0.25, 0.75), decay=0.5, min_decay=0.25,
-    top_fraction=0.3, clip=math.inf, epochs=4,
+    top_fraction=0.3, clip=math.inf, epochs=4, update="adam", momentum=0.25, start_share=0.125,
+    final_share=0.25, incumbents=2,
 )  # fmt: skip
 EVALUATION = EvaluationConfig(num_images=60, repeats=5, selection_images=30)
 OPTIMIZE = OptimizeConfig(
@@ -181,7 +183,13 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (RewardConfig, {"refresh": "²"}, "a number of rounds >= 1, got '²'"),
     (RewardConfig, {"refresh_size": 0}, r"expected refresh_size in 1\.\.5000, got 0"),
     (RewardConfig, {"refresh_size": 5001}, r"expected refresh_size in 1\.\.5000, got 5001"),
-    (SearchConfig, {"population": 1}, "expected population >= 2, got 1"),
+    (SearchConfig, {"population": 0}, "expected population >= 1, got 0"),
+    (SearchConfig, {"update": "adm"}, "unknown update 'adm'; did you mean 'adam'"),
+    (SearchConfig, {"momentum": 1.0}, r"expected momentum in \[0, 1\), got 1.0"),
+    (SearchConfig, {"final_share": 0.5}, r"expected final_share in \[0, 0.5\), got 0.5"),
+    (SearchConfig, {"incumbents": -1}, "expected incumbents >= 0, got -1"),
+    (MergeConfig, {"max_abs": 0.0}, "expected max_abs finite and > 0, got 0.0"),
+    (MergeConfig, {"l2": -1.0}, "expected l2 finite and >= 0, got -1.0"),
     (SearchConfig, {"std": 0.0}, "expected std finite and > 0, got 0.0"),
     (SearchConfig, {"std": math.inf}, "expected std finite and > 0, got inf"),
     (SearchConfig, {"learning_rate": 0.0}, "expected learning_rate finite and > 0, got 0.0"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -18,108 +17,12 @@ from typing import Any, TypeVar
 
 from merge_rl.config.sampler import SamplerConfig as SamplerConfig
 from merge_rl.config.sampler import require
+from merge_rl.config.search import MergeConfig as MergeConfig
+from merge_rl.config.search import RewardConfig as RewardConfig
+from merge_rl.config.search import SearchConfig as SearchConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """How theta becomes coefficients."""
-
-    map: str = "affine"  # affine, free, softmax, ema
-    start: str = "newest"  # newest, uniform, or a checkpoint's name
-    scale: float = 0.05  # coefficient units of one unit of theta
-    groups: Mapping[str, str] = field(default_factory=dict)  # name -> regex of tensor names
-
-    def __post_init__(self) -> None:
-        require(0 < self.scale < math.inf, "scale", "finite and > 0", self.scale)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """The reward and its pool."""
-
-    name: str = "fid-subset"  # or a sum such as "fid-subset + 0.2 * fd-dinov2-subset"
-    pool_size: int = 5000  # N
-    subset_size: int = 100  # n: images a candidate replaces
-    num_subsets: int = 1  # Ns: different subsets a candidate is scored on
-    num_replacements: int = 1  # Nr: fresh sets of images for each subset
-    # rolling: some rows every round; or a number: all rows, every k rounds. The result of a search
-    # is the policy mean of the last refresh, the last one whose samples were seen to be sound.
-    refresh: str = "rolling"
-    refresh_size: int | None = None  # rows a rolling refresh renews; a tenth of the pool if unset
-    max_gap: float = 0.20  # running mean of the relative gap above which the loop acts
-
-    def __post_init__(self) -> None:
-        require(self.pool_size >= 2, "pool_size", ">= 2", self.pool_size)
-        require(self.subset_size >= 1, "subset_size", ">= 1", self.subset_size)
-        if self.subset_size > self.pool_size:
-            raise ConfigError(
-                f"the subset of {self.subset_size} images is larger than the pool of "
-                f"{self.pool_size}; expected subset_size <= pool_size"
-            )
-        require(self.num_subsets >= 1, "num_subsets", ">= 1", self.num_subsets)
-        require(self.num_replacements >= 1, "num_replacements", ">= 1", self.num_replacements)
-        require(self.max_gap > 0, "max_gap", "> 0", self.max_gap)
-        if self.refresh != "rolling":
-            require(
-                self.refresh.isdecimal() and int(self.refresh) >= 1,
-                "refresh", '"rolling" or a number of rounds >= 1', self.refresh,
-            )  # fmt: skip
-        if self.refresh_size is not None:
-            inside = 1 <= self.refresh_size <= self.pool_size
-            require(inside, "refresh_size", f"in 1..{self.pool_size}", self.refresh_size)
-
-    @property
-    def images_per_candidate(self) -> int:
-        """Images a candidate costs: Ns Nr n."""
-        return self.num_subsets * self.num_replacements * self.subset_size
-
-    @property
-    def rolling_size(self) -> int:
-        """Rows that a rolling refresh renews."""
-        return self.refresh_size or max(1, self.pool_size // 10)
-
-    def refresh_images(self, round_index: int) -> int:
-        """Rows that are renewed after a round, counted from 0."""
-        if self.refresh == "rolling":
-            return self.rolling_size
-        return self.pool_size if (round_index + 1) % int(self.refresh) == 0 else 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """The searcher; what `policy-gradient` reads is marked so in its own module."""
-
-    name: str = "policy-gradient"
-    policy: str = "direct"  # direct: a free mean; mlp: EMANet
-    population: int = 16  # P, candidates a round
-    antithetic: bool = True
-    std: float = 1.0  # of the policy, in theta units
-    learn_std: bool = False
-    learning_rate: float = 0.7  # Adam's, in theta units: about the step of one round
-    std_learning_rate: float = 0.05
-    betas: tuple[float, float] = (0.5, 0.9)
-    decay: float = 0.93  # of step and exploration, a round
-    min_decay: float = 0.1
-    top_fraction: float = 1.0  # kept for the update, by advantage
-    clip: float = 0.2
-    epochs: int = 1  # updates from one batch
-
-    def __post_init__(self) -> None:
-        require(self.population >= 2, "population", ">= 2", self.population)
-        require(0 < self.std < math.inf, "std", "finite and > 0", self.std)
-        for name in ("learning_rate", "std_learning_rate"):
-            rate = getattr(self, name)
-            require(0 < rate < math.inf, name, "finite and > 0", rate)
-        require(0 < self.decay <= 1, "decay", "in (0, 1]", self.decay)
-        require(0 < self.min_decay <= 1, "min_decay", "in (0, 1]", self.min_decay)
-        require(0 < self.top_fraction <= 1, "top_fraction", "in (0, 1]", self.top_fraction)
-        require(self.clip > 0, "clip", "> 0", self.clip)
-        require(self.epochs >= 1, "epochs", ">= 1", self.epochs)
-        good = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
-        require(good, "betas", "two numbers in [0, 1)", self.betas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +65,8 @@ class OptimizeConfig:
     licence: str | None = None  # of the merge; None: that of the checkpoints
     sampler: SamplerConfig | None = None
     merge: MergeConfig = field(default_factory=MergeConfig)
-    reward: RewardConfig = RewardConfig()
-    search: SearchConfig = SearchConfig()
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:

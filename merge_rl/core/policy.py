@@ -20,6 +20,11 @@ def antithetic_normal(count: int, dim: int, generator: torch.Generator) -> Tenso
     return torch.stack([half, -half], dim=1).reshape(-1, dim)[:count]
 
 
+def plain_normal(count: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Independent unit normal draws (count, dim) float64."""
+    return torch.randn(count, dim, generator=generator, dtype=torch.float64)
+
+
 def gaussian_log_prob(thetas: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log N(theta; mean, diag(std^2)) of each row: (P, D), (D,), (D,) -> (P,)."""
     z = (thetas - mean) / std

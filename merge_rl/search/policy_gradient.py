@@ -18,10 +18,15 @@ from merge_rl.core.policy import (
     clipped_policy_loss,
     gaussian_log_prob,
     keep_top_fraction,
+    plain_normal,
 )
 from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.rng import derive_seed, stream
+from merge_rl.search.natural_gradient import POPULATION, NaturalGradient
+
+POLICIES = ("direct", "mlp")
+RATE = 0.7  # Adam's, in theta units: about the step of one round
 
 
 class DirectMean(nn.Module):
@@ -92,7 +97,39 @@ def make_mean(policy: str, dim: int, seed: int) -> DirectMean | EMANet:
         return DirectMean(dim)
     if policy == "mlp":
         return EMANet(dim, stream(seed, "search", "emanet"))
-    raise UnknownNameError("policy", policy, ("direct", "mlp"))
+    raise UnknownNameError("policy", policy, POLICIES)
+
+
+class PolicyGradientFamily:
+    """Makes the policy gradient with the update that a config names: "natural" or "adam".
+
+    Where it names none: Adam for a policy that is a network, the natural gradient otherwise.
+    """
+
+    def __call__(
+        self, config: SearchConfig, space: SearchSpace, seed: int
+    ) -> NaturalGradient | PolicyGradient:
+        """A searcher of this space."""
+        if config.policy not in POLICIES:
+            raise UnknownNameError("policy", config.policy, POLICIES)
+        update = config.update or ("adam" if config.policy == "mlp" else "natural")
+        if update == "adam":
+            return PolicyGradient(config, space, seed)
+        if config.policy != "direct":
+            raise ConfigError(
+                f"the natural update needs the policy 'direct', got {config.policy!r}"
+            )
+        return NaturalGradient(config, space, seed)
+
+    def population_of(self, config: SearchConfig) -> int:
+        """Candidates of a round; a gradient needs at least 2."""
+        count = POPULATION if config.population is None else config.population
+        if count < 2:
+            raise ConfigError(f"policy-gradient needs a population >= 2, got {count}")
+        return count
+
+
+policy_gradient = PolicyGradientFamily()
 
 
 class PolicyGradient:
@@ -111,13 +148,14 @@ class PolicyGradient:
         log_std = torch.full((dim,), math.log(config.std), dtype=torch.float64)
         self._log_std = nn.Parameter(log_std, requires_grad=config.learn_std)
         # Divided by the reach, the rate is in theta units for either network.
-        mean_rate = config.learning_rate / self._net.reach
+        rate = RATE if config.learning_rate is None else config.learning_rate
+        mean_rate = rate / self._net.reach
         self._optimizer = torch.optim.Adam(
             [
                 {"params": list(self._net.parameters()), "rate": mean_rate},
                 {"params": [self._log_std], "rate": config.std_learning_rate},
             ],
-            lr=config.learning_rate,
+            lr=rate,
             betas=config.betas,
             foreach=False,
         )
@@ -145,8 +183,9 @@ class PolicyGradient:
 
     def ask(self) -> Tensor:
         generator = stream(self.seed, "search", "ask", self.round_index)
-        draw = antithetic_normal if self.config.antithetic else _plain_normal
-        return self.mean + self.std * draw(self.config.population, self.dim, generator)
+        draw = antithetic_normal if self.config.antithetic else plain_normal
+        count = self.config.population or POPULATION
+        return self.mean + self.std * draw(count, self.dim, generator)
 
     def tell(self, thetas: Tensor, rewards: Tensor) -> None:
         """One policy-gradient update from rewards (P,) of thetas (P, D); NaN ranks last."""
@@ -226,7 +265,3 @@ def _blank_linear(inputs: int, outputs: int) -> nn.Linear:
         nn.Linear, inputs, outputs, dtype=torch.float64
     )
     return blank
-
-
-def _plain_normal(count: int, dim: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(count, dim, generator=generator, dtype=torch.float64)

@@ -11,14 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from merge_rl import registry
-from merge_rl.config import MergeConfig, OptimizeConfig, SamplerConfig, from_mapping
+from merge_rl.config import (
+    MergeConfig,
+    OptimizeConfig,
+    RewardConfig,
+    SamplerConfig,
+    from_mapping,
+)
+from merge_rl.config.search import SUBSET_SIZE
 from merge_rl.core.coefficients import (
+    BoundedMap,
     CoefficientMap,
     initial_coefficients,
     make_map,
 )
 from merge_rl.core.live_model import LiveModel
 from merge_rl.core.merging import Checkpoints
+from merge_rl.core.whitening import weight_gram
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.storage.checkpoints import CheckpointSet
@@ -33,6 +42,8 @@ from merge_rl.workflows.reward_assembly import Target, build_reward
 from merge_rl.workflows.reward_sum import RewardSum
 from merge_rl.workflows.rollout import MergedRollout, Rollout
 from merge_rl.workflows.weights import Announce, is_public
+
+LEAST_IMAGES, LOOKS = 250, 200  # of a candidate that is scored on its own images alone
 
 
 def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfig:
@@ -57,6 +68,7 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
     decoder = config.autoencoder_weights or (defaults.autoencoder_weights if own else None)
     return dataclasses.replace(
         config,
+        reward=resolve_reward(config),
         checkpoints=_absolute(config.checkpoints),
         sampler=sampler,
         extractor=extractor,
@@ -70,6 +82,20 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
     )
 
 
+def resolve_reward(config: OptimizeConfig) -> RewardConfig:
+    """The reward with name and size filled in: those that suit the searcher and the budget.
+
+    A candidate that is scored on its own images alone needs more of them than one that replaces
+    part of a pool: a two-hundredth of the budget, which leaves about as many looks.
+    """
+    name = config.reward.name or registry.default_reward(config.search.name)
+    reward = dataclasses.replace(config.reward, name=name)
+    if reward.subset_size is not None:
+        return reward
+    own = max(LEAST_IMAGES, config.budget // LOOKS)
+    return dataclasses.replace(reward, subset_size=SUBSET_SIZE if reward.pooled else own)
+
+
 def _absolute(path: str | Path) -> str:
     return str(Path(path).resolve())
 
@@ -79,23 +105,27 @@ def _weights(source: str | Path) -> str:
     return str(source) if is_public(str(source)) else _absolute(source)
 
 
-def build_map(checkpoints: CheckpointSet, merge: MergeConfig, num_groups: int) -> CoefficientMap:
-    """The map from theta to coefficients for this set."""
+def build_map(
+    checkpoints: CheckpointSet, merge: MergeConfig, num_groups: int, gram: Tensor | None = None
+) -> CoefficientMap:
+    """The map from theta to coefficients for this set; "whitened" needs its `gram` (G, K, K)."""
     base = base_index(checkpoints, merge.start)
     named = merge.start in checkpoints.names
-    start = "newest" if named else merge.start
+    start = "newest" if named or merge.start == "auto" else merge.start
     init = initial_coefficients(start, num_checkpoints=len(checkpoints), base=base)
     nimg = checkpoints.nimg
-    return make_map(
+    made = make_map(
         merge.map,
         num_checkpoints=len(checkpoints),
         num_groups=num_groups,
         base=base,
-        scale=merge.scale,
+        scale=merge.unit,
         init=init,
         nimg=None if any(n is None for n in nimg) else [int(n or 0) for n in nimg],
         ema_std=checkpoints.ema_std,
+        gram=gram,
     )
+    return made if merge.max_abs is None else BoundedMap(made, merge.max_abs)
 
 
 def cpu_workers(device: str) -> int:
@@ -160,6 +190,7 @@ def build_job(
     )
     built = build_reward(config, own, announce)
     live = LiveModel(model, flat)
+    gram = weight_gram(flat) if config.merge.map == "whitened" else None
     sampler = config.sampler or SamplerConfig()
     rollout = Rollout(
         model,
@@ -175,7 +206,7 @@ def build_job(
     return Job(
         checkpoints=checkpoints,
         flat=flat,
-        map=build_map(checkpoints, config.merge, len(plan.groups.names)),
+        map=build_map(checkpoints, config.merge, len(plan.groups.names), gram),
         group_names=plan.groups.names,
         rollout=MergedRollout(live, rollout.with_extractor(built.extractor)),
         final_rollout=MergedRollout(live, rollout),

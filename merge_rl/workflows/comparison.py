@@ -14,12 +14,11 @@ from merge_rl.config.sampler import sde_counterpart
 from merge_rl.core.compatibility import VELOCITY, prediction_of
 from merge_rl.core.intervals import Interval
 from merge_rl.interfaces import Tracker
-from merge_rl.rng import image_seeds
-from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.generated import sampler_summary
-from merge_rl.workflows.rollout import MergedRollout, balanced_labels
-from merge_rl.workflows.scoring import Scorer, improvement, summarize
+from merge_rl.workflows.rollout import MergedRollout
+from merge_rl.workflows.score_store import ScoreStore
+from merge_rl.workflows.scoring import improvement, summarize
 
 ENTRIES = ("start", "uniform", "best single", "result")
 
@@ -105,39 +104,13 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-class _Scores:
-    """Scores by key, each written to the run as soon as it is known."""
-
-    def __init__(self, job: Job, run: RunDir, seed: int) -> None:
-        self.job, self.run, self.seed = job, run, seed
-        self.known: dict[str, dict[str, float | None]] = run.read("scores.json") or {}
-        self.scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
-
-    def get(
-        self,
-        key: str,
-        coefficients: Tensor,
-        count: int,
-        *stream: str | int,
-        merged: MergedRollout | None = None,
-    ) -> dict[str, float]:
-        """Score of `count` images from the stream; from the file if it is known already."""
-        merged = merged or self.job.final_rollout
-        if key not in self.known:
-            noise = merged.rollout.noise(image_seeds(count, self.seed, *stream))
-            labels = balanced_labels(count, self.job.num_classes)
-            features = merged.features(coefficients, noise, labels)
-            score = self.scorer.score(features)
-            # NaN has no place in JSON.
-            self.known[key] = {k: None if math.isnan(v) else v for k, v in score.items()}
-            self.run.write("scores.json", self.known)
-        else:
-            merged.rollout.on_images(count)
-        return {k: math.nan if v is None else v for k, v in self.known[key].items()}
-
-
 def compare(
-    config: OptimizeConfig, job: Job, coefficients: Tensor, run: RunDir, tracker: Tracker
+    config: OptimizeConfig,
+    job: Job,
+    start: Tensor,
+    coefficients: Tensor,
+    scores: ScoreStore,
+    tracker: Tracker,
 ) -> Comparison:
     """Score the four on seeds that nothing was chosen by; finished scores are not repeated.
 
@@ -146,7 +119,6 @@ def compare(
     """
     settings = config.evaluation
     count = len(job.checkpoints)
-    scores = _Scores(job, run, config.seed)
     job.final_rollout.rollout.on_images = tracker.advance
     tracker.phase("best single", count * settings.selection_images)
     found = [
@@ -160,7 +132,7 @@ def compare(
     ]
     best = min(range(count), key=lambda i: (math.isnan(found[i]), found[i], i))
     entries = {
-        "start": job.map(job.map_origin),
+        "start": start,
         "uniform": job.coefficients(None),
         "best single": job.coefficients(best),
         "result": coefficients,
@@ -181,7 +153,7 @@ def _compare_sde(
     config: OptimizeConfig,
     job: Job,
     entries: Mapping[str, Tensor],
-    scores: _Scores,
+    scores: ScoreStore,
     tracker: Tracker,
 ) -> SamplerComparison | None:
     """Start and result under the SDE, for networks whose public scores come from either sampler."""

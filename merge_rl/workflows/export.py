@@ -196,7 +196,7 @@ def write_merged(
     ordered = {name: weights[name] for name in checkpoints.tensors}
     how = (
         f"Found by merge_rl {__version__} with the searcher `{config.search.name}` and the "
-        f"reward `{config.reward.name}`, {config.budget} generated images at most, seed "
+        f"reward `{config.reward.text}`, {config.budget} generated images at most, seed "
         f"{config.seed}."
     )
     facts = set_facts(checkpoints, job.group_names, coefficients, "float32", how, licence)

@@ -128,8 +128,9 @@ def base_index(checkpoints: CheckpointSet, start: str) -> int:
     """The checkpoint that coefficients start from and buffers are carried from."""
     if start in checkpoints.names:
         return checkpoints.names.index(start)
-    if start not in ("newest", "uniform"):
-        raise UnknownNameError("checkpoint", start, ("newest", "uniform", *checkpoints.names))
+    if start not in ("auto", "newest", "uniform"):
+        known = ("auto", "newest", "uniform", *checkpoints.names)
+        raise UnknownNameError("checkpoint", start, known)
     return checkpoints.newest
 
 

@@ -41,11 +41,11 @@ class BuiltReward:
 
 def check_reward(config: OptimizeConfig) -> None:
     """Raise before any work for a reward that is not known, or that lacks statistics."""
-    terms = parse_reward(config.reward.name)
+    terms = parse_reward(config.reward.text)
     for name in _others(terms, config.extractor):
         if name not in config.extra_references:
             raise ConfigError(
-                f"the reward {config.reward.name!r} compares features of {name!r}: it needs "
+                f"the reward {config.reward.text!r} compares features of {name!r}: it needs "
                 f"statistics of real data, --reference {name}=PATH"
             )
     used = set(_others(terms, config.extractor))
@@ -53,7 +53,7 @@ def check_reward(config: OptimizeConfig) -> None:
         spare = sorted(set(given) - used)
         if spare:
             raise ConfigError(
-                f"the reward {config.reward.name!r} has no use for a file of {spare[0]!r}, "
+                f"the reward {config.reward.text!r} has no use for a file of {spare[0]!r}, "
                 f"expected files of {', '.join(sorted(used)) or 'no other extractor'}"
             )
     full = [term.name for term in terms if term.base.endswith("-full")]
@@ -68,7 +68,7 @@ def build_reward(
 
     `announce` hears of downloads.
     """
-    terms = parse_reward(config.reward.name)
+    terms = parse_reward(config.reward.text)
     targets: dict[str | None, Target] = {}
     hashes: dict[str, str | None] = {}
     for name in dict.fromkeys(_extractor_of(term, config.extractor) for term in terms):

@@ -45,7 +45,10 @@ class RewardSum:
         # Terms of one extractor are given one object, which they recognise.
         self._views = PoolCache(lambda pool: {span: pool.columns(*span) for span in spans})
 
-    def _view(self, pool: Pool, term: WeightedReward) -> Pool:
+    def _view(self, pool: Pool | None, term: WeightedReward) -> Pool:
+        if pool is None:
+            # Rewards of a candidate's own images do not look at it.
+            return None  # type: ignore[return-value]
         return self._views(pool)[term.start, term.stop]
 
     def pool_distance(self, pool: Pool) -> float:
@@ -54,8 +57,11 @@ class RewardSum:
             term.weight * term.reward.pool_distance(self._view(pool, term)) for term in self.terms
         )
 
-    def scores(self, pool: Pool, draws: Sequence[Draw]) -> Scores:
-        """Rewards of candidates, NaN where a term is, and the terms by name before weighting."""
+    def scores(self, pool: Pool | None, draws: Sequence[Draw]) -> Scores:
+        """Rewards of candidates, NaN where a term is, and the terms by name before weighting.
+
+        Without a pool every term must be one that scores a candidate's own images.
+        """
         terms = {}
         for term in self.terms:
             own = [(rows, features[..., term.start : term.stop]) for rows, features in draws]

@@ -17,16 +17,22 @@ from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.rng import image_seeds, stream
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
+from merge_rl.workflows.incumbents import Incumbents
 from merge_rl.workflows.pool import Pool, draw_subset, pool_gap
 from merge_rl.workflows.reward_sum import Scores
 from merge_rl.workflows.rollout import balanced_labels
 
 DAMP, RECOVER = 0.7, 1.15  # what a gap does to the step, and how it comes back
+FAILED_ROUNDS = 3  # running, in which every candidate fails, end a search
 GAP_MEMORY = 0.7  # of the running mean: one refresh alone is mostly chance
 
 
 class SearchLoop:
     """The search of one run: owns pool, searcher and counters; saves all of them every round.
+
+    It begins at `start` with `spent` images used, and no round begins that would take it beyond
+    `limit`, the whole budget if not said. Rewards that score a candidate's own images alone need
+    no pool, and make none.
 
     Common random numbers: all candidates of a round see the same noise, labels and replaced rows;
     every round draws new ones. The pool holds images of the policy mean: rows are renewed round
@@ -34,36 +40,58 @@ class SearchLoop:
     """
 
     def __init__(
-        self, config: OptimizeConfig, job: Job, searcher: Searcher, run: RunDir, tracker: Tracker
+        self,
+        config: OptimizeConfig,
+        job: Job,
+        searcher: Searcher,
+        run: RunDir,
+        tracker: Tracker,
+        *,
+        start: Tensor | None = None,
+        spent: int = 0,
+        limit: int | None = None,
     ) -> None:
         self.config, self.job, self.searcher = config, job, searcher
         self.run_dir, self.tracker = run, tracker
         self.reward = job.reward
-        self.round_index = self.images = self.cursor = 0
+        self.limit = config.budget if limit is None else limit
+        self.round_index = self.cursor = self.failed_rounds = 0
+        self.images = spent
         self.gap_mean = 0.0
+        if start is not None:
+            searcher.recenter(start)
         self.result_theta = searcher.mean  # the last policy mean whose samples were finite
+        self.incumbents = Incumbents.empty(job.map.dim, config.search.incumbents)
         self.pool: Pool | None = None
         job.rollout.rollout.on_images = tracker.advance
 
     def run(self) -> None:
         """From the resume point, or the beginning, until the budget is used up."""
-        self.tracker.phase("search", self.config.budget)
+        self.tracker.phase("search", self.limit)
         try:
-            self._restore()
+            begun = self._restore()
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__} {error}".split())
             path = self.run_dir.state_path
             raise RunError(f"{path}: damaged resume point: {reason}") from None
         self.tracker.advance(self.images)
-        if self.pool is None:
-            self._first_pool()
-        while self.images + self._round_cost() <= self.config.budget:
-            self._round()
+        if not begun:
+            if self.config.reward.pooled:
+                self._first_pool()
+            self._save()
+        while self.failed_rounds < FAILED_ROUNDS and not self.searcher.done:
+            thetas = self.searcher.ask()
+            if self.images + self._round_cost(len(thetas)) > self.limit:
+                break
+            self._round(thetas)
+        if self.failed_rounds >= FAILED_ROUNDS:
+            text = f"all candidates failed in {FAILED_ROUNDS} rounds running: the search ends early"
+            self.tracker.event({"kind": "warning", "text": text})
 
-    def _round_cost(self) -> int:
+    def _round_cost(self, candidates: int) -> int:
         reward = self.config.reward
-        candidates = self.config.search.population * reward.images_per_candidate
-        return candidates + reward.refresh_images(self.round_index)
+        refresh = reward.refresh_images(self.round_index) if reward.pooled else 0
+        return candidates * reward.images_per_candidate + refresh
 
     def _generate(self, theta: Tensor, labels: Tensor, *names: str | int) -> Tensor:
         """Features of images at theta; the noise comes from the stream called `names`."""
@@ -83,15 +111,18 @@ class SearchLoop:
                 "choose another with --start"
             )
         self.pool = Pool.of(features, labels)
-        self._save()
 
-    def _round(self) -> None:
+    def _round(self, thetas: Tensor) -> None:
         began = time.monotonic()
-        thetas = self.searcher.ask()
         rewards, terms = self._evaluate(thetas)
-        before = self.reward.pool_distance(self._pool)
+        rewards = rewards - self._penalties(thetas)
+        pooled = self.config.reward.pooled
+        before = self.reward.pool_distance(self._pool) if pooled else None
+        share = self.config.reward.images_per_subset / len(self._pool) if pooled else 1.0
+        self.incumbents = self.incumbents.with_round(thetas, rewards, before, share)
         self.searcher.tell(thetas, rewards)
-        refresh = self._refresh(before)
+        self._note_failures(rewards)
+        refresh = self._refresh(before) if before is not None else self._no_refresh()
         event = {
             "kind": "round",
             "round": self.round_index,
@@ -111,6 +142,30 @@ class SearchLoop:
         self._save()
         self.tracker.event(event)
 
+    def _penalties(self, thetas: Tensor) -> Tensor:
+        """What large coefficients cost each candidate, (P,), in units of its reward.
+
+        l2 is in FID: where a candidate moves a part of the pool alone, it counts for that part.
+        """
+        if self.config.merge.l2 == 0:
+            return torch.zeros(len(thetas), dtype=torch.float64)
+        reward = self.config.reward
+        share = reward.images_per_subset / reward.pool_size if reward.pooled else 1.0
+        squares = [self.job.map(theta).square().sum(1).mean() for theta in thetas]
+        return self.config.merge.l2 * share * torch.stack(squares)
+
+    def _note_failures(self, rewards: Tensor) -> None:
+        if bool(rewards.isnan().all()):
+            self.searcher.halve()
+            self.failed_rounds += 1
+        else:
+            self.failed_rounds = 0
+
+    def _no_refresh(self) -> dict[str, Any]:
+        if self.failed_rounds == 0:
+            self.result_theta = self.searcher.mean
+        return {"pool_after": None, "gap": None, "refreshed": 0}
+
     @property
     def _pool(self) -> Pool:
         if self.pool is None:  # pragma: no cover (run() makes it first)
@@ -122,8 +177,7 @@ class SearchLoop:
         reward, index = self.config.reward, self.round_index
         draws = []
         for s in range(reward.num_subsets):
-            generator = stream(self.config.seed, "subset", index, s)
-            rows = draw_subset(self._pool.labels, reward.subset_size, generator)
+            rows = self._rows(s)
             for r in range(reward.num_replacements):
                 draws.append((rows, self._noise(len(rows), "round", index, s, r)))
         made = [self._features_of(theta, draws) for theta in thetas]
@@ -132,14 +186,22 @@ class SearchLoop:
             (rows, torch.stack(own))
             for (rows, _), own in zip(draws, zip(*made, strict=True), strict=True)
         ]
-        return self.reward.scores(self._pool, scored)
+        return self.reward.scores(self.pool, scored)
+
+    def _rows(self, subset: int) -> Tensor:
+        """Rows of the pool that a candidate's images stand for; without a pool, just numbers."""
+        count = self.config.reward.images_per_subset
+        if self.pool is None:
+            return torch.arange(count)
+        generator = stream(self.config.seed, "subset", self.round_index, subset)
+        return draw_subset(self.pool.labels, count, generator)
 
     def _features_of(self, theta: Tensor, draws: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Features (n, D) of a candidate's images, for every draw."""
         coefficients = self.job.map(theta)
         made = []
         for rows, noise in draws:
-            labels = self._pool.labels[rows]
+            labels = rows % max(self.job.num_classes, 1)  # classes take turns, as in the pool
             made.append(self.job.rollout.features(coefficients, noise, labels))
             self.images += len(rows)
         return made
@@ -165,7 +227,7 @@ class SearchLoop:
         # is budget, so that the next round is measured against what the policy makes now.
         self.searcher.damp(DAMP)
         self.gap_mean = 0.0
-        if self.images + count <= self.config.budget:
+        if self.images + count <= self.limit:
             again = self._renew(count, 1)
             if again is None:
                 self.searcher.recenter(previous)
@@ -189,42 +251,48 @@ class SearchLoop:
 
     def _save(self) -> None:
         state = self.searcher.state_dict()
-        pool = self._pool
         tensors = {f"searcher.{k}": v for k, v in state["tensors"].items()}
-        tensors |= {
-            "pool.features": pool.features,
-            "pool.labels": pool.labels,
-            "pool.mean": pool.stats.mean,
-            "pool.cov": pool.stats.cov,
-            "result_theta": self.result_theta,
-        }
-        tensors |= {f"reward.{k}": v for k, v in self.reward.state_dict(pool).items()}
+        tensors |= {"result_theta": self.result_theta, **self.incumbents.state_dict()}
+        if self.pool is not None:
+            tensors |= {
+                "pool.features": self.pool.features,
+                "pool.labels": self.pool.labels,
+                "pool.mean": self.pool.stats.mean,
+                "pool.cov": self.pool.stats.cov,
+            }
+            tensors |= {f"reward.{k}": v for k, v in self.reward.state_dict(self.pool).items()}
         scalars = {
             "round_index": self.round_index,
             "images": self.images,
             "cursor": self.cursor,
             "gap_mean": self.gap_mean,
+            "failed_rounds": self.failed_rounds,
             "searcher": state["scalars"],
         }
         self.run_dir.save_state(tensors, scalars)
 
-    def _restore(self) -> None:
+    def _restore(self) -> bool:
+        """Whether there was a resume point to go on from."""
         saved = self.run_dir.load_state()
         if saved is None:
             self.run_dir.keep_events_before(0)
-            return
+            return False
         tensors, scalars = saved
         self.round_index, self.images = scalars["round_index"], scalars["images"]
         self.cursor, self.gap_mean = scalars["cursor"], scalars["gap_mean"]
+        self.failed_rounds = scalars["failed_rounds"]
         self.result_theta = tensors["result_theta"]
-        features = tensors["pool.features"]
-        # The moments as they were, not recomputed: an update chain ends in other last bits.
-        stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
-        self.pool = Pool(features, tensors["pool.labels"], stats)
-        self.reward.load_state_dict(self.pool, _below(tensors, "reward."))
+        self.incumbents = self.incumbents.restored(tensors)
+        if self.config.reward.pooled:
+            features = tensors["pool.features"]
+            # The moments as they were, not recomputed: an update chain ends in other last bits.
+            stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
+            self.pool = Pool(features, tensors["pool.labels"], stats)
+            self.reward.load_state_dict(self.pool, _below(tensors, "reward."))
         own = _below(tensors, "searcher.")
         self.searcher.load_state_dict({"tensors": own, "scalars": scalars["searcher"]})
         self.run_dir.keep_events_before(self.round_index)
+        return True
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -161,7 +161,8 @@ def test_options_override_the_file_and_set_overrides_options(
     written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert (written["seed"], written["budget"]) == (8, 95)
     assert written["merge"] == {
-        "map": "free", "start": "newest", "scale": 0.1, "groups": {"enc": "\\.enc\\."},
+        "map": "free", "start": "auto", "scale": 0.1, "groups": {"enc": "\\.enc\\."},
+        "max_abs": None, "l2": 0.0,
     }  # fmt: skip
     # One setting of the sampler in the file; the set's own stay.
     assert (written["sampler"]["rho"], written["sampler"]["num_steps"]) == (5.0, 2)

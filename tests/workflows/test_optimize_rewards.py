@@ -107,9 +107,13 @@ def test_every_reward_searches_and_resumes(
     config = settings(tiny_config, shared_tiny, files, reward)
     whole = mrl.optimize(shared_tiny, out=tmp_path / "whole", config=config)
     events = RunDir.open(whole.run_dir).events()
-    assert len(events) == 3
+    # 110 images: a pool of 20 and rounds of 2 x 10 with a refresh of 10; or rounds of 20 alone.
+    pooled = config.reward.pooled
+    assert pooled == (not reward.endswith("full") or "+" in reward)
+    assert len(events) == (3 if pooled else 5)
+    assert all((event["pool_before"] is None) != pooled for event in events)
     assert all(isinstance(r, float) for event in events for r in event["rewards"])
-    assert len({tuple(event["theta"]) for event in events}) == 3
+    assert len({tuple(event["theta"]) for event in events}) == len(events)
     # The comparison is in FID to the set's reference, whatever was searched for.
     assert whole.comparison.as_dict()["metric"] == "fid"
     assert whole.comparison.references == ["reference"]

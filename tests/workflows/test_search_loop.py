@@ -19,10 +19,10 @@ from merge_rl.interfaces import NullTracker, Searcher
 from merge_rl.storage.checkpoints import open_checkpoints
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job, build_job, resolve_config
-from merge_rl.workflows.optimize import make_searcher
 from merge_rl.workflows.pool import Pool
 from merge_rl.workflows.reward_sum import Scores
 from merge_rl.workflows.rollout import MergedRollout
+from merge_rl.workflows.search import make_searcher
 from merge_rl.workflows.search_loop import DAMP, GAP_MEMORY, RECOVER, SearchLoop
 
 TinyConfig = Callable[..., OptimizeConfig]
@@ -40,10 +40,22 @@ class Steps:
         self.told: list[Tensor] = []
         self.damped: list[float] = []
         self.recentered: list[float] = []
+        self.halved = 0
+
+    @property
+    def done(self) -> bool:
+        return False
 
     @property
     def mean(self) -> Tensor:
         return self.value.clone()
+
+    @property
+    def finalists(self) -> dict[str, Tensor]:
+        return {"mean": self.mean}
+
+    def halve(self) -> None:
+        self.halved += 1
 
     def ask(self) -> Tensor:
         return self.value + torch.arange(POPULATION, dtype=torch.float64)[:, None] / 10
@@ -200,6 +212,74 @@ def test_a_round_in_which_all_fail_teaches_nothing(build: Build) -> None:
     assert event["failed"] == 4
     assert event["rewards"] == [None] * 4
     assert event["theta"] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["fid-subset", "fid-full"])
+def test_three_rounds_in_which_all_fail_end_the_search(kind: str, build: Build) -> None:
+    # Round 0 is sound; in every later one all candidates fail, while refreshes stay sound.
+    per_round = 5 if kind == "fid-subset" else 4
+    first = 1 if kind == "fid-subset" else 0
+    bad = [
+        first + per_round * r + i for r in range(1, 9) for i in range(4)
+    ]  # fmt: skip
+    searcher = Steps(3)
+    built = build(spoil(*bad), searcher, budget=1000, reward={"name": kind})
+    events = built.play()
+    assert [event["failed"] for event in events] == [0, 4, 4, 4]
+    assert searcher.halved == 3
+    assert built.loop.failed_rounds == 3
+    # The mean of a round in which nothing was learnt is no news where nothing saw it.
+    assert float(built.loop.result_theta[0]) == (4 if kind == "fid-subset" else 1)
+    # What ended stays ended.
+    again = SearchLoop(built.loop.config, built.job, Steps(3), built.run, NullTracker())
+    again.run()
+    assert len(built.run.events()) == 4
+
+
+def test_a_sound_round_forgives_failed_ones(build: Build) -> None:
+    searcher = Steps(3)
+    built = build(spoil(*range(1, 5), *range(6, 10)), searcher, budget=190)
+    assert [event["failed"] for event in built.play()] == [4, 4, 0]
+    assert (searcher.halved, built.loop.failed_rounds) == (2, 0)
+
+
+def test_large_coefficients_cost_what_l2_says(build: Build) -> None:
+    # Script gives -1 to everyone; 10 of 40 rows: a quarter of 0.4 times the sum of squares.
+    searcher = Steps(3)
+    built = build(marked, searcher, distances=[8.0], budget=90, merge={"l2": 0.4})
+    (event,) = built.play()
+    thetas = torch.tensor(event["candidates"], dtype=torch.float64)
+    squares = torch.stack([built.job.map(theta).square().sum() for theta in thetas])
+    expected = -1 - 0.25 * 0.4 * squares
+    assert event["rewards"] == pytest.approx(expected.tolist())
+    assert len(set(event["rewards"])) == 4
+
+
+def test_the_search_begins_where_it_is_told(build: Build) -> None:
+    built = build(marked, Steps(3), distances=[8.0], budget=150)
+    start = torch.full((3,), 0.25, dtype=torch.float64)
+    loop = SearchLoop(
+        built.loop.config, built.job, Steps(3), built.run, NullTracker(), start=start, spent=7,
+        limit=110,
+    )  # fmt: skip
+    loop.run()
+    (event,) = built.run.events()
+    assert event["candidates"][0] == [0.25] * 3
+    assert event["images"] == loop.images == 7 + 40 + 50
+    assert float(loop.result_theta[0]) == 1.25
+
+
+def test_without_a_pool_every_image_is_a_candidates(build: Build) -> None:
+    reward = {"name": "fid-full"}
+    built = build(budget=109, reward=reward)
+    first, second = built.play()
+    assert built.calls == [10] * 8
+    assert built.loop.pool is None
+    assert (first["images"], second["images"]) == (40, 80)
+    assert first["pool_after"] is first["gap"] is None
+    assert torch.equal(built.loop.result_theta, built.loop.searcher.mean)
+    best = max(first["rewards"] + second["rewards"])
+    assert float(built.loop.incumbents.scores[0]) == best
 
 
 def test_a_map_that_fails_is_a_failed_candidate(build: Build) -> None:
