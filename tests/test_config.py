@@ -46,7 +46,8 @@ SEARCH = SearchConfig(
 )  # fmt: skip
 EVALUATION = EvaluationConfig(num_images=60, repeats=5, selection_images=30)
 OPTIMIZE = OptimizeConfig(
-    checkpoints="a b: c", track="0.05", extractor="e", extractor_weights="w", reference="r",
+    checkpoints="a b: c", track="0.05", select=("x", "y"), extractor="e",
+    extractor_weights="w", reference="r",
     heldout="h", autoencoder="sd-vae-sit", autoencoder_weights="v", autoencoder_dtype="bfloat16",
     extra_references={"dinov2": "d: r"}, extra_weights={"a.b:c": "x=y"}, budget=12345, seed=-3,
     batch=9, device="cuda:1", sampler=SAMPLER, merge=MERGE, reward=REWARD, search=SEARCH,

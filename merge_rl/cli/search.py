@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
     from merge_rl.workflows.optimize import OptimizeResult
 
+SEARCHER_HELP = (
+    "policy-gradient, nevergrad:NAME, scipy:METHOD, lcsc, lr-cma, ema-grid, uniform, greedy-soup, "
+    "best-checkpoint, random. \\[default: policy-gradient]"
+)
 SEARCH, MODEL, REWARD, FINAL = "Search", "Model and sampling", "Reward", "Final comparison"
 
 
@@ -65,12 +69,20 @@ def optimize(
     config: Annotated[
         Path | None, typer.Option(help="YAML file of settings; other options override it.")
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Settings by name, under all others: paper (arXiv:2607.02291)."),
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as search.decay=0.9."),
     ] = None,
     track: Annotated[
         str | None, typer.Option(help="Series of the manifest to use. \\[default: all]")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A checkpoint to use, and no other; repeatable."),
     ] = None,
     budget: Annotated[
         int | None,
@@ -82,31 +94,53 @@ def optimize(
         int | None, typer.Option(help="Fixes every draw. \\[default: 0]", rich_help_panel=SEARCH)
     ] = None,
     searcher: Annotated[
-        str | None, typer.Option(help="\\[default: policy-gradient]", rich_help_panel=SEARCH)
+        str | None, typer.Option(help=SEARCHER_HELP, rich_help_panel=SEARCH)
     ] = None,
     policy: Annotated[
         str | None,
         typer.Option(help="direct, or mlp (EMANet). \\[default: direct]", rich_help_panel=SEARCH),
     ] = None,
     population: Annotated[
-        int | None, typer.Option(help="Candidates a round. \\[default: 16]", rich_help_panel=SEARCH)
+        int | None,
+        typer.Option(
+            help="Candidates a round. \\[default: the searcher's]", rich_help_panel=SEARCH
+        ),
     ] = None,
     map_kind: Annotated[
         str | None,
         typer.Option(
-            "--map", help="affine, free, softmax, ema. \\[default: affine]", rich_help_panel=SEARCH
+            "--map",
+            help="whitened (steps that change the weights alike), affine, free, softmax, ema. "
+            "\\[default: whitened]",
+            rich_help_panel=SEARCH,
         ),
     ] = None,
     start: Annotated[
         str | None,
         typer.Option(
-            help="newest, uniform, or a checkpoint's name. \\[default: newest]",
+            help="auto (the best of the merges that cost no search), newest, uniform, or a "
+            "checkpoint's name. \\[default: auto]",
             rich_help_panel=SEARCH,
         ),
     ] = None,
     scale: Annotated[
         float | None,
-        typer.Option(help="Exploration in coefficient units.", rich_help_panel=SEARCH),
+        typer.Option(
+            help="Exploration: a share of the weights' norm for whitened, coefficient units for "
+            "the other maps. \\[default: 0.02, 0.05]",
+            rich_help_panel=SEARCH,
+        ),
+    ] = None,
+    max_abs: Annotated[
+        float | None,
+        typer.Option(help="No coefficient goes beyond it.", rich_help_panel=SEARCH),
+    ] = None,
+    l2: Annotated[
+        float | None,
+        typer.Option(
+            help="FID that a sum of squared coefficients of 1 costs a candidate. \\[default: 0]",
+            rich_help_panel=SEARCH,
+        ),
     ] = None,
     group: Annotated[
         list[str] | None,
@@ -121,7 +155,7 @@ def optimize(
         typer.Option(
             help="fid-, kid- or mmd- with subset or full, fid-influence (first order, faster), on "
             "another extractor as fd-NAME-subset, or a sum: 'fid-subset + 0.2 * fd-dinov2-subset'. "
-            "\\[default: fid-subset]",
+            "\\[default: fid-subset, or fid-full for searchers that remember rewards]",
             rich_help_panel=REWARD,
         ),
     ] = None,
@@ -221,30 +255,33 @@ def optimize(
     [bold]mergerl resume RUN[/bold].
     """
     from merge_rl.cli.settings import build_config, split_named
+    from merge_rl.config.presets import preset as settings_of
     from merge_rl.storage.checkpoints import open_checkpoints
     from merge_rl.workflows.optimize import optimize as run_optimize
 
     own_reference, references = split_named("--reference", reference or [])
     own_weights, weights = split_named("--extractor-weights", extractor_weights or [])
     given = {
-        "track": track, "budget": budget, "seed": seed, "extractor": extractor, "batch": batch,
+        "track": track, "select": only or None, "budget": budget, "seed": seed,
+        "extractor": extractor, "batch": batch,
         "extractor_weights": own_weights, "reference": own_reference, "heldout": heldout,
         "extra_references": references, "extra_weights": weights,
         "autoencoder": autoencoder, "autoencoder_weights": autoencoder_weights,
         "device": device, "weights_device": weights_device, "licence": licence,
         "search.name": searcher, "search.policy": policy,
         "search.population": population, "merge.map": map_kind, "merge.start": start,
-        "merge.scale": scale, "reward.name": reward, "reward.pool_size": pool,
+        "merge.scale": scale, "merge.max_abs": max_abs, "merge.l2": l2,
+        "reward.name": reward, "reward.pool_size": pool,
         "reward.subset_size": subset, "reward.refresh": refresh, "sampler.solver": solver,
         "sampler.num_steps": steps, "sampler.guidance": guidance, "sampler.guide": guide,
         "evaluation.num_images": final_images, "evaluation.repeats": repeats,
     }  # fmt: skip
     if fast:
         given |= {f"sampler.{key}": value for key, value in fast_settings().items()}
-    defaults = open_checkpoints(checkpoints, track=track).defaults
+    defaults = open_checkpoints(checkpoints, track=track, select=only or None).defaults
     settings = build_config(
         checkpoints, config, given, groups=group or [], overrides=setting or [],
-        sampler=defaults.sampler,
+        sampler=defaults.sampler, base=settings_of(preset) if preset else None,
     )  # fmt: skip
     run_dir = out or Path("runs") / f"{checkpoints.resolve().name}-seed{settings.seed}"
     _drive(

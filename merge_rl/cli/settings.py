@@ -21,13 +21,14 @@ def build_config(
     groups: Sequence[str] = (),
     overrides: Sequence[str] = (),
     sampler: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> OptimizeConfig:
-    """Defaults, then the YAML file, then options, then KEY=VALUE overrides.
+    """Defaults, then a `base`, the YAML file, options, and KEY=VALUE overrides.
 
     `given` maps dotted keys to values; None means that the option was not used. `sampler` holds
     the checkpoint set's own sampler settings, which single options change one by one.
     """
-    values: dict[str, Any] = load_mapping(file) if file else {}
+    values = overlaid(base or {}, load_mapping(file) if file else {})
     values["checkpoints"] = str(checkpoints)
     for key, value in given.items():
         if value is not None:
@@ -72,6 +73,17 @@ def split_named(option: str, given: Sequence[str]) -> tuple[str | None, dict[str
             f"expected one {option} without NAME=, got {len(plain)}: {', '.join(plain)}"
         )
     return plain[0] if plain else None, named or None
+
+
+def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The one with all that the other says instead; mappings key by key."""
+    values = dict(under)
+    for key, value in over.items():
+        old = values.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = overlaid(old, value)
+        values[key] = value
+    return values
 
 
 def set_dotted(values: dict[str, Any], key: str, value: object) -> None:

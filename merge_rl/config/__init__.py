@@ -45,6 +45,7 @@ class OptimizeConfig:
 
     checkpoints: str
     track: str | None = None
+    select: tuple[str, ...] = ()  # names of the checkpoints to use; all if empty
     extractor: str | None = None  # None here and below: what the checkpoints' manifest says
     extractor_weights: str | None = None
     reference: str | None = None

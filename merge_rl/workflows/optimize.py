@@ -97,7 +97,7 @@ def optimize(
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
     require_new(out)
-    opened = open_checkpoints(checkpoints, track=base.track)
+    opened = open_checkpoints(checkpoints, track=base.track, select=base.select or None)
     resolved = resolve_config(base, opened)
     check_names(resolved)
     merged_licence(opened, resolved.licence)  # refused before the search, not after it
@@ -124,7 +124,7 @@ def resume(run_dir: str | os.PathLike[str], *, tracker: Tracker | None = None) -
     if inputs.get("version") != __version__:
         began = f"began with merge_rl {inputs.get('version')}, this is {__version__}"
         tracker.event({"kind": "warning", "text": f"the run {began}: last bits may differ"})
-    opened = open_checkpoints(config.checkpoints, track=config.track)
+    opened = open_checkpoints(config.checkpoints, track=config.track, select=config.select or None)
     job = build_job(config, opened, _announce(tracker))
     recorded = inputs.get("hashes")
     if recorded != job.hashes:

@@ -169,6 +169,25 @@ def test_options_override_the_file_and_set_overrides_options(
     assert written["search"]["betas"] == [0.3, 0.8]
 
 
+def test_a_preset_lies_under_everything_else(tiny: Path, mergerl: Mergerl, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({"search": {"clip": 0.3}}))
+    code, out, err = mergerl(
+        "optimize", tiny, "--out", "run", "--preset", "paper", "--config", "settings.yaml", *SMALL,
+        "--l2", 0.01, "--max-abs", 4, "--only", "tiny-0000100", "--only", "tiny-0000400", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert len(json.loads(out)["coefficients"][0]) == 2
+    written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert (written["search"]["policy"], written["search"]["update"]) == ("mlp", "adam")
+    assert (written["search"]["clip"], written["search"]["top_fraction"]) == (0.3, 0.25)
+    assert written["reward"]["refresh"] == "10"
+    assert (written["merge"]["l2"], written["merge"]["max_abs"]) == (0.01, 4.0)
+    assert written["select"] == ["tiny-0000100", "tiny-0000400"]
+    code, _, err = mergerl("optimize", tiny, "--out", "other", "--preset", "papr", *SMALL)
+    assert code == 1
+    assert "unknown preset 'papr'; did you mean 'paper'" in err
+
+
 @pytest.mark.parametrize("track", ["raw", "ema"])
 def test_every_map_by_option(track: str, tiny: Path, mergerl: Mergerl, tmp_path: Path) -> None:
     maps = {"raw": ["free", "softmax"], "ema": ["ema", "affine"]}[track]
