@@ -20,6 +20,29 @@ def antithetic_normal(count: int, dim: int, generator: torch.Generator) -> Tenso
     return torch.stack([half, -half], dim=1).reshape(-1, dim)[:count]
 
 
+def orthogonal_pairs(count: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Pairs (e, -e) along random directions at right angles, (count, dim) float64.
+
+    Up to `dim` pairs are orthogonal to each other and sqrt(dim) long; then a new set begins, whose
+    lengths are those of normal draws, so that in few dimensions no pair comes twice. E[e eᵀ] = I
+    in every set. Independent draws overlap, and what one
+    direction finds leaks into the others: about sqrt(dim / pairs) of a gradient's length, which
+    orthogonal ones leave out (Choromanski et al., 2018, arXiv:1804.02395).
+    """
+    rows: list[Tensor] = []
+    while len(rows) < (count + 1) // 2:
+        lengths = torch.full((dim, 1), math.sqrt(dim), dtype=torch.float64)
+        if rows:
+            normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+            lengths = normal.norm(dim=1, keepdim=True)
+        square = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+        q, r = torch.linalg.qr(square)
+        # With the signs of r's diagonal q is uniform over all rotations (Mezzadri, 2007).
+        rows += list(lengths * (q * r.diagonal().sign()).T)
+    half = torch.stack(rows[: (count + 1) // 2])
+    return torch.stack([half, -half], dim=1).reshape(-1, dim)[:count]
+
+
 def plain_normal(count: int, dim: int, generator: torch.Generator) -> Tensor:
     """Independent unit normal draws (count, dim) float64."""
     return torch.randn(count, dim, generator=generator, dtype=torch.float64)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from merge_rl.config import SearchConfig
 from merge_rl.core.policy import (
-    antithetic_normal,
     batch_advantages,
     keep_top_fraction,
+    orthogonal_pairs,
     plain_normal,
 )
 from merge_rl.core.search_space import SearchSpace
@@ -32,7 +32,10 @@ TAIL = 3.0  # of the running average: mean t weighs as (1 + TAIL) / (t + TAIL)
 
 
 class NaturalGradient:
-    """Searcher whose proposals are draws of Normal(mean, std²) and whose mean climbs the reward.
+    """Searcher that proposes what lies about a std from its mean, and whose mean climbs the reward.
+
+    Proposals are antithetic pairs along random directions at right angles, a policy that is uniform
+    on a sphere; or draws of Normal(mean, std²) where `antithetic` is off.
 
     Exploration, and the step with it, shrinks linearly with the share of the budget that is spent,
     down to `min_decay`. Every round's draws come from a stream of their own: what is asked depends
@@ -74,7 +77,7 @@ class NaturalGradient:
 
     def ask(self) -> Tensor:
         generator = stream(self.seed, "search", "ask", self.round_index)
-        draw = antithetic_normal if self.config.antithetic else plain_normal
+        draw = orthogonal_pairs if self.config.antithetic else plain_normal
         count = self.config.population or POPULATION
         return self._mean + self.std * draw(count, self.space.dim, generator)
 

@@ -15,6 +15,7 @@ from merge_rl.core.policy import (
     clipped_policy_loss,
     gaussian_log_prob,
     keep_top_fraction,
+    orthogonal_pairs,
     rank_failures_last,
 )
 from merge_rl.errors import ConfigError
@@ -182,3 +183,20 @@ def test_the_loss_is_a_mean_over_candidates() -> None:
     # (-2.4 + 2.7) / 2, from the table above.
     loss = clipped_policy_loss(f64(1.5, 0.9).log(), f64(0, 0), f64(2, -3), clip=0.2)
     assert float(loss) == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize(("count", "dim"), [(12, 6), (7, 3), (16, 7), (4, 1), (6, 20)])
+def test_orthogonal_pairs(count: int, dim: int, generator: torch.Generator) -> None:
+    draws = orthogonal_pairs(count, dim, generator)
+    assert draws.shape == (count, dim)
+    torch.testing.assert_close(draws[1::2], -draws[0 : count - count % 2 : 2])
+    whole = draws[::2][:dim]
+    expected = dim * torch.eye(len(whole), dtype=torch.float64)
+    torch.testing.assert_close(whole @ whole.T, expected)
+
+
+def test_orthogonal_pairs_favour_no_direction() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.cat([orthogonal_pairs(2, 3, generator) for _ in range(4000)])
+    # E[e e^T] = I: 4,000 independent directions, a standard error of about 0.013.
+    torch.testing.assert_close(draws.T @ draws / 8000, torch.eye(3).double(), rtol=0, atol=0.06)
