@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, Final
 
+from merge_rl.config import SearchConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.interfaces import Autoencoder
 
@@ -31,6 +32,15 @@ EXTRACTORS: Final[Mapping[str, str]] = {
 }
 SEARCHERS: Final[Mapping[str, str]] = {
     "policy-gradient": "merge_rl.search.policy_gradient:PolicyGradient",
+    "nevergrad:": "merge_rl.search.nevergrad_search:Nevergrad",  # "nevergrad:CMA", any of its names
+    "scipy:": "merge_rl.search.scipy_search:Scipy",  # "scipy:nelder-mead"
+    "lr-cma": "merge_rl.search.lr_cma:LearningRateCMA",
+    "lcsc": "merge_rl.search.lcsc:LCSC",
+    "random": "merge_rl.search.random_search:RandomSearch",
+    "uniform": "merge_rl.search.uniform:Uniform",
+    "best-checkpoint": "merge_rl.search.best_checkpoint:BestCheckpoint",
+    "ema-grid": "merge_rl.search.ema_grid:EmaGrid",
+    "greedy-soup": "merge_rl.search.greedy_soup:GreedySoup",
 }
 REWARDS: Final[Mapping[str, str]] = {
     "fid-subset": "merge_rl.workflows.reward:SubsetFrechet",
@@ -65,6 +75,25 @@ def resolve_searcher(name: str) -> Callable[..., Any]:
     if colon and method and f"{family}:" in SEARCHERS:
         return resolve("searcher", SEARCHERS, f"{family}:")
     return resolve("searcher", SEARCHERS, name)
+
+
+def population_of(search: SearchConfig) -> int:
+    """Candidates of the first round, as far as settings alone tell: at least this many.
+
+    Raises ConfigError, before any work, for names that are not known and populations that the
+    searcher cannot use.
+    """
+    return int(resolve_searcher(search.name).population_of(search))  # type: ignore[attr-defined]
+
+
+def default_reward(searcher: str) -> str:
+    """The reward that suits a searcher.
+
+    What replaces a part of the pool is cheap, but compares only within one round, as the pool
+    moves on: "fid-subset" suits methods that rank the candidates of a round. Methods that remember
+    rewards from one round to the next need those of a candidate's own images: "fid-full".
+    """
+    return "fid-subset" if searcher == "policy-gradient" else "fid-full"
 
 
 def build_model(config: Mapping[str, Any]) -> Any:

@@ -94,9 +94,11 @@ class SearchConfig:
 
     name: str = "policy-gradient"
     policy: str = "direct"  # direct: a free mean; mlp: EMANet
-    population: int = 16  # P, candidates a round
+    # P, candidates a round; None: the searcher's own, 16 where nothing speaks for another number
+    population: int | None = None
     antithetic: bool = True
-    std: float = 1.0  # of the policy, in theta units
+    std: float = 1.0  # of the first draws, in theta units
+    box: float = 5.0  # half-width of the box that a bounded method searches, in theta units
     learn_std: bool = False
     learning_rate: float = 0.7  # Adam's, in theta units: about the step of one round
     std_learning_rate: float = 0.05
@@ -108,8 +110,11 @@ class SearchConfig:
     epochs: int = 1  # updates from one batch
 
     def __post_init__(self) -> None:
-        require(self.population >= 2, "population", ">= 2", self.population)
-        require(0 < self.std < math.inf, "std", "finite and > 0", self.std)
+        good = self.population is None or self.population >= 1
+        require(good, "population", ">= 1", self.population)
+        for name in ("std", "box"):
+            width = getattr(self, name)
+            require(0 < width < math.inf, name, "finite and > 0", width)
         for name in ("learning_rate", "std_learning_rate"):
             rate = getattr(self, name)
             require(0 < rate < math.inf, name, "finite and > 0", rate)

@@ -22,6 +22,7 @@ from merge_rl.core.policy import (
 from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.rng import derive_seed, stream
+from merge_rl.search import population
 
 
 class DirectMean(nn.Module):
@@ -105,6 +106,7 @@ class PolicyGradient:
     def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
         dim = space.dim
         self.config, self.dim, self.seed = config, dim, seed
+        self.population = self.population_of(config)
         self.round_index = 0
         self.damping = 1.0  # shrinks the step where the pool lags behind the policy
         self._net = make_mean(config.policy, dim, seed)
@@ -121,6 +123,11 @@ class PolicyGradient:
             betas=config.betas,
             foreach=False,
         )
+
+    @staticmethod
+    def population_of(config: SearchConfig) -> int:
+        """Candidates a round: the setting, 16 if unset."""
+        return population.parallel(config)
 
     @property
     def mean(self) -> Tensor:
@@ -146,7 +153,7 @@ class PolicyGradient:
     def ask(self) -> Tensor:
         generator = stream(self.seed, "search", "ask", self.round_index)
         draw = antithetic_normal if self.config.antithetic else _plain_normal
-        return self.mean + self.std * draw(self.config.population, self.dim, generator)
+        return self.mean + self.std * draw(self.population, self.dim, generator)
 
     def tell(self, thetas: Tensor, rewards: Tensor) -> None:
         """One policy-gradient update from rewards (P,) of thetas (P, D); NaN ranks last."""

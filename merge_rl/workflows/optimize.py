@@ -185,11 +185,12 @@ def check_names(config: OptimizeConfig) -> None:
 def check_budget(config: OptimizeConfig) -> None:
     """Raise BudgetError unless the budget pays for the pool and one round."""
     reward = config.reward
-    needed = reward.pool_size + config.search.population * reward.images_per_candidate
+    population = registry.population_of(config.search)
+    needed = reward.pool_size + population * reward.images_per_candidate
     needed += reward.refresh_images(0)
     if config.budget < needed:
         raise BudgetError(
             f"a budget of {config.budget} images does not pay for one round: the pool of "
-            f"{reward.pool_size}, {config.search.population} candidates of "
+            f"{reward.pool_size}, {population} candidates of "
             f"{reward.images_per_candidate} images and the refresh need {needed}"
         )

@@ -14,6 +14,7 @@ from merge_rl.config import OptimizeConfig
 from merge_rl.core.statistics import FeatureStats
 from merge_rl.errors import NonFiniteWeightsError, RunError
 from merge_rl.interfaces import Searcher, Tracker
+from merge_rl.registry import population_of
 from merge_rl.rng import image_seeds, stream
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
@@ -62,7 +63,7 @@ class SearchLoop:
 
     def _round_cost(self) -> int:
         reward = self.config.reward
-        candidates = self.config.search.population * reward.images_per_candidate
+        candidates = population_of(self.config.search) * reward.images_per_candidate
         return candidates + reward.refresh_images(self.round_index)
 
     def _generate(self, theta: Tensor, labels: Tensor, *names: str | int) -> Tensor:
