@@ -7,7 +7,6 @@ that it did not ask.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from merge_rl.errors import ConfigError, RunError
 from merge_rl.rng import derive_seed, stream
 
 
-class AskTell(ABC):
+class AskTell:
     """A searcher but for its method; `merge_rl.interfaces.Searcher` says what each call means."""
 
     def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
@@ -31,19 +30,19 @@ class AskTell(ABC):
 
     # ------------------------------------------------------------------ what a method fills in
 
-    @abstractmethod
     def _propose(self) -> Tensor:
         """The next thetas (P, D); called once a round."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def _learn(self, thetas: Tensor, rewards: Tensor) -> None:
-        """Rewards (P,) of the proposed thetas (P, D), NaN where one failed; updates `_mean`."""
+    def _learn(self, rewards: Tensor) -> None:
+        """Rewards (P,) of the thetas proposed last, NaN where one failed; updates `_mean`."""
+        raise NotImplementedError
 
-    def _begin_at(self, theta: Tensor) -> None:
-        """Nothing was told yet: start at theta (D,) instead of the origin."""
+    def _begin_at_mean(self) -> None:
+        """Nothing was told yet: start at `_mean`, as it is now, instead of the origin."""
 
-    def _go_on_from(self, theta: Tensor) -> None:
-        """Some rounds were told: `_mean` of the last one cannot be used, theta (D,) can."""
+    def _go_on_from_mean(self) -> None:
+        """The `_mean` of the last round cannot be used, the one that is set now can."""
 
     def _tensors(self) -> dict[str, Tensor]:
         return {}
@@ -72,9 +71,9 @@ class AskTell(ABC):
         return {"mean": self.mean}
 
     def ask(self) -> Tensor:
+        if self._asked is None and self.done:
+            raise RunError(f"the search with {self.config.name} is done: nothing left to ask")
         if self._asked is None:
-            if self.done:
-                raise RunError(f"the search with {self.config.name} is done: nothing left to ask")
             self._asked = self._propose()
         return self._asked.clone()
 
@@ -86,7 +85,7 @@ class AskTell(ABC):
                 f" got {tuple(rewards.shape)} of {tuple(thetas.shape)}"
             )
         values = rewards.detach().to("cpu", torch.float64)
-        self._learn(asked, torch.where(values.isfinite(), values, torch.nan))
+        self._learn(torch.where(values.isfinite(), values, torch.nan))
         self._asked = None
         self.rounds += 1
 
@@ -97,12 +96,11 @@ class AskTell(ABC):
         """Nothing: rewards that do not lag behind a pool need no smaller steps."""
 
     def recenter(self, theta: Tensor) -> None:
-        target = theta.detach().to("cpu", torch.float64).clone()
+        self._asked, self._mean = None, theta.detach().to("cpu", torch.float64).clone()
         if self.rounds == 0:
-            self._begin_at(target)
+            self._begin_at_mean()
         else:
-            self._go_on_from(target)
-        self._asked, self._mean = None, target
+            self._go_on_from_mean()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by name and, under "scalars", numbers."""

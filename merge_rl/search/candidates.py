@@ -23,9 +23,7 @@ def reach(space: SearchSpace, coefficients: Tensor, searcher: str) -> Tensor:
 def singles(space: SearchSpace, searcher: str) -> dict[str, Tensor]:
     """name -> the theta of that checkpoint alone, for all K of them."""
     alone = torch.eye(space.num_checkpoints, dtype=torch.float64)
-    return {
-        name: reach(space, row, searcher) for name, row in zip(space.names, alone, strict=True)
-    }
+    return {name: reach(space, row, searcher) for name, row in zip(space.names, alone, strict=True)}
 
 
 def average(space: SearchSpace, members: list[int], searcher: str) -> Tensor:

@@ -74,7 +74,7 @@ class GreedySoup(AskTell):
     def _average(self, members: list[int]) -> Tensor:
         return average(self.space, members, self.config.name)
 
-    def _learn(self, thetas: Tensor, rewards: Tensor) -> None:
+    def _learn(self, rewards: Tensor) -> None:
         self._told += 1
         if bool(rewards.isfinite().any()):
             self._informed += 1
@@ -104,11 +104,17 @@ class GreedySoup(AskTell):
         self.tried += 1
         self._clear(2)
 
-    def _go_on_from(self, theta: Tensor) -> None:
-        # The soup's samples are not finite: take its last checkpoint out again.
+    def _go_on_from_mean(self) -> None:
+        # What leads makes samples that are not finite: out with what was added to it last.
+        if not self.order:
+            values = torch.where(self._sums.isfinite(), self._sums, -torch.inf)
+            self._sums[values.argmax()] = torch.nan
+            return
         if len(self.soup) > 1:
             self.soup = self.soup[:-1]
-            self._clear(2)
+        elif not self.done:
+            self.soup, self.tried = [self.order[self.tried]], self.tried + 1
+        self._clear(2)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

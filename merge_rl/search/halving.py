@@ -153,7 +153,7 @@ class HalvingSearch(AskTell):
     def _propose(self) -> Tensor:
         return self.thetas[self.halving.alive]
 
-    def _learn(self, thetas: Tensor, rewards: Tensor) -> None:
+    def _learn(self, rewards: Tensor) -> None:
         self.halving.tell(rewards)
         if bool(rewards.isfinite().any()):
             self._lead()
@@ -162,7 +162,7 @@ class HalvingSearch(AskTell):
         best = self.halving.ranking[:1]
         self._mean = self.thetas[best[0]].clone() if best else self._mean
 
-    def _go_on_from(self, theta: Tensor) -> None:
+    def _go_on_from_mean(self) -> None:
         # The leader's samples are not finite: it cannot be the answer.
         for index in self.halving.ranking[:1]:
             self.halving.strike(index)

@@ -84,7 +84,7 @@ class Nevergrad(Replayed):
             where = nevergrad.p.Array(init=self.centre.numpy().copy())
             where.set_mutation(sigma=sigma)
             # Before the optimiser is made: it would draw a seed from the global generator.
-            where.random_state = np.random.RandomState(self._seed("method"))  # noqa: NPY002
+            where.random_state = np.random.RandomState(self._seed("method"))
             # A copy: some optimisers write into the entry they were made from.
             method = copy.deepcopy(find_optimizer(name))
             return method(where, budget=self._budget, num_workers=self.population)
@@ -113,7 +113,7 @@ class Nevergrad(Replayed):
         self._pending = self._call("ask", lambda: [self._method.ask() for _ in range(count)])
         return torch.from_numpy(np.stack([candidate.value for candidate in self._pending]))
 
-    def _feed(self, thetas: Tensor, rewards: Tensor) -> None:
+    def _feed(self, rewards: Tensor) -> None:
         pending, self._pending = self._pending, []
         if bool(rewards.isnan().all()):
             return  # never told of: the next candidates are others

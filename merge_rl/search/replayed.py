@@ -8,7 +8,6 @@ it does not, its library is another one, and going on would be another search.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,17 +34,17 @@ class Replayed(AskTell):
 
     # -------------------------------------------------------------------- what a method fills in
 
-    @abstractmethod
     def _begin(self) -> None:
         """Make the method anew, at `centre` and `spread`, with the draws of `era`."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def _feed(self, thetas: Tensor, rewards: Tensor) -> None:
-        """A round: rewards are finite, those of failures lowest, or all NaN: nothing is known."""
+    def _feed(self, rewards: Tensor) -> None:
+        """Rewards (P,) of what was proposed last: finite, failures lowest; or all NaN: lost."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def _recommend(self) -> Tensor | None:
-        """The theta (D,) that the method would report, None if it knows of none."""
+    def _recommend(self) -> Tensor:
+        """The theta (D,) that the method would report."""
+        raise NotImplementedError
 
     @property
     def _skips_lost_rounds(self) -> bool:
@@ -63,19 +62,18 @@ class Replayed(AskTell):
         self._thetas: list[Tensor] = []
         self._rewards: list[Tensor] = []
 
-    def _learn(self, thetas: Tensor, rewards: Tensor) -> None:
+    def _learn(self, rewards: Tensor) -> None:
         lost = not bool(rewards.isfinite().any())
         told = rewards if lost and self._skips_lost_rounds else below_all(rewards, self._seen)
         finite = torch.cat([self._seen, rewards[rewards.isfinite()]])
         if len(finite):
             self._seen = torch.stack([finite.min(), finite.max()])
-        self._log(thetas, told)
+        self._log(self.ask(), told)
         if not lost:
-            best = self._recommend()
-            self._mean = self._mean if best is None else best
+            self._mean = self._recommend()
 
     def _log(self, thetas: Tensor, told: Tensor) -> None:
-        self._feed(thetas, told)
+        self._feed(told)
         self._thetas.append(thetas)
         self._rewards.append(told)
 
@@ -94,11 +92,11 @@ class Replayed(AskTell):
         """Begin again at the mean, half as wide."""
         self._new_era(self._mean, 0.5 * self.spread)
 
-    def _begin_at(self, theta: Tensor) -> None:
-        self._set_out(theta, self.spread)
+    def _begin_at_mean(self) -> None:
+        self._set_out(self._mean, self.spread)
 
-    def _go_on_from(self, theta: Tensor) -> None:
-        self._new_era(theta, self.spread)
+    def _go_on_from_mean(self) -> None:
+        self._new_era(self._mean, self.spread)
 
     def _seed(self, *names: str | int) -> int:
         """A seed of this era in [0, 2^32), as NumPy's older generators take it."""
@@ -124,12 +122,12 @@ class Replayed(AskTell):
         self.era, self.spent = int(scalars["era"]), int(scalars["spent"])
         self._seen = tensors["seen"].clone()
         self._set_out(tensors["centre"], float(scalars["spread"]))
-        sizes = tensors["log.sizes"].tolist()
-        rounds = zip(
-            tensors["log.thetas"].split(sizes), tensors["log.rewards"].split(sizes), strict=True
-        )
-        for thetas, rewards in rounds:
-            self._replay(thetas.clone(), rewards.clone())
+        end = 0
+        for size in tensors["log.sizes"].tolist():
+            start, end = end, end + size
+            self._replay(
+                tensors["log.thetas"][start:end].clone(), tensors["log.rewards"][start:end].clone()
+            )
 
     def _replay(self, thetas: Tensor, rewards: Tensor) -> None:
         """A round of the log once more: asked, compared, told."""

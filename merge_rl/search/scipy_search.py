@@ -14,7 +14,7 @@ half-width `box` around its centre, asks its whole population at once and has no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ NO_LIMIT = 10**9  # of evaluations: the budget is not SciPy's to keep
 
 class Scipy(Replayed):
     """Searcher around one of SciPy's minimisers."""
+
+    _ended: bool
 
     def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
         super().__init__(config, space, seed)
@@ -70,14 +72,14 @@ class Scipy(Replayed):
         self._ended = found is None
         return torch.empty(0, self.space.dim) if found is None else found
 
-    def _feed(self, thetas: Tensor, rewards: Tensor) -> None:
+    def _feed(self, rewards: Tensor) -> None:
         """Nothing: the log is all that SciPy is told from."""
 
     def _replay(self, thetas: Tensor, rewards: Tensor) -> None:
         # Each round is compared when SciPy calls for it.
         self._log(thetas, rewards)
 
-    def _recommend(self) -> Tensor | None:
+    def _recommend(self) -> Tensor:
         # The round that is being learned from is in the log already.
         thetas, rewards = torch.cat(self._thetas), torch.cat(self._rewards)
         return thetas[int(rewards.argmax())].clone()
@@ -109,7 +111,7 @@ class Scipy(Replayed):
         start, step = self.centre.numpy().copy(), self.spread
         axes = step * np.eye(len(start))
         last = RESOLUTION * step
-        options: dict[str, object] = {
+        options: Mapping[str, Mapping[str, object]] = {
             "cobyla": {"rhobeg": step, "tol": last},
             # The spread of noisy rewards says little: a simplex that is small is the end.
             "nelder-mead": {
@@ -117,11 +119,11 @@ class Scipy(Replayed):
                 "xatol": last, "fatol": np.inf, "maxfev": NO_LIMIT,
             },
             "powell": {"direc": axes, "xtol": last, "ftol": 1e-9, "maxfev": NO_LIMIT},
-        }[self.method]  # fmt: skip
+        }  # fmt: skip
         with np.errstate(all="ignore"):
             minimize(
                 objective, start, method=SERIAL[self.method],
-                options={"maxiter": NO_LIMIT, **options},
+                options={"maxiter": NO_LIMIT, **options[self.method]},
             )  # fmt: skip
 
     def _evolve(self, objective: Callable[[Array], Array]) -> None:

@@ -37,5 +37,5 @@ class Uniform(AskTell):
     def _propose(self) -> Tensor:
         return torch.empty(0, self.space.dim, dtype=torch.float64)
 
-    def _learn(self, thetas: Tensor, rewards: Tensor) -> None:
-        raise ConfigError(f"{self.config.name} asks nothing, got rewards of {len(thetas)} thetas")
+    def _learn(self, rewards: Tensor) -> None:
+        raise ConfigError(f"{self.config.name} asks nothing, got {len(rewards)} rewards")
