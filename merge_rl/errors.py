@@ -7,7 +7,7 @@ it and exits with 1; a library user catches the root or the branch.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MergeRLError(Exception):
@@ -19,11 +19,17 @@ class ConfigError(MergeRLError):
 
 
 class UnknownNameError(ConfigError):
-    """A name that is not registered; the message suggests the nearest known one."""
+    """A name that is not registered; the message suggests the nearest known one.
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    `nearest` replaces our own guess, where the caller knows better.
+    """
+
+    def __init__(
+        self, kind: str, name: str, known: Iterable[str], *, nearest: Sequence[str] | None = None
+    ) -> None:
         names = sorted(known)
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        if nearest is None:
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         listed = ", ".join(names) or "none"
         super().__init__(f"unknown {kind} {name!r}{hint} (known: {listed})")

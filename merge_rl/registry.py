@@ -32,6 +32,15 @@ EXTRACTORS: Final[Mapping[str, str]] = {
 }
 SEARCHERS: Final[Mapping[str, str]] = {
     "policy-gradient": "merge_rl.search.policy_gradient:policy_gradient",
+    "nevergrad:": "merge_rl.search.nevergrad_search:Nevergrad",  # "nevergrad:CMA", any of its names
+    "scipy:": "merge_rl.search.scipy_search:Scipy",  # "scipy:nelder-mead"
+    "lr-cma": "merge_rl.search.lr_cma:LearningRateCMA",
+    "lcsc": "merge_rl.search.lcsc:LCSC",
+    "random": "merge_rl.search.random_search:RandomSearch",
+    "uniform": "merge_rl.search.uniform:Uniform",
+    "best-checkpoint": "merge_rl.search.best_checkpoint:BestCheckpoint",
+    "ema-grid": "merge_rl.search.ema_grid:EmaGrid",
+    "greedy-soup": "merge_rl.search.greedy_soup:GreedySoup",
 }
 REWARDS: Final[Mapping[str, str]] = {
     "fid-subset": "merge_rl.workflows.reward:SubsetFrechet",
@@ -75,6 +84,14 @@ def population_of(search: SearchConfig) -> int:
     searcher cannot use.
     """
     return int(resolve_searcher(search.name).population_of(search))  # type: ignore[attr-defined]
+
+
+def chooses_itself(searcher: str) -> bool:
+    """Whether a searcher has candidates of its own to begin with and chooses among them itself.
+
+    It is given all of the budget, and neither a start nor a choice of finalists is added.
+    """
+    return searcher in ("uniform", "best-checkpoint", "ema-grid", "greedy-soup")
 
 
 def default_reward(searcher: str) -> str:

@@ -34,12 +34,13 @@ ALLOWED_LAYERS: dict[int, set[int]] = {
 # The front doors: the public names, and `python -m`.
 TOP = {"", "__main__"}
 THIRD_PARTY_HOMES: dict[str, set[str]] = {
-    "scipy": {"core"},
+    "scipy": {"core", "search"},
     "torchdiffeq": {"core"},
     "safetensors": {"storage"},
     "PIL": {"storage"},
     "huggingface_hub": {"storage"},
     "nevergrad": {"search"},
+    "cmaes": {"search"},
     "diffusers": {"models", "features"},
     "transformers": {"models", "features"},
     "matplotlib": {"workflows"},

@@ -39,6 +39,7 @@ REWARD = RewardConfig(
     refresh_size=17, max_gap=0.3,
 )  # fmt: skip
 SEARCH = SearchConfig(
+    box=2.5,
     name="other", policy="mlp", population=6, antithetic=False, std=0.5, learn_std=True,
     learning_rate=1e-05, std_learning_rate=0.125, betas=(0.25, 0.75), decay=0.5, min_decay=0.25,
     top_fraction=0.3, clip=math.inf, epochs=4, update="adam", momentum=0.25, start_share=0.125,

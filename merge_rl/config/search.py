@@ -123,7 +123,8 @@ class SearchConfig:
     update: str | None = None  # natural, adam; None: natural for direct, adam for mlp
     population: int | None = None  # P, candidates a round; None: the searcher's own
     antithetic: bool = True
-    std: float = 1.0  # of the policy, in theta units
+    std: float = 1.0  # of the first draws, in theta units
+    box: float = 5.0  # half-width of the box that a bounded method searches, in theta units
     learn_std: bool = False
     # natural: the step in units of std along a gradient without noise, 1 if unset; adam: Adam's,
     # in theta units, about the step of one round, 0.7 if unset.
@@ -148,7 +149,9 @@ class SearchConfig:
         if self.update not in (None, "natural", "adam"):
             raise UnknownNameError("update", str(self.update), ("natural", "adam"))
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
-        require(0 < self.std < math.inf, "std", "finite and > 0", self.std)
+        for name in ("std", "box"):
+            width = getattr(self, name)
+            require(0 < width < math.inf, name, "finite and > 0", width)
         for name in ("learning_rate", "std_learning_rate"):
             rate = getattr(self, name)
             if rate is not None:

@@ -25,9 +25,9 @@ from merge_rl.core.policy import (
 from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError
 from merge_rl.rng import derive_seed, stream
+from merge_rl.search import population
 
 STEP = 1.0  # of the policy's std, along a gradient without noise
-POPULATION = 16
 TAIL = 3.0  # of the running average: mean t weighs as (1 + TAIL) / (t + TAIL)
 
 
@@ -47,6 +47,7 @@ class NaturalGradient:
 
     def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
         self.config, self.space, self.seed = config, space, seed
+        self.population = population.parallel(config)
         self.round_index = self.told = self.updates = 0
         self.damping = 1.0  # shrinks the step where the pool lags behind the policy
         self._mean = space.origin.clone()
@@ -78,8 +79,7 @@ class NaturalGradient:
     def ask(self) -> Tensor:
         generator = stream(self.seed, "search", "ask", self.round_index)
         draw = orthogonal_pairs if self.config.antithetic else plain_normal
-        count = self.config.population or POPULATION
-        return self._mean + self.std * draw(count, self.space.dim, generator)
+        return self._mean + self.std * draw(self.population, self.space.dim, generator)
 
     def tell(self, thetas: Tensor, rewards: Tensor) -> None:
         """One update from rewards (P,) of thetas (P, D); NaN ranks last."""

@@ -23,7 +23,8 @@ from merge_rl.core.policy import (
 from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.rng import derive_seed, stream
-from merge_rl.search.natural_gradient import POPULATION, NaturalGradient
+from merge_rl.search import population
+from merge_rl.search.natural_gradient import NaturalGradient
 
 POLICIES = ("direct", "mlp")
 RATE = 0.7  # Adam's, in theta units: about the step of one round
@@ -122,11 +123,8 @@ class PolicyGradientFamily:
         return NaturalGradient(config, space, seed)
 
     def population_of(self, config: SearchConfig) -> int:
-        """Candidates of a round; a gradient needs at least 2."""
-        count = POPULATION if config.population is None else config.population
-        if count < 2:
-            raise ConfigError(f"policy-gradient needs a population >= 2, got {count}")
-        return count
+        """Candidates a round: the setting, 16 if unset; a gradient needs at least 2."""
+        return population.parallel(config)
 
 
 policy_gradient = PolicyGradientFamily()
@@ -142,6 +140,7 @@ class PolicyGradient:
     def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
         dim = space.dim
         self.config, self.dim, self.seed = config, dim, seed
+        self.population = population.parallel(config)
         self.round_index = 0
         self.damping = 1.0  # shrinks the step where the pool lags behind the policy
         self._net = make_mean(config.policy, dim, seed)
@@ -184,8 +183,7 @@ class PolicyGradient:
     def ask(self) -> Tensor:
         generator = stream(self.seed, "search", "ask", self.round_index)
         draw = antithetic_normal if self.config.antithetic else plain_normal
-        count = self.config.population or POPULATION
-        return self.mean + self.std * draw(count, self.dim, generator)
+        return self.mean + self.std * draw(self.population, self.dim, generator)
 
     def tell(self, thetas: Tensor, rewards: Tensor) -> None:
         """One policy-gradient update from rewards (P,) of thetas (P, D); NaN ranks last."""

@@ -38,8 +38,9 @@ def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
     """
     reward, search = config.reward, config.search
     entries = FINALISTS + search.incumbents
-    start = halving_plan(starts, int(config.budget * search.start_share), LEAST)
-    final = int(config.budget * search.final_share)
+    shared = not registry.chooses_itself(search.name)
+    start = halving_plan(starts, int(config.budget * search.start_share), LEAST) if shared else ()
+    final = int(config.budget * search.final_share) if shared else 0
     final = final if halving_plan(entries, final, LEAST) else 0
     pool = reward.pool_size if reward.pooled else 0
     refresh = reward.refresh_images(0) if reward.pooled else 0

@@ -110,7 +110,8 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
 
 def starts_of(config: OptimizeConfig, job: Job) -> dict[str, Tensor]:
     """Where the search of a config may begin, coefficients (G, K) by what they are."""
-    if config.merge.start == AUTO and config.search.start_share > 0:
+    own = registry.chooses_itself(config.search.name)
+    if config.merge.start == AUTO and config.search.start_share > 0 and not own:
         return free_starts(job.checkpoints, job.map)
     label = "newest" if config.merge.start == AUTO else config.merge.start
     return {label: job.map(torch.zeros(job.map.dim, dtype=torch.float64))}
@@ -136,7 +137,7 @@ def finalists(loop: SearchLoop, start: Tensor) -> dict[str, Tensor]:
 def _choose(
     entries: Mapping[str, Tensor], plan: BudgetPlan, store: ScoreStore, tracker: Tracker
 ) -> Winner:
-    rungs = halving_plan(len(entries), plan.final, LEAST)
+    rungs = halving_plan(len(entries), plan.final, LEAST) if plan.final else ()
     if rungs:
         tracker.phase("finalists", sum(rung.entries * rung.images for rung in rungs))
     return hold("final", entries, rungs, store)

@@ -145,7 +145,7 @@ def test_which_update() -> None:
         kind(policy="mlp", update="natural")
     with pytest.raises(UnknownNameError, match="did you mean 'direct'"):
         kind(policy="dirct")
-    with pytest.raises(ConfigError, match="needs a population >= 2, got 1"):
+    with pytest.raises(ConfigError, match="expected population >= 2, got 1"):
         policy_gradient.population_of(SearchConfig(population=1))
 
 

@@ -1,0 +1,134 @@
+"""Greedy soup: rank the checkpoints, then add one after the other where the average gets better.
+
+Wortsman et al., 2022 (arXiv:2203.05482, "Model soups", recipe 1), under noise: each comparison of
+the soup with and without the next checkpoint is made on the same images, over several rounds. A
+third of the evaluations goes to the ranking, the rest equally to the K - 1 additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_rl.config import SearchConfig
+from merge_rl.core.search_space import SearchSpace
+from merge_rl.search import population
+from merge_rl.search.base import AskTell
+from merge_rl.search.candidates import average, singles
+
+
+def soup_plan(checkpoints: int, evaluations: int) -> tuple[int, int]:
+    """Rounds of all K checkpoints for the ranking, and of two soups for each addition."""
+    ranking = max(1, evaluations // (3 * checkpoints))
+    left = evaluations - ranking * checkpoints
+    return ranking, max(1, left // (2 * max(1, checkpoints - 1)))
+
+
+class GreedySoup(AskTell):
+    """The soup so far is the mean; done when every checkpoint had its chance."""
+
+    def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
+        super().__init__(config, space, seed)
+        self.population_of(config)
+        self.thetas = torch.stack(list(singles(space, config.name).values()))
+        self.plan = soup_plan(len(self.thetas), space.evaluations)
+        self.order: list[int] = []  # by rank, once that is known
+        self.tried = 0  # how many of `order` had their chance
+        self.soup: list[int] = []  # indices in the order of their addition
+        self._clear(len(self.thetas))
+        if len(self.thetas) == 1:
+            self.order, self.soup, self.tried = [0], [0], 1
+            self._mean = self.thetas[0].clone()
+
+    @staticmethod
+    def population_of(config: SearchConfig) -> int:
+        """At least 1: the method's own, and the setting must be unset."""
+        return population.planned(config)
+
+    @property
+    def done(self) -> bool:
+        """Whether every checkpoint that works was tried."""
+        return bool(self.order) and self.tried == len(self.order)
+
+    @property
+    def finalists(self) -> dict[str, Tensor]:
+        """The soup, and the checkpoint that ranked first."""
+        found = {"mean": self.mean}
+        if len(self.soup) > 1:
+            found[self.space.names[self.order[0]]] = self.thetas[self.order[0]].clone()
+        return found
+
+    def _clear(self, size: int) -> None:
+        self._sums = torch.zeros(size, dtype=torch.float64)
+        self._told = self._informed = 0  # rounds of this comparison, and those with a result
+
+    def _propose(self) -> Tensor:
+        if not self.order:
+            return self.thetas
+        grown = [*self.soup, self.order[self.tried]]
+        return torch.stack([self._average(self.soup), self._average(grown)])
+
+    def _average(self, members: list[int]) -> Tensor:
+        return average(self.space, members, self.config.name)
+
+    def _learn(self, rewards: Tensor) -> None:
+        self._told += 1
+        if bool(rewards.isfinite().any()):
+            self._informed += 1
+            self._sums += rewards  # NaN stays: who fails once is out
+        if not self.order:
+            self._rank()
+        elif self._told == self.plan[1]:
+            self._decide()
+
+    def _rank(self) -> None:
+        values = torch.where(self._sums.isfinite(), self._sums, -torch.inf)
+        order = torch.argsort(values, descending=True, stable=True).tolist()
+        works = [i for i in order if bool(values[i].isfinite())] if self._informed else []
+        if works:
+            self._mean = self.thetas[works[0]].clone()
+        # Where nothing works yet, the ranking goes on: no soup can be made of nothing.
+        if self._told >= self.plan[0] and works:
+            self.order, self.soup, self.tried = works, works[:1], 1
+            self._clear(2)
+
+    def _decide(self) -> None:
+        without, with_next = self._sums.tolist()
+        # A soup that fails gives way to one that does not; NaN compares as false.
+        if with_next > without or (without != without and with_next == with_next):
+            self.soup = [*self.soup, self.order[self.tried]]
+            self._mean = self._average(self.soup)
+        self.tried += 1
+        self._clear(2)
+
+    def _go_on_from_mean(self) -> None:
+        # What leads makes samples that are not finite: out with what was added to it last.
+        if not self.order:
+            values = torch.where(self._sums.isfinite(), self._sums, -torch.inf)
+            self._sums[values.argmax()] = torch.nan
+            return
+        if len(self.soup) > 1:
+            self.soup = self.soup[:-1]
+        elif not self.done:
+            self.soup, self.tried = [self.order[self.tried]], self.tried + 1
+        self._clear(2)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            "soup.order": torch.tensor(self.order, dtype=torch.int64),
+            "soup.members": torch.tensor(self.soup, dtype=torch.int64),
+            "soup.sums": self._sums.clone(),
+        }
+
+    def _scalars(self) -> dict[str, Any]:
+        return {"tried": self.tried, "told": self._told, "informed": self._informed}
+
+    def _restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        self.order = [int(i) for i in tensors["soup.order"]]
+        self.soup = [int(i) for i in tensors["soup.members"]]
+        self._sums = tensors["soup.sums"].clone()
+        self.tried, self._told = int(scalars["tried"]), int(scalars["told"])
+        self._informed = int(scalars["informed"])
