@@ -90,3 +90,15 @@ class DownloadError(MergeRLError):
 
 class HubError(MergeRLError):
     """The Hub refused, cannot be reached, or sent something that cannot be used."""
+
+
+class DeviceMemoryError(MergeRLError):
+    """More memory than the device, or the machine, has."""
+
+
+class ParallelError(MergeRLError):
+    """Ranks that failed, hang, are gone, or work with different inputs."""
+
+
+class StoppedError(ParallelError):
+    """Raised where another rank has failed: that rank's sentence says why."""

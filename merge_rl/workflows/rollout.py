@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
+from merge_rl.core.blocks import Block, split_blocks
 from merge_rl.core.compatibility import require_sampler
 from merge_rl.core.live_model import LiveModel
 from merge_rl.core.sampling import sample_with
 from merge_rl.interfaces import Autoencoder, Denoiser, FeatureExtractor
 from merge_rl.rng import ImageStreams
 from merge_rl.workflows.fast import matmul_precision, prepare_network
+from merge_rl.workflows.halving import Halving
+from merge_rl.workflows.lanes import CudaStreams, Stage, overlapped, threads
+
+Inputs = tuple[Tensor, Tensor]
+"""Noise (B, C, h, w) and labels (B,) of one block."""
 
 
 class Rollout:
@@ -49,6 +57,7 @@ class Rollout:
         self.batch, self.device, self.guide = batch, torch.device(device), guide
         self.workers = workers
         self.on_images = on_images or (lambda _count: None)
+        self._sampling, self._finishing = Halving(), Halving()
         self._take_sampler(sampler)
 
     def _take_sampler(self, sampler: SamplerConfig) -> None:
@@ -89,86 +98,167 @@ class Rollout:
 
     def images(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Images (N, C, H, W) uint8 on the CPU; NonFiniteSamplesError where one is not finite."""
-        return self._in_batches(self.autoencoder.decode, noise, labels, check_finite=True)
+        return self._in_blocks(self.autoencoder.decode, noise, labels, check_finite=True)
 
     def features(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Features (N, D) float32 on the CPU; a row is NaN where the sample is not finite.
+        """Features (N, D) float32 on the CPU; a row is NaN where the sample is not finite."""
+        return self._in_blocks(self._extract, noise, labels)
 
-        The check is made before decoding, where clipping to uint8 would turn NaN into a plausible
-        black image.
+    def features_of(self, blocks: Sequence[Callable[[], Inputs]]) -> Iterator[Tensor]:
+        """Features (B, D) of each block's noise and labels, in order.
+
+        On an accelerator blocks may be asked for before those in front of them are finished; what
+        a block needs of the network must be set up when it is asked for, not earlier.
         """
+        return self._run(self._extract, blocks)
 
-        def extract(latents: Tensor) -> Tensor:
-            rows = self.extractor(self.autoencoder.decode(latents)).float()
-            failed = ~latents.flatten(1).isfinite().all(1)
-            return rows.masked_fill(failed[:, None], float("nan"))
+    def _extract(self, latents: Tensor) -> Tensor:
+        # Looked at before decoding, where clipping to uint8 would turn NaN into a plausible black
+        # image.
+        rows = self.extractor(self.autoencoder.decode(latents)).float()
+        failed = ~latents.flatten(1).isfinite().all(1)
+        return rows.masked_fill(failed[:, None], float("nan"))
 
-        return self._in_batches(extract, noise, labels)
+    def _in_blocks(
+        self, finish: Stage, noise: Tensor, labels: Tensor, *, check_finite: bool = False
+    ) -> Tensor:
+        """finish(latents) of every block, in order, on the CPU."""
 
-    def _in_batches(
+        def inputs(block: Block) -> Inputs:
+            return noise[block.start : block.stop], labels[block.start : block.stop]
+
+        blocks = split_blocks([max(len(noise), 1)], self.batch)
+        parts = self._run(finish, [partial(inputs, b) for b in blocks], check_finite=check_finite)
+        return torch.cat(list(parts))
+
+    def _run(
         self,
-        finish: Callable[[Tensor], Tensor],
-        noise: Tensor,
-        labels: Tensor,
+        finish: Stage,
+        blocks: Sequence[Callable[[], Inputs]],
         *,
         check_finite: bool = False,
-    ) -> Tensor:
-        """finish(latents) of every batch, in order, on the CPU."""
-        size = batch_size(len(noise), self.batch)
-        starts = range(0, len(noise), size)
-
-        def work(start: int) -> Tensor:
-            rows = slice(start, start + size)
+    ) -> Iterator[Tensor]:
+        def make(block: Callable[[], Inputs]) -> Tensor:
             with torch.no_grad():  # a thread starts with gradients on
-                latents = self.latents(noise[rows], labels[rows], check_finite=check_finite)
-                return finish(latents).cpu()
+                latents = partial(self.latents, check_finite=check_finite)
+                return self._sampling(latents, *block())
 
-        parts = []
-        with matmul_precision(self.sampler), self._spread(len(starts)) as run:
-            for part in run(work, starts):
-                parts.append(part)
-                self.on_images(len(part))
-        return torch.cat(parts)
+        def finished(latents: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self._finishing(finish, latents)
 
-    @contextlib.contextmanager
-    def _spread(self, batches: int) -> Iterator[Callable[..., Iterable[Tensor]]]:
-        """A map over batches: in threads where there is a batch for each, else one by one.
-
-        Small networks on the CPU lose much of a second core to synchronisation inside operations;
-        whole batches side by side, each on one core, do not.
-        """
-        if self.workers < 2 or batches < self.workers:
-            yield map
-            return
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        pool = ThreadPoolExecutor(self.workers)
-        try:
-            yield pool.map
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(before)
+        with matmul_precision(self.sampler):
+            if self.device.type == "cuda":
+                makers = [partial(make, block) for block in blocks]
+                for part in overlapped(makers, finished, CudaStreams(self.device)):
+                    self.on_images(len(part))
+                    yield part
+                return
+            with threads(self.workers, len(blocks)) as run:
+                for part in run(lambda block: finished(make(block)).cpu(), blocks):
+                    self.on_images(len(part))
+                    yield part
 
 
-def batch_size(count: int, limit: int) -> int:
-    """Images in one batch: at most `limit`, and at least two batches where that leaves 25 each.
+@dataclass(frozen=True, eq=False)
+class WorkItem:
+    """Images to make: of which coefficients, from which seeds, of which classes."""
 
-    The second batch keeps a second core busy. The rule does not ask how many cores there are, so
-    that the last bits of a result do not depend on them.
-    """
-    return min(limit, math.ceil(count / 2)) if count >= 50 else min(limit, max(count, 1))
+    coefficients: Tensor | None  # (G, K); None: the network as it is
+    seeds: Sequence[int]  # one an image
+    labels: Tensor  # (N,) int64
+
+
+class Spread(Protocol):
+    """Makes work items with the help of other processes."""
+
+    def __call__(
+        self, rollout: MergedRollout, items: Sequence[WorkItem], phase: str, /
+    ) -> list[Tensor]:
+        """Features (N, D) of each item's images, as `rollout` alone would make them."""
+        ...
 
 
 class MergedRollout:
-    """A rollout whose network is the merge with given coefficients."""
+    """A rollout whose network is the merge with given coefficients.
 
-    def __init__(self, live: LiveModel, rollout: Rollout) -> None:
-        self.live, self.rollout = live, rollout
+    Args:
+        live: sets the network's weights; None for a network that stays as it is.
+        rollout: samples it.
+        name: what other processes know this rollout by.
+        spread: shares work items among processes; None: all are made here.
+    """
 
-    def features(self, coefficients: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
-        """Features (N, D) of images that the merge (G, K) makes of noise and labels."""
-        self.live.set_coefficients(coefficients)
+    def __init__(
+        self,
+        live: LiveModel | None,
+        rollout: Rollout,
+        *,
+        name: str = "",
+        spread: Spread | None = None,
+    ) -> None:
+        self.live, self.rollout, self.name, self.spread = live, rollout, name, spread
+
+    def with_sampler(self, sampler: SamplerConfig) -> MergedRollout:
+        """The same networks under another sampler."""
+        changed = self.rollout.with_sampler(sampler)
+        return MergedRollout(self.live, changed, name=self.name, spread=self.spread)
+
+    def features(self, coefficients: Tensor | None, noise: Tensor, labels: Tensor) -> Tensor:
+        """Features (N, D) of images that the merge (G, K) makes of noise and labels, made here."""
+        self._merge(coefficients)
         return self.rollout.features(noise, labels)
+
+    def features_of(self, items: Sequence[WorkItem], phase: str = "") -> list[Tensor]:
+        """Features (N, D) of each item's images; `phase` is for messages.
+
+        The same to the last bit whoever makes which part.
+        """
+        if self.spread is not None:
+            return self.spread(self, items, phase)
+        if self.rollout.device.type == "cuda":  # one line of blocks keeps both streams busy
+            counts = [len(item.labels) for item in items]
+            rows = self.rows(items, split_blocks(counts, self.rollout.batch))
+            return list(torch.split(rows, counts))
+        repeated = Counter(id(item.seeds) for item in items)
+        known: dict[int, Tensor] = {}
+        made = []
+        for item in items:
+            key = id(item.seeds)
+            noise = known[key] if key in known else self.rollout.noise(item.seeds)
+            if repeated[key] > 1:  # candidates see the same noise
+                known[key] = noise
+            made.append(self.features(item.coefficients, noise, item.labels))
+        return made
+
+    def rows(self, items: Sequence[WorkItem], blocks: Sequence[Block]) -> Tensor:
+        """Features (N, D) of the images of some blocks of the items, in order, made here."""
+        begun: int | None = None
+
+        def begin(block: Block) -> Inputs:
+            nonlocal begun
+            item = items[block.item]
+            if begun != block.item:
+                self._merge(item.coefficients)
+                begun = block.item
+            part = slice(block.start, block.stop)
+            return self.rollout.noise(item.seeds[part]), item.labels[part]
+
+        parts = [torch.empty(0, self.rollout.extractor.dim)]
+        for group in self._groups(blocks):
+            begin(group[0]._replace(stop=group[0].start))  # threads find the weights in place
+            parts += self.rollout.features_of([partial(begin, block) for block in group])
+        return torch.cat(parts)
+
+    def _groups(self, blocks: Sequence[Block]) -> list[list[Block]]:
+        """Blocks that may be under way at the same time."""
+        if self.rollout.device.type == "cuda":  # in order: a merge waits for its turn
+            return [list(blocks)] if blocks else []
+        return [list(group) for _, group in groupby(blocks, key=lambda block: block.item)]
+
+    def _merge(self, coefficients: Tensor | None) -> None:
+        if self.live is not None and coefficients is not None:
+            self.live.set_coefficients(coefficients)
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:
