@@ -86,9 +86,7 @@ class Group:
         timeout: seconds that any wait may take.
     """
 
-    def __init__(
-        self, place: Place, store: Store | None = None, timeout: float = TIMEOUT
-    ) -> None:
+    def __init__(self, place: Place, store: Store | None = None, timeout: float = TIMEOUT) -> None:
         self.place, self.timeout = place, timeout
         self.rank, self.size = place.rank, place.size
         self._store = store
@@ -270,7 +268,7 @@ def open_store(place: Place, timeout: float) -> Store:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ParallelError(f"rank {place.rank} cannot reach the other ranks: {reason}") from None
-    store: Store = dist.PrefixStore("merge_rl", found[0])  # type: ignore[attr-defined,arg-type]
+    store: Store = dist.PrefixStore("merge_rl", found[0])  # type: ignore[attr-defined]
     return store
 
 

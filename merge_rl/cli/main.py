@@ -16,6 +16,7 @@ from merge_rl.cli import (
     hub,
     inspection,
     merging,
+    ranks,
     reference,
     scoring,
     search,
@@ -42,6 +43,7 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
     ] = False,
@@ -52,6 +54,7 @@ def options(
     Try it: [bold]mergerl demo digits[/bold], then
     [bold]mergerl optimize digits/edm2 --track raw[/bold].
     """
+    ranks.require_parallel(context.invoked_subcommand)
     if debug:
         os.environ["MERGERL_DEBUG"] = "1"
 
@@ -71,6 +74,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 def main() -> None:
     """Run the command line; exit 0, or 1 after one sentence on stderr."""
     signal.signal(signal.SIGTERM, _terminate)
+    ranks.quiet_followers()
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:
@@ -82,7 +86,7 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         _fail(error, f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
-        complain("interrupted")
+        complain(ranks.told() or "interrupted")  # torchrun stops all when one has failed
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 (the one place where everything ends)
         if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed by now
@@ -102,6 +106,7 @@ def _fail(error: Exception, sentence: str) -> NoReturn:
     if os.environ.get("MERGERL_DEBUG"):
         raise error
     complain(" ".join(sentence.split()))
+    ranks.tell(" ".join(sentence.split()))
     sys.exit(1)
 
 

@@ -26,17 +26,23 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from merge_rl.cli.ranks import leads
+
 JsonFlag = typer.Option("--json", help="One JSON document on stdout; all else on stderr.")
 
 
 def complain(sentence: str) -> None:
-    """One sentence on stderr."""
+    """One sentence on stderr, by rank 0."""
+    if not leads():
+        return
     console = Console(stderr=True, soft_wrap=True, emoji=False, highlight=False)
     console.print(f"[bold red]error:[/] {escape(sentence)}")
 
 
 def say(text: str) -> None:
-    """A line of information on stderr, with rich markup."""
+    """A line of information on stderr, with rich markup, by rank 0."""
+    if not leads():
+        return
     Console(stderr=True, soft_wrap=True, emoji=False, highlight=False).print(text)
 
 
@@ -72,6 +78,7 @@ class BarTracker:
 
     def __init__(self, *columns: ProgressColumn, quiet: bool) -> None:
         console = Console(stderr=True)
+        quiet = quiet or not leads()
         self._live = console.is_terminal and not quiet
         self._quiet, self._task = quiet, TaskID(0)
         self._progress = Progress(*columns, console=console, disable=not self._live)

@@ -9,14 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_rl.config import OptimizeConfig, SamplerConfig
+from merge_rl.config import OptimizeConfig, SamplerConfig, from_mapping
 from merge_rl.config.sampler import sde_counterpart
 from merge_rl.core.compatibility import VELOCITY, prediction_of
 from merge_rl.core.intervals import Interval
 from merge_rl.interfaces import Tracker
 from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.generated import sampler_summary
-from merge_rl.workflows.rollout import MergedRollout
 from merge_rl.workflows.score_store import ScoreStore
 from merge_rl.workflows.scoring import improvement, summarize
 
@@ -96,6 +95,14 @@ class Comparison(_Table):
         return {key: _without_nan(value) for key, value in document.items()}
 
 
+def comparison_from(values: Mapping[str, Any]) -> Comparison:
+    """The comparison whose fields `dataclasses.asdict` gave."""
+    sde = values["sde"]
+    if sde is not None:
+        sde = SamplerComparison(from_mapping(SamplerConfig, sde["sampler"]), sde["scores"])
+    return Comparison(**{**values, "sde": sde})
+
+
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
@@ -161,7 +168,7 @@ def _compare_sde(
     if prediction_of(rollout.model) != VELOCITY or rollout.sampler.is_sde:
         return None
     sampler = sde_counterpart(rollout.sampler)
-    merged = MergedRollout(job.final_rollout.live, rollout.with_sampler(sampler))
+    merged = job.final_rollout.with_sampler(sampler)
     compared = ("start", "result")
     tracker.phase("compare under the SDE", len(compared) * settings.repeats * settings.num_images)
     table = {

@@ -16,15 +16,24 @@ from torch import Tensor
 from merge_rl import registry
 from merge_rl.config import OptimizeConfig, SamplerConfig
 from merge_rl.core.compatibility import require_reward_solver, require_solver
-from merge_rl.errors import MergeRLError, RunError
+from merge_rl.errors import MergeRLError
 from merge_rl.interfaces import NullTracker, Tracker
-from merge_rl.storage.checkpoints import open_checkpoints
+from merge_rl.parallel import Group, joined
+from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
 from merge_rl.storage.runs import RunDir
 from merge_rl.version import __version__
 from merge_rl.workflows.assemble import Job, build_job, resolve_config
-from merge_rl.workflows.comparison import Comparison, compare
+from merge_rl.workflows.comparison import Comparison, compare, comparison_from
+from merge_rl.workflows.crew import Crew
 from merge_rl.workflows.export import require_new, write_merged
 from merge_rl.workflows.extractors import require_known
+from merge_rl.workflows.launch import (
+    begin_run,
+    gather_crew,
+    goes_on,
+    on_device,
+    require_same_inputs,
+)
 from merge_rl.workflows.licence import merged_licence
 from merge_rl.workflows.reward_assembly import check_reward
 from merge_rl.workflows.score_store import ScoreStore
@@ -96,20 +105,28 @@ def optimize(
         search=dataclasses.replace(base.search, name=searcher or base.search.name),
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    require_new(out)
-    opened = open_checkpoints(checkpoints, track=base.track, select=base.select or None)
-    resolved = resolve_config(base, opened)
-    check_names(resolved)
-    merged_licence(opened, resolved.licence)  # refused before the search, not after it
-    job = build_job(resolved, opened, _announce(tracker or NullTracker()))
-    make_searcher(resolved, job)  # refuses before anything is written
-    run = RunDir.create(out, resolved, {"hashes": job.hashes, "version": __version__})
-    try:
-        return _drive(run, resolved, job, tracker or NullTracker())
-    except MergeRLError:
-        if not run.state_path.exists():  # nothing to resume: do not stand in the next try's way
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
+    tracker = tracker or NullTracker()
+    with joined() as group:
+        if group.leads and not goes_on(out, group.place):
+            require_new(out)
+        opened = open_checkpoints(checkpoints, track=base.track, select=base.select or None)
+        resolved = resolve_config(base, opened)
+        check_names(resolved)
+        merged_licence(opened, resolved.licence)  # refused before the search, not after it
+        crew, job = _gather(group, resolved, opened, tracker)
+        if not group.leads:
+            return _from_plain(crew.follow())
+        make_searcher(resolved, job)  # refuses before anything is written
+        inputs = {"hashes": job.hashes, "version": __version__}
+        run = begin_run(out, resolved, inputs, group.place)
+        try:
+            result = _drive(run, resolved, job, tracker)
+        except MergeRLError:
+            if not run.state_path.exists():  # nothing to resume: be out of the next try's way
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        crew.end(_to_plain(result))
+        return result
 
 
 def resume(run_dir: str | os.PathLike[str], *, tracker: Tracker | None = None) -> OptimizeResult:
@@ -117,23 +134,47 @@ def resume(run_dir: str | os.PathLike[str], *, tracker: Tracker | None = None) -
 
     Raises RunError if the folder is no run or its inputs have changed since.
     """
-    run = RunDir.open(run_dir)
-    config = run.config()
     tracker = tracker or NullTracker()
-    inputs = run.read("inputs.json") or {}
-    if inputs.get("version") != __version__:
-        began = f"began with merge_rl {inputs.get('version')}, this is {__version__}"
-        tracker.event({"kind": "warning", "text": f"the run {began}: last bits may differ"})
-    opened = open_checkpoints(config.checkpoints, track=config.track, select=config.select or None)
-    job = build_job(config, opened, _announce(tracker))
-    recorded = inputs.get("hashes")
-    if recorded != job.hashes:
-        changed = [k for k, v in job.hashes.items() if (recorded or {}).get(k) != v]
-        raise RunError(
-            f"{run.path}: cannot resume, the inputs have changed since it began: "
-            f"{', '.join(changed)} (by SHA-256)"
+    with joined() as group:
+        run = RunDir.open(run_dir)
+        config = run.config()
+        opened = open_checkpoints(
+            config.checkpoints, track=config.track, select=config.select or None
         )
-    return _drive(run, config, job, tracker)
+        crew, job = _gather(group, config, opened, tracker)
+        if not group.leads:
+            return _from_plain(crew.follow())
+        began = (run.read("inputs.json") or {}).get("version")
+        if began != __version__:
+            versions = f"began with merge_rl {began}, this is {__version__}"
+            text = f"the run {versions}: last bits may differ"
+            tracker.event({"kind": "warning", "text": text})
+        require_same_inputs(run, job.hashes)
+        result = _drive(run, config, job, tracker)
+        crew.end(_to_plain(result))
+        return result
+
+
+def _gather(
+    group: Group, config: OptimizeConfig, opened: CheckpointSet, tracker: Tracker
+) -> tuple[Crew, Job]:
+    """The job of this process, and all processes that help with it."""
+    placed, announce = on_device(config, group), _announce(tracker)
+    job = build_job(placed, opened, announce)
+    return gather_crew(group, config, job, placed.device, announce), job
+
+
+def _to_plain(result: OptimizeResult) -> dict[str, Any]:
+    return {
+        "run_dir": str(result.run_dir),
+        "found": result.found.to_plain(),
+        "comparison": dataclasses.asdict(result.comparison),
+    }
+
+
+def _from_plain(values: Mapping[str, Any]) -> OptimizeResult:
+    comparison = comparison_from(values["comparison"])
+    return OptimizeResult(Path(values["run_dir"]), Found.from_plain(values["found"]), comparison)
 
 
 def _announce(tracker: Tracker) -> Callable[[str], None]:

@@ -235,19 +235,21 @@ class MergedRollout:
         """Features (N, D) of the images of some blocks of the items, in order, made here."""
         begun: int | None = None
 
-        def begin(block: Block) -> Inputs:
+        def begin(index: int) -> None:
             nonlocal begun
-            item = items[block.item]
-            if begun != block.item:
-                self._merge(item.coefficients)
-                begun = block.item
-            part = slice(block.start, block.stop)
+            if begun != index:
+                self._merge(items[index].coefficients)
+                begun = index
+
+        def inputs(block: Block) -> Inputs:
+            begin(block.item)
+            item, part = items[block.item], slice(block.start, block.stop)
             return self.rollout.noise(item.seeds[part]), item.labels[part]
 
         parts = [torch.empty(0, self.rollout.extractor.dim)]
         for group in self._groups(blocks):
-            begin(group[0]._replace(stop=group[0].start))  # threads find the weights in place
-            parts += self.rollout.features_of([partial(begin, block) for block in group])
+            begin(group[0].item)  # threads find the weights in place
+            parts += self.rollout.features_of([partial(inputs, block) for block in group])
         return torch.cat(parts)
 
     def _groups(self, blocks: Sequence[Block]) -> list[list[Block]]:

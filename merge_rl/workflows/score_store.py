@@ -9,7 +9,7 @@ from torch import Tensor
 from merge_rl.rng import image_seeds
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
-from merge_rl.workflows.rollout import MergedRollout, balanced_labels
+from merge_rl.workflows.rollout import MergedRollout, WorkItem, balanced_labels
 from merge_rl.workflows.scoring import Scorer
 
 
@@ -32,10 +32,9 @@ class ScoreStore:
         """Scores of `count` images from the stream; from the file if they are known already."""
         merged = merged or self.job.final_rollout
         if key not in self.known:
-            noise = merged.rollout.noise(image_seeds(count, self.seed, *stream))
-            labels = balanced_labels(count, self.job.num_classes)
-            features = merged.features(coefficients, noise, labels)
-            score = self.scorer.score(features)
+            seeds = image_seeds(count, self.seed, *stream)
+            item = WorkItem(coefficients, seeds, balanced_labels(count, self.job.num_classes))
+            score = self.scorer.score(merged.features_of([item], key)[0])
             # NaN has no place in JSON.
             self.known[key] = {k: None if math.isnan(v) else v for k, v in score.items()}
             self.run.write("scores.json", self.known)

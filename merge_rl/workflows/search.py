@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,21 @@ class Found:
             "final": {**self.choice.as_dict(), "fresh_score": self.fresh_score,
                       "optimism": self.optimism},
         }  # fmt: skip
+
+    def to_plain(self) -> dict[str, Any]:
+        """All fields as plain data."""
+        tensors = {name: getattr(self, name).tolist() for name in ("coefficients", "start")}
+        return {**dataclasses.asdict(self), **tensors}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Found:
+        """What `to_plain` gave."""
+        tensors = {
+            name: torch.tensor(values[name], dtype=torch.float64)
+            for name in ("coefficients", "start")
+        }
+        winners = {name: Winner(**values[name]) for name in ("beginning", "choice")}
+        return cls(**{**values, **tensors, **winners})
 
 
 def search(

@@ -20,7 +20,7 @@ from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.incumbents import Incumbents
 from merge_rl.workflows.pool import Pool, draw_subset, pool_gap
 from merge_rl.workflows.reward_sum import Scores
-from merge_rl.workflows.rollout import balanced_labels
+from merge_rl.workflows.rollout import WorkItem, balanced_labels
 
 DAMP, RECOVER = 0.7, 1.15  # what a gap does to the step, and how it comes back
 FAILED_ROUNDS = 3  # running, in which every candidate fails, end a search
@@ -95,12 +95,10 @@ class SearchLoop:
 
     def _generate(self, theta: Tensor, labels: Tensor, *names: str | int) -> Tensor:
         """Features of images at theta; the noise comes from the stream called `names`."""
-        noise = self._noise(len(labels), *names)
+        seeds = image_seeds(len(labels), self.config.seed, *names)
         self.images += len(labels)
-        return self.job.rollout.features(self.job.map(theta), noise, labels)
-
-    def _noise(self, count: int, *names: str | int) -> Tensor:
-        return self.job.rollout.rollout.noise(image_seeds(count, self.config.seed, *names))
+        item = WorkItem(self.job.map(theta), seeds, labels)
+        return self.job.rollout.features_of([item], " ".join(map(str, names)))[0]
 
     def _first_pool(self) -> None:
         labels = balanced_labels(self.config.reward.pool_size, self.job.num_classes)
@@ -179,13 +177,15 @@ class SearchLoop:
         for s in range(reward.num_subsets):
             rows = self._rows(s)
             for r in range(reward.num_replacements):
-                draws.append((rows, self._noise(len(rows), "round", index, s, r)))
-        made = [self._features_of(theta, draws) for theta in thetas]
+                seeds = image_seeds(len(rows), self.config.seed, "round", index, s, r)
+                draws.append((rows, seeds))
+        candidates = [self.job.map(theta) for theta in thetas]
+        classes = max(self.job.num_classes, 1)  # which take turns, as in the pool
+        items = [WorkItem(c, seeds, rows % classes) for c in candidates for rows, seeds in draws]
+        made = self.job.rollout.features_of(items, f"round {index}")
+        self.images += sum(len(features) for features in made)
         # All candidates at once: most of what a distance costs is the same for all of them.
-        scored = [
-            (rows, torch.stack(own))
-            for (rows, _), own in zip(draws, zip(*made, strict=True), strict=True)
-        ]
+        scored = [(rows, torch.stack(made[i :: len(draws)])) for i, (rows, _) in enumerate(draws)]
         return self.reward.scores(self.pool, scored)
 
     def _rows(self, subset: int) -> Tensor:
@@ -195,16 +195,6 @@ class SearchLoop:
             return torch.arange(count)
         generator = stream(self.config.seed, "subset", self.round_index, subset)
         return draw_subset(self.pool.labels, count, generator)
-
-    def _features_of(self, theta: Tensor, draws: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Features (n, D) of a candidate's images, for every draw."""
-        coefficients = self.job.map(theta)
-        made = []
-        for rows, noise in draws:
-            labels = rows % max(self.job.num_classes, 1)  # classes take turns, as in the pool
-            made.append(self.job.rollout.features(coefficients, noise, labels))
-            self.images += len(rows)
-        return made
 
     def _refresh(self, before: float) -> dict[str, Any]:
         """Renew rows at the new policy mean, measure the gap, act on it; for the event."""

@@ -1,0 +1,141 @@
+"""A search over the processes of a launch: devices, equal inputs, and going on after a restart."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from merge_rl.config import OptimizeConfig, to_mapping
+from merge_rl.errors import ConfigError, RunError
+from merge_rl.parallel import Group, Place
+from merge_rl.storage.runs import RunDir
+from merge_rl.version import __version__
+from merge_rl.workflows.assemble import Job
+from merge_rl.workflows.crew import Crew, require_agreement
+
+LAUNCH_NAME: Final = "launch.json"
+# Where inputs lie may differ from machine to machine; what they hold is compared by hash.
+PATHS: Final = (
+    "checkpoints", "extractor_weights", "reference", "heldout", "extra_references", "extra_weights",
+    "autoencoder_weights",
+)  # fmt: skip
+
+
+def own_device(device: str, place: Place, count: int | None = None) -> str:
+    """The device of one process: "cuda" means another GPU for every process of a machine.
+
+    `count` is the number of GPUs, by default that of this machine. Raises ConfigError for one GPU
+    shared by several processes.
+    """
+    if torch.device(device).type != "cuda" or place.size == 1:
+        return device
+    if ":" in device:
+        raise ConfigError(
+            f"expected --device cuda with several processes, got {device}: each takes a GPU of "
+            "its own"
+        )
+    count = torch.cuda.device_count() if count is None else count
+    if place.local_rank >= count:
+        raise ConfigError(
+            f"expected a GPU for every process of a machine, found {count} GPUs for process "
+            f"{place.local_rank + 1}; start fewer with --nproc-per-node"
+        )
+    return f"cuda:{place.local_rank}"
+
+
+def device_facts(device: str) -> dict[str, Any]:
+    """What of a device decides how sums round and how much fits: equal on all ranks."""
+    if torch.device(device).type == "cuda":  # pragma: no cover (needs a GPU)
+        found = torch.cuda.get_device_properties(device)
+        return {"name": found.name, "memory": found.total_memory}
+    return {
+        "name": device,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def gather_crew(
+    group: Group,
+    config: OptimizeConfig,
+    job: Job,
+    device: str,
+    announce: Callable[[str], None],
+) -> Crew:
+    """The crew of a search, after all ranks were seen to have the same of everything.
+
+    Raises ParallelError for ranks of another version, other settings or inputs, or unequal
+    devices.
+    """
+    settings = {k: v for k, v in to_mapping(config).items() if k not in PATHS}
+    settings["sampler"] = {k: v for k, v in (settings["sampler"] or {}).items() if k != "guide"}
+    facts = {
+        "version": __version__, "torch": torch.__version__, "settings": settings,
+        "hashes of": job.hashes, "device": device_facts(device),
+    }  # fmt: skip
+    if group.size > 1:
+        require_agreement(group, facts)
+    return Crew(group, (job.rollout, job.final_rollout), announce)
+
+
+def goes_on(out: str | os.PathLike[str], place: Place) -> bool:
+    """Whether the run at `out` was begun by this launch: by a process that was restarted since."""
+    run = RunDir(out)
+    if not run.path.is_dir():
+        return False
+    recorded = run.read(LAUNCH_NAME) or {}
+    return place.restarts > 0 or (place.job is not None and recorded.get("job") == place.job)
+
+
+def begin_run(
+    out: str | os.PathLike[str], config: OptimizeConfig, inputs: Mapping[str, Any], place: Place
+) -> RunDir:
+    """The run directory: new, or that of the same launch before it was restarted.
+
+    Raises RunError for a directory of other settings or inputs, or of anything else.
+    """
+    if goes_on(out, place):
+        _clear_beginnings(Path(out))
+        if RunDir(out).path.is_dir():
+            run = RunDir.open(out)
+            if run.config() != config:
+                raise RunError(
+                    f"{run.path} was begun with other settings; choose another --out, or resume "
+                    "that run"
+                )
+            require_same_inputs(run, inputs["hashes"])
+            return run
+    run = RunDir.create(out, config, inputs)
+    if place.job is not None:
+        run.write(LAUNCH_NAME, {"job": place.job})
+    return run
+
+
+def _clear_beginnings(folder: Path) -> None:
+    """Remove a run directory that was lost before it had settings; nothing else is touched."""
+    found = list(folder.iterdir())
+    if all(file.name == "inputs.json" or file.name.startswith(".tmp-") for file in found):
+        for file in found:
+            file.unlink()
+        folder.rmdir()
+
+
+def require_same_inputs(run: RunDir, hashes: Mapping[str, Any]) -> None:
+    """Raise RunError unless the inputs are those that a run began with."""
+    recorded = (run.read("inputs.json") or {}).get("hashes")
+    if recorded != hashes:
+        changed = [k for k, v in hashes.items() if (recorded or {}).get(k) != v]
+        raise RunError(
+            f"{run.path}: cannot resume, the inputs have changed since it began: "
+            f"{', '.join(changed)} (by SHA-256)"
+        )
+
+
+def on_device(config: OptimizeConfig, group: Group) -> OptimizeConfig:
+    """The settings with this process's own device."""
+    return dataclasses.replace(config, device=own_device(config.device, group.place))
