@@ -16,6 +16,7 @@ from merge_rl.cli import (
     hub,
     inspection,
     merging,
+    plan,
     ranks,
     reference,
     scoring,
@@ -59,7 +60,7 @@ def options(
         os.environ["MERGERL_DEBUG"] = "1"
 
 
-for module in (search, conversion, merging, evaluation, scoring, reference, inspection, hub):
+for module in (search, plan, conversion, merging, evaluation, scoring, reference, inspection, hub):
     module.register(app)
 
 

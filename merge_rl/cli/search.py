@@ -27,6 +27,7 @@ SEARCHER_HELP = (
     "best-checkpoint, random. \\[default: policy-gradient]"
 )
 SEARCH, MODEL, REWARD, FINAL = "Search", "Model and sampling", "Reward", "Final comparison"
+COST = "Cost, before it starts (mergerl plan)"
 
 
 def register(app: typer.Typer) -> None:
@@ -245,6 +246,21 @@ def optimize(
     repeats: Annotated[
         int | None, typer.Option(help="At least 3. \\[default: 4]", rich_help_panel=FINAL)
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what it will cost and stop.", rich_help_panel=COST),
+    ] = False,
+    devices: Annotated[
+        str,
+        typer.Option(help="Numbers of devices to tell the cost for.", rich_help_panel=COST),
+    ] = "1,8,64",
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB that a device has. \\[default: what is free on this one]",
+            rich_help_panel=COST,
+        ),
+    ] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Search the merging coefficients of a checkpoint set: the main job.
@@ -284,6 +300,11 @@ def optimize(
         sampler=defaults.sampler, base=settings_of(preset) if preset else None,
     )  # fmt: skip
     run_dir = out or Path("runs") / f"{checkpoints.resolve().name}-seed{settings.seed}"
+    if dry_run:
+        from merge_rl.cli.plan import show_plan
+
+        show_plan(settings, run_dir, devices=devices, memory=memory, json=json)
+        return
     _drive(
         run_dir,
         lambda tracker: run_optimize(checkpoints, out=run_dir, config=settings, tracker=tracker),

@@ -251,6 +251,7 @@ class EDM2(nn.Module):
         super().__init__()
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.label_dim, self.use_fp16, self.sigma_data = label_dim, use_fp16, sigma_data
+        self.half_on: tuple[str, ...] = ("cuda",)
         self.unet = UNet(img_resolution, img_channels, label_dim, **unet_options)
         self.logvar_fourier = FourierFeatures(logvar_channels)
         self.logvar_linear = NormalizedWeight(logvar_channels, 1)
@@ -271,7 +272,7 @@ class EDM2(nn.Module):
         total = sigma.square() + self.sigma_data**2
         c_skip = self.sigma_data**2 / total
         c_out = sigma * self.sigma_data / total.sqrt()
-        dtype = torch.float16 if self.use_fp16 and x.device.type == "cuda" else torch.float32
+        dtype = torch.float16 if self.use_fp16 and x.device.type in self.half_on else torch.float32
         c_noise = (sigma.log() / 4).reshape(-1)
         out = self.unet((x / total.sqrt()).to(dtype), c_noise, self._label_rows(labels, x.device))
         denoised: Tensor = c_skip * x + c_out * out.float()

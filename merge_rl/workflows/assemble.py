@@ -184,7 +184,7 @@ def build_job(
     plan = plan_merge(checkpoints, groups=config.merge.groups, base=config.merge.start, model=model)
     place = place_weights(checkpoints.total_bytes, config.device, config.weights_device)
     flat = load_checkpoints(checkpoints, plan, place)
-    references = _load_references(config, extractor, digest)
+    references = load_references(config, extractor, digest)
     own = Target(
         extractor=extractor, reference=references["reference"], path=config.reference or ""
     )
@@ -217,9 +217,10 @@ def build_job(
     )
 
 
-def _load_references(
+def load_references(
     config: OptimizeConfig, extractor: FeatureExtractor, digest: str | None
 ) -> dict[str, Reference]:
+    """The statistics of real data that a config names: "reference" and, if any, "heldout"."""
     named = {"reference": config.reference, "heldout": config.heldout}
     references = {}
     for name, path in named.items():

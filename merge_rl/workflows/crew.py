@@ -38,7 +38,7 @@ class Crew:
         self._rollouts = {rollout.name: rollout for rollout in rollouts}
         if group.leads and group.size > 1:
             for rollout in self._rollouts.values():
-                rollout.spread = self._spread
+                rollout.spread, rollout.processes = self._spread, group.size
 
     def end(self, result: Any = None) -> None:
         """On rank 0: dismiss the others; `result`, plain data, is what `follow` returns there."""

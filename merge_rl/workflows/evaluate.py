@@ -14,12 +14,16 @@ from merge_rl.config import SamplerConfig
 from merge_rl.core.compatibility import prediction_of
 from merge_rl.errors import StatisticsError, TooFewSamplesError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor, NullTracker, Tracker
+from merge_rl.parallel import Group, joined
 from merge_rl.storage.features_file import load_features
 from merge_rl.storage.kinds import kind_of
+from merge_rl.version import __version__
 from merge_rl.workflows.assemble import cpu_workers, load_guide
 from merge_rl.workflows.autoencoders import load_autoencoder
+from merge_rl.workflows.crew import Crew, require_agreement
 from merge_rl.workflows.feature_store import FeatureStore, weights_digest
 from merge_rl.workflows.generated import block_features, sampler_summary
+from merge_rl.workflows.launch import device_facts, own_device
 from merge_rl.workflows.metrics import MAX_ROWS, Scores, summarize_repeats
 from merge_rl.workflows.models import load_model
 from merge_rl.workflows.references import (
@@ -30,7 +34,7 @@ from merge_rl.workflows.references import (
     maker_of,
     notes_of,
 )
-from merge_rl.workflows.rollout import Rollout
+from merge_rl.workflows.rollout import MergedRollout, Rollout
 from merge_rl.workflows.samplers import samplers_of
 from merge_rl.workflows.stored import blocks_of, image_features
 
@@ -96,30 +100,34 @@ def evaluate(
             f"{path} holds statistics; expected a model, images, or features to compare"
         )
 
-    def begin(maker: Maker) -> _Job:
+    def begin(maker: Maker, group: Group) -> _Job:
         references = find_references({"reference": reference, "heldout": heldout}, maker)
         scores = Scores(metrics, references, device=device, max_rows=max_rows, seed=seed)
         return _Job(
-            scores, maker, batch, device, seed, repeats, num_images, tracker or NullTracker(),
-            save_features, notes_of(references, maker),
+            group, scores, maker, batch, device, seed, repeats, num_images,
+            tracker or NullTracker(), save_features, notes_of(references, maker),
         )  # fmt: skip
 
-    if kind == "features":
-        saved = load_features(path)
-        job = begin(maker_of(saved, extractor))
-        return job.document(kind, job.score_blocks(saved.features, path))
-    built, maker = find_extractor(extractor, extractor_weights, extractor_sha256, reference, device)
-    job = begin(maker)
-    if kind == "images":
-        return job.document(kind, _of_images(job, path, built, skip_broken))
-    network = model if isinstance(model, nn.Module) else load_model(path)
-    return job.document(kind, _of_network(job, network, built, sampler, autoencoder))
+    with joined() as group:
+        if kind == "features":
+            saved = load_features(path)
+            job = begin(maker_of(saved, extractor), group)
+            return job.alone(lambda: job.document(kind, job.score_blocks(saved.features, path)))
+        built, maker = find_extractor(
+            extractor, extractor_weights, extractor_sha256, reference, device
+        )
+        job = begin(maker, group)
+        if kind == "images":
+            return job.alone(lambda: job.document(kind, _of_images(job, path, built, skip_broken)))
+        network = model if isinstance(model, nn.Module) else load_model(path)
+        return _of_network(job, network, built, sampler, autoencoder)
 
 
 @dataclass(frozen=True, eq=False)
 class _Job:
     """What all ways of evaluating share."""
 
+    group: Group
     scores: Scores
     maker: Maker
     batch: int
@@ -140,6 +148,15 @@ class _Job:
             **({} if rows is None else {"max_rows": rows}),
             **({"notes": self.notes} if self.notes else {}),
         }
+
+    def alone(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What rank 0 does by itself; the others get its result."""
+        crew = Crew(self.group, ())
+        if not self.group.leads:
+            return dict(crew.follow())
+        document = work()
+        crew.end(document)
+        return document
 
     def store(self, key: Mapping[str, Any]) -> FeatureStore | None:
         """Where features are kept, if they are."""
@@ -185,27 +202,45 @@ def _of_network(
         sampler = {"sde" if sampler.is_sde else "ode": sampler}
     settings = dict(sampler or samplers_of(network))
     rollout = network_rollout(
-        network, next(iter(settings.values())), job.batch, job.device,
+        network, next(iter(settings.values())), job.batch, own_device(job.device, job.group.place),
         extractor=extractor, autoencoder=autoencoder, on_images=job.tracker.advance,
     )  # fmt: skip
-    job.tracker.phase("evaluate", count * job.repeats * len(settings))
-    classes = int(getattr(network, "label_dim", 0))
     parts = (network, rollout.guide, rollout.autoencoder, extractor)
-    keyed = job.folder is not None
-    store = job.store({"networks": [weights_digest(part) for part in parts]} if keyed else {})
-    sections = {}
-    for name, chosen in settings.items():
-        current = rollout.with_sampler(chosen)
-        found = []
-        for first in range(job.seed, job.seed + count * job.repeats, count):
-            features = block_features(current, first, count, classes, section=name, store=store)
-            found.append(job.scores.of(features))
-        summary = sampler_summary(chosen, prediction_of(network))
-        sections[name] = {"sampler": summary, **summarize_repeats(found)}
+    keyed = job.folder is not None or job.group.size > 1
+    key = {"networks": [weights_digest(part) for part in parts]} if keyed else {}
+    if job.group.size > 1:
+        ways = {name: sampler_summary(s, prediction_of(network)) for name, s in settings.items()}
+        require_agreement(job.group, {
+            "version": __version__, "weights of": key, "samplers": ways, "batch": job.batch,
+            "device": device_facts(str(rollout.device)),
+        })  # fmt: skip
+    made = MergedRollout(None, rollout, name="network")
+    crew = Crew(job.group, (made,), lambda text: job.tracker.event({"kind": "note", "text": text}))
+    if not job.group.leads:
+        return dict(crew.follow())
+    job.tracker.phase("evaluate", count * job.repeats * len(settings))
+    found = {
+        name: _section(job, made.with_sampler(chosen), name, count, job.store(key))
+        for name, chosen in settings.items()
+    }
     common = {"num_images": count, "repeats": job.repeats, "first_seed": job.seed}
-    if len(sections) == 1:
-        return {**common, **next(iter(sections.values()))}
-    return {**common, "samplers": sections}
+    shown = next(iter(found.values())) if len(found) == 1 else {"samplers": found}
+    document = job.document("model", {**common, **shown})
+    crew.end(document)
+    return document
+
+
+def _section(
+    job: _Job, made: MergedRollout, name: str, count: int, store: FeatureStore | None
+) -> dict[str, Any]:
+    """Scores under one sampler."""
+    network, rows = made.rollout.model, []
+    classes = int(getattr(network, "label_dim", 0))
+    for first in range(job.seed, job.seed + count * job.repeats, count):
+        features = block_features(made, first, count, classes, section=name, store=store)
+        rows.append(job.scores.of(features))
+    summary = sampler_summary(made.rollout.sampler, prediction_of(network))
+    return {"sampler": summary, **summarize_repeats(rows)}
 
 
 def network_rollout(

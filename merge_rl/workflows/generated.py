@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor
 from merge_rl.config import SamplerConfig
 from merge_rl.core.compatibility import DENOISED, VELOCITY, prediction_of
 from merge_rl.errors import NonFiniteSamplesError
+from merge_rl.storage.work_folder import WorkFolder
 from merge_rl.workflows.feature_store import FeatureStore
-from merge_rl.workflows.rollout import Rollout, balanced_labels
+from merge_rl.workflows.rollout import MergedRollout, Rollout, WorkItem, balanced_labels
 
 PIECE_ROWS: Final = 1000  # images whose noise is held, and whose features are written, at once
 
 
 def block_features(
-    rollout: Rollout,
+    made: MergedRollout,
     first_seed: int,
     count: int,
     num_classes: int,
@@ -30,7 +32,7 @@ def block_features(
     With a store, finished pieces are kept and not made again. NonFiniteSamplesError, with the seed
     and the step, where a sample is not finite: never a score of the others.
     """
-    labels = balanced_labels(count, num_classes)
+    labels, rollout = balanced_labels(count, num_classes), made.rollout
     name = f"{section}-{first_seed}-{first_seed + count - 1}"
     key = {"sampler": sampler_summary(rollout.sampler, prediction_of(rollout.model))}
     if store is not None:
@@ -39,38 +41,54 @@ def block_features(
             rollout.on_images(count)
             return done
     work = store.pieces(name, key) if store is not None else None
-    parts = []
-    for start in range(0, count, PIECE_ROWS):
-        stop = min(start + PIECE_ROWS, count)
-        piece = f"features-{start:09d}"
-        found = work.read(piece) if work is not None else None
-        if found is not None and len(found[0]["features"]) == stop - start:
-            rollout.on_images(stop - start)
-            parts.append(found[0]["features"])
-            continue
-        parts.append(
-            _piece(rollout, range(first_seed + start, first_seed + stop), labels[start:stop])
-        )
-        if work is not None and stop < count:
-            work.write(piece, {"features": parts[-1]}, {})
-    features = torch.cat(parts)
+    spans = [slice(start, min(start + PIECE_ROWS, count)) for start in range(0, count, PIECE_ROWS)]
+    parts = {span.start: _kept(work, span) for span in spans}
+    missing = [span for span in spans if parts[span.start] is None]
+    rollout.on_images(count - sum(span.stop - span.start for span in missing))
+    # One piece at a time, to lose little; as many as give every process a batch if there are more.
+    step = max(1, made.processes * rollout.batch // PIECE_ROWS) if made.processes > 1 else 1
+    for first in range(0, len(missing), step):
+        chosen = missing[first : first + step]
+        for span, features in zip(chosen, _pieces(made, first_seed, labels, chosen), strict=True):
+            parts[span.start] = features
+            if work is not None and span.stop < count:
+                work.write(_piece_name(span), {"features": features}, {})
+    features = torch.cat([part for part in parts.values() if part is not None])
     if store is not None:
         store.save(name, key, features, labels)
     return features
 
 
-def _piece(rollout: Rollout, seeds: range, labels: Tensor) -> Tensor:
-    noise = rollout.noise(seeds)
-    features = rollout.features(noise, labels)
-    failed = ~features.isfinite().all(1)
-    if bool(failed.any()):
-        row = int(failed.nonzero()[0])
-        where = _failed_step(rollout, noise[row : row + 1], labels[row : row + 1])
-        raise NonFiniteSamplesError(
-            "the model generates samples that are not finite: no score "
-            f"(the image of seed {seeds[row]}{where})"
-        )
-    return features
+def _piece_name(span: slice) -> str:
+    return f"features-{span.start:09d}"
+
+
+def _kept(work: WorkFolder | None, span: slice) -> Tensor | None:
+    """A piece that an earlier call finished."""
+    found = work.read(_piece_name(span)) if work is not None else None
+    if found is None or len(found[0]["features"]) != span.stop - span.start:
+        return None
+    return found[0]["features"]
+
+
+def _pieces(
+    made: MergedRollout, first_seed: int, labels: Tensor, spans: Sequence[slice]
+) -> list[Tensor]:
+    items = [
+        WorkItem(None, range(first_seed + s.start, first_seed + s.stop), labels[s]) for s in spans
+    ]
+    found = made.features_of(items, f"images from seed {items[0].seeds[0]}")
+    for item, features in zip(items, found, strict=True):
+        failed = ~features.isfinite().all(1)
+        if bool(failed.any()):
+            row = int(failed.nonzero()[0])
+            noise = made.rollout.noise([item.seeds[row]])
+            where = _failed_step(made.rollout, noise, item.labels[row : row + 1])
+            raise NonFiniteSamplesError(
+                "the model generates samples that are not finite: no score "
+                f"(the image of seed {item.seeds[row]}{where})"
+            )
+    return found
 
 
 def _failed_step(rollout: Rollout, noise: Tensor, label: Tensor) -> str:

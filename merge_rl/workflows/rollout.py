@@ -198,11 +198,13 @@ class MergedRollout:
         spread: Spread | None = None,
     ) -> None:
         self.live, self.rollout, self.name, self.spread = live, rollout, name, spread
+        self.processes = 1  # among which `spread` shares
 
     def with_sampler(self, sampler: SamplerConfig) -> MergedRollout:
         """The same networks under another sampler."""
-        changed = self.rollout.with_sampler(sampler)
-        return MergedRollout(self.live, changed, name=self.name, spread=self.spread)
+        other = copy.copy(self)
+        other.rollout = self.rollout.with_sampler(sampler)
+        return other
 
     def features(self, coefficients: Tensor | None, noise: Tensor, labels: Tensor) -> Tensor:
         """Features (N, D) of images that the merge (G, K) makes of noise and labels, made here."""

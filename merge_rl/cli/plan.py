@@ -1,0 +1,140 @@
+"""`mergerl plan`, and `mergerl optimize --dry-run`: what a search will cost."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import typer
+
+from merge_rl.cli import search
+from merge_rl.cli.output import BarTracker, print_json, print_table, say
+from merge_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from merge_rl.config import OptimizeConfig
+    from merge_rl.workflows.plan import Plan
+
+HELP: Final = """What a search with these options will cost; takes those of optimize, runs nothing.
+
+Images, network calls, FLOPs, bytes moved, memory of a device, disk, and the time on several numbers
+of devices, from a calibration of this machine that takes some seconds. Refuses what cannot fit, and
+says the largest batch that does.
+"""
+UNITS: Final = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command, with all options of `optimize`: what it costs is what it is asked for."""
+    signature = inspect.signature(search.optimize, eval_str=True)
+    options = [p for name, p in signature.parameters.items() if name != "dry_run"]
+
+    def plan(**given: Any) -> None:
+        search.optimize(**given, dry_run=True)
+
+    plan.__doc__ = HELP
+    plan.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    plan.__annotations__ = {option.name: option.annotation for option in options}
+    app.command()(plan)
+
+
+def show_plan(
+    settings: OptimizeConfig,
+    out: Path,
+    *,
+    json: bool,
+    devices: str,
+    memory: float | None,
+) -> None:
+    """Make the plan of a search and print it."""
+    from merge_rl.storage.checkpoints import open_checkpoints
+    from merge_rl.workflows.assemble import resolve_config
+    from merge_rl.workflows.optimize import check_budget, check_names
+    from merge_rl.workflows.plan import plan
+
+    counts = _counts(devices)
+    if memory is not None and not memory > 0:
+        raise ConfigError(f"expected --memory in GiB, > 0, got {memory:g}")
+    opened = open_checkpoints(settings.checkpoints, track=settings.track)
+    resolved = resolve_config(settings, opened)
+    check_names(resolved)
+    check_budget(resolved)
+    with _Steps(quiet=json) as tracker:
+        found = plan(
+            resolved, opened, out=out, devices=counts, tracker=tracker,
+            memory=None if memory is None else round(memory * 2**30),
+        )  # fmt: skip
+    if json:
+        print_json(found.as_dict())
+    else:
+        _print(found)
+
+
+def _counts(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
+        raise ConfigError(f"expected --devices as numbers >= 1, such as 1,8,64, got {text!r}")
+    return [int(part) for part in parts]
+
+
+class _Steps(BarTracker):
+    """The steps of the calibration."""
+
+    def size_text(self, total: int) -> str:
+        return f"{total} parts of the work, some seconds each"
+
+
+def _print(found: Plan) -> None:
+    from merge_rl.workflows.memory_plan import gib
+
+    load, memory, batch = found.workload, found.memory, found.config.batch
+    stages = ", ".join(f"{stage.name} {stage.total:,}" for stage in load.stages)
+    rows = [
+        ["images", f"{load.images:,}", f"{load.rounds} rounds; {stages}"],
+        ["network calls", _short(found.network_calls), f"{found.calls['reward']} an image"],
+        ["FLOPs", _short(found.flops), f"{_short(found.flops / load.images)} an image"],
+        ["merges", f"{load.merges:,}", f"{gib(found.merge_bytes)} read and written"],
+        ["features", gib(found.gather_bytes), "gathered on rank 0, at most"],
+        [f"memory of {memory.device}", gib(memory.needed(batch)), _memory_text(found)],
+        ["disk", gib(found.disk), f"{gib(found.disk_free)} free"],
+    ]
+    print_table("The search", ["what", "how much", "of which"], rows)
+    times = [
+        [
+            f"{e.devices}", _duration(e.seconds), f"{e.efficiency:.0%}",
+            "" if e.devices == 1 else e.limit,
+        ]
+        for e in found.estimates
+    ]  # fmt: skip
+    title = "Estimate for devices like this one, from a calibration"
+    print_table(title, ["devices", "time", "efficiency", "what limits it"], times)
+    for note in found.notes:
+        say(f"[yellow]note:[/] {note}")
+
+
+def _memory_text(found: Plan) -> str:
+    from merge_rl.workflows.memory_plan import gib
+
+    memory, batch = found.memory, found.config.batch
+    parts = [f"{name} {gib(size)}" for name, size in memory.weights.items()]
+    parts.append(f"activations at batch {batch} {gib(memory.activations(batch))}")
+    if not memory.weights.get("checkpoints"):
+        parts.append(f"checkpoints on {memory.place}")
+    return f"{gib(memory.capacity)} there, room for batch {memory.largest_batch}; " + ", ".join(
+        parts
+    )
+
+
+def _short(value: float) -> str:
+    for size, unit in UNITS:
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

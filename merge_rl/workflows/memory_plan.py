@@ -1,0 +1,136 @@
+"""Memory that a search needs on one device, and the largest batch that a device has room for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from merge_rl.config import OptimizeConfig
+from merge_rl.errors import DeviceMemoryError
+from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.workflows.network_cost import Cost, weight_bytes
+from merge_rl.workflows.placement import choose_place, free_memory
+from merge_rl.workflows.planned_parts import Parts
+
+STATES: Final = 6  # of the samples that a solver holds at once
+SQUARES: Final = 6  # float64 matrices (D, D) that a distance works with
+LARGEST: Final = 4096  # images beyond which a batch gains nothing
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device: what lies there throughout, and what a batch adds."""
+
+    weights: Mapping[str, int]
+    sampling: Cost
+    finishing: Cost  # decoding and extraction, whichever needs more
+    sample_bytes: int  # of one sample in a solver
+    side_by_side: int  # batches under way at the same time
+    overlapped: bool  # whether finishing runs beside sampling
+    capacity: int
+    device: str
+    place: str  # of the checkpoints
+
+    def needed(self, batch: int) -> int:
+        """Bytes with a batch of that many images."""
+        return sum(self.weights.values()) + self.activations(batch)
+
+    def activations(self, batch: int) -> int:
+        """Bytes of what a batch holds at its peak."""
+        sampling = self.sampling.peak(batch) + STATES * self.sample_bytes * batch
+        finishing = self.finishing.peak(batch)
+        peak = sampling + finishing if self.overlapped else max(sampling, finishing)
+        return self.side_by_side * peak
+
+    @property
+    def largest_batch(self) -> int:
+        """The largest batch, up to `LARGEST`, that fits; 0 if none does."""
+        low, high = 0, LARGEST
+        while low < high:
+            middle = math.ceil((low + high) / 2)
+            if self.needed(middle) <= self.capacity:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def require_fit(self, batch: int) -> None:
+        """Raise DeviceMemoryError unless a batch fits."""
+        if self.needed(batch) <= self.capacity:
+            return
+        has = f"{self.device} has {gib(self.capacity)}"
+        best = self.largest_batch
+        if best == 0:
+            raise DeviceMemoryError(
+                f"not even one image at a time fits: {gib(self.needed(1))} are needed, {has}"
+                + ("; --weights-device cpu or disk takes the checkpoints off it"
+                   if self.weights.get("checkpoints") and self.device != "cpu" else "")
+            )  # fmt: skip
+        raise DeviceMemoryError(
+            f"a batch of {batch} needs {gib(self.needed(batch))}, {has}; the largest batch that "
+            f"fits is {best}"
+        )
+
+    def as_dict(self, batch: int) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "device": self.device, "needed": self.needed(batch), "capacity": self.capacity,
+            "weights": dict(self.weights), "activations": self.activations(batch),
+            "checkpoints lie": self.place, "largest_batch": self.largest_batch,
+        }  # fmt: skip
+
+
+def plan_memory(
+    config: OptimizeConfig, checkpoints: CheckpointSet, parts: Parts, memory: int | None = None
+) -> MemoryPlan:
+    """Memory of a search on its device, which has `memory` bytes or what is free here."""
+    device, kind = config.device, torch.device(config.device).type
+    capacity = free_on(device) if memory is None else memory
+    place = choose_place(
+        checkpoints.total_bytes, device, free_device=capacity if kind == "cuda" else None,
+        free_memory=capacity if kind == "cpu" else free_memory(), given=config.weights_device,
+    )  # fmt: skip
+    dim = parts.extractor.dim
+    weights = {
+        "checkpoints": checkpoints.total_bytes if place == device else 0,
+        "merged weights": 4 * parts.size,
+        "guide": weight_bytes(parts.guide),
+        "decoder": weight_bytes(parts.decoder),
+        "extractor": weight_bytes(parts.extractor),
+        "rewards": SQUARES * 8 * dim * dim,
+    }
+    none = Cost(0.0, 0, 0.0)
+    network = parts.costs["network"]
+    twice = config.sampler is not None and config.sampler.guidance != 1 and not parts.guide
+    if twice and not config.sampler.low_memory:  # type: ignore[union-attr]
+        network = Cost(network.flops, network.fixed, 2 * network.per_image)
+    return MemoryPlan(
+        weights={name: size for name, size in weights.items() if size},
+        sampling=network,
+        finishing=max(
+            (parts.costs.get(name, none) for name in ("decoder", "extractor")),
+            key=lambda cost: cost.peak(config.batch),
+        ),
+        sample_bytes=4 * math.prod(parts.rollout.shape),
+        side_by_side=parts.rollout.workers,
+        overlapped=kind == "cuda",
+        capacity=capacity,
+        device=device,
+        place=place,
+    )
+
+
+def free_on(device: str) -> int:
+    """Bytes free on an accelerator, or in memory."""
+    if torch.device(device).type == "cuda":  # pragma: no cover (needs a GPU)
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_memory()
+
+
+def gib(size: int) -> str:
+    """Bytes as text."""
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.3g} MiB"

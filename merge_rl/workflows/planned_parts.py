@@ -1,0 +1,178 @@
+"""What a search would work with, built without its checkpoints, on weights at random."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merge_rl import registry
+from merge_rl.config import OptimizeConfig, SamplerConfig
+from merge_rl.core.statistics import FeatureStats
+from merge_rl.errors import CheckpointError
+from merge_rl.interfaces import Autoencoder, FeatureExtractor
+from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.storage.hashing import sha256_file
+from merge_rl.storage.reference import Reference
+from merge_rl.workflows.assemble import cpu_workers, load_guide, load_references
+from merge_rl.workflows.autoencoders import load_autoencoder
+from merge_rl.workflows.extractors import build_extractor
+from merge_rl.workflows.merging import plan_merge
+from merge_rl.workflows.network_cost import Cost, forward_cost
+from merge_rl.workflows.reward_assembly import Target, build_reward
+from merge_rl.workflows.reward_sum import RewardSum
+from merge_rl.workflows.rollout import Rollout
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Parts:
+    """The objects of a search, and what their forward passes cost."""
+
+    network: nn.Module
+    decoder: Autoencoder
+    extractor: FeatureExtractor  # of the rewards
+    guide: nn.Module | None
+    rollout: Rollout
+    reward: RewardSum
+    references: Mapping[str, Reference]
+    costs: Mapping[str, Cost]  # by part; a part that computes nothing is not in it
+    size: int  # elements that are merged
+    start_seconds: float  # to read and hash the checkpoints, about
+    notes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the network."""
+        return int(getattr(self.network, "label_dim", 0))
+
+    @property
+    def call_flops(self) -> float:
+        """Of one image in one step of a sampler: the network, and what guides it."""
+        network = self.costs["network"].flops
+        if self.rollout.sampler.guidance == 1:
+            return network
+        return network + (self.costs["guide"].flops if "guide" in self.costs else network)
+
+    @property
+    def finishing_flops(self) -> float:
+        """Of an image after sampling."""
+        return sum(
+            self.costs[name].flops for name in ("decoder", "extractor") if name in self.costs
+        )
+
+    @property
+    def own_moments(self) -> FeatureStats:
+        """Moments of real data in the features of the set's extractor."""
+        return self.references["reference"].stats
+
+    @property
+    def moments(self) -> FeatureStats:
+        """Moments as wide as the features of the rewards, about as large as real ones."""
+        own = self.own_moments
+        times = -(-self.extractor.dim // own.dim)
+        mean = own.mean.repeat(times)[: self.extractor.dim]
+        spread = own.cov.diagonal().repeat(times)[: self.extractor.dim]
+        return FeatureStats(own.count, mean, torch.diag(spread))
+
+
+def build_parts(
+    config: OptimizeConfig, checkpoints: CheckpointSet, announce: Callable[[str], None]
+) -> Parts:
+    """Build what a resolved config names; of the checkpoints only headers are looked at."""
+    if checkpoints.config is None:
+        raise CheckpointError(
+            f"{checkpoints.folder}: the model config is not known; "
+            "expected a manifest or config.json"
+        )
+    device, sampler = config.device, config.sampler or SamplerConfig()
+    network = registry.build_model(checkpoints.config).to(device).requires_grad_(False)
+    shape = network.sample_shape
+    decoder, _ = load_autoencoder(
+        config.autoencoder, config.autoencoder_weights, shape=shape,
+        dtype=config.autoencoder_dtype, device=device, announce=announce,
+    )  # fmt: skip
+    own, digest = build_extractor(
+        config.extractor or "", config.extractor_weights, device, announce
+    )
+    references = load_references(config, own, digest)
+    target = Target(extractor=own, reference=references["reference"], path=config.reference or "")
+    built = build_reward(config, target, announce)
+    guide = load_guide(sampler, device)
+    rollout = Rollout(
+        network, shape, sampler=sampler, autoencoder=decoder, extractor=built.extractor,
+        batch=config.batch, device=device, guide=guide, workers=cpu_workers(device),
+    )  # fmt: skip
+    plan = plan_merge(checkpoints, groups=config.merge.groups, base=config.merge.start)
+    size = sum(_elements(checkpoints, name) for name in plan.merged)
+    costs, notes = _costs(checkpoints.config, rollout)
+    return Parts(
+        network=network, decoder=decoder, extractor=built.extractor, guide=guide, rollout=rollout,
+        reward=built.reward, references=references, costs=costs, size=size,
+        start_seconds=_reading_seconds(checkpoints), notes=notes,
+    )  # fmt: skip
+
+
+def _elements(checkpoints: CheckpointSet, name: str) -> int:
+    return int(torch.Size(checkpoints.tensors[name].shape).numel())
+
+
+def _costs(model: Mapping[str, Any], rollout: Rollout) -> tuple[dict[str, Cost], tuple[str, ...]]:
+    """Costs by part, and which could not be told."""
+    shape, kind = rollout.shape, rollout.device.type
+
+    def samples(batch: int) -> tuple[Tensor, ...]:
+        labels = torch.zeros(batch, dtype=torch.int64)
+        return torch.empty(batch, *shape), torch.ones(()), labels
+
+    def latents(batch: int) -> tuple[Tensor, ...]:
+        return (torch.empty(batch, *shape),)
+
+    def images(batch: int) -> tuple[Tensor, ...]:
+        return (_Decoding(rollout.autoencoder)(torch.empty(batch, *shape)),)
+
+    costs = {"network": forward_cost(lambda: registry.build_model(model), samples, kind)}
+    others: dict[str, tuple[Any, Callable[[int], tuple[Tensor, ...]]]] = {
+        "guide": (rollout.guide, samples),
+        "decoder": (_Decoding(rollout.autoencoder), latents),
+        "extractor": (rollout.extractor, images),
+    }
+    notes = []
+    for name, (part, inputs) in others.items():
+        try:
+            if isinstance(part, nn.Module):
+                costs[name] = forward_cost(partial(_weightless, part), inputs, kind)
+        except (RuntimeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:80]
+            notes.append(f"FLOPs and memory of the {name} are not counted: {reason}")
+    return costs, tuple(notes)
+
+
+def _weightless(part: nn.Module) -> nn.Module:
+    return copy.deepcopy(part).to("meta")
+
+
+class _Decoding(nn.Module):
+    """An autoencoder's decoder as a forward pass, without its weights."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.part = _weightless(autoencoder) if isinstance(autoencoder, nn.Module) else autoencoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Images of latents."""
+        return self.part.decode(latents)  # type: ignore[operator]
+
+
+def _reading_seconds(checkpoints: CheckpointSet) -> float:
+    """Of all files, hashed and loaded, from how long the smallest takes."""
+    smallest = min(checkpoints.paths, key=lambda path: path.stat().st_size)
+    began = time.perf_counter()
+    sha256_file(smallest)
+    seconds = time.perf_counter() - began
+    return 2 * seconds * checkpoints.total_bytes / max(1, smallest.stat().st_size)
