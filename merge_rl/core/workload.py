@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from merge_rl.config import OptimizeConfig
-from merge_rl.core.blocks import share_blocks, split_blocks
+from merge_rl.core.blocks import block_size, share_blocks, split_blocks
 
 ODE, SDE = "reward", "sde"
 ENTRIES: Final = 4  # start, uniform average, best single checkpoint, result
@@ -199,7 +199,7 @@ def filling_batch(items: int, images: int, devices: int, batch: int) -> int | No
     for size in range(min(batch, images), 0, -1):
         shares = share_blocks(split_blocks([images] * items, size), devices)
         if all(len(share) for share in shares):
-            return size
+            return block_size(images, size)
     return None
 
 

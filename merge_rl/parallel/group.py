@@ -1,80 +1,27 @@
-"""Rank, world size, and the few exchanges between ranks: one process, or many by torchrun.
-
-Rank 0 leads: it asks, the others answer, and what they answer comes in rank order. Messages are
-plain JSON and tensors of features, never pickles, and go through host memory (gloo) on every kind
-of device: features are needed there, and a round's fit into a few MB.
-
-Nothing here can hang. Every wait looks for the failures of others, can be interrupted, and ends
-after `timeout` seconds with the ranks that were waited for and what each was doing.
-"""
+"""The few exchanges between ranks: documents, rows, barriers, failures."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Final, Protocol
+from functools import partial
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
-from merge_rl.errors import ConfigError, MergeRLError, ParallelError, StoppedError
+from merge_rl.errors import ParallelError, StoppedError
+from merge_rl.parallel.place import TIMEOUT, Place
+from merge_rl.parallel.store import Store, greet, prefixed, welcome
 
-TIMEOUT: Final = 1800.0  # seconds; the variable MERGERL_TIMEOUT sets another
 PAUSE: Final = (1e-4, 5e-3)  # between two looks at an exchange: first, longest
 LOOK_SECONDS: Final = 0.25  # how often a waiting rank looks for failures of others
 GRACE: Final = 3.0  # seconds that a lost rank's last words may take
-
-
-class Store(Protocol):
-    """What torch's stores (of a launcher, in memory) can do; every call is atomic."""
-
-    def set(self, key: str, value: str, /) -> None:
-        """Set a key."""
-        ...
-
-    def get(self, key: str, /) -> bytes:
-        """The value of a key."""
-        ...
-
-    def add(self, key: str, amount: int, /) -> int:
-        """Raise a counter, which begins at 0; its new value."""
-        ...
-
-    def check(self, keys: list[str], /) -> bool:
-        """Whether all keys are set."""
-        ...
-
-
-@dataclass(frozen=True)
-class Place:
-    """What the launcher says of this process; the defaults are those of a process alone."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    restarts: int = 0
-    job: str | None = None  # the launcher's name for all processes, through restarts
-
-    @classmethod
-    def here(cls, environment: Mapping[str, str] = os.environ) -> Place:
-        """From the variables that torchrun sets; ParallelError for what is no number."""
-        names = {
-            "rank": "RANK", "size": "WORLD_SIZE", "local_rank": "LOCAL_RANK",
-            "restarts": "TORCHELASTIC_RESTART_COUNT",
-        }  # fmt: skip
-        try:
-            numbers = {k: int(environment[v]) for k, v in names.items() if v in environment}
-        except ValueError:
-            raise ParallelError("expected whole numbers in RANK and WORLD_SIZE") from None
-        job = environment.get("TORCHELASTIC_RUN_ID")
-        return cls(**numbers, job=None if job in (None, "", "none") else job)
+DONE: Final = "done: "  # before the phase in which a rank has finished
 
 
 class Group:
@@ -102,11 +49,29 @@ class Group:
         """Wait until every rank is here, then open the links between them."""
         if self._store is None or self.size == 1:
             return
-        self.barrier("start")
+        waiting = partial(self._waiting, "start")
+        if self.leads:
+            token = welcome(self._store, self.size, waiting)
+        else:
+            token = greet(self._store, self.rank, waiting)
+        self._store = prefixed(token, self._store)
         # Our own clock ends a wait before gloo's does: it can say who is missing.
         slack = timedelta(seconds=self.timeout + 60)
-        links = dist.PrefixStore("links", self._store)  # type: ignore[attr-defined,arg-type]
+        links: Any = prefixed("links", self._store)
         self._links = dist.ProcessGroupGloo(links, self.rank, self.size, slack)
+
+    def _waiting(self, phase: str, away: Callable[[], list[int]]) -> Iterator[None]:
+        """Give way to a test again and again; raise if a rank has failed, or when time is up."""
+        until, looked, pause = time.monotonic() + self.timeout, time.monotonic(), PAUSE[0]
+        while True:
+            yield
+            time.sleep(pause)
+            pause, now = min(2 * pause, PAUSE[1]), time.monotonic()
+            if now - looked > LOOK_SECONDS:
+                looked = now
+                self._look()
+            if now > until:
+                raise ParallelError(self._late(away(), phase))
 
     def note(self, doing: str) -> None:
         """Say what this rank is doing, for the message of whoever waits for it in vain."""
@@ -120,16 +85,14 @@ class Group:
         self._barriers += 1
         name = f"barrier/{self._barriers}"
         self._store.set(f"{name}/{self.rank}", phase)
-        arrived = self._store.add(name, 1)
-        until, pause = time.monotonic() + self.timeout, PAUSE[0]
-        while arrived < self.size:
-            time.sleep(pause)
-            pause = min(2 * pause, PAUSE[1])
-            self._look()
-            arrived = self._store.add(name, 0)
-            if time.monotonic() > until and arrived < self.size:
-                away = [r for r in range(self.size) if not self._has(f"{name}/{r}")]
-                raise ParallelError(self._late(away, phase))
+        self._store.add(name, 1)
+
+        def away() -> list[int]:
+            return [r for r in range(self.size) if not self._has(f"{name}/{r}")]
+
+        for _ in self._waiting(phase, away):
+            if self._store.add(name, 0) == self.size:
+                return
 
     def broadcast(self, document: Any = None, *, phase: str = "") -> Any:
         """Rank 0's document (what JSON can say; floats are exact) on every rank."""
@@ -169,7 +132,7 @@ class Group:
         return [json.loads(data[: int(n)].numpy().tobytes()) for data, n in pairs]
 
     def fail(self, sentence: str) -> None:
-        """Tell the others that this rank has failed; the first sentence of a rank stands."""
+        """Tell the others that this rank has failed, and why; its first sentence stands."""
         if self._store is None or self.size == 1 or self._has(f"failure/{self.rank}"):
             return
         with suppress(RuntimeError):  # the store may be gone by now
@@ -192,16 +155,9 @@ class Group:
             raise (ParallelError if self.leads else StoppedError)(sentence)
 
     def _wait(self, work: dist.Work, phase: str) -> None:
-        began = looked = time.monotonic()
-        pause = PAUSE[0]
-        while not work.is_completed():
-            time.sleep(pause)
-            pause, now = min(2 * pause, PAUSE[1]), time.monotonic()
-            if now - looked > LOOK_SECONDS:
-                looked = now
-                self._look()
-            if now - began > self.timeout:
-                raise ParallelError(self._late(self._busy(), phase))
+        for _ in self._waiting(phase, self._busy):
+            if work.is_completed():
+                break
         try:
             work.wait()
         except RuntimeError:
@@ -244,50 +200,5 @@ class Group:
         return self._store is not None and bool(self._store.check([key]))
 
 
-DONE: Final = "done: "
-
-
 def _during(phase: str) -> str:
     return f" in the phase {phase!r}" if phase else ""
-
-
-def seconds_to_wait(environment: Mapping[str, str] = os.environ) -> float:
-    """MERGERL_TIMEOUT, or the default; ConfigError for what is no positive number."""
-    text = environment.get("MERGERL_TIMEOUT", str(TIMEOUT))
-    with suppress(ValueError):
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    raise ConfigError(f"expected MERGERL_TIMEOUT in seconds, > 0, got {text!r}")
-
-
-def open_store(place: Place, timeout: float) -> Store:
-    """The store of the launcher at MASTER_ADDR and MASTER_PORT."""
-    try:
-        limit = timedelta(seconds=timeout)
-        found = next(rendezvous("env://", place.rank, place.size, timeout=limit))
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ParallelError(f"rank {place.rank} cannot reach the other ranks: {reason}") from None
-    store: Store = dist.PrefixStore("merge_rl", found[0])  # type: ignore[attr-defined]
-    return store
-
-
-@contextmanager
-def joined() -> Iterator[Group]:
-    """The group of all processes of this launch; of one where there is no launcher.
-
-    An error that leaves the block is told to the other ranks, so that none waits for this one.
-    """
-    place = Place.here()
-    if place.size == 1:
-        yield Group(place)
-        return
-    timeout = seconds_to_wait()
-    group = Group(place, open_store(place, timeout), timeout)
-    try:
-        group.connect()
-        yield group
-    except BaseException as error:
-        group.fail(" ".join(str(error).split()) if isinstance(error, MergeRLError) else
-                   f"{type(error).__name__}: {error}")  # fmt: skip
-        raise
