@@ -26,11 +26,11 @@ from merge_rl.demo.write import write_demo
 
 SETTINGS = {
     "track": "raw",
-    "budget": 1500,
-    "sampler": {"num_steps": 8},
-    "reward": {"pool_size": 300, "subset_size": 50, "refresh_size": 50},
+    "budget": 900,
+    "sampler": {"num_steps": 4},
+    "reward": {"pool_size": 200, "subset_size": 50, "refresh_size": 50},
     "search": {"population": 4},
-    "evaluation": {"num_images": 100, "repeats": 3, "selection_images": 50},
+    "evaluation": {"num_images": 50, "repeats": 3, "selection_images": 20},
 }
 COMPARED = ("result.json", "scores.json", "state.safetensors", "merged/model.safetensors")
 
