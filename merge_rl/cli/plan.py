@@ -50,16 +50,17 @@ def show_plan(
     """Make the plan of a search and print it."""
     from merge_rl.storage.checkpoints import open_checkpoints
     from merge_rl.workflows.assemble import resolve_config
-    from merge_rl.workflows.optimize import check_budget, check_names
+    from merge_rl.workflows.optimize import check_names
     from merge_rl.workflows.plan import plan
 
     counts = _counts(devices)
     if memory is not None and not memory > 0:
         raise ConfigError(f"expected --memory in GiB, > 0, got {memory:g}")
-    opened = open_checkpoints(settings.checkpoints, track=settings.track)
+    opened = open_checkpoints(
+        settings.checkpoints, track=settings.track, select=settings.select or None
+    )
     resolved = resolve_config(settings, opened)
     check_names(resolved)
-    check_budget(resolved)
     with _Steps(quiet=json) as tracker:
         found = plan(
             resolved, opened, out=out, devices=counts, tracker=tracker,

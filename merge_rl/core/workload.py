@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
-from merge_rl.config import OptimizeConfig
 from merge_rl.core.blocks import block_size, share_blocks, split_blocks
 
 ODE, SDE = "reward", "sde"
-ENTRIES: Final = 4  # start, uniform average, best single checkpoint, result
 
 
 @dataclass(frozen=True)
@@ -52,41 +49,6 @@ class Workload:
     def merges(self) -> int:
         """Merges of all stages on one device."""
         return sum(stage.merges for stage in self.stages)
-
-
-def search_workload(
-    config: OptimizeConfig, num_checkpoints: int, *, also_sde: bool = False
-) -> Workload:
-    """The workload of `optimize` with a resolved config.
-
-    Rounds are counted as the search counts them: while the budget pays for another. What a round
-    may add, a second refresh when the pool lags behind, is not in it. `also_sde`: the comparison
-    is repeated under the SDE, see `SamplerConfig.sde_num_steps`.
-    """
-    reward, final = config.reward, config.evaluation
-    population = config.search.population
-    rounds, left = 0, config.budget - reward.pool_size
-    refreshes: dict[int, int] = {}
-    while True:
-        refresh = reward.refresh_images(rounds)
-        cost = population * reward.images_per_candidate + refresh
-        if cost > left:
-            break
-        left, rounds = left - cost, rounds + 1
-        if refresh:
-            refreshes[refresh] = refreshes.get(refresh, 0) + 1
-    draws = reward.num_subsets * reward.num_replacements
-    stages = [
-        Stage("pool", 1, 1, reward.pool_size),
-        Stage("candidates", rounds, population * draws, reward.subset_size),
-        *(Stage("refresh", times, 1, images) for images, times in refreshes.items()),
-        Stage("best single", num_checkpoints, 1, final.selection_images),
-        Stage("comparison", ENTRIES * final.repeats, 1, final.num_images),
-    ]
-    if also_sde:
-        stages.append(Stage("comparison, SDE", 2 * final.repeats, 1, final.num_images, SDE))
-    scorings = num_checkpoints + (ENTRIES + 2 * also_sde) * final.repeats
-    return Workload(tuple(stage for stage in stages if stage.times), rounds, scorings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,14 @@ def time_merge(checkpoints: int, size: int, dtype: torch.dtype, device: str) -> 
 
 
 def time_reward(
-    reward: RewardSum, like: FeatureStats, pool_size: int, draws: int, subset: int, population: int
+    reward: RewardSum,
+    like: FeatureStats,
+    pool_size: int,
+    draws: int,
+    subset: int,
+    population: int,
+    *,
+    pooled: bool = True,
 ) -> float:
     """Seconds of a round's rewards: scores of all candidates, and two distances of the pool.
 
@@ -126,8 +133,10 @@ def time_reward(
     rows = [torch.arange(subset) for _ in range(draws)]
 
     def once(candidates: int) -> float:
-        pool = Pool.of(_features(like, pool_size), torch.zeros(pool_size, dtype=torch.int64))
         made = [(r, torch.stack([_features(like, subset)] * candidates)) for r in rows]
+        if not pooled:
+            return _seconds(lambda: reward.scores(None, made))
+        pool = Pool.of(_features(like, pool_size), torch.zeros(pool_size, dtype=torch.int64))
         changed = pool.replaced(rows[0], made[0][1][0])
 
         def work() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from merge_rl import registry
 from merge_rl.config import OptimizeConfig, SamplerConfig
 from merge_rl.config.sampler import sde_counterpart
 from merge_rl.core.compatibility import VELOCITY, count_network_calls, prediction_of
@@ -19,7 +20,6 @@ from merge_rl.core.workload import (
     Workload,
     estimate,
     filling_batch,
-    search_workload,
 )
 from merge_rl.errors import RunError
 from merge_rl.interfaces import NullTracker, Tracker
@@ -27,6 +27,7 @@ from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows import calibration
 from merge_rl.workflows.memory_plan import MemoryPlan, gib, plan_memory
 from merge_rl.workflows.planned_parts import Parts, build_parts
+from merge_rl.workflows.planned_work import search_workload
 from merge_rl.workflows.scoring import Scorer
 
 DEVICES: Final = (1, 8, 64)
@@ -109,7 +110,7 @@ def plan(
     parts = build_parts(config, checkpoints, lambda text: tracker.event(_note(text)))
     sampler = config.sampler or SamplerConfig()
     also_sde = prediction_of(parts.network) == VELOCITY and not sampler.is_sde
-    workload = search_workload(config, len(checkpoints), also_sde=also_sde)
+    workload = search_workload(config, checkpoints, parts.num_groups, also_sde=also_sde)
     calls = {"reward": _calls(sampler, parts), SDE: 0}
     if also_sde:
         calls[SDE] = _calls(sde_counterpart(sampler), parts)
@@ -172,7 +173,7 @@ def _measure(
     """Seconds of each part on this machine; a few seconds of each."""
     tracker.phase("calibration", 5)
     reward, final = config.reward, config.evaluation
-    longest = max(reward.subset_size, min(4 * config.batch, final.num_images))
+    longest = max(reward.images_per_subset, min(4 * config.batch, final.num_images))
     images = calibration.time_images(parts.rollout, parts.num_classes, longest)
     block, image = images.of(calls["reward"])
     sde = images.of(calls[SDE])
@@ -182,8 +183,8 @@ def _measure(
     tracker.advance(1)
     draws = reward.num_subsets * reward.num_replacements
     scored = calibration.time_reward(
-        parts.reward, parts.moments, reward.pool_size, draws, reward.subset_size,
-        config.search.population,
+        parts.reward, parts.moments, reward.pool_size, draws, reward.images_per_subset,
+        registry.population_of(config.search), pooled=reward.pooled,
     )  # fmt: skip
     tracker.advance(1)
     scorer = Scorer({name: ref.stats for name, ref in parts.references.items()})

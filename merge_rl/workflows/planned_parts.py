@@ -43,6 +43,7 @@ class Parts:
     references: Mapping[str, Reference]
     costs: Mapping[str, Cost]  # by part; a part that computes nothing is not in it
     size: int  # elements that are merged
+    num_groups: int  # of coefficients
     start_seconds: float  # to read and hash the checkpoints, about
     notes: tuple[str, ...]
 
@@ -114,6 +115,7 @@ def build_parts(
     return Parts(
         network=network, decoder=decoder, extractor=built.extractor, guide=guide, rollout=rollout,
         reward=built.reward, references=references, costs=costs, size=size,
+        num_groups=len(plan.groups.names),
         start_seconds=_reading_seconds(checkpoints), notes=notes,
     )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from merge_rl.config import EvaluationConfig, OptimizeConfig, RewardConfig, SearchConfig
 from merge_rl.core.workload import (
     SDE,
     Speeds,
@@ -12,43 +11,13 @@ from merge_rl.core.workload import (
     Workload,
     estimate,
     filling_batch,
-    search_workload,
     stage_time,
 )
 
-CONFIG = OptimizeConfig(
-    checkpoints="x",
-    budget=1000,
-    batch=10,
-    reward=RewardConfig(
-        pool_size=200, subset_size=20, num_subsets=2, num_replacements=3, refresh_size=30
-    ),
-    search=SearchConfig(population=4),
-    evaluation=EvaluationConfig(num_images=50, repeats=3, selection_images=10),
-)
 SPEEDS = Speeds(
     block=0.5, image=0.1, sde=4.0, merge=0.25, request=0.125, byte=0.001, reward=2.0, score=1.5,
     start=3.0,
 )  # fmt: skip
-
-
-def test_stages_by_hand() -> None:
-    # A round: 4 candidates of 2 x 3 draws of 20 images and 30 renewed, 510. 200 + 510 <= 1000, a
-    # second one would be too much.
-    load = search_workload(CONFIG, 7)
-    assert load.stages == (
-        Stage("pool", 1, 1, 200),
-        Stage("candidates", 1, 24, 20),
-        Stage("refresh", 1, 1, 30),
-        Stage("best single", 7, 1, 10),
-        Stage("comparison", 12, 1, 50),
-    )
-    assert (load.rounds, load.images) == (1, 200 + 480 + 30 + 70 + 600)
-    assert load.merges == 1 + 24 + 1 + 7 + 12
-    assert load.scorings == 7 + 12
-    both = search_workload(CONFIG, 7, also_sde=True)
-    assert both.stages[-1] == Stage("comparison, SDE", 6, 1, 50, SDE)
-    assert both.scorings == 7 + 18
 
 
 def test_a_stage_ends_with_the_busiest_device() -> None:
