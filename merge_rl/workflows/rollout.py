@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -160,15 +161,22 @@ def batch_size(count: int, limit: int) -> int:
 
 
 class MergedRollout:
-    """A rollout whose network is the merge with given coefficients."""
+    """A rollout whose network is the merge with given coefficients.
+
+    `seconds` counts the time that went to sampling, decoding and features; merging is left out.
+    """
 
     def __init__(self, live: LiveModel, rollout: Rollout) -> None:
         self.live, self.rollout = live, rollout
+        self.seconds = 0.0
 
     def features(self, coefficients: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
         """Features (N, D) of images that the merge (G, K) makes of noise and labels."""
         self.live.set_coefficients(coefficients)
-        return self.rollout.features(noise, labels)
+        began = time.monotonic()
+        features = self.rollout.features(noise, labels)
+        self.seconds += time.monotonic() - began
+        return features
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:
