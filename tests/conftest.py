@@ -204,7 +204,9 @@ def outcome() -> Outcome:
             name: file.read_bytes() for name, file in files.items() if name != "config.yaml"
         }
         lines = [json.loads(line) for line in files["events.jsonl"].read_text().splitlines()]
-        found["events.jsonl"] = [{**line, "seconds": None} for line in lines]
+        found["events.jsonl"] = [
+            {**line, "seconds": None, "rollout_seconds": None} for line in lines
+        ]
         return found
 
     return read

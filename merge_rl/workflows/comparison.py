@@ -92,7 +92,7 @@ class Comparison(_Table):
         }
         if self.sde is not None:
             document["sde"] = self.sde.as_dict()
-        return {key: _without_nan(value) for key, value in document.items()}
+        return {key: without_nan(value) for key, value in document.items()}
 
 
 def comparison_from(values: Mapping[str, Any]) -> Comparison:
@@ -103,11 +103,12 @@ def comparison_from(values: Mapping[str, Any]) -> Comparison:
     return Comparison(**{**values, "sde": sde})
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Plain data with None for NaN, which JSON lacks."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -187,6 +189,9 @@ class MergedRollout:
         rollout: samples it.
         name: what other processes know this rollout by.
         spread: shares work items among processes; None: all are made here.
+
+    `seconds` counts the time that went to sampling, decoding and features; merges that are made
+    here, one after the other, are left out.
     """
 
     def __init__(
@@ -199,6 +204,7 @@ class MergedRollout:
     ) -> None:
         self.live, self.rollout, self.name, self.spread = live, rollout, name, spread
         self.processes = 1  # among which `spread` shares
+        self.seconds = 0.0
 
     def with_sampler(self, sampler: SamplerConfig) -> MergedRollout:
         """The same networks under another sampler."""
@@ -209,7 +215,8 @@ class MergedRollout:
     def features(self, coefficients: Tensor | None, noise: Tensor, labels: Tensor) -> Tensor:
         """Features (N, D) of images that the merge (G, K) makes of noise and labels, made here."""
         self._merge(coefficients)
-        return self.rollout.features(noise, labels)
+        with self._timed():
+            return self.rollout.features(noise, labels)
 
     def features_of(self, items: Sequence[WorkItem], phase: str = "") -> list[Tensor]:
         """Features (N, D) of each item's images; `phase` is for messages.
@@ -217,10 +224,12 @@ class MergedRollout:
         The same to the last bit whoever makes which part.
         """
         if self.spread is not None:
-            return self.spread(self, items, phase)
+            with self._timed():
+                return self.spread(self, items, phase)
         if self.rollout.device.type == "cuda":  # one line of blocks keeps both streams busy
             counts = [len(item.labels) for item in items]
-            rows = self.rows(items, split_blocks(counts, self.rollout.batch))
+            with self._timed():
+                rows = self.rows(items, split_blocks(counts, self.rollout.batch))
             return list(torch.split(rows, counts))
         repeated = Counter(id(item.seeds) for item in items)
         known: dict[int, Tensor] = {}
@@ -253,6 +262,12 @@ class MergedRollout:
             begin(group[0].item)  # threads find the weights in place
             parts += self.rollout.features_of([partial(inputs, block) for block in group])
         return torch.cat(parts)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - began
 
     def _groups(self, blocks: Sequence[Block]) -> list[list[Block]]:
         """Blocks that may be under way at the same time."""

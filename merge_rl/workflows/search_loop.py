@@ -111,7 +111,7 @@ class SearchLoop:
         self.pool = Pool.of(features, labels)
 
     def _round(self, thetas: Tensor) -> None:
-        began = time.monotonic()
+        began, sampled = time.monotonic(), self.job.rollout.seconds
         rewards, terms = self._evaluate(thetas)
         rewards = rewards - self._penalties(thetas)
         pooled = self.config.reward.pooled
@@ -134,6 +134,7 @@ class SearchLoop:
             **refresh,
             "images": self.images,
             "seconds": time.monotonic() - began,
+            "rollout_seconds": self.job.rollout.seconds - sampled,
         }
         self.run_dir.append_event(event)
         self.round_index += 1

@@ -124,7 +124,7 @@ def test_one_event_a_round(finished: Finished) -> None:
         assert len(event["rewards"]) == population
         assert all(reward < 0 for reward in event["rewards"])
         assert event["failed"] == 0
-        assert event["seconds"] > 0
+        assert event["seconds"] > event["rollout_seconds"] > 0
         assert isinstance(event["gap"], float)
     # A pool is measured after its refresh, and before the next: the same pool.
     after = [event["pool_after"] for event in events[:-1]]

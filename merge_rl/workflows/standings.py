@@ -1,0 +1,139 @@
+"""What a comparison of searchers comes to: medians and ranges over seeds, ratios, spreads."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from merge_rl.workflows.contenders import BASELINES, Contender
+from merge_rl.workflows.scoring import summarize
+from merge_rl.workflows.trials import Trial
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredTrial:
+    """A search with its scores on the shared fresh seeds."""
+
+    trial: Trial
+    scores: Sequence[Mapping[str, float]]  # repeat -> reference -> FID
+    curve: Sequence[Mapping[str, float]]  # "images" and FID by reference, along the budget
+
+    def mean(self, name: str) -> float:
+        """Over repeats."""
+        return statistics.fmean(score[name] for score in self.scores)
+
+    @property
+    def overhead(self) -> float | None:
+        """Share of the time that did not go to sampling and features."""
+        seconds = self.trial.seconds
+        return 1 - self.trial.rollout_seconds / seconds if seconds > 0 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found = self.trial.found
+        return {
+            "seed": self.trial.config.seed,
+            "reward": self.trial.config.reward.text,
+            "subset_size": self.trial.config.reward.images_per_subset,
+            "images": self.trial.images,
+            "rounds": found["rounds"],
+            "seconds": self.trial.seconds,
+            "overhead": self.overhead,
+            "start": found["start"]["label"],
+            "chosen": found["final"]["chosen"],
+            "optimism": found["final"]["optimism"],
+            "coefficients": found["coefficients"],
+            "scores": summarize(self.scores),
+            "curve": list(self.curve),
+        }
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """Of values where NaN is worse than all; None where it would not be finite, or none are."""
+    known = [math.inf if math.isnan(value) else value for value in values if value is not None]
+    middle = statistics.median(known) if known else math.inf
+    return middle if math.isfinite(middle) else None
+
+
+def spread_of(values: Sequence[float]) -> dict[str, Any]:
+    """Median and range over seeds, with the values."""
+    finite = [value for value in values if math.isfinite(value)]
+    whole = len(finite) == len(values)
+    return {
+        "median": median(values),
+        "low": min(finite) if finite else None,
+        "high": max(finite) if whole else None,
+        "values": list(values),
+    }
+
+
+def coefficient_spread(trials: Sequence[Trial]) -> float | None:
+    """Median over coefficients of their standard deviation over seeds; None for one seed."""
+    if len(trials) < 2:
+        return None
+    stacked = torch.stack([trial.coefficients for trial in trials])
+    return float(stacked.std(dim=0).flatten().quantile(0.5))
+
+
+def standing(
+    contender: Contender, trials: Sequence[ScoredTrial], names: Sequence[str]
+) -> dict[str, Any]:
+    """A line of the table, for JSON; `names` are those of the references."""
+    plain = [scored.trial for scored in trials]
+    curves = zip(*(scored.curve for scored in trials), strict=True)
+    return {
+        "searcher": contender.label,
+        "name": contender.name,
+        "settings": dict(contender.settings),
+        "images": median([trial.images for trial in plain]),
+        "fid": {name: spread_of([scored.mean(name) for scored in trials]) for name in names},
+        "optimism": median([trial.found["final"]["optimism"] for trial in plain]),
+        "seconds": median([trial.seconds for trial in plain]),
+        "overhead": median([scored.overhead for scored in trials]),
+        "coefficient_spread": coefficient_spread(plain),
+        "largest_coefficient": max(float(trial.coefficients.abs().max()) for trial in plain),
+        "curve": [
+            {
+                "images": points[0]["images"],
+                **{name: spread_of([point[name] for point in points]) for name in names},
+            }
+            for points in curves
+        ],
+        "runs": [scored.as_dict() for scored in trials],
+    }
+
+
+def add_ratios(
+    searchers: Sequence[dict[str, Any]], fixed: Mapping[str, Mapping[str, Any]], headline: str
+) -> dict[str, Any]:
+    """Put each searcher's "ratio" to the best free entry into its line; what it is a ratio to.
+
+    "best_free" is the best of the fixed merges; "best_baseline" may be a searcher that does no
+    more than compare merges which everybody knows, by its median.
+    """
+    free = {name: entry["fid"][headline]["mean"] for name, entry in fixed.items()}
+    free = {name: value for name, value in free.items() if not math.isnan(value)}
+    known = {
+        line["searcher"]: line["fid"][headline]["median"]
+        for line in searchers
+        if line["name"] in BASELINES
+    }
+    baselines = free | {name: value for name, value in known.items() if value is not None}
+    best_free, best_baseline = _least(free), _least(baselines)
+    for line in searchers:
+        middle = line["fid"][headline]["median"]
+        for key, best in (("ratio", best_free), ("ratio_to_baseline", best_baseline)):
+            line[key] = middle / best["fid"] if best and middle is not None else None
+    return {"best_free": best_free, "best_baseline": best_baseline}
+
+
+def _least(values: Mapping[str, float]) -> dict[str, Any] | None:
+    if not values:
+        return None
+    name = min(values, key=lambda key: values[key])
+    return {"entry": name, "fid": values[name]}
