@@ -1,0 +1,115 @@
+"""Which searcher finds the best merge of the digits runs, at equal numbers of generated images?
+
+    python -m benchmarks.sample_efficiency [--sets sit,edm2] [--budget 90000] [--seeds 0,1,2]
+                                           [--folder build/bench/searchers] [--out FILE.json]
+
+Every searcher starts from the same checkpoints (the raw snapshots, without EMA) and is given the
+same number of images, everything included. All results are scored on the same fresh seeds, which
+nothing was chosen by, against held-out digits. Few steps an image, so that the many searches fit
+into an hour of one core. The folder is kept: what is done is not done again.
+
+Goals, medians over the seeds: the policy gradient's held-out FID is at most 0.95 of the best free
+merge's and at most every black-box searcher's, and it reaches the best black-box searcher's final
+value with at most half of the images; less than 2 % of the time goes to anything but sampling and
+features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_rl.config import EvaluationConfig, OptimizeConfig, RewardConfig, SamplerConfig
+from merge_rl.demo.write import write_demo
+from merge_rl.workflows.compare import compare_searchers
+
+OURS = "policy-gradient"
+BLACK_BOXES = ("nevergrad:TBPSA", "nevergrad:CMA", "lcsc")
+FREE = ("greedy-soup", "best-checkpoint", "uniform")
+SAMPLERS = {
+    "sit": SamplerConfig(solver="midpoint", num_steps=4),
+    "edm2": SamplerConfig(solver="heun", num_steps=4),
+}
+RATIO, HALF, OVERHEAD = 0.95, 0.5, 0.02
+
+
+def settings(folder: Path, name: str, budget: int) -> OptimizeConfig:
+    """What all searches of a set share."""
+    return OptimizeConfig(
+        checkpoints=str(folder / name),
+        track="raw",
+        budget=budget,
+        sampler=SAMPLERS[name],
+        reward=RewardConfig(pool_size=1000, refresh_size=200),
+        evaluation=EvaluationConfig(num_images=2000, repeats=4, selection_images=2000),
+    )
+
+
+def verdicts(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The goals against what was measured, from the medians over seeds."""
+    lines = {line["searcher"]: line for line in document["searchers"]}
+    held = {label: line["fid"]["heldout"]["median"] for label, line in lines.items()}
+    fixed = {name: entry["fid"]["heldout"]["mean"] for name, entry in document["fixed"].items()}
+    free = {**fixed, **{name: held[name] for name in FREE if name in held}}
+    boxes = {name: held[name] for name in BLACK_BOXES if name in held}
+    best_free, best_box = min(free, key=lambda n: free[n]), min(boxes, key=lambda n: boxes[n])
+    curve = lines[OURS]["curve"] or []
+    reached = [p["images"] for p in curve if p["heldout"]["median"] <= boxes[best_box]]
+    return {
+        "ours": held[OURS],
+        "best_free": [best_free, free[best_free]],
+        "ratio_to_best_free": held[OURS] / free[best_free],
+        "best_black_box": [best_box, boxes[best_box]],
+        "ratio_to_best_black_box": held[OURS] / boxes[best_box],
+        "images_to_reach_it": min(reached, default=None),
+        "overhead": lines[OURS]["overhead"],
+    }
+
+
+def judge(name: str, found: Mapping[str, Any], budget: int) -> None:
+    """Print the goals."""
+    reached = found["images_to_reach_it"]
+    rows = [
+        (f"held-out FID / {found['best_free'][0]}'s", found["ratio_to_best_free"], RATIO),
+        (f"held-out FID / {found['best_black_box'][0]}'s", found["ratio_to_best_black_box"], 1.0),
+        ("share of the images to reach it", None if reached is None else reached / budget, HALF),
+        ("time beside sampling and features", found["overhead"], OVERHEAD),
+    ]
+    for text, value, goal in rows:
+        shown = "not reached" if value is None else f"{value:.3f}"
+        verdict = "reached" if value is not None and value <= goal else "missed"
+        print(f"  {name}: {text}: {shown}; goal <= {goal}: {verdict}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Searchers at equal numbers of images.")
+    parser.add_argument("--sets", default="sit,edm2")
+    parser.add_argument("--budget", type=int, default=90_000)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--searchers", default=",".join((OURS, *BLACK_BOXES, *FREE)))
+    parser.add_argument("--folder", type=Path, default=Path("build/bench/searchers"))
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args(arguments)
+    seeds = [int(text) for text in given.seeds.split(",")]
+    if not (given.folder / "digits").exists():
+        write_demo(given.folder / "digits")
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "budget": given.budget}
+    for name in given.sets.split(","):
+        document = compare_searchers(
+            settings(given.folder / "digits", name, given.budget),
+            out=given.folder / name, searchers=given.searchers.split(","), seeds=seeds,
+        )  # fmt: skip
+        print(json.dumps(document["searchers"], indent=1))
+        found[name] = {"verdicts": verdicts(document), "comparison": document}
+        judge(name, found[name]["verdicts"], given.budget)
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
