@@ -38,9 +38,9 @@ REWARD = RewardConfig(
     refresh_size=17, max_gap=0.3,
 )  # fmt: skip
 SEARCH = SearchConfig(
-    name="other", policy="mlp", population=6, antithetic=False, std=0.5, learn_std=True,
-    learning_rate=1e-05, std_learning_rate=0.125, betas=(0.25, 0.75), decay=0.5, min_decay=0.25,
-    top_fraction=0.3, clip=math.inf, epochs=4,
+    name="other", policy="mlp", population=6, antithetic=False, std=0.5, box=2.5,
+    learn_std=True, learning_rate=1e-05, std_learning_rate=0.125, betas=(0.25, 0.75),
+    decay=0.5, min_decay=0.25, top_fraction=0.3, clip=math.inf, epochs=4,
 )  # fmt: skip
 EVALUATION = EvaluationConfig(num_images=60, repeats=5, selection_images=30)
 OPTIMIZE = OptimizeConfig(
@@ -181,7 +181,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (RewardConfig, {"refresh": "²"}, "a number of rounds >= 1, got '²'"),
     (RewardConfig, {"refresh_size": 0}, r"expected refresh_size in 1\.\.5000, got 0"),
     (RewardConfig, {"refresh_size": 5001}, r"expected refresh_size in 1\.\.5000, got 5001"),
-    (SearchConfig, {"population": 1}, "expected population >= 2, got 1"),
+    (SearchConfig, {"population": 0}, "expected population >= 1, got 0"),
+    (SearchConfig, {"box": 0.0}, "expected box finite and > 0, got 0.0"),
     (SearchConfig, {"std": 0.0}, "expected std finite and > 0, got 0.0"),
     (SearchConfig, {"std": math.inf}, "expected std finite and > 0, got inf"),
     (SearchConfig, {"learning_rate": 0.0}, "expected learning_rate finite and > 0, got 0.0"),
