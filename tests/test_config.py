@@ -192,6 +192,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (SearchConfig, {"incumbents": -1}, "expected incumbents >= 0, got -1"),
     (MergeConfig, {"max_abs": 0.0}, "expected max_abs finite and > 0, got 0.0"),
     (MergeConfig, {"l2": -1.0}, "expected l2 finite and >= 0, got -1.0"),
+    (SearchConfig, {"box": 0.0}, "expected box finite and > 0, got 0.0"),
     (SearchConfig, {"std": 0.0}, "expected std finite and > 0, got 0.0"),
     (SearchConfig, {"std": math.inf}, "expected std finite and > 0, got inf"),
     (SearchConfig, {"learning_rate": 0.0}, "expected learning_rate finite and > 0, got 0.0"),

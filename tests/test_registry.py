@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from merge_rl import registry
+from merge_rl.config import SearchConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.registry import build_autoencoder, build_model, resolve
@@ -46,7 +47,9 @@ def test_every_registered_name_resolves(table: str, name: str) -> None:
     assert f"{found.__module__}:{found.__qualname__}" == target
     # Names are typed on the command line and written to files.
     assert name == name.lower()
-    assert name.replace("-", "").replace("_", "").isalnum()
+    # A colon ends the name of a family, whose members are named after it.
+    assert name.removesuffix(":").replace("-", "").replace("_", "").isalnum()
+    assert not name.endswith(":") or table == "SEARCHERS"
     assert module.startswith("merge_rl.")
     assert factory.isidentifier()
 
@@ -61,6 +64,62 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         resolve("reward", registry.REWARDS, "")
     with pytest.raises(UnknownNameError, match=r"unknown model 'x' \(known: none\)"):
         resolve("model", {}, "x")
+
+
+def test_members_of_a_family_resolve_to_it() -> None:
+    family = resolve("searcher", registry.SEARCHERS, "nevergrad:")
+    assert registry.resolve_searcher("nevergrad:CMA") is family
+    assert registry.resolve_searcher("nevergrad:") is family  # refuses its empty name itself
+    with pytest.raises(UnknownNameError, match=r"unknown searcher 'nevergrad'; .* 'nevergrad:'\?"):
+        registry.resolve_searcher("nevergrad")
+    with pytest.raises(UnknownNameError, match=r"unknown searcher 'lcsc:x'; did you mean 'lcsc'"):
+        registry.resolve_searcher("lcsc:x")
+
+
+@pytest.mark.parametrize(
+    ("name", "population", "expected"),
+    [
+        ("policy-gradient", None, 16),
+        ("policy-gradient", 5, 5),
+        ("scipy:differential-evolution", None, 16),
+        ("scipy:cobyla", None, 1),
+        ("scipy:cobyla", 1, 1),
+        ("lcsc", None, 16),
+        ("nevergrad:TBPSA", 7, 7),
+        ("nevergrad:Cobyla", None, 1),
+        ("uniform", None, 1),
+    ],
+)
+def test_population_of(name: str, population: int | None, expected: int) -> None:
+    assert registry.population_of(SearchConfig(name=name, population=population)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "population", "message"),
+    [
+        ("policy-gradient", 1, "expected population >= 2, got 1 for policy-gradient"),
+        ("scipy:powell", 4, "scipy:powell evaluates one .*: expected no population or 1, got 4"),
+        ("nevergrad:Cobyla", 4, "nevergrad:Cobyla evaluates one candidate after the other: .* 4"),
+        ("scipy:differential-evolution", 4, "expected population >= 5, got 4 for scipy:diff"),
+        ("lr-cma", 3, "expected population >= 4, got 3 for lr-cma"),
+        ("ema-grid", 4, "ema-grid knows its candidates .*: expected no population, got 4"),
+        ("scipy:nelder", None, r"unknown searcher 'scipy:nelder'; did you mean 'scipy:nelder-mead"),
+        ("scipy:", None, r"unknown searcher 'scipy:'.*known: scipy:cobyla, scipy:differential-ev"),
+        ("nevergrad:TBSPA", None, r"unknown searcher 'nevergrad:TBSPA'; did you mean .*:TBPSA'\?"),
+        ("nevergrad:cma", None, r"unknown searcher 'nevergrad:cma'; did you mean 'nevergrad:CMA'"),
+        ("nevergrad:", None, r"unknown searcher 'nevergrad:' \(known: nevergrad:CMA, "),
+    ],
+)
+def test_searchers_refused(name: str, population: int | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        registry.population_of(SearchConfig(name=name, population=population))
+
+
+def test_default_rewards() -> None:
+    assert registry.default_reward("policy-gradient") == "fid-subset"
+    assert registry.default_reward("nevergrad:OnePlusOne") == "fid-full"
+    names = {registry.default_reward(name) for name in registry.SEARCHERS}
+    assert names <= registry.REWARDS.keys()
 
 
 def test_build_model() -> None:

@@ -111,7 +111,9 @@ class LCSC(AskTell):
             if cross < CROSSOVER_CHANCE:
                 child = crossover(child, parents[second], generator)
             child = mutate(child, self.spread, MUTATED, generator)
-            rows.append(rescale(child) if scale < RESCALE_CHANCE else child)
+            # A single coefficient would be 1 each time.
+            scaled = scale < RESCALE_CHANCE and child.shape[1] > 1
+            rows.append(rescale(child) if scaled else child)
         return torch.cat([parents[:1], self._fit(torch.stack(rows[1:]))])
 
     def _fit(self, rows: Tensor) -> Tensor:

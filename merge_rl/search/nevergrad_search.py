@@ -74,8 +74,7 @@ class Nevergrad(Replayed):
         return max(0, self._budget - self.num_logged)
 
     def _begin(self) -> None:
-        import nevergrad
-
+        nevergrad = _library()
         self._pending: list[Any] = []
         self._budget = max(self.population, self.space.evaluations - self.spent)
         sigma, name = self.spread, method_name(self.config)
@@ -94,7 +93,7 @@ class Nevergrad(Replayed):
     def _call(self, what: str, job: Callable[[], Any]) -> Any:
         """Run a job of the library: warnings silenced, its failures as sentences."""
         try:
-            with _quiet(self._seed(what, len(self._rewards))):
+            with _quiet(self._seed(what, len(self._rewards))), _numbers_as_before():
                 return job()
         except ImportError as error:
             reason = " ".join(str(error).split())
@@ -136,10 +135,7 @@ def method_name(config: SearchConfig) -> str:
 
 def find_optimizer(name: str) -> Any:
     """nevergrad's optimiser of that name; UnknownNameError names the nearest ones."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import nevergrad
-    known: Mapping[str, Any] = nevergrad.optimizers.registry
+    known: Mapping[str, Any] = _library().optimizers.registry
     if name in known:
         return known[name]
     spelled = {key.lower(): key for key in known}
@@ -150,23 +146,36 @@ def find_optimizer(name: str) -> Any:
     raise UnknownNameError("searcher", f"nevergrad:{name}", shown, nearest=nearest)
 
 
+def _library() -> Any:
+    with _quiet(0):  # the first import draws from the global generator
+        import nevergrad
+    return nevergrad
+
+
 @contextmanager
 def _quiet(seed: int) -> Iterator[None]:
     """No warnings, and NumPy's global generator at a seed of ours, its state put back after."""
-    from nevergrad.optimization import metamodel
-
     before = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed)  # noqa: NPY002
-    # NumPy 2.4 no longer takes an array of one number for a number; nevergrad 1.0.12, whose NGOpt
-    # fits models with this module, hands it one.
-    vars(metamodel)["float"] = _number
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        del vars(metamodel)["float"]
         np.random.set_state(before)  # noqa: NPY002
+
+
+@contextmanager
+def _numbers_as_before() -> Iterator[None]:
+    from nevergrad.optimization import metamodel
+
+    # NumPy 2.4 no longer takes an array of one number for a number; nevergrad 1.0.12, whose NGOpt
+    # fits models with this module, hands it one.
+    vars(metamodel)["float"] = _number
+    try:
+        yield
+    finally:
+        del vars(metamodel)["float"]
 
 
 def _number(value: Any) -> float:
