@@ -217,15 +217,11 @@ def build_settings(
     import yaml
 
     from merge_rl.config import from_mapping, load_mapping, to_mapping
-    from merge_rl.config.finetune import FinetuneConfig
+    from merge_rl.config.finetune import PAPER_REWARD, FinetuneConfig
     from merge_rl.workflows.defaults import find_surroundings
 
     values: dict[str, Any] = load_mapping(file) if file else {}
     values["model"] = str(model)
-    # What a small problem and a large one cannot share, where neither file nor option says it.
-    base: dict[str, Any] = {
-        "reward": {"subset_size": 50, "refresh": "10"},
-    }
     for key, value in given.items():
         if value is not None:
             if isinstance(value, dict) and isinstance(values.get(key), Mapping):
@@ -238,7 +234,7 @@ def build_settings(
         except yaml.YAMLError:
             raise ConfigError(f"--set {pair}: the value is not valid YAML") from None
     if isinstance(values.get("reward"), Mapping):
-        values["reward"] = {**base["reward"], **values["reward"]}
+        values["reward"] = {**to_mapping(PAPER_REWARD), **values["reward"]}
     if isinstance(values.get("sampler"), Mapping):
         near = find_surroundings(model).sampler
         values["sampler"] = {**(to_mapping(near) if near else {}), **values["sampler"]}

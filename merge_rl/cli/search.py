@@ -264,8 +264,9 @@ def resume(
     from merge_rl.workflows.optimize import resume as run_resume
 
     if is_finetune_run(run):
-        return resume_run(run, json=json)
-    _drive(run, lambda tracker: run_resume(run, tracker=tracker), json=json)
+        resume_run(run, json=json)
+    else:
+        _drive(run, lambda tracker: run_resume(run, tracker=tracker), json=json)
 
 
 def _drive(run_dir: Path, job: Callable[[ProgressTracker], OptimizeResult], *, json: bool) -> None:

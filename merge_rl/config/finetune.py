@@ -19,6 +19,8 @@ ALGORITHMS: Final = ("pg", "rs")
 CREDITS: Final = ("set", "per-image")
 TRACKERS: Final = ("tensorboard", "wandb", "trackio")
 CURVES: Final = ("ode-train", "ode-eval", "sde-train", "sde-eval")
+# N = 5,000, n = 50, a new pool every 10 steps (arXiv:2607.02291).
+PAPER_REWARD: Final = RewardConfig(pool_size=5000, subset_size=50, refresh="10")
 # What may differ when a run goes on: how far, what is kept of it, who is told.
 FREE_ON_RESUME: Final = ("steps", "save_every", "keep_last", "track")
 
@@ -149,7 +151,7 @@ class FinetuneConfig:
     snapshot_every: int = 25  # steps between snapshots of the weights
     track: tuple[str, ...] = ()
     sampler: SamplerConfig | None = None
-    reward: RewardConfig = RewardConfig(subset_size=50, refresh="10")
+    reward: RewardConfig = PAPER_REWARD
     rollout: RolloutConfig = RolloutConfig()
     update: UpdateConfig = UpdateConfig()
     lora: LoraConfig = LoraConfig()

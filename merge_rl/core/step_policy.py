@@ -72,7 +72,7 @@ class WindowedSDE:
 class Action(NamedTuple):
     """What one noisy step of B images did: enough to ask other weights how likely it is."""
 
-    index: int
+    step: int
     x: Tensor  # (B, ...), where the step began
     drawn: Tensor  # (B, ...), what it drew
     log_prob: Tensor  # (B,) float64, log density of the draw at the weights that drew it
@@ -86,10 +86,10 @@ def replay(sde: SDE, noise: Tensor, draw: Draw) -> list[Action]:
     actions = []
     with torch.no_grad():
         x = sde.start(noise)
-        for index in range(sde.num_noisy):
-            step = noisy_step(sde, index, x, draw())
+        for number in range(sde.num_noisy):
+            step = noisy_step(sde, number, x, draw())
             if float(step.std) > 0:
-                actions.append(Action(index, x, step.drawn, step.log_prob))
+                actions.append(Action(number, x, step.drawn, step.log_prob))
             x = step.x_next
     return actions
 
@@ -129,7 +129,7 @@ def step_loss(
         reference: the same SDE of a frozen network, where kl_weight is not 0. Both steps have one
             standard deviation s, so that their KL is |mean - mean_ref|^2 / (2 s^2).
     """
-    mean, std = sde.gaussian(action.index, action.x)
+    mean, std = sde.gaussian(action.step, action.x)
     size = action.x[0].numel() if per_dimension else 1
     log_prob = step_log_prob(action.drawn, mean, std) / size
     old = action.log_prob / size
@@ -137,7 +137,7 @@ def step_loss(
     reference_kl = 0.0
     if reference is not None and kl_weight:
         with torch.no_grad():
-            anchor = reference.gaussian(action.index, action.x).mean
+            anchor = reference.gaussian(action.step, action.x).mean
         apart = ((mean - anchor).double() / std.double()).flatten(1).square().sum(1) / 2
         loss = loss + kl_weight * apart.mean() / size
         reference_kl = float(apart.mean().detach())

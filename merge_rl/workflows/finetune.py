@@ -198,8 +198,9 @@ def _flat(comparison: Mapping[str, Any]) -> dict[str, float]:
 def _write(run: FinetuneRun, job: FinetuneJob, result: FinetuneResult, weights: Path) -> None:
     """The model, the page and the end of the run."""
     card = finetune_card(job.config, job.origin, result.step, result.images, result.comparison)
+    tensors = open_model_file(weights).weights
     save_model(
-        run.final_path, open_model_file(weights).weights, job.origin.config, card=card, replace=True,
+        run.final_path, tensors, job.origin.config, card=card, replace=True,
         metadata={k: v for k, v in job.origin.metadata.items() if k == "encoder"},
     )  # fmt: skip
     write_report(run, job.config, result.curves, result.comparison, result.step)

@@ -46,8 +46,9 @@ def finetune_card(
             "",
             f"FID of features from the extractor `{config.extractor}` to "
             f"{comparison['headline']} data, N = {comparison['num_images']:,}, "
-            f"{comparison['repeats']} repeats on fresh seeds, mean and 95 % interval. Better beyond "
-            f"its interval under: {verdict}.",
+            f"{comparison['repeats']} repeats on fresh seeds, mean and 95 % interval.",
+            "",
+            f"Better beyond the interval under: {verdict}.",
             "",
             "## Loading",
             "",

@@ -168,8 +168,8 @@ class FinetuneLoop:
             if step and not self.snapshots.has(step):
                 self.snapshots.write(step, self.learner)
         raise TrainingError(
-            f"{MAX_FAILURES} steps in a row ({step + 1}..{last}) had a {what} that is not finite; the "
-            f"state before them is saved in {self.run_dir.path}, its weights in "
+            f"{MAX_FAILURES} steps in a row ({step + 1}..{last}) had a {what} that is not finite; "
+            f"the state before them is saved in {self.run_dir.path}, its weights in "
             f"{self.snapshots.result_path(step)}; start again from there with a smaller --lr"
         )
 

@@ -47,7 +47,7 @@ def assign_credit(
     and between images by taking each row's mean over the sets, which also takes out what a class
     is worth by itself.
     """
-    sets, size = features.shape[:2]
+    size = features.shape[1]
     if credit == "set":
         rewards = reward.rewards(pool, [(rows, features)])
         advantages = batch_advantages(rewards)

@@ -1,4 +1,4 @@
-"""The parts of a fine-tuning step: pool, rollouts, credit, gradients. None of them alters a state."""
+"""The parts of a fine-tuning step, none of which alters a state: pool, rollouts, gradients."""
 
 from __future__ import annotations
 

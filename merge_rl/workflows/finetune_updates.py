@@ -195,5 +195,5 @@ def _draws(
 
 def _moved(action: Action, device: str | torch.device) -> Action:
     return Action(
-        action.index, action.x.to(device), action.drawn.to(device), action.log_prob.to(device)
+        action.step, action.x.to(device), action.drawn.to(device), action.log_prob.to(device)
     )

@@ -1,4 +1,4 @@
-"""The network in training: its optimizer, its moving average, and the one place where it changes."""
+"""The network in training: optimizer, moving average, and the one place where weights change."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class Learner:
         decay = min(settings.ema_decay, self.updates / (self.updates + 9))
         with torch.no_grad():
             mine = dict(self.average.named_parameters())
-            averages = [mine[name] for name in self.trained]
-            torch._foreach_lerp_(averages, list(self.trained.values()), 1 - decay)
+            for name, parameter in self.trained.items():
+                mine[name].lerp_(parameter, 1 - decay)
 
     def weights(self, *, average: bool) -> dict[str, Tensor]:
         """Copies of the weights or of their average, float32 on the CPU, with official names."""

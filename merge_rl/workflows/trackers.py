@@ -39,9 +39,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # What an interrupted run wrote about steps that are done again is hidden.
-        self._writer: Any = SummaryWriter(  # type: ignore[no-untyped-call]
-            str(folder / "tensorboard"), purge_step=step
-        )
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
