@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_rl.errors import CheckpointError
-from merge_rl.storage.manifest import CheckpointEntry, Manifest, has_manifest
+from merge_rl.storage.manifest import CheckpointEntry, Manifest, has_manifest, read_manifest
 from merge_rl.storage.model_file import find_listing, model_file_path, open_model_file
 from merge_rl.storage.selection import list_folder, select_entries
 
@@ -31,8 +31,7 @@ def find_origin(path: str | os.PathLike[str]) -> Origin:
     file = open_model_file(path)
     if file.config is None:
         raise CheckpointError(f"{path}: the model config is not known; expected a config.json")
-    listed = _listing(Path(path))
-    manifest, entry = listed or (None, None)
+    manifest, entry = _listing(Path(path)) or (_nearest(Path(path)), None)
     return Origin(
         name=(manifest.name if manifest else None) or Path(path).resolve().stem,
         config=file.config,
@@ -55,6 +54,14 @@ def newest_model(path: str | os.PathLike[str], track: str | None = None) -> Path
         return folder
     chosen = select_entries(list_folder(folder), track=track, select=None)
     return folder / chosen.entries[-1].file
+
+
+def _nearest(path: Path) -> Manifest | None:
+    """The manifest of the set or run that a model lies in without being one of its files."""
+    for folder in list(path.resolve().parents)[:2]:
+        if has_manifest(folder):
+            return read_manifest(folder)
+    return None
 
 
 def _listing(path: Path) -> tuple[Manifest, CheckpointEntry] | None:

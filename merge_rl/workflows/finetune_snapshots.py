@@ -33,7 +33,7 @@ _EVALUATION: Final = "evaluation"
 
 
 class Snapshots:
-    """Writes snapshots/TRACK/step-N.safetensors and lists them in the run's manifest.
+    """Writes snapshots/TRACK-N.safetensors of step N and lists them in the run's manifest.
 
     Tracks "raw" and, where there is an average, "ema"; "start" has the network as it began. The
     progress of a snapshot is that of the model plus the images that fine-tuning learned from.
@@ -128,11 +128,11 @@ def _sampler_mapping(config: FinetuneConfig) -> dict[str, object]:
 
 
 def _file(track: str, step: int) -> str:
-    return f"snapshots/{track}/step-{step:07d}.safetensors"
+    return f"snapshots/{track}-{step:07d}.safetensors"
 
 
 def _step_of(entry: CheckpointEntry) -> int:
-    return int(Path(entry.file).stem.removeprefix("step-"))
+    return int(Path(entry.file).stem.rpartition("-")[2])
 
 
 def _carried(origin: Origin) -> dict[str, str]:
