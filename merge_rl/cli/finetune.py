@@ -67,6 +67,10 @@ def finetune(
     train_steps: Annotated[
         int | None, _option(LEARN, "Solver intervals of rollouts. \\[default: 50]")
     ] = None,
+    under: Annotated[
+        str | None,
+        _option(LEARN, "Rollouts of rs: ode or sde; those of pg are sde. \\[default: ode for rs]"),
+    ] = None,
     subsets: Annotated[
         int | None, _option(LEARN, "Sets of images a step compares. \\[default: 16]")
     ] = None,
@@ -186,7 +190,7 @@ def finetune(
     start, size = _window(window)
     given = {
         "algorithm": algorithm, "credit": credit, "steps": steps, "seed": seed, "batch": batch,
-        "rollout.train_steps": train_steps, "rollout.subsets": subsets,
+        "rollout.under": under, "rollout.train_steps": train_steps, "rollout.subsets": subsets,
         "rollout.window_size": size, "rollout.window_start": start,
         "update.top_fraction": top_fraction, "update.epochs": epochs, "update.learning_rate": lr,
         "update.clip": clip, "update.kl_weight": kl, "update.ema_decay": ema,
@@ -342,8 +346,7 @@ def _show(result: FinetuneResult) -> None:
         verdict = "not finite" if low is None else "better" if low > 0 else "worse"
         if low is not None and low <= 0 <= high:
             verdict = "no clear difference"
-        label = curve_label(config, curve).replace(" (trained under)", "")
-        rows.append([label, *cells, interval(gain, sign="+"), verdict])
+        rows.append([curve_label(config, curve), *cells, interval(gain, sign="+"), verdict])
     title = (
         f"{head} FID, N = {comparison['num_images']:,}, {comparison['repeats']} repeats on fresh "
         "seeds, mean [95 % interval]"

@@ -17,6 +17,7 @@ from merge_rl.errors import ConfigError, UnknownNameError
 
 ALGORITHMS: Final = ("pg", "rs")
 CREDITS: Final = ("set", "per-image")
+UNDER: Final = ("sde", "ode")
 TRACKERS: Final = ("tensorboard", "wandb", "trackio")
 CURVES: Final = ("ode-train", "ode-eval", "sde-train", "sde-eval")
 # N = 5,000, n = 50, a new pool every 10 steps (arXiv:2607.02291).
@@ -27,8 +28,11 @@ FREE_ON_RESUME: Final = ("steps", "save_every", "keep_last", "track")
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """The images that a step learns from: all under the SDE, with few steps."""
+    """The images that a step learns from, made with few solver steps."""
 
+    # sde or ode; None: the SDE for pg, whose steps need densities, and the ODE for rs. Samples of
+    # an SDE with few steps carry its discretisation error, which rs would teach the network.
+    under: str | None = None
     subsets: int = 16  # B: sets of images that are compared with each other
     train_steps: int = 50  # solver intervals of rollouts ("denoising reduction")
     window_size: int | None = None  # noise in so many steps alone, an ODE elsewhere; None: in all
@@ -36,6 +40,8 @@ class RolloutConfig:
     # RewardConfig has the rest: pool, images of a subset, refresh.
 
     def __post_init__(self) -> None:
+        if self.under not in (None, *UNDER):
+            raise UnknownNameError("kind of rollouts", str(self.under), UNDER)
         require(self.subsets >= 2, "subsets", ">= 2", self.subsets)
         require(self.train_steps >= 2, "train_steps", ">= 2", self.train_steps)
         if self.window_size is None:
@@ -166,6 +172,13 @@ class FinetuneConfig:
         for name in self.track:
             if name not in TRACKERS:
                 raise UnknownNameError("tracker", name, TRACKERS)
+        if self.algorithm == "pg" and self.rollout.under == "ode":
+            raise ConfigError(
+                "the steps of an ODE draw nothing, so that a policy gradient has nothing to learn "
+                "from; expected rollouts under sde, or the algorithm rs"
+            )
+        if self.rollout.window_size is not None and self.rollout_kind == "ode":
+            raise ConfigError("a window of noisy steps needs rollouts under sde, got ode")
         if self.reward.num_subsets != 1 or self.reward.num_replacements != 1:
             raise ConfigError(
                 "fine-tuning compares rollout.subsets sets of images, each in the same rows of the "
@@ -177,8 +190,17 @@ class FinetuneConfig:
         """Rollouts of a step: B n."""
         return self.rollout.subsets * self.reward.subset_size
 
-    def training_sampler(self) -> SamplerConfig:
-        """The SDE of rollouts: Euler-Maruyama, whose every step has a density."""
+    @property
+    def rollout_kind(self) -> str:
+        """What rollouts are made under: "sde" or "ode"."""
+        return self.rollout.under or ("sde" if self.algorithm == "pg" else "ode")
+
+    def rollout_sampler(self) -> SamplerConfig:
+        """The sampler of rollouts: that of the curve "sde-train" or "ode-train"."""
+        return self.curve_samplers()[f"{self.rollout_kind}-train"]
+
+    def training_sde(self) -> SamplerConfig:
+        """The SDE with the steps of training: Euler-Maruyama, whose every step has a density."""
         base = self.sampler or SamplerConfig()
         if base.is_sde and base.solver != "sde-euler":
             raise ConfigError(
@@ -189,7 +211,7 @@ class FinetuneConfig:
 
     def curve_samplers(self) -> dict[str, SamplerConfig]:
         """The four samplers that weights are scored under, by the name of their curve."""
-        sde = self.training_sampler()
+        sde = self.training_sde()
         ode = dataclasses.replace(sde, solver=self.curves.ode_solver)
         return {
             f"{kind}-{which}": dataclasses.replace(sampler, num_steps=steps)

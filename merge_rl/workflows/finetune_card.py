@@ -37,8 +37,9 @@ def finetune_card(
             "",
             f"Fine-tuned by merge_rl {__version__} from {origin.name}: {step} steps of {how} with "
             f"the reward `{config.reward.name}` (credit by {config.credit}), {images:,} generated "
-            f"images, seed {config.seed}. Rollouts were made under the SDE with "
-            f"{config.rollout.train_steps} steps: sample it under the same kind of SDE.",
+            f"images, seed {config.seed}. Rollouts were made under the {config.rollout_kind.upper()} "
+            f"with {config.rollout.train_steps} steps; a gain under one sampler need not carry over "
+            "to another.",
             "",
             "## Scores",
             "",

@@ -126,7 +126,7 @@ def build_finetune(config: FinetuneConfig, announce: Announce = lambda _text: No
         config.autoencoder, config.autoencoder_weights, shape=shape,
         dtype=config.autoencoder_dtype, device=device, announce=announce,
     )  # fmt: skip
-    sampler = config.training_sampler()
+    sampler = config.rollout_sampler()
     guide = load_guide(sampler, device)
     for each in config.curve_samplers().values():
         require_sampler(each, network, guide)

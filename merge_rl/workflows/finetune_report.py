@@ -14,7 +14,7 @@ Points = Mapping[int, Mapping[str, Mapping[str, float | None]]]
 LABELS: Final = {
     "ode-train": "ODE, {train} steps",
     "ode-eval": "ODE, {eval} steps",
-    "sde-train": "SDE, {train} steps (trained under)",
+    "sde-train": "SDE, {train} steps",
     "sde-eval": "SDE, {eval} steps",
 }
 
@@ -59,7 +59,8 @@ def write_report(
 
 def curve_label(config: FinetuneConfig, curve: str) -> str:
     """What a curve is of."""
-    return LABELS[curve].format(train=config.rollout.train_steps, eval=config.curves.eval_steps)
+    label = LABELS[curve].format(train=config.rollout.train_steps, eval=config.curves.eval_steps)
+    return f"{label} (rollouts)" if curve == f"{config.rollout_kind}-train" else label
 
 
 def final_table(config: FinetuneConfig, comparison: Mapping[str, Any]) -> list[str]:

@@ -124,9 +124,13 @@ def write_grid(job: FinetuneJob, run: FinetuneRun, step: int, network: nn.Module
 
 
 def final_scores(
-    job: FinetuneJob, run: FinetuneRun, networks: Mapping[str, nn.Module], tracker: Tracker
+    job: FinetuneJob,
+    run: FinetuneRun,
+    networks: Mapping[str, nn.Module],
+    step: int,
+    tracker: Tracker,
 ) -> dict[str, Any]:
-    """Start and result on the same fresh seeds, under all four samplers.
+    """Start and result, the weights of `step`, on the same fresh seeds, under all four samplers.
 
     Seeds of their own, which nothing was chosen by. Each score is kept as soon as it is known.
     Returns {"num_images", "repeats", "headline", "curves": {curve: {"sampler", "entries":
@@ -144,7 +148,8 @@ def final_scores(
         rollout.on_images = tracker.advance
         for curve, sampler in job.config.curve_samplers().items():
             for repeat in range(settings.repeats):
-                key = f"{entry}/{curve}/{repeat}"
+                # A run may end, go further and end again, with another result.
+                key = f"{entry}-{step if entry == 'result' else 0}/{curve}/{repeat}"
                 if key not in known:
                     seeds = image_seeds(settings.final_images, seed, "final", repeat)
                     noise = rollout.noise(seeds)

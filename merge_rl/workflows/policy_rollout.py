@@ -1,4 +1,4 @@
-"""Rollouts under the SDE of a policy: to features, to samples, and again step by step."""
+"""Rollouts of a policy: to features, to samples, and under its SDE again step by step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Window = tuple[int, int]
 
 
 class PolicyRollout(Rollout):
-    """A rollout with noise in a window of steps, or in all (None).
+    """A rollout under an SDE with noise in a window of steps, or in all (None); or under an ODE.
 
     What an image is follows from the weights, its starting noise and its label, so that a rollout
     can be gone through again without having been kept.
@@ -35,6 +35,8 @@ class PolicyRollout(Rollout):
 
     def latents(self, noise: Tensor, labels: Tensor, *, check_finite: bool = False) -> Tensor:
         """Samples of one batch, (B, C, h, w) float32 on the device."""
+        if not self.sampler.is_sde:
+            return super().latents(noise, labels, check_finite=check_finite)
         watch = NormWatch(self.sde(labels).start(noise)) if check_finite else None
         start = noise.to(self.device)
         samples = solve_sde(self.sde(labels), start, following(noise), on_step=watch)

@@ -78,7 +78,8 @@ def test_its_density_is_that_of_the_gaussian(sde: SDE) -> None:
     for action in replay(sde, noise_of(2), following(noise_of(2))):
         mean, std = sde.gaussian(action.step, action.x)
         gaussian = Independent(Normal(mean, std.expand(mean.shape)), 3)
-        torch.testing.assert_close(action.log_prob, gaussian.log_prob(action.drawn))
+        expected: Tensor = gaussian.log_prob(action.drawn)  # type: ignore[no-untyped-call]
+        torch.testing.assert_close(action.log_prob, expected)
 
 
 @pytest.mark.parametrize("family", ["sit", "edm2"])
@@ -97,7 +98,9 @@ def test_on_policy_the_ratio_is_one(family: str, window: tuple[int, int] | None)
         assert found.ratio == pytest.approx(1, abs=1e-5)
         assert found.clipped == 0
         assert found.old_kl == pytest.approx(0, abs=1e-9)
-        assert float(found.loss.detach()) == pytest.approx(-0.5, abs=1e-4)  # minus the mean advantage
+        assert float(found.loss.detach()) == pytest.approx(
+            -0.5, abs=1e-4
+        )  # minus the mean advantage
 
 
 def test_gradient_on_policy_is_reinforce_by_hand() -> None:
@@ -158,9 +161,7 @@ def test_kl_to_the_reference_by_hand() -> None:
     t, h = 0.225, 0.225
     expected = 64 * (0.3 * h * (1 + t)) ** 2 / (2 * 2 * (1 - t) * h)
     plain = step_loss(sde, action, torch.zeros(3), clip=0.2)
-    found = step_loss(
-        sde, action, torch.zeros(3), clip=0.2, kl_weight=0.5, reference=reference
-    )
+    found = step_loss(sde, action, torch.zeros(3), clip=0.2, kl_weight=0.5, reference=reference)
     assert found.reference_kl == pytest.approx(expected)
     assert float(found.loss - plain.loss) == pytest.approx(0.5 * expected)
 

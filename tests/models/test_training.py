@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def sit() -> SiT:
         input_size=8, patch_size=4, in_channels=1, hidden_size=8, depth=2, num_heads=2,
         num_classes=3, learn_sigma=False,
     )  # fmt: skip
-    return _drawn(built)
+    _draw(built)
+    return built.eval()
 
 
 def edm2() -> EDM2:
@@ -32,36 +34,36 @@ def edm2() -> EDM2:
         img_resolution=8, img_channels=1, label_dim=3, model_channels=8, channel_mult=[1, 2],
         num_blocks=1, attn_resolutions=[4], channels_per_head=8, logvar_channels=8,
     )  # fmt: skip
-    return _drawn(built)
+    _draw(built)
+    return built.eval()
 
 
-def _drawn(network: nn.Module) -> nn.Module:  # type: ignore[type-arg]
+def _draw(network: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.4 * drawn if parameter.ndim else 0.7 + 0 * drawn)
-    return network.eval()
 
 
 @pytest.mark.parametrize("make", [sit, edm2])
-def test_gradients_are_those_of_differences(make: object) -> None:
+def test_gradients_are_those_of_differences(make: Callable[[], nn.Module]) -> None:
     # EDM2 works in place in places; autograd must see through all of them.
-    network: nn.Module = make()  # type: ignore[operator]
-    network.requires_grad_(True)
+    network = make().requires_grad_(True)
     weighing = torch.randn(X.shape, generator=torch.Generator().manual_seed(2))
 
     def value() -> Tensor:
-        return (network(X, AT, LABELS) * weighing).double().sum()
+        made: Tensor = network(X, AT, LABELS)
+        return (made * weighing).double().sum()
 
     value().backward()  # type: ignore[no-untyped-call]
-    parameters = [p for p in network.parameters() if p.grad is not None]
-    direction = [p.grad / p.grad.norm() for p in parameters if p.grad is not None]
-    slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, direction, strict=True))  # type: ignore[operator]
+    moved = [(p, p.grad / p.grad.norm()) for p in network.parameters() if p.grad is not None]
+    # Along a gradient of unit length the slope is its norm.
+    slope = sum(float(p.grad.norm()) for p, _ in moved if p.grad is not None)
     step, ends = 2e-3, []
     with torch.no_grad():
         for sign in (1, -2):
-            for p, d in zip(parameters, direction, strict=True):
+            for p, d in moved:
                 p.add_(d, alpha=sign * step)
             ends.append(float(value()))
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.02)
@@ -111,8 +113,9 @@ def test_adapters_begin_with_the_network_and_join_it() -> None:
     assert list(joined) == list(original)
     changed = {name for name, tensor in joined.items() if not torch.equal(tensor, original[name])}
     assert changed == {f"blocks.{i}.{n}.weight" for i in (0, 1) for n in ("attn.qkv", "mlp.fc2")}
-    layer = network.blocks[1].mlp.fc2
-    b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    b, a = (
+        network.get_parameter(f"blocks.1.mlp.fc2.lora_{which}.default.weight") for which in "BA"
+    )
     expected = original["blocks.1.mlp.fc2.weight"] + 3 * b @ a  # alpha / rank = 3
     torch.testing.assert_close(joined["blocks.1.mlp.fc2.weight"], expected)
     plain.load_state_dict(joined)
@@ -126,7 +129,7 @@ def test_adapters_are_a_function_of_their_generator() -> None:
         torch.rand(3)  # whatever the global generator went through
         generator = torch.Generator().manual_seed(9)
         add_adapters(network, rank=1, alpha=1.0, targets=("proj",), generator=generator)
-        drawn.append(network.blocks[0].attn.proj.lora_A["default"].weight)
+        drawn.append(network.get_parameter("blocks.0.attn.proj.lora_A.default.weight"))
     assert torch.equal(drawn[0], drawn[1])
 
 

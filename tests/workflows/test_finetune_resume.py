@@ -23,7 +23,7 @@ from merge_rl.storage.finetune_run import FinetuneRun, is_finetune_run
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows import finetune_scores, finetune_snapshots
 from merge_rl.workflows.finetune import resume_finetune
-from merge_rl.workflows.finetune_updates import PolicyGradient, RejectionSampling
+from merge_rl.workflows.finetune_updates import Kept, PolicyGradient, RejectionSampling
 from merge_rl.workflows.learner import Learner
 from merge_rl.workflows.policy_rollout import PolicyRollout
 from merge_rl.workflows.stop_signals import StopSignals
@@ -101,19 +101,15 @@ def test_interrupted_again_and_again(
 ) -> None:
     config = small_config(small, **KINDS[kind])
     expected = outcome_of(drive(tmp_path / "whole", config).run_dir)
-    run, places = tmp_path / "run", 0
+    run = tmp_path / "run"
     for limit in (9, 14, 5, 17, 8, 11, 20):
-        before = tripwire.passed
         try:
             with tripwire.at(limit):
                 drive(run, config)
-        except BaseException:  # it came to its end before the place
+        except pytest.fail.Exception:  # it came to its end before that place
             break
-        places += tripwire.passed - before if tripwire.passed > before else tripwire.passed
     tripwire.limit = None
     found = outcome_of(drive(run, config).run_dir)
-    assert found.pop("report.md").replace(b"run", b"whole") is not None
-    expected.pop("report.md")
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
 
@@ -135,10 +131,12 @@ def test_an_interruption_saves_the_last_finished_step(
     assert [path.name for path in run.state_paths()] == ["step-0000003.safetensors"]
     made: list[int] = []
     real = PolicyGradient.gradients
-    monkeypatch.setattr(
-        PolicyGradient, "gradients",
-        lambda self, kept, epoch: made.append(kept.step) or real(self, kept, epoch),
-    )  # fmt: skip
+
+    def noted(self: PolicyGradient, kept: Kept, epoch: int) -> dict[str, float]:
+        made.append(kept.step)
+        return real(self, kept, epoch)
+
+    monkeypatch.setattr(PolicyGradient, "gradients", noted)
     result = resume_finetune(tmp_path / "run")
     assert made == [3]  # the fourth step alone
     assert result.curves == whole.curves
@@ -177,13 +175,17 @@ def test_sigterm_saves_and_resume_ends_alike(
 def test_signals_wait_for_the_end_of_a_block() -> None:
     signals, reached = StopSignals(), []
     before = signal.getsignal(signal.SIGTERM)
-    with signals:
-        with pytest.raises(KeyboardInterrupt), signals.held():
+
+    def terminated(held: bool) -> None:
+        with signals.held() if held else contextlib.nullcontext():
             os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(0.01)
             reached.append("end")
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-            threading.Event().wait(1)
+
+    with signals:
+        for held in (True, False):
+            with pytest.raises(KeyboardInterrupt):
+                terminated(held)
     assert reached == ["end"]
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -279,11 +281,14 @@ def test_another_configuration_is_refused(stopped: Path, small: Path) -> None:
 
 
 def test_a_run_may_go_further(stopped: Path, small: Path, tmp_path: Path) -> None:
+    resume_finetune(stopped)  # to its end, and then on from there
     longer = small_config(small, steps=4, keep_last=1)
     result = mrl.finetune(small, out=stopped, config=longer, resume=True)
     whole = mrl.finetune(small, out=tmp_path / "whole", config=longer)
     assert result.step == 4
-    assert result.curves == whole.curves
+    assert result.comparison == whole.comparison
+    # Where the shorter run ended lies a point more.
+    assert {k: v for k, v in result.curves.items() if k in whole.curves} == whole.curves
     assert len(FinetuneRun.open(stopped).state_paths()) == 1
 
 

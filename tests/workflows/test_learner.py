@@ -27,6 +27,11 @@ class Line(nn.Module):
         return self.w * x + self.b
 
 
+def line_of(learner: Learner) -> Line:
+    assert isinstance(learner.network, Line)
+    return learner.network
+
+
 def step(learner: Learner, target: float) -> None:
     learner.begin()
     loss = (learner.policy(torch.tensor([1.0, 2.0])) - target).square().sum()
@@ -39,32 +44,33 @@ def test_the_first_step_is_adams() -> None:
     # Adam's first step is the learning rate times the sign of the gradient.
     learner = Learner(Line(), UpdateConfig(learning_rate=0.01))
     step(learner, 10.0)
-    torch.testing.assert_close(learner.network.w.detach(), torch.tensor([1.01, -1.99]))
+    torch.testing.assert_close(line_of(learner).w.detach(), torch.tensor([1.01, -1.99]))
 
 
 def test_warmup_scales_the_first_steps() -> None:
     learner = Learner(Line(), UpdateConfig(learning_rate=0.01, warmup_steps=4))
     step(learner, 10.0)
-    torch.testing.assert_close(learner.network.w.detach(), torch.tensor([1.0025, -1.9975]))
+    torch.testing.assert_close(line_of(learner).w.detach(), torch.tensor([1.0025, -1.9975]))
 
 
 def test_gradients_are_clipped_by_their_norm() -> None:
     learner = Learner(Line(), UpdateConfig(max_grad_norm=0.5))
-    learner.network.w.grad = torch.tensor([3.0, 0.0])
-    learner.network.b.grad = torch.tensor(4.0)
+    line_of(learner).w.grad = torch.tensor([3.0, 0.0])
+    line_of(learner).b.grad = torch.tensor(4.0)
     assert learner.gradient_norm() == pytest.approx(5)
-    torch.testing.assert_close(learner.network.w.grad, torch.tensor([0.3, 0.0]))
+    torch.testing.assert_close(line_of(learner).w.grad, torch.tensor([0.3, 0.0]))
 
 
 def test_the_average_by_hand() -> None:
     # Decays 1/10, 2/11, then the bound of 0.15.
     learner = Learner(Line(), UpdateConfig(learning_rate=0.1, ema_decay=0.15))
-    values = [float(learner.network.b.detach())]
+    values = [float(line_of(learner).b.detach())]
     for _ in range(2):
         step(learner, 10.0)
-        values.append(float(learner.network.b.detach()))
+        values.append(float(line_of(learner).b.detach()))
     first = 0.1 * values[0] + 0.9 * values[1]
     expected = 0.15 * first + 0.85 * values[2]
+    assert isinstance(learner.average, Line)
     assert float(learner.average.b) == pytest.approx(expected, rel=1e-6)
     assert not learner.average.b.requires_grad
 
