@@ -67,8 +67,8 @@ def recall_of(model: nn.Module, extractor: FeatureExtractor, held: Tensor, steps
 def quality_config(model: Path, credit: str, seed: int, steps: int) -> FinetuneConfig:
     """The recipe with a lean score every twentieth step.
 
-    Per-image credit takes half the steps with a quarter of the rate: gradients of images that earned
-    by themselves agree more, so that a step of Adam's goes further.
+    Per-image credit takes half the steps with a quarter of the rate: the gradients of images that
+    earned by themselves agree more, so that a step of Adam's goes further.
     """
     base = recipe("sit", model)
     curves = replace(base.curves, every=10 if credit == "per-image" else 20, num_images=200,

@@ -173,7 +173,8 @@ def _drive(run: FinetuneRun, job: FinetuneJob, wrap: Wrap, tracker: Tracker) -> 
             "start": load_network(config.model).to(config.device),
             "result": load_network(weights).to(config.device),
         }
-        comparison = final_scores(job, run, networks, step, tracker)
+        with loop.signals:  # SIGTERM interrupts it too; finished scores are kept
+            comparison = final_scores(job, run, networks, step, tracker)
         loop.boards.log(loop.state.step, _flat(comparison))
     finally:
         loop.boards.close()

@@ -269,7 +269,8 @@ def test_losses_go_through_the_wrapped_network(small: Path, tmp_path: Path) -> N
         ({"rollout": {"under": "ode"}}, ConfigError, "the steps of an ODE draw nothing"),
         ({"rollout": {"under": "pde"}}, UnknownNameError, "unknown kind of rollouts 'pde'"),
         (
-            {"algorithm": "rs", "rollout": {"window_size": 1}}, ConfigError,
+            {"algorithm": "rs", "rollout": {"window_size": 1}},
+            ConfigError,
             "a window of noisy steps needs rollouts under sde, got ode",
         ),
         ({"steps": 0}, ConfigError, "expected steps >= 1, got 0"),
@@ -318,7 +319,9 @@ def test_a_model_that_makes_no_images(small: Path, tmp_path: Path) -> None:
     weights = sit_weights()
     weights["final_layer.linear.weight"] *= 1e38
     save_checkpoint(small / "raw/sit-2.safetensors", weights)
-    with pytest.raises(NonFiniteWeightsError, match="samples that are not finite with 3 steps of the sde"):
+    with pytest.raises(
+        NonFiniteWeightsError, match="samples that are not finite with 3 steps of the sde"
+    ):
         run_of(small, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
