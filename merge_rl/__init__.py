@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from merge_rl.storage.hub import push
     from merge_rl.workflows.evaluate import evaluate
     from merge_rl.workflows.export import save_model
+    from merge_rl.workflows.finetune import FinetuneResult, finetune
     from merge_rl.workflows.models import load_model, merge
     from merge_rl.workflows.optimize import OptimizeResult, optimize, resume
 
@@ -43,6 +44,8 @@ _HOMES: Final = {
     "push": "storage.hub",
     "evaluate": "workflows.evaluate",
     "save_model": "workflows.export",
+    "FinetuneResult": "workflows.finetune",
+    "finetune": "workflows.finetune",
     "load_model": "workflows.models",
     "merge": "workflows.models",
     "OptimizeResult": "workflows.optimize",
@@ -54,6 +57,7 @@ __all__ = [
     "CheckpointSet",
     "ConvertResult",
     "FeatureStats",
+    "FinetuneResult",
     "MergeRLError",
     "OptimizeResult",
     "__version__",
@@ -61,6 +65,7 @@ __all__ = [
     "convert",
     "evaluate",
     "feature_stats",
+    "finetune",
     "frechet_distance",
     "kernel_distance",
     "load_model",

@@ -80,6 +80,14 @@ class TooFewSamplesError(StatisticsError):
     """Fewer samples than an estimator needs."""
 
 
+class MemoryShortageError(MergeRLError):
+    """Too little memory for what was asked; the message says what to lower."""
+
+
+class TrainingError(MergeRLError):
+    """A training run that cannot go on, such as one whose losses are not finite."""
+
+
 class RunError(MergeRLError):
     """A run directory that exists already, is incomplete, or belongs to other inputs."""
 

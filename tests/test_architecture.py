@@ -43,7 +43,11 @@ THIRD_PARTY_HOMES: dict[str, set[str]] = {
     "cmaes": {"search"},
     "diffusers": {"models", "features"},
     "transformers": {"models", "features"},
+    "peft": {"models"},
     "matplotlib": {"workflows"},
+    "tensorboard": {"workflows"},
+    "wandb": {"workflows"},
+    "trackio": {"workflows"},
     "typer": {"cli"},
     "rich": {"cli"},
 }

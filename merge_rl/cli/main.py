@@ -13,6 +13,7 @@ import typer
 from merge_rl.cli import (
     conversion,
     evaluation,
+    finetune,
     hub,
     inspection,
     merging,
@@ -60,7 +61,9 @@ def options(
         os.environ["MERGERL_DEBUG"] = "1"
 
 
-for module in (search, plan, conversion, merging, evaluation, scoring, reference, inspection, hub):
+for module in (
+    search, plan, conversion, merging, finetune, evaluation, scoring, reference, inspection, hub,
+):  # fmt: skip
     module.register(app)
 
 

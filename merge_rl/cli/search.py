@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from merge_rl.cli.finetune import resume_run
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -317,9 +318,13 @@ def resume(
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Go on with an interrupted run; it ends as if it had never been interrupted."""
+    from merge_rl.storage.finetune_run import is_finetune_run
     from merge_rl.workflows.optimize import resume as run_resume
 
-    _drive(run, lambda tracker: run_resume(run, tracker=tracker), json=json)
+    if is_finetune_run(run):
+        resume_run(run, json=json)
+    else:
+        _drive(run, lambda tracker: run_resume(run, tracker=tracker), json=json)
 
 
 def _drive(run_dir: Path, job: Callable[[ProgressTracker], OptimizeResult], *, json: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -114,7 +116,7 @@ def sample_with(
     with torch.no_grad():
         if settings.is_sde:
             sde = make_sde(settings, model, labels, guide=guide, dtype=dtype)
-            samples = solve_sde(sde, noise, draw or _following(noise), on_step=watch)
+            samples = solve_sde(sde, noise, draw or following(noise), on_step=watch)
         else:
             evaluate = _network(settings, model, labels, guide, dtype)
             if prediction_of(model) == VELOCITY:
@@ -147,6 +149,21 @@ def make_sde(
             heun=settings.solver == "sde-heun",
         )  # fmt: skip
     return PathSDE.of(settings, evaluate, dtype)
+
+
+def without_noise(sde: SDE) -> SDE:
+    """The steps of an SDE that `make_sde` made, with all noise left out: Euler's of its ODE."""
+    if isinstance(sde, EDMSDE):
+        return dataclasses.replace(sde, norm=0.0)
+    if isinstance(sde, PathSDE):
+        return dataclasses.replace(sde, form="constant", norm=0.0)
+    raise ConfigError(f"expected an SDE of a network, got {type(sde).__name__}")
+
+
+def following(noise: Tensor) -> Draw:
+    """What `sample` draws the noise of an SDE's steps from: each image's own, by its start."""
+    streams, shape = ImageStreams.following(noise), noise.shape[1:]
+    return lambda: streams.randn(shape)
 
 
 def _network(
@@ -224,8 +241,3 @@ def _adaptive(
     if on_step is not None:
         on_step(0, x)
     return x
-
-
-def _following(noise: Tensor) -> Draw:
-    streams, shape = ImageStreams.following(noise), noise.shape[1:]
-    return lambda: streams.randn(shape)

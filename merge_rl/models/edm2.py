@@ -236,6 +236,8 @@ class EDM2(nn.Module):
     """
 
     prediction: Final = "denoised"
+    # Of the training loss alone: nothing that is sampled depends on it.
+    loss_modules: Final = ("logvar_linear",)
 
     def __init__(
         self,
@@ -277,6 +279,19 @@ class EDM2(nn.Module):
         out = self.unet((x / total.sqrt()).to(dtype), c_noise, self._label_rows(labels, x.device))
         denoised: Tensor = c_skip * x + c_out * out.float()
         return denoised
+
+    def normalize_weights(self) -> None:
+        """Bring the rows of all weights to unit magnitude, in place: after every training step.
+
+        The paper's forced weight normalization (arXiv:2312.02696, section 2.3). What the network
+        computes stays the same, to the 1e-4 of `normalize`; the size of a step relative to its
+        weight does too, whatever the number of steps. Evaluation mode is the mode to train in
+        with it: dropout would make an image no function of its noise.
+        """
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, NormalizedWeight):
+                    module.weight.copy_(normalize(module.weight.float()))
 
     def logvar(self, sigma: Tensor) -> Tensor:
         """u(sigma) (B, 1, 1, 1): log variance of the training loss."""

@@ -50,7 +50,7 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
     if homes is not None:
         return _read_shards(Path(path), homes)
     file = model_file_path(path)
-    listed = _find_listing(file)
+    listed = find_listing(file)
     recorded = listed[1].sha256 if listed else None
     header, weights, digest = read_file(file, hashed=recorded is not None)
     if digest is not None:
@@ -162,7 +162,7 @@ def _first_config(
     return config
 
 
-def _find_listing(file: Path) -> tuple[Manifest, CheckpointEntry] | None:
+def find_listing(file: Path) -> tuple[Manifest, CheckpointEntry] | None:
     """The nearest manifest that lists `file`, and its entry."""
     absolute = file.parent.resolve() / file.name
     for folder in list(absolute.parents)[:_PARENTS]:

@@ -36,13 +36,13 @@ def place_weights(needed: int, device: str, given: str | None) -> str:
     return choose_place(
         needed,
         device,
-        free_device=_free_on(device),
+        free_device=free_on(device),
         free_memory=free_memory(),
         given=given,
     )
 
 
-def _free_on(device: str) -> int | None:
+def free_on(device: str) -> int | None:
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
         return None
     return int(torch.cuda.mem_get_info(device)[0])

@@ -74,6 +74,13 @@ class Rollout:
         other._take_sampler(sampler)
         return other
 
+    def with_network(self, model: Denoiser) -> Rollout:
+        """The same settings with another network of the same kind."""
+        other = copy.copy(self)
+        other.model = model
+        other._take_sampler(self.sampler)
+        return other
+
     def with_extractor(self, extractor: FeatureExtractor) -> Rollout:
         """The same network and settings with another extractor."""
         other = copy.copy(self)

@@ -1,0 +1,253 @@
+"""Does fine-tuning with the distribution-wise reward pay on the embedded digits runs?
+
+    python -m benchmarks.finetune [--what quality,memory,recipes] [--seeds 0,1,2] [--out FILE.json]
+
+quality   SiT, policy gradient, both credits, three seeds: held-out FID under the SDE after the last
+          step against the start, recall, and how many steps per-image credit needs to reach the
+          value that set-level credit ends with. Goals: at most 0.85 (median), recall not lower by
+          more than 0.03, at most 0.7 of the steps.
+memory    peak memory of a process that makes training steps with 5 and with 50 solver steps.
+          Goal: within 10 %.
+recipes   the four recipes of examples/, one seed: FID at start and end with intervals, seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.digits_data import load_images, split_in_halves
+from merge_rl.config import SamplerConfig, load_config
+from merge_rl.config.finetune import FinetuneConfig
+from merge_rl.core.neighbours import prdc
+from merge_rl.demo.write import write_demo
+from merge_rl.interfaces import FeatureExtractor
+from merge_rl.rng import image_seeds
+from merge_rl.workflows.evaluate import network_rollout
+from merge_rl.workflows.extractors import build_extractor
+from merge_rl.workflows.finetune import FinetuneResult, finetune
+from merge_rl.workflows.models import load_model
+from merge_rl.workflows.rollout import balanced_labels
+
+GOAL, RECALL_GOAL, STEPS_GOAL, MEMORY_GOAL = 0.85, 0.03, 0.7, 1.10
+CURVE: Final = "sde-eval"
+RECIPES: Final = ("sit", "sit-rs", "edm2", "edm2-rs")
+
+
+def recipe(name: str, model: Path, **changes: Any) -> FinetuneConfig:
+    """A recipe of examples/ for a model that lies elsewhere."""
+    config = load_config(FinetuneConfig, Path("examples") / f"finetune-digits-{name}.yaml")
+    return replace(config, model=str(model), **changes)
+
+
+# ------------------------------------------------------------------------------------- quality
+
+
+def recall_of(model: nn.Module, extractor: FeatureExtractor, held: Tensor, steps: int) -> float:
+    """Recall of the held-out images under the SDE, as many generated as there are."""
+    sampler = SamplerConfig(solver="sde-euler", num_steps=steps)
+    rollout = network_rollout(model, sampler, 250, "cpu", extractor=extractor)
+    noise = rollout.noise(image_seeds(len(held), 0, "recall"))
+    fake = rollout.features(noise, balanced_labels(len(held), 10))
+    return float(prdc(held, fake, 5).recall)
+
+
+def quality_config(model: Path, credit: str, seed: int, steps: int) -> FinetuneConfig:
+    """The recipe with a lean score every twentieth step.
+
+    Per-image credit takes half the steps with a quarter of the rate: the gradients of images that
+    earned by themselves agree more, so that a step of Adam's goes further.
+    """
+    base = recipe("sit", model)
+    curves = replace(base.curves, every=10 if credit == "per-image" else 20, num_images=200,
+                     final_images=500, repeats=2)  # fmt: skip
+    config = replace(base, credit=credit, seed=seed, curves=curves, steps=steps)
+    if credit == "set":
+        return config
+    update = replace(base.update, learning_rate=base.update.learning_rate / 4)
+    return replace(config, steps=steps // 2, update=update)
+
+
+def quality_row(folder: Path, credit: str, seed: int, steps: int) -> dict[str, Any]:
+    """One run."""
+    config = quality_config(folder / "sit", credit, seed, steps)
+    began = time.monotonic()
+    result = finetune(folder / "sit", out=folder / f"{credit}-{seed}", config=config)
+    seconds = time.monotonic() - began
+    evaluation = folder / "sit/evaluation/extractor.safetensors"
+    extractor, _ = build_extractor("digits", str(evaluation))
+    images, labels = load_images()
+    held = extractor(images[split_in_halves(labels)["heldout"]]).float()
+    paths = (result.run_dir / "snapshots/start-0000000.safetensors", result.model_path)
+    recalls = [
+        recall_of(load_model(path), extractor, held, config.curves.eval_steps) for path in paths
+    ]
+    section = result.comparison["curves"][CURVE]["entries"]
+    return {
+        "credit": credit,
+        "seed": seed,
+        "steps": config.steps,
+        "learning_rate": config.update.learning_rate,
+        "seconds": seconds,
+        "start": section["start"]["heldout"],
+        "result": section["result"]["heldout"],
+        "ratio": section["result"]["heldout"]["mean"] / section["start"]["heldout"]["mean"],
+        "recall": recalls,
+        "curve": {step: point[CURVE]["heldout"] for step, point in result.curves.items()},
+        "gains": {c: s["gain"] for c, s in result.comparison["curves"].items()},
+    }
+
+
+def first_step_below(curve: dict[int, float], value: float) -> int | None:
+    """The first scored step at or below a value."""
+    return next((step for step in sorted(curve) if curve[step] <= value), None)
+
+
+def quality(folder: Path, seeds: list[int], steps: int) -> dict[str, Any]:
+    """Rows of both credits, and what the goals ask of them."""
+    rows = []
+    print(f"SiT, policy gradient: held-out FID under the SDE, set-level credit for {steps} steps")
+    print(
+        f"{'credit':>10} {'seed':>4} {'start':>7} {'result':>7} {'ratio':>6} {'recall':>15}"
+        f" {'s':>6}  FID along the run, N = 200"
+    )
+    for credit in ("set", "per-image"):
+        for seed in seeds:
+            row = quality_row(folder, credit, seed, steps)
+            rows.append(row)
+            before, after = row["recall"]
+            print(
+                f"{credit:>10} {seed:>4} {row['start']['mean']:7.3f} {row['result']['mean']:7.3f} "
+                f"{row['ratio']:6.3f} {before:7.3f} {after:7.3f} {row['seconds']:6.0f}  "
+                + "  ".join(f"{step}: {value:.3f}" for step, value in row["curve"].items()),
+                flush=True,
+            )  # fmt: skip
+    found: dict[str, Any] = {"rows": rows, "goal": GOAL}
+    for credit in ("set", "per-image"):
+        own = [row for row in rows if row["credit"] == credit]
+        ratio = statistics.median(row["ratio"] for row in own)
+        lost = statistics.median(row["recall"][0] - row["recall"][1] for row in own)
+        found[credit] = {"ratio": ratio, "recall_lost": lost}
+        good = ratio <= GOAL and lost <= RECALL_GOAL
+        print(f"{credit}: median ratio {ratio:.3f} (goal {GOAL}), recall lost {lost:+.3f} "
+              f"(goal {RECALL_GOAL}): {'reached' if good else 'missed'}")  # fmt: skip
+    shares = [_share(rows, seed, steps) for seed in seeds]
+    share = statistics.median(shares)
+    found["per_image_share"] = None if share == float("inf") else share
+    verdict = "reached" if share <= STEPS_GOAL else "missed"
+    print(f"per-image credit reaches set-level's last value after {share:.2f} of the steps, median "
+          f"(goal {STEPS_GOAL}): {verdict}")  # fmt: skip
+    return found
+
+
+def _share(rows: list[dict[str, Any]], seed: int, steps: int) -> float:
+    """Steps that per-image credit needs to where set-level credit ends, over the latter's."""
+    of_seed = {row["credit"]: row["curve"] for row in rows if row["seed"] == seed}
+    whole = of_seed["set"]
+    reached = first_step_below(of_seed["per-image"], whole[max(whole)])
+    return float("inf") if reached is None else reached / steps
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+def memory_child(steps: int) -> None:
+    """Two training steps of a SiT of some size; prints the peak memory of the process in bytes."""
+    from merge_rl.core.sampling import following, make_sde
+    from merge_rl.core.step_policy import replay, step_loss
+    from merge_rl.models.sit import SiT
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = SiT(
+        input_size=16, patch_size=2, in_channels=4, hidden_size=192, depth=8, num_heads=4,
+        num_classes=10, learn_sigma=False,
+    ).eval()  # fmt: skip
+    noise, labels = torch.randn(32, *model.sample_shape), torch.arange(32) % 10
+    settings = SamplerConfig(solver="sde-euler", num_steps=steps)
+    sde = make_sde(settings, model, labels)
+    for _ in range(2):
+        for action in replay(sde, noise, following(noise)):
+            found = step_loss(sde, action, torch.ones(32), clip=0.2)
+            found.loss.backward()  # type: ignore[no-untyped-call]
+    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def memory() -> dict[str, Any]:
+    """Peak memory at both numbers of steps."""
+    peaks = {}
+    for steps in (5, 50):
+        command = [sys.executable, "-m", "benchmarks.finetune", "--memory-child", str(steps)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[steps] = int(done.stdout)
+        print(f"{steps:>3} solver steps: peak {peaks[steps] / 2**20:.0f} MiB")
+    ratio = peaks[50] / peaks[5]
+    verdict = "reached" if ratio <= MEMORY_GOAL else "missed"
+    print(f"ratio {ratio:.3f} (goal {MEMORY_GOAL}): {verdict}")
+    return {"peaks": peaks, "ratio": ratio, "goal": MEMORY_GOAL}
+
+
+# ------------------------------------------------------------------------------------- recipes
+
+
+def recipes(folder: Path) -> list[dict[str, Any]]:
+    """Each recipe as it is, with the wall time of the whole command."""
+    rows = []
+    for name in RECIPES:
+        model = folder / name.partition("-")[0]
+        began = time.monotonic()
+        result: FinetuneResult = finetune(
+            model, out=folder / f"recipe-{name}", config=recipe(name, model)
+        )
+        seconds = time.monotonic() - began
+        section = result.comparison["curves"][CURVE]
+        start, end = (section["entries"][entry]["heldout"] for entry in ("start", "result"))
+        apart = end["high"] < start["low"]
+        rows.append({"recipe": name, "seconds": seconds, "step": result.step, "apart": apart,
+                     "comparison": result.comparison})  # fmt: skip
+        texts = [f"{s['mean']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in (start, end)]
+        print(f"{name:>8}: {texts[0]} -> {texts[1]} at step {result.step}, {seconds:.0f} s, "
+              f"intervals {'apart' if apart else 'overlap'}", flush=True)  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fine-tuning on the embedded digits runs.")
+    parser.add_argument("--what", default="quality,memory,recipes")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--memory-child", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_child:
+        memory_child(arguments.memory_child)
+        return
+    wanted, document = arguments.what.split(","), {"threads": torch.get_num_threads()}
+    found: dict[str, Any] = dict(document)
+    with tempfile.TemporaryDirectory() as folder:
+        write_demo(Path(folder))
+        if "memory" in wanted:
+            found["memory"] = memory()
+        if "recipes" in wanted:
+            found["recipes"] = recipes(Path(folder))
+        if "quality" in wanted:
+            seeds = [int(text) for text in arguments.seeds.split(",")]
+            found["quality"] = quality(Path(folder), seeds, arguments.steps)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Fine-tune a network with the distribution-wise reward, compare, write the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_rl.config.finetune import FREE_ON_RESUME, FinetuneConfig, differing_keys
+from merge_rl.errors import MergeRLError, RunError
+from merge_rl.interfaces import NullTracker, Tracker
+from merge_rl.storage.finetune_run import FinetuneRun
+from merge_rl.storage.hub import local_model
+from merge_rl.storage.model_file import open_model_file
+from merge_rl.storage.origin import newest_model
+from merge_rl.version import __version__
+from merge_rl.workflows.assemble import load_network
+from merge_rl.workflows.export import require_new, save_model
+from merge_rl.workflows.finetune_card import finetune_card
+from merge_rl.workflows.finetune_job import (
+    FinetuneJob,
+    build_finetune,
+    check_finetune,
+    resolve_finetune,
+)
+from merge_rl.workflows.finetune_loop import FinetuneLoop
+from merge_rl.workflows.finetune_report import write_report
+from merge_rl.workflows.finetune_scores import final_scores
+from merge_rl.workflows.learner import Learner, Wrap
+from merge_rl.workflows.trackers import Boards, require_extras
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a finished run came to."""
+
+    run_dir: Path
+    step: int  # whose weights are the result
+    images: int  # generated for training
+    skipped: int  # steps without an update, as their reward or loss was not finite
+    curves: Mapping[int, Mapping[str, Mapping[str, float | None]]]  # step -> curve -> reference
+    comparison: Mapping[str, Any]  # start and result on fresh seeds, see `final_scores`
+
+    @property
+    def model_path(self) -> Path:
+        """Folder of the fine-tuned model."""
+        return self.run_dir / "final"
+
+
+def finetune(
+    model: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    algorithm: str | None = None,
+    reward: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    config: FinetuneConfig | None = None,
+    resume: bool = False,
+    wrap: Wrap = lambda network: network,
+    tracker: Tracker | None = None,
+) -> FinetuneResult:
+    """Fine-tune a model and write RUN/final, with snapshots that can be merged.
+
+    Args:
+        model: model folder, one .safetensors of a set, the folder of a set (its newest checkpoint
+            is taken), or "user/repo" on the Hub.
+        out: run directory; must not exist, or with `resume` be an interrupted run.
+        algorithm: "pg", policy gradient on SDE rollouts, or "rs", rejection sampling.
+        reward: as in `optimize`.
+        steps: at most.
+        seed: fixes every draw.
+        config: all other settings.
+        resume: go on with the run in `out`; it ends as if it had never been interrupted.
+        wrap: what losses are computed through, see `Learner`.
+        tracker: hears of progress.
+
+    Raises MergeRLError subclasses for input that cannot work, before anything is written;
+    KeyboardInterrupt, on SIGTERM too, with the last finished step saved; TrainingError when three
+    steps in a row have rewards or losses that are not finite.
+    """
+    source = newest_model(local_model(model))
+    base = config or FinetuneConfig(model=str(source))
+    given = {"algorithm": algorithm, "steps": steps, "seed": seed}
+    named = dataclasses.replace(base.reward, name=reward or base.reward.name)
+    chosen = dataclasses.replace(
+        base, model=str(source), reward=named,
+        **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )  # fmt: skip
+    resolved = resolve_finetune(chosen)
+    tracker = tracker or NullTracker()
+    if resume:
+        return resume_finetune(out, config=resolved, wrap=wrap, tracker=tracker)
+    require_new(out)
+    check_finetune(resolved)
+    require_extras(resolved.track)
+    job = build_finetune(resolved, _announce(tracker))
+    inputs = {"hashes": dict(job.hashes), "version": __version__}
+    run = FinetuneRun.create(out, resolved, inputs)
+    try:
+        return _drive(run, job, wrap, tracker)
+    except MergeRLError:
+        if not run.state_paths():  # nothing to go on from: do not stand in the next try's way
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def resume_finetune(
+    run_dir: str | os.PathLike[str],
+    *,
+    config: FinetuneConfig | None = None,
+    wrap: Wrap = lambda network: network,
+    tracker: Tracker | None = None,
+) -> FinetuneResult:
+    """Go on with an interrupted run, from its newest resume point that is whole.
+
+    A config, if given, may differ from the run's in how far it goes and in what is kept and told;
+    RunError names the keys of any other difference, and inputs that have changed.
+    """
+    tracker = tracker or NullTracker()
+    run = FinetuneRun.open(run_dir)
+    own = run.config()
+    if config is not None:
+        differing = differing_keys(own, config)
+        if differing:
+            raise RunError(
+                f"{run.path}: cannot resume with another configuration, these settings differ: "
+                f"{', '.join(differing)}; expected those of {run.path / 'finetune.yaml'}"
+            )
+        own = dataclasses.replace(own, **{k: getattr(config, k) for k in FREE_ON_RESUME})
+    inputs = run.files.read("inputs.json") or {}
+    if inputs.get("version") != __version__:
+        began = f"began with merge_rl {inputs.get('version')}, this is {__version__}"
+        tracker.event({"kind": "warning", "text": f"the run {began}: last bits may differ"})
+    require_extras(own.track)
+    job = build_finetune(own, _announce(tracker))
+    recorded = inputs.get("hashes") or {}
+    changed = [key for key, value in job.hashes.items() if recorded.get(key) != value]
+    if changed:
+        raise RunError(
+            f"{run.path}: cannot resume, the inputs have changed since it began: "
+            f"{', '.join(changed)} (by SHA-256)"
+        )
+    run.write_config(own)
+    return _drive(run, job, wrap, tracker)
+
+
+def _announce(tracker: Tracker) -> Callable[[str], None]:
+    return lambda text: tracker.event({"kind": "note", "text": text})
+
+
+def _drive(run: FinetuneRun, job: FinetuneJob, wrap: Wrap, tracker: Tracker) -> FinetuneResult:
+    began, config = time.monotonic(), job.config
+    learner = Learner(job.network, config.update, wrap)
+    unopened = Boards({}, lambda _text: None)
+    loop = FinetuneLoop(job, learner, run, tracker, unopened)
+    loop.restore()
+    loop.boards = Boards.open(
+        config.track, run.path, dataclasses.asdict(config), loop.state.step,
+        lambda text: tracker.event({"kind": "warning", "text": text}),
+    )  # fmt: skip
+    try:
+        loop.run()
+        step = loop.curves.best_step()
+        step = loop.state.step if step is None else step
+        weights = loop.snapshots.result_path(step)
+        networks = {
+            "start": load_network(config.model).to(config.device),
+            "result": load_network(weights).to(config.device),
+        }
+        with loop.signals:  # SIGTERM interrupts it too; finished scores are kept
+            comparison = final_scores(job, run, networks, step, tracker)
+        loop.boards.log(loop.state.step, _flat(comparison))
+    finally:
+        loop.boards.close()
+    result = FinetuneResult(
+        run.path, step, loop.state.images, loop.state.skipped, loop.curves.points, comparison
+    )
+    _write(run, job, result, weights)
+    tracker.event({"kind": "finished", "seconds": time.monotonic() - began})
+    return result
+
+
+def _flat(comparison: Mapping[str, Any]) -> dict[str, float]:
+    head = comparison["headline"]
+    found = {
+        f"final/{curve}/{entry}": summary[head]["mean"]
+        for curve, section in comparison["curves"].items()
+        for entry, summary in section["entries"].items()
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _write(run: FinetuneRun, job: FinetuneJob, result: FinetuneResult, weights: Path) -> None:
+    """The model, the page and the end of the run."""
+    card = finetune_card(job.config, job.origin, result.step, result.images, result.comparison)
+    tensors = open_model_file(weights).weights
+    save_model(
+        run.final_path, tensors, job.origin.config, card=card, replace=True,
+        metadata={k: v for k, v in job.origin.metadata.items() if k == "encoder"},
+    )  # fmt: skip
+    write_report(run, job.config, result.curves, result.comparison, result.step)
+    document = {
+        "version": __version__,
+        "step": result.step,
+        "images": result.images,
+        "skipped": result.skipped,
+        "comparison": result.comparison,
+    }
+    run.files.write("result.json", document)

@@ -1,0 +1,121 @@
+"""The parts of a fine-tuning step, none of which alters a state: pool, rollouts, gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from merge_rl.errors import NonFiniteWeightsError
+from merge_rl.rng import image_seeds, stream
+from merge_rl.workflows.finetune_job import FinetuneJob
+from merge_rl.workflows.finetune_rewards import Credit, assign_credit, relative_gap
+from merge_rl.workflows.finetune_state import LoopState
+from merge_rl.workflows.finetune_updates import Kept, PolicyGradient, RejectionSampling
+from merge_rl.workflows.learner import Learner
+from merge_rl.workflows.policy_rollout import Window
+from merge_rl.workflows.pool import Pool, draw_subset
+from merge_rl.workflows.rollout import balanced_labels
+
+
+class StepParts:
+    """What a step is made of, for one job and learner.
+
+    Every draw follows from the seed, the step and the image's place in the step.
+    """
+
+    def __init__(self, job: FinetuneJob, learner: Learner) -> None:
+        self.job, self.config, self.learner = job, job.config, learner
+        update, seed = self.config.update, self.config.seed
+        self.update: PolicyGradient | RejectionSampling
+        if self.config.algorithm == "pg":
+            self.update = PolicyGradient(learner, job.rollout, update, job.reference)
+        else:
+            self.update = RejectionSampling(learner, job.rollout, update, seed)
+
+    def window(self, step: int) -> Window | None:
+        """Noisy steps of this step's rollouts, None for all."""
+        settings = self.config.rollout
+        if settings.window_size is None:
+            return None
+        first = settings.window_start
+        if first is None:
+            self.job.rollout.window = None
+            places = self.job.rollout.sde(torch.zeros(1).long()).num_noisy - settings.window_size
+            generator = stream(self.config.seed, "window", step)
+            first = int(torch.randint(places + 1, [], generator=generator))
+        return first, first + settings.window_size
+
+    def pool_images(self, state: LoopState) -> int:
+        """Rows of the pool that are due to be renewed before the next step."""
+        if state.pool is None:
+            return self.config.reward.pool_size
+        if state.pool_step == state.step:
+            return 0
+        return self.config.reward.refresh_images(state.step - 1)
+
+    def renew_pool(self, state: LoopState) -> LoopState | None:
+        """The state with a pool that is up to date; None if the weights make NaN for images."""
+        count, step, size = self.pool_images(state), state.step, self.config.reward.pool_size
+        if count == 0:
+            return state
+        rows = (torch.arange(count) + step * count) % size
+        labels = balanced_labels(size, self.job.num_classes)[rows]
+        noise = self.job.rollout.noise(image_seeds(count, self.config.seed, "pool", step))
+        features = self.job.rollout.features(noise, labels)
+        if not bool(features.isfinite().all()):
+            if state.pool is None:
+                raise NonFiniteWeightsError(
+                    f"{self.config.model}: generates samples that are not finite with "
+                    f"{self.config.rollout.train_steps} steps of the "
+                    f"{self.config.rollout_kind}; try more --train-steps"
+                )
+            return None
+        old = state.pool
+        pool = Pool.of(features, labels) if old is None else old.replaced(rows, features)
+        return dataclasses.replace(state, pool=pool, pool_step=step, images=state.images + count)
+
+    def collect(self, pool: Pool, step: int) -> tuple[Credit, Kept]:
+        """B sets of n images in the same rows of the pool: what they earned, and the best."""
+        config = self.config
+        size, sets = config.reward.images_per_subset, config.rollout.subsets
+        rows = draw_subset(pool.labels, size, stream(config.seed, "subset", step))
+        seeds = image_seeds(sets * size, config.seed, "rollout", step)
+        noise, labels = self.job.rollout.noise(seeds), pool.labels[rows].repeat(sets)
+        features = self.job.rollout.features(noise, labels).reshape(sets, size, -1)
+        credit = assign_credit(
+            self.job.reward, pool, rows, features, credit=config.credit,
+            fraction=config.update.top_fraction,
+        )  # fmt: skip
+        chosen = credit.kept.nonzero()[:, 0]
+        kept = Kept(noise[chosen], labels[chosen], credit.advantages[chosen], chosen, step)
+        return credit, kept
+
+    def gradients(self, kept: Kept, epoch: int) -> dict[str, float]:
+        """Gradients of the loss in the learner; what was seen, nothing if it is not finite."""
+        if epoch == 0:
+            self.update.begin(kept)
+        self.learner.begin()
+        found = self.update.gradients(kept, epoch)
+        found["grad_norm"] = self.learner.gradient_norm()
+        return found if all(map(math.isfinite, found.values())) else {}
+
+    def describe(self, credit: Credit, pool: Pool) -> dict[str, float]:
+        """What the credit looks like, for the event of the step."""
+        distance = self.job.reward.pool_distance(pool)
+        share = self.config.reward.images_per_subset / len(pool)
+        return {
+            "reward_mean": float(credit.rewards.mean()),
+            "reward_std": float(credit.rewards.std()),
+            "kept_fraction": float(credit.kept.double().mean()),
+            "pool_fid": distance,
+            "pool_gap": relative_gap(distance, credit.rewards, share),
+        }
+
+
+def require_pool(state: LoopState) -> Pool:
+    """The pool of a state that `renew_pool` has seen."""
+    if state.pool is None:  # pragma: no cover (renew_pool makes it or raises)
+        raise RuntimeError("no pool yet")
+    return state.pool
