@@ -100,7 +100,7 @@ class GreedySoup(AskTell):
         # A soup that fails gives way to one that does not; NaN compares as false.
         if with_next > without or (without != without and with_next == with_next):
             self.soup = [*self.soup, self.order[self.tried]]
-            self._mean = self._average(self.soup)
+        self._mean = self._average(self.soup)
         self.tried += 1
         self._clear(2)
 
