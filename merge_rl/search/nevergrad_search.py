@@ -76,6 +76,7 @@ class Nevergrad(Replayed):
     def _begin(self) -> None:
         nevergrad = _library()
         self._pending: list[Any] = []
+        self._ahead: list[Any] = []
         self._budget = max(self.population, self.space.evaluations - self.spent)
         sigma, name = self.spread, method_name(self.config)
 
@@ -109,7 +110,9 @@ class Nevergrad(Replayed):
 
     def _propose(self) -> Tensor:
         count = self.population if self._left is None else min(self.population, self._left)
-        self._pending = self._call("ask", lambda: [self._method.ask() for _ in range(count)])
+        if not self._ahead:
+            self._ahead = self._call("ask", lambda: [self._method.ask() for _ in range(count)])
+        self._pending, self._ahead = self._ahead, []
         return torch.from_numpy(np.stack([candidate.value for candidate in self._pending]))
 
     def _feed(self, rewards: Tensor) -> None:
@@ -120,6 +123,9 @@ class Nevergrad(Replayed):
         def tell() -> None:
             for candidate, reward in zip(pending, rewards.tolist(), strict=True):
                 self._method.tell(candidate, -reward)  # nevergrad minimises
+            # One that runs in a thread would go on now, with nobody to silence it: wait for it.
+            if self.population == 1 and self._left is None:
+                self._ahead = [self._method.ask()]
 
         self._call("tell", tell)
 
