@@ -51,7 +51,7 @@ def test_the_better_half_climbs_by_mean_reward() -> None:
     assert halving.alive.tolist() == [0, 1, 2, 3]
     halving.tell(vector(8.0, 2.0, 6.0, 0.0))  # means 4.5, 5.5, 5, 0
     assert halving.alive.tolist() == [1, 2]
-    assert not halving.done
+    assert (halving.rung, halving.rounds) == (1, 0)
     for rewards in ((1.0, 2.0), (1.0, 2.0), (1.0, 2.0)):
         halving.tell(vector(*rewards))
     assert halving.ranking == [2, 1]  # 16 / 5 and 14 / 5: what was told before counts on
