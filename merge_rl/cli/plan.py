@@ -50,6 +50,7 @@ def show_plan(
     """Make the plan of a search and print it."""
     from merge_rl.storage.checkpoints import open_checkpoints
     from merge_rl.workflows.assemble import resolve_config
+    from merge_rl.workflows.memory_plan import fit_batch
     from merge_rl.workflows.optimize import check_names
     from merge_rl.workflows.plan import plan
 
@@ -62,10 +63,9 @@ def show_plan(
     resolved = resolve_config(settings, opened)
     check_names(resolved)
     with _Steps(quiet=json) as tracker:
-        found = plan(
-            resolved, opened, out=out, devices=counts, tracker=tracker,
-            memory=None if memory is None else round(memory * 2**30),
-        )  # fmt: skip
+        size = None if memory is None else round(memory * 2**30)
+        fitted = fit_batch(resolved, opened, size, tracker.say)
+        found = plan(fitted, opened, out=out, devices=counts, tracker=tracker, memory=size)
     if json:
         print_json(found.as_dict())
     else:
@@ -81,6 +81,10 @@ def _counts(text: str) -> list[int]:
 
 class _Steps(BarTracker):
     """The steps of the calibration."""
+
+    def say(self, text: str) -> None:
+        """A note."""
+        self.event({"kind": "note", "text": text})
 
     def size_text(self, total: int) -> str:
         return f"{total} parts of the work, some seconds each"

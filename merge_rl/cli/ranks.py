@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -23,10 +24,17 @@ def leads() -> bool:
     return not launched() or os.environ["RANK"] == "0"
 
 
+class _Silence(io.TextIOBase):
+    """Takes text and forgets it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 def quiet_followers() -> None:
     """All but rank 0 print nothing on stdout."""
     if not leads():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 (till the end)
+        sys.stdout = _Silence()
 
 
 def require_parallel(command: str | None) -> None:

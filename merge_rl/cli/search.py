@@ -222,7 +222,12 @@ def optimize(
     ] = None,
     fast: Annotated[bool, typer.Option("--fast", help=FAST_HELP, rich_help_panel=MODEL)] = False,
     batch: Annotated[
-        int | None, typer.Option(help="Images in one forward pass.", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(
+            help="Images in one forward pass, or auto: as many as the device has room for. "
+            "\\[default: 250]",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...", rich_help_panel=MODEL)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from merge_rl.config import OptimizeConfig, from_mapping, load_mapping
+from merge_rl.config import AUTO_BATCH, OptimizeConfig, from_mapping, load_mapping
 from merge_rl.errors import ConfigError
 
 
@@ -45,6 +45,8 @@ def build_config(
             raise ConfigError(f"--set {pair}: the value is not valid YAML") from None
     if isinstance(values.get("sampler"), dict):
         values["sampler"] = {**(sampler or {}), **values["sampler"]}
+    if values.get("batch") == "auto":
+        values["batch"] = AUTO_BATCH
     return from_mapping(OptimizeConfig, values)
 
 

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from merge_rl.config.sampler import SamplerConfig as SamplerConfig
 from merge_rl.config.sampler import require
@@ -23,6 +23,7 @@ from merge_rl.config.search import SearchConfig as SearchConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
+AUTO_BATCH: Final = -1  # "auto" on the command line and in files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class OptimizeConfig:
     autoencoder_dtype: str = "float32"  # of a latent decoder; bfloat16 halves its time and memory
     budget: int = 50_000  # generated images: pool, candidates and refreshes
     seed: int = 0
-    batch: int = 250  # images in one forward pass
+    batch: int = 250  # images in one forward pass; AUTO_BATCH: as many as the device has room for
     device: str = "cpu"
     # Where the checkpoints lie while they are merged: a device, "cpu" (memory) or "disk" (mapped
     # files); None: the first of the three with room. It changes the time, not the result.
@@ -72,7 +73,7 @@ class OptimizeConfig:
 
     def __post_init__(self) -> None:
         require(self.budget >= 1, "budget", ">= 1 image", self.budget)
-        require(self.batch >= 1, "batch", ">= 1", self.batch)
+        require(self.batch >= 1 or self.batch == AUTO_BATCH, "batch", ">= 1", self.batch)
         dtypes = ("float32", "bfloat16")
         require(self.autoencoder_dtype in dtypes, "autoencoder_dtype", f"in {dtypes}",
                  self.autoencoder_dtype)  # fmt: skip

@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_rl.config import OptimizeConfig, SamplerConfig, from_mapping
+from merge_rl.config import EvaluationConfig, OptimizeConfig, SamplerConfig, from_mapping
 from merge_rl.config.sampler import sde_counterpart
 from merge_rl.core.compatibility import VELOCITY, prediction_of
 from merge_rl.core.intervals import Interval
 from merge_rl.interfaces import Tracker
 from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.generated import sampler_summary
-from merge_rl.workflows.score_store import ScoreStore
+from merge_rl.workflows.rollout import MergedRollout
+from merge_rl.workflows.score_store import Request, ScoreStore
 from merge_rl.workflows.scoring import improvement, summarize
 
 ENTRIES = ("start", "uniform", "best single", "result")
@@ -129,15 +130,11 @@ def compare(
     count = len(job.checkpoints)
     job.final_rollout.rollout.on_images = tracker.advance
     tracker.phase("best single", count * settings.selection_images)
-    found = [
-        scores.get(
-            f"select/{job.checkpoints.names[i]}",
-            job.coefficients(i),
-            settings.selection_images,
-            "select",
-        )["reference"]
-        for i in range(count)
+    singles = [
+        Request(f"select/{name}", job.coefficients(i), settings.selection_images, ("select",))
+        for i, name in enumerate(job.checkpoints.names)
     ]
+    found = [score["reference"] for score in scores.get_all(singles)]
     best = min(range(count), key=lambda i: (math.isnan(found[i]), found[i], i))
     entries = {
         "start": start,
@@ -146,13 +143,7 @@ def compare(
         "result": coefficients,
     }
     tracker.phase("compare", len(entries) * settings.repeats * settings.num_images)
-    table = {
-        entry: [
-            scores.get(f"{entry}/{r}", c, settings.num_images, "fresh", r)
-            for r in range(settings.repeats)
-        ]
-        for entry, c in entries.items()
-    }
+    table = _repeats(settings, entries, scores)
     sde = _compare_sde(config, job, entries, scores, tracker)
     return Comparison(settings.num_images, job.checkpoints.names[best], table, sde)
 
@@ -172,13 +163,25 @@ def _compare_sde(
     merged = job.final_rollout.with_sampler(sampler)
     compared = ("start", "result")
     tracker.phase("compare under the SDE", len(compared) * settings.repeats * settings.num_images)
-    table = {
-        entry: [
-            scores.get(
-                f"sde/{entry}/{r}", entries[entry], settings.num_images, "fresh", r, merged=merged
-            )
-            for r in range(settings.repeats)
-        ]
-        for entry in compared
-    }
+    table = _repeats(settings, {e: entries[e] for e in compared}, scores, "sde/", merged)
     return SamplerComparison(sampler, table)
+
+
+def _repeats(
+    settings: EvaluationConfig,
+    entries: Mapping[str, Tensor],
+    scores: ScoreStore,
+    prefix: str = "",
+    merged: MergedRollout | None = None,
+) -> dict[str, list[dict[str, float]]]:
+    """Scores of every entry on the same fresh seeds, repeat by repeat."""
+    repeats = range(settings.repeats)
+    asked = [
+        Request(f"{prefix}{entry}/{r}", coefficients, settings.num_images, ("fresh", r))
+        for entry, coefficients in entries.items()
+        for r in repeats
+    ]
+    found = scores.get_all(asked, merged)
+    return {
+        entry: found[i * len(repeats) : (i + 1) * len(repeats)] for i, entry in enumerate(entries)
+    }

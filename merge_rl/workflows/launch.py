@@ -10,13 +10,15 @@ from typing import Any, Final
 
 import torch
 
-from merge_rl.config import OptimizeConfig, to_mapping
+from merge_rl.config import AUTO_BATCH, OptimizeConfig, to_mapping
 from merge_rl.errors import ConfigError, RunError
 from merge_rl.parallel import Group, Place
+from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.runs import RunDir
 from merge_rl.version import __version__
 from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.crew import Crew, require_agreement
+from merge_rl.workflows.memory_plan import fit_batch
 
 LAUNCH_NAME: Final = "launch.json"
 # Where inputs lie may differ from machine to machine; what they hold is compared by hash.
@@ -137,5 +139,30 @@ def require_same_inputs(run: RunDir, hashes: Mapping[str, Any]) -> None:
 
 
 def on_device(config: OptimizeConfig, group: Group) -> OptimizeConfig:
-    """The settings with this process's own device."""
-    return dataclasses.replace(config, device=own_device(config.device, group.place))
+    """The settings with this process's own device, which is the current one from here on."""
+    device = own_device(config.device, group.place)
+    if device != config.device:  # pragma: no cover (needs a GPU)
+        torch.cuda.set_device(device)
+    return dataclasses.replace(config, device=device)
+
+
+def common_batch(
+    config: OptimizeConfig,
+    checkpoints: CheckpointSet,
+    group: Group,
+    out: str | os.PathLike[str],
+    announce: Callable[[str], None],
+) -> OptimizeConfig:
+    """The settings with the batch that rank 0's device has room for, where they leave it open.
+
+    A run that goes on after a restart keeps the batch that it began with.
+    """
+    if config.batch != AUTO_BATCH:
+        return config
+    found = None
+    if group.leads and goes_on(out, group.place) and RunDir(out).config_path.is_file():
+        found = RunDir(out).config().batch
+    elif group.leads:
+        placed = on_device(config, group)
+        found = fit_batch(placed, checkpoints, announce=announce).batch
+    return dataclasses.replace(config, batch=group.broadcast(found, phase="choosing the batch"))

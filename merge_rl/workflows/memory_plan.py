@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
-from merge_rl.config import OptimizeConfig
+from merge_rl.config import AUTO_BATCH, OptimizeConfig
 from merge_rl.errors import DeviceMemoryError
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows.network_cost import Cost, weight_bytes
 from merge_rl.workflows.placement import choose_place, free_memory
-from merge_rl.workflows.planned_parts import Parts
+from merge_rl.workflows.planned_parts import Parts, build_parts
 
 STATES: Final = 6  # of the samples that a solver holds at once
 SQUARES: Final = 6  # float64 matrices (D, D) that a distance works with
-LARGEST: Final = 4096  # images beyond which a batch gains nothing
+LARGEST: Final = 4096  # images that are looked at for the largest batch
+SHARE: Final = 0.8  # of what is free that a batch chosen by memory may need
+MOST, MOST_ON_CPU = 1024, 250  # beyond which a batch gains nothing
 
 
 @dataclass(frozen=True)
@@ -134,3 +137,27 @@ def free_on(device: str) -> int:
 def gib(size: int) -> str:
     """Bytes as text."""
     return f"{size / 2**30:.3g} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.3g} MiB"
+
+
+def fit_batch(
+    config: OptimizeConfig,
+    checkpoints: CheckpointSet,
+    memory: int | None = None,
+    announce: Callable[[str], None] = lambda _text: None,
+) -> OptimizeConfig:
+    """The config with a batch that its device has room for, where it leaves the batch open.
+
+    A share of what is free is left alone: kernels need workspace, and the estimate is one. Results
+    depend on the batch in their last bits, so that the number is part of the settings from here on.
+    """
+    if config.batch != AUTO_BATCH:
+        return config
+    trial = dataclasses.replace(config, batch=1)
+    free = free_on(config.device) if memory is None else memory
+    parts = build_parts(trial, checkpoints, announce)
+    found = plan_memory(trial, checkpoints, parts, round(SHARE * free))
+    found.require_fit(1)
+    most = MOST_ON_CPU if torch.device(config.device).type == "cpu" else MOST
+    batch = min(found.largest_batch, most)
+    announce(f"batch {batch}: of {gib(free)} free {gib(found.needed(batch))} are needed")
+    return dataclasses.replace(config, batch=batch)

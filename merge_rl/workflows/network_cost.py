@@ -20,13 +20,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the tensors made inside that are alive at the same time, at most.
 
     Counts storages, each once, from the operation that makes it until nothing refers to it: what
-    an allocator must have, beside its own rounding and the workspace of kernels.
+    an allocator must have, beside its own rounding and the workspace of kernels. What is `there`
+    already, weights and inputs, does not count, nor do views of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, there: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -79,7 +80,8 @@ def forward_cost(
             if kind in getattr(model, "half_on", ()):
                 model.half_on = ("meta",)  # type: ignore[assignment]
             given = list(inputs(batch))
-            with FlopCounterMode(display=False) as counter, LiveBytes() as memory:
+            there = [*model.parameters(), *model.buffers(), *given]
+            with FlopCounterMode(display=False) as counter, LiveBytes(there) as memory:
                 model(*given)
             flops = counter.get_total_flops() / batch
             peaks.append(memory.peak)

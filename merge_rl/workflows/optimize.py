@@ -29,6 +29,7 @@ from merge_rl.workflows.export import require_new, write_merged
 from merge_rl.workflows.extractors import require_known
 from merge_rl.workflows.launch import (
     begin_run,
+    common_batch,
     gather_crew,
     goes_on,
     on_device,
@@ -113,6 +114,7 @@ def optimize(
         resolved = resolve_config(base, opened)
         check_names(resolved)
         merged_licence(opened, resolved.licence)  # refused before the search, not after it
+        resolved = common_batch(resolved, opened, group, out, _announce(tracker))
         crew, job = _gather(group, resolved, opened, tracker)
         if not group.leads:
             return _from_plain(crew.follow())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +12,7 @@ from typing import Any, Final
 from merge_rl import registry
 from merge_rl.config import OptimizeConfig, SamplerConfig
 from merge_rl.config.sampler import sde_counterpart
+from merge_rl.core.blocks import block_size
 from merge_rl.core.compatibility import VELOCITY, count_network_calls, prediction_of
 from merge_rl.core.workload import (
     SDE,
@@ -64,7 +65,7 @@ class Plan:
         return {
             "images": self.workload.images,
             "rounds": self.workload.rounds,
-            "stages": {s.name: s.total for s in self.workload.stages},
+            "stages": _by_name((s.name, s.total) for s in self.workload.stages),
             "merges": self.workload.merges,
             "network_calls": self.network_calls,
             "flops": self.flops,
@@ -75,13 +76,20 @@ class Plan:
             "time": [
                 {
                     "devices": e.devices, "seconds": e.seconds, "efficiency": e.efficiency,
-                    "limit": e.limit, "stages": {s.stage.name: s.total for s in e.stages},
+                    "limit": e.limit, "stages": _by_name((s.stage.name, s.total) for s in e.stages),
                     "on rank 0 alone": e.serial,
                 }
                 for e in self.estimates
             ],
             "notes": list(self.notes),
         }  # fmt: skip
+
+
+def _by_name(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for name, value in pairs:
+        sums[name] = sums.get(name, 0) + value
+    return sums
 
 
 def plan(
@@ -211,6 +219,6 @@ def _advice(config: OptimizeConfig, workload: Workload, devices: Sequence[int]) 
             if size is None:
                 made = stage.items * stage.images
                 notes.append(f"a round has {made} images: too few for {count} devices")
-            elif size < min(config.batch, stage.images):
+            elif size < block_size(stage.images, config.batch):
                 notes.append(f"--batch {size} keeps {count} devices busy in every round")
     return notes

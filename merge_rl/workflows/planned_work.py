@@ -35,12 +35,12 @@ def search_workload(
         *search,
         *_rungs("finalists", last),
         *([Stage("finalists", 1, 1, last[-1].images)] if last else []),  # the winner once more
-        Stage("best single", len(checkpoints), 1, final.selection_images),
-        Stage("comparison", len(ENTRIES) * final.repeats, 1, final.num_images),
+        Stage("best single", 1, len(checkpoints), final.selection_images),
+        Stage("comparison", 1, len(ENTRIES) * final.repeats, final.num_images),
     ]
     if also_sde:
-        stages.append(Stage("comparison, SDE", 2 * final.repeats, 1, final.num_images, SDE))
-    scored = [s.times for s in stages if s.name not in ("pool", "candidates", "refresh")]
+        stages.append(Stage("comparison, SDE", 1, 2 * final.repeats, final.num_images, SDE))
+    scored = [s.items for s in stages if s.name not in ("pool", "candidates", "refresh")]
     return Workload(tuple(stage for stage in stages if stage.total), rounds, sum(scored))
 
 
@@ -65,7 +65,7 @@ def _rounds(config: OptimizeConfig, budget: BudgetPlan) -> tuple[int, list[Stage
 
 
 def _rungs(name: str, rungs: tuple[Rung, ...]) -> list[Stage]:
-    return [Stage(name, rung.entries, 1, rung.images) for rung in rungs]
+    return [Stage(name, 1, rung.entries, rung.images) for rung in rungs]
 
 
 def _count_starts(config: OptimizeConfig, checkpoints: CheckpointSet, num_groups: int) -> int:

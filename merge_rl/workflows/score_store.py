@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,6 +13,16 @@ from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.rollout import MergedRollout, WorkItem, balanced_labels
 from merge_rl.workflows.scoring import Scorer
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A score to know: of `count` images that coefficients (G, K) make of a stream of seeds."""
+
+    key: str
+    coefficients: Tensor
+    count: int
+    stream: tuple[str | int, ...]
 
 
 class ScoreStore:
@@ -22,22 +34,48 @@ class ScoreStore:
         self.scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
 
     def get(
-        self,
-        key: str,
-        coefficients: Tensor,
-        count: int,
-        *stream: str | int,
-        merged: MergedRollout | None = None,
+        self, key: str, coefficients: Tensor, count: int, *stream: str | int
     ) -> dict[str, float]:
-        """Scores of `count` images from the stream; from the file if they are known already."""
+        """One score; see `get_all`."""
+        return self.get_all([Request(key, coefficients, count, stream)])[0]
+
+    def get_all(
+        self, requests: Sequence[Request], merged: MergedRollout | None = None
+    ) -> list[dict[str, float]]:
+        """Scores in order; from the file where they are known already.
+
+        One after the other, each written at once; as many together as give every process a batch
+        where there are several.
+        """
         merged = merged or self.job.final_rollout
-        if key not in self.known:
-            seeds = image_seeds(count, self.seed, *stream)
-            item = WorkItem(coefficients, seeds, balanced_labels(count, self.job.num_classes))
-            score = self.scorer.score(merged.features_of([item], key)[0])
+        missing = []
+        for request in requests:
+            if request.key in self.known:
+                merged.rollout.on_images(request.count)
+            else:
+                missing.append(request)
+        while missing:
+            wanted = merged.processes * merged.rollout.batch
+            step = max(1, wanted // missing[0].count) if merged.processes > 1 else 1
+            self._make(missing[:step], merged)
+            del missing[:step]
+        return [self._read(request.key) for request in requests]
+
+    def _make(self, requests: Sequence[Request], merged: MergedRollout) -> None:
+        items = [
+            WorkItem(
+                request.coefficients,
+                image_seeds(request.count, self.seed, *request.stream),
+                balanced_labels(request.count, self.job.num_classes),
+            )
+            for request in requests
+        ]
+        made = merged.features_of(items, f"score {requests[0].key}")
+        for request, features in zip(requests, made, strict=True):
+            score = self.scorer.score(features)
             # NaN has no place in JSON.
-            self.known[key] = {k: None if math.isnan(v) else v for k, v in score.items()}
-            self.run.write("scores.json", self.known)
-        else:
-            merged.rollout.on_images(count)
+            self.known[request.key] = {k: None if math.isnan(v) else v for k, v in score.items()}
+        self.run.write("scores.json", self.known)
+
+    def _read(self, key: str) -> dict[str, float]:
         return {k: math.nan if v is None else v for k, v in self.known[key].items()}

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_rl.core.tournament import Rung, cost
-from merge_rl.workflows.score_store import ScoreStore
+from merge_rl.workflows.score_store import Request, ScoreStore
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ def hold(
     """
     left, played = list(entries), []
     for index, rung in enumerate(rungs):
-        scores = {
-            label: store.get(
-                f"{name}/{index}/{label}", entries[label], rung.images, name, index
-            )["reference"]
+        asked = [
+            Request(f"{name}/{index}/{label}", entries[label], rung.images, (name, index))
             for label in left
-        }  # fmt: skip
+        ]
+        found = store.get_all(asked)
+        scores = {label: s["reference"] for label, s in zip(left, found, strict=True)}
         played.append(scores)
         order = sorted(left, key=lambda label: (math.isnan(scores[label]), scores[label]))
         left = order[: rungs[index + 1].entries if index + 1 < len(rungs) else 1]
