@@ -11,6 +11,7 @@ from typing import Any, Final
 import yaml
 
 from merge_rl.config import OptimizeConfig, from_mapping, to_mapping
+from merge_rl.config.presets import preset
 from merge_rl.errors import ConfigError
 
 DEFAULT: Final = (
@@ -47,7 +48,7 @@ class Contender:
 
 
 def parse_contender(text: str) -> Contender:
-    """NAME [label=LABEL] [KEY=VALUE ...], with keys such as search.update or merge.map.
+    """NAME [label=LABEL] [preset=NAME] [KEY=VALUE ...], with keys such as search.std or merge.map.
 
     Raises ConfigError for what does not read so, and for settings that all must share.
     """
@@ -63,6 +64,9 @@ def parse_contender(text: str) -> Contender:
         if key == "label" and value:
             label = value
             continue
+        if key == "preset" and value:
+            settings |= _preset(value)
+            continue
         section, dot, _ = key.partition(".")
         if not (separator and dot):
             raise ConfigError(f"searcher {name}: expected KEY=VALUE, got {pair!r}")
@@ -73,6 +77,12 @@ def parse_contender(text: str) -> Contender:
             )
         settings[key] = _value(name, pair, value)
     return Contender(label, name, settings)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    sections = preset(name).items()
+    found = {f"{section}.{key}": v for section, values in sections for key, v in values.items()}
+    return {key: value for key, value in found.items() if key != "search.name"}
 
 
 def _value(name: str, pair: str, text: str) -> Any:

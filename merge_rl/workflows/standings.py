@@ -90,7 +90,7 @@ def standing(
         "searcher": contender.label,
         "name": contender.name,
         "settings": dict(contender.settings),
-        "images": median([trial.images for trial in plain]),
+        "images": int(statistics.median(trial.images for trial in plain)),
         "fid": {name: spread_of([scored.mean(name) for scored in trials]) for name in names},
         "optimism": median([trial.found["final"]["optimism"] for trial in plain]),
         "seconds": median([trial.seconds for trial in plain]),

@@ -1,0 +1,113 @@
+"""The tables of a comparison of searchers, for the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+Row = list[str]
+NAMES: Final = {"heldout": "held-out", "reference": "reference"}
+
+
+def searcher_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
+    """Columns and rows, a searcher each, of what `compare_searchers` gives."""
+    headline = document["headline"]
+    names = [headline, *(["reference"] if headline != "reference" else [])]
+    columns = [
+        "searcher", "images", *(f"{NAMES[name]} FID" for name in names), "ratio", "optimism", "seconds",
+        "overhead", "spread", "max |c|",
+    ]  # fmt: skip
+    return columns, [_row(line, names) for line in document["searchers"]]
+
+
+def _row(line: Mapping[str, Any], names: Sequence[str]) -> Row:
+    return [
+        line["searcher"],
+        f"{line['images']:,}",
+        *(_ranged(line["fid"][name]) for name in names),
+        _number(line["ratio"], ".3f"),
+        _number(line["optimism"], "+.3f"),
+        _number(line["seconds"], ".0f"),
+        _number(line["overhead"], ".1%"),
+        _number(line["coefficient_spread"], ".3f"),
+        _number(line["largest_coefficient"], ".2f"),
+    ]
+
+
+def fixed_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
+    """Columns and rows of the merges that cost no search: mean [95 % interval]."""
+    names = list(next(iter(document["fixed"].values()))["fid"])
+    rows = []
+    for name, entry in document["fixed"].items():
+        label = f"{name} ({document['best_single']})" if name == "best single" else name
+        rows.append([label, *(_interval(entry["fid"][key]) for key in names)])
+    return ["merge without a search", *(f"{NAMES[name]} FID" for name in names)], rows
+
+
+def title(document: Mapping[str, Any]) -> str:
+    """What the numbers of the table of searchers are."""
+    seeds = len(document["seeds"])
+    which = f"median [range] of {seeds} seeds" if seeds > 1 else "one seed"
+    return (
+        f"budget {document['budget']:,} images, {which}; FID at N = {document['num_images']:,}, "
+        f"mean of {document['repeats']} repeats on shared fresh seeds"
+    )
+
+
+def legend(document: Mapping[str, Any]) -> list[str]:
+    """Sentences that explain the columns."""
+    free, baseline = document["best_free"], document["best_baseline"]
+    lines = []
+    if free:
+        lines.append(
+            f"ratio: to the best merge without a search, {free['entry']} ({free['fid']:.3f})"
+        )
+    if baseline and free and baseline["entry"] != free["entry"]:
+        lines.append(
+            f"the best of the simple searchers is {baseline['entry']} ({baseline['fid']:.3f})"
+        )
+    lines += [
+        "optimism: score of the final choice minus that on fresh seeds; below 0 it was flattered",
+        "overhead: share of the time outside sampling and features",
+        "spread: standard deviation of a coefficient over seeds, median; max |c|: the largest",
+    ]
+    return [*lines, *(f"left out: {text}" for text in document["left_out"])]
+
+
+def markdown(document: Mapping[str, Any], picture: str | None = None) -> str:
+    """All of it as one document; `picture` is the plot's file name."""
+    count = len(document["checkpoints"])
+    parts = ["# Comparison of searchers", f"{count} checkpoints, {title(document)}."]
+    parts += [markdown_table(*searcher_table(document)), markdown_table(*fixed_table(document))]
+    parts.append("\n".join(f"- {line}" for line in legend(document)))
+    if picture:
+        parts.append(f"![FID along the searches]({picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; a bar in a cell is escaped."""
+    lines = [list(columns), ["---"] * len(columns), *map(list, rows)]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def _ranged(value: Mapping[str, Any]) -> str:
+    if value["median"] is None:
+        return "not finite"
+    middle = f"{value['median']:.3f}"
+    if len(value["values"]) == 1:
+        return middle
+    high = "not finite" if value["high"] is None else f"{value['high']:.3f}"
+    return f"{middle} [{value['low']:.3f}, {high}]"
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    if value["mean"] is None:
+        return "not finite"
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
