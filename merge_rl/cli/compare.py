@@ -204,11 +204,12 @@ def _run(
 
 def print_comparison(document: Mapping[str, Any]) -> None:
     """The tables on stdout."""
-    from merge_rl.workflows.compare_text import fixed_table, legend, searcher_table, title
+    from merge_rl.workflows import compare_text as text
 
-    print_table(title(document), *searcher_table(document))
-    print_table("", *fixed_table(document))
-    for line in legend(document):
+    print_table(text.title(document), *text.quality_table(document))
+    for table in (text.fixed_table, text.cost_table):
+        print_table("", *table(document))
+    for line in text.legend(document):
         typer.echo(line)
 
 

@@ -9,29 +9,36 @@ Row = list[str]
 NAMES: Final = {"heldout": "held-out", "reference": "reference"}
 
 
-def searcher_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
-    """Columns and rows, a searcher each, of what `compare_searchers` gives."""
+def quality_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
+    """Columns and rows, a searcher each, of how good its results are."""
     headline = document["headline"]
     names = [headline, *(["reference"] if headline != "reference" else [])]
-    columns = [
-        "searcher", "images", *(f"{NAMES[name]} FID" for name in names), "ratio", "optimism", "seconds",
-        "overhead", "spread", "max |c|",
-    ]  # fmt: skip
-    return columns, [_row(line, names) for line in document["searchers"]]
-
-
-def _row(line: Mapping[str, Any], names: Sequence[str]) -> Row:
-    return [
-        line["searcher"],
-        f"{line['images']:,}",
-        *(_ranged(line["fid"][name]) for name in names),
-        _number(line["ratio"], ".3f"),
-        _number(line["optimism"], "+.3f"),
-        _number(line["seconds"], ".0f"),
-        _number(line["overhead"], ".1%"),
-        _number(line["coefficient_spread"], ".3f"),
-        _number(line["largest_coefficient"], ".2f"),
+    rows = [
+        [
+            line["searcher"],
+            *(_ranged(line["fid"][name]) for name in names),
+            _number(line["ratio"], ".3f"),
+            _number(line["optimism"], "+.3f"),
+        ]
+        for line in document["searchers"]
     ]
+    return ["searcher", *(f"{NAMES[name]} FID" for name in names), "ratio", "optimism"], rows
+
+
+def cost_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
+    """Columns and rows, a searcher each, of what it takes and how much seeds matter to it."""
+    rows = [
+        [
+            line["searcher"],
+            f"{line['images']:,}",
+            _number(line["seconds"], ".0f"),
+            _number(line["overhead"], ".1%"),
+            _number(line["coefficient_spread"], ".3f"),
+            _number(line["largest_coefficient"], ".2f"),
+        ]
+        for line in document["searchers"]
+    ]
+    return ["searcher", "images", "seconds", "overhead", "spread", "max |c|"], rows
 
 
 def fixed_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
@@ -41,7 +48,7 @@ def fixed_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     for name, entry in document["fixed"].items():
         label = f"{name} ({document['best_single']})" if name == "best single" else name
         rows.append([label, *(_interval(entry["fid"][key]) for key in names)])
-    return ["merge without a search", *(f"{NAMES[name]} FID" for name in names)], rows
+    return ["no search", *(f"{NAMES[name]} FID" for name in names)], rows
 
 
 def title(document: Mapping[str, Any]) -> str:
@@ -78,7 +85,8 @@ def markdown(document: Mapping[str, Any], picture: str | None = None) -> str:
     """All of it as one document; `picture` is the plot's file name."""
     count = len(document["checkpoints"])
     parts = ["# Comparison of searchers", f"{count} checkpoints, {title(document)}."]
-    parts += [markdown_table(*searcher_table(document)), markdown_table(*fixed_table(document))]
+    tables = (quality_table, fixed_table, cost_table)
+    parts += [markdown_table(*table(document)) for table in tables]
     parts.append("\n".join(f"- {line}" for line in legend(document)))
     if picture:
         parts.append(f"![FID along the searches]({picture})")

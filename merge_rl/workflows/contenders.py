@@ -40,7 +40,10 @@ class Contender:
     def config(self, base: OptimizeConfig, seed: int) -> OptimizeConfig:
         """The settings of its search with one seed; ConfigError for a setting that is off."""
         values = to_mapping(base)
-        values |= {"seed": seed, "search": {**values["search"], "name": self.name}}
+        search = {**values["search"], "name": self.name}
+        if self.name in BASELINES:  # they know how many candidates they have
+            search["population"] = None
+        values |= {"seed": seed, "search": search}
         for key, value in self.settings.items():
             section, _, name = key.partition(".")
             values[section] = {**values[section], name: value}
