@@ -29,9 +29,9 @@ class ScoredTrial:
 
     @property
     def overhead(self) -> float | None:
-        """Share of the time that did not go to sampling and features."""
-        seconds = self.trial.seconds
-        return 1 - self.trial.rollout_seconds / seconds if seconds > 0 else None
+        """Share of the time that did not go to sampling and features; None without images."""
+        sampling = self.trial.rollout_seconds
+        return 1 - sampling / self.trial.seconds if sampling > 0 else None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
