@@ -61,7 +61,8 @@ def parse_contender(text: str) -> Contender:
         raise ConfigError(f"expected NAME [KEY=VALUE ...], got {text!r}") from None
     if "=" in name:
         raise ConfigError(f"expected a searcher's name before its settings, got {text!r}")
-    label, settings = " ".join([name, *pairs]), {}
+    label = " ".join([name, *pairs])
+    settings: dict[str, Any] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if key == "label" and value:
