@@ -18,6 +18,7 @@ from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.generated import sampler_summary
 from merge_rl.workflows.score_store import ScoreStore
 from merge_rl.workflows.scoring import improvement, summarize
+from merge_rl.workflows.second_metric import NAME, SecondScores
 
 ENTRIES = ("start", "uniform", "best single", "result")
 
@@ -79,6 +80,28 @@ class Comparison(_Table):
     # Under an SDE where the rewards were made by the ODE of a velocity network: gains under one
     # need not carry over to the other.
     sde: SamplerComparison | None = None
+    # Of start and result alone, where the reference holds what it needs.
+    second: SecondScores | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences for a gain by what was optimised that other scores do not share."""
+        gained = self.gain("start", "reference")
+        if not gained.low > 0:
+            return []
+        others = [("held-out FID", self.gain("start", "heldout"))] if self._held_out else []
+        if self.second is not None:
+            others.append((f"{self.second.name.upper()} to the reference", self.second.gain()))
+        return [
+            f"FID to the reference improved by {_signed(gained)}, but {what} did not, "
+            f"{_signed(gain)}: the gain may be one of what was optimised alone"
+            for what, gain in others
+            if not gain.low > 0
+        ]
+
+    @property
+    def _held_out(self) -> bool:
+        return "heldout" in self.references
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with None for what could not be scored."""
@@ -92,6 +115,8 @@ class Comparison(_Table):
         }
         if self.sde is not None:
             document["sde"] = self.sde.as_dict()
+        if self.second is not None:
+            document["second"] = self.second.as_dict()
         return {key: without_nan(value) for key, value in document.items()}
 
 
@@ -100,7 +125,13 @@ def comparison_from(values: Mapping[str, Any]) -> Comparison:
     sde = values["sde"]
     if sde is not None:
         sde = SamplerComparison(from_mapping(SamplerConfig, sde["sampler"]), sde["scores"])
-    return Comparison(**{**values, "sde": sde})
+    second = values["second"]
+    second = SecondScores(**second) if second is not None else None
+    return Comparison(**{**values, "sde": sde, "second": second})
+
+
+def _signed(gain: Interval) -> str:
+    return f"{gain.mean:+.4g} [{gain.low:+.4g}, {gain.high:+.4g}]"
 
 
 def without_nan(value: Any) -> Any:
@@ -126,19 +157,8 @@ def compare(
     same seeds would flatter it.
     """
     settings = config.evaluation
-    count = len(job.checkpoints)
     job.final_rollout.rollout.on_images = tracker.advance
-    tracker.phase("best single", count * settings.selection_images)
-    found = [
-        scores.get(
-            f"select/{job.checkpoints.names[i]}",
-            job.coefficients(i),
-            settings.selection_images,
-            "select",
-        )["reference"]
-        for i in range(count)
-    ]
-    best = min(range(count), key=lambda i: (math.isnan(found[i]), found[i], i))
+    best = _best_single(config, job, scores, tracker)
     entries = {
         "start": start,
         "uniform": job.coefficients(None),
@@ -146,15 +166,29 @@ def compare(
         "result": coefficients,
     }
     tracker.phase("compare", len(entries) * settings.repeats * settings.num_images)
-    table = {
-        entry: [
-            scores.get(f"{entry}/{r}", c, settings.num_images, "fresh", r)
-            for r in range(settings.repeats)
-        ]
-        for entry, c in entries.items()
-    }
+    table: dict[str, list[dict[str, float]]] = {entry: [] for entry in entries}
+    second: dict[str, list[float]] = {}
+    for entry, rows in entries.items():
+        for r in range(settings.repeats):
+            at = (f"{entry}/{r}", rows, settings.num_images, "fresh", r)
+            both = entry in ("start", "result")
+            fid, other = scores.get_both(*at) if both else (scores.get(*at), None)
+            table[entry].append(fid)
+            if other is not None:
+                second.setdefault(entry, []).append(other)
     sde = _compare_sde(config, job, entries, scores, tracker)
-    return Comparison(settings.num_images, job.checkpoints.names[best], table, sde)
+    opinion = SecondScores(NAME, second) if second else None
+    return Comparison(settings.num_images, job.checkpoints.names[best], table, sde, opinion)
+
+
+def _best_single(config: OptimizeConfig, job: Job, scores: ScoreStore, tracker: Tracker) -> int:
+    count, images = len(job.checkpoints), config.evaluation.selection_images
+    tracker.phase("best single", count * images)
+    found = [
+        scores.get(f"select/{name}", job.coefficients(i), images, "select")["reference"]
+        for i, name in enumerate(job.checkpoints.names)
+    ]
+    return min(range(count), key=lambda i: (math.isnan(found[i]), found[i], i))
 
 
 def _compare_sde(
