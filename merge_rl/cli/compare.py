@@ -1,4 +1,4 @@
-"""`mergerl compare`: several searchers, several seeds, one budget, one table."""
+"""`mergerl compare`: several searchers, several seeds, one budget, one table; `mergerl report`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ SEARCH, MODEL, DATA, FINAL = "Search", "Model and sampling", "Real data", "Score
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command of this file."""
+    """Add the commands of this file."""
     app.command()(compare)
+    app.command()(report)
 
 
 def compare(
@@ -211,6 +212,31 @@ def print_comparison(document: Mapping[str, Any]) -> None:
         print_table("", *table(document))
     for line in text.legend(document):
         typer.echo(line)
+
+
+def report(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run directory, or folder of a comparison.")
+    ],
+    json: Annotated[bool, JsonFlag] = False,
+) -> None:
+    """Write the page and the plot of a run: RUN/report.md and report.png.
+
+    Scores with intervals, where the search began and what it chose, images spent, coefficients.
+    Of a comparison: its tables again, compare.md and compare.png.
+    """
+    from merge_rl.workflows.report import write_report
+
+    written = write_report(run)
+    if written.note:
+        say(f"no plot: {escape(written.note)}")
+    if json:
+        paths = {"page": str(written.page), "picture": written.picture and str(written.picture)}
+        print_json({"run": str(run), **paths, "comparison": written.comparison})
+        return
+    if written.comparison is not None:
+        print_comparison(written.comparison)
+    typer.echo(f"wrote {written.page}" + (f" and {written.picture}" if written.picture else ""))
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -51,7 +51,7 @@ def fixed_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     rows = []
     for name, entry in document["fixed"].items():
         label = f"{name} ({document['best_single']})" if name == "best single" else name
-        rows.append([label, *(_interval(entry["fid"][key]) for key in names)])
+        rows.append([label, *(interval(entry["fid"][key]) for key in names)])
     return ["no search", *(f"{NAMES[name]} FID" for name in names)], rows
 
 
@@ -115,10 +115,17 @@ def _ranged(value: Mapping[str, Any]) -> str:
     return f"{middle} [{value['low']:.3f}, {high}]"
 
 
-def _interval(value: Mapping[str, Any]) -> str:
+def interval(value: Mapping[str, Any], form: str = ".3f") -> str:
+    """Mean [low, high]."""
     if value["mean"] is None:
         return "not finite"
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    mean, low, high = (format(value[key], form) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def signed_interval(value: Mapping[str, Any], form: str = "+.3f") -> str:
+    """The same of a difference."""
+    return interval(value, form)
 
 
 def _number(value: float | None, form: str) -> str:

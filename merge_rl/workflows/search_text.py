@@ -38,9 +38,9 @@ def _score(winner: Mapping[str, Any]) -> str:
 
 
 def _spent(found: Mapping[str, Any]) -> str:
-    images = found["images"]
+    start, final = found["start"]["images"], found["final"]["images"]
+    rounds = found["search_images"] - start - final
     return (
-        f"spent {found['search_images']:,} images: {images['start']:,} to find the start, "
-        f"{images['rounds']:,} in {found['rounds']:,} rounds, {images['final']:,} on the final "
-        "choice"
+        f"spent {found['search_images']:,} images: {start:,} to find the start, {rounds:,} in "
+        f"{found['rounds']:,} rounds, {final:,} on the final choice"
     )
