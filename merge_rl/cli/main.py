@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from merge_rl.cli import (
+    compare,
     conversion,
     evaluation,
     finetune,
@@ -62,7 +63,8 @@ def options(
 
 
 for module in (
-    search, plan, conversion, merging, finetune, evaluation, scoring, reference, inspection, hub,
+    search, compare, plan, conversion, merging, finetune, evaluation, scoring, reference,
+    inspection, hub,
 ):  # fmt: skip
     module.register(app)
 

@@ -19,6 +19,7 @@ from merge_rl.workflows.generated import sampler_summary
 from merge_rl.workflows.rollout import MergedRollout
 from merge_rl.workflows.score_store import Request, ScoreStore
 from merge_rl.workflows.scoring import improvement, summarize
+from merge_rl.workflows.second_metric import NAME, SecondScores
 
 ENTRIES = ("start", "uniform", "best single", "result")
 
@@ -80,6 +81,28 @@ class Comparison(_Table):
     # Under an SDE where the rewards were made by the ODE of a velocity network: gains under one
     # need not carry over to the other.
     sde: SamplerComparison | None = None
+    # Of start and result alone, where the reference holds what it needs.
+    second: SecondScores | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences for a gain by what was optimised that other scores do not share."""
+        gained = self.gain("start", "reference")
+        if not gained.low > 0:
+            return []
+        others = [("held-out FID", self.gain("start", "heldout"))] if self._held_out else []
+        if self.second is not None:
+            others.append((f"{self.second.name.upper()} to the reference", self.second.gain()))
+        return [
+            f"FID to the reference improved by {_signed(gained)}, but {what} did not, "
+            f"{_signed(gain)}: the gain may be one of what was optimised alone"
+            for what, gain in others
+            if not gain.low > 0
+        ]
+
+    @property
+    def _held_out(self) -> bool:
+        return "heldout" in self.references
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with None for what could not be scored."""
@@ -93,6 +116,8 @@ class Comparison(_Table):
         }
         if self.sde is not None:
             document["sde"] = self.sde.as_dict()
+        if self.second is not None:
+            document["second"] = self.second.as_dict()
         return {key: without_nan(value) for key, value in document.items()}
 
 
@@ -101,7 +126,13 @@ def comparison_from(values: Mapping[str, Any]) -> Comparison:
     sde = values["sde"]
     if sde is not None:
         sde = SamplerComparison(from_mapping(SamplerConfig, sde["sampler"]), sde["scores"])
-    return Comparison(**{**values, "sde": sde})
+    second = values["second"]
+    second = SecondScores(**second) if second is not None else None
+    return Comparison(**{**values, "sde": sde, "second": second})
+
+
+def _signed(gain: Interval) -> str:
+    return f"{gain.mean:+.4g} [{gain.low:+.4g}, {gain.high:+.4g}]"
 
 
 def without_nan(value: Any) -> Any:
@@ -127,15 +158,8 @@ def compare(
     same seeds would flatter it.
     """
     settings = config.evaluation
-    count = len(job.checkpoints)
     job.final_rollout.rollout.on_images = tracker.advance
-    tracker.phase("best single", count * settings.selection_images)
-    singles = [
-        Request(f"select/{name}", job.coefficients(i), settings.selection_images, ("select",))
-        for i, name in enumerate(job.checkpoints.names)
-    ]
-    found = [score["reference"] for score in scores.get_all(singles)]
-    best = min(range(count), key=lambda i: (math.isnan(found[i]), found[i], i))
+    best = _best_single(config, job, scores, tracker)
     entries = {
         "start": start,
         "uniform": job.coefficients(None),
@@ -143,9 +167,21 @@ def compare(
         "result": coefficients,
     }
     tracker.phase("compare", len(entries) * settings.repeats * settings.num_images)
-    table = _repeats(settings, entries, scores)
+    table = _repeats(settings, entries, scores, with_second=("start", "result"))
     sde = _compare_sde(config, job, entries, scores, tracker)
-    return Comparison(settings.num_images, job.checkpoints.names[best], table, sde)
+    opinion = _second_opinion(settings, scores)
+    return Comparison(settings.num_images, job.checkpoints.names[best], table, sde, opinion)
+
+
+def _best_single(config: OptimizeConfig, job: Job, scores: ScoreStore, tracker: Tracker) -> int:
+    count, images = len(job.checkpoints), config.evaluation.selection_images
+    tracker.phase("best single", count * images)
+    singles = [
+        Request(f"select/{name}", job.coefficients(i), images, ("select",))
+        for i, name in enumerate(job.checkpoints.names)
+    ]
+    found = [score["reference"] for score in scores.get_all(singles)]
+    return min(range(count), key=lambda i: (math.isnan(found[i]), found[i], i))
 
 
 def _compare_sde(
@@ -167,17 +203,32 @@ def _compare_sde(
     return SamplerComparison(sampler, table)
 
 
+def _second_opinion(settings: EvaluationConfig, scores: ScoreStore) -> SecondScores | None:
+    """The second metric of start and result; None if the reference allows none."""
+    repeats = range(settings.repeats)
+    found = {e: [scores.second(f"{e}/{r}") for r in repeats] for e in ("start", "result")}
+    known = {e: [v for v in values if v is not None] for e, values in found.items()}
+    return SecondScores(NAME, known) if all(known.values()) else None
+
+
 def _repeats(
     settings: EvaluationConfig,
     entries: Mapping[str, Tensor],
     scores: ScoreStore,
     prefix: str = "",
     merged: MergedRollout | None = None,
+    with_second: Sequence[str] = (),
 ) -> dict[str, list[dict[str, float]]]:
     """Scores of every entry on the same fresh seeds, repeat by repeat."""
     repeats = range(settings.repeats)
     asked = [
-        Request(f"{prefix}{entry}/{r}", coefficients, settings.num_images, ("fresh", r))
+        Request(
+            f"{prefix}{entry}/{r}",
+            coefficients,
+            settings.num_images,
+            ("fresh", r),
+            second=entry in with_second,
+        )
         for entry, coefficients in entries.items()
         for r in repeats
     ]

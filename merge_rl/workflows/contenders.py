@@ -11,6 +11,7 @@ from typing import Any, Final
 import yaml
 
 from merge_rl.config import OptimizeConfig, from_mapping, to_mapping
+from merge_rl.config.presets import preset
 from merge_rl.errors import ConfigError
 
 DEFAULT: Final = (
@@ -39,7 +40,10 @@ class Contender:
     def config(self, base: OptimizeConfig, seed: int) -> OptimizeConfig:
         """The settings of its search with one seed; ConfigError for a setting that is off."""
         values = to_mapping(base)
-        values |= {"seed": seed, "search": {**values["search"], "name": self.name}}
+        search = {**values["search"], "name": self.name}
+        if self.name in BASELINES:  # they know how many candidates they have
+            search["population"] = None
+        values |= {"seed": seed, "search": search}
         for key, value in self.settings.items():
             section, _, name = key.partition(".")
             values[section] = {**values[section], name: value}
@@ -47,7 +51,7 @@ class Contender:
 
 
 def parse_contender(text: str) -> Contender:
-    """NAME [label=LABEL] [KEY=VALUE ...], with keys such as search.update or merge.map.
+    """NAME [label=LABEL] [preset=NAME] [KEY=VALUE ...], with keys such as search.std or merge.map.
 
     Raises ConfigError for what does not read so, and for settings that all must share.
     """
@@ -57,11 +61,15 @@ def parse_contender(text: str) -> Contender:
         raise ConfigError(f"expected NAME [KEY=VALUE ...], got {text!r}") from None
     if "=" in name:
         raise ConfigError(f"expected a searcher's name before its settings, got {text!r}")
-    label, settings = " ".join([name, *pairs]), {}
+    label = " ".join([name, *pairs])
+    settings: dict[str, Any] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if key == "label" and value:
             label = value
+            continue
+        if key == "preset" and value:
+            settings |= _preset(value)
             continue
         section, dot, _ = key.partition(".")
         if not (separator and dot):
@@ -73,6 +81,12 @@ def parse_contender(text: str) -> Contender:
             )
         settings[key] = _value(name, pair, value)
     return Contender(label, name, settings)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    sections = preset(name).items()
+    found = {f"{section}.{key}": v for section, values in sections for key, v in values.items()}
+    return {key: value for key, value in found.items() if key != "search.name"}
 
 
 def _value(name: str, pair: str, text: str) -> Any:

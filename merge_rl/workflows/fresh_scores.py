@@ -72,7 +72,8 @@ class FreshScores:
 
 
 def _digest(rows: Tensor, config: OptimizeConfig) -> str:
-    """What tells the merge of coefficients (G, K) from any other of the same checkpoints."""
+    """What tells the merge of coefficients (G, K), to 12 digits, from others of the checkpoints."""
+    rows = rows.round(decimals=12) + 0.0  # no -0.0
     shared = bool((rows == rows[0]).all())
     groups = {} if shared else dict(config.merge.groups)
     what = [rows[:1].tolist() if shared else rows.tolist(), groups, config.merge.start]

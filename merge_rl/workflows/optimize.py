@@ -23,7 +23,7 @@ from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
 from merge_rl.storage.runs import RunDir
 from merge_rl.version import __version__
 from merge_rl.workflows.assemble import Job, build_job, resolve_config
-from merge_rl.workflows.comparison import Comparison, compare, comparison_from
+from merge_rl.workflows.comparison import Comparison, compare, comparison_from, without_nan
 from merge_rl.workflows.crew import Crew
 from merge_rl.workflows.export import require_new, write_merged
 from merge_rl.workflows.extractors import require_known
@@ -195,8 +195,9 @@ def _drive(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> O
         "groups": list(job.group_names),
         **found.as_dict(),
         "comparison": comparison.as_dict(),
+        "warnings": comparison.warnings,
     }
-    run.write("result.json", result)
+    run.write("result.json", without_nan(result))
     tracker.event({"kind": "finished", "seconds": time.monotonic() - began})
     return OptimizeResult(run.path, found, comparison)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections import Counter
@@ -197,8 +196,7 @@ class MergedRollout:
         name: what other processes know this rollout by.
         spread: shares work items among processes; None: all are made here.
 
-    `seconds` counts the time that went to sampling, decoding and features; merges that are made
-    here, one after the other, are left out.
+    `seconds` counts the time that work items took, without that of merging.
     """
 
     def __init__(
@@ -222,21 +220,24 @@ class MergedRollout:
     def features(self, coefficients: Tensor | None, noise: Tensor, labels: Tensor) -> Tensor:
         """Features (N, D) of images that the merge (G, K) makes of noise and labels, made here."""
         self._merge(coefficients)
-        with self._timed():
-            return self.rollout.features(noise, labels)
+        return self.rollout.features(noise, labels)
 
     def features_of(self, items: Sequence[WorkItem], phase: str = "") -> list[Tensor]:
         """Features (N, D) of each item's images; `phase` is for messages.
 
         The same to the last bit whoever makes which part.
         """
+        began = time.monotonic()
+        made = self._made(items, phase)
+        self.seconds += time.monotonic() - began
+        return made
+
+    def _made(self, items: Sequence[WorkItem], phase: str) -> list[Tensor]:
         if self.spread is not None:
-            with self._timed():
-                return self.spread(self, items, phase)
+            return self.spread(self, items, phase)
         if self.rollout.device.type == "cuda":  # one line of blocks keeps both streams busy
             counts = [len(item.labels) for item in items]
-            with self._timed():
-                rows = self.rows(items, split_blocks(counts, self.rollout.batch))
+            rows = self.rows(items, split_blocks(counts, self.rollout.batch))
             return list(torch.split(rows, counts))
         repeated = Counter(id(item.seeds) for item in items)
         known: dict[int, Tensor] = {}
@@ -270,12 +271,6 @@ class MergedRollout:
             parts += self.rollout.features_of([partial(inputs, block) for block in group])
         return torch.cat(parts)
 
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.seconds += time.monotonic() - began
-
     def _groups(self, blocks: Sequence[Block]) -> list[list[Block]]:
         """Blocks that may be under way at the same time."""
         if self.rollout.device.type == "cuda":  # in order: a merge waits for its turn
@@ -284,7 +279,9 @@ class MergedRollout:
 
     def _merge(self, coefficients: Tensor | None) -> None:
         if self.live is not None and coefficients is not None:
+            began = time.monotonic()
             self.live.set_coefficients(coefficients)
+            self.seconds -= time.monotonic() - began
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:

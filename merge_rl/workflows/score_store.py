@@ -13,6 +13,7 @@ from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.rollout import MergedRollout, WorkItem, balanced_labels
 from merge_rl.workflows.scoring import Scorer
+from merge_rl.workflows.second_metric import SecondMetric
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,7 @@ class Request:
     coefficients: Tensor
     count: int
     stream: tuple[str | int, ...]
+    second: bool = False  # also by the metric that no search optimises, where there is one
 
 
 class ScoreStore:
@@ -32,6 +34,7 @@ class ScoreStore:
         self.job, self.run, self.seed = job, run, seed
         self.known: dict[str, dict[str, float | None]] = run.read("scores.json") or {}
         self.scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
+        self._second: SecondMetric | None = None  # made on use
 
     def get(
         self, key: str, coefficients: Tensor, count: int, *stream: str | int
@@ -50,7 +53,7 @@ class ScoreStore:
         merged = merged or self.job.final_rollout
         missing = []
         for request in requests:
-            if request.key in self.known:
+            if all(key in self.known for key in self._keys(request)):
                 merged.rollout.on_images(request.count)
             else:
                 missing.append(request)
@@ -72,10 +75,31 @@ class ScoreStore:
         ]
         made = merged.features_of(items, f"score {requests[0].key}")
         for request, features in zip(requests, made, strict=True):
-            score = self.scorer.score(features)
-            # NaN has no place in JSON.
-            self.known[request.key] = {k: None if math.isnan(v) else v for k, v in score.items()}
+            self.known[request.key] = _plain(self.scorer.score(features))
+            for key in self._keys(request)[1:]:
+                self.known[key] = _plain({"reference": self._second_metric().score(features)})
         self.run.write("scores.json", self.known)
+
+    def second(self, key: str) -> float | None:
+        """The second metric of a score that was asked for with it; None if there is none."""
+        found = self.known.get(f"second/{key}")
+        return None if found is None else self._read(f"second/{key}")["reference"]
+
+    def _keys(self, request: Request) -> list[str]:
+        kept = self.job.references["reference"].features is not None
+        second = [f"second/{request.key}"] if request.second and kept else []
+        return [request.key, *second]
+
+    def _second_metric(self) -> SecondMetric:
+        if self._second is None:
+            device = str(self.job.final_rollout.rollout.device)
+            self._second = SecondMetric(self.job.references["reference"], device)
+        return self._second
 
     def _read(self, key: str) -> dict[str, float]:
         return {k: math.nan if v is None else v for k, v in self.known[key].items()}
+
+
+def _plain(score: dict[str, float]) -> dict[str, float | None]:
+    """NaN has no place in JSON."""
+    return {k: None if math.isnan(v) else v for k, v in score.items()}

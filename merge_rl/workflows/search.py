@@ -46,6 +46,12 @@ class Found:
             return None
         return self.choice.score - self.fresh_score
 
+    @property
+    def spent(self) -> dict[str, int]:
+        """Images of the search by what they went to; they sum to `images`."""
+        start, final = self.beginning.images, self.choice.images
+        return {"start": start, "rounds": self.images - start - final, "final": final}
+
     def as_dict(self) -> dict[str, Any]:
         """For result.json."""
         return {
@@ -53,6 +59,7 @@ class Found:
             "start": {"label": self.start_label, "coefficients": self.start.tolist(),
                       **self.beginning.as_dict()},
             "search_images": self.images,
+            "images": self.spent,
             "rounds": self.rounds,
             "final": {**self.choice.as_dict(), "fresh_score": self.fresh_score,
                       "optimism": self.optimism},

@@ -29,9 +29,9 @@ class ScoredTrial:
 
     @property
     def overhead(self) -> float | None:
-        """Share of the time that did not go to sampling and features."""
-        seconds = self.trial.seconds
-        return 1 - self.trial.rollout_seconds / seconds if seconds > 0 else None
+        """Share of the time that did not go to sampling and features; None without images."""
+        sampling = self.trial.rollout_seconds
+        return 1 - sampling / self.trial.seconds if sampling > 0 else None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -90,7 +90,7 @@ def standing(
         "searcher": contender.label,
         "name": contender.name,
         "settings": dict(contender.settings),
-        "images": median([trial.images for trial in plain]),
+        "images": int(statistics.median(trial.images for trial in plain)),
         "fid": {name: spread_of([scored.mean(name) for scored in trials]) for name in names},
         "optimism": median([trial.found["final"]["optimism"] for trial in plain]),
         "seconds": median([trial.seconds for trial in plain]),

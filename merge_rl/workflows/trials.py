@@ -49,9 +49,11 @@ class Trial:
     def reported_at(self, images: float, origin: Tensor) -> Tensor:
         """Coefficients (G, K) that the search would have reported after so many images.
 
-        Those of the last round that was over, else where it began, once that was decided, else
-        `origin`.
+        The result once it was there, before that those of the last round that was over, else where
+        it began, once that was decided, else `origin`.
         """
+        if self.images <= images:
+            return self.coefficients
         rounds = [event for event in self.events if event["images"] <= images]
         if rounds:
             return torch.tensor(rounds[-1]["coefficients"], dtype=torch.float64)
@@ -62,9 +64,10 @@ class Trial:
 
     def curve(self, origin: Tensor) -> list[tuple[float, Tensor]]:
         """(images, coefficients (G, K)) at every share of the budget; the result at the last."""
-        budget = self.config.budget
-        points = [(f * budget, self.reported_at(f * budget, origin)) for f in FRACTIONS[:-1]]
-        return [*points, (float(budget), self.coefficients)]
+        return [
+            (share * self.config.budget, self.reported_at(share * self.config.budget, origin))
+            for share in FRACTIONS
+        ]
 
 
 def run_trial(path: Path, config: OptimizeConfig, job: Job, tracker: Tracker) -> Trial:

@@ -1,0 +1,122 @@
+"""The plot of a run: what the pool and the coefficients did, and where it ended."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from merge_rl.workflows.compare_text import NAMES
+from merge_rl.workflows.pictures import counts_axis, drawing, values_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Events = Sequence[Mapping[str, Any]]
+MANY = 10  # checkpoints that a legend can hold
+
+
+def draw_run(
+    events: Events, result: Mapping[str, Any] | None, path: str | os.PathLike[str]
+) -> None:
+    """Write the plot; ConfigError, naming the extra, without the library."""
+    comparison = (result or {}).get("comparison")
+    with drawing(path, 2, 2, (12.0, 8.4)) as axes:
+        _progress(axes[0], events)
+        _gap(axes[1], events)
+        _coefficients(axes[2], events, result)
+        if comparison is None:
+            axes[3].set_axis_off()
+        else:
+            _final(axes[3], comparison)
+
+
+def _progress(axis: Axes, events: Events) -> None:
+    pooled = [event for event in events if event["pool_after"] is not None]
+    images = [event["images"] for event in events]
+    if pooled:
+        values = [event["pool_after"] for event in pooled]
+        axis.plot([event["images"] for event in pooled], values, color="C0")
+        axis.set_title("the pool, which holds images of the policy mean")
+        values_axis(axis, values, "reference FID of the pool")
+    else:
+        sound = [[-r for r in event["rewards"] if r is not None] for event in events]
+        kept = [(at, values) for at, values in zip(images, sound, strict=True) if values]
+        means = [sum(values) / len(values) for _, values in kept]
+        axis.plot([at for at, _ in kept], means, color="C0", label="mean of the candidates")
+        axis.plot([at for at, _ in kept], [min(v) for _, v in kept], ".", color="C1", label="best")
+        axis.set_title("candidates of a round")
+        values_axis(axis, means, "distance to the reference (- reward)")
+        if kept:
+            axis.legend(fontsize=8)
+    counts_axis(axis)
+
+
+def _gap(axis: Axes, events: Events) -> None:
+    known = [event for event in events if event.get("gap") is not None]
+    axis.set_title("gap: how far fresh images would move the pool's FID")
+    if not known:
+        axis.text(0.5, 0.5, "this reward has no pool", ha="center", transform=axis.transAxes)
+        axis.set_axis_off()
+        return
+    images = [event["images"] for event in known]
+    axis.axhline(0, color="0.6", linewidth=1)
+    axis.plot(images, [100 * event["gap"] for event in known], ".", alpha=0.5, label="one refresh")
+    means = [event.get("gap_mean", event["gap"]) for event in known]
+    axis.plot(images, [100 * mean for mean in means], label="running mean")
+    damped = [(e["images"], 100 * e["gap"]) for e in known if e.get("damped")]
+    if damped:
+        axis.plot(*zip(*damped, strict=True), "x", color="C3", label="step made smaller")
+    axis.set_ylabel("% of the pool's FID")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    counts_axis(axis)
+
+
+def _coefficients(axis: Axes, events: Events, result: Mapping[str, Any] | None) -> None:
+    """A line a checkpoint, of the first group of tensors; dots are what was reported."""
+    import matplotlib
+
+    if not events:
+        axis.set_axis_off()
+        return
+    count = len(events[0]["coefficients"][0])
+    names = list(result["checkpoints"]) if result else [f"checkpoint {i + 1}" for i in range(count)]
+    colours = matplotlib.colormaps["viridis"]
+    images = [event["images"] for event in events]
+    for index, name in enumerate(names):
+        colour = colours(0.95 * index / max(count - 1, 1))
+        values = [event["coefficients"][0][index] for event in events]
+        axis.plot(images, values, color=colour, linewidth=1.3, label=name)
+        if result:
+            axis.plot(images[-1], result["coefficients"][0][index], "o", color=colour, markersize=5)
+    groups = result["groups"] if result else []
+    of = f" of {groups[0]!r}" if len(groups) > 1 else ""
+    axis.axhline(0, color="0.6", linewidth=1)
+    axis.set_title(f"coefficients{of} of the mean; dots: the result" if result else "coefficients")
+    axis.grid(alpha=0.25)
+    if count <= MANY:
+        axis.legend(fontsize=7)
+    counts_axis(axis)
+
+
+def _final(axis: Axes, comparison: Mapping[str, Any]) -> None:
+    entries = comparison["entries"]
+    names = list(next(iter(entries.values())))
+    width = 0.8 / len(names)
+    for offset, name in enumerate(names):
+        known = [
+            (i, e[name]) for i, e in enumerate(entries.values()) if e[name]["mean"] is not None
+        ]
+        places = [i + (offset - (len(names) - 1) / 2) * width for i, _ in known]
+        means = [value["mean"] for _, value in known]
+        below = [value["mean"] - value["low"] for _, value in known]
+        above = [value["high"] - value["mean"] for _, value in known]
+        axis.bar(
+            places, means, width, yerr=[below, above], capsize=3, label=NAMES[name], alpha=0.85
+        )
+    axis.set_xticks(range(len(entries)), list(entries))
+    axis.set_ylabel(f"FID, N = {comparison['num_images']:,}")
+    axis.set_title(f"fresh seeds, {comparison['repeats']} repeats, 95 % intervals")
+    axis.grid(alpha=0.25, axis="y")
+    axis.legend(fontsize=8)

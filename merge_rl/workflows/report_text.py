@@ -1,0 +1,137 @@
+"""The page of a run, from what its folder holds: plain data in, Markdown out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_rl.config import OptimizeConfig
+from merge_rl.workflows.compare_text import NAMES, Row, interval, markdown_table, signed_interval
+from merge_rl.workflows.search_text import search_lines
+
+Events = Sequence[Mapping[str, Any]]
+
+
+def run_markdown(
+    config: OptimizeConfig, events: Events, result: Mapping[str, Any] | None, picture: str | None
+) -> str:
+    """All sections; of a run that is not finished, those there is something for."""
+    parts = [f"# Merge of {Path(config.checkpoints).name}", _facts(config)]
+    if result is None:
+        done = f"{len(events)} rounds, {events[-1]['images']:,} images" if events else "no round"
+        parts.append(f"Not finished: {done} so far.")
+    else:
+        warnings = [f"**Warning**: {text}." for text in result.get("warnings", [])]
+        parts += warnings
+        parts.append("\n".join(f"- {line}" for line in [*search_lines(result), *costs(events)]))
+        if "comparison" in result:
+            parts += _comparison(result["comparison"])
+        parts += _finalists(result["final"])
+        parts += _coefficients(result)
+    if picture:
+        parts.append(f"![the search]({picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(config: OptimizeConfig) -> str:
+    return (
+        f"Searcher {config.search.name} with the reward {config.reward.text}, budget "
+        f"{config.budget:,} images, seed {config.seed}."
+    )
+
+
+def costs(events: Events) -> list[str]:
+    """Time of the rounds, and the share that went to the search itself, where it was counted."""
+    counted = [event for event in events if "rollout_seconds" in event]
+    seconds = sum(event["seconds"] for event in counted)
+    if seconds <= 0:
+        return []
+    share = 1 - sum(event["rollout_seconds"] for event in counted) / seconds
+    return [f"the rounds took {seconds:,.0f} s, {share:.1%} outside sampling and features"]
+
+
+def _comparison(comparison: Mapping[str, Any]) -> list[str]:
+    names = list(next(iter(comparison["entries"].values())))
+    rows: list[Row] = []
+    for entry, summary in comparison["entries"].items():
+        label = f"{entry} ({comparison['best_single']})" if entry == "best single" else entry
+        rows.append([label, *(interval(summary[name]) for name in names)])
+    columns = ["model", *(f"{NAMES[name]} FID" for name in names)]
+    head = NAMES[comparison["headline"]]
+    parts = [
+        "## Start, baselines and result on fresh seeds",
+        f"N = {comparison['num_images']:,}, {comparison['repeats']} repeats, mean [95 % interval].",
+        markdown_table(columns, rows),
+        "\n".join(
+            f"- result against {other}: {signed_interval(gain)} {head} FID gained"
+            for other, gain in comparison["gain_over"].items()
+        ),
+    ]
+    second = comparison.get("second")
+    if second is not None:
+        entries = {name: interval(value, ".4g") for name, value in second["entries"].items()}
+        parts.append(
+            f"{second['metric'].upper()} to the reference: start {entries['start']}, result "
+            f"{entries['result']}, gained {signed_interval(second['gain_over_start'], '+.4g')}."
+        )
+    sde = comparison.get("sde")
+    if sde is not None:
+        rows = [
+            [entry, *(interval(summary[name]) for name in names)]
+            for entry, summary in sde["entries"].items()
+        ]
+        parts += ["Under the SDE:", markdown_table(columns, rows)]
+    return parts
+
+
+def _finalists(final: Mapping[str, Any]) -> list[str]:
+    rungs = final["rungs"]
+    if not rungs:
+        return []
+    rows = [
+        [label, *("" if label not in rung else number(rung[label]) for rung in rungs)]
+        for label in rungs[0]
+    ]
+    columns = ["finalist", *(f"round {index + 1}" for index in range(len(rungs)))]
+    fresh = ""
+    if final["fresh_score"] is not None:
+        fresh = (
+            f", {final['fresh_score']:.3f} on fresh seeds: optimism {final['optimism']:+.3f} "
+            "(below 0 the choice was flattered by its seeds)"
+        )
+    return [
+        "## Final choice",
+        "FID to the reference; the better half goes on, with other seeds and twice the images.",
+        markdown_table(columns, rows),
+        f"Chosen: {final['chosen']}, {number(final['score'])} at N = {final['images_each']:,}"
+        f"{fresh}.",
+    ]
+
+
+def _coefficients(result: Mapping[str, Any]) -> list[str]:
+    groups, found = result["groups"], result["coefficients"]
+    start = result["start"]["coefficients"]
+    one = len(groups) == 1
+    columns = ["checkpoint", *(g for group in groups for g in _heads(group, one))]
+    rows = []
+    for index, name in enumerate(result["checkpoints"]):
+        pairs = zip(start, found, strict=True)
+        cells = [f"{row[index]:+.4f}" for before, after in pairs for row in (before, after)]
+        rows.append([name, *cells])
+    largest = max(abs(value) for row in found for value in row)
+    return [
+        "## Coefficients",
+        markdown_table(columns, rows),
+        f"The largest is {largest:.3f} in size; each group of tensors sums to "
+        f"{', '.join(f'{sum(row):.4f}' for row in found)}.",
+    ]
+
+
+def _heads(group: str, one: bool) -> tuple[str, str]:
+    return ("start", "result") if one else (f"{group}: start", f"{group}: result")
+
+
+def number(value: float | None) -> str:
+    """Three decimals."""
+    return "not finite" if value is None else f"{value:.3f}"
