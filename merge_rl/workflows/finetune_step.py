@@ -68,8 +68,8 @@ class StepParts:
             if state.pool is None:
                 raise NonFiniteWeightsError(
                     f"{self.config.model}: generates samples that are not finite with "
-                    f"{self.config.rollout.train_steps} steps of the "
-                    f"{self.config.rollout_kind}; try more --train-steps"
+                    f"{self.config.rollout.train_steps} steps of the {self.config.rollout_kind}; "
+                    "try more --train-steps"
                 )
             return None
         old = state.pool
@@ -79,7 +79,7 @@ class StepParts:
     def collect(self, pool: Pool, step: int) -> tuple[Credit, Kept]:
         """B sets of n images in the same rows of the pool: what they earned, and the best."""
         config = self.config
-        size, sets = config.reward.images_per_subset, config.rollout.subsets
+        size, sets = config.reward.subset_size, config.rollout.subsets
         rows = draw_subset(pool.labels, size, stream(config.seed, "subset", step))
         seeds = image_seeds(sets * size, config.seed, "rollout", step)
         noise, labels = self.job.rollout.noise(seeds), pool.labels[rows].repeat(sets)
@@ -104,7 +104,7 @@ class StepParts:
     def describe(self, credit: Credit, pool: Pool) -> dict[str, float]:
         """What the credit looks like, for the event of the step."""
         distance = self.job.reward.pool_distance(pool)
-        share = self.config.reward.images_per_subset / len(pool)
+        share = self.config.reward.subset_size / len(pool)
         return {
             "reward_mean": float(credit.rewards.mean()),
             "reward_std": float(credit.rewards.std()),
