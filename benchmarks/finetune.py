@@ -71,8 +71,8 @@ def quality_config(model: Path, credit: str, seed: int, steps: int) -> FinetuneC
     earned by themselves agree more, so that a step of Adam's goes further.
     """
     base = recipe("sit", model)
-    curves = replace(base.curves, every=10 if credit == "per-image" else 20, num_images=200,
-                     final_images=500, repeats=2)  # fmt: skip
+    curves = replace(base.curves, every=10 if credit == "per-image" else 50, num_images=200,
+                     final_images=400, repeats=2)  # fmt: skip
     config = replace(base, credit=credit, seed=seed, curves=curves, steps=steps)
     if credit == "set":
         return config
