@@ -43,6 +43,7 @@ from merge_rl.workflows.rollout import balanced_labels
 
 GOAL, RECALL_GOAL, STEPS_GOAL, MEMORY_GOAL = 0.85, 0.03, 0.7, 1.10
 CURVE: Final = "sde-eval"
+NEWEST: Final = "raw/digits-0002097.safetensors"
 RECIPES: Final = ("sit", "sit-rs", "edm2", "edm2-rs")
 
 
@@ -82,9 +83,10 @@ def quality_config(model: Path, credit: str, seed: int, steps: int) -> FinetuneC
 
 def quality_row(folder: Path, credit: str, seed: int, steps: int) -> dict[str, Any]:
     """One run."""
-    config = quality_config(folder / "sit", credit, seed, steps)
+    model = folder / "sit" / NEWEST
+    config = quality_config(model, credit, seed, steps)
     began = time.monotonic()
-    result = finetune(folder / "sit", out=folder / f"{credit}-{seed}", config=config)
+    result = finetune(model, out=folder / f"{credit}-{seed}", config=config)
     seconds = time.monotonic() - began
     evaluation = folder / "sit/evaluation/extractor.safetensors"
     extractor, _ = build_extractor("digits", str(evaluation))
@@ -206,7 +208,7 @@ def recipes(folder: Path) -> list[dict[str, Any]]:
     """Each recipe as it is, with the wall time of the whole command."""
     rows = []
     for name in RECIPES:
-        model = folder / name.partition("-")[0]
+        model = folder / name.partition("-")[0] / NEWEST
         began = time.monotonic()
         result: FinetuneResult = finetune(
             model, out=folder / f"recipe-{name}", config=recipe(name, model)

@@ -79,7 +79,7 @@ class StepParts:
     def collect(self, pool: Pool, step: int) -> tuple[Credit, Kept]:
         """B sets of n images in the same rows of the pool: what they earned, and the best."""
         config = self.config
-        size, sets = config.reward.subset_size, config.rollout.subsets
+        size, sets = config.reward.images_per_subset, config.rollout.subsets
         rows = draw_subset(pool.labels, size, stream(config.seed, "subset", step))
         seeds = image_seeds(sets * size, config.seed, "rollout", step)
         noise, labels = self.job.rollout.noise(seeds), pool.labels[rows].repeat(sets)
@@ -104,7 +104,7 @@ class StepParts:
     def describe(self, credit: Credit, pool: Pool) -> dict[str, float]:
         """What the credit looks like, for the event of the step."""
         distance = self.job.reward.pool_distance(pool)
-        share = self.config.reward.subset_size / len(pool)
+        share = self.config.reward.images_per_subset / len(pool)
         return {
             "reward_mean": float(credit.rewards.mean()),
             "reward_std": float(credit.rewards.std()),
