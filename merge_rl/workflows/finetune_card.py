@@ -36,7 +36,7 @@ def finetune_card(
             f"# {origin.name}, fine-tuned with a distribution-wise reward",
             "",
             f"Fine-tuned by merge_rl {__version__} from {origin.name}: {step} steps of {how} with "
-            f"the reward `{config.reward.text}` (credit by {config.credit}), {images:,} generated "
+            f"the reward `{config.reward.name}` (credit by {config.credit}), {images:,} generated "
             f"images, seed {config.seed}. Rollouts were made under the "
             f"{config.rollout_kind.upper()} with {config.rollout.train_steps} steps; a gain under "
             "one sampler need not carry over to another.",

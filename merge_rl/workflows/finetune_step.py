@@ -68,8 +68,8 @@ class StepParts:
             if state.pool is None:
                 raise NonFiniteWeightsError(
                     f"{self.config.model}: generates samples that are not finite with "
-                    f"{self.config.rollout.train_steps} steps of the "
-                    f"{self.config.rollout_kind}; try more --train-steps"
+                    f"{self.config.rollout.train_steps} steps of the {self.config.rollout_kind}; "
+                    "try more --train-steps"
                 )
             return None
         old = state.pool

@@ -5,7 +5,9 @@ None is needed; each is an extra, imported when it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -101,7 +103,10 @@ BOARDS: Final[Mapping[str, Callable[[Path, Mapping[str, Any], int], Board]]] = {
 
 
 class Boards:
-    """Several at once; one that fails is told of and left out, for it must not end a run."""
+    """Several at once; one that fails is told of and left out, for it must not end a run.
+
+    What their libraries print goes to stderr: stdout belongs to the command.
+    """
 
     def __init__(self, boards: Mapping[str, Board], warn: Callable[[str], None]) -> None:
         self._boards, self._warn = dict(boards), warn
@@ -116,7 +121,8 @@ class Boards:
         for name in dict.fromkeys(names):
             if name not in BOARDS:
                 raise UnknownNameError("tracker", name, BOARDS)
-            boards[name] = BOARDS[name](folder, config, step)
+            with contextlib.redirect_stdout(sys.stderr):
+                boards[name] = BOARDS[name](folder, config, step)
         return cls(boards, warn)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -134,7 +140,8 @@ class Boards:
     def _each(self, call: Callable[[Board], None]) -> None:
         for name, board in list(self._boards.items()):
             try:
-                call(board)
+                with contextlib.redirect_stdout(sys.stderr):
+                    call(board)
             except Exception as error:  # noqa: BLE001 (whatever a service's client may raise)
                 del self._boards[name]
                 self._warn(f"{name} failed and is left out from here on: {error}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import merge_rl as mrl
-from merge_rl.config import RewardConfig
+from merge_rl.config import RewardConfig, SamplerConfig
 from merge_rl.config.finetune import CURVES
 from merge_rl.errors import (
     ConfigError,
@@ -105,6 +105,7 @@ def test_the_model_is_the_average_of_the_last_step(small: Path, tmp_path: Path) 
         {"update": {"kl_weight": 0.5, "epochs": 2, "per_dimension": True, "clip": 1e-4}},
         {"update": {"ema_decay": 0.0, "top_fraction": 1.0, "weight_decay": 0.1, "warmup_steps": 5}},
         {"lora": "rank 2"},
+        {"sampler": SamplerConfig(num_steps=2, precision="bfloat16")},
         {"reward": {"refresh": "rolling", "refresh_size": 5, "name": "fid-influence"}},
     ],
     ids=str,

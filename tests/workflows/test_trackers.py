@@ -49,6 +49,7 @@ class Service(ModuleType):
         self.told: list[Any] = []
 
     def init(self, **options: Any) -> Any:
+        print("hello")  # noqa: T201 (as they do)
         self.told.append(("init", options))
         return SimpleNamespace(log=self.log, finish=self.finish)
 
@@ -64,15 +65,21 @@ class Service(ModuleType):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_services_are_told_everything(
-    name: str, tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tmp_path: Path,
+    picture: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     service = Service()
     monkeypatch.setitem(sys.modules, name, service)
+    capsys.readouterr()
     for _ in range(2):  # interrupted and resumed: one run of the service
         boards = opened(name, tmp_path / "run")
         boards.log(3, {"loss": 1.5})
         boards.picture(3, picture)
         boards.close()
+    assert capsys.readouterr().out == ""
     first, *rest = service.told[:4]
     assert first[1]["name"] == "run"
     assert (first[1]["config"], first[1]["resume"]) == (CONFIG, "allow")
