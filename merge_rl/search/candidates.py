@@ -1,12 +1,17 @@
-"""Candidates that are known before a search: rows of coefficients as thetas, or refused."""
+"""Coefficients as thetas: what a map reaches, what it does not, and the box around it."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
+from merge_rl.core.coefficients import BoundedMap, CoefficientMap
 from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError
+
+LINEAR = "the map whitened, affine or free"  # those that reach coefficients of either sign
 
 
 def reach(space: SearchSpace, coefficients: Tensor, searcher: str) -> Tensor:
@@ -14,10 +19,32 @@ def reach(space: SearchSpace, coefficients: Tensor, searcher: str) -> Tensor:
     try:
         return space.theta_of(coefficients)
     except ConfigError as error:
+        largest = float(coefficients.abs().max())
+        hint = f"a bound of at least {largest:g}" if largest > bound(space) else LINEAR
         raise ConfigError(
-            f"{searcher} needs coefficients that this map does not reach: {error};"
-            " choose the map affine or free"
+            f"{searcher} needs coefficients that this map does not reach: {error}; choose {hint}"
         ) from None
+
+
+def bound(space: SearchSpace) -> float:
+    """The largest |coefficient| that the map allows; infinity if it sets none."""
+    return space.map.limit if isinstance(space.map, BoundedMap) else math.inf
+
+
+def unbounded(space: SearchSpace) -> CoefficientMap:
+    """The map without its box."""
+    return space.map.inner if isinstance(space.map, BoundedMap) else space.map
+
+
+def drawn_back(rows: Tensor, start: Tensor, limit: float) -> Tensor:
+    """Rows (N, G, K) inside ± limit: start + t (row - start), with the largest t <= 1 that fits.
+
+    What keeps the sum of the start does so afterwards.
+    """
+    moves = rows - start
+    room = (limit - start * moves.sign()) / moves.abs()
+    share = torch.where(moves == 0, torch.inf, room).amin(2, keepdim=True).clamp(0, 1)
+    return start + share * moves
 
 
 def singles(space: SearchSpace, searcher: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from merge_rl.config import SearchConfig
 from merge_rl.core.ema_profiles import posthoc_coefficients
 from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError
-from merge_rl.search.candidates import reach
+from merge_rl.search.candidates import bound, reach
 from merge_rl.search.halving import HalvingSearch
 
 WIDTHS = tuple(round(float(width), 3) for width in np.geomspace(0.01, 0.25, 15))
@@ -32,7 +32,11 @@ class EmaGrid(HalvingSearch):
     def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
         nimg, ema_std = known_profiles(space, config.name)
         rows = profile_grid(nimg, ema_std, limit=space.evaluations // EVALUATIONS_EACH)
-        candidates = {label: reach(space, row, config.name) for label, row in rows.items()}
+        largest = {label: float(row.abs().max()) for label, row in rows.items()}
+        # If none is inside the map's box, the refusal names the bound that the nearest one needs.
+        limit = max(bound(space), min(largest.values()))
+        chosen = {label: row for label, row in rows.items() if largest[label] <= limit}
+        candidates = {label: reach(space, row, config.name) for label, row in chosen.items()}
         super().__init__(config, space, seed, candidates)
 
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SearchConfig
+from merge_rl.core.coefficients import CoefficientMap
 from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError
 from merge_rl.search import population
 from merge_rl.search.base import AskTell
+from merge_rl.search.candidates import LINEAR, bound, drawn_back, unbounded
 from merge_rl.search.evolution import crossover, mutate, rescale
 from merge_rl.search.halving import Halving
 
@@ -41,7 +43,7 @@ class LCSC(AskTell):
         self.population = self.population_of(config)
         self.start = space.coefficients(space.origin)  # (G, K)
         self.spread = config.std * coefficient_unit(space, config.name)
-        self.keeps_sum = not _reaches(space, 1.5 * self.start)
+        self.keeps_sum = not _reaches(unbounded(space), self.start + 1)
         self.share = max(2, space.evaluations // FINAL_SHARE)
         self._archive = torch.empty(0, *self.start.shape, dtype=torch.float64)
         self._sums = torch.empty(0, dtype=torch.float64)
@@ -95,7 +97,7 @@ class LCSC(AskTell):
         uniform = torch.full_like(self.start, 1 / self.space.num_checkpoints)
         if self.rounds == 0:
             rows[0] = self.start
-            if _reaches(self.space, uniform) and not torch.equal(uniform, self.start):
+            if _reaches(self.space.map, uniform) and not torch.equal(uniform, self.start):
                 rows[1] = uniform
         return rows
 
@@ -117,10 +119,10 @@ class LCSC(AskTell):
         return torch.cat([parents[:1], self._fit(torch.stack(rows[1:]))])
 
     def _fit(self, rows: Tensor) -> Tensor:
-        """Rows (N, G, K) with the sums of the start, where the map keeps those."""
-        if not self.keeps_sum:
-            return rows
-        return rows + (self.start.sum(1) - rows.sum(2))[:, :, None] / rows.shape[2]
+        """Rows (N, G, K) with the sums of the start where the map keeps those, inside its box."""
+        if self.keeps_sum:
+            rows = rows + (self.start.sum(1) - rows.sum(2))[:, :, None] / rows.shape[2]
+        return drawn_back(rows, self.start, bound(self.space))
 
     def _learn(self, rewards: Tensor) -> None:
         self._told += len(rewards)
@@ -197,25 +199,28 @@ class LCSC(AskTell):
 
 
 def coefficient_unit(space: SearchSpace, searcher: str) -> float:
-    """How far a unit of theta moves a coefficient; ConfigError unless the map takes either sign."""
-    step = space.origin.clone()
-    step[0] = 1.0
-    start = space.coefficients(space.origin)
-    unit = float((space.coefficients(step) - start).abs().max())
+    """How far a unit of theta moves a coefficient: the largest move, in the median direction.
+
+    ConfigError unless the map takes coefficients of either sign.
+    """
+    free = unbounded(space)
+    start = free(space.origin)
     mixed = start.clone()
     mixed[:, 0] -= 2.0 + start[:, 0]
     mixed[:, -1] += 2.0 + start[:, 0]
-    if not _reaches(space, mixed) or not unit > 0:
+    if not _reaches(free, mixed):
         raise ConfigError(
             f"{searcher} searches coefficients of either sign, which the map {space.map.kind} does"
-            " not reach; choose the map affine or free"
+            f" not reach; choose {LINEAR}"
         )
-    return unit
+    steps = torch.eye(space.dim, dtype=torch.float64)
+    moves = torch.stack([(free(step) - start).abs().max() for step in steps])
+    return float(moves.median())
 
 
-def _reaches(space: SearchSpace, rows: Tensor) -> bool:
+def _reaches(free: CoefficientMap, rows: Tensor) -> bool:
     try:
-        space.theta_of(rows)
+        free.theta_of(rows)
     except ConfigError:
         return False
     return True

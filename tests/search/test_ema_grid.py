@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from merge_rl.config import SearchConfig
-from merge_rl.core.coefficients import FreeMap, SoftmaxMap
+from merge_rl.core.coefficients import BoundedMap, FreeMap, SoftmaxMap
 from merge_rl.core.ema_profiles import posthoc_coefficients
 from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError
@@ -119,5 +119,16 @@ def test_refusals(changes: dict[str, Any], message: str) -> None:
 
 def test_a_map_without_negative_coefficients_is_refused() -> None:
     uniform = torch.full((8,), 1 / 8, dtype=torch.float64)
-    with pytest.raises(ConfigError, match="ema-grid needs coefficients .* choose the map affine"):
+    with pytest.raises(ConfigError, match="ema-grid needs coefficients .* choose the map whitened"):
         build(map=SoftmaxMap(init=uniform, scale=1.0))
+
+
+def test_profiles_beyond_the_bound_are_left_out() -> None:
+    start = torch.full((8,), 1 / 8, dtype=torch.float64)
+    box = BoundedMap(FreeMap(init=start, scale=1.0), 0.8)
+    searcher, whole = build(map=box), build()
+    assert 1 < len(searcher.labels) < len(whole.labels)
+    rows = torch.stack([box(theta) for theta in searcher.thetas])
+    assert float(rows.abs().max()) <= 0.8 + 1e-12
+    with pytest.raises(ConfigError, match=r"within 0.13, got .*; choose a bound of at least 0\.\d"):
+        build(map=BoundedMap(box.inner, 0.13))

@@ -126,7 +126,7 @@ def test_uniform(kind: str, checkpoints: int) -> None:
 
 def test_maps_that_do_not_reach_the_candidates() -> None:
     assert isinstance(space("softmax").map, SoftmaxMap)
-    message = r"best-checkpoint needs .* the softmax map reaches rows above 0 .*; choose the map af"
+    message = r"best-checkpoint needs .* the softmax map reaches rows above 0 .*; choose the map wh"
     with pytest.raises(ConfigError, match=message):
         BestCheckpoint(SearchConfig(name="best-checkpoint"), space("softmax"), 0)
     assert isinstance(space("ema").map, EmaMap)

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SearchConfig
-from merge_rl.core.coefficients import AffineMap, CoefficientMap, EmaMap, FreeMap, SoftmaxMap
+from merge_rl.core.coefficients import (
+    AffineMap,
+    BoundedMap,
+    CoefficientMap,
+    EmaMap,
+    FreeMap,
+    SoftmaxMap,
+    WhitenedMap,
+)
 from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError
 from merge_rl.rng import stream
@@ -142,8 +150,10 @@ def test_the_finals() -> None:
         AffineMap(init=NEWEST, scale=0.05, base=K - 1),
         FreeMap(init=NEWEST, scale=0.05),
         AffineMap(init=NEWEST, scale=0.05, base=K - 1, num_groups=2),
+        WhitenedMap(init=NEWEST, scale=0.05, gram=torch.eye(K, dtype=torch.float64)[None]),
+        BoundedMap(AffineMap(init=NEWEST, scale=0.05, base=K - 1), 1.0),
     ],
-    ids=["affine", "free", "groups"],
+    ids=["affine", "free", "groups", "whitened", "bounded"],
 )
 def test_it_finds_coefficients(kind: CoefficientMap, seed: int) -> None:
     searcher = build(kind, evaluations=600, seed=seed)
@@ -167,3 +177,28 @@ def test_maps_that_cannot_hold_coefficients_of_either_sign(kind: CoefficientMap)
     message = f"lcsc searches coefficients of either sign, which the map {kind.kind} does not reach"
     with pytest.raises(ConfigError, match=message):
         build(kind)
+
+
+def test_the_box_of_a_map_is_kept() -> None:
+    box = BoundedMap(AffineMap(init=torch.full((K,), 1 / K), scale=0.5, base=0), 0.3)
+    searcher = build(box, evaluations=200)
+    for _ in range(6):
+        thetas = searcher.ask()
+        rows = rows_of(searcher, thetas)
+        assert float(rows.abs().max()) <= 0.3 + 1e-9
+        torch.testing.assert_close(rows.sum(2), torch.ones(len(rows), 1).double())
+        # The goal has a coefficient of 0.6: the search leans on the wall.
+        searcher.tell(thetas, -(rows - GOAL).square().sum((1, 2)))
+    assert float(box(searcher.mean).abs().max()) > 0.28
+
+
+def test_the_unit_is_that_of_the_median_direction() -> None:
+    free = FreeMap(init=NEWEST, scale=0.25)
+    assert build(free, std=2.0).spread == 0.5
+    # Three checkpoints at distances 1, 1 and 10 from the origin, at right angles.
+    gram = torch.diag(torch.tensor([1.0, 1.0, 100.0]).double())[None]
+    whitened = WhitenedMap(init=torch.tensor([0.0, 0.0, 1.0]), scale=0.01, gram=gram)
+    space = SearchSpace(map=whitened, names=("a", "b", "c"))
+    spread = LCSC(SearchConfig(name="lcsc"), space, 0).spread
+    moves = sorted(float(column.abs().max()) for column in whitened.bases[0].T)
+    assert spread == pytest.approx(moves[0])  # of two, torch takes the lower
