@@ -83,10 +83,14 @@ def _coefficients(axis: Axes, events: Events, result: Mapping[str, Any] | None) 
     count = len(events[0]["coefficients"][0])
     names = list(result["checkpoints"]) if result else [f"checkpoint {i + 1}" for i in range(count)]
     colours = matplotlib.colormaps["viridis"]
-    images = [event["images"] for event in events]
+    rows = [(event["images"], event["coefficients"][0]) for event in events]
+    if result:
+        start = result["start"]
+        rows.insert(0, (start["images"], start["coefficients"][0]))
+    images = [at for at, _ in rows]
     for index, name in enumerate(names):
         colour = colours(0.95 * index / max(count - 1, 1))
-        values = [event["coefficients"][0][index] for event in events]
+        values = [row[index] for _, row in rows]
         axis.plot(images, values, color=colour, linewidth=1.3, label=name)
         if result:
             axis.plot(images[-1], result["coefficients"][0][index], "o", color=colour, markersize=5)
@@ -96,7 +100,7 @@ def _coefficients(axis: Axes, events: Events, result: Mapping[str, Any] | None) 
     axis.set_title(f"coefficients{of} of the mean; dots: the result" if result else "coefficients")
     axis.grid(alpha=0.25)
     if count <= MANY:
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False)
     counts_axis(axis)
 
 
