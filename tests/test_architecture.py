@@ -8,6 +8,7 @@ parsed its arguments.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +94,17 @@ def statements(node: ast.AST, at_import: bool = True) -> Iterator[tuple[ast.stmt
             yield from statements(child, at_import)
 
 
+@functools.cache
+def statements_of(source: str) -> list[tuple[ast.stmt, bool]]:
+    """Those of a whole module; parsed once, however often it is asked about."""
+    return list(statements(ast.parse(source)))
+
+
 def imports_of(module: str, sources: Sources) -> list[Import]:
     """What a module imports; `from package import name` is the submodule where there is one."""
     is_package = any(name.startswith(f"{module}.") for name in sources)
     found = []
-    for statement, at_import in statements(ast.parse(sources[module])):
+    for statement, at_import in statements_of(sources[module]):
         if isinstance(statement, ast.Import):
             found += [Import(alias.name, at_import) for alias in statement.names]
         elif isinstance(statement, ast.ImportFrom):

@@ -68,6 +68,7 @@ def compare_searchers(
     contenders = parse_contenders(DEFAULT if searchers is None else searchers)
     if not contenders:
         raise ConfigError("expected at least one searcher, got none")
+    curve_images = _curve_images(curve_images, config)
     base = dataclasses.replace(config, search=dataclasses.replace(config.search, name=_PLAIN))
     opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
     folder = RunDir(out)
@@ -79,7 +80,7 @@ def compare_searchers(
     match = _Match(
         base=base, opened=opened, jobs=jobs, folder=folder, tracker=tracker,
         scores=FreshScores(folder, base.seed, tracker),
-        curve_images=_curve_images(curve_images, config),
+        curve_images=curve_images,
     )  # fmt: skip
     document = match.play(able, seeds)
     document = {key: without_nan(value) for key, value in document.items()}

@@ -34,7 +34,10 @@ Mergerl = Callable[..., Ended]
 Launch = Callable[..., "subprocess.Popen[str]"]
 RunOutcome = Callable[[Path], dict[str, object]]
 
-COMMANDS = ["demo", "optimize", "resume", "merge", "sample", "evaluate", "reference", "inspect"]
+COMMANDS = [
+    "demo", "optimize", "resume", "compare", "report", "merge", "sample", "evaluate", "reference",
+    "inspect",
+]  # fmt: skip
 SMALL: list[object] = [
     "--track", "raw", "--budget", 140, "--pool", 40, "--subset", 10, "--population", 4,
     "--final-images", 10, "--repeats", 3, "--set", "evaluation.selection_images=10",

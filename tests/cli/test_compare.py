@@ -1,0 +1,101 @@
+"""`mergerl compare` and `mergerl report` as users meet them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from merge_rl.cli.compare import parse_seeds
+from merge_rl.errors import ConfigError
+from merge_rl.workflows.search_loop import SearchLoop
+
+Mergerl = Callable[..., Any]
+SMALL: list[object] = [
+    "--track", "raw", "--budget", 100, "--final-images", 10, "--repeats", 3, "--seeds", "0,1",
+    "--set", "evaluation.selection_images=10", "--set", "reward.pool_size=40",
+    "--set", "reward.refresh_size=10", "--set", "reward.subset_size=10",
+    "--set", "search.population=4",
+]  # fmt: skip
+
+
+def test_tables_files_and_the_same_again(tiny: Path, mergerl: Mergerl) -> None:
+    two = ["--searcher", "uniform", "--searcher", "policy-gradient label=ours search.std=0.5"]
+    code, out, err = mergerl("compare", tiny, "--out", "cmp", *two, *SMALL)
+    assert code == 0, err
+    assert "budget 100 images, median [range] of 2 seeds; FID at N = 10" in " ".join(out.split())
+    assert out.count("│ ours ") == 2
+    assert out.count("│ uniform ") == 3  # a searcher, and the average that it stands for
+    assert "ratio: to the best merge without a search" in out
+    assert "ours seed 1: search (100 images)" in err
+    folder = Path("cmp")
+    assert {path.name for path in folder.iterdir()} == {
+        "settings.json", "scores.json", "compare.json", "compare.md", "compare.png",
+        "ours-seed0", "ours-seed1", "uniform-seed0", "uniform-seed1",
+    }  # fmt: skip
+    # The same command again searches for nothing, and says the same.
+    code, again, err = mergerl("compare", tiny, "--out", "cmp", "--json", *two, *SMALL)
+    assert (code, err) == (0, "")
+    document = json.loads(again)
+    assert document.pop("out") == "cmp"
+    assert document == json.loads((folder / "compare.json").read_text())
+    # Its page can be written again, and that of each search.
+    (folder / "compare.md").unlink()
+    code, shown, _ = mergerl("report", "cmp")
+    assert code == 0
+    assert (folder / "compare.md").is_file()
+    assert shown.splitlines()[:-1] == out.splitlines()[:-1]
+    code, shown, _ = mergerl("report", folder / "ours-seed0", "--json")
+    assert json.loads(shown)["page"] == "cmp/ours-seed0/report.md"
+
+
+def test_a_stop_is_not_a_loss(
+    tiny: Path, mergerl: Mergerl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_self: SearchLoop) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ["compare", tiny, "--out", "cmp", "--searcher", "policy-gradient", *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchLoop, "run", stopped)
+        code, out, err = mergerl(*arguments)
+    assert (code, out) == (1, "")
+    assert "what is done is kept in cmp. Go on: the same command" in err
+    code, _, err = mergerl("report", "cmp")
+    assert code == 1
+    assert "the comparison is not finished" in err
+    assert mergerl(*arguments, "--curve-images", 0).code == 1  # began with another number
+    assert mergerl(*arguments).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0,1,0"], "expected seeds, each once, as in 0,1,2, got 0 twice"),
+        (["--seeds", ","], "expected seeds, each once, as in 0,1,2, got none"),
+        (["--seeds", "a"], "expected --seeds such as 0,1,2, got 'a'"),
+        (["--searcher", "lcs"], "unknown searcher 'lcs'; did you mean 'lcsc'"),
+        (["--searcher", "uniform budget=9"], "searcher uniform: expected KEY=VALUE"),
+        (["--searcher", "lcsc", "--searcher", "lcsc"], "the searcher 'lcsc' is there twice"),
+        (["--searcher", "policy-gradient", "--budget", 30], "searcher policy-gradient: a budget"),
+        (["--curve-images", 1], "expected 0 or at least 2 images along the search, got 1"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(
+    arguments: list[object], message: str, tiny: Path, mergerl: Mergerl
+) -> None:
+    code, out, err = mergerl("compare", tiny, "--out", "cmp", *SMALL, *arguments)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not Path("cmp").exists()
+
+
+def test_seeds_are_whole_numbers() -> None:
+    assert parse_seeds("3, 1,2") == [3, 1, 2]
+    with pytest.raises(ConfigError, match="got '1.5'"):
+        parse_seeds("1.5")
