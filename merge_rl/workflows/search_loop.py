@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merge_rl.config import OptimizeConfig
 from merge_rl.core.statistics import FeatureStats
-from merge_rl.errors import NonFiniteWeightsError, RunError
+from merge_rl.errors import BudgetError, NonFiniteWeightsError, RunError
 from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.rng import image_seeds, stream
 from merge_rl.storage.runs import RunDir
@@ -76,6 +76,7 @@ class SearchLoop:
             raise RunError(f"{path}: damaged resume point: {reason}") from None
         self.tracker.advance(self.images)
         if not begun:
+            self._require_round()
             if self.config.reward.pooled:
                 self._first_pool()
             self._save()
@@ -87,6 +88,20 @@ class SearchLoop:
         if self.failed_rounds >= FAILED_ROUNDS:
             text = f"all candidates failed in {FAILED_ROUNDS} rounds running: the search ends early"
             self.tracker.event({"kind": "warning", "text": text})
+
+    def _require_round(self) -> None:
+        """Raise BudgetError unless there is budget for the pool and what is asked first."""
+        if self.searcher.done:
+            return
+        reward, candidates = self.config.reward, len(self.searcher.ask())
+        needed = self.images + self._round_cost(candidates)
+        needed += reward.pool_size if reward.pooled else 0
+        if needed > self.limit:
+            raise BudgetError(
+                f"{self.limit} images for the search do not pay for one round: "
+                f"{self.config.search.name} begins with {candidates} candidates of "
+                f"{reward.images_per_candidate} images: expected at least {needed}"
+            )
 
     def _round_cost(self, candidates: int) -> int:
         reward = self.config.reward

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import OptimizeConfig
-from merge_rl.errors import NonFiniteWeightsError
+from merge_rl.errors import BudgetError, NonFiniteWeightsError
 from merge_rl.interfaces import NullTracker, Searcher
 from merge_rl.storage.checkpoints import open_checkpoints
 from merge_rl.storage.runs import RunDir
@@ -280,6 +280,25 @@ def test_without_a_pool_every_image_is_a_candidates(build: Build) -> None:
     assert torch.equal(built.loop.result_theta, built.loop.searcher.mean)
     best = max(first["rewards"] + second["rewards"])
     assert float(built.loop.incumbents.scores[0]) == best
+
+
+@pytest.mark.parametrize(
+    ("settings", "budget", "needed"),
+    [({}, 89, 90), ({"reward": {"name": "fid-full"}}, 39, 40)],
+    ids=["pool 40, 4 x 10, refresh 10", "4 x 10"],
+)
+def test_a_budget_below_one_round_is_refused(
+    build: Build, settings: dict[str, Any], budget: int, needed: int
+) -> None:
+    built = build(budget=needed, **settings)
+    message = rf"{budget} images .* with 4 candidates of 10 images: expected at least {needed}$"
+    loop = SearchLoop(
+        built.loop.config, built.job, Steps(3), built.run, NullTracker(), limit=budget
+    )
+    with pytest.raises(BudgetError, match=message):
+        loop.run()
+    assert built.calls == []  # nothing was generated,
+    assert not built.run.state_path.exists()  # and nothing saved
 
 
 def test_a_map_that_fails_is_a_failed_candidate(build: Build) -> None:
