@@ -20,6 +20,7 @@ from merge_rl.parallel.store import Store, greet, prefixed, welcome
 
 PAUSE: Final = (1e-4, 5e-3)  # between two looks at an exchange: first, longest
 LOOK_SECONDS: Final = 0.25  # how often a waiting rank looks for failures of others
+START_SECONDS: Final = 300.0  # that processes of one launch may start apart, at most
 GRACE: Final = 3.0  # seconds that a lost rank's last words may take
 DONE: Final = "done: "  # before the phase in which a rank has finished
 
@@ -38,6 +39,7 @@ class Group:
         self.rank, self.size = place.rank, place.size
         self._store = store
         self._links: Any = None  # torch's stubs know half of what it can do
+        self._met = False  # whether this set of processes has found itself
         self._barriers = 0
 
     @property
@@ -49,12 +51,13 @@ class Group:
         """Wait until every rank is here, then open the links between them."""
         if self._store is None or self.size == 1:
             return
+        self._store.set(f"early/{self.rank}", "")  # nothing of a process before this one counts
         waiting = partial(self._waiting, "start")
         if self.leads:
             token = welcome(self._store, self.size, waiting)
         else:
             token = greet(self._store, self.rank, waiting)
-        self._store = prefixed(token, self._store)
+        self._store, self._met = prefixed(token, self._store), True
         # Our own clock ends a wait before gloo's does: it can say who is missing.
         slack = timedelta(seconds=self.timeout + 60)
         links: Any = prefixed("links", self._store)
@@ -62,7 +65,8 @@ class Group:
 
     def _waiting(self, phase: str, away: Callable[[], list[int]]) -> Iterator[None]:
         """Give way to a test again and again; raise if a rank has failed, or when time is up."""
-        until, looked, pause = time.monotonic() + self.timeout, time.monotonic(), PAUSE[0]
+        seconds = self.timeout if self._met else min(self.timeout, START_SECONDS)
+        until, looked, pause = time.monotonic() + seconds, time.monotonic(), PAUSE[0]
         while True:
             yield
             time.sleep(pause)
@@ -71,7 +75,7 @@ class Group:
                 looked = now
                 self._look()
             if now > until:
-                raise ParallelError(self._late(away(), phase))
+                raise ParallelError(self._late(away(), phase, seconds))
 
     def note(self, doing: str) -> None:
         """Say what this rank is doing, for the message of whoever waits for it in vain."""
@@ -133,24 +137,35 @@ class Group:
 
     def fail(self, sentence: str) -> None:
         """Tell the others that this rank has failed, and why; its first sentence stands."""
-        if self._store is None or self.size == 1 or self._has(f"failure/{self.rank}"):
+        if self._store is None or self.size == 1:
             return
         with suppress(RuntimeError):  # the store may be gone by now
-            self._store.set(f"failure/{self.rank}", sentence)
-            self._store.add("failures", 1)
+            if not self._met:
+                self._store.set(f"early/{self.rank}", sentence)
+            elif not self._has(f"failure/{self.rank}"):
+                self._store.set(f"failure/{self.rank}", sentence)
+                self._store.add("failures", 1)
 
     def failure(self) -> str | None:
-        """What the failed rank of the lowest number said, on rank 0; elsewhere only that it did."""
-        if self._store is None or self.size == 1 or self._store.add("failures", 0) == 0:
+        """What the failed rank of the lowest number said; None if none has failed.
+
+        Before all ranks have met, what one of them may have said that came no further.
+        """
+        if self._store is None or self.size == 1:
             return None
+        if self._met and self._store.add("failures", 0) == 0:
+            return None
+        kind = "failure" if self._met else "early"
         for rank in range(self.size):
-            if rank != self.rank and self._has(f"failure/{rank}"):
-                return f"rank {rank}: {self._store.get(f'failure/{rank}').decode()}"
+            name = f"{kind}/{rank}"
+            text = self._store.get(name).decode() if rank != self.rank and self._has(name) else ""
+            if text:
+                return f"rank {rank}: {text}"
         return None
 
     def _look(self) -> None:
-        """Raise if another rank has failed."""
-        sentence = self.failure()
+        """Raise if another rank has failed since all have met."""
+        sentence = self.failure() if self._met else None
         if sentence is not None:
             raise (ParallelError if self.leads else StoppedError)(sentence)
 
@@ -174,13 +189,14 @@ class Group:
         missing = self._listed(self._busy())
         raise ParallelError(f"a rank is gone{_during(phase)}; not finished: {missing}")
 
-    def _late(self, ranks: list[int], phase: str) -> str:
+    def _late(self, ranks: list[int], phase: str, seconds: float) -> str:
         if not self.leads and ranks == [0]:
-            return f"rank 0 has said nothing for {self.timeout:g} s{_during(phase)}"
+            return f"rank 0 has said nothing for {seconds:g} s{_during(phase)}"
+        said = self.failure()
         return (
-            f"no answer for {self.timeout:g} s{_during(phase)} from {self._listed(ranks)}; "
-            "MERGERL_TIMEOUT sets how long to wait"
-        )
+            f"no answer for {seconds:g} s{_during(phase)} from {self._listed(ranks)}"
+            + (f", and {said}" if said else "; MERGERL_TIMEOUT sets how long to wait")
+        )  # fmt: skip
 
     def _busy(self) -> list[int]:
         """On rank 0 the ranks whose last word is not that they were done; elsewhere rank 0."""

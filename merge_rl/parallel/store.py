@@ -48,7 +48,8 @@ def open_store(place: Place, timeout: float) -> Store:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ParallelError(f"rank {place.rank} cannot reach the other ranks: {reason}") from None
-    return prefixed(f"merge_rl/{place.restarts}", found[0])
+    # Not by the number of restarts: launchers on several machines count their own.
+    return prefixed("merge_rl", found[0])
 
 
 Waiting = Callable[[Callable[[], list[int]]], Iterable[None]]

@@ -50,6 +50,7 @@ class Plan:
     disk: int
     disk_free: int
     feature_dim: int
+    speeds: Speeds
     estimates: tuple[Estimate, ...]
     notes: tuple[str, ...]
 
@@ -138,7 +139,7 @@ def plan(
     estimates = estimate(workload, devices, config.batch, speeds, image_bytes)
     return Plan(
         config, workload, calls, flops, merge_bytes, workload.images * image_bytes, found, disk,
-        free, dim, tuple(estimates), (*parts.notes, *_advice(config, workload, devices)),
+        free, dim, speeds, tuple(estimates), (*parts.notes, *_advice(config, workload, devices)),
     )  # fmt: skip
 
 
