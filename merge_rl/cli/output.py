@@ -141,23 +141,22 @@ class ProgressTracker(BarTracker):
         super().event(event)
         if event.get("kind") != "round":
             return
-        gap = event.get("gap")
-        note = f"round {event['round'] + 1}  {_progress_text(event)}"
+        gap, number, level = event.get("gap"), event["round"] + 1, _level(event)
+        note = f"round {number}  {level}"
         note += "" if gap is None else f"  gap {gap:+.0%}"
         note += f"  {event['failed']} failed" if event.get("failed") else ""
         if self._live:
-            short = f"round {event['round'] + 1} {_progress_text(event)}"
-            self._progress.update(self._task, note=short)
+            self._progress.update(self._task, note=f"round {number} {level}")
         elif not self._quiet:
             say(f"  {note}  {event['images']:,} images  {event['seconds']:.1f} s")
 
 
-def _progress_text(event: Mapping[str, Any]) -> str:
-    """Where a search stands after a round: its pool, or its best candidate where it has none."""
+def _level(event: Mapping[str, Any]) -> str:
+    """What a round came to: of rewards without a pool, the best candidate."""
     if event["pool_after"] is not None:
         return f"pool FID {event['pool_after']:.3f}"
     rewards = [reward for reward in event["rewards"] if reward is not None]
-    return f"best reward {max(rewards):.3f}" if rewards else "no reward"
+    return f"best candidate {-max(rewards):.3f}" if rewards else "no candidate"
 
 
 def interval_text(summary: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,15 @@ def test_a_stop_is_not_a_loss(
     assert "the comparison is not finished" in err
     assert mergerl(*arguments, "--curve-images", 0).code == 1  # began with another number
     assert mergerl(*arguments).code == 0
+
+
+def test_a_search_without_a_pool_tells_of_its_candidates(tiny: Path, mergerl: Mergerl) -> None:
+    few = [*SMALL[:8], "--set", "evaluation.selection_images=10", "--subset", 10, "--population", 4]
+    code, out, err = mergerl("optimize", tiny, "--out", "run", "--searcher", "random", *few)
+    assert code == 0, err
+    assert re.search(r"round 1  best candidate \d+\.\d{3}  \d+ images", err)
+    assert "chose " in out or "reports the mean" in out
+    assert "spent 100 images: 0 to find the start, 100 in" in out
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,11 @@ from merge_rl.config import OptimizeConfig
 from merge_rl.errors import BudgetError, ConfigError, RunError, UnknownNameError
 from merge_rl.interfaces import NullTracker
 from merge_rl.storage.runs import RunDir
-from merge_rl.workflows.assemble import build_job, resolve_config
+from merge_rl.workflows.assemble import Job, build_job, resolve_config
 from merge_rl.workflows.compare import compare_searchers
 from merge_rl.workflows.compare_report import write_comparison
 from merge_rl.workflows.contenders import check_seeds, parse_contender, parse_contenders
+from merge_rl.workflows.jobs import Jobs
 from merge_rl.workflows.score_store import ScoreStore
 from merge_rl.workflows.search import search
 from merge_rl.workflows.trials import Trial
@@ -192,6 +193,23 @@ def test_the_numbers_of_the_table(compared: Compared) -> None:
             1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1,
         )]  # fmt: skip
     assert json.loads((compared.out / "compare.json").read_text()) == document
+
+
+def test_what_searches_can_share_is_built_once(compared: Compared) -> None:
+    opened = mrl.open_checkpoints(compared.config.checkpoints, track="raw")
+    jobs = Jobs(opened, lambda _text: None)
+
+    def job(text: str, seed: int) -> Job:
+        return jobs.of(resolve_config(parse_contender(text).config(compared.config, seed), opened))
+
+    first, second = job("policy-gradient", 0), job("random reward.name=fid-full", 1)
+    assert second.flat is first.flat
+    assert second.final_rollout is first.final_rollout
+    assert second.reward is not first.reward
+    assert second.rollout is not first.rollout  # each counts its own time
+    other = job("policy-gradient merge.map=softmax merge.start=uniform", 0)
+    assert other.flat is not first.flat
+    assert other.map(other.map_origin).tolist() == [[0.25] * 4]
 
 
 def test_done_is_not_done_again(
