@@ -15,8 +15,8 @@ from merge_rl.config import EvaluationConfig, OptimizeConfig, RewardConfig, Sear
 from merge_rl.errors import MergeRLError
 
 PROMISED = [
-    "CheckpointSet", "FeatureStats", "MergeRLError", "build_model", "compare_searchers", "convert", "evaluate",
-    "feature_stats",
+    "CheckpointSet", "FeatureStats", "MergeRLError", "build_model", "compare_searchers", "convert",
+    "evaluate", "feature_stats",
     "frechet_distance", "kernel_distance", "load_model", "merge", "open_checkpoints", "optimize",
     "prdc", "push", "resume", "sample", "save_model",
 ]  # fmt: skip

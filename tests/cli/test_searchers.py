@@ -44,7 +44,7 @@ def test_a_run_from_end_to_end(
     spent = 10 * sum(len(event["candidates"]) for event in rounds)
     assert rounds[0]["pool_after"] is None
     assert spent <= json.loads(out)["search_images"] <= 400
-    assert "best reward -" in err
+    assert "best candidate " in err
 
 
 def test_uniform_needs_no_search(mergerl: Mergerl, tiny: Path) -> None:
