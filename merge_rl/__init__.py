@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
     from merge_rl.storage.convert import ConvertResult, convert
     from merge_rl.storage.hub import push
+    from merge_rl.workflows.compare import compare_searchers
     from merge_rl.workflows.evaluate import evaluate
     from merge_rl.workflows.export import save_model
     from merge_rl.workflows.finetune import FinetuneResult, finetune
