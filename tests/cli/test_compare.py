@@ -78,7 +78,9 @@ def test_a_search_without_a_pool_tells_of_its_candidates(tiny: Path, mergerl: Me
     assert code == 0, err
     assert re.search(r"round 1  best candidate \d+\.\d{3}  \d+ images", err)
     assert "chose " in out or "reports the mean" in out
-    assert "spent 80 images: 0 to find the start, 80 in 2 rounds" in out
+    assert re.search(
+        r"spent 80 images: 0 to find the start, 80 in \d+ rounds", " ".join(out.split())
+    )
 
 
 @pytest.mark.parametrize(
