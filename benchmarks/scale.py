@@ -2,10 +2,9 @@
 
     python -m benchmarks.scale [--ranks 2] [--repeats 5] [--out FILE.json]
 
-Starts itself under torchrun, one thread a process, on the embedded digits run. In turns rank 0 alone
-makes
-a round's images (16 candidates of 100), the others asleep, and all make them together; the
-rates are compared. Goal: two processes on two cores make at least 1.7 times the images a second.
+Starts itself under torchrun, one thread a process, on the embedded run of digits. In turns rank 0
+makes a round's images alone (16 candidates of 100), the others asleep, and all make them together.
+Goal: two processes on two cores make at least 1.7 times the images a second.
 
 Then a round of P = 128 candidates of n = 50 images with d = 2,048 features, made of nothing: the
 request, the gathering over loopback, ask and tell. Goal: under 50 ms.
