@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from merge_rl.cli.finetune import resume_run
+from merge_rl.cli import ranks
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -327,6 +328,7 @@ def resume(
     from merge_rl.workflows.optimize import resume as run_resume
 
     if is_finetune_run(run):
+        ranks.require_parallel("finetune")
         resume_run(run, json=json)
     else:
         _drive(run, lambda tracker: run_resume(run, tracker=tracker), json=json)

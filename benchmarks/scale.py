@@ -1,0 +1,148 @@
+"""Two processes against one, and what a round costs beside its images.
+
+    python -m benchmarks.scale [--ranks 2] [--repeats 5] [--out FILE.json]
+
+Starts itself under torchrun, one thread a process, on the embedded run of digits. In turns rank 0
+makes a round's images alone (16 candidates of 100), the others asleep, and all make them together.
+Goal: two processes on two cores make at least 1.7 times the images a second.
+
+Then a round of P = 128 candidates of n = 50 images with d = 2,048 features, made of nothing: the
+request, the gathering over loopback, ask and tell. Goal: under 50 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_rl.config import OptimizeConfig, SearchConfig
+from merge_rl.demo.write import write_demo
+from merge_rl.parallel import Group, joined
+from merge_rl.storage.checkpoints import open_checkpoints
+from merge_rl.workflows.assemble import build_job, resolve_config
+from merge_rl.workflows.crew import Crew
+from merge_rl.workflows.rollout import MergedRollout, Rollout, WorkItem, balanced_labels
+from merge_rl.workflows.search import make_searcher
+
+POPULATION, IMAGES = 16, 100
+SPEEDUP, OVERHEAD = 1.7, 0.050
+WIDE, MANY, FEW = 2048, 128, 50
+
+
+class Nothing(Rollout):
+    """Features that cost nothing, as wide as those of Inception."""
+
+    def features_of(self, blocks: Any) -> Any:
+        for block in blocks:
+            yield torch.zeros(len(block()[1]), WIDE)
+
+
+def items(coefficients: torch.Tensor, population: int, images: int) -> list[WorkItem]:
+    seeds, labels = list(range(images)), balanced_labels(images, 10)
+    return [WorkItem(coefficients, seeds, labels) for _ in range(population)]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def empty_rollout(like: Rollout) -> MergedRollout:
+    made = Nothing(
+        like.model, (1, 1, 1), sampler=like.sampler, autoencoder=like.autoencoder,
+        extractor=like.extractor, batch=FEW,
+    )  # fmt: skip
+    made.extractor = type("Wide", (), {"name": "wide", "dim": WIDE})()
+    return MergedRollout(None, made, name="empty")
+
+
+def work(group: Group, folder: Path, repeats: int) -> dict[str, Any] | None:
+    torch.set_num_threads(1)
+    opened = open_checkpoints(folder / "edm2", track="raw")
+    config = OptimizeConfig(checkpoints=str(folder), search=SearchConfig(population=MANY))
+    config = resolve_config(config, opened)
+    job = build_job(config, opened)
+    empty = empty_rollout(job.rollout.rollout)
+    crew = Crew(group, (job.rollout, empty))
+    if not group.leads:
+        crew.follow()
+        return None
+    coefficients = job.coefficients(None)
+    made = items(coefficients, POPULATION, IMAGES)
+    together, spread = job.rollout, job.rollout.spread
+    alone = MergedRollout(together.live, together.rollout)
+    rows = []
+    for _ in range(repeats + 1):
+        rows.append((seconds(lambda: alone.features_of(made)),
+                     seconds(lambda: together.features_of(made, "round"))))  # fmt: skip
+    rows = rows[1:]  # the first sets things up
+    assert spread is not None
+    searcher = make_searcher(config, job)
+    wide = items(coefficients, MANY, FEW)
+
+    def round_of_nothing() -> None:
+        thetas = searcher.ask()
+        empty.features_of(wide, "round")
+        searcher.tell(thetas, torch.arange(len(thetas)).double())
+
+    round_of_nothing()
+    overheads = [seconds(round_of_nothing) for _ in range(2 * repeats)]
+    crew.end()
+    images = POPULATION * IMAGES
+    return {
+        "ranks": group.size, "repeats": repeats, "images": images,
+        "alone": [images / a for a, _ in rows], "together": [images / b for _, b in rows],
+        "speedup": statistics.median(a / b for a, b in rows), "overhead": overheads,
+        "load": os.getloadavg()[0],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Several processes against one.")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.folder is None:
+        with tempfile.TemporaryDirectory() as name:
+            write_demo(Path(name))
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        f"--nproc-per-node={given.ranks}", "-m", "benchmarks.scale"]  # fmt: skip
+            launcher += ["--folder", name, "--repeats", str(given.repeats)]
+            launcher += ["--out", str(given.out)] if given.out else []
+            subprocess.run(launcher, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return
+    with joined() as group:
+        row = work(group, given.folder, given.repeats)
+    if row is None:
+        return
+    for name in ("alone", "together"):
+        rates = row[name]
+        print(f"{name:>9}: {statistics.median(rates):7.1f} images/s "
+              f"[{min(rates):.1f}, {max(rates):.1f}]")  # fmt: skip
+    verdict = "reached" if row["speedup"] >= SPEEDUP else "missed"
+    print(f"{row['ranks']} processes: {row['speedup']:.2f} x, median of {row['repeats']}; goal "
+          f"{SPEEDUP}: {verdict} (load average {row['load']:.1f})")  # fmt: skip
+    overhead = statistics.median(row["overhead"])
+    verdict = "reached" if overhead < OVERHEAD else "missed"
+    print(f"a round beside its images, P = {MANY}, n = {FEW}, d = {WIDE}: {1e3 * overhead:.1f} ms, "
+          f"median of {len(row['overhead'])}; goal {1e3 * OVERHEAD:.0f} ms: {verdict}")  # fmt: skip
+    if given.out:
+        given.out.write_text(json.dumps(row, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
