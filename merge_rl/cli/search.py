@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from merge_rl.cli.finetune import resume_run
 from merge_rl.cli import ranks
+from merge_rl.cli.finetune import resume_run
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
