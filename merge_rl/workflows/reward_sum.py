@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,6 +31,12 @@ class Scores(NamedTuple):
 
     rewards: Tensor
     terms: Mapping[str, Tensor]
+
+
+def term_means(terms: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """Mean of each term over the candidates that did not fail, None if all did."""
+    means = {name: float(values.nanmean()) for name, values in terms.items()}
+    return {name: None if math.isnan(mean) else mean for name, mean in means.items()}
 
 
 class RewardSum:

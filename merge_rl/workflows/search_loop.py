@@ -19,7 +19,7 @@ from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.incumbents import Incumbents
 from merge_rl.workflows.pool import Pool, draw_subset, pool_gap
-from merge_rl.workflows.reward_sum import Scores
+from merge_rl.workflows.reward_sum import Scores, term_means
 from merge_rl.workflows.rollout import WorkItem, balanced_labels
 
 DAMP, RECOVER = 0.7, 1.15  # what a gap does to the step, and how it comes back
@@ -143,7 +143,7 @@ class SearchLoop:
             "coefficients": self.job.map(self.searcher.mean).tolist(),
             "candidates": thetas.tolist(),
             "rewards": [None if math.isnan(r) else r for r in rewards.tolist()],
-            **({"terms": _term_means(terms)} if len(terms) > 1 else {}),
+            **({"terms": term_means(terms)} if len(terms) > 1 else {}),
             "failed": int(rewards.isnan().sum()),
             "pool_before": before,
             **refresh,
@@ -165,8 +165,8 @@ class SearchLoop:
             return torch.zeros(len(thetas), dtype=torch.float64)
         reward = self.config.reward
         share = reward.images_per_subset / reward.pool_size if reward.pooled else 1.0
-        squares = [self.job.map(theta).square().sum(1).mean() for theta in thetas]
-        return self.config.merge.l2 * share * torch.stack(squares)
+        rows = torch.stack([self.job.map(theta) for theta in thetas])
+        return self.config.merge.l2 * share * rows.square().sum(2).mean(1)
 
     def _note_failures(self, rewards: Tensor) -> None:
         if bool(rewards.isnan().all()):
@@ -304,9 +304,3 @@ class SearchLoop:
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with the prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _term_means(terms: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """Mean of each term over the candidates that did not fail, None if all did."""
-    means = {name: float(values.nanmean()) for name, values in terms.items()}
-    return {name: None if math.isnan(mean) else mean for name, mean in means.items()}
