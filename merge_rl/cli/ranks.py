@@ -11,7 +11,7 @@ from typing import Final
 from merge_rl.errors import MergeRLError, ParallelError
 
 # Commands that share their work; the others would do the same thing in every process.
-PARALLEL_COMMANDS: Final = ("optimize", "resume", "evaluate")
+PARALLEL_COMMANDS: Final = ("optimize", "resume", "evaluate", "reference")
 
 
 def launched() -> bool:
@@ -44,6 +44,16 @@ def require_parallel(command: str | None) -> None:
             f"{command} works in one process, got {os.environ['WORLD_SIZE']}; start it without "
             f"torchrun (which is for {', '.join(PARALLEL_COMMANDS)})"
         )
+
+
+def own_device(device: str) -> str:
+    """The device of this process: "cuda" is another GPU in each."""
+    if not launched():
+        return device
+    from merge_rl.parallel import Place
+    from merge_rl.workflows.launch import own_device as own
+
+    return own(device, Place.here())
 
 
 def tell(sentence: str) -> None:

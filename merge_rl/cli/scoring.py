@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from merge_rl.cli import ranks
 from merge_rl.cli import sampler_options as options
 from merge_rl.cli.evaluation import find_autoencoder, find_sampler
 from merge_rl.cli.output import (
@@ -103,6 +104,7 @@ def evaluate(
     from merge_rl.workflows.samplers import samplers_of
 
     near, kind = find_surroundings(model), kind_of(model)
+    device = ranks.own_device(device)
     target = str(reference or near.reference or "")
     if not target:
         raise ConfigError(f"no run or manifest near {model} names a reference; pass --reference")

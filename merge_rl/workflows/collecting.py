@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,12 +15,14 @@ from torch import Tensor
 from merge_rl.core.statistics import FeatureStats, extend_stats
 from merge_rl.errors import RunError
 from merge_rl.interfaces import FeatureExtractor
-from merge_rl.storage.image_source import ImageKind, ImageSource, ImageStream
+from merge_rl.parallel import Group, Place
+from merge_rl.storage.image_source import ImageKind, ImageSource
 from merge_rl.storage.work_folder import WorkFolder
-from merge_rl.workflows.extraction import extract_features
+from merge_rl.workflows.turns import Turns
 
 BLOCK_ROWS: Final = 256  # images whose features enter the moments together, in whole batches
 SAVE_SECONDS: Final = 20.0  # how often the state is saved
+ALONE: Final = Group(Place())
 
 Found = tuple[Tensor, Tensor]
 """Positions (B,) in the plan, features (B, D)."""
@@ -52,7 +55,7 @@ class Collected:
     kind: ImageKind | None = None
     broken: tuple[str, ...] = ()
 
-    def extended(self, plan: Plan, block: Sequence[Found], images: ImageStream) -> Collected:
+    def extended(self, plan: Plan, block: Sequence[Found], images: Turns) -> Collected:
         """After the next block; what is there is left as it is."""
         positions = torch.cat([found for found, _ in block])
         features = torch.cat([features for _, features in block])
@@ -83,24 +86,31 @@ def collect(
     device: str,
     skip_broken: bool,
     on_images: Callable[[int], None],
+    group: Group = ALONE,
 ) -> Collected:
     """Go through the images of a plan, from where the work folder says an earlier call got to.
 
-    Blocks begin at the same images whoever forms them, so an interruption changes no bit.
+    Blocks begin at the same images whoever forms them, so an interruption changes no bit, nor does
+    the number of processes. Rank 0 calls this, the others `help_collect`.
     """
     state = restore(work, plan, device)
     on_images(state.done)
+    group.broadcast(state.done, phase="images")
     left, saved = plan.rows[state.done :].tolist(), time.monotonic()
+    images = Turns(
+        group, source, extractor, batch=plan.batch, device=device, skip_broken=skip_broken,
+        kind=state.kind, broken=state.broken,
+    )  # fmt: skip
 
-    def batches(images: ImageStream) -> Iterator[Found]:
-        found = extract_features(images, left, extractor, batch=plan.batch, device=device)
-        for number, (rows, features) in enumerate(found):
+    def batches() -> Generator[Found, None, None]:
+        for number, (rows, features) in enumerate(images.batches(left)):
             yield torch.searchsorted(plan.rows, rows), features
             on_images(min(plan.batch, len(left) - number * plan.batch))
 
     try:
-        with ImageStream(source, skip_broken, state.kind, list(state.broken)) as images:
-            for block in _grouped(batches(images), plan.block // plan.batch):
+        # Closed before anything else happens: threads read ahead inside.
+        with contextlib.closing(batches()) as found:
+            for block in _grouped(found, plan.block // plan.batch):
                 state = state.extended(plan, block, images)
                 if time.monotonic() - saved >= SAVE_SECONDS:
                     state, saved = save(work, state), time.monotonic()
@@ -108,6 +118,24 @@ def collect(
         save(work, state)
         raise
     return state
+
+
+def help_collect(
+    source: ImageSource,
+    plan: Plan,
+    extractor: FeatureExtractor,
+    group: Group,
+    *,
+    device: str,
+    skip_broken: bool,
+) -> None:
+    """What `collect` of rank 0 needs of the others."""
+    done = group.broadcast(phase="images")
+    images = Turns(
+        group, source, extractor, batch=plan.batch, device=device, skip_broken=skip_broken
+    )
+    for _ in images.batches(plan.rows[done:].tolist()):
+        pass
 
 
 def save(work: WorkFolder | None, state: Collected) -> Collected:

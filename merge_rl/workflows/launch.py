@@ -36,7 +36,7 @@ def own_device(device: str, place: Place, count: int | None = None) -> str:
     """
     if torch.device(device).type != "cuda" or place.size == 1:
         return device
-    if ":" in device:
+    if ":" in device and device != f"cuda:{place.local_rank}":
         raise ConfigError(
             f"expected --device cuda with several processes, got {device}: each takes a GPU of "
             "its own"

@@ -13,12 +13,16 @@ from torch import Tensor
 from merge_rl.core.statistics import FeatureStats
 from merge_rl.errors import ConfigError, TooFewSamplesError
 from merge_rl.interfaces import FeatureExtractor, NullTracker, Tracker
+from merge_rl.parallel import joined
 from merge_rl.storage.image_source import ImageSource, open_images
 from merge_rl.storage.reference import save_reference
 from merge_rl.storage.work_folder import WorkFolder
-from merge_rl.workflows.collecting import Collected, Plan, collect, kept_features
+from merge_rl.version import __version__
+from merge_rl.workflows.collecting import Collected, Plan, collect, help_collect, kept_features
+from merge_rl.workflows.crew import require_agreement
 from merge_rl.workflows.export import require_new
 from merge_rl.workflows.extraction import choose_rows, split_rows
+from merge_rl.workflows.launch import device_facts, own_device
 
 
 def build_reference(
@@ -81,18 +85,27 @@ def build_reference(
         "dim": extractor.dim, "batch": batch, "keep": keep_features, "split": split,
         "skip_broken": skip_broken, "limit": limit, "balanced": balanced, "seed": seed,
     }  # fmt: skip
-    work = WorkFolder(Path(out), key)
-    tracker = tracker or NullTracker()
-    tracker.phase("reference", len(rows))
-    found = collect(
-        source, plan, extractor, work,
-        device=device, skip_broken=skip_broken, on_images=tracker.advance,
-    )  # fmt: skip
-    document = _write(outs, source, plan, found, work, extractor, extractor_sha256)
-    for text in _warnings(document):
-        tracker.event({"kind": "warning", "text": text})
-    work.remove()
-    return document
+    with joined() as group:
+        placed = own_device(device, group.place)
+        if group.size > 1:
+            facts = {"version": __version__, "work": key, "device": device_facts(placed)}
+            require_agreement(group, facts)
+        if not group.leads:
+            help_collect(source, plan, extractor, group, device=placed, skip_broken=skip_broken)
+            return dict(group.broadcast(phase="end"))
+        work = WorkFolder(Path(out), key)
+        tracker = tracker or NullTracker()
+        tracker.phase("reference", len(rows))
+        found = collect(
+            source, plan, extractor, work, device=placed, skip_broken=skip_broken,
+            on_images=tracker.advance, group=group,
+        )  # fmt: skip
+        document = _write(outs, source, plan, found, work, extractor, extractor_sha256)
+        for text in _warnings(document):
+            tracker.event({"kind": "warning", "text": text})
+        work.remove()
+        group.broadcast(document, phase="end")
+        return document
 
 
 def _write(
