@@ -166,7 +166,7 @@ def _share(rows: list[dict[str, Any]], seed: int, steps: int) -> float:
 
 
 def memory_child(steps: int) -> None:
-    """Two training steps of a SiT of some size; prints the peak memory of the process in bytes."""
+    """A training step of a SiT of some size; prints the peak memory of the process in bytes."""
     from merge_rl.core.sampling import following, make_sde
     from merge_rl.core.step_policy import replay, step_loss
     from merge_rl.models.sit import SiT
@@ -174,16 +174,15 @@ def memory_child(steps: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = SiT(
-        input_size=16, patch_size=2, in_channels=4, hidden_size=192, depth=8, num_heads=4,
+        input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=4, num_heads=4,
         num_classes=10, learn_sigma=False,
     ).eval()  # fmt: skip
     noise, labels = torch.randn(32, *model.sample_shape), torch.arange(32) % 10
     settings = SamplerConfig(solver="sde-euler", num_steps=steps)
     sde = make_sde(settings, model, labels)
-    for _ in range(2):
-        for action in replay(sde, noise, following(noise)):
-            found = step_loss(sde, action, torch.ones(32), clip=0.2)
-            found.loss.backward()  # type: ignore[no-untyped-call]
+    for action in replay(sde, noise, following(noise)):
+        found = step_loss(sde, action, torch.ones(32), clip=0.2)
+        found.loss.backward()  # type: ignore[no-untyped-call]
     print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
