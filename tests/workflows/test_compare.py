@@ -20,6 +20,7 @@ from merge_rl.interfaces import NullTracker
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job, build_job, resolve_config
 from merge_rl.workflows.compare import compare_searchers
+from merge_rl.workflows.compare_picture import window
 from merge_rl.workflows.compare_report import write_comparison
 from merge_rl.workflows.contenders import check_seeds, parse_contender, parse_contenders
 from merge_rl.workflows.jobs import Jobs
@@ -361,3 +362,11 @@ def test_without_the_library_there_is_a_table(
     assert "pip install 'merge_rl[report]'" in note
     assert "compare.png" not in (tmp_path / "compare.md").read_text()
     assert not (tmp_path / "compare.png").exists()
+
+
+def test_the_plot_shows_the_results_and_not_what_is_far_worse() -> None:
+    # Results from 0.6 to 0.8: 0.3 of their range below, 1.5 of it above.
+    low, high = window([0.7, 0.6, 0.8])
+    assert (low, high) == pytest.approx((0.54, 1.1))
+    # Equal ones: a twentieth of their size stands for the range.
+    assert window([2.0, 2.0]) == pytest.approx((1.97, 2.15))
