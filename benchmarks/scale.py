@@ -43,6 +43,9 @@ WIDE, MANY, FEW = 2048, 128, 50
 class Nothing(Rollout):
     """Features that cost nothing, as wide as those of Inception."""
 
+    def noise(self, seeds: Any) -> torch.Tensor:
+        return torch.zeros(len(seeds), 1)
+
     def features_of(self, blocks: Any) -> Any:
         for block in blocks:
             yield torch.zeros(len(block()[1]), WIDE)

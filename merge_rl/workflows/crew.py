@@ -78,8 +78,10 @@ class Crew:
         self.group.note(f"{phase}: {_described(mine)}")
         rows = rollout.rows(items, mine)
         counts = [sum(blocks[i].size for i in share) for share in shares]
-        padded = rows.new_zeros(max(counts), rows.shape[1])
-        padded[: len(rows)] = rows
+        padded = rows
+        if len(rows) < max(counts):
+            padded = rows.new_zeros(max(counts), rows.shape[1])
+            padded[: len(rows)] = rows
         found = self.group.gather(padded, phase=phase)
         if found is None:
             return rows
