@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from merge_rl.cli.output import JsonFlag, ProgressTracker, print_json, print_table, say
-from merge_rl.cli.settings import set_dotted, split_named, split_pair
+from merge_rl.cli.settings import override, set_dotted, split_named
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -218,8 +218,6 @@ def build_settings(
 
     Settings of a sampler that are not said are those of the model's set or run.
     """
-    import yaml
-
     from merge_rl.config import from_mapping, load_mapping, to_mapping
     from merge_rl.config.finetune import PAPER_REWARD, FinetuneConfig
     from merge_rl.workflows.defaults import find_surroundings
@@ -232,11 +230,7 @@ def build_settings(
                 value = {**values[key], **value}
             set_dotted(values, key, str(value) if isinstance(value, Path) else value)
     for pair in overrides:
-        key, text = split_pair(pair)
-        try:
-            set_dotted(values, key, yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {pair}: the value is not valid YAML") from None
+        override(values, pair)
     if isinstance(values.get("reward"), Mapping):
         values["reward"] = {**to_mapping(PAPER_REWARD), **values["reward"]}
     if isinstance(values.get("sampler"), Mapping):

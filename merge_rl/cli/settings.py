@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from merge_rl.config import AUTO_BATCH, OptimizeConfig, from_mapping, load_mapping
 from merge_rl.errors import ConfigError
 
@@ -38,11 +36,7 @@ def build_config(
     if groups:
         set_dotted(values, "merge.groups", dict(split_pair(pair) for pair in groups))
     for pair in overrides:
-        key, text = split_pair(pair)
-        try:
-            set_dotted(values, key, yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {pair}: the value is not valid YAML") from None
+        override(values, pair)
     if isinstance(values.get("sampler"), dict):
         values["sampler"] = {**(sampler or {}), **values["sampler"]}
     if values.get("batch") == "auto":
@@ -86,6 +80,17 @@ def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any
             value = overlaid(old, value)
         values[key] = value
     return values
+
+
+def override(values: dict[str, Any], pair: str) -> None:
+    """Set what --set KEY=VALUE says, with the value read as YAML."""
+    import yaml  # help texts come without it
+
+    key, text = split_pair(pair)
+    try:
+        set_dotted(values, key, yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {pair}: the value is not valid YAML") from None
 
 
 def set_dotted(values: dict[str, Any], key: str, value: object) -> None:
