@@ -160,7 +160,7 @@ def test_spoilt_sets(kind: str, tiny: Path, mergerl: Mergerl, tmp_path: Path) ->
     [
         (["--pool", 40, "--subset", 41],
          r"subset of 41 images is larger than the pool of 40; expected subset_size <= pool_size"),
-        (["--budget", 89], r"a budget of 89 images does not pay for one round: .* expected at least 90$"),
+        (["--budget", 89], r"89 images does not pay for one round: .* expected at least 90$"),
         (["--map", "afine"], "unknown coefficient map 'afine'; did you mean 'affine'"),
         (["--searcher", "policy-gradeint"], "unknown searcher .*; did you mean 'policy-gradient'"),
         (["--reward", "fid-subst"], "unknown reward 'fid-subst'; did you mean 'fid-subset'"),
