@@ -68,14 +68,16 @@ class Replayed(AskTell):
         finite = torch.cat([self._seen, rewards[rewards.isfinite()]])
         if len(finite):
             self._seen = torch.stack([finite.min(), finite.max()])
-        self._log(self.ask(), told)
+        best = self._log(self.ask(), told)
         if not lost:
-            self._mean = self._recommend()
+            self._mean = best
 
-    def _log(self, thetas: Tensor, told: Tensor) -> None:
+    def _log(self, thetas: Tensor, told: Tensor) -> Tensor:
         self._feed(told)
         self._thetas.append(thetas)
         self._rewards.append(told)
+        # In a replay, too: there are methods that draw to say what they recommend.
+        return self._recommend()
 
     def _new_era(self, centre: Tensor, spread: float) -> None:
         self.spent += self.num_logged

@@ -56,13 +56,14 @@ class Counter(Replayed):
 
     def _propose(self) -> Tensor:
         n = self.step * len(self.fed)
-        return self.centre + vector(n, self.era, -n, self.era).reshape(2, 2)
+        self.last = self.centre + vector(n, self.era, -n, self.era).reshape(2, 2)
+        return self.last
 
     def _feed(self, rewards: Tensor) -> None:
         self.fed.append(rewards)
 
     def _recommend(self) -> Tensor:
-        return self.ask()[int(self.fed[-1].argmax())]
+        return self.last[int(self.fed[-1].argmax())]
 
 
 def told(searcher: Counter, *rounds: tuple[float, float]) -> Counter:

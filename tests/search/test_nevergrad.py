@@ -18,6 +18,7 @@ from merge_rl.search.nevergrad_search import Nevergrad
 
 OPTIMUM = torch.tensor([2.0, -1.0, 0.5, 1.5], dtype=torch.float64)
 PARALLEL = ["CMA", "TBPSA", "TwoPointsDE", "OnePlusOne", "NGOpt", "PSO", "DiagonalCMA"]
+DRAWN = ["RandomSearch", "StupidRandom"]  # the latter draws what it recommends
 
 
 def build(name: str, dim: int = 4, seed: int = 0, evaluations: int = 160, **kw: Any) -> Nevergrad:
@@ -63,6 +64,15 @@ def test_any_name_searches_and_resumes(name: str) -> None:
         assert torch.equal(restored.ask(), thetas)
         restored.tell(thetas, quadratic(thetas))
     assert torch.equal(restored.mean, whole.mean)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_recommending_is_part_of_the_log(name: str) -> None:
+    whole = build(name)
+    play(whole, 3)
+    restored = build(name)
+    restored.load_state_dict(whole.state_dict())
+    assert torch.equal(restored.ask(), whole.ask())
 
 
 @pytest.mark.parametrize("name", ["OnePlusOne", "Cobyla", "NelderMead", "SQP"])
