@@ -148,7 +148,8 @@ def test_one_dimension_does_not_spoil_the_library() -> None:
 
 
 def test_what_fails_inside_the_library_is_a_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"nevergrad:SMAC3 .* expected another optimiser"):
+    # What it lacks depends on what else is installed.
+    with pytest.raises(ConfigError, match=r"nevergrad:SMAC3 (.*another optimiser|needs a package)"):
         build("SMAC3").ask()
 
 

@@ -21,6 +21,7 @@ from merge_rl.errors import BudgetError
 from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
 from merge_rl.workflows.budget import plan_budget
 from merge_rl.workflows.incumbents import Incumbents
+from merge_rl.workflows.score_store import Request
 from merge_rl.workflows.starts import free_starts
 from merge_rl.workflows.tournament import hold
 
@@ -91,10 +92,13 @@ class Scores:
     def __init__(self, table: dict[str, list[float]]) -> None:
         self.table, self.asked = table, []  # type: ignore[var-annotated]
 
-    def get(self, key: str, _rows: Tensor, count: int, *stream: str | int) -> dict[str, float]:
-        _, rung, label = key.split("/")
-        self.asked.append((label, count, stream))
-        return {"reference": self.table[label][int(rung)]}
+    def get_all(self, requests: list[Request]) -> list[dict[str, float]]:
+        found = []
+        for request in requests:
+            _, rung, label = request.key.split("/")
+            self.asked.append((label, request.count, request.stream))
+            found.append({"reference": self.table[label][int(rung)]})
+        return found
 
 
 def test_the_better_half_goes_on() -> None:
