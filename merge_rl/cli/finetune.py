@@ -152,6 +152,13 @@ def finetune(
     ] = None,
     batch: Annotated[int | None, _option(MODEL, "Images without gradients at a time.")] = None,
     device: Annotated[str | None, _option(MODEL, "cpu, cuda, ...")] = None,
+    parallel: Annotated[
+        str | None,
+        _option(
+            MODEL,
+            "Under torchrun: ddp, all weights in every process; fsdp, shards. \\[default: ddp]",
+        ),
+    ] = None,
     seed: Annotated[int | None, _option(RUN, "Fixes every draw. \\[default: 0]")] = None,
     save_every: Annotated[
         int | None, _option(RUN, "Steps between resume points. \\[default: 10]")
@@ -203,6 +210,7 @@ def finetune(
         "curves.num_images": eval_images, "curves.final_images": final_images,
         "curves.repeats": repeats, "curves.stop_on": stop_on, "sampler.guidance": guidance,
         "sampler.guide": guide, "sampler.precision": precision, "device": device,
+        "parallel": parallel,
         "save_every": save_every, "keep_last": keep_last, "snapshot_every": snapshot_every,
         "track": track, "licence": licence,
     }  # fmt: skip

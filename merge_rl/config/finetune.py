@@ -18,12 +18,13 @@ from merge_rl.errors import ConfigError, UnknownNameError
 ALGORITHMS: Final = ("pg", "rs")
 CREDITS: Final = ("set", "per-image")
 UNDER: Final = ("sde", "ode")
+PARALLEL: Final = ("ddp", "fsdp")
 TRACKERS: Final = ("tensorboard", "wandb", "trackio")
 CURVES: Final = ("ode-train", "ode-eval", "sde-train", "sde-eval")
 # N = 5,000, n = 50, a new pool every 10 steps (arXiv:2607.02291).
 PAPER_REWARD: Final = RewardConfig(pool_size=5000, subset_size=50, refresh="10")
-# What may differ when a run goes on: how far, what is kept of it, who is told.
-FREE_ON_RESUME: Final = ("steps", "save_every", "keep_last", "track")
+# What may differ when a run goes on: how far, what is kept of it, who is told, how processes share.
+FREE_ON_RESUME: Final = ("steps", "save_every", "keep_last", "track", "parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,8 @@ class FinetuneConfig:
     seed: int = 0
     batch: int = 250  # images in one forward pass without gradients
     device: str = "cpu"
+    # With several processes: ddp, all weights in each; fsdp, gradients and averages in shards.
+    parallel: str = "ddp"
     licence: str | None = None  # of the result; None: that of the model
     save_every: int = 10  # steps between resume points
     keep_last: int = 2  # resume points
@@ -166,7 +169,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "save_every", "keep_last", "snapshot_every"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        for kind, known in (("algorithm", ALGORITHMS), ("credit", CREDITS)):
+        named = (("algorithm", ALGORITHMS), ("credit", CREDITS), ("parallel", PARALLEL))
+        for kind, known in named:
             if getattr(self, kind) not in known:
                 raise UnknownNameError(kind, getattr(self, kind), known)
         for name in self.track:

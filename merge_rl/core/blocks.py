@@ -49,6 +49,15 @@ def split_blocks(counts: Sequence[int], limit: int) -> list[Block]:
     return blocks
 
 
+def blocks_of_sizes(sizes: Sequence[int]) -> list[Block]:
+    """Neighbouring blocks of one item, of so many images each."""
+    blocks, start = [], 0
+    for size in sizes:
+        blocks.append(Block(0, start, start + size))
+        start += size
+    return blocks
+
+
 def share_blocks(blocks: Sequence[Block], parts: int) -> list[range]:
     """For each of `parts` a run of neighbouring blocks, about equal in images; some may be empty.
 

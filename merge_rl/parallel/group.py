@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -163,6 +163,29 @@ class Group:
                 return f"rank {rank}: {text}"
         return None
 
+    def store_of(self, name: str) -> Store:
+        """A part of the shared store that this set of processes has to itself, for links of others.
+
+        ParallelError for a process alone, which shares nothing.
+        """
+        if self._store is None:
+            raise ParallelError("expected several processes, got one")
+        return prefixed(name, self._store)
+
+    def ask_to_stop(self) -> None:
+        """Let rank 0 know that this process was told to stop."""
+        if self._store is not None:
+            self._store.set("stop", "")
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether some rank was told to stop."""
+        return self._has("stop")
+
+    def lost(self, phase: str) -> NoReturn:
+        """Raise for a link that broke, with the last words of whoever was at its other end."""
+        self._lost(phase)
+
     def _look(self) -> None:
         """Raise if another rank has failed since all have met."""
         sentence = self.failure() if self._met else None
@@ -178,7 +201,7 @@ class Group:
         except RuntimeError:
             self._lost(phase)
 
-    def _lost(self, phase: str) -> None:
+    def _lost(self, phase: str) -> NoReturn:
         """A link broke: whoever was at its other end may have left a word."""
         until = time.monotonic() + GRACE
         while time.monotonic() < until:

@@ -78,15 +78,10 @@ class Crew:
         self.group.note(f"{phase}: {_described(mine)}")
         rows = rollout.rows(items, mine)
         counts = [sum(blocks[i].size for i in share) for share in shares]
-        padded = rows
-        if len(rows) < max(counts):
-            padded = rows.new_zeros(max(counts), rows.shape[1])
-            padded[: len(rows)] = rows
-        found = self.group.gather(padded, phase=phase)
-        if found is None:
-            return rows
-        rollout.rollout.on_images(sum(counts) - counts[0])
-        return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+        found = gather_rows(self.group, rows, counts, phase)
+        if self.group.leads:
+            rollout.rollout.on_images(sum(counts[1:]))
+        return found
 
     def _tell_idle(self, shares: Sequence[range], blocks: Sequence[Block]) -> None:
         idle = sum(len(share) == 0 for share in shares)
@@ -97,6 +92,21 @@ class Crew:
                 f"blocks of up to {max(block.size for block in blocks)} images; a smaller --batch "
                 "makes more of them"
             )
+
+
+def gather_rows(group: Group, rows: Tensor, counts: Sequence[int], phase: str) -> Tensor:
+    """Rows of all ranks on rank 0, in rank order; elsewhere the own ones.
+
+    `counts` has how many rows each rank brings.
+    """
+    padded = rows
+    if len(rows) < max(counts):
+        padded = rows.new_zeros(max(counts), rows.shape[1])
+        padded[: len(rows)] = rows
+    found = group.gather(padded, phase=phase)
+    if found is None:
+        return rows
+    return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
 
 
 def _described(blocks: Sequence[Block]) -> str:

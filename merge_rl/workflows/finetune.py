@@ -11,27 +11,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_rl.config.finetune import FREE_ON_RESUME, FinetuneConfig, differing_keys
-from merge_rl.errors import MergeRLError, RunError
+from merge_rl.config import to_mapping
+from merge_rl.config.finetune import FinetuneConfig
+from merge_rl.errors import ConfigError, MergeRLError
 from merge_rl.interfaces import NullTracker, Tracker
+from merge_rl.parallel import Group, joined
 from merge_rl.storage.finetune_run import FinetuneRun
 from merge_rl.storage.hub import local_model
 from merge_rl.storage.model_file import open_model_file
 from merge_rl.storage.origin import newest_model
 from merge_rl.version import __version__
 from merge_rl.workflows.assemble import load_network
+from merge_rl.workflows.data_parallel import process_group
 from merge_rl.workflows.export import require_new, save_model
 from merge_rl.workflows.finetune_card import finetune_card
+from merge_rl.workflows.finetune_crew import SharedParts
 from merge_rl.workflows.finetune_job import (
     FinetuneJob,
     build_finetune,
     check_finetune,
     resolve_finetune,
 )
+from merge_rl.workflows.finetune_launch import begin_finetune, continued
 from merge_rl.workflows.finetune_loop import FinetuneLoop
 from merge_rl.workflows.finetune_report import write_report
 from merge_rl.workflows.finetune_scores import final_scores
+from merge_rl.workflows.finetune_step import StepParts
+from merge_rl.workflows.launch import (
+    goes_on,
+    on_device,
+    require_same_everywhere,
+    require_same_inputs,
+)
 from merge_rl.workflows.learner import Learner, Wrap
+from merge_rl.workflows.stop_signals import StopSignals
 from merge_rl.workflows.trackers import Boards, require_extras
 
 
@@ -62,7 +75,7 @@ def finetune(
     seed: int | None = None,
     config: FinetuneConfig | None = None,
     resume: bool = False,
-    wrap: Wrap = lambda network: network,
+    wrap: Wrap | None = None,
     tracker: Tracker | None = None,
 ) -> FinetuneResult:
     """Fine-tune a model and write RUN/final, with snapshots that can be merged.
@@ -77,7 +90,7 @@ def finetune(
         seed: fixes every draw.
         config: all other settings.
         resume: go on with the run in `out`; it ends as if it had never been interrupted.
-        wrap: what losses are computed through, see `Learner`.
+        wrap: what losses are computed through, see `Learner`; in one process.
         tracker: hears of progress.
 
     Raises MergeRLError subclasses for input that cannot work, before anything is written;
@@ -96,25 +109,25 @@ def finetune(
     tracker = tracker or NullTracker()
     if resume:
         return resume_finetune(out, config=resolved, wrap=wrap, tracker=tracker)
-    require_new(out)
-    check_finetune(resolved)
-    require_extras(resolved.track)
-    job = build_finetune(resolved, _announce(tracker))
-    inputs = {"hashes": dict(job.hashes), "version": __version__}
-    run = FinetuneRun.create(out, resolved, inputs)
-    try:
-        return _drive(run, job, wrap, tracker)
-    except MergeRLError:
-        if not run.state_paths():  # nothing to go on from: do not stand in the next try's way
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
+    with joined() as group:
+        if group.leads and not goes_on(out, group.place):
+            require_new(out)
+        check_finetune(resolved)
+        require_extras(resolved.track)
+        job = _gather(group, resolved, wrap, tracker)
+
+        def begin() -> FinetuneRun:
+            inputs = {"hashes": dict(job.hashes), "version": __version__}
+            return begin_finetune(out, resolved, inputs, group.place)
+
+        return _work(group, job, begin, wrap, tracker)
 
 
 def resume_finetune(
     run_dir: str | os.PathLike[str],
     *,
     config: FinetuneConfig | None = None,
-    wrap: Wrap = lambda network: network,
+    wrap: Wrap | None = None,
     tracker: Tracker | None = None,
 ) -> FinetuneResult:
     """Go on with an interrupted run, from its newest resume point that is whole.
@@ -123,42 +136,78 @@ def resume_finetune(
     RunError names the keys of any other difference, and inputs that have changed.
     """
     tracker = tracker or NullTracker()
-    run = FinetuneRun.open(run_dir)
-    own = run.config()
-    if config is not None:
-        differing = differing_keys(own, config)
-        if differing:
-            raise RunError(
-                f"{run.path}: cannot resume with another configuration, these settings differ: "
-                f"{', '.join(differing)}; expected those of {run.path / 'finetune.yaml'}"
-            )
-        own = dataclasses.replace(own, **{k: getattr(config, k) for k in FREE_ON_RESUME})
-    inputs = run.files.read("inputs.json") or {}
-    if inputs.get("version") != __version__:
-        began = f"began with merge_rl {inputs.get('version')}, this is {__version__}"
-        tracker.event({"kind": "warning", "text": f"the run {began}: last bits may differ"})
-    require_extras(own.track)
-    job = build_finetune(own, _announce(tracker))
-    recorded = inputs.get("hashes") or {}
-    changed = [key for key, value in job.hashes.items() if recorded.get(key) != value]
-    if changed:
-        raise RunError(
-            f"{run.path}: cannot resume, the inputs have changed since it began: "
-            f"{', '.join(changed)} (by SHA-256)"
-        )
-    run.write_config(own)
-    return _drive(run, job, wrap, tracker)
+    with joined() as group:
+        run = FinetuneRun.open(run_dir)
+        own = continued(run, config)
+        inputs = run.files.read("inputs.json") or {}
+        if inputs.get("version") != __version__:
+            began = f"began with merge_rl {inputs.get('version')}, this is {__version__}"
+            tracker.event({"kind": "warning", "text": f"the run {began}: last bits may differ"})
+        require_extras(own.track)
+        job = _gather(group, own, wrap, tracker)
+        require_same_inputs(run.files, job.hashes)
+
+        def begin() -> FinetuneRun:
+            run.write_config(own)
+            return run
+
+        return _work(group, job, begin, wrap, tracker)
 
 
 def _announce(tracker: Tracker) -> Callable[[str], None]:
     return lambda text: tracker.event({"kind": "note", "text": text})
 
 
-def _drive(run: FinetuneRun, job: FinetuneJob, wrap: Wrap, tracker: Tracker) -> FinetuneResult:
-    began, config = time.monotonic(), job.config
-    learner = Learner(job.network, config.update, wrap)
+def _gather(
+    group: Group, config: FinetuneConfig, wrap: Wrap | None, tracker: Tracker
+) -> FinetuneJob:
+    """The job of this process, after all of the launch were seen to have the same of everything."""
+    if wrap is not None and group.size > 1:
+        raise ConfigError("several processes wrap the network themselves; expected no wrap=")
+    placed = on_device(config, group)
+    job = build_finetune(placed, _announce(tracker), group.size)
+    require_same_everywhere(group, to_mapping(config), job.hashes, placed.device)
+    return job
+
+
+def _work(
+    group: Group,
+    job: FinetuneJob,
+    begin: Callable[[], FinetuneRun],
+    wrap: Wrap | None,
+    tracker: Tracker,
+) -> FinetuneResult:
+    """Make the run that `begin` opens, on the first process; help with it on the others."""
+    signals = StopSignals()
+    if group.size == 1:
+        learner = Learner(job.network, job.config.update, wrap or (lambda network: network))
+        return _lead(begin(), StepParts(job, learner), signals, tracker)
+    with process_group(job.config.device, group):
+        parts = SharedParts(job, group, signals, _announce(tracker))
+        if not group.leads:
+            return _from_plain(parts.follow())
+        result = _lead(begin(), parts, signals, tracker)
+        parts.end(_to_plain(result))
+        return result
+
+
+def _lead(
+    run: FinetuneRun, parts: StepParts, signals: StopSignals, tracker: Tracker
+) -> FinetuneResult:
+    try:
+        return _drive(run, parts, signals, tracker)
+    except MergeRLError:
+        if not run.state_paths():  # nothing to go on from: do not stand in the next try's way
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def _drive(
+    run: FinetuneRun, parts: StepParts, signals: StopSignals, tracker: Tracker
+) -> FinetuneResult:
+    began, job, config = time.monotonic(), parts.job, parts.job.config
     unopened = Boards({}, lambda _text: None)
-    loop = FinetuneLoop(job, learner, run, tracker, unopened)
+    loop = FinetuneLoop(parts, run, tracker, unopened, signals)
     loop.restore()
     loop.boards = Boards.open(
         config.track, run.path, dataclasses.asdict(config), loop.state.step,
@@ -173,8 +222,9 @@ def _drive(run: FinetuneRun, job: FinetuneJob, wrap: Wrap, tracker: Tracker) -> 
             "start": load_network(config.model).to(config.device),
             "result": load_network(weights).to(config.device),
         }
-        with loop.signals:  # SIGTERM interrupts it too; finished scores are kept
-            comparison = final_scores(job, run, networks, step, tracker)
+        with signals:  # SIGTERM interrupts it too; finished scores are kept
+            parts.send_networks(networks)
+            comparison = final_scores(job, run, networks, step, tracker, parts.features)
         loop.boards.log(loop.state.step, _flat(comparison))
     finally:
         loop.boards.close()
@@ -184,6 +234,16 @@ def _drive(run: FinetuneRun, job: FinetuneJob, wrap: Wrap, tracker: Tracker) -> 
     _write(run, job, result, weights)
     tracker.event({"kind": "finished", "seconds": time.monotonic() - began})
     return result
+
+
+def _to_plain(result: FinetuneResult) -> dict[str, Any]:
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return {**fields, "run_dir": str(result.run_dir)}
+
+
+def _from_plain(values: Mapping[str, Any]) -> FinetuneResult:
+    curves = {int(step): point for step, point in values["curves"].items()}
+    return FinetuneResult(**{**values, "run_dir": Path(values["run_dir"]), "curves": curves})
 
 
 def _flat(comparison: Mapping[str, Any]) -> dict[str, float]:

@@ -96,11 +96,13 @@ def check_finetune(config: FinetuneConfig) -> None:
         require_reward_solver(sampler)
 
 
-def build_finetune(config: FinetuneConfig, announce: Announce = lambda _text: None) -> FinetuneJob:
-    """Everything that a resolved config names, loaded and brought together."""
+def build_finetune(
+    config: FinetuneConfig, announce: Announce = lambda _text: None, processes: int = 1
+) -> FinetuneJob:
+    """Everything that a resolved config names, loaded and brought together, for one process."""
     device = config.device
     network = load_network(config.model)
-    require_memory(config, sum(p.numel() for p in network.parameters()))
+    require_memory(config, sum(p.numel() for p in network.parameters()), processes)
     network.to(device)
     anchored = config.algorithm == "pg" and config.update.kl_weight > 0
     reference = copy.deepcopy(network) if anchored else None

@@ -7,18 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from merge_rl.errors import RunError, TrainingError
+from merge_rl.errors import ParallelError, RunError, TrainingError
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.finetune_run import FinetuneRun
-from merge_rl.workflows.finetune_job import FinetuneJob
+from merge_rl.workflows.finetune_kept import Kept
 from merge_rl.workflows.finetune_memory import memory_advice, peak_memory
 from merge_rl.workflows.finetune_rewards import Credit
 from merge_rl.workflows.finetune_scores import Curves, write_grid
 from merge_rl.workflows.finetune_snapshots import Snapshots
-from merge_rl.workflows.finetune_state import LoopState, pack_state, unpack_state
+from merge_rl.workflows.finetune_state import LoopState, below, pack_state, unpack_state
 from merge_rl.workflows.finetune_step import StepParts, require_pool
-from merge_rl.workflows.finetune_updates import Kept
-from merge_rl.workflows.learner import Learner
 from merge_rl.workflows.stop_signals import StopSignals
 from merge_rl.workflows.trackers import Boards
 
@@ -33,13 +31,15 @@ class FinetuneLoop:
     """
 
     def __init__(
-        self, job: FinetuneJob, learner: Learner, run: FinetuneRun, tracker: Tracker, boards: Boards
-    ) -> None:
-        self.job, self.config, self.learner = job, job.config, learner
+        self, parts: StepParts, run: FinetuneRun, tracker: Tracker, boards: Boards,
+        signals: StopSignals,
+    ) -> None:  # fmt: skip
+        self.parts, self.learner, self.signals = parts, parts.learner, signals
+        self.job, self.config = parts.job, parts.job.config
         self.run_dir, self.tracker, self.boards = run, tracker, boards
-        self.state, self.parts = LoopState(), StepParts(job, learner)
+        self.state, job = LoopState(), parts.job
+        self.updating = False  # whether weights may be ahead of the state
         self.curves, self.snapshots = Curves(job, run), Snapshots(run, job.config, job.origin)
-        self.signals = StopSignals()
 
     def run(self) -> None:
         """From the present state to the last step, or to the end of the curve that was named.
@@ -53,6 +53,11 @@ class FinetuneLoop:
                 self._steps()
             except KeyboardInterrupt:
                 with self.signals.held():
+                    self.save()
+                raise
+            except ParallelError:
+                # Another process is lost: whole weights are here, shards of them are not.
+                if self.config.parallel == "ddp" and not self.updating:
                     self.save()
                 raise
 
@@ -82,11 +87,10 @@ class FinetuneLoop:
             self._score(step)
 
     def _score(self, step: int) -> None:
-        network = self.learner.average
         self.tracker.phase(f"scores at step {step}", 4 * self.config.curves.num_images)
-        with memory_advice(self.config):
+        with memory_advice(self.config), self.learner.averaged() as network:
             picture = write_grid(self.job, self.run_dir, step, network)
-            point = self.curves.make_point(network, self.tracker.advance)
+            point = self.curves.make_point(network, self.parts.features, self.tracker.advance)
         event = {"kind": "score", "step": step, "scores": point}
         with self.signals.held():
             self.curves.add(step, point)
@@ -115,20 +119,22 @@ class FinetuneLoop:
             return self._skip("loss", began)
         # From the first update to the state and the event after it no signal comes between.
         with self.signals.held():
+            self.updating = True
             self._update(kept, found)
             self.state = self.state.advanced(self.config.images_per_step)
+            self.updating = False
             self._report(credit, found, began)
         return None
 
     def _update(self, kept: Kept, found: dict[str, float]) -> None:
         """The epochs of a step, whose first gradients are there; `found` becomes the last one's."""
-        self.learner.apply()
+        self.parts.apply()
         for epoch in range(1, self.config.update.epochs):
             further = self.parts.gradients(kept, epoch)
             if not further:  # the epochs before it stand
                 break
             found.update(further)
-            self.learner.apply()
+            self.parts.apply()
 
     def _report(self, credit: Credit, found: Mapping[str, float], began: float) -> None:
         seconds = time.monotonic() - began
@@ -189,6 +195,7 @@ class FinetuneLoop:
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 reason = " ".join(f"{type(error).__name__} {error}".split())
                 raise RunError(f"{self.run_dir.path}: damaged resume point: {reason}") from None
+            self.parts.send_state(below(saved[0], "learner."), self.learner.updates)
         step = self.state.step
         self.run_dir.keep_events_up_to(step)
         self.curves.forget_after(step)

@@ -18,24 +18,35 @@ FLOAT_BYTES = 4
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "alloc_cpu")
 
 
-def training_bytes(config: FinetuneConfig, num_weights: int) -> int:
+def training_bytes(config: FinetuneConfig, num_weights: int, processes: int = 1) -> int:
     """Bytes of all copies of the weights: network, gradients, Adam's two moments, average, start.
 
     Adapters need moments and gradients of themselves alone, which are small beside the network.
+    Of several processes each holds the network, which samples, and the start; with `ddp` buckets
+    of gradients too, with `fsdp` a share of all else and of the weights in training.
     """
     update, full = config.update, config.lora.rank == 0
-    copies = 1 + (3 if full else 0) + (update.ema_decay > 0) + (update.kl_weight > 0)
-    return FLOAT_BYTES * num_weights * copies
+    whole, rest = 1 + (update.kl_weight > 0), (3 if full else 0) + (update.ema_decay > 0)
+    if processes == 1:
+        return FLOAT_BYTES * num_weights * (whole + rest)
+    if config.parallel == "fsdp":
+        return FLOAT_BYTES * (num_weights * whole + -(-num_weights * (1 + rest) // processes))
+    return FLOAT_BYTES * num_weights * (whole + rest + full)
 
 
-def require_memory(config: FinetuneConfig, num_weights: int) -> None:
-    """Raise MemoryShortageError if the copies of the weights alone exceed what is free."""
-    needed = training_bytes(config, num_weights)
+def require_memory(config: FinetuneConfig, num_weights: int, processes: int = 1) -> None:
+    """Raise MemoryShortageError if the copies of the weights alone exceed what is free.
+
+    Of one process, of so many: those of one machine share its memory where they are on the CPU.
+    """
+    needed = training_bytes(config, num_weights, processes)
     free = free_memory() if config.device == "cpu" else free_on(config.device)
     if free is None or needed <= free:
         return
     hints = ["--lora-rank 8 (adapters in place of all weights)"] if config.lora.rank == 0 else []
     hints += ["--ema 0 (no moving average)"] if config.update.ema_decay else []
+    if processes > 1 and config.parallel == "ddp":
+        hints += ["--parallel fsdp (shards in place of copies)"]
     hints += ["--kl 0 (no frozen reference)"] if config.update.kl_weight else []
     raise MemoryShortageError(
         f"training {num_weights:,} weights takes {_gib(needed)} for weights, gradients and "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from merge_rl.config.finetune import CURVES, FinetuneConfig
 from merge_rl.core.compatibility import prediction_of
@@ -26,6 +26,8 @@ from merge_rl.workflows.scoring import Scorer, improvement, summarize
 
 Point = Mapping[str, Mapping[str, float | None]]
 """curve -> reference -> FID; None where a sample was not finite."""
+Make = Callable[[Rollout, Sequence[int], Tensor, str], Tensor]
+"""Features (N, D) of images: of a rollout, seeds, labels and a phase for messages."""
 CURVES_FILE: Final = "curves.json"
 GRID_IMAGES: Final = 100
 
@@ -44,16 +46,16 @@ class Curves:
         self.points = {k: v for k, v in self.points.items() if k <= step}
         self._write()
 
-    def make_point(self, network: nn.Module, on_images: Callable[[int], None]) -> Point:
-        """Score a network; every point is made from the same seeds."""
+    def make_point(self, network: nn.Module, make: Make, on_images: Callable[[int], None]) -> Point:
+        """Score a network by features that `make` makes; all points have the same seeds."""
         rollout = self.job.scored.with_network(network)
         rollout.on_images = on_images
         count, seed = self.config.curves.num_images, self.config.seed
-        noise = rollout.noise(image_seeds(count, seed, "curve"))
+        seeds = image_seeds(count, seed, "curve")
         labels = balanced_labels(count, self.job.num_classes)
         point: dict[str, dict[str, float | None]] = {}
         for name, sampler in self.config.curve_samplers().items():
-            features = rollout.with_sampler(sampler).features(noise, labels)
+            features = make(rollout.with_sampler(sampler), seeds, labels, f"curve {name}")
             point[name] = without_nan(self.scorer.score(features))
         return point
 
@@ -129,10 +131,12 @@ def final_scores(
     networks: Mapping[str, nn.Module],
     step: int,
     tracker: Tracker,
+    make: Make,
 ) -> dict[str, Any]:
     """Start and result, the weights of `step`, on the same fresh seeds, under all four samplers.
 
-    Seeds of their own, which nothing was chosen by. Each score is kept as soon as it is known.
+    Seeds of their own, which nothing was chosen by. `make` makes the features. Each score is kept
+    as soon as it is known.
     Returns {"num_images", "repeats", "headline", "curves": {curve: {"sampler", "entries":
     {entry: summary}, "gain": {"mean", "low", "high"}}}}; the gain is start - result, paired.
     """
@@ -152,8 +156,7 @@ def final_scores(
                 key = f"{entry}-{step if entry == 'result' else 0}/{curve}/{repeat}"
                 if key not in known:
                     seeds = image_seeds(settings.final_images, seed, "final", repeat)
-                    noise = rollout.noise(seeds)
-                    features = rollout.with_sampler(sampler).features(noise, labels)
+                    features = make(rollout.with_sampler(sampler), seeds, labels, key)
                     known[key] = without_nan(scorer.score(features))
                     run.files.write("scores.json", known)
                 else:

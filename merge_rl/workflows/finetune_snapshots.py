@@ -57,7 +57,7 @@ class Snapshots:
     def write(self, step: int, learner: Learner) -> None:
         """The weights of a step, and their average after them: it is the newest of the set."""
         self._write(RAW, step, learner.weights(average=False))
-        if learner.average is not learner.network:
+        if learner.averages:
             self._write(AVERAGE, step, learner.weights(average=True))
         self._finish()
 

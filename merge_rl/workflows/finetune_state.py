@@ -79,12 +79,12 @@ def unpack_state(
         # The moments as they were: recomputed, they end in other last bits.
         stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
         pool = Pool(features, tensors["pool.labels"], stats)
-        reward.load_state_dict(pool, _below(tensors, "reward."))
-    learner.load_state_dict(_below(tensors, "learner."), values["updates"])
+        reward.load_state_dict(pool, below(tensors, "reward."))
+    learner.load_state_dict(below(tensors, "learner."), values["updates"])
     known = {item.name for item in dataclasses.fields(LoopState)} - {"pool"}
     return LoopState(pool=pool, **{name: values[name] for name in known})
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with the prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

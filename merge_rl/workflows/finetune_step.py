@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
 
 from merge_rl.errors import NonFiniteWeightsError
 from merge_rl.rng import image_seeds, stream
 from merge_rl.workflows.finetune_job import FinetuneJob
+from merge_rl.workflows.finetune_kept import Kept
 from merge_rl.workflows.finetune_rewards import Credit, assign_credit, relative_gap
 from merge_rl.workflows.finetune_state import LoopState
-from merge_rl.workflows.finetune_updates import Kept, PolicyGradient, RejectionSampling
+from merge_rl.workflows.finetune_updates import PolicyGradient, RejectionSampling
 from merge_rl.workflows.learner import Learner
 from merge_rl.workflows.policy_rollout import Window
 from merge_rl.workflows.pool import Pool, draw_subset
-from merge_rl.workflows.rollout import balanced_labels
+from merge_rl.workflows.rollout import Rollout, balanced_labels
 
 
 class StepParts:
@@ -62,8 +65,8 @@ class StepParts:
             return state
         rows = (torch.arange(count) + step * count) % size
         labels = balanced_labels(size, self.job.num_classes)[rows]
-        noise = self.job.rollout.noise(image_seeds(count, self.config.seed, "pool", step))
-        features = self.job.rollout.features(noise, labels)
+        seeds = image_seeds(count, self.config.seed, "pool", step)
+        features = self.features(self.job.rollout, seeds, labels, "pool")
         if not bool(features.isfinite().all()):
             if state.pool is None:
                 raise NonFiniteWeightsError(
@@ -82,14 +85,16 @@ class StepParts:
         size, sets = config.reward.images_per_subset, config.rollout.subsets
         rows = draw_subset(pool.labels, size, stream(config.seed, "subset", step))
         seeds = image_seeds(sets * size, config.seed, "rollout", step)
-        noise, labels = self.job.rollout.noise(seeds), pool.labels[rows].repeat(sets)
-        features = self.job.rollout.features(noise, labels).reshape(sets, size, -1)
+        labels = pool.labels[rows].repeat(sets)
+        features = self.features(self.job.rollout, seeds, labels, f"rollouts of step {step + 1}")
+        features = features.reshape(sets, size, -1)
         credit = assign_credit(
             self.job.reward, pool, rows, features, credit=config.credit,
             fraction=config.update.top_fraction,
         )  # fmt: skip
         chosen = credit.kept.nonzero()[:, 0]
-        kept = Kept(noise[chosen], labels[chosen], credit.advantages[chosen], chosen, step)
+        noise = self.job.rollout.noise([seeds[i] for i in chosen.tolist()])
+        kept = Kept(noise, labels[chosen], credit.advantages[chosen], chosen, step)
         return credit, kept
 
     def gradients(self, kept: Kept, epoch: int) -> dict[str, float]:
@@ -100,6 +105,22 @@ class StepParts:
         found = self.update.gradients(kept, epoch)
         found["grad_norm"] = self.learner.gradient_norm()
         return found if all(map(math.isfinite, found.values())) else {}
+
+    def apply(self) -> None:
+        """One update from the gradients."""
+        self.learner.apply()
+
+    def features(
+        self, rollout: Rollout, seeds: Sequence[int], labels: Tensor, _phase: str = ""
+    ) -> Tensor:
+        """Features (N, D) of the images of these seeds and labels; the phase is for messages."""
+        return rollout.features(rollout.noise(seeds), labels)
+
+    def send_state(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Where there are other processes: set their learners to a resume point."""
+
+    def send_networks(self, networks: Mapping[str, nn.Module]) -> None:
+        """Where there are other processes: let them have further networks, for `features`."""
 
     def describe(self, credit: Credit, pool: Pool) -> dict[str, float]:
         """What the credit looks like, for the event of the step."""

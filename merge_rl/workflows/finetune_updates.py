@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,52 +20,24 @@ from merge_rl.core.training_losses import (
 from merge_rl.interfaces import Denoiser
 from merge_rl.rng import stream
 from merge_rl.workflows.fast import prepare_network
+from merge_rl.workflows.finetune_kept import Kept, Share, Watched
 from merge_rl.workflows.learner import Learner
 from merge_rl.workflows.policy_rollout import PolicyRollout
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """Rollouts that an update learns from."""
-
-    noise: Tensor  # (M, C, h, w)
-    labels: Tensor  # (M,)
-    advantages: Tensor  # (M,)
-    rows: Tensor  # (M,) int64, their places among all rollouts of the step
-    step: int
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def parts(self, size: int) -> Iterator[Kept]:
-        """Micro-batches."""
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield Kept(
-                self.noise[part], self.labels[part], self.advantages[part], self.rows[part],
-                self.step,
-            )  # fmt: skip
+def _alone(watched: Watched) -> dict[str, float]:
+    return watched.means()
 
 
-@dataclass
-class Watched:
-    """Means over images and steps of what an update did."""
+class Update:
+    """What both kinds of updates have of the other processes: by default there are none."""
 
-    sums: dict[str, float] = field(default_factory=dict)
-    count: float = 0.0
-
-    def add(self, count: int, **values: float) -> None:
-        """Values that are means over `count` images."""
-        self.count += count
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + count * value
-
-    def means(self) -> dict[str, float]:
-        """By name."""
-        return {name: total / max(self.count, 1) for name, total in self.sums.items()}
+    share = Share()
+    means: Callable[[Watched], dict[str, float]] = staticmethod(_alone)  # over all processes
+    between: Callable[[], None] = staticmethod(lambda: None)  # before each pass; may raise
 
 
-class PolicyGradient:
+class PolicyGradient(Update):
     """Clipped policy gradient over the noisy steps of rollouts.
 
     Gradients are taken step by step: one step's activations are held at a time. With one epoch
@@ -88,19 +59,24 @@ class PolicyGradient:
         self._stored = []
         if self.settings.epochs == 1:
             return
-        for part in kept.parts(self.settings.micro_batch):
+        for part, _ in self.share.parts(kept, self.settings.micro_batch):
             actions = self.rollout.replay(part.noise, part.labels)
             self._stored.append([_moved(action, "cpu") for action in actions])
 
     def gradients(self, kept: Kept, _epoch: int) -> dict[str, float]:
         """Add the gradients of the loss over all kept rollouts; its means."""
         watched = Watched()
-        for i, part in enumerate(kept.parts(self.settings.micro_batch)):
+        parts = self.share.parts(kept, self.settings.micro_batch)
+        for i, (part, count) in enumerate(parts):
             stored = self._stored[i] if self._stored else None
             actions = stored or self.rollout.replay(part.noise, part.labels)
-            for action in actions:
-                self._step(part, action, len(part) / (len(kept) * len(actions)), watched)
-        return watched.means()
+            for j, action in enumerate(actions):
+                self.between()
+                last = i + 1 == len(parts) and j + 1 == len(actions)
+                with self.learner.passing(last=last):
+                    share = count / (len(kept) * len(actions))
+                    self._step(part, action, share, watched)
+        return self.means(watched)
 
     def _step(self, part: Kept, action: Action, share: float, watched: Watched) -> None:
         settings, device = self.settings, self.rollout.device
@@ -117,12 +93,12 @@ class PolicyGradient:
         (found.loss * share).backward()  # type: ignore[no-untyped-call]
         extra = {"reference_kl": found.reference_kl} if anchor else {}
         watched.add(
-            len(part), loss=float(found.loss.detach()), ratio_mean=found.ratio,
+            len(part) if share else 0, loss=float(found.loss.detach()), ratio_mean=found.ratio,
             clip_fraction=found.clipped, approx_kl=found.old_kl, **extra,
         )  # fmt: skip
 
 
-class RejectionSampling:
+class RejectionSampling(Update):
     """The family's training loss on the samples of the kept rollouts.
 
     Velocity matching at uniform times for SiT, EDM's weighted denoising at log-normal noise levels
@@ -141,19 +117,22 @@ class RejectionSampling:
         with torch.no_grad():
             self._samples = [
                 self.rollout.latents(part.noise, part.labels).cpu()
-                for part in kept.parts(self.settings.micro_batch)
+                for part, _ in self.share.parts(kept, self.settings.micro_batch)
             ]
 
     def gradients(self, kept: Kept, epoch: int) -> dict[str, float]:
         """Add the gradients of the loss over all kept samples; its mean."""
         watched, draws = Watched(), self.settings.noise_draws
-        for i, part in enumerate(kept.parts(self.settings.micro_batch)):
+        parts = self.share.parts(kept, self.settings.micro_batch)
+        for i, (part, count) in enumerate(parts):
             for draw in range(draws):
+                self.between()
                 names = ("rejection", kept.step, epoch, draw)
-                loss = self._loss(self._samples[i], part, names)
-                (loss * (len(part) / (len(kept) * draws))).backward()  # type: ignore[no-untyped-call]
-                watched.add(len(part), loss=float(loss.detach()))
-        return watched.means()
+                with self.learner.passing(last=i + 1 == len(parts) and draw + 1 == draws):
+                    loss = self._loss(self._samples[i], part, names)
+                    (loss * (count / (len(kept) * draws))).backward()  # type: ignore[no-untyped-call]
+                watched.add(len(part) if count else 0, loss=float(loss.detach()))
+        return self.means(watched)
 
     def _loss(self, samples: Tensor, part: Kept, names: tuple[str | int, ...]) -> Tensor:
         device, sampler = self.rollout.device, self.rollout.sampler

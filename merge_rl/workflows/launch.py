@@ -6,11 +6,12 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
 from merge_rl.config import AUTO_BATCH, OptimizeConfig, to_mapping
+from merge_rl.config.finetune import FinetuneConfig
 from merge_rl.errors import ConfigError, RunError
 from merge_rl.parallel import Group, Place
 from merge_rl.storage.checkpoints import CheckpointSet
@@ -23,8 +24,8 @@ from merge_rl.workflows.memory_plan import fit_batch
 LAUNCH_NAME: Final = "launch.json"
 # Where inputs lie may differ from machine to machine; what they hold is compared by hash.
 PATHS: Final = (
-    "checkpoints", "extractor_weights", "reference", "heldout", "extra_references", "extra_weights",
-    "autoencoder_weights",
+    "checkpoints", "model", "extractor_weights", "reference", "heldout", "extra_references",
+    "extra_weights", "autoencoder_weights",
 )  # fmt: skip
 
 
@@ -62,6 +63,20 @@ def device_facts(device: str) -> dict[str, Any]:
     }
 
 
+def require_same_everywhere(
+    group: Group, settings: Mapping[str, Any], hashes: Mapping[str, Any], device: str
+) -> None:
+    """Raise ParallelError unless all ranks have the same version, settings, inputs and device."""
+    known = {k: v for k, v in settings.items() if k not in PATHS}
+    known["sampler"] = {k: v for k, v in (settings["sampler"] or {}).items() if k != "guide"}
+    facts = {
+        "version": __version__, "torch": torch.__version__, "settings": known,
+        "hashes of": hashes, "device": device_facts(device),
+    }  # fmt: skip
+    if group.size > 1:
+        require_agreement(group, facts)
+
+
 def gather_crew(
     group: Group,
     config: OptimizeConfig,
@@ -74,14 +89,7 @@ def gather_crew(
     Raises ParallelError for ranks of another version, other settings or inputs, or unequal
     devices.
     """
-    settings = {k: v for k, v in to_mapping(config).items() if k not in PATHS}
-    settings["sampler"] = {k: v for k, v in (settings["sampler"] or {}).items() if k != "guide"}
-    facts = {
-        "version": __version__, "torch": torch.__version__, "settings": settings,
-        "hashes of": job.hashes, "device": device_facts(device),
-    }  # fmt: skip
-    if group.size > 1:
-        require_agreement(group, facts)
+    require_same_everywhere(group, to_mapping(config), job.hashes, device)
     return Crew(group, (job.rollout, job.final_rollout), announce)
 
 
@@ -102,7 +110,7 @@ def begin_run(
     Raises RunError for a directory of other settings or inputs, or of anything else.
     """
     if goes_on(out, place):
-        _clear_beginnings(Path(out))
+        clear_beginnings(Path(out))
         if RunDir(out).path.is_dir():
             run = RunDir.open(out)
             if run.config() != config:
@@ -118,7 +126,7 @@ def begin_run(
     return run
 
 
-def _clear_beginnings(folder: Path) -> None:
+def clear_beginnings(folder: Path) -> None:
     """Remove a run directory that was lost before it had settings; nothing else is touched."""
     found = list(folder.iterdir())
     if all(file.name == "inputs.json" or file.name.startswith(".tmp-") for file in found):
@@ -138,7 +146,10 @@ def require_same_inputs(run: RunDir, hashes: Mapping[str, Any]) -> None:
         )
 
 
-def on_device(config: OptimizeConfig, group: Group) -> OptimizeConfig:
+Settings = TypeVar("Settings", OptimizeConfig, FinetuneConfig)
+
+
+def on_device(config: Settings, group: Group) -> Settings:
     """The settings with this process's own device, which is the current one from here on."""
     device = own_device(config.device, group.place)
     if device != config.device:  # pragma: no cover (needs a GPU)

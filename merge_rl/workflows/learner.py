@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from merge_rl.config.finetune import UpdateConfig
+from merge_rl.core.compatibility import prediction_of
+from merge_rl.errors import ConfigError
 from merge_rl.models.lora import plain_state_dict
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -33,6 +36,11 @@ class Learner:
         self.network, self.settings = network, settings
         self.trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self.policy = wrap(network)
+        if prediction_of(self.policy) != prediction_of(network):
+            raise ConfigError(
+                f"expected wrap= to keep the network's attribute `prediction`, "
+                f"{prediction_of(network)!r}, got {prediction_of(self.policy)!r}"
+            )
         self.updates = 0
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=settings.learning_rate, betas=settings.betas,
@@ -41,6 +49,26 @@ class Learner:
         self.average = network
         if settings.ema_decay:
             self.average = copy.deepcopy(network).requires_grad_(False)
+
+    @property
+    def averages(self) -> bool:
+        """Whether there is a moving average beside the weights."""
+        return self.average is not self.network
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """A network with the moving average of the weights, or the weights where there is none."""
+        yield self.average
+
+    def passing(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around every forward and backward pass of a batch.
+
+        Gradients that are averaged over processes are so once, after the last one.
+        """
+        quiet: Callable[[], AbstractContextManager[None]] | None = getattr(
+            self.policy, "no_sync", None
+        )
+        return nullcontext() if last or quiet is None else quiet()
 
     def begin(self) -> None:
         """Forget the gradients."""
@@ -53,23 +81,28 @@ class Learner:
 
     def apply(self) -> None:
         """One update of weights and moving average from the gradients, which must be finite."""
-        settings = self.settings
-        self.updates += 1
-        warm = min(1.0, self.updates / max(settings.warmup_steps, 1))
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warm
-        self.optimizer.step()
-        normalize = getattr(self.network, "normalize_weights", None)
-        if normalize is not None:
-            normalize()
+        self._update(self.network)
         if self.average is self.network:
             return
-        # A young average follows the weights closely, or it would be the start for long.
-        decay = min(settings.ema_decay, self.updates / (self.updates + 9))
+        decay = self._decay()
         with torch.no_grad():
             mine = dict(self.average.named_parameters())
             for name, parameter in self.trained.items():
                 mine[name].lerp_(parameter, 1 - decay)
+
+    def _update(self, network: nn.Module) -> None:
+        self.updates += 1
+        warm = min(1.0, self.updates / max(self.settings.warmup_steps, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * warm
+        self.optimizer.step()
+        normalize = getattr(network, "normalize_weights", None)
+        if normalize is not None:
+            normalize()
+
+    def _decay(self) -> float:
+        # A young average follows the weights closely, or it would be the start for long.
+        return min(self.settings.ema_decay, self.updates / (self.updates + 9))
 
     def weights(self, *, average: bool) -> dict[str, Tensor]:
         """Copies of the weights or of their average, float32 on the CPU, with official names."""

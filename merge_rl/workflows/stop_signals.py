@@ -45,12 +45,27 @@ class StopSignals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Run the block to its end; a signal that arrived meanwhile is raised after it."""
-        self._holding = True
+        """Run the block to its end; a signal that arrived meanwhile is raised after it.
+
+        Within another held block, at the end of that one.
+        """
+        within = self._holding
+        with self.noted():
+            yield
+        if self._pending and not within:
+            self._pending = False
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Run the block to its end; `pending` tells of signals that arrived meanwhile."""
+        within, self._holding = self._holding, True
         try:
             yield
         finally:
-            self._holding = False
-        if self._pending:
-            self._pending = False
-            raise KeyboardInterrupt
+            self._holding = within
+
+    @property
+    def pending(self) -> bool:
+        """Whether a signal was held back."""
+        return self._pending

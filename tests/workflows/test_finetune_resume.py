@@ -23,7 +23,8 @@ from merge_rl.storage.finetune_run import FinetuneRun, is_finetune_run
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows import finetune_scores, finetune_snapshots
 from merge_rl.workflows.finetune import resume_finetune
-from merge_rl.workflows.finetune_updates import Kept, PolicyGradient, RejectionSampling
+from merge_rl.workflows.finetune_kept import Kept
+from merge_rl.workflows.finetune_updates import PolicyGradient, RejectionSampling
 from merge_rl.workflows.learner import Learner
 from merge_rl.workflows.policy_rollout import PolicyRollout
 from merge_rl.workflows.stop_signals import StopSignals

@@ -1,0 +1,52 @@
+"""Where a fine-tuning run goes: a new folder, or that of the same launch before a restart."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merge_rl.config.finetune import FREE_ON_RESUME, FinetuneConfig, differing_keys
+from merge_rl.errors import RunError
+from merge_rl.parallel import Place
+from merge_rl.storage.finetune_run import FinetuneRun
+from merge_rl.workflows.launch import LAUNCH_NAME, clear_beginnings, goes_on, require_same_inputs
+
+
+def begin_finetune(
+    out: str | os.PathLike[str], config: FinetuneConfig, inputs: Mapping[str, Any], place: Place
+) -> FinetuneRun:
+    """The run directory: new, or that of the same launch before it was restarted.
+
+    Raises RunError for a directory of other settings or inputs, or of anything else.
+    """
+    if goes_on(out, place):
+        clear_beginnings(Path(out))
+        if Path(out).is_dir():
+            run = FinetuneRun.open(out)
+            continued(run, config)
+            require_same_inputs(run.files, inputs["hashes"])
+            return run
+    run = FinetuneRun.create(out, config, inputs)
+    if place.job is not None:
+        run.files.write(LAUNCH_NAME, {"job": place.job})
+    return run
+
+
+def continued(run: FinetuneRun, config: FinetuneConfig | None) -> FinetuneConfig:
+    """The settings of a run that goes on; with what of them a config may change.
+
+    Raises RunError with the names of other settings that differ.
+    """
+    own = run.config()
+    if config is None:
+        return own
+    differing = differing_keys(own, config)
+    if differing:
+        raise RunError(
+            f"{run.path}: cannot resume with another configuration, these settings differ: "
+            f"{', '.join(differing)}; expected those of {run.path / 'finetune.yaml'}"
+        )
+    return dataclasses.replace(own, **{k: getattr(config, k) for k in FREE_ON_RESUME})
