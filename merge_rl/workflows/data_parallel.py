@@ -57,7 +57,8 @@ class Replicated(DistributedDataParallel):
     def __init__(self, network: nn.Module) -> None:
         known = inspect.signature(DistributedDataParallel).parameters
         named = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        super().__init__(network, **{named: False})
+        options: dict[str, Any] = {named: False}
+        super().__init__(network, **options)
 
     def __getattr__(self, name: str) -> Any:
         try:
