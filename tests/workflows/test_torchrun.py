@@ -15,6 +15,8 @@ import pytest
 
 import merge_rl as mrl
 from merge_rl.config import OptimizeConfig, dump_config
+from merge_rl.storage.finetune_run import FinetuneRun
+from tests.finetuning import events_of, small_config, write_sit_set
 
 TinyConfig = Callable[..., OptimizeConfig]
 Torchrun = Callable[..., "subprocess.Popen[str]"]
@@ -76,3 +78,57 @@ def test_a_search_that_loses_a_rank_ends_with_the_bits_of_one_process(
     for name in ("result.json", "scores.json", "state.safetensors", "merged/model.safetensors"):
         assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
     assert json.loads(printed)["run_dir"] == str(out)  # by rank 0 alone, and once
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
+def test_fine_tuning_that_loses_a_rank_ends_where_one_process_does(
+    shared_tiny: Path, tmp_path: Path, torchrun: Torchrun
+) -> None:
+    model = write_sit_set(tmp_path / "sit", shared_tiny)
+    config = small_config(model, steps=2, batch=3, update={"learning_rate": 1e-3, "epochs": 2})
+    alone = mrl.finetune(model, out=tmp_path / "alone", config=config)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    out = tmp_path / "together"
+    command = ("finetune", model, "--config", tmp_path / "config.yaml", "--out", out, "--json")
+    launcher = torchrun(2, *command, restarts=2)
+    wait_for(out / "state/step-0000001.safetensors", launcher)
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    printed, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, errors
+    found = json.loads(printed)  # by rank 0 alone, and once
+    assert (found["run_dir"], found["step"], found["images"]) == (str(out), 2, alone.images)
+    # Before the first update all weights are equal, and so are the bits of what they make.
+    assert found["curves"]["0"] == alone.curves[0]
+    assert events_of(out, "step")[0]["loss"] == pytest.approx(
+        events_of(tmp_path / "alone", "step")[0]["loss"], rel=1e-6
+    )
+    for curve, scores in alone.curves[2].items():  # rounding apart, through Adam
+        assert found["curves"]["2"][curve] == pytest.approx(scores, rel=1e-2)
+    start = found["comparison"]["curves"]["sde-eval"]["entries"]["start"]
+    assert start == alone.comparison["curves"]["sde-eval"]["entries"]["start"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
+def test_sigterm_of_one_rank_saves_what_lies_in_shards(
+    shared_tiny: Path, tmp_path: Path, torchrun: Torchrun
+) -> None:
+    model = write_sit_set(tmp_path / "sit", shared_tiny)
+    endless = {"steps": 10_000, "save_every": 10_000, "curves": {"every": 10_000}}
+    config = small_config(model, parallel="fsdp", batch=3, **endless)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    out = tmp_path / "run"
+    launcher = torchrun(
+        2, "finetune", model, "--config", tmp_path / "config.yaml", "--out", out, "--json"
+    )
+    wait_for(out / "snapshots/raw-0000002.safetensors", launcher)
+    os.kill(ranks_of(launcher)[1], signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 1
+    assert "mergerl resume" in errors
+    saved = FinetuneRun.open(out).load_state()
+    assert saved is not None
+    steps = events_of(out, "step")
+    assert saved[1]["step"] == steps[-1]["step"] == saved[1]["updates"] >= 2
+    # One process goes on with it, whatever it was shared by.
+    longer = small_config(model, parallel="ddp", batch=3, **{**endless, "steps": len(steps) + 1})
+    assert mrl.finetune(model, out=out, config=longer, resume=True).step == len(steps) + 1
