@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,19 @@ from merge_rl.errors import ParallelError, StoppedError
 from merge_rl.parallel.place import TIMEOUT, Place
 from merge_rl.parallel.store import Store, greet, prefixed, welcome
 
-PAUSE: Final = (1e-4, 5e-3)  # between two looks at an exchange: first, longest
+PAUSE: Final = (1e-4, 5e-3)  # between two looks at an exchange: shortest, longest
+PATIENCE: Final = 1 / 16  # of the time waited so far: a pause, between these two
 LOOK_SECONDS: Final = 0.25  # how often a waiting rank looks for failures of others
 START_SECONDS: Final = 300.0  # that processes of one launch may start apart, at most
 GRACE: Final = 3.0  # seconds that a lost rank's last words may take
 DONE: Final = "done: "  # before the phase in which a rank has finished
+
+
+class Transfer(NamedTuple):
+    """Rows on their way, and what tells when they are there."""
+
+    work: dist.Work
+    rows: Tensor  # kept until then
 
 
 class Group:
@@ -66,11 +74,12 @@ class Group:
     def _waiting(self, phase: str, away: Callable[[], list[int]]) -> Iterator[None]:
         """Give way to a test again and again; raise if a rank has failed, or when time is up."""
         seconds = self.timeout if self._met else min(self.timeout, START_SECONDS)
-        until, looked, pause = time.monotonic() + seconds, time.monotonic(), PAUSE[0]
+        began = looked = now = time.monotonic()
+        until = began + seconds
         while True:
             yield
-            time.sleep(pause)
-            pause, now = min(2 * pause, PAUSE[1]), time.monotonic()
+            time.sleep(min(max(PATIENCE * (now - began), PAUSE[0]), PAUSE[1]))
+            now = time.monotonic()
             if now - looked > LOOK_SECONDS:
                 looked = now
                 self._look()
@@ -121,6 +130,27 @@ class Group:
         self.note(f"{DONE}{phase}")
         self._wait(self._links.gather(found, rows, 0), phase)
         return found if self.leads else None
+
+    def send(self, rows: Tensor, tag: int) -> Transfer:
+        """Begin to send rows to rank 0; they must not change before `settle`."""
+        rows = rows.contiguous()
+        return Transfer(self._links.send([rows], 0, tag), rows)
+
+    def receive(self, rows: Tensor, rank: int, tag: int) -> Transfer:
+        """Begin to receive into contiguous rows what another rank sends rank 0 under this tag."""
+        return Transfer(self._links.recv([rows], rank, tag), rows)
+
+    def settle(self, transfers: Sequence[Transfer], *, phase: str = "") -> None:
+        """Return when all that ranks send to rank 0 has arrived; all ranks must call it.
+
+        Links keep order: what follows the rows has arrived after them.
+        """
+        self.gather(torch.zeros(1), phase=phase)
+        for transfer in transfers:
+            try:
+                transfer.work.wait()
+            except RuntimeError:
+                self._lost(phase)
 
     def collect(self, document: Any, *, phase: str = "") -> list[Any] | None:
         """Every rank's document on rank 0, in rank order; None on the others."""

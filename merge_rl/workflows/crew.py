@@ -16,6 +16,7 @@ from merge_rl.config import SamplerConfig, from_mapping, to_mapping
 from merge_rl.core.blocks import Block, share_blocks, split_blocks
 from merge_rl.errors import ParallelError
 from merge_rl.parallel import Group
+from merge_rl.workflows.gathering import Buffers, gather_rows
 from merge_rl.workflows.rollout import MergedRollout, WorkItem
 
 
@@ -35,6 +36,7 @@ class Crew:
         announce: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self.group, self._announce, self._told = group, announce, False
+        self._buffers = Buffers()
         self._rollouts = {rollout.name: rollout for rollout in rollouts}
         if group.leads and group.size > 1:
             for rollout in self._rollouts.values():
@@ -76,9 +78,11 @@ class Crew:
         mine = [blocks[i] for i in shares[self.group.rank]]
         self._tell_idle(shares, blocks)
         self.group.note(f"{phase}: {_described(mine)}")
-        rows = rollout.rows(items, mine)
-        counts = [sum(blocks[i].size for i in share) for share in shares]
-        found = gather_rows(self.group, rows, counts, phase)
+        sizes = [[blocks[i].size for i in share] for share in shares]
+        counts, dim = [sum(own) for own in sizes], rollout.rollout.extractor.dim
+        found = self._buffers.take(sum(counts) if self.group.leads else 0, dim)
+        into = torch.split(found, counts) if self.group.leads else ()
+        gather_rows(self.group, rollout.parts(items, mine), sizes, into, phase)
         if self.group.leads:
             rollout.rollout.on_images(sum(counts[1:]))
         return found
@@ -92,21 +96,6 @@ class Crew:
                 f"blocks of up to {max(block.size for block in blocks)} images; a smaller --batch "
                 "makes more of them"
             )
-
-
-def gather_rows(group: Group, rows: Tensor, counts: Sequence[int], phase: str) -> Tensor:
-    """Rows of all ranks on rank 0, in rank order; elsewhere the own ones.
-
-    `counts` has how many rows each rank brings.
-    """
-    padded = rows
-    if len(rows) < max(counts):
-        padded = rows.new_zeros(max(counts), rows.shape[1])
-        padded[: len(rows)] = rows
-    found = group.gather(padded, phase=phase)
-    if found is None:
-        return rows
-    return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
 
 
 def _described(blocks: Sequence[Block]) -> str:

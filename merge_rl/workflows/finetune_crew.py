@@ -21,12 +21,12 @@ from merge_rl.core.blocks import Block, blocks_of_sizes, share_blocks, split_blo
 from merge_rl.parallel import Group
 from merge_rl.rng import image_seeds
 from merge_rl.workflows.assemble import load_network
-from merge_rl.workflows.crew import gather_rows
 from merge_rl.workflows.data_parallel import is_broken_link, replicated
 from merge_rl.workflows.finetune_job import FinetuneJob
 from merge_rl.workflows.finetune_kept import Kept, Share, Watched, read_kept, write_kept
 from merge_rl.workflows.finetune_memory import memory_advice
 from merge_rl.workflows.finetune_step import StepParts
+from merge_rl.workflows.gathering import gather_rows
 from merge_rl.workflows.learner import Learner
 from merge_rl.workflows.policy_rollout import PolicyRollout
 from merge_rl.workflows.rollout import Rollout
@@ -236,9 +236,11 @@ class SharedParts(StepParts):
             return rollout.noise(seeds[part]), labels[part]
 
         mine = [partial(inputs, blocks[i]) for i in shares[self.group.rank]]
-        rows = [torch.empty(0, rollout.extractor.dim), *rollout.features_of(mine)]
-        counts = [sum(blocks[i].size for i in share) for share in shares]
-        found = gather_rows(self.group, torch.cat(rows), counts, asked["phase"])
+        sizes = [[blocks[i].size for i in share] for share in shares]
+        counts = [sum(own) for own in sizes]
+        found = torch.empty(sum(counts) if self.group.leads else 0, rollout.extractor.dim)
+        into = torch.split(found, counts) if self.group.leads else ()
+        gather_rows(self.group, rollout.features_of(mine), sizes, into, asked["phase"])
         if self.group.leads:
             rollout.on_images(sum(counts[1:]))
         return found

@@ -252,6 +252,11 @@ class MergedRollout:
 
     def rows(self, items: Sequence[WorkItem], blocks: Sequence[Block]) -> Tensor:
         """Features (N, D) of the images of some blocks of the items, in order, made here."""
+        nothing = torch.empty(0, self.rollout.extractor.dim)
+        return torch.cat([nothing, *self.parts(items, blocks)])
+
+    def parts(self, items: Sequence[WorkItem], blocks: Sequence[Block]) -> Iterator[Tensor]:
+        """Features (B, D) of one block after the other, made here."""
         begun: int | None = None
 
         def begin(index: int) -> None:
@@ -265,11 +270,9 @@ class MergedRollout:
             item, part = items[block.item], slice(block.start, block.stop)
             return self.rollout.noise(item.seeds[part]), item.labels[part]
 
-        parts = [torch.empty(0, self.rollout.extractor.dim)]
         for group in self._groups(blocks):
             begin(group[0].item)  # threads find the weights in place
-            parts += self.rollout.features_of([partial(inputs, block) for block in group])
-        return torch.cat(parts)
+            yield from self.rollout.features_of([partial(inputs, block) for block in group])
 
     def _groups(self, blocks: Sequence[Block]) -> list[list[Block]]:
         """Blocks that may be under way at the same time."""
