@@ -28,7 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Case:
     run: str
     sampler: SamplerConfig | None = None  # None: what the run names
     select: tuple[str, ...] = ()
-    merge: MergeConfig = MergeConfig()
+    merge: MergeConfig = field(default_factory=MergeConfig)
     track: str | None = "raw"
 
 

@@ -21,7 +21,7 @@ class MergeConfig:
 
     map: str = "whitened"  # whitened, affine, free, softmax, ema
     # auto: the best of the merges that cost no search (the newest checkpoints, averages of the
-    # newest few, EMA profiles); newest, uniform, or a checkpoint's name.
+    # newest few, EMA profiles, single checkpoints); newest, uniform, or a checkpoint's name.
     start: str = "auto"
     # One unit of theta: a share of the weights' norm for whitened, of coefficients for the others.
     scale: float | None = None
