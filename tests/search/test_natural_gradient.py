@@ -74,6 +74,39 @@ def test_exploration_shrinks_with_the_budget() -> None:
     assert seen == pytest.approx(expected)
 
 
+def test_exploration_widens_where_gradients_agree() -> None:
+    def width_after(*signs: int, **settings: Any) -> float:
+        searcher = make(dim=1, momentum=0.5, evaluations=10**12, **settings)
+        for sign in signs:
+            rewards = column(sign, -sign)
+            searcher.tell(searcher.mean + searcher.std * column(1, -1)[:, None], rewards)
+        return math.log(float(searcher.std))
+
+    # Gradients of 1 weigh 1/3 and 2/3. Independent ones would sum to sqrt(5) / 3 in root mean
+    # square, and a normal number's size is 0.798 of that on average.
+    agreed, not_agreed = 3 / math.sqrt(5) / 0.798, 1 / math.sqrt(5) / 0.798
+    assert width_after(1) == pytest.approx(0, abs=1e-9)
+    assert width_after(1, 1) == pytest.approx(0.3 * (agreed - 1), rel=2e-3)
+    assert width_after(1, -1) == pytest.approx(0.3 * (not_agreed - 1), rel=2e-3)
+    assert width_after(1, -1, width_rate=1.0) == pytest.approx(not_agreed - 1, rel=2e-3)
+    assert width_after(1, 1, width_rate=0.0) == pytest.approx(0, abs=1e-9)
+    # No run of luck takes the exploration beyond eight times the configured one.
+    assert width_after(*[1] * 60) == pytest.approx(math.log(8))
+
+
+def test_exploration_stays_where_gradients_are_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    widths = []
+    for seed in range(200):
+        searcher = make(dim=8, population=16, evaluations=10**12, seed=seed)
+        for _ in range(12):
+            rewards = torch.randn(16, generator=generator, dtype=F64)
+            searcher.tell(searcher.ask(), rewards)
+        widths.append(math.log(float(searcher.std[0])))
+    # Each wanders by 0.4 or so, their mean by 0.03: a drift of 1 % a round would show.
+    assert abs(sum(widths) / len(widths)) < 0.1
+
+
 def test_the_average_forgets_the_beginning() -> None:
     # Weights 4 / (t + 3): 1, 4/5, 4/6, ...
     searcher = make(dim=1, momentum=0.0, learning_rate=1.0, evaluations=10**9)
