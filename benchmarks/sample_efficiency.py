@@ -93,7 +93,7 @@ def settings(folder: Path, name: str, budget: int) -> OptimizeConfig:
         budget=budget,
         sampler=case.sampler,
         merge=case.merge,
-        reward=RewardConfig(pool_size=1000, refresh_size=200),
+        reward=RewardConfig(pool_size=1000),
         evaluation=EvaluationConfig(num_images=2000, repeats=4, selection_images=2000),
     )
 
