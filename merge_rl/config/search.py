@@ -140,6 +140,7 @@ class SearchConfig:
     betas: tuple[float, float] = (0.5, 0.9)  # Adam's
     decay: float = 0.93  # adam: of step and exploration, a round
     min_decay: float = 0.1  # where the schedule of step and exploration stops
+    shaping: str = "batch"  # advantages from rewards: batch (their values) or rank (their places)
     top_fraction: float = 1.0  # kept for the update, by advantage
     clip: float = 0.2
     epochs: int = 1  # adam: updates from one batch
@@ -154,6 +155,8 @@ class SearchConfig:
             require(self.population >= 1, "population", ">= 1", self.population)
         if self.update not in (None, "natural", "adam"):
             raise UnknownNameError("update", str(self.update), ("natural", "adam"))
+        if self.shaping not in ("batch", "rank"):
+            raise UnknownNameError("shaping", self.shaping, ("batch", "rank"))
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
         good = 0 <= self.width_rate < math.inf
         require(good, "width_rate", "finite and >= 0", self.width_rate)

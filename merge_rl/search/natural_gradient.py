@@ -17,7 +17,7 @@ from torch import Tensor
 
 from merge_rl.config import SearchConfig
 from merge_rl.core.policy import (
-    batch_advantages,
+    SHAPINGS,
     keep_top_fraction,
     orthogonal_pairs,
     plain_normal,
@@ -92,7 +92,7 @@ class NaturalGradient:
 
     def tell(self, thetas: Tensor, rewards: Tensor) -> None:
         """One update from rewards (P,) of thetas (P, D); NaN ranks last."""
-        advantages = batch_advantages(rewards)
+        advantages = SHAPINGS[self.config.shaping](rewards)
         std = self.std
         if bool((advantages != 0).any()):
             kept = keep_top_fraction(advantages, self.config.top_fraction)
