@@ -2,11 +2,20 @@
 
     python -m benchmarks.sample_efficiency [--sets sit,edm2] [--budget 90000] [--seeds 0,1,2]
                                            [--folder build/bench/searchers] [--out FILE.json]
+    python -m benchmarks.sample_efficiency --sets edm2-raw,edm2-few,sit-few,edm2-beyond \
+                                           --budget 20000   # where merging should pay most
 
-Every searcher starts from the same checkpoints (the raw snapshots, without EMA) and is given the
-same number of images, everything included. All results are scored on the same fresh seeds, which
-nothing was chosen by, against held-out digits. Few steps an image, so that the many searches fit
-into an hour of one core. The folder is kept: what is done is not done again.
+Every searcher starts from the same checkpoints and is given the same number of images, everything
+included. All results are scored on the same fresh seeds, which nothing was chosen by, against
+held-out digits. The folder is kept: what is done is not done again.
+
+sit, edm2             raw snapshots without EMA; few steps an image (nfe 8, 7), so that the many
+                      searches fit into an hour of one core
+edm2-raw, sit-raw     raw snapshots with the steps that the run itself names
+edm2-few, sit-few     raw snapshots with 5 and 4 network calls an image
+edm2-beyond           two snapshots of a third and two thirds of the training: the best merge lies
+                      beyond the newer one, with a negative coefficient
+edm2-ema, sit-ema     the run's own moving averages, and the steps of edm2 and sit
 
 Goals, medians over the seeds: the policy gradient's held-out FID is at most 0.95 of the best free
 merge's and at most every black-box searcher's, and it reaches the best black-box searcher's final
@@ -19,33 +28,72 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from merge_rl.config import EvaluationConfig, OptimizeConfig, RewardConfig, SamplerConfig
+from merge_rl.config import (
+    EvaluationConfig,
+    MergeConfig,
+    OptimizeConfig,
+    RewardConfig,
+    SamplerConfig,
+)
 from merge_rl.demo.write import write_demo
 from merge_rl.workflows.compare import compare_searchers
 
 OURS = "policy-gradient"
 BLACK_BOXES = ("nevergrad:TBPSA", "nevergrad:CMA", "lcsc")
 FREE = ("greedy-soup", "best-checkpoint", "uniform")
-SAMPLERS = {
-    "sit": SamplerConfig(solver="midpoint", num_steps=4),
-    "edm2": SamplerConfig(solver="heun", num_steps=4),
+
+
+@dataclass(frozen=True)
+class Case:
+    """Checkpoints and how they are sampled."""
+
+    run: str
+    sampler: SamplerConfig | None = None  # None: what the run names
+    select: tuple[str, ...] = ()
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    track: str | None = "raw"
+
+
+HEUN = {steps: SamplerConfig(solver="heun", num_steps=steps) for steps in (3, 4)}
+MIDPOINT = {steps: SamplerConfig(solver="midpoint", num_steps=steps) for steps in (2, 4)}
+EMA = tuple(
+    f"digits-{kimg:07d}-{width}"
+    for kimg in (262, 524, 786, 1048, 1310, 1572, 1835, 2097)
+    for width in ("0.050", "0.100")
+)
+CASES = {
+    "sit": Case("sit", MIDPOINT[4]),
+    "edm2": Case("edm2", HEUN[4]),
+    "sit-raw": Case("sit"),
+    "edm2-raw": Case("edm2"),
+    "sit-few": Case("sit", MIDPOINT[2]),
+    "edm2-few": Case("edm2", HEUN[3]),
+    "edm2-beyond": Case(
+        "edm2", None, ("digits-0000786", "digits-0001310"), MergeConfig(scale=0.05, max_abs=5)
+    ),
+    "sit-ema": Case("sit", MIDPOINT[4], track="ema"),
+    "edm2-ema": Case("edm2", HEUN[4], EMA, track=None),
 }
 RATIO, HALF, OVERHEAD = 0.95, 0.5, 0.02
 
 
 def settings(folder: Path, name: str, budget: int) -> OptimizeConfig:
     """What all searches of a set share."""
+    case = CASES[name]
     return OptimizeConfig(
-        checkpoints=str(folder / name),
-        track="raw",
+        checkpoints=str(folder / case.run),
+        track=case.track,
+        select=case.select,
         budget=budget,
-        sampler=SAMPLERS[name],
-        reward=RewardConfig(pool_size=1000, refresh_size=200),
+        sampler=case.sampler,
+        merge=case.merge,
+        reward=RewardConfig(pool_size=1000),
         evaluation=EvaluationConfig(num_images=2000, repeats=4, selection_images=2000),
     )
 

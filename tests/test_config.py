@@ -42,8 +42,8 @@ SEARCH = SearchConfig(
     box=2.5,
     name="other", policy="mlp", population=6, antithetic=False, std=0.5, learn_std=True,
     learning_rate=1e-05, std_learning_rate=0.125, betas=(0.25, 0.75), decay=0.5, min_decay=0.25,
-    top_fraction=0.3, clip=math.inf, epochs=4, update="adam", momentum=0.25, start_share=0.125,
-    final_share=0.25, incumbents=2,
+    top_fraction=0.3, clip=math.inf, epochs=4, update="adam", momentum=0.25, width_rate=0.5,
+    shaping="rank", start_share=0.125, final_share=0.25, incumbents=2,
 )  # fmt: skip
 EVALUATION = EvaluationConfig(num_images=60, repeats=5, selection_images=30)
 OPTIMIZE = OptimizeConfig(
@@ -187,6 +187,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (RewardConfig, {"refresh_size": 5001}, r"expected refresh_size in 1\.\.5000, got 5001"),
     (SearchConfig, {"population": 0}, "expected population >= 1, got 0"),
     (SearchConfig, {"update": "adm"}, "unknown update 'adm'; did you mean 'adam'"),
+    (SearchConfig, {"shaping": "ranks"}, "unknown shaping 'ranks'; did you mean 'rank'"),
+    (SearchConfig, {"width_rate": -0.1}, "expected width_rate finite and >= 0, got -0.1"),
     (SearchConfig, {"momentum": 1.0}, r"expected momentum in \[0, 1\), got 1.0"),
     (SearchConfig, {"final_share": 0.5}, r"expected final_share in \[0, 0.5\), got 0.5"),
     (SearchConfig, {"incumbents": -1}, "expected incumbents >= 0, got -1"),
@@ -234,8 +236,10 @@ def test_images_a_reward_costs() -> None:
     assert REWARD.images_per_candidate == 2 * 3 * 40
     # Every fourth round, counted from 0, the whole pool.
     assert [REWARD.refresh_images(i) for i in range(9)] == [0, 0, 0, 300, 0, 0, 0, 300, 0]
-    rolling = RewardConfig(pool_size=300, subset_size=40)
+    rolling = RewardConfig(pool_size=300, subset_size=5)
     assert rolling.rolling_size == 30  # a tenth of the pool
+    assert dataclasses.replace(rolling, subset_size=40).rolling_size == 160  # four candidates
+    assert dataclasses.replace(rolling, subset_size=80).rolling_size == 300  # all of it
     assert [rolling.refresh_images(i) for i in range(3)] == [30, 30, 30]
     assert dataclasses.replace(rolling, refresh_size=17).refresh_images(5) == 17
 

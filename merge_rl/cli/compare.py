@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from merge_rl.cli import search_options as options
 from merge_rl.cli.output import JsonFlag, ProgressTracker, print_json, print_table, say
-from merge_rl.cli.sampler_options import FAST_HELP, fast_settings
+from merge_rl.cli.search_options import FINAL, MODEL, SEARCH
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from merge_rl.config import OptimizeConfig
-
-SEARCH, MODEL, DATA, FINAL = "Search", "Model and sampling", "Real data", "Scores"
 
 
 def register(app: typer.Typer) -> None:
@@ -27,24 +26,14 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    checkpoints: Annotated[
-        Path,
-        typer.Argument(metavar="CKPTS", help="Folder of .safetensors, with or without manifest."),
-    ],
+    checkpoints: options.Checkpoints,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the comparison. \\[default: runs/NAME-compare]"),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file of settings; other options override it.")
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as merge.max_abs=2."),
-    ] = None,
-    track: Annotated[
-        str | None, typer.Option(help="Series of the manifest to use. \\[default: all]")
-    ] = None,
+    config: options.Config = None,
+    setting: options.Setting = None,
+    track: options.Track = None,
     searcher: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,65 +45,22 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Of the searches.", rich_help_panel=SEARCH)] = "0,1,2",
-    budget: Annotated[
-        int | None,
-        typer.Option(
-            help="Images each search may generate. \\[default: 50000]", rich_help_panel=SEARCH
-        ),
-    ] = None,
-    extractor: Annotated[
-        str | None, typer.Option(help="Feature extractor.", rich_help_panel=DATA)
-    ] = None,
-    extractor_weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]PATH",
-            help="Its weights; with NAME those of another extractor of the reward.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    reference: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]PATH",
-            help="Statistics of real data to optimise against; with NAME for another extractor.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    heldout: Annotated[
-        Path | None,
-        typer.Option(help="Statistics of real data kept for the table.", rich_help_panel=DATA),
-    ] = None,
-    autoencoder: Annotated[
-        str | None,
-        typer.Option(
-            help="What makes images of latents: sd-vae-edm2 or sd-vae-sit.", rich_help_panel=MODEL
-        ),
-    ] = None,
-    autoencoder_weights: Annotated[
-        str | None,
-        typer.Option(help="Its weights: file, folder, or public name.", rich_help_panel=MODEL),
-    ] = None,
-    solver: Annotated[
-        str | None,
-        typer.Option(help="Any but the adaptive, such as heun.", rich_help_panel=MODEL),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Solver intervals.", rich_help_panel=MODEL)
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Strength; 1 is off.", rich_help_panel=MODEL)
-    ] = None,
-    guide: Annotated[
-        Path | None, typer.Option(help="The weaker network.", rich_help_panel=MODEL)
-    ] = None,
-    fast: Annotated[bool, typer.Option("--fast", help=FAST_HELP, rich_help_panel=MODEL)] = False,
+    budget: options.Budget = None,
+    extractor: options.Extractor = None,
+    extractor_weights: options.ExtractorWeights = None,
+    reference: options.Reference = None,
+    heldout: options.Heldout = None,
+    autoencoder: options.Autoencoder = None,
+    autoencoder_weights: options.AutoencoderWeights = None,
+    solver: options.Solver = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    guide: options.Guide = None,
+    fast: options.Fast = False,
     batch: Annotated[
         int | None, typer.Option(help="Images in one forward pass.", rich_help_panel=MODEL)
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...", rich_help_panel=MODEL)
-    ] = None,
+    device: options.Device = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -122,12 +68,8 @@ def compare(
             rich_help_panel=FINAL,
         ),
     ] = None,
-    final_images: Annotated[
-        int | None, typer.Option(help="N of one repeat. \\[default: 5000]", rich_help_panel=FINAL)
-    ] = None,
-    repeats: Annotated[
-        int | None, typer.Option(help="At least 3. \\[default: 4]", rich_help_panel=FINAL)
-    ] = None,
+    final_images: options.FinalImages = None,
+    repeats: options.Repeats = None,
     curve_images: Annotated[
         int | None,
         typer.Option(
@@ -143,22 +85,16 @@ def compare(
     and the time they took, and how much their coefficients differ between seeds; the plot how FID
     falls with the images generated. Ctrl-C keeps what is done: the same command goes on.
     """
-    from merge_rl.cli.settings import build_config, split_named
+    from merge_rl.cli.settings import build_config
     from merge_rl.storage.checkpoints import open_checkpoints
 
-    own_reference, references = split_named("--reference", reference or [])
-    own_weights, weights = split_named("--extractor-weights", extractor_weights or [])
-    given: dict[str, Any] = {
-        "track": track, "budget": budget, "seed": seed, "extractor": extractor, "batch": batch,
-        "extractor_weights": own_weights, "reference": own_reference, "heldout": heldout,
-        "extra_references": references, "extra_weights": weights,
-        "autoencoder": autoencoder, "autoencoder_weights": autoencoder_weights,
-        "device": device, "sampler.solver": solver, "sampler.num_steps": steps,
-        "sampler.guidance": guidance, "sampler.guide": guide,
-        "evaluation.num_images": final_images, "evaluation.repeats": repeats,
-    }  # fmt: skip
-    if fast:
-        given |= {f"sampler.{key}": value for key, value in fast_settings().items()}
+    given = options.shared_settings(
+        track=track, budget=budget, seed=seed, extractor=extractor,
+        extractor_weights=extractor_weights, reference=reference, heldout=heldout,
+        autoencoder=autoencoder, autoencoder_weights=autoencoder_weights, solver=solver,
+        steps=steps, guidance=guidance, guide=guide, fast=fast, batch=batch, device=device,
+        final_images=final_images, repeats=repeats,
+    )  # fmt: skip
     defaults = open_checkpoints(checkpoints, track=track).defaults
     settings = build_config(
         checkpoints, config, given, overrides=setting or [], sampler=defaults.sampler

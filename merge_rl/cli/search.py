@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from merge_rl.cli import ranks
+from merge_rl.cli import search_options as options
 from merge_rl.cli.finetune import resume_run
 from merge_rl.cli.output import (
     JsonFlag,
@@ -17,7 +18,7 @@ from merge_rl.cli.output import (
     say,
 )
 from merge_rl.cli.results import print_result, result_document
-from merge_rl.cli.sampler_options import FAST_HELP, fast_settings
+from merge_rl.cli.search_options import FINAL, MODEL, SEARCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,7 @@ SEARCHER_HELP = (
     "policy-gradient, nevergrad:NAME, scipy:METHOD, lcsc, lr-cma, ema-grid, uniform, greedy-soup, "
     "best-checkpoint, random. \\[default: policy-gradient]"
 )
-SEARCH, MODEL, REWARD, FINAL = "Search", "Model and sampling", "Reward", "Final comparison"
+REWARD = "Reward"
 COST = "Cost, before it starts (mergerl plan)"
 
 
@@ -61,38 +62,23 @@ def demo(
 
 
 def optimize(
-    checkpoints: Annotated[
-        Path,
-        typer.Argument(metavar="CKPTS", help="Folder of .safetensors, with or without manifest."),
-    ],
+    checkpoints: options.Checkpoints,
     out: Annotated[
         Path | None,
         typer.Option(help="Run directory; must not exist. \\[default: runs/NAME-seedN]"),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file of settings; other options override it.")
-    ] = None,
+    config: options.Config = None,
     preset: Annotated[
         str | None,
         typer.Option(help="Settings by name, under all others: paper (arXiv:2607.02291)."),
     ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as search.decay=0.9."),
-    ] = None,
-    track: Annotated[
-        str | None, typer.Option(help="Series of the manifest to use. \\[default: all]")
-    ] = None,
+    setting: options.Setting = None,
+    track: options.Track = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="A checkpoint to use, and no other; repeatable."),
     ] = None,
-    budget: Annotated[
-        int | None,
-        typer.Option(
-            help="Images the search may generate. \\[default: 50000]", rich_help_panel=SEARCH
-        ),
-    ] = None,
+    budget: options.Budget = None,
     seed: Annotated[
         int | None, typer.Option(help="Fixes every draw. \\[default: 0]", rich_help_panel=SEARCH)
     ] = None,
@@ -174,54 +160,17 @@ def optimize(
             help="rolling, or all of the pool every so many rounds.", rich_help_panel=REWARD
         ),
     ] = None,
-    extractor: Annotated[
-        str | None, typer.Option(help="Feature extractor.", rich_help_panel=REWARD)
-    ] = None,
-    extractor_weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]PATH",
-            help="Its weights; with NAME those of another extractor of the reward.",
-            rich_help_panel=REWARD,
-        ),
-    ] = None,
-    reference: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]PATH",
-            help="Statistics of real data to optimise against; with NAME for another extractor "
-            "of the reward.",
-            rich_help_panel=REWARD,
-        ),
-    ] = None,
-    heldout: Annotated[
-        Path | None,
-        typer.Option(help="Statistics of real data kept for the report.", rich_help_panel=REWARD),
-    ] = None,
-    autoencoder: Annotated[
-        str | None,
-        typer.Option(
-            help="What makes images of latents: sd-vae-edm2 or sd-vae-sit.", rich_help_panel=MODEL
-        ),
-    ] = None,
-    autoencoder_weights: Annotated[
-        str | None,
-        typer.Option(help="Its weights: file, folder, or public name.", rich_help_panel=MODEL),
-    ] = None,
-    solver: Annotated[
-        str | None,
-        typer.Option(help="Any but the adaptive, such as heun.", rich_help_panel=MODEL),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Solver intervals.", rich_help_panel=MODEL)
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Strength; 1 is off.", rich_help_panel=MODEL)
-    ] = None,
-    guide: Annotated[
-        Path | None, typer.Option(help="The weaker network.", rich_help_panel=MODEL)
-    ] = None,
-    fast: Annotated[bool, typer.Option("--fast", help=FAST_HELP, rich_help_panel=MODEL)] = False,
+    extractor: options.Extractor = None,
+    extractor_weights: options.ExtractorWeights = None,
+    reference: options.Reference = None,
+    heldout: options.Heldout = None,
+    autoencoder: options.Autoencoder = None,
+    autoencoder_weights: options.AutoencoderWeights = None,
+    solver: options.Solver = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    guide: options.Guide = None,
+    fast: options.Fast = False,
     batch: Annotated[
         str | None,
         typer.Option(
@@ -230,9 +179,7 @@ def optimize(
             rich_help_panel=MODEL,
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...", rich_help_panel=MODEL)
-    ] = None,
+    device: options.Device = None,
     weights_device: Annotated[
         str | None,
         typer.Option(
@@ -247,12 +194,8 @@ def optimize(
             "--license", help="Of the merge. \\[default: the checkpoints']", rich_help_panel=FINAL
         ),
     ] = None,
-    final_images: Annotated[
-        int | None, typer.Option(help="N of one repeat. \\[default: 5000]", rich_help_panel=FINAL)
-    ] = None,
-    repeats: Annotated[
-        int | None, typer.Option(help="At least 3. \\[default: 4]", rich_help_panel=FINAL)
-    ] = None,
+    final_images: options.FinalImages = None,
+    repeats: options.Repeats = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what it will cost and stop.", rich_help_panel=COST),
@@ -277,30 +220,24 @@ def optimize(
     fresh seeds and writes RUN/merged. Ctrl-C keeps the finished rounds; go on with
     [bold]mergerl resume RUN[/bold].
     """
-    from merge_rl.cli.settings import build_config, split_named
+    from merge_rl.cli.settings import build_config
     from merge_rl.config.presets import preset as settings_of
     from merge_rl.storage.checkpoints import open_checkpoints
     from merge_rl.workflows.optimize import optimize as run_optimize
 
-    own_reference, references = split_named("--reference", reference or [])
-    own_weights, weights = split_named("--extractor-weights", extractor_weights or [])
-    given = {
-        "track": track, "select": only or None, "budget": budget, "seed": seed,
-        "extractor": extractor, "batch": batch,
-        "extractor_weights": own_weights, "reference": own_reference, "heldout": heldout,
-        "extra_references": references, "extra_weights": weights,
-        "autoencoder": autoencoder, "autoencoder_weights": autoencoder_weights,
-        "device": device, "weights_device": weights_device, "licence": licence,
-        "search.name": searcher, "search.policy": policy,
-        "search.population": population, "merge.map": map_kind, "merge.start": start,
-        "merge.scale": scale, "merge.max_abs": max_abs, "merge.l2": l2,
-        "reward.name": reward, "reward.pool_size": pool,
-        "reward.subset_size": subset, "reward.refresh": refresh, "sampler.solver": solver,
-        "sampler.num_steps": steps, "sampler.guidance": guidance, "sampler.guide": guide,
-        "evaluation.num_images": final_images, "evaluation.repeats": repeats,
+    given = options.shared_settings(
+        track=track, budget=budget, seed=seed, select=only or None, extractor=extractor,
+        extractor_weights=extractor_weights, reference=reference, heldout=heldout,
+        autoencoder=autoencoder, autoencoder_weights=autoencoder_weights, solver=solver,
+        steps=steps, guidance=guidance, guide=guide, fast=fast, batch=batch, device=device,
+        weights_device=weights_device, licence=licence, final_images=final_images,
+        repeats=repeats,
+    ) | {
+        "search.name": searcher, "search.policy": policy, "search.population": population,
+        "merge.map": map_kind, "merge.start": start, "merge.scale": scale,
+        "merge.max_abs": max_abs, "merge.l2": l2, "reward.name": reward,
+        "reward.pool_size": pool, "reward.subset_size": subset, "reward.refresh": refresh,
     }  # fmt: skip
-    if fast:
-        given |= {f"sampler.{key}": value for key, value in fast_settings().items()}
     defaults = open_checkpoints(checkpoints, track=track, select=only or None).defaults
     settings = build_config(
         checkpoints, config, given, groups=group or [], overrides=setting or [],

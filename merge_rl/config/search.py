@@ -21,7 +21,7 @@ class MergeConfig:
 
     map: str = "whitened"  # whitened, affine, free, softmax, ema
     # auto: the best of the merges that cost no search (the newest checkpoints, averages of the
-    # newest few, EMA profiles); newest, uniform, or a checkpoint's name.
+    # newest few, EMA profiles, single checkpoints); newest, uniform, or a checkpoint's name.
     start: str = "auto"
     # One unit of theta: a share of the weights' norm for whitened, of coefficients for the others.
     scale: float | None = None
@@ -58,7 +58,9 @@ class RewardConfig:
     # rolling: some rows every round; or a number: all rows, every k rounds. The result of a search
     # is the policy mean of the last refresh, the last one whose samples were seen to be sound.
     refresh: str = "rolling"
-    refresh_size: int | None = None  # rows a rolling refresh renews; a tenth of the pool if unset
+    # Rows a rolling refresh renews; unset, a tenth of the pool, or what four candidates replace if
+    # that is more: a pool that is renewed more slowly than the policy moves makes it overshoot.
+    refresh_size: int | None = None
     max_gap: float = 0.20  # running mean of the relative gap above which the loop acts
 
     def __post_init__(self) -> None:
@@ -105,7 +107,8 @@ class RewardConfig:
     @property
     def rolling_size(self) -> int:
         """Rows that a rolling refresh renews."""
-        return self.refresh_size or max(1, self.pool_size // 10)
+        share = max(1, self.pool_size // 10, 4 * self.images_per_candidate)
+        return self.refresh_size or min(share, self.pool_size)
 
     def refresh_images(self, round_index: int) -> int:
         """Rows that are renewed after a round, counted from 0."""
@@ -126,14 +129,18 @@ class SearchConfig:
     std: float = 1.0  # of the first draws, in theta units
     box: float = 5.0  # half-width of the box that a bounded method searches, in theta units
     learn_std: bool = False
-    # natural: the step in units of std along a gradient without noise, 1 if unset; adam: Adam's,
+    # natural: the step in units of std along a gradient without noise, 0.5 if unset; adam: Adam's,
     # in theta units, about the step of one round, 0.7 if unset.
     learning_rate: float | None = None
     momentum: float = 0.7  # of the natural gradient
+    # natural: how fast exploration widens where successive gradients agree, and narrows where they
+    # contradict each other; 0: not at all
+    width_rate: float = 0.3
     std_learning_rate: float = 0.05
     betas: tuple[float, float] = (0.5, 0.9)  # Adam's
     decay: float = 0.93  # adam: of step and exploration, a round
     min_decay: float = 0.1  # where the schedule of step and exploration stops
+    shaping: str = "batch"  # advantages from rewards: batch (their values) or rank (their places)
     top_fraction: float = 1.0  # kept for the update, by advantage
     clip: float = 0.2
     epochs: int = 1  # adam: updates from one batch
@@ -148,7 +155,11 @@ class SearchConfig:
             require(self.population >= 1, "population", ">= 1", self.population)
         if self.update not in (None, "natural", "adam"):
             raise UnknownNameError("update", str(self.update), ("natural", "adam"))
+        if self.shaping not in ("batch", "rank"):
+            raise UnknownNameError("shaping", self.shaping, ("batch", "rank"))
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        good = 0 <= self.width_rate < math.inf
+        require(good, "width_rate", "finite and >= 0", self.width_rate)
         for name in ("std", "box"):
             width = getattr(self, name)
             require(0 < width < math.inf, name, "finite and > 0", width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -78,6 +79,22 @@ def batch_advantages(rewards: Tensor) -> Tensor:
     if float(spread) <= 1e-12 * max(1.0, float(values.abs().max())):
         return torch.zeros_like(values)
     return centred / spread
+
+
+def rank_advantages(rewards: Tensor) -> Tensor:
+    """Places of the rewards instead of their values, (P,) -> (P,), of mean 0 and variance 1.
+
+    The worst is 0, the next 1 and so on, equal rewards share the mean of their places, then as
+    `batch_advantages`: outliers weigh no more than a place (as in CMA-ES and NES; Wierstra et al.,
+    2014, section 3.1). Failed candidates count as the worst finite one.
+    """
+    values = rank_failures_last(rewards.double())
+    below = (values[:, None] > values[None, :]).sum(1)
+    equal = (values[:, None] == values[None, :]).sum(1)
+    return batch_advantages(below + (equal - 1) / 2)
+
+
+SHAPINGS: Final = {"batch": batch_advantages, "rank": rank_advantages}
 
 
 def keep_top_fraction(advantages: Tensor, fraction: float) -> Tensor:

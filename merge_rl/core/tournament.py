@@ -35,6 +35,17 @@ def halving_plan(entries: int, images: int, least: int = 1) -> tuple[Rung, ...]:
     return rungs if rungs[0].images >= max(least, 1) else ()
 
 
+def most_entries(images: int, least: int) -> int:
+    """How many entries a tournament of so many images can hold, with `least` for each at first.
+
+    The largest E with E * ceil(log2 E) * least <= images; 1 where not even two can be compared.
+    """
+    entries = 1
+    while halving_plan(entries + 1, images, least):
+        entries += 1
+    return entries
+
+
 def cost(rungs: tuple[Rung, ...]) -> int:
     """Images of all rungs."""
     return sum(rung.entries * rung.images for rung in rungs)

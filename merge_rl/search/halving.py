@@ -21,14 +21,14 @@ from merge_rl.search import population
 from merge_rl.search.base import AskTell
 
 
-class Rung(NamedTuple):
+class Stage(NamedTuple):
     """`rounds` rounds of `size` candidates, of which the better half climbs on."""
 
     size: int
     rounds: int
 
 
-def halving_plan(count: int, evaluations: int) -> list[Rung]:
+def plan_rounds(count: int, evaluations: int) -> list[Stage]:
     """The rungs for `count` candidates: sizes n, ceil(n/2), ..., 2; none for a single candidate.
 
     Every rung gets an equal share of the evaluations, in whole rounds but at least one; what the
@@ -41,7 +41,7 @@ def halving_plan(count: int, evaluations: int) -> list[Rung]:
     plan, left = [], evaluations
     for i, size in enumerate(sizes):
         rounds = max(1, left // ((len(sizes) - i) * size))
-        plan.append(Rung(size, rounds))
+        plan.append(Stage(size, rounds))
         left -= rounds * size
     return plan
 
@@ -51,7 +51,7 @@ class Halving:
 
     def __init__(self, count: int, evaluations: int) -> None:
         self.count = count
-        self.plan = halving_plan(count, evaluations)
+        self.plan = plan_rounds(count, evaluations)
         self.rung = self.rounds = 0  # rounds told on this rung
         self.alive = torch.arange(count)
         self.sums = torch.zeros(count, dtype=torch.float64)  # NaN once failed

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from merge_rl.config import SearchConfig
 from merge_rl.core.policy import (
-    batch_advantages,
+    SHAPINGS,
     keep_top_fraction,
     orthogonal_pairs,
     plain_normal,
@@ -27,7 +27,8 @@ from merge_rl.errors import ConfigError
 from merge_rl.rng import derive_seed, stream
 from merge_rl.search import population
 
-STEP = 1.0  # of the policy's std, along a gradient without noise
+STEP = 0.5  # of the policy's std, along a gradient without noise: the pool follows that far
+WIDEST = 8.0  # times the configured exploration and, as a divisor, the narrowest
 TAIL = 3.0  # of the running average: mean t weighs as (1 + TAIL) / (t + TAIL)
 
 
@@ -38,8 +39,13 @@ class NaturalGradient:
     on a sphere; or draws of Normal(mean, std²) where `antithetic` is off.
 
     Exploration, and the step with it, shrinks linearly with the share of the budget that is spent,
-    down to `min_decay`. Every round's draws come from a stream of their own: what is asked depends
-    on the seed and on what was told, never on how often `ask` was called.
+    down to `min_decay`. Beside that it grows while successive gradients agree, and shrinks where
+    they contradict each other: the momentum is a sum of them, whose length is compared with what
+    it would be if they had nothing to do with each other (cumulative step-size adaptation, Hansen
+    & Ostermeier, 2001, Evolutionary Computation 9(2), section 4).
+
+    Every round's draws come from a stream of their own: what is asked depends on the seed and on
+    what was told, never on how often `ask` was called.
 
     Reported beside the mean is its running average with the weights of polynomial decay (Shamir &
     Zhang, 2013, arXiv:1212.1824, section 4), which forgets the beginning.
@@ -54,6 +60,8 @@ class NaturalGradient:
         self._average = space.origin.clone()
         self._momentum = space.origin.clone()
         self._log_std = torch.full_like(space.origin, math.log(config.std))
+        self._power = 0.0  # running mean of the gradients' squared lengths, with the same memory
+        self._log_width = 0.0  # what agreement of gradients has done to the exploration
 
     @property
     def mean(self) -> Tensor:
@@ -74,7 +82,8 @@ class NaturalGradient:
     def std(self) -> Tensor:
         """Standard deviation (D,) of this round's draws, with the schedule applied."""
         left = 1 - self.told / self.space.evaluations
-        return self._log_std.exp() * max(left, self.config.min_decay)
+        width = math.exp(self._log_width) * max(left, self.config.min_decay)
+        return self._log_std.exp() * width
 
     def ask(self) -> Tensor:
         generator = stream(self.seed, "search", "ask", self.round_index)
@@ -83,7 +92,7 @@ class NaturalGradient:
 
     def tell(self, thetas: Tensor, rewards: Tensor) -> None:
         """One update from rewards (P,) of thetas (P, D); NaN ranks last."""
-        advantages = batch_advantages(rewards)
+        advantages = SHAPINGS[self.config.shaping](rewards)
         std = self.std
         if bool((advantages != 0).any()):
             kept = keep_top_fraction(advantages, self.config.top_fraction)
@@ -102,10 +111,25 @@ class NaturalGradient:
         smooth = self._momentum / (1 - memory**self.updates)
         step = STEP if self.config.learning_rate is None else self.config.learning_rate
         self._mean = self._mean + step * self.damping * std * smooth
+        self._adapt(gradient, smooth)
         if self.config.learn_std:
             # The natural gradient in log std is half of E[A (z² - 1)].
             change = (advantages[:, None] * (z.square() - 1)).mean(0)
             self._log_std = self._log_std + 0.5 * self.config.std_learning_rate * change
+
+    def _adapt(self, gradient: Tensor, smooth: Tensor) -> None:
+        """Widen the exploration where gradients agree, narrow it where they do not."""
+        memory, count = self.config.momentum, self.updates
+        fresh = float(gradient.square().sum())
+        self._power = fresh if count == 1 else memory * self._power + (1 - memory) * fresh
+        if count == 1 or memory == 0 or self._power == 0:
+            return
+        # Squared length of a mean with these weights, if gradients were independent, of one's.
+        share = (1 - memory) * (1 + memory**count) / ((1 + memory) * (1 - memory**count))
+        length = math.sqrt(float(smooth.square().sum()) / (share * self._power))
+        length /= _mean_length(self.space.dim)
+        width = self._log_width + self.config.width_rate * (length - 1)
+        self._log_width = min(max(width, -math.log(WIDEST)), math.log(WIDEST))
 
     def damp(self, factor: float) -> None:
         """Multiply the step by `factor` from now on, never below a tenth of the configured one."""
@@ -131,7 +155,8 @@ class NaturalGradient:
         }  # fmt: skip
         scalars = {
             "round_index": self.round_index, "told": self.told, "updates": self.updates,
-            "damping": self.damping, "seed_check": derive_seed(self.seed, "search"),
+            "damping": self.damping, "power": self._power, "log_width": self._log_width,
+            "seed_check": derive_seed(self.seed, "search"),
         }  # fmt: skip
         return {"tensors": {k: v.clone() for k, v in tensors.items()}, "scalars": scalars}
 
@@ -141,5 +166,11 @@ class NaturalGradient:
             raise ConfigError("the saved search belongs to another seed")
         self.round_index, self.told = int(scalars["round_index"]), int(scalars["told"])
         self.updates, self.damping = int(scalars["updates"]), float(scalars["damping"])
+        self._power, self._log_width = float(scalars["power"]), float(scalars["log_width"])
         self._mean, self._average = tensors["mean"].clone(), tensors["average"].clone()
         self._momentum, self._log_std = tensors["momentum"].clone(), tensors["log_std"].clone()
+
+
+def _mean_length(dim: int) -> float:
+    """E|x| / sqrt(dim) of a normal vector, to 2e-3 (Hansen, 2016, arXiv:1604.00772, page 28)."""
+    return 1 - 1 / (4 * dim) + 1 / (21 * dim**2)

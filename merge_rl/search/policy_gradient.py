@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from merge_rl.config import SearchConfig
 from merge_rl.core.policy import (
+    SHAPINGS,
     antithetic_normal,
-    batch_advantages,
     clipped_policy_loss,
     gaussian_log_prob,
     keep_top_fraction,
@@ -187,7 +187,7 @@ class PolicyGradient:
 
     def tell(self, thetas: Tensor, rewards: Tensor) -> None:
         """One policy-gradient update from rewards (P,) of thetas (P, D); NaN ranks last."""
-        advantages = batch_advantages(rewards)
+        advantages = SHAPINGS[self.config.shaping](rewards)
         if bool((advantages != 0).any()):
             kept = keep_top_fraction(advantages, self.config.top_fraction)
             self._update(thetas[kept], advantages[kept])

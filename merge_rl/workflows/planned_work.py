@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from merge_rl import registry
 from merge_rl.config import OptimizeConfig
 from merge_rl.core.tournament import Rung, halving_plan
 from merge_rl.core.workload import SDE, Stage, Workload
@@ -12,9 +11,7 @@ from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows.assemble import build_map
 from merge_rl.workflows.budget import FINALISTS, LEAST, BudgetPlan, plan_budget
 from merge_rl.workflows.comparison import ENTRIES
-from merge_rl.workflows.starts import free_starts
-
-AUTO = "auto"
+from merge_rl.workflows.starts import starts_of
 
 
 def search_workload(
@@ -69,11 +66,8 @@ def _rungs(name: str, rungs: tuple[Rung, ...]) -> list[Stage]:
 
 
 def _count_starts(config: OptimizeConfig, checkpoints: CheckpointSet, num_groups: int) -> int:
-    own = registry.chooses_itself(config.search.name)
-    if config.merge.start != AUTO or config.search.start_share <= 0 or own:
-        return 1
     # Whitened coefficients reach what affine ones do, and these need no look at the weights.
     merge = config.merge
     if merge.map == "whitened":
         merge = dataclasses.replace(merge, map="affine")
-    return len(free_starts(checkpoints, build_map(checkpoints, merge, num_groups)))
+    return len(starts_of(config, checkpoints, build_map(checkpoints, merge, num_groups)))

@@ -20,10 +20,8 @@ from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.budget import LEAST, BudgetPlan, plan_budget
 from merge_rl.workflows.score_store import ScoreStore
 from merge_rl.workflows.search_loop import SearchLoop
-from merge_rl.workflows.starts import free_starts
+from merge_rl.workflows.starts import starts_of
 from merge_rl.workflows.tournament import Winner, hold
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def search(
 ) -> Found:
     """From the resume point, or the beginning, to the coefficients that are reported."""
     job.final_rollout.rollout.on_images = tracker.advance
-    starts = starts_of(config, job)
+    starts = starts_of(config, job.checkpoints, job.map)
     plan = plan_budget(config, len(starts))
     if plan.start:
         tracker.phase("start", sum(rung.entries * rung.images for rung in plan.start))
@@ -117,7 +115,7 @@ def search(
 
 def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
     """The searcher a config names, for the job's space."""
-    plan = plan_budget(config, len(starts_of(config, job)))
+    plan = plan_budget(config, len(starts_of(config, job.checkpoints, job.map)))
     space = SearchSpace(
         map=job.map,
         names=tuple(job.checkpoints.names),
@@ -129,15 +127,6 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
         config.search, space, config.seed
     )
     return searcher
-
-
-def starts_of(config: OptimizeConfig, job: Job) -> dict[str, Tensor]:
-    """Where the search of a config may begin, coefficients (G, K) by what they are."""
-    own = registry.chooses_itself(config.search.name)
-    if config.merge.start == AUTO and config.search.start_share > 0 and not own:
-        return free_starts(job.checkpoints, job.map)
-    label = "newest" if config.merge.start == AUTO else config.merge.start
-    return {label: job.map(torch.zeros(job.map.dim, dtype=torch.float64))}
 
 
 def finalists(loop: SearchLoop, start: Tensor) -> dict[str, Tensor]:

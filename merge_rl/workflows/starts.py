@@ -3,32 +3,58 @@
 newest checkpoints        the newest of every track
 averages of the newest    of 2, 4, 8, ... checkpoints of a track, up to all
 EMA profiles              of the newest end, where the manifest says what the checkpoints are
+single checkpoints        the others, from new to old
+
+In this order, as many as the budget can compare.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
+from merge_rl import registry
+from merge_rl.config import OptimizeConfig
 from merge_rl.core.coefficients import CoefficientMap
 from merge_rl.core.ema_profiles import posthoc_coefficients
+from merge_rl.core.tournament import most_entries
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.workflows.budget import LEAST
 
+AUTO = "auto"
+MOST = 16  # starts: further images are better spent on looking twice
 WIDTHS = (0.5, 0.75, 1.5)  # of EMA profiles, times the widths at hand
 
 
-def free_starts(checkpoints: CheckpointSet, coefficients: CoefficientMap) -> dict[str, Tensor]:
-    """Coefficients (G, K) by what they are; the map's own start first.
+def starts_of(
+    config: OptimizeConfig, checkpoints: CheckpointSet, coefficients: CoefficientMap
+) -> dict[str, Tensor]:
+    """Where the search of a config may begin, coefficients (G, K) by what they are."""
+    own = registry.chooses_itself(config.search.name)
+    if config.merge.start == AUTO and config.search.start_share > 0 and not own:
+        images = int(config.budget * config.search.start_share)
+        return free_starts(checkpoints, coefficients, min(MOST, most_entries(images, LEAST)))
+    label = "newest" if config.merge.start == AUTO else config.merge.start
+    return {label: coefficients(torch.zeros(coefficients.dim, dtype=torch.float64))}
+
+
+def free_starts(
+    checkpoints: CheckpointSet, coefficients: CoefficientMap, most: int = MOST
+) -> dict[str, Tensor]:
+    """The first `most` of them, coefficients (G, K) by what they are; the map's own start first.
 
     What the map cannot reach is left out, and so is what another entry is already.
     """
     origin = coefficients(torch.zeros(coefficients.dim, dtype=torch.float64))
     found = {"newest": origin}
-    rows = {**_averages(checkpoints), **_profiles(checkpoints)}
+    rows = {**_averages(checkpoints), **_profiles(checkpoints), **_singles(checkpoints)}
     for label, row in rows.items():
+        if len(found) >= most:
+            break
         wide = row.expand(coefficients.num_groups, -1)
         try:
             coefficients.theta_of(wide)
@@ -84,6 +110,14 @@ def _profiles(checkpoints: CheckpointSet) -> dict[str, Tensor]:
         row[known] = fitted
         rows[f"EMA {width:.3f}"] = row
     return rows
+
+
+def _singles(checkpoints: CheckpointSet) -> dict[str, Tensor]:
+    """From new to old, the tracks in turns."""
+    tracks = [members[::-1] for members in _tracks(checkpoints).values()]
+    turns = [i for place in zip_longest(*tracks) for i in place if i is not None]
+    rows = torch.eye(len(checkpoints), dtype=torch.float64)
+    return {checkpoints.names[i]: rows[i] for i in turns}
 
 
 def _widths(at_hand: Sequence[float]) -> list[float]:

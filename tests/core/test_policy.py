@@ -16,6 +16,7 @@ from merge_rl.core.policy import (
     gaussian_log_prob,
     keep_top_fraction,
     orthogonal_pairs,
+    rank_advantages,
     rank_failures_last,
 )
 from merge_rl.errors import ConfigError
@@ -200,3 +201,13 @@ def test_orthogonal_pairs_favour_no_direction() -> None:
     draws = torch.cat([orthogonal_pairs(2, 3, generator) for _ in range(4000)])
     # E[e e^T] = I: 4,000 independent directions, a standard error of about 0.013.
     torch.testing.assert_close(draws.T @ draws / 8000, torch.eye(3).double(), rtol=0, atol=0.06)
+
+
+def test_rank_advantages() -> None:
+    # Places 1.5, 3, 1.5, 0: 1.5 either way in two of four, over sqrt(4.5 / 4).
+    expected = [0.0, math.sqrt(2), 0.0, -math.sqrt(2)]
+    assert rank_advantages(f64(10, 1000, 10, 3)).tolist() == pytest.approx(expected, abs=1e-12)
+    # Values do not matter, and failures share the last place.
+    assert torch.equal(rank_advantages(f64(1, 2, 3)), rank_advantages(f64(-5, 0, 1e9)))
+    assert torch.equal(rank_advantages(f64(4, math.nan, 1, 3)), rank_advantages(f64(4, 1, 1, 3)))
+    assert rank_advantages(f64(2, 2)).tolist() == [0.0, 0.0]

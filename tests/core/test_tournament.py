@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from merge_rl.core.tournament import cost, halving_plan
+from merge_rl.core.tournament import cost, halving_plan, most_entries
 
 
 def test_by_hand() -> None:
@@ -35,3 +35,11 @@ def test_the_budget_holds_and_one_is_left(entries: int, images: int) -> None:
     for a, b in itertools.pairwise(rungs):
         assert b.entries == -(-a.entries // 2)
         assert b.images >= a.images
+
+
+def test_most_entries() -> None:
+    # 5 entries take 3 rungs of 5 * 100 images, 4 take 2 of 4 * 100, 6 would take 3 of 600.
+    assert most_entries(1600, 100) == 5
+    assert most_entries(1499, 100) == 4
+    assert most_entries(200, 100) == 2
+    assert most_entries(199, 100) == most_entries(0, 1) == 1

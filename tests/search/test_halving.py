@@ -13,7 +13,7 @@ from merge_rl.core.coefficients import AffineMap, EmaMap, FreeMap, SoftmaxMap, m
 from merge_rl.core.search_space import SearchSpace
 from merge_rl.errors import ConfigError
 from merge_rl.search.best_checkpoint import BestCheckpoint
-from merge_rl.search.halving import Halving, Rung, halving_plan
+from merge_rl.search.halving import Halving, Stage, plan_rounds
 from merge_rl.search.uniform import Uniform
 
 NAN = math.nan
@@ -37,15 +37,15 @@ def vector(*values: float) -> Tensor:
     ],
 )
 def test_halving_plan(count: int, evaluations: int, plan: list[tuple[int, int]]) -> None:
-    found = halving_plan(count, evaluations)
-    assert found == [Rung(*rung) for rung in plan]
+    found = plan_rounds(count, evaluations)
+    assert found == [Stage(*rung) for rung in plan]
     if evaluations >= 2 * count * max(1, len(plan)):
         assert sum(size * rounds for size, rounds in plan) <= evaluations
 
 
 def test_the_better_half_climbs_by_mean_reward() -> None:
     halving = Halving(4, 16)
-    assert halving.plan == [Rung(4, 2), Rung(2, 4)]
+    assert halving.plan == [Stage(4, 2), Stage(2, 4)]
     halving.tell(vector(1.0, 9.0, 4.0, 0.0))
     assert halving.ranking == [1, 2, 0, 3]
     assert halving.alive.tolist() == [0, 1, 2, 3]

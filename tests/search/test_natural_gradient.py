@@ -29,13 +29,16 @@ def column(*values: float) -> Tensor:
 
 
 def test_one_step_by_hand() -> None:
-    searcher = make(dim=1, momentum=0.7, std=2.0)
+    searcher = make(dim=1, momentum=0.7, std=2.0, learning_rate=1.0)
     # z = 1, -1, 0.5, -0.5 with rewards 3, -1, 1, 1: advantages (2, -2, 0, 0) / sqrt(2).
     thetas = column(2, -2, 1, -1)[:, None]
     searcher.tell(thetas, column(3, -1, 1, 1))
     # E[A z] = (sqrt 2 + sqrt 2) / 4; the first momentum is that of no history; times std.
     expected = 2 * math.sqrt(2) / 2
     assert float(searcher.mean) == pytest.approx(expected)
+    usual = make(dim=1, momentum=0.7, std=2.0)
+    usual.tell(thetas, column(3, -1, 1, 1))
+    assert float(usual.mean) == pytest.approx(expected / 2)
 
 
 def test_momentum_and_damping_by_hand() -> None:
@@ -55,7 +58,7 @@ def test_the_step_is_at_most_the_exploration_on_a_slope() -> None:
     lengths = []
     for seed in range(20):
         # Six orthogonal pairs: the slope is measured exactly.
-        searcher = make(dim=6, population=12, seed=seed, momentum=0.0, std=0.3)
+        searcher = make(dim=6, population=12, seed=seed, momentum=0.0, std=0.6)
         thetas = searcher.ask()
         searcher.tell(thetas, 1e6 * (thetas @ slope))  # whatever the unit of the reward
         lengths.append(float(searcher.mean.norm()))
@@ -72,6 +75,39 @@ def test_exploration_shrinks_with_the_budget() -> None:
     # 4 of 40 a round: 1, 0.9, 0.8, ... down to 0.25 of it.
     expected = [2 * max(1 - 0.1 * k, 0.25) for k in range(12)]
     assert seen == pytest.approx(expected)
+
+
+def test_exploration_widens_where_gradients_agree() -> None:
+    def width_after(*signs: int, **settings: Any) -> float:
+        searcher = make(dim=1, momentum=0.5, evaluations=10**12, **settings)
+        for sign in signs:
+            rewards = column(sign, -sign)
+            searcher.tell(searcher.mean + searcher.std * column(1, -1)[:, None], rewards)
+        return math.log(float(searcher.std))
+
+    # Gradients of 1 weigh 1/3 and 2/3. Independent ones would sum to sqrt(5) / 3 in root mean
+    # square, and a normal number's size is 0.798 of that on average.
+    agreed, not_agreed = 3 / math.sqrt(5) / 0.798, 1 / math.sqrt(5) / 0.798
+    assert width_after(1) == pytest.approx(0, abs=1e-9)
+    assert width_after(1, 1) == pytest.approx(0.3 * (agreed - 1), rel=2e-3)
+    assert width_after(1, -1) == pytest.approx(0.3 * (not_agreed - 1), rel=2e-3)
+    assert width_after(1, -1, width_rate=1.0) == pytest.approx(not_agreed - 1, rel=2e-3)
+    assert width_after(1, 1, width_rate=0.0) == pytest.approx(0, abs=1e-9)
+    # No run of luck takes the exploration beyond eight times the configured one.
+    assert width_after(*[1] * 60) == pytest.approx(math.log(8))
+
+
+def test_exploration_stays_where_gradients_are_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    widths = []
+    for seed in range(200):
+        searcher = make(dim=8, population=16, evaluations=10**12, seed=seed)
+        for _ in range(12):
+            rewards = torch.randn(16, generator=generator, dtype=F64)
+            searcher.tell(searcher.ask(), rewards)
+        widths.append(math.log(float(searcher.std[0])))
+    # Each wanders by 0.4 or so, their mean by 0.03: a drift of 1 % a round would show.
+    assert abs(sum(widths) / len(widths)) < 0.1
 
 
 def test_the_average_forgets_the_beginning() -> None:

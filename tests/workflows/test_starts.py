@@ -29,22 +29,29 @@ TinyConfig = Callable[..., OptimizeConfig]
 F64 = torch.float64
 
 
-def starts(checkpoints: CheckpointSet, kind: str = "affine", **options: Any) -> dict[str, Tensor]:
+def starts(
+    checkpoints: CheckpointSet, kind: str = "affine", most: int = 16, **options: Any
+) -> dict[str, Tensor]:
     count = len(checkpoints)
     init = torch.eye(count, dtype=F64)[checkpoints.newest]
     chosen = make_map(
         kind, num_checkpoints=count, base=checkpoints.newest, scale=0.1, init=init, **options
     )
-    return free_starts(checkpoints, chosen)
+    return free_starts(checkpoints, chosen, most)
 
 
 def test_averages_of_a_plain_track(shared_tiny: Path) -> None:
-    found = starts(open_checkpoints(shared_tiny, track="raw"))
-    assert {label: rows[0].tolist() for label, rows in found.items()} == {
-        "newest": [0, 0, 0, 1],
-        "average of 2 newest": [0, 0, 0.5, 0.5],
-        "average of 4 newest": [0.25] * 4,
-    }
+    opened = open_checkpoints(shared_tiny, track="raw")
+    found = starts(opened)
+    assert [(label, rows[0].tolist()) for label, rows in found.items()] == [
+        ("newest", [0, 0, 0, 1]),
+        ("average of 2 newest", [0, 0, 0.5, 0.5]),
+        ("average of 4 newest", [0.25] * 4),
+        (opened.names[2], [0, 0, 1, 0]),
+        (opened.names[1], [0, 1, 0, 0]),
+        (opened.names[0], [1, 0, 0, 0]),
+    ]
+    assert list(starts(opened, most=4)) == list(found)[:4]
 
 
 def test_profiles_of_an_ema_track(shared_tiny: Path) -> None:
@@ -151,7 +158,7 @@ def test_the_start_is_found_and_the_result_chosen(
     )  # fmt: skip
     found = mrl.optimize(tiny, out=tmp_path / "run", config=config).found
     assert found.images <= 3000
-    assert [len(rung) for rung in found.beginning.rungs] == [3, 2]
+    assert [len(rung) for rung in found.beginning.rungs] == [4, 2]  # 900 images pay for four
     best = min(found.beginning.rungs[1], key=lambda label: found.beginning.rungs[1][label])
     assert found.start_label == best
     # Policy mean, running average, start and one incumbent.
