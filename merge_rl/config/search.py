@@ -129,7 +129,7 @@ class SearchConfig:
     std: float = 1.0  # of the first draws, in theta units
     box: float = 5.0  # half-width of the box that a bounded method searches, in theta units
     learn_std: bool = False
-    # natural: the step in units of std along a gradient without noise, 0.5 if unset; adam: Adam's,
+    # natural: the step in units of std along a gradient without noise, 1 if unset; adam: Adam's,
     # in theta units, about the step of one round, 0.7 if unset.
     learning_rate: float | None = None
     momentum: float = 0.7  # of the natural gradient

@@ -27,7 +27,7 @@ from merge_rl.errors import ConfigError
 from merge_rl.rng import derive_seed, stream
 from merge_rl.search import population
 
-STEP = 0.5  # of the policy's std, along a gradient without noise: the pool follows that far
+STEP = 1.0  # of the policy's std, along a gradient without noise
 WIDEST = 8.0  # times the configured exploration and, as a divisor, the narrowest
 TAIL = 3.0  # of the running average: mean t weighs as (1 + TAIL) / (t + TAIL)
 

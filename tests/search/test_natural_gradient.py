@@ -29,16 +29,13 @@ def column(*values: float) -> Tensor:
 
 
 def test_one_step_by_hand() -> None:
-    searcher = make(dim=1, momentum=0.7, std=2.0, learning_rate=1.0)
+    searcher = make(dim=1, momentum=0.7, std=2.0)
     # z = 1, -1, 0.5, -0.5 with rewards 3, -1, 1, 1: advantages (2, -2, 0, 0) / sqrt(2).
     thetas = column(2, -2, 1, -1)[:, None]
     searcher.tell(thetas, column(3, -1, 1, 1))
     # E[A z] = (sqrt 2 + sqrt 2) / 4; the first momentum is that of no history; times std.
     expected = 2 * math.sqrt(2) / 2
     assert float(searcher.mean) == pytest.approx(expected)
-    usual = make(dim=1, momentum=0.7, std=2.0)
-    usual.tell(thetas, column(3, -1, 1, 1))
-    assert float(usual.mean) == pytest.approx(expected / 2)
 
 
 def test_momentum_and_damping_by_hand() -> None:
@@ -58,7 +55,7 @@ def test_the_step_is_at_most_the_exploration_on_a_slope() -> None:
     lengths = []
     for seed in range(20):
         # Six orthogonal pairs: the slope is measured exactly.
-        searcher = make(dim=6, population=12, seed=seed, momentum=0.0, std=0.6)
+        searcher = make(dim=6, population=12, seed=seed, momentum=0.0, std=0.3)
         thetas = searcher.ask()
         searcher.tell(thetas, 1e6 * (thetas @ slope))  # whatever the unit of the reward
         lengths.append(float(searcher.mean.norm()))
