@@ -147,7 +147,7 @@ def test_a_search_in_sentences(finished: OptimizeResult) -> None:
     began, chose, spent = search_lines(found)
     start, final = found["start"], found["final"]
     assert began == (
-        f"began at {start['label']}, the best of 3 merges that cost no search "
+        f"began at {start['label']}, the best of 4 merges that cost no search "
         f"(FID {start['score']:.3f} at N = {start['images_each']})"
     )
     assert f"chose {final['chosen']} of 4 finalists" in chose
