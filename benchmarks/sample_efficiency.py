@@ -12,7 +12,7 @@ held-out digits. The folder is kept: what is done is not done again.
 sit, edm2             raw snapshots without EMA; few steps an image (nfe 8, 7), so that the many
                       searches fit into an hour of one core
 edm2-raw, sit-raw     raw snapshots with the steps that the run itself names
-edm2-few, sit-few     raw snapshots with 5 and 4 network calls an image
+edm2-few, sit-few     raw snapshots with 6 and 4 network calls an image
 edm2-beyond           two snapshots of a third and two thirds of the training: the best merge lies
                       beyond the newer one, with a negative coefficient
 edm2-ema, sit-ema     the run's own moving averages, and the steps of edm2 and sit
@@ -60,7 +60,8 @@ class Case:
     track: str | None = "raw"
 
 
-HEUN = {steps: SamplerConfig(solver="heun", num_steps=steps) for steps in (3, 4)}
+HEUN_4 = SamplerConfig(solver="heun", num_steps=4)
+EULER_6 = SamplerConfig(solver="euler", num_steps=6)  # 3 steps of Heun make no digits
 MIDPOINT = {steps: SamplerConfig(solver="midpoint", num_steps=steps) for steps in (2, 4)}
 EMA = tuple(
     f"digits-{kimg:07d}-{width}"
@@ -69,16 +70,16 @@ EMA = tuple(
 )
 CASES = {
     "sit": Case("sit", MIDPOINT[4]),
-    "edm2": Case("edm2", HEUN[4]),
+    "edm2": Case("edm2", HEUN_4),
     "sit-raw": Case("sit"),
     "edm2-raw": Case("edm2"),
     "sit-few": Case("sit", MIDPOINT[2]),
-    "edm2-few": Case("edm2", HEUN[3]),
+    "edm2-few": Case("edm2", EULER_6),
     "edm2-beyond": Case(
         "edm2", None, ("digits-0000786", "digits-0001310"), MergeConfig(scale=0.05, max_abs=5)
     ),
     "sit-ema": Case("sit", MIDPOINT[4], track="ema"),
-    "edm2-ema": Case("edm2", HEUN[4], EMA, track=None),
+    "edm2-ema": Case("edm2", HEUN_4, EMA, track=None),
 }
 RATIO, HALF, OVERHEAD = 0.95, 0.5, 0.02
 
