@@ -13,8 +13,8 @@ sit, edm2             raw snapshots without EMA; few steps an image (nfe 8, 7), 
                       searches fit into an hour of one core
 edm2-raw, sit-raw     raw snapshots with the steps that the run itself names
 edm2-few, sit-few     raw snapshots with 6 and 4 network calls an image
-edm2-beyond           two snapshots of a third and two thirds of the training: the best merge lies
-                      beyond the newer one, with a negative coefficient
+edm2-beyond           two snapshots and few steps: the best merge lies beyond the newer one, with a
+                      negative coefficient for the older
 edm2-ema, sit-ema     the run's own moving averages, and the steps of edm2 and sit
 
 Goals, medians over the seeds: the policy gradient's held-out FID is at most 0.95 of the best free
@@ -76,7 +76,7 @@ CASES = {
     "sit-few": Case("sit", MIDPOINT[2]),
     "edm2-few": Case("edm2", EULER_6),
     "edm2-beyond": Case(
-        "edm2", None, ("digits-0000786", "digits-0001310"), MergeConfig(scale=0.05, max_abs=5)
+        "edm2", HEUN_4, ("digits-0001048", "digits-0001835"), MergeConfig(scale=0.05, max_abs=5)
     ),
     "sit-ema": Case("sit", MIDPOINT[4], track="ema"),
     "edm2-ema": Case("edm2", HEUN_4, EMA, track=None),
