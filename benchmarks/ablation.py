@@ -1,6 +1,7 @@
 """What each part of the default search is worth: the policy gradient without it, or with another.
 
     python -m benchmarks.ablation [--set edm2] [--budget 20000] [--seeds 0,1,2]
+                                  [--variants "default,rank shaping"]
                                   [--folder build/bench/ablation] [--out FILE.json]
 
 A set of `benchmarks.sample_efficiency`; all variants are scored on the same fresh seeds, N = 2,000,
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", default="edm2", choices=CASES)
     parser.add_argument("--budget", type=int, default=20_000)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--folder", type=Path, default=Path("build/bench/ablation"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
