@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     document = compare_searchers(
         settings(given.folder / "digits", given.set, given.budget),
         out=given.folder / given.set,
-        searchers=[f'policy-gradient label="{name}" {text}' for name, text in VARIANTS.items()],
+        searchers=[
+            f'policy-gradient label="{name}" {VARIANTS[name]}' for name in given.variants.split(",")
+        ],
         seeds=[int(text) for text in given.seeds.split(",")],
         curve_images=0,
     )
