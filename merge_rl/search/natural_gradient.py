@@ -140,8 +140,12 @@ class NaturalGradient:
         self._log_std = self._log_std - math.log(2)
 
     def recenter(self, theta: Tensor) -> None:
-        """Go on from theta (D,) and forget the momentum; before the first round, begin there."""
+        """Go on from theta (D,) and forget the momentum; before the first round, begin there.
+
+        A wider exploration is forgotten too: it led to where samples were not finite.
+        """
         self._mean = theta.clone()
+        self._log_width = min(self._log_width, 0.0)
         self._momentum = torch.zeros_like(theta)
         self.updates = 0
         if self.round_index == 0:

@@ -94,6 +94,15 @@ def test_exploration_widens_where_gradients_agree() -> None:
     assert width_after(*[1] * 60) == pytest.approx(math.log(8))
 
 
+def test_a_new_centre_ends_a_wider_exploration() -> None:
+    searcher = make(dim=1, evaluations=10**12)
+    for _ in range(6):
+        searcher.tell(searcher.mean + searcher.std * column(1, -1)[:, None], column(1, -1))
+    assert float(searcher.std) > 1.5
+    searcher.recenter(column(0))
+    assert float(searcher.std) == pytest.approx(1.0)
+
+
 def test_exploration_stays_where_gradients_are_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     widths = []
