@@ -1,4 +1,4 @@
-# make demo   install, then the main job on the embedded digits run (about two minutes)
+# make demo   install, then the main job on the embedded digits run (some minutes)
 # make test   install, then all tests
 # make lint   install, then format, lint and types
 # make bench  the benchmarks; each prints a table and writes JSON to build/bench

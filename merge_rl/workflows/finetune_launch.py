@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from merge_rl.config.finetune import FREE_ON_RESUME, FinetuneConfig, differing_keys
 from merge_rl.errors import RunError
 from merge_rl.parallel import Place
 from merge_rl.storage.finetune_run import FinetuneRun
-from merge_rl.workflows.launch import LAUNCH_NAME, clear_beginnings, goes_on, require_same_inputs
+from merge_rl.workflows.launch import begin
 
 
 def begin_finetune(
@@ -22,17 +21,16 @@ def begin_finetune(
 
     Raises RunError for a directory of other settings or inputs, or of anything else.
     """
-    if goes_on(out, place):
-        clear_beginnings(Path(out))
-        if Path(out).is_dir():
-            run = FinetuneRun.open(out)
-            continued(run, config)
-            require_same_inputs(run.files, inputs["hashes"])
-            return run
-    run = FinetuneRun.create(out, config, inputs)
-    if place.job is not None:
-        run.files.write(LAUNCH_NAME, {"job": place.job})
-    return run
+
+    def reopen() -> FinetuneRun:
+        run = FinetuneRun.open(out)
+        continued(run, config)
+        return run
+
+    return begin(
+        out, inputs["hashes"], place, reopen=reopen,
+        create=lambda: FinetuneRun.create(out, config, inputs), files=lambda run: run.files,
+    )  # fmt: skip
 
 
 def continued(run: FinetuneRun, config: FinetuneConfig | None) -> FinetuneConfig:

@@ -102,28 +102,51 @@ def goes_on(out: str | os.PathLike[str], place: Place) -> bool:
     return place.restarts > 0 or (place.job is not None and recorded.get("job") == place.job)
 
 
-def begin_run(
-    out: str | os.PathLike[str], config: OptimizeConfig, inputs: Mapping[str, Any], place: Place
-) -> RunDir:
-    """The run directory: new, or that of the same launch before it was restarted.
+Run = TypeVar("Run")
 
-    Raises RunError for a directory of other settings or inputs, or of anything else.
+
+def begin(
+    out: str | os.PathLike[str], hashes: Mapping[str, Any], place: Place,
+    *, reopen: Callable[[], Run], create: Callable[[], Run], files: Callable[[Run], RunDir],
+) -> Run:  # fmt: skip
+    """A run of any kind: new, or that of the same launch before it was restarted.
+
+    `reopen` raises for a directory of other settings, `create` for one that exists; RunError for
+    other inputs.
     """
     if goes_on(out, place):
         clear_beginnings(Path(out))
-        if RunDir(out).path.is_dir():
-            run = RunDir.open(out)
-            if run.config() != config:
-                raise RunError(
-                    f"{run.path} was begun with other settings; choose another --out, or resume "
-                    "that run"
-                )
-            require_same_inputs(run, inputs["hashes"])
+        if Path(out).is_dir():
+            run = reopen()
+            require_same_inputs(files(run), hashes)
             return run
-    run = RunDir.create(out, config, inputs)
+    run = create()
     if place.job is not None:
-        run.write(LAUNCH_NAME, {"job": place.job})
+        files(run).write(LAUNCH_NAME, {"job": place.job})
     return run
+
+
+def begin_run(
+    out: str | os.PathLike[str], config: OptimizeConfig, inputs: Mapping[str, Any], place: Place
+) -> RunDir:
+    """The run directory of a search: new, or that of the same launch before it was restarted.
+
+    Raises RunError for a directory of other settings or inputs, or of anything else.
+    """
+
+    def reopen() -> RunDir:
+        run = RunDir.open(out)
+        if run.config() != config:
+            raise RunError(
+                f"{run.path} was begun with other settings; choose another --out, or resume that "
+                "run"
+            )
+        return run
+
+    return begin(
+        out, inputs["hashes"], place, reopen=reopen,
+        create=lambda: RunDir.create(out, config, inputs), files=lambda run: run,
+    )  # fmt: skip
 
 
 def clear_beginnings(folder: Path) -> None:
