@@ -22,7 +22,8 @@ from merge_rl.errors import (
     IncompatibleCheckpointError,
     NonFiniteWeightsError,
 )
-from merge_rl.models.edm2 import EDM2, BlockConfig, UNet
+from merge_rl.models.edm2 import EDM2, UNet
+from merge_rl.models.edm2_block import BlockConfig
 from merge_rl.storage.catalogue import load_catalogue
 from merge_rl.storage.convert import convert
 from merge_rl.storage.edm2_shapes import DEFAULTS, edm2_config_from_shapes
