@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merge_rl.config import OptimizeConfig
-from merge_rl.core.statistics import FeatureStats
 from merge_rl.errors import BudgetError, NonFiniteWeightsError, RunError
 from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.rng import image_seeds, stream
@@ -19,6 +17,7 @@ from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.incumbents import Incumbents
 from merge_rl.workflows.pool import Pool, draw_subset, pool_gap
+from merge_rl.workflows.resume_point import ResumePoint
 from merge_rl.workflows.reward_sum import Scores, term_means
 from merge_rl.workflows.rollout import WorkItem, balanced_labels
 
@@ -256,51 +255,32 @@ class SearchLoop:
         return self.reward.pool_distance(self.pool)
 
     def _save(self) -> None:
-        state = self.searcher.state_dict()
-        tensors = {f"searcher.{k}": v for k, v in state["tensors"].items()}
-        tensors |= {"result_theta": self.result_theta, **self.incumbents.state_dict()}
-        if self.pool is not None:
-            tensors |= {
-                "pool.features": self.pool.features,
-                "pool.labels": self.pool.labels,
-                "pool.mean": self.pool.stats.mean,
-                "pool.cov": self.pool.stats.cov,
-            }
-            tensors |= {f"reward.{k}": v for k, v in self.reward.state_dict(self.pool).items()}
-        scalars = {
-            "round_index": self.round_index,
-            "images": self.images,
-            "cursor": self.cursor,
-            "gap_mean": self.gap_mean,
-            "failed_rounds": self.failed_rounds,
-            "searcher": state["scalars"],
-        }
-        self.run_dir.save_state(tensors, scalars)
+        ResumePoint(
+            round_index=self.round_index,
+            images=self.images,
+            cursor=self.cursor,
+            gap_mean=self.gap_mean,
+            failed_rounds=self.failed_rounds,
+            result_theta=self.result_theta,
+            incumbents=self.incumbents,
+            searcher=self.searcher.state_dict(),
+            pool=self.pool,
+            reward=self.reward.state_dict(self.pool) if self.pool is not None else {},
+        ).save(self.run_dir)
 
     def _restore(self) -> bool:
         """Whether there was a resume point to go on from."""
-        saved = self.run_dir.load_state()
+        pooled = self.config.reward.pooled
+        saved = ResumePoint.load(self.run_dir, self.incumbents, pooled=pooled)
         if saved is None:
             self.run_dir.keep_events_before(0)
             return False
-        tensors, scalars = saved
-        self.round_index, self.images = scalars["round_index"], scalars["images"]
-        self.cursor, self.gap_mean = scalars["cursor"], scalars["gap_mean"]
-        self.failed_rounds = scalars["failed_rounds"]
-        self.result_theta = tensors["result_theta"]
-        self.incumbents = self.incumbents.restored(tensors)
-        if self.config.reward.pooled:
-            features = tensors["pool.features"]
-            # The moments as they were, not recomputed: an update chain ends in other last bits.
-            stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
-            self.pool = Pool(features, tensors["pool.labels"], stats)
-            self.reward.load_state_dict(self.pool, _below(tensors, "reward."))
-        own = _below(tensors, "searcher.")
-        self.searcher.load_state_dict({"tensors": own, "scalars": scalars["searcher"]})
+        self.round_index, self.images = saved.round_index, saved.images
+        self.cursor, self.gap_mean = saved.cursor, saved.gap_mean
+        self.failed_rounds, self.result_theta = saved.failed_rounds, saved.result_theta
+        self.incumbents, self.pool = saved.incumbents, saved.pool
+        if self.pool is not None:
+            self.reward.load_state_dict(self.pool, saved.reward)
+        self.searcher.load_state_dict(dict(saved.searcher))
         self.run_dir.keep_events_before(self.round_index)
         return True
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with the prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
