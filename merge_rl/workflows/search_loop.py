@@ -12,14 +12,15 @@ from torch import Tensor
 from merge_rl.config import OptimizeConfig
 from merge_rl.errors import BudgetError, NonFiniteWeightsError, RunError
 from merge_rl.interfaces import Searcher, Tracker
-from merge_rl.rng import image_seeds, stream
+from merge_rl.rng import image_seeds
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.incumbents import Incumbents
-from merge_rl.workflows.pool import Pool, draw_subset, pool_gap
+from merge_rl.workflows.pool import Pool, pool_gap
 from merge_rl.workflows.resume_point import ResumePoint
 from merge_rl.workflows.reward_sum import Scores, term_means
 from merge_rl.workflows.rollout import WorkItem, balanced_labels
+from merge_rl.workflows.round_scores import penalties, score_candidates
 
 DAMP, RECOVER = 0.7, 1.15  # what a gap does to the step, and how it comes back
 FAILED_ROUNDS = 3  # running, in which every candidate fails, end a search
@@ -33,9 +34,8 @@ class SearchLoop:
     `limit`, the whole budget if not said. Rewards that score a candidate's own images alone need
     no pool, and make none.
 
-    Common random numbers: all candidates of a round see the same noise, labels and replaced rows;
-    every round draws new ones. The pool holds images of the policy mean: rows are renewed round
-    robin (or all, every k rounds), so that it follows the policy.
+    The pool holds images of the policy mean: rows are renewed round robin (or all, every k rounds),
+    so that it follows the policy.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class SearchLoop:
     def _round(self, thetas: Tensor) -> None:
         began, sampled = time.monotonic(), self.job.rollout.seconds
         rewards, terms = self._evaluate(thetas)
-        rewards = rewards - self._penalties(thetas)
+        rewards = rewards - penalties(self.job, thetas, self.config.reward, self.config.merge.l2)
         pooled = self.config.reward.pooled
         before = self.reward.pool_distance(self._pool) if pooled else None
         share = self.config.reward.images_per_subset / len(self._pool) if pooled else 1.0
@@ -155,17 +155,12 @@ class SearchLoop:
         self._save()
         self.tracker.event(event)
 
-    def _penalties(self, thetas: Tensor) -> Tensor:
-        """What large coefficients cost each candidate, (P,), in units of its reward.
-
-        l2 is in FID: where a candidate moves a part of the pool alone, it counts for that part.
-        """
-        if self.config.merge.l2 == 0:
-            return torch.zeros(len(thetas), dtype=torch.float64)
-        reward = self.config.reward
-        share = reward.images_per_subset / reward.pool_size if reward.pooled else 1.0
-        rows = torch.stack([self.job.map(theta) for theta in thetas])
-        return self.config.merge.l2 * share * rows.square().sum(2).mean(1)
+    def _evaluate(self, thetas: Tensor) -> Scores:
+        """Scores of thetas (P, D), before penalties."""
+        reward, seed, index = self.config.reward, self.config.seed, self.round_index
+        scores = score_candidates(self.job, self.pool, thetas, reward, seed=seed, index=index)
+        self.images += len(thetas) * reward.images_per_candidate
+        return scores
 
     def _note_failures(self, rewards: Tensor) -> None:
         if bool(rewards.isnan().all()):
@@ -184,32 +179,6 @@ class SearchLoop:
         if self.pool is None:  # pragma: no cover (run() makes it first)
             raise RuntimeError("no pool yet")
         return self.pool
-
-    def _evaluate(self, thetas: Tensor) -> Scores:
-        """Rewards (P,) of thetas (P, D), all on the same rows, labels and noise."""
-        reward, index = self.config.reward, self.round_index
-        draws = []
-        for s in range(reward.num_subsets):
-            rows = self._rows(s)
-            for r in range(reward.num_replacements):
-                seeds = image_seeds(len(rows), self.config.seed, "round", index, s, r)
-                draws.append((rows, seeds))
-        candidates = [self.job.map(theta) for theta in thetas]
-        classes = max(self.job.num_classes, 1)  # which take turns, as in the pool
-        items = [WorkItem(c, seeds, rows % classes) for c in candidates for rows, seeds in draws]
-        made = self.job.rollout.features_of(items, f"round {index}")
-        self.images += sum(len(features) for features in made)
-        # All candidates at once: most of what a distance costs is the same for all of them.
-        scored = [(rows, torch.stack(made[i :: len(draws)])) for i, (rows, _) in enumerate(draws)]
-        return self.reward.scores(self.pool, scored)
-
-    def _rows(self, subset: int) -> Tensor:
-        """Rows of the pool that a candidate's images stand for; without a pool, just numbers."""
-        count = self.config.reward.images_per_subset
-        if self.pool is None:
-            return torch.arange(count)
-        generator = stream(self.config.seed, "subset", self.round_index, subset)
-        return draw_subset(self.pool.labels, count, generator)
 
     def _refresh(self, before: float) -> dict[str, Any]:
         """Renew rows at the new policy mean, measure the gap, act on it; for the event."""
