@@ -8,6 +8,7 @@ from typing import Any
 
 from merge_rl.config import OptimizeConfig
 from merge_rl.workflows.compare_text import NAMES, Row, interval, markdown_table, signed_interval
+from merge_rl.workflows.first_order import first_order_line
 from merge_rl.workflows.search_text import search_lines
 
 Events = Sequence[Mapping[str, Any]]
@@ -24,7 +25,8 @@ def run_markdown(
     else:
         warnings = [f"**Warning**: {text}." for text in result.get("warnings", [])]
         parts += warnings
-        parts.append("\n".join(f"- {line}" for line in [*search_lines(result), *costs(events)]))
+        lines = [*search_lines(result), *first_order_line(events), *costs(events)]
+        parts.append("\n".join(f"- {line}" for line in lines))
         if "comparison" in result:
             parts += _comparison(result["comparison"])
         parts += _finalists(result["final"])

@@ -117,7 +117,7 @@ class SubsetFrechet(FrechetReward):
         return prepared.distances_with(removed, added, by_eigenvalues=True)
 
 
-class InfluenceFrechet(FrechetReward):
+class InfluenceFrechet(SubsetFrechet):
     """The same reward to first order: R = - FID(pool) - (sum of IF(new) - IF(old)) / N.
 
     `merge_rl.core.influence` has IF. A candidate costs one product of its features with a matrix,
@@ -127,6 +127,10 @@ class InfluenceFrechet(FrechetReward):
     def __init__(self, source: RewardSource) -> None:
         super().__init__(source)
         self.influence = PoolCache(lambda pool: Influence.of(self.prepared(pool)))
+
+    def exact(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
+        """What these are the first order of, (P,) float64 on the CPU."""
+        return super().rewards(pool, draws)
 
     def rewards(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
         """Mean over images and draws, (P,) float64 on the CPU; NaN where one is not finite."""

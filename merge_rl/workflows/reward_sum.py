@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from merge_rl.interfaces import FeatureExtractor, Reward
+from merge_rl.workflows.first_order import first_order_ratio
 from merge_rl.workflows.pool import Pool
-from merge_rl.workflows.reward import Draw, PoolCache
+from merge_rl.workflows.reward import Draw, InfluenceFrechet, PoolCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +28,14 @@ class WeightedReward:
 
 
 class Scores(NamedTuple):
-    """Rewards (P,) float64 of candidates, and the terms (P,) they are the weighted sum of."""
+    """Rewards (P,) float64 of candidates, and the terms (P,) they are the weighted sum of.
+
+    `first_order` is the ratio of `merge_rl.workflows.first_order`, where terms are to first order.
+    """
 
     rewards: Tensor
     terms: Mapping[str, Tensor]
+    first_order: float | None = None
 
 
 def term_means(terms: Mapping[str, Tensor]) -> dict[str, float | None]:
@@ -74,7 +79,26 @@ class RewardSum:
             own = [(rows, features[..., term.start : term.stop]) for rows, features in draws]
             terms[term.name] = term.reward.rewards(self._view(pool, term), own)
         weighted = [term.weight * terms[term.name] for term in self.terms]
-        return Scores(torch.stack(weighted).sum(0), terms)
+        ratio = self._first_order(pool, draws, terms) if pool is not None else None
+        return Scores(torch.stack(weighted).sum(0), terms, ratio)
+
+    def _first_order(
+        self, pool: Pool, draws: Sequence[Draw], terms: Mapping[str, Tensor]
+    ) -> float | None:
+        """Exact against first-order differences, over the terms that are to first order."""
+        near = [(t, t.reward) for t in self.terms if isinstance(t.reward, InfluenceFrechet)]
+        if not near:
+            return None
+
+        def exact(pair: Tensor) -> Tensor:
+            parts = []
+            for term, reward in near:
+                own = [(rows, made[pair, :, term.start : term.stop]) for rows, made in draws]
+                parts.append(term.weight * reward.exact(self._view(pool, term), own))
+            return torch.stack(parts).sum(0)
+
+        found = torch.stack([term.weight * terms[term.name] for term, _ in near]).sum(0)
+        return first_order_ratio(found, exact)
 
     def rewards(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
         """The sum alone: (P,) float64 on the CPU."""

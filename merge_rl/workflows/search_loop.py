@@ -15,6 +15,8 @@ from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.rng import image_seeds
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assemble import Job
+from merge_rl.workflows.first_order import KEY as FIRST_ORDER
+from merge_rl.workflows.first_order import FirstOrderWatch
 from merge_rl.workflows.incumbents import Incumbents
 from merge_rl.workflows.pool import Pool, pool_gap
 from merge_rl.workflows.resume_point import ResumePoint
@@ -57,6 +59,7 @@ class SearchLoop:
         self.round_index = self.cursor = self.failed_rounds = 0
         self.images = spent
         self.gap_mean = 0.0
+        self.first_order = FirstOrderWatch()
         if start is not None:
             searcher.recenter(start)
         self.result_theta = searcher.mean  # the last policy mean whose samples were finite
@@ -126,7 +129,7 @@ class SearchLoop:
 
     def _round(self, thetas: Tensor) -> None:
         began, sampled = time.monotonic(), self.job.rollout.seconds
-        rewards, terms = self._evaluate(thetas)
+        rewards, terms, first_order = self._evaluate(thetas)
         rewards = rewards - penalties(self.job, thetas, self.config.reward, self.config.merge.l2)
         pooled = self.config.reward.pooled
         before = self.reward.pool_distance(self._pool) if pooled else None
@@ -143,6 +146,7 @@ class SearchLoop:
             "candidates": thetas.tolist(),
             "rewards": [None if math.isnan(r) else r for r in rewards.tolist()],
             **({"terms": term_means(terms)} if len(terms) > 1 else {}),
+            **({} if first_order is None else {FIRST_ORDER: first_order}),
             "failed": int(rewards.isnan().sum()),
             "pool_before": before,
             **refresh,
@@ -154,6 +158,9 @@ class SearchLoop:
         self.round_index += 1
         self._save()
         self.tracker.event(event)
+        doubt = self.first_order.add(first_order)
+        if doubt is not None:
+            self.tracker.event({"kind": "warning", "text": doubt})
 
     def _evaluate(self, thetas: Tensor) -> Scores:
         """Scores of thetas (P, D), before penalties."""
@@ -252,4 +259,6 @@ class SearchLoop:
             self.reward.load_state_dict(self.pool, saved.reward)
         self.searcher.load_state_dict(dict(saved.searcher))
         self.run_dir.keep_events_before(self.round_index)
+        for event in self.run_dir.events():
+            self.first_order.add(event.get(FIRST_ORDER))
         return True
