@@ -58,7 +58,7 @@ def test_terms_are_weighted(total: RewardSum, pool: Pool) -> None:
     assert total.pool_distance(pool) == pytest.approx(18)
     rows = torch.tensor([0, 2])
     features = torch.tensor([[[1.0, 2, 3], [3, 4, 5]], [[0, 0, 0], [0, 8, 8]]])
-    rewards, terms = total.scores(pool, [(rows, features)])
+    rewards, terms, _ = total.scores(pool, [(rows, features)])
     assert terms["a"].tolist() == [-2, 0]
     assert terms["b"].tolist() == [-3.5, -4]
     assert rewards.tolist() == [-5.75, -2]
@@ -68,7 +68,7 @@ def test_terms_are_weighted(total: RewardSum, pool: Pool) -> None:
 def test_a_failed_term_fails_the_sum(total: RewardSum, pool: Pool) -> None:
     features = torch.ones(2, 1, 3)
     features[1, 0, 2] = math.nan
-    rewards, terms = total.scores(pool, [(torch.tensor([1]), features)])
+    rewards, terms, _ = total.scores(pool, [(torch.tensor([1]), features)])
     assert rewards.isnan().tolist() == [False, True]
     assert not bool(terms["a"].isnan().any())
 
