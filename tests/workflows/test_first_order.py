@@ -141,7 +141,12 @@ def test_the_warning_comes_once() -> None:
 
 
 def test_line_of_the_report() -> None:
-    events: list[dict[str, Any]] = [{"first_order": 0.9}, {}, {"first_order": None}, {"first_order": 1.1}]
+    events: list[dict[str, Any]] = [
+        {"first_order": 0.9},
+        {},
+        {"first_order": None},
+        {"first_order": 1.1},
+    ]
     assert first_order_line([{}]) == []
     assert first_order_line(events) == [
         "exact differences between candidates over first-order ones: median 1.00 [0.90, 1.10] of 2 "
