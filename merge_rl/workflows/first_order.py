@@ -58,9 +58,16 @@ class FirstOrderWatch:
         self.told = True
         return (
             f"exact rewards differ by {middle:.2g} times what first-order ones say (median of "
-            f"{MEMORY} rounds), expected {LOW:g} to {HIGH:g}: take a smaller subset, a larger pool "
-            f"or the exact reward (fid-subset)"
+            f"{MEMORY} rounds), expected {LOW:g} to {HIGH:g}: lower reward.subset_size, raise "
+            f"reward.pool_size, or name the exact form in reward.name (fid-subset)"
         )
+
+
+def first_order_warnings(events: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What a run that had these events warned of, in their order: one sentence, or none."""
+    watch = FirstOrderWatch()
+    said = [watch.add(event.get(KEY)) for event in events]
+    return [text for text in said if text is not None]
 
 
 def first_order_line(events: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from merge_rl.config import OptimizeConfig
 from merge_rl.workflows.compare_text import NAMES, Row, interval, markdown_table, signed_interval
-from merge_rl.workflows.first_order import first_order_line
+from merge_rl.workflows.first_order import first_order_line, first_order_warnings
 from merge_rl.workflows.search_text import search_lines
 
 Events = Sequence[Mapping[str, Any]]
@@ -23,8 +23,8 @@ def run_markdown(
         done = f"{len(events)} rounds, {events[-1]['images']:,} images" if events else "no round"
         parts.append(f"Not finished: {done} so far.")
     else:
-        warnings = [f"**Warning**: {text}." for text in result.get("warnings", [])]
-        parts += warnings
+        warnings = [*result.get("warnings", []), *first_order_warnings(events)]
+        parts += [f"**Warning**: {text}." for text in warnings]
         lines = [*search_lines(result), *first_order_line(events), *costs(events)]
         parts.append("\n".join(f"- {line}" for line in lines))
         if "comparison" in result:

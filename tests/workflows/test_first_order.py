@@ -19,7 +19,12 @@ from merge_rl.interfaces import NullTracker
 from merge_rl.storage.reference import Reference
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows import first_order
-from merge_rl.workflows.first_order import FirstOrderWatch, first_order_line, first_order_ratio
+from merge_rl.workflows.first_order import (
+    FirstOrderWatch,
+    first_order_line,
+    first_order_ratio,
+    first_order_warnings,
+)
 from merge_rl.workflows.pool import Pool
 from merge_rl.workflows.report import write_report
 from merge_rl.workflows.reward import InfluenceFrechet, RewardSource, SubsetFrechet
@@ -136,8 +141,12 @@ def test_the_warning_comes_once() -> None:
     assert [text is not None for text in said] == [i == 6 for i in range(10)]
     assert said[6] == (
         "exact rewards differ by 3 times what first-order ones say (median of 5 rounds), expected "
-        "0.5 to 2: take a smaller subset, a larger pool or the exact reward (fid-subset)"
+        "0.5 to 2: lower reward.subset_size, raise reward.pool_size, or name the exact form in "
+        "reward.name (fid-subset)"
     )
+    # A page made later says the same, from the events alone.
+    assert first_order_warnings([{"first_order": ratio} for ratio in ratios]) == [said[6]]
+    assert first_order_warnings([{}, {"first_order": 9.0}]) == []
 
 
 def test_line_of_the_report() -> None:
