@@ -53,6 +53,7 @@ class RewardSum:
 
     def __init__(self, terms: Sequence[WeightedReward]) -> None:
         self.terms = tuple(terms)
+        self.has_first_order = any(isinstance(t.reward, InfluenceFrechet) for t in self.terms)
         spans = {(term.start, term.stop) for term in self.terms}
         # Terms of one extractor are given one object, which they recognise.
         self._views = PoolCache(lambda pool: {span: pool.columns(*span) for span in spans})

@@ -146,7 +146,7 @@ class SearchLoop:
             "candidates": thetas.tolist(),
             "rewards": [None if math.isnan(r) else r for r in rewards.tolist()],
             **({"terms": term_means(terms)} if len(terms) > 1 else {}),
-            **({} if first_order is None else {FIRST_ORDER: first_order}),
+            **({FIRST_ORDER: first_order} if self.reward.has_first_order else {}),
             "failed": int(rewards.isnan().sum()),
             "pool_before": before,
             **refresh,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from merge_rl.workflows.first_order import (
 )
 from merge_rl.workflows.pool import Pool
 from merge_rl.workflows.report import write_report
-from merge_rl.workflows.reward import InfluenceFrechet, RewardSource, SubsetFrechet
+from merge_rl.workflows.reward import Draw, InfluenceFrechet, RewardSource, SubsetFrechet
 from merge_rl.workflows.reward_sum import RewardSum, WeightedReward
 
 TinyConfig = Callable[..., OptimizeConfig]
@@ -203,8 +203,24 @@ def test_a_search_watches_itself(
     assert all(isinstance(event["first_order"], float) for event in events)
     page = write_report(tmp_path / "run").page.read_text()
     assert "- exact differences between candidates over first-order ones: median " in page
+    assert f"**Warning**: {first.texts[0]}." in page
     # Nothing is said of rewards that are exact.
     plain = tiny_config(shared_tiny, budget=320, reward={"name": "fid-subset"})
     mrl.optimize(shared_tiny, out=tmp_path / "plain", config=plain)
     assert all("first_order" not in e for e in RunDir.open(tmp_path / "plain").events())
     assert "first-order" not in write_report(tmp_path / "plain").page.read_text()
+
+
+def test_rounds_without_a_ratio_say_so(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def equal(_self: InfluenceFrechet, _pool: Pool, draws: Sequence[Draw]) -> Tensor:
+        return torch.zeros(len(draws[0][1]), dtype=F64)
+
+    monkeypatch.setattr(InfluenceFrechet, "rewards", equal)
+    config = tiny_config(shared_tiny, reward={"name": "fid-influence"})
+    mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
+    events = RunDir.open(tmp_path / "run").events()
+    assert events
+    assert all(event["first_order"] is None for event in events)
+    assert "first-order ones" not in write_report(tmp_path / "run").page.read_text()

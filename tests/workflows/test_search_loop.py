@@ -81,6 +81,8 @@ class Steps:
 class Script:
     """A reward whose pool distances are read from a list, the last of them for ever after."""
 
+    has_first_order = False
+
     def __init__(self, distances: Sequence[float]) -> None:
         self.distances = list(distances)
 
