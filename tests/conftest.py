@@ -173,7 +173,7 @@ def tiny_config() -> TinyConfig:
 
     def make(folder: Path, **changes: Any) -> OptimizeConfig:
         sections: dict[str, tuple[Any, dict[str, Any]]] = {
-            "merge": (MergeConfig, {}),
+            "merge": (MergeConfig, {"grouping": "one"}),
             "reward": (
                 RewardConfig,
                 {"pool_size": 40, "subset_size": 10, "refresh_size": 10, "max_gap": 1e9},

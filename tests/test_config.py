@@ -31,7 +31,7 @@ SAMPLER = SamplerConfig(
     low_memory=True, precision="bfloat16", compile=True,
 )  # fmt: skip
 MERGE = MergeConfig(
-    map="softmax", start="uniform", scale=0.125, max_abs=3.5, l2=0.25,
+    grouping="blocks", map="softmax", start="uniform", scale=0.125, max_abs=3.5, l2=0.25,
     groups={"enc": r"\.enc\.", "später": "^dec: '#"},
 )  # fmt: skip
 REWARD = RewardConfig(

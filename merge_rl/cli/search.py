@@ -131,6 +131,14 @@ def optimize(
             rich_help_panel=SEARCH,
         ),
     ] = None,
+    grouping: Annotated[
+        str | None,
+        typer.Option(
+            help="What has coefficients of its own: stages of the network, its blocks, or nothing "
+            "(one). \\[default: stages]",
+            rich_help_panel=SEARCH,
+        ),
+    ] = None,
     group: Annotated[
         list[str] | None,
         typer.Option(
@@ -234,7 +242,8 @@ def optimize(
         repeats=repeats,
     ) | {
         "search.name": searcher, "search.policy": policy, "search.population": population,
-        "merge.map": map_kind, "merge.start": start, "merge.scale": scale,
+        "merge.map": map_kind, "merge.grouping": grouping, "merge.start": start,
+        "merge.scale": scale,
         "merge.max_abs": max_abs, "merge.l2": l2, "reward.name": reward,
         "reward.pool_size": pool, "reward.subset_size": subset, "reward.refresh": refresh,
     }  # fmt: skip

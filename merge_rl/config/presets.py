@@ -13,7 +13,7 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
     # clip 1e-4, the whole pool renewed every 10 rounds, the last policy mean reported. What a unit
     # of theta is worth, the population and Adam's step the paper does not say.
     "paper": {
-        "merge": {"map": "free", "start": "newest", "scale": 0.02},
+        "merge": {"map": "free", "start": "newest", "scale": 0.02, "grouping": "one"},
         "search": {
             "name": "policy-gradient", "policy": "mlp", "update": "adam", "std": 1.0,
             "learn_std": False, "top_fraction": 0.25, "clip": 1e-4, "antithetic": False,

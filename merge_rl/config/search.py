@@ -25,7 +25,10 @@ class MergeConfig:
     start: str = "auto"
     # One unit of theta: a share of the weights' norm for whitened, of coefficients for the others.
     scale: float | None = None
-    groups: Mapping[str, str] = field(default_factory=dict)  # name -> regex of tensor names
+    # What has coefficients of its own: stages of the network, its blocks, or nothing (one); or
+    # groups by name -> regex of tensor names, which come first.
+    grouping: str = "stages"
+    groups: Mapping[str, str] = field(default_factory=dict)
     max_abs: float | None = None  # no coefficient goes beyond it
     l2: float = 0.0  # FID that a sum of squared coefficients of 1 costs a candidate
 

@@ -27,6 +27,7 @@ from merge_rl.core.coefficients import (
 )
 from merge_rl.core.live_model import LiveModel
 from merge_rl.core.merging import Checkpoints
+from merge_rl.core.stages import grouping
 from merge_rl.core.whitening import weight_gram
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import FeatureExtractor
@@ -68,6 +69,7 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
     decoder = config.autoencoder_weights or (defaults.autoencoder_weights if own else None)
     return dataclasses.replace(
         config,
+        merge=resolve_merge(config, checkpoints),
         reward=resolve_reward(config),
         checkpoints=_absolute(config.checkpoints),
         sampler=sampler,
@@ -80,6 +82,18 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
         autoencoder=config.autoencoder or defaults.autoencoder,
         autoencoder_weights=_weights(decoder) if decoder else None,
     )
+
+
+def resolve_merge(config: OptimizeConfig, checkpoints: CheckpointSet) -> MergeConfig:
+    """The map's settings with the groups of their grouping; UnknownNameError for another grouping.
+
+    Searchers that choose among merges without a search give every tensor the same coefficients.
+    """
+    merge = config.merge
+    patterns = grouping(merge.grouping, tuple(checkpoints.tensors))
+    if merge.groups or registry.chooses_itself(config.search.name):
+        return merge
+    return dataclasses.replace(merge, groups=patterns)
 
 
 def resolve_reward(config: OptimizeConfig) -> RewardConfig:

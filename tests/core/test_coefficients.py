@@ -227,6 +227,16 @@ def test_no_rest_without_unmatched_tensors() -> None:
     assert assign_groups(NAMES, {}) == Groups(names=("rest",), index=(0, 0, 0, 0))
 
 
+def test_each_text_of_a_pattern_is_a_group() -> None:
+    names = ("b.1.w", "a.0.w", "b.0.w", "b.1.v", "final")
+    patterns = {"a": "^a", "block": r"(?P<each>b\.\d+)"}
+    assert assign_groups(names, patterns) == Groups(
+        names=("a", "block b.1", "block b.0", "rest"), index=(1, 0, 2, 1, 3)
+    )
+    # Where the part takes no text, the group is the pattern's own.
+    assert assign_groups(names, {"all": r"(?P<each>a)?"}).names == ("all", "all a")
+
+
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [

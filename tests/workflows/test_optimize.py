@@ -316,6 +316,25 @@ def test_a_model_whose_samples_are_not_finite_has_no_score(
 # ------------------------------------------------------------------------------ the merged model
 
 
+def test_stages_have_coefficients_of_their_own(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    config = tiny_config(shared_tiny, merge={"grouping": "stages"})
+    mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
+    found = json.loads((tmp_path / "run/result.json").read_text())
+    written = load_config(OptimizeConfig, tmp_path / "run/config.yaml")
+    assert found["groups"] == [*written.merge.groups, "rest"]
+    assert found["groups"][0].startswith("enc ")
+    rows = torch.tensor(found["coefficients"])
+    assert len(rows) == len(found["groups"])
+    assert not torch.allclose(rows[0], rows[1])
+    opened = mrl.open_checkpoints(shared_tiny, track="raw")
+    recipe = Recipe(tmp_path / "run/merged/merge.yaml")
+    made = mrl.merge(opened, recipe.coefficients(opened), groups=recipe.groups, base=recipe.base)
+    _, stored, _ = read_file(tmp_path / "run/merged/model.safetensors", hashed=False)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in made.items())
+
+
 def test_the_recipe_makes_the_same_weights_bit_for_bit(finished: Finished) -> None:
     opened = mrl.open_checkpoints(finished.folder, track="raw")
     recipe = Recipe(finished.run / "merged/merge.yaml")
