@@ -19,9 +19,11 @@ from benchmarks.sample_efficiency import CASES, settings
 from merge_rl.demo.write import write_demo
 from merge_rl.workflows.compare import compare_searchers
 
-FORMER = "search.update=adam merge.map=affine merge.start=newest search.start_share=0"
+FORMER = "merge.grouping=one search.update=adam merge.map=affine merge.start=newest search.start_share=0"
 VARIANTS = {
     "default": "",
+    "one group": "merge.grouping=one",
+    "every block": "merge.grouping=blocks",
     "fixed width": "search.width_rate=0",
     "plain affine map": "merge.map=affine",
     "independent draws": "search.antithetic=false",
