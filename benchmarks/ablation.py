@@ -19,7 +19,9 @@ from benchmarks.sample_efficiency import CASES, settings
 from merge_rl.demo.write import write_demo
 from merge_rl.workflows.compare import compare_searchers
 
-FORMER = "merge.grouping=one search.update=adam merge.map=affine merge.start=newest search.start_share=0"
+FORMER = (
+    "merge.grouping=one search.update=adam merge.map=affine merge.start=newest search.start_share=0"
+)
 VARIANTS = {
     "default": "",
     "one group": "merge.grouping=one",

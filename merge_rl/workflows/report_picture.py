@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Events = Sequence[Mapping[str, Any]]
+FEW_CELLS = 120  # coefficients, up to which each is written down
 MANY = 10  # checkpoints that a legend can hold
 
 
@@ -74,9 +75,12 @@ def _gap(axis: Axes, events: Events) -> None:
 
 
 def _coefficients(axis: Axes, events: Events, result: Mapping[str, Any] | None) -> None:
-    """A line a checkpoint, of the first group of tensors; dots are what was reported."""
+    """A line a checkpoint, with dots for what was reported; of several groups the result alone."""
     import matplotlib
 
+    if result and len(result["groups"]) > 1:
+        _group_coefficients(axis, result)
+        return
     if not events:
         axis.set_axis_off()
         return
@@ -94,14 +98,32 @@ def _coefficients(axis: Axes, events: Events, result: Mapping[str, Any] | None) 
         axis.plot(images, values, color=colour, linewidth=1.3, label=name)
         if result:
             axis.plot(images[-1], result["coefficients"][0][index], "o", color=colour, markersize=5)
-    groups = result["groups"] if result else []
-    of = f" of {groups[0]!r}" if len(groups) > 1 else ""
     axis.axhline(0, color="0.6", linewidth=1)
-    axis.set_title(f"coefficients{of} of the mean; dots: the result" if result else "coefficients")
+    axis.set_title("coefficients of the mean; dots: the result" if result else "coefficients")
     axis.grid(alpha=0.25)
     if count <= MANY:
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False)
     counts_axis(axis)
+
+
+def _group_coefficients(axis: Axes, result: Mapping[str, Any]) -> None:
+    """A row a group of tensors, a column a checkpoint; white is 0."""
+    rows, names = result["coefficients"], result["checkpoints"]
+    largest = max(abs(value) for row in rows for value in row) or 1.0
+    shades = axis.imshow(rows, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+    axis.set_yticks(range(len(rows)), result["groups"], fontsize=8)
+    if len(names) <= MANY:
+        axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
+    else:
+        axis.set_xlabel(f"{len(names)} checkpoints, in their order")
+        axis.set_xticks([])
+    if len(rows) * len(names) <= FEW_CELLS:
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                shade = "white" if abs(value) > 0.6 * largest else "black"
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", size=7, color=shade)
+    axis.figure.colorbar(shades, ax=axis)
+    axis.set_title("coefficients of the result")
 
 
 def _final(axis: Axes, comparison: Mapping[str, Any]) -> None:

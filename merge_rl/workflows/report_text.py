@@ -114,24 +114,25 @@ def _finalists(final: Mapping[str, Any]) -> list[str]:
 def _coefficients(result: Mapping[str, Any]) -> list[str]:
     groups, found = result["groups"], result["coefficients"]
     start = result["start"]["coefficients"]
-    one = len(groups) == 1
-    columns = ["checkpoint", *(g for group in groups for g in _heads(group, one))]
-    rows = []
-    for index, name in enumerate(result["checkpoints"]):
-        pairs = zip(start, found, strict=True)
-        cells = [f"{row[index]:+.4f}" for before, after in pairs for row in (before, after)]
-        rows.append([name, *cells])
+    if all(row == start[0] for row in start):  # said once
+        results = ["result"] if len(groups) == 1 else groups
+        columns, rows = ["checkpoint", "start", *results], [start[0], *found]
+    else:
+        heads = [(f"{group}: start", f"{group}: result") for group in groups]
+        columns = ["checkpoint", *(text for pair in heads for text in pair)]
+        rows = [row for pair in zip(start, found, strict=True) for row in pair]
+    table = [
+        [name, *(f"{row[index]:+.4f}" for row in rows)]
+        for index, name in enumerate(result["checkpoints"])
+    ]
     largest = max(abs(value) for row in found for value in row)
+    sums = list(dict.fromkeys(f"{sum(row):.4f}" for row in found))
+    of = "each group of tensors sums" if len(groups) > 1 else "they sum"
     return [
         "## Coefficients",
-        markdown_table(columns, rows),
-        f"The largest is {largest:.3f} in size; each group of tensors sums to "
-        f"{', '.join(f'{sum(row):.4f}' for row in found)}.",
+        markdown_table(columns, table),
+        f"The largest is {largest:.3f} in size; {of} to {', '.join(sums)}.",
     ]
-
-
-def _heads(group: str, one: bool) -> tuple[str, str]:
-    return ("start", "result") if one else (f"{group}: start", f"{group}: result")
 
 
 def number(value: float | None) -> str:

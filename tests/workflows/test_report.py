@@ -189,6 +189,23 @@ def test_the_page_of_a_run(finished: OptimizeResult, tmp_path: Path) -> None:
     assert "![the search](report.png)" in text
 
 
+def test_the_page_of_a_merge_by_stages(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    config = tiny_config(shared_tiny, merge={"grouping": "stages"})
+    result = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
+    found = document(result)
+    report = write_report(tmp_path / "run")
+    text = report.page.read_text()
+    # The start is the same for all groups, and said once.
+    assert f"| checkpoint | start | {' | '.join(found['groups'])} |" in text
+    for index, name in enumerate(found["checkpoints"]):
+        rows = [found["start"]["coefficients"][0], *found["coefficients"]]
+        assert f"| {name} | {' | '.join(f'{row[index]:+.4f}' for row in rows)} |" in text
+    assert "each group of tensors sums to 1.0000." in text
+    assert report.picture is None or report.picture.read_bytes().startswith(PNG)
+
+
 def test_the_page_of_a_run_that_goes_on(finished: OptimizeResult, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.run_dir, run)
