@@ -134,8 +134,8 @@ def optimize(
     grouping: Annotated[
         str | None,
         typer.Option(
-            help="What has coefficients of its own: stages of the network, its blocks, or nothing "
-            "(one). \\[default: stages]",
+            help="What has coefficients of its own: stages of the network, its blocks; or one set "
+            "for all tensors (one). \\[default: stages]",
             rich_help_panel=SEARCH,
         ),
     ] = None,

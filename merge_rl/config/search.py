@@ -25,8 +25,8 @@ class MergeConfig:
     start: str = "auto"
     # One unit of theta: a share of the weights' norm for whitened, of coefficients for the others.
     scale: float | None = None
-    # What has coefficients of its own: stages of the network, its blocks, or nothing (one); or
-    # groups by name -> regex of tensor names, which come first.
+    # What has coefficients of its own: stages of the network, its blocks; or one set for all
+    # tensors. Groups, by name -> regex of tensor names, come first.
     grouping: str = "stages"
     groups: Mapping[str, str] = field(default_factory=dict)
     max_abs: float | None = None  # no coefficient goes beyond it
