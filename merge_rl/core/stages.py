@@ -36,11 +36,14 @@ def stages(names: Sequence[str]) -> dict[str, str]:
             found[label] = rf"(?:^|\.)blocks\.(?:{numbers})\."
         final = r"(?:^|\.)final_layer\."
         return {**found, "final layer": final} if any(re.search(final, n) for n in names) else found
-    levels = [(m[1], m[2]) for m in map(LEVEL.search, names) if m]
+    sizes = {
+        side: sorted({m[2] for m in map(LEVEL.search, names) if m and m[1] == side}, key=_width)
+        for side in ("enc", "dec")
+    }
     # In the order of the network: down to the smallest resolution, and up again.
-    sides = {"enc": -1, "dec": 1}
-    ordered = sorted(set(levels), key=lambda at: (at[0] == "dec", sides[at[0]] * _width(at[1])))
-    return {f"{side} {size}": rf"(?:^|\.){side}\.{size}_" for side, size in ordered}
+    order = [("enc", size) for size in reversed(sizes["enc"])]
+    order += [("dec", size) for size in sizes["dec"]]
+    return {f"{side} {size}": rf"(?:^|\.){side}\.{size}_" for side, size in order}
 
 
 def blocks(names: Sequence[str]) -> dict[str, str]:

@@ -11,11 +11,6 @@ from merge_rl.errors import UnknownNameError
 from merge_rl.registry import build_model
 
 
-def names_of(config: dict[str, object]) -> tuple[str, ...]:
-    with torch.device("meta"):
-        return tuple(name for name, _ in build_model(config).named_parameters())
-
-
 def transformer(depth: int) -> tuple[str, ...]:
     """Names such as SiT has them."""
     inner = [f"blocks.{i}.{part}.weight" for i in range(depth) for part in ("attn.qkv", "mlp.fc1")]
@@ -55,6 +50,27 @@ def test_levels_of_a_u_net_in_the_order_of_the_network() -> None:
         "enc 64x64", "enc 16x16", "enc 8x8", "dec 8x8", "dec 16x16", "dec 64x64", "rest",
     ]  # fmt: skip
     assert found["dec 8x8"] == ["unet.dec.8x8_block0.conv_res0.weight"]
+
+
+def test_stages_of_the_networks_here() -> None:
+    edm2 = {
+        "model": "edm2", "img_resolution": 8, "img_channels": 1, "label_dim": 10,
+        "model_channels": 12, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4],
+        "channels_per_head": 12,
+    }  # fmt: skip
+    sit = {
+        "model": "sit", "input_size": 8, "in_channels": 1, "hidden_size": 24, "depth": 4,
+        "num_heads": 2, "num_classes": 10,
+    }  # fmt: skip
+    found = {}
+    for config in (edm2, sit):
+        with torch.device("meta"):
+            names = tuple(name for name, _ in build_model(config).named_parameters())
+        found[config["model"]] = members(names, stages(names))
+    assert list(found["edm2"]) == ["enc 8x8", "enc 4x4", "dec 4x4", "dec 8x8", "rest"]
+    assert "unet.out_conv.weight" in found["edm2"]["rest"]
+    assert list(found["sit"]) == ["block 0", "block 1", "blocks 2-3", "final layer", "rest"]
+    assert all(".blocks." not in f".{name}" for name in found["sit"]["rest"])
 
 
 def test_blocks() -> None:
