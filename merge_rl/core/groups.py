@@ -24,7 +24,7 @@ def assign_groups(names: Sequence[str], patterns: Mapping[str, str]) -> Groups:
     as in `(?P<each>blocks\.\d+)`, makes a group of every text that this part takes, "NAME TEXT",
     in the order of the tensors. Names that match none form a last group "rest"; there is no such
     group if every name matches. A group that would be left without a tensor is refused, as its row
-    of coefficients would do nothing.
+    of coefficients would do nothing, and so are two groups of one name.
     """
     if "rest" in patterns:
         raise ConfigError('expected group names other than "rest", the name of unmatched tensors')
@@ -40,6 +40,8 @@ def assign_groups(names: Sequence[str], patterns: Mapping[str, str]) -> Groups:
     order = sorted(taken, key=lambda key: list(patterns).index(key[0]))  # stable
     index = tuple(order.index(key) if key is not None else len(order) for key in found)
     labels = tuple(" ".join(part for part in key if part) for key in order)
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"expected groups of different names, got {', '.join(labels)}")
     return Groups((*labels, "rest") if None in found else labels, index)
 
 

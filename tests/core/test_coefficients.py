@@ -244,6 +244,7 @@ def test_each_text_of_a_pattern_is_a_group() -> None:
         ({"all": "", "encoder": "enc"}, "'enc' of group 'encoder'"),
         ({"broken": "enc("}, r"regular expression for group 'broken', got 'enc\('"),
         ({"rest": "enc"}, 'other than "rest"'),
+        ({"x": "(?P<each>enc)", "x enc": "dec"}, "different names, got x enc, x enc"),
     ],
 )
 def test_patterns_that_form_no_group_are_refused(patterns: dict[str, str], message: str) -> None:
