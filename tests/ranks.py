@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def on_ranks(
-    size: int, work: Callable[[Group], T], *, timeout: float = 20.0
+    size: int, work: Callable[[Group], T], *, timeout: float = 120.0
 ) -> list[T | BaseException]:
     """What `work` returns, or raises, on each of `size` ranks."""
     store = dist.HashStore()  # type: ignore[attr-defined]

@@ -118,6 +118,38 @@ def test_a_failure_reaches_all_and_rank_0_says_it() -> None:
     assert isinstance(found[2], StoppedError)  # which prints nothing: rank 0 has said it
 
 
+def test_time_in_which_the_machine_stood_still_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock([0.01] * 50 + [100.0] + [0.01] * 2000)
+    monkeypatch.setattr("merge_rl.parallel.group.time", clock)
+    group = Group(Place(rank=0, size=2, local_rank=0), timeout=5.0)
+    waiting = group._waiting("round 1", lambda: [1])
+    for _ in range(51):
+        next(waiting)
+    assert clock.now < 1
+    next(waiting)
+    assert clock.now > 100  # the pause has begun and ended: there is another look
+    with pytest.raises(ParallelError, match="no answer for 5 s in the phase 'round 1' from rank 1"):
+        for _ in waiting:
+            pass
+    # 0.5 s before the pause, 1 s for the pause itself, 3.5 s after it.
+    assert clock.now == pytest.approx(0.5 + 100 + 3.5, abs=0.05)
+
+
+class Clock:
+    """A clock of which every sleep takes the next of these seconds."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.now, self._seconds = 0.0, iter(seconds)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, _seconds: float) -> None:
+        self.now += next(self._seconds)
+
+
 def test_how_long_to_wait() -> None:
     assert seconds_to_wait({}) == 1800
     assert seconds_to_wait({"MERGERL_TIMEOUT": "2.5"}) == 2.5

@@ -21,6 +21,7 @@ from merge_rl.parallel.store import Store, greet, prefixed, welcome
 PAUSE: Final = (1e-4, 5e-3)  # between two looks at an exchange: shortest, longest
 PATIENCE: Final = 1 / 16  # of the time waited so far: a pause, between these two
 LOOK_SECONDS: Final = 0.25  # how often a waiting rank looks for failures of others
+STOOD_SECONDS: Final = 1.0  # longer between two looks: the machine stood, which is nobody's delay
 START_SECONDS: Final = 300.0  # that processes of one launch may start apart, at most
 GRACE: Final = 3.0  # seconds that a lost rank's last words may take
 DONE: Final = "done: "  # before the phase in which a rank has finished
@@ -74,16 +75,19 @@ class Group:
     def _waiting(self, phase: str, away: Callable[[], list[int]]) -> Iterator[None]:
         """Give way to a test again and again; raise if a rank has failed, or when time is up."""
         seconds = self.timeout if self._met else min(self.timeout, START_SECONDS)
-        began = looked = now = time.monotonic()
-        until = began + seconds
+        waited, looked = 0.0, time.monotonic()
+        now = looked
         while True:
             yield
-            time.sleep(min(max(PATIENCE * (now - began), PAUSE[0]), PAUSE[1]))
-            now = time.monotonic()
+            time.sleep(min(max(PATIENCE * waited, PAUSE[0]), PAUSE[1]))
+            before, now = now, time.monotonic()
+            # A machine that stood still for a while (paused, swapped out, short of CPUs) has heard
+            # nobody meanwhile: that time must not end the wait before another look.
+            waited += min(now - before, STOOD_SECONDS)
             if now - looked > LOOK_SECONDS:
                 looked = now
                 self._look()
-            if now > until:
+            if waited > seconds:
                 raise ParallelError(self._late(away(), phase, seconds))
 
     def note(self, doing: str) -> None:
