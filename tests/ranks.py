@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from merge_rl.errors import StoppedError
 from merge_rl.parallel import Group, Place
 
 T = TypeVar("T")
@@ -24,6 +25,8 @@ def on_ranks(
         try:
             group.connect()
             return work(group)
+        except StoppedError as error:  # another rank has said why
+            return error
         except BaseException as error:  # noqa: BLE001 (what the test looks at)
             group.fail(str(error))
             return error
