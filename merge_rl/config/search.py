@@ -148,8 +148,7 @@ class SearchConfig:
     clip: float = 0.2
     epochs: int = 1  # adam: updates from one batch
     # Shares of the budget: to find the start (`auto`), and to choose the result at the end among
-    # policy mean, its running average, shrunk mean and the best candidates. 0 leaves out the one
-    # or the other.
+    # policy mean, running average and the best candidates. 0 leaves out the one or the other.
     start_share: float = 0.08
     final_share: float = 0.12
     incumbents: int = 4  # of the best candidates that are scored again at the end

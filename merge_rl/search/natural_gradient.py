@@ -30,16 +30,13 @@ from merge_rl.search import population
 STEP = 1.0  # of the policy's std, along a gradient without noise
 WIDEST = 8.0  # times the configured exploration and, as a divisor, the narrowest
 TAIL = 3.0  # of the running average: mean t weighs as (1 + TAIL) / (t + TAIL)
-SHRUNK = 0.75  # of the way from the start to the mean
 
 
 class NaturalGradient:
     """Searcher that proposes what lies about a std from its mean, and whose mean climbs the reward.
 
     Proposals are antithetic pairs along random directions at right angles, a policy that is uniform
-    on a sphere; or draws of Normal(mean, std²) where `antithetic` is off. The directions of
-    successive rounds are at right angles too, until hardly one is left and a new set is drawn: what
-    the momentum adds up is then the gradient in all of the space, not overlaps of its parts.
+    on a sphere; or draws of Normal(mean, std²) where `antithetic` is off.
 
     Exploration, and the step with it, shrinks linearly with the share of the budget that is spent,
     down to `min_decay`. Beside that it grows while successive gradients agree, and shrinks where
@@ -47,13 +44,11 @@ class NaturalGradient:
     it would be if they had nothing to do with each other (cumulative step-size adaptation, Hansen
     & Ostermeier, 2001, Evolutionary Computation 9(2), section 4).
 
-    Every set of directions comes from a stream of its own: what is asked depends on the seed and
-    on what was told, never on how often `ask` was called.
+    Every round's draws come from a stream of their own: what is asked depends on the seed and on
+    what was told, never on how often `ask` was called.
 
     Reported beside the mean is its running average with the weights of polynomial decay (Shamir &
-    Zhang, 2013, arXiv:1212.1824, section 4), which forgets the beginning, and the mean drawn back
-    towards the start: what it moved is a sum of noisy steps, hence too long by what is noise in it
-    (James & Stein, 1961, Proc. Fourth Berkeley Symposium 1).
+    Zhang, 2013, arXiv:1212.1824, section 4), which forgets the beginning.
     """
 
     def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
@@ -63,7 +58,6 @@ class NaturalGradient:
         self.damping = 1.0  # shrinks the step where the pool lags behind the policy
         self._mean = space.origin.clone()
         self._average = space.origin.clone()
-        self._start = space.origin.clone()
         self._momentum = space.origin.clone()
         self._log_std = torch.full_like(space.origin, math.log(config.std))
         self._power = 0.0  # running mean of the gradients' squared lengths, with the same memory
@@ -81,9 +75,8 @@ class NaturalGradient:
 
     @property
     def finalists(self) -> dict[str, Tensor]:
-        """The policy mean, its running average, and three quarters of the way to the mean."""
-        shrunk = self._start + SHRUNK * (self._mean - self._start)
-        return {"mean": self.mean, "average": self._average.clone(), "shrunk": shrunk}
+        """The policy mean and its running average."""
+        return {"mean": self.mean, "average": self._average.clone()}
 
     @property
     def std(self) -> Tensor:
@@ -93,19 +86,9 @@ class NaturalGradient:
         return self._log_std.exp() * width
 
     def ask(self) -> Tensor:
-        return self._mean + self.std * self._draws()
-
-    def _draws(self) -> Tensor:
-        """This round's z (P, D)."""
-        count, dim = self.population, self.space.dim
-        if not self.config.antithetic:
-            return plain_normal(count, dim, stream(self.seed, "search", "ask", self.round_index))
-        pairs = (count + 1) // 2
-        rounds = max(1, dim // pairs)  # that one set of directions lasts
-        drawn, place = divmod(self.round_index, rounds)
-        directions = stream(self.seed, "search", "ask", drawn)
-        draws = orthogonal_pairs(2 * pairs * rounds, dim, directions)
-        return draws[2 * pairs * place :][:count]
+        generator = stream(self.seed, "search", "ask", self.round_index)
+        draw = orthogonal_pairs if self.config.antithetic else plain_normal
+        return self._mean + self.std * draw(self.population, self.space.dim, generator)
 
     def tell(self, thetas: Tensor, rewards: Tensor) -> None:
         """One update from rewards (P,) of thetas (P, D); NaN ranks last."""
@@ -166,12 +149,12 @@ class NaturalGradient:
         self._momentum = torch.zeros_like(theta)
         self.updates = 0
         if self.round_index == 0:
-            self._average, self._start = theta.clone(), theta.clone()
+            self._average = theta.clone()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by name and, under "scalars", numbers."""
         tensors = {
-            "mean": self._mean, "average": self._average, "start": self._start,
+            "mean": self._mean, "average": self._average,
             "momentum": self._momentum, "log_std": self._log_std,
         }  # fmt: skip
         scalars = {
@@ -190,7 +173,6 @@ class NaturalGradient:
         self._power, self._log_width = float(scalars["power"]), float(scalars["log_width"])
         self._mean, self._average = tensors["mean"].clone(), tensors["average"].clone()
         self._momentum, self._log_std = tensors["momentum"].clone(), tensors["log_std"].clone()
-        self._start = tensors["start"].clone()
 
 
 def _mean_length(dim: int) -> float:

@@ -10,7 +10,7 @@ from merge_rl.core.tournament import Rung, cost, halving_plan
 from merge_rl.errors import BudgetError
 
 LEAST = 100  # images that an entry is scored on: fewer say too little
-FINALISTS = 4  # beside the incumbents: start, policy mean, its running average, its shrunk self
+FINALISTS = 3  # beside the incumbents: start, policy mean, running average
 
 
 @dataclass(frozen=True, kw_only=True)

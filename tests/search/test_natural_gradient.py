@@ -63,41 +63,6 @@ def test_the_step_is_at_most_the_exploration_on_a_slope() -> None:
     assert lengths == pytest.approx([0.3] * 20)
 
 
-@pytest.mark.parametrize(("dim", "population"), [(7, 4), (6, 6), (5, 3), (3, 8), (4, 16)])
-def test_successive_rounds_look_in_new_directions(dim: int, population: int) -> None:
-    pairs = (population + 1) // 2
-    rounds = max(1, dim // pairs)
-    searcher = make(dim=dim, population=population, evaluations=10**9, width_rate=0.0)
-    directions: list[Tensor] = []
-    for _ in range(2 * rounds):
-        asked = searcher.ask()
-        assert torch.equal(searcher.ask(), asked)
-        z = (asked - searcher.mean) / searcher.std
-        assert z.shape == (population, dim)
-        assert torch.allclose(z[1::2], -z[0 : population - population % 2 : 2])
-        directions += list(z[::2])
-        searcher.tell(asked, torch.arange(float(population), dtype=F64))
-    first, second = directions[: pairs * rounds], directions[pairs * rounds :]
-    count = min(dim, pairs * rounds)
-    for found in (first, second):
-        rows = torch.stack(found[:count])
-        expected = dim * torch.eye(count, dtype=F64)
-        assert torch.allclose(rows @ rows.T, expected, atol=1e-5)  # the schedule is not quite flat
-    assert not torch.allclose(torch.stack(first), torch.stack(second))
-
-
-def test_a_slope_is_known_when_all_directions_were_seen() -> None:
-    """After D / pairs rounds of a mean with equal weights, the gradient's direction is exact."""
-    slope = torch.randn(8, generator=torch.Generator().manual_seed(5), dtype=F64)
-    searcher = make(dim=8, population=4, evaluations=10**9)
-    total = torch.zeros(8, dtype=F64)
-    for _ in range(4):
-        z = (searcher.ask() - searcher.mean) / searcher.std
-        total += ((z @ slope)[:, None] * z).mean(0)
-        searcher.tell(searcher.ask(), torch.zeros(4, dtype=F64))
-    assert torch.allclose(total / total.norm(), slope / slope.norm(), atol=1e-6)
-
-
 def test_exploration_shrinks_with_the_budget() -> None:
     searcher = make(evaluations=40, std=2.0, min_decay=0.25)
     seen = []
@@ -162,21 +127,7 @@ def test_the_average_forgets_the_beginning() -> None:
         average += 4 / (t + 3) * (means[-1] - average)
     assert means == pytest.approx([1, 2, 3, 4, 5], rel=1e-6)
     assert float(searcher.finalists["average"]) == pytest.approx(average, rel=1e-6)
-    assert set(searcher.finalists) == {"mean", "average", "shrunk"}
-
-
-def test_the_shrunk_mean_lies_three_quarters_of_the_way_from_the_start() -> None:
-    searcher = make(dim=1, momentum=0.0, learning_rate=1.0, evaluations=10**9)
-    searcher.recenter(column(10))
-    for place in (10.0, 11.0):
-        searcher.tell(place + column(1, -1)[:, None], column(1, -1))
-    assert float(searcher.mean) == pytest.approx(12, rel=1e-6)
-    assert float(searcher.finalists["shrunk"]) == pytest.approx(11.5, rel=1e-6)
-    resumed = make(dim=1, momentum=0.0, learning_rate=1.0, evaluations=10**9)
-    resumed.load_state_dict(searcher.state_dict())
-    assert torch.equal(resumed.finalists["shrunk"], searcher.finalists["shrunk"])
-    searcher.recenter(column(0))  # samples at the mean were not finite: the start stays
-    assert float(searcher.finalists["shrunk"]) == 2.5
+    assert set(searcher.finalists) == {"mean", "average"}
 
 
 def test_learned_std_follows_the_spread_of_what_is_good() -> None:

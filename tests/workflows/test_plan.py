@@ -66,7 +66,7 @@ def test_the_stages_are_those_of_the_search(
 
     monkeypatch.setattr(Rollout, "latents", latents)  # samples that cost nothing
     search = {"population": 4, "start_share": 0.4, "final_share": 0.4, "incumbents": 1}
-    config = resolve_config(tiny_config(shared_tiny, budget=4000, search=search), opened)
+    config = resolve_config(tiny_config(shared_tiny, budget=2000, search=search), opened)
     load = search_workload(config, opened, 1)
     found = mrl.optimize(config.checkpoints, out=tmp_path / "run", config=config).found
     assert load.rounds == found.rounds
@@ -77,8 +77,7 @@ def test_the_stages_are_those_of_the_search(
     assert by_name["best single"] == 4 * 10
     assert by_name["comparison"] == 4 * 3 * 20
     # A gap never opens with these settings, so that nothing is renewed twice. Finalists are
-    # start, policy mean, its average, its shrunk self and an incumbent; the winner is scored once
-    # more.
+    # start, policy mean, running average and an incumbent, and the winner is scored once more.
     searched = by_name["start"] + by_name["pool"] + by_name["candidates"] + by_name["refresh"]
     assert searched == found.images - found.choice.images
     assert by_name["finalists"] == found.choice.images + found.choice.images_each
