@@ -45,7 +45,7 @@ from merge_rl.demo.write import write_demo
 from merge_rl.workflows.compare import compare_searchers
 
 OURS = "policy-gradient"
-BLACK_BOXES = ("nevergrad:TBPSA", "nevergrad:CMA", "lcsc", "lr-cma")
+BLACK_BOXES = ("nevergrad:TBPSA", "nevergrad:CMA", "nevergrad:NGOpt", "lcsc", "lr-cma")
 FREE = ("greedy-soup", "best-checkpoint", "uniform")
 
 
