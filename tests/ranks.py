@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def on_ranks(
-    size: int, work: Callable[[Group], T], *, timeout: float = 120.0
+    size: int, work: Callable[[Group], T], *, timeout: float = 60.0
 ) -> list[T | BaseException]:
     """What `work` returns, or raises, on each of `size` ranks."""
     store = dist.HashStore()  # type: ignore[attr-defined]
@@ -26,6 +26,7 @@ def on_ranks(
             group.connect()
             return work(group)
         except StoppedError as error:  # another rank has said why
+            group.abandon()
             return error
         except BaseException as error:  # noqa: BLE001 (what the test looks at)
             group.fail(str(error))

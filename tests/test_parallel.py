@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+import subprocess
+import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +121,44 @@ def test_a_failure_reaches_all_and_rank_0_says_it() -> None:
     assert str(found[0]) == "rank 1: no room for it"
     assert type(found[1]) is ConfigError
     assert isinstance(found[2], StoppedError)  # which prints nothing: rank 0 has said it
+
+
+HANGS = """
+import os, sys, time, torch
+from merge_rl.errors import ParallelError
+from merge_rl.parallel import joined
+try:
+    with joined() as group:
+        if group.rank == 1:
+            time.sleep(600)
+        group.timeout = 1.0  # that of the links stays
+        group.gather(torch.zeros(2), phase="round 1")
+except ParallelError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_process_ends_with_its_error_while_another_hangs() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+        "MERGERL_TIMEOUT": "60",
+    }  # fmt: skip
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", HANGS]
+    ranks = [subprocess.Popen(command, env={**told, "RANK": r}, **pipes) for r in ("0", "1")]
+    try:
+        # The links would wait for what is on its way over them for two minutes.
+        _, errors = ranks[0].communicate(timeout=110)
+        assert ranks[1].poll() is None
+        assert ranks[0].returncode == 1
+        assert "no answer for 1 s in the phase 'round 1' from rank 1" in errors
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 def test_time_in_which_the_machine_stood_still_does_not_count(

@@ -36,11 +36,13 @@ def joined() -> Iterator[Group]:
         group.connect()
         yield group
     except StoppedError:  # another rank has said why
+        group.abandon()
         raise
     except MergeRLError as error:
         group.fail(str(error))
         raise
     except KeyboardInterrupt:
+        group.abandon()
         # A launcher stops all when one has failed: what that one said is the reason.
         sentence = group.failure() if group.leads else None
         if sentence is not None:

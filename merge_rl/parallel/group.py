@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,7 @@ class Group:
         self.rank, self.size = place.rank, place.size
         self._store = store
         self._links: Any = None  # torch's stubs know half of what it can do
+        self._abandoned = False
         self._met = False  # whether this set of processes has found itself
         self._barriers = 0
 
@@ -171,6 +173,7 @@ class Group:
 
     def fail(self, sentence: str) -> None:
         """Tell the others that this rank has failed, and why; its first sentence stands."""
+        self.abandon()
         if self._store is None or self.size == 1:
             return
         with suppress(RuntimeError):  # the store may be gone by now
@@ -179,6 +182,16 @@ class Group:
             elif not self._has(f"failure/{self.rank}"):
                 self._store.set(f"failure/{self.rank}", sentence)
                 self._store.add("failures", 1)
+
+    def abandon(self) -> None:
+        """Let the links be until the process ends, with whatever is still on its way over them.
+
+        Their destructor waits for that, up to the timeout and a minute, and no Python runs
+        meanwhile: an error would be printed at once, and its process end half an hour later.
+        """
+        if self._links is not None and not self._abandoned:
+            self._abandoned = True
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._links))
 
     def failure(self) -> str | None:
         """What the failed rank of the lowest number said; None if none has failed.
@@ -224,6 +237,7 @@ class Group:
         """Raise if another rank has failed since all have met."""
         sentence = self.failure() if self._met else None
         if sentence is not None:
+            self.abandon()
             raise (ParallelError if self.leads else StoppedError)(sentence)
 
     def _wait(self, work: dist.Work, phase: str) -> None:
