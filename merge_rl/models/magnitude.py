@@ -28,7 +28,7 @@ def normalize(x: Tensor, dims: Sequence[int] | None = None) -> Tensor:
         dims: axes of one slice; by default all but the first.
     """
     dims = tuple(range(1, x.ndim)) if dims is None else tuple(dims)
-    count = math.prod(x.shape[d] for d in dims)
+    count = math.prod([x.shape[d] for d in dims])  # a list: compilers know no generators
     # Not linalg.vector_norm: over a strided axis it is many times slower on the CPU.
     rms = (x.float().square().sum(dims, keepdim=True) / count).sqrt()
     return x / (rms + EPSILON).to(x.dtype)
@@ -97,7 +97,8 @@ class NormalizedWeight(nn.Module):
 
     (arXiv:2312.02696, section 2.3.) Where no gradient is wanted, w_eff is computed once per set
     of weights and kept: the key holds the storage address and the version counter of weight and
-    gain, so that writing to either in place, through any view, makes it stale by itself.
+    gain, so that writing to either in place, through any view, makes it stale by itself. Compiled,
+    it is part of the graph: keys of every layer would split that into hundreds.
     In training mode a forward pass first overwrites the stored weight by normalize(w).
     """
 
@@ -112,7 +113,7 @@ class NormalizedWeight(nn.Module):
     def effective_weight(self, dtype: torch.dtype, gain: Gain = 1.0) -> Tensor:
         """w_eff in `dtype`; computed in float32 and cast once."""
         weight = self.weight
-        if torch.is_grad_enabled() and weight.requires_grad:
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
             return self._normalized(gain).to(dtype)
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, dtype, *_key(gain))
         if self._cached is None or self._cached[0] != key:
