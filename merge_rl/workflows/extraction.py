@@ -12,6 +12,7 @@ from merge_rl.errors import ConfigError, ImageError, StatisticsError, TooFewSamp
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.rng import stream
 from merge_rl.storage.image_source import ImageSource, ImageStream
+from merge_rl.workflows.fast import exact_products
 from merge_rl.workflows.pool import draw_subset
 
 
@@ -36,7 +37,7 @@ def extract_features(
 
 def _features(extractor: FeatureExtractor, images: Tensor) -> Tensor:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), exact_products():
             return extractor(images).float()
     except torch.OutOfMemoryError:
         raise

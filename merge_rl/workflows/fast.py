@@ -1,4 +1,4 @@
-"""Reduced precision and compilation of a network's forward pass, for accelerators."""
+"""Precision and compilation of a network's forward pass, for accelerators."""
 
 from __future__ import annotations
 
@@ -50,13 +50,29 @@ def prepare_network(model: Denoiser, settings: SamplerConfig, device: torch.devi
 
 @contextlib.contextmanager
 def matmul_precision(settings: SamplerConfig) -> Iterator[None]:
-    """Matrix products of float32 in TF32 where the settings say so; afterwards as before."""
-    if settings.precision != "tf32":
+    """Matrix products and convolutions of float32 as the settings say; afterwards as before.
+
+    In TF32 (10 bits of mantissa) with the precision "tf32", else exact: left to itself torch takes
+    TF32 for convolutions on a GPU, and the same weights would give other images than on the CPU.
+    """
+    with _float32_products(tf32=settings.precision == "tf32"):
         yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """No TF32, whatever the sampler says: for decoding and features, which scores rest on."""
+    with _float32_products(tf32=False):
+        yield
+
+
+@contextlib.contextmanager
+def _float32_products(*, tf32: bool) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

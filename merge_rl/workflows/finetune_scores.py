@@ -19,6 +19,7 @@ from merge_rl.interfaces import Tracker
 from merge_rl.rng import image_seeds
 from merge_rl.storage.finetune_run import FinetuneRun
 from merge_rl.storage.images import enlarge, image_grid, write_png
+from merge_rl.workflows.fast import matmul_precision
 from merge_rl.workflows.finetune_job import FinetuneJob
 from merge_rl.workflows.generated import sampler_summary
 from merge_rl.workflows.rollout import Rollout, balanced_labels
@@ -111,7 +112,7 @@ def write_grid(job: FinetuneJob, run: FinetuneRun, step: int, network: nn.Module
     rollout.on_images = lambda _count: None
     noise = rollout.noise(image_seeds(GRID_IMAGES, job.config.seed, "grid"))
     labels = balanced_labels(GRID_IMAGES, job.num_classes)
-    with torch.no_grad():
+    with torch.no_grad(), matmul_precision(rollout.sampler):
         latents = torch.cat([
             rollout.latents(noise[i : i + job.config.batch], labels[i : i + job.config.batch])
             for i in range(0, GRID_IMAGES, job.config.batch)

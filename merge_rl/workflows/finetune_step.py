@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from merge_rl.errors import NonFiniteWeightsError
 from merge_rl.rng import image_seeds, stream
+from merge_rl.workflows.fast import matmul_precision
 from merge_rl.workflows.finetune_job import FinetuneJob
 from merge_rl.workflows.finetune_kept import Kept
 from merge_rl.workflows.finetune_rewards import Credit, assign_credit, relative_gap
@@ -99,10 +100,11 @@ class StepParts:
 
     def gradients(self, kept: Kept, epoch: int) -> dict[str, float]:
         """Gradients of the loss in the learner; what was seen, nothing if it is not finite."""
-        if epoch == 0:
-            self.update.begin(kept)
-        self.learner.begin()
-        found = self.update.gradients(kept, epoch)
+        with matmul_precision(self.job.rollout.sampler):  # the rollouts', or ratios are off
+            if epoch == 0:
+                self.update.begin(kept)
+            self.learner.begin()
+            found = self.update.gradients(kept, epoch)
         found["grad_norm"] = self.learner.gradient_norm()
         return found if all(map(math.isfinite, found.values())) else {}
 

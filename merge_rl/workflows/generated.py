@@ -12,6 +12,7 @@ from merge_rl.config import SamplerConfig
 from merge_rl.core.compatibility import DENOISED, VELOCITY, prediction_of
 from merge_rl.errors import NonFiniteSamplesError
 from merge_rl.storage.work_folder import WorkFolder
+from merge_rl.workflows.fast import matmul_precision
 from merge_rl.workflows.feature_store import FeatureStore
 from merge_rl.workflows.rollout import MergedRollout, Rollout, WorkItem, balanced_labels
 
@@ -94,7 +95,8 @@ def _pieces(
 def _failed_step(rollout: Rollout, noise: Tensor, label: Tensor) -> str:
     """Where one image ceases to be finite, for a message; it is made again with a look inside."""
     try:
-        rollout.latents(noise, label, check_finite=True)
+        with matmul_precision(rollout.sampler):
+            rollout.latents(noise, label, check_finite=True)
     except NonFiniteSamplesError as error:
         return f": {error}"
     return ""

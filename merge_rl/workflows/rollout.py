@@ -21,7 +21,7 @@ from merge_rl.core.live_model import LiveModel
 from merge_rl.core.sampling import sample_with
 from merge_rl.interfaces import Autoencoder, Denoiser, FeatureExtractor
 from merge_rl.rng import ImageStreams
-from merge_rl.workflows.fast import matmul_precision, prepare_network
+from merge_rl.workflows.fast import exact_products, matmul_precision, prepare_network
 from merge_rl.workflows.halving import Halving
 from merge_rl.workflows.lanes import CudaStreams, Stage, overlapped, threads
 
@@ -155,17 +155,25 @@ class Rollout:
             with torch.no_grad():
                 return self._finishing(finish, latents)
 
-        with matmul_precision(self.sampler):
-            if self.device.type == "cuda":
-                makers = [partial(make, block) for block in blocks]
-                for part in overlapped(makers, finished, CudaStreams(self.device)):
-                    self.on_images(len(part))
-                    yield part
-                return
-            with threads(self.workers, len(blocks)) as run:
-                for part in run(lambda block: finished(make(block)).cpu(), blocks):
-                    self.on_images(len(part))
-                    yield part
+        def apart(block: Callable[[], Inputs]) -> Tensor:
+            with matmul_precision(self.sampler):
+                return make(block)
+
+        def exact(latents: Tensor) -> Tensor:
+            with exact_products():
+                return finished(latents)
+
+        if self.device.type == "cuda":
+            makers = [partial(apart, block) for block in blocks]
+            for part in overlapped(makers, exact, CudaStreams(self.device)):
+                self.on_images(len(part))
+                yield part
+            return
+        # The setting is the process's: threads share it.
+        with matmul_precision(self.sampler), threads(self.workers, len(blocks)) as run:
+            for part in run(lambda block: finished(make(block)).cpu(), blocks):
+                self.on_images(len(part))
+                yield part
 
 
 @dataclass(frozen=True, eq=False)

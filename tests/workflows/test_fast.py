@@ -12,7 +12,7 @@ from merge_rl.config import SamplerConfig
 from merge_rl.errors import ConfigError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.models.sit import SiT
-from merge_rl.workflows.fast import matmul_precision, prepare_network
+from merge_rl.workflows.fast import exact_products, matmul_precision, prepare_network
 
 CPU = torch.device("cpu")
 
@@ -82,16 +82,44 @@ def test_compilation_is_for_accelerators(monkeypatch: pytest.MonkeyPatch) -> Non
     assert compiled == [model, half]
 
 
+@pytest.mark.parametrize("make", [sit, edm2])
+def test_a_compiled_network_is_one_graph(
+    make: Callable[[], nn.Module], generator: torch.Generator
+) -> None:
+    """Traced only: what a compiler makes of the graph is not looked at here."""
+    model = make()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    labels, t = torch.tensor([2, 0, 1]), torch.tensor(0.3)
+    x = torch.randn(3, 4, 4, 4, generator=generator)
+    with torch.no_grad():
+        for count in (3, 2):
+            found = compiled(x[:count], t, labels[:count])
+            torch.testing.assert_close(found, model(x[:count], t, labels[:count]))
+        for weight in model.parameters():
+            weight.mul_(-1.5)
+        torch.testing.assert_close(compiled(x, t, labels), model(x, t, labels))
+    torch._dynamo.reset()
+
+
+def precision_now() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
 def test_tf32_is_on_for_the_rollout_alone() -> None:
-    before = torch.get_float32_matmul_precision()
+    before = precision_now()
+    assert before[1]  # torch's own choice for convolutions on a GPU
     with matmul_precision(SamplerConfig(precision="tf32")):
-        assert torch.get_float32_matmul_precision() == "high"
-    assert torch.get_float32_matmul_precision() == before
+        assert precision_now() == ("high", True)
+        with exact_products():
+            assert precision_now() == ("highest", False)
+        assert precision_now() == ("high", True)
+    assert precision_now() == before
     with matmul_precision(SamplerConfig()):
-        assert torch.get_float32_matmul_precision() == before
+        assert precision_now() == ("highest", False)
+    assert precision_now() == before
     with pytest.raises(KeyError), matmul_precision(SamplerConfig(precision="tf32")):
         raise KeyError
-    assert torch.get_float32_matmul_precision() == before
+    assert precision_now() == before
 
 
 def test_inputs_are_left_alone(generator: torch.Generator) -> None:
