@@ -37,6 +37,7 @@ TOP = {"", "__main__"}
 THIRD_PARTY_HOMES: dict[str, set[str]] = {
     "scipy": {"core", "search"},
     "torchdiffeq": {"core"},
+    "triton": {"core"},
     "safetensors": {"storage"},
     "PIL": {"storage"},
     "huggingface_hub": {"storage"},

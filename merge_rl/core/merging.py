@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -155,10 +156,12 @@ class FlatCheckpoints(Checkpoints):
         base: int,
         fixed: Iterable[str],
         device: torch.device | None = None,
+        pinned: bool = False,
     ) -> FlatCheckpoints:
         """Read `count` checkpoints, each once, onto a device (the CPU if None).
 
-        Where tensors of different dtypes are merged, the buffer is float32.
+        Where tensors of different dtypes are merged, the buffer is float32. `pinned` memory of the
+        CPU is sent to a GPU several times as fast; where the system grants none, it is not.
         """
         matrix, carried = torch.empty(0), {}
         for index in range(count):
@@ -166,7 +169,7 @@ class FlatCheckpoints(Checkpoints):
             if index == 0:
                 dtypes = {weights[name].dtype for name in layout.names}
                 dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-                matrix = torch.empty(count, layout.size, dtype=dtype, device=device)
+                matrix = _buffer((count, layout.size), dtype, device, pinned=pinned)
             for name, view in layout.views(matrix[index]).items():
                 view.copy_(weights[name])
             if index == base:
@@ -220,6 +223,15 @@ class MappedCheckpoints(Checkpoints):
             while group + 1 < layout.num_groups and start >= layout.group_bounds[group + 1]:
                 group += 1
             yield Piece(start, start + sources[0].numel(), group, sources)
+
+
+def _buffer(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device | None, *, pinned: bool
+) -> Tensor:
+    if pinned:
+        with suppress(RuntimeError):  # more than may be pinned here
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def as_float32(tensor: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ def build_job(
     )
     plan = plan_merge(checkpoints, groups=config.merge.groups, base=config.merge.start, model=model)
     place = place_weights(checkpoints.total_bytes, config.device, config.weights_device)
-    flat = load_checkpoints(checkpoints, plan, place)
+    flat = load_checkpoints(checkpoints, plan, place, network=config.device)
     references = load_references(config, extractor, digest)
     own = Target(
         extractor=extractor, reference=references["reference"], path=config.reference or ""

@@ -135,12 +135,13 @@ def base_index(checkpoints: CheckpointSet, start: str) -> int:
 
 
 def load_checkpoints(
-    checkpoints: CheckpointSet, plan: MergePlan, device: str = "cpu"
+    checkpoints: CheckpointSet, plan: MergePlan, device: str = "cpu", *, network: str = "cpu"
 ) -> Checkpoints:
     """The set ready to be merged many times: on a device, in memory ("cpu"), or on "disk".
 
     On disk the files are mapped, after one pass over each that checks hash and values. Merges give
-    the same bits wherever the checkpoints lie.
+    the same bits wherever the checkpoints lie; in memory it is of a kind that is quickly sent to
+    where the `network` is.
     """
     shapes = {name: checkpoints.tensors[name].shape for name in plan.merged}
     layout = FlatLayout.of(shapes, plan.groups)
@@ -152,6 +153,7 @@ def load_checkpoints(
             base=plan.base,
             fixed=plan.carried,
             device=torch.device(device),
+            pinned=device == "cpu" and torch.device(network).type == "cuda",
         )
     rows = [checkpoints.mapped(index) for index in range(len(checkpoints))]
     fixed = {name: rows[plan.base][name].clone() for name in plan.carried}

@@ -250,6 +250,11 @@ def test_bits_do_not_depend_on_storage_chunks_or_threads(
     rows = torch.randn(2, 5, generator=generator, dtype=torch.float64)
     flat = flatten(sources, groups=groups)
     expected = flat.merge(rows)
+    # Where no memory can be pinned, which takes a GPU, plain memory does.
+    pinned = FlatCheckpoints.load(
+        sources.__getitem__, 5, flat.layout, base=0, fixed=(), pinned=True
+    )
+    assert torch.equal(pinned.merge(rows), expected)
     mapped = MappedCheckpoints(flat.layout, sources, {})
     assert (mapped.num_checkpoints, mapped.device.type) == (5, "cpu")
     assert torch.equal(mapped.merge(rows), expected)
