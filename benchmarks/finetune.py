@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from merge_rl.rng import image_seeds
 from merge_rl.workflows.evaluate import network_rollout
 from merge_rl.workflows.extractors import build_extractor
 from merge_rl.workflows.finetune import FinetuneResult, finetune
+from merge_rl.workflows.finetune_memory import peak_memory
 from merge_rl.workflows.models import load_model
 from merge_rl.workflows.rollout import balanced_labels
 
@@ -165,32 +165,38 @@ def _share(rows: list[dict[str, Any]], seed: int, steps: int) -> float:
 # ------------------------------------------------------------------------------------- memory
 
 
-def memory_child(steps: int) -> None:
-    """A training step of a SiT of some size; prints the peak memory of the process in bytes."""
+def memory_child(steps: int, device: str) -> None:
+    """A training step of a SiT of some size (B/2 on a GPU); prints the peak memory in bytes."""
     from merge_rl.core.sampling import following, make_sde
     from merge_rl.core.step_policy import replay, step_loss
     from merge_rl.models.sit import SiT
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = SiT(
-        input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=4, num_heads=4,
-        num_classes=10, learn_sigma=False,
-    ).eval()  # fmt: skip
+    model = (
+        SiT(
+            input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=4, num_heads=4,
+            num_classes=10, learn_sigma=False,
+        )
+        if device == "cpu"
+        else SiT(hidden_size=768, depth=12, num_heads=12)
+    )  # fmt: skip
+    model.eval().to(device)
     noise, labels = torch.randn(32, *model.sample_shape), torch.arange(32) % 10
     settings = SamplerConfig(solver="sde-euler", num_steps=steps)
-    sde = make_sde(settings, model, labels)
-    for action in replay(sde, noise, following(noise)):
-        found = step_loss(sde, action, torch.ones(32), clip=0.2)
+    sde = make_sde(settings, model, labels.to(device))
+    for action in replay(sde, noise.to(device), following(noise)):
+        found = step_loss(sde, action, torch.ones(32, device=device), clip=0.2)
         found.loss.backward()  # type: ignore[no-untyped-call]
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_memory(device))
 
 
-def memory() -> dict[str, Any]:
+def memory(device: str) -> dict[str, Any]:
     """Peak memory at both numbers of steps."""
     peaks = {}
     for steps in (5, 50):
         command = [sys.executable, "-m", "benchmarks.finetune", "--memory-child", str(steps)]
+        command += ["--device", device]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[steps] = int(done.stdout)
         print(f"{steps:>3} solver steps: peak {peaks[steps] / 2**20:.0f} MiB")
@@ -229,18 +235,19 @@ def main() -> None:
     parser.add_argument("--what", default="quality,memory,recipes")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--device", default="cpu", help="of memory")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory-child", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_child:
-        memory_child(arguments.memory_child)
+        memory_child(arguments.memory_child, arguments.device)
         return
     wanted, document = arguments.what.split(","), {"threads": torch.get_num_threads()}
     found: dict[str, Any] = dict(document)
     with tempfile.TemporaryDirectory() as folder:
         write_demo(Path(folder))
         if "memory" in wanted:
-            found["memory"] = memory()
+            found["memory"] = memory(arguments.device)
         if "recipes" in wanted:
             found["recipes"] = recipes(Path(folder))
         if "quality" in wanted:

@@ -1,6 +1,6 @@
 """Does a search take as long as `mergerl plan` says?
 
-    python -m benchmarks.plan_accuracy [--runs 3] [--budget 6000] [--out FILE.json]
+    python -m benchmarks.plan_accuracy [--runs 3] [--budget 6000] [--device cuda] [--out FILE.json]
 
 In turns a plan of the embedded digits run and the run itself, in one process; the images and the
 seconds of both are compared. Goal: the estimate is within 25 % of the measured time.
@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Estimates against runs.")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--budget", type=int, default=6000)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     rows = []
@@ -39,6 +40,7 @@ def main() -> None:
         write_demo(folder)
         config = OptimizeConfig(
             checkpoints=str(folder / "edm2"), track="raw", budget=given.budget,
+            device=given.device,
             reward=RewardConfig(pool_size=1000, refresh_size=200),
             evaluation=EvaluationConfig(num_images=500, repeats=4, selection_images=200),
         )  # fmt: skip
@@ -62,7 +64,9 @@ def main() -> None:
     print(f"off by {statistics.median(off):.0%} (median), {max(off):.0%} (most); goal {GOAL:.0%}: "
           f"{verdict}; load average {os.getloadavg()[0]:.1f}")  # fmt: skip
     if given.out:
-        given.out.write_text(json.dumps({"rows": rows, "goal": GOAL}, indent=2) + "\n")
+        given.out.write_text(
+            json.dumps({"device": given.device, "rows": rows, "goal": GOAL}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

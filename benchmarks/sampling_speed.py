@@ -26,7 +26,7 @@ from merge_rl.core.sampling import sample_with
 from merge_rl.core.schedules import edm_noise_levels
 from merge_rl.models.edm2 import EDM2
 from merge_rl.models.sit import SiT
-from merge_rl.workflows.fast import prepare_network
+from merge_rl.workflows.fast import matmul_precision, prepare_network
 
 Loop: TypeAlias = Callable[[], Tensor]
 
@@ -43,6 +43,11 @@ def digits_edm2() -> EDM2:
 def sit_small() -> SiT:
     """SiT-S/2 at 256 x 256 (latents of 32 x 32)."""
     return SiT(hidden_size=384, depth=12, num_heads=6)
+
+
+def edm2_xs() -> EDM2:
+    """EDM2-XS at 512 x 512 (latents of 64 x 64), in float16 on a GPU."""
+    return EDM2(img_resolution=64, img_channels=4, label_dim=1000, model_channels=128)
 
 
 def plain_edm_heun(model: EDM2, noise: Tensor, labels: Tensor, num_steps: int) -> Loop:
@@ -154,9 +159,15 @@ def cases(
         ("edm2-digits heun", digits_edm2(), heun, plain_edm_heun, 250 * scale)
     ]
     networks = [("sit-s/2", sit_small())]
+    quick = [SamplerConfig(num_steps=steps, precision="bfloat16", compile=True)] if fast else []
     if device.type == "cuda":
         networks.append(("sit-xl/2", SiT()))
-    quick = [SamplerConfig(num_steps=steps, precision="bfloat16", compile=True)] if fast else []
+        xs = edm2_xs()
+        torch.nn.init.constant_(xs.unet.out_gain, 1.0)  # of a new network all answers are 0
+        found += [
+            (f"edm2-xs {name}", xs, settings, plain_edm_heun, 2 * scale)
+            for name, settings in [("heun", heun), *(("fast", chosen) for chosen in quick)]
+        ]
     for name, network in networks:
         found.append((f"{name} heun", network, heun, plain_path_heun, 2 * scale))
         found.append((f"{name} guided", network, guided, plain_path_guided, 2 * scale))
@@ -186,7 +197,8 @@ def main() -> None:
         noise = torch.randn(batch, *model.sample_shape, device=device)
         labels = (torch.arange(batch) % model.label_dim).to(device)
         loop = plain(model, noise, labels, settings.num_steps)
-        row = compare(name, model, settings, loop, noise, labels, options.repeats)
+        with matmul_precision(settings):
+            row = compare(name, model, settings, loop, noise, labels, options.repeats)
         rows.append(row)
         print(
             f"{name:18} {row['nfe']:4} {row['images_per_s']:9.2f} {row['plain_images_per_s']:9.2f} "

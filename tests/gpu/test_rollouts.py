@@ -1,0 +1,143 @@
+"""Sampling, decoding and features on a GPU: equal to the CPU's, on two streams, in what fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from merge_rl.config import SamplerConfig
+from merge_rl.core.live_model import LiveModel
+from merge_rl.errors import NonFiniteSamplesError
+from merge_rl.rng import image_seeds
+from merge_rl.storage.checkpoints import open_checkpoints
+from merge_rl.workflows.defaults import find_surroundings
+from merge_rl.workflows.evaluate import network_rollout
+from merge_rl.workflows.extractors import build_extractor
+from merge_rl.workflows.fast import exact_products, matmul_precision
+from merge_rl.workflows.merging import load_checkpoints, plan_merge
+from merge_rl.workflows.models import load_model
+from merge_rl.workflows.rollout import MergedRollout, Rollout, WorkItem, balanced_labels
+
+COUNT = 200
+
+
+def newest(folder: Path) -> Path:
+    return max(folder.glob("raw/*.safetensors"))
+
+
+def rollout_of(folder: Path, device: str, batch: int = 64, **changes: object) -> Rollout:
+    """The newest raw checkpoint of an embedded run, under the run's own sampler."""
+    near = find_surroundings(newest(folder))
+    extractor, _ = build_extractor("digits", near.extractor_weights, device)
+    sampler = dataclasses.replace(near.sampler or SamplerConfig(), **changes)  # type: ignore[arg-type]
+    model = load_model(newest(folder)).to(device)
+    return network_rollout(model, sampler, batch, device, extractor=extractor)
+
+
+def inputs(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    return rollout.noise(image_seeds(COUNT, 0, "test")), balanced_labels(COUNT, 10)
+
+
+def samples(rollout: Rollout, noise: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad(), matmul_precision(rollout.sampler):
+        return rollout.latents(noise, labels)
+
+
+@pytest.mark.parametrize("solver", ["heun", "sde-euler"])
+@pytest.mark.parametrize("family", ["edm2", "sit"])
+def test_images_and_features_are_those_of_the_cpu(demo: Path, family: str, solver: str) -> None:
+    here = rollout_of(demo / family, "cpu", solver=solver)
+    there = rollout_of(demo / family, "cuda", solver=solver)
+    noise, labels = inputs(here)
+    expected, found = (samples(r, noise, labels).cpu() for r in (here, there))
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    images, made = here.images(noise, labels).int(), there.images(noise, labels).int()
+    # Rounding to bytes turns a tiny difference into 1 where a value lies between two bytes.
+    assert int((images - made).abs().max()) <= 1
+    assert float((images != made).double().mean()) < 0.01
+    torch.testing.assert_close(
+        there.features(noise, labels), here.features(noise, labels), rtol=1e-3, atol=2e-2
+    )
+
+
+def test_two_streams_change_no_bit(demo: Path) -> None:
+    rollout = rollout_of(demo / "edm2", "cuda", batch=16)
+    noise, labels = inputs(rollout)
+    found = rollout.features(noise, labels)
+    with torch.no_grad(), exact_products():
+        alone = [
+            rollout.extractor(rollout.autoencoder.decode(rollout.latents(x, y))).cpu()
+            for x, y in zip(torch.split(noise, 16), torch.split(labels, 16), strict=True)
+        ]
+    assert torch.equal(found, torch.cat(alone))
+    for _ in range(5):
+        assert torch.equal(rollout.features(noise, labels), found)
+
+
+def test_merges_wait_for_their_turn(demo: Path) -> None:
+    opened = open_checkpoints(demo / "sit", track="raw")
+    rollout = rollout_of(demo / "sit", "cuda", batch=16)
+    checkpoints = load_checkpoints(opened, plan_merge(opened), "cuda")
+    live = LiveModel(rollout.model.requires_grad_(False), checkpoints)  # type: ignore[attr-defined]
+    merged = MergedRollout(live, rollout)
+    rows = torch.eye(len(opened))[-3:]
+    seeds, labels = image_seeds(40, 1, "test"), balanced_labels(40, 10)
+    items = [WorkItem(row[None], seeds, labels) for row in rows]
+    together = merged.features_of(items)
+    for row, found in zip(rows, together, strict=True):
+        assert torch.equal(merged.features(row[None], rollout.noise(seeds), labels), found)
+    assert not torch.equal(together[0], together[1])
+
+
+def test_what_does_not_fit_is_halved(demo: Path, gpu: torch.device) -> None:
+    """Real exhaustion, of a share of the GPU's memory that this process is held to."""
+    rollout = rollout_of(demo / "edm2", "cuda", batch=4096)
+    noise, labels = inputs(rollout)
+    noise, labels = noise.repeat(20, 1, 1, 1), labels.repeat(20)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(gpu)
+    expected = rollout.features(noise, labels)
+    torch.cuda.empty_cache()
+    held, most = torch.cuda.memory_reserved(gpu), torch.cuda.max_memory_reserved(gpu)
+    # A quarter of what the batch took beside the weights.
+    share = (held + (most - held) // 4) / torch.cuda.get_device_properties(gpu).total_memory
+    told: list[str] = []
+    rollout._sampling.announce = told.append
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        found = rollout.features(noise, labels)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert told  # blocks of 2,000 images: two keep two streams busy
+    assert told[0] == "out of memory with 2000 images at once: 1000 from now on"
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["edm2", "sit"])
+def test_fast_rollouts_are_close_and_follow_the_weights(demo: Path, family: str) -> None:
+    exact = rollout_of(demo / family, "cuda")
+    noise, labels = inputs(exact)
+    for changes in ({"precision": "tf32"}, {"precision": "bfloat16", "compile": True}):
+        fast = exact.with_sampler(dataclasses.replace(exact.sampler, **changes))
+        expected, found = (samples(r, noise, labels) for r in (exact, fast))
+        assert 0 < float((found - expected).norm() / expected.norm()) < 0.05
+        with torch.no_grad():
+            for weight in exact.model.parameters():  # type: ignore[attr-defined]
+                weight.mul_(0.9)
+        changed, again = (samples(r, noise, labels) for r in (exact, fast))
+        assert float((again - changed).norm() / changed.norm()) < 0.05
+        assert family == "edm2" or float((again - found).norm() / found.norm()) > 0.05
+
+
+@pytest.mark.parametrize("solver", ["heun", "sde-euler"])
+def test_the_step_at_which_samples_break_is_told(demo: Path, solver: str) -> None:
+    rollout = rollout_of(demo / "sit", "cuda", solver=solver)
+    noise, labels = inputs(rollout)
+    noise[3] = torch.inf
+    with pytest.raises(NonFiniteSamplesError, match="starting noise of image 3"):
+        rollout.images(noise, labels)
+    assert bool(rollout.features(noise, labels)[3].isnan().all())
