@@ -1,4 +1,4 @@
-"""What reduced precision does to FID, on the embedded digits run.
+"""What reduced precision does to FID, on the embedded digits runs.
 
 The same checkpoint, the same seeds: FID of float32 with its 95 % interval, then of bfloat16 (and
 on an accelerator of TF32, and of the compiled network). The change must lie inside the interval.
@@ -32,8 +32,8 @@ def variants(device: str) -> dict[str, dict[str, Any]]:
 
 
 def newest(folder: Path) -> Path:
-    """The last raw checkpoint of the run, by name."""
-    return max(folder.glob("**/raw/*.safetensors"))
+    """The last raw checkpoint of a run, by name."""
+    return max(folder.glob("raw/*.safetensors"))
 
 
 def measure(model: Path, num_images: int, repeats: int, device: str) -> list[dict[str, Any]]:
@@ -65,24 +65,27 @@ def measure(model: Path, num_images: int, repeats: int, device: str) -> list[dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--model", type=Path, help="[default: the newest of the embedded run]")
+    parser.add_argument("--model", type=Path, help="[default: the newest of both embedded runs]")
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        model = options.model
-        if model is None:
-            write_demo(Path(folder) / "digits")
-            model = newest(Path(folder) / "digits")
-        rows = measure(model, options.num_images, options.repeats, options.device)
-    for row in rows:
-        print(
-            f"{row['precision']:10} FID {row['mean']:.4f} [{row['low']:.4f}, {row['high']:.4f}] "
-            f"change {row['change']:+.4f} inside {row['inside']}"
-        )
+        models = {"model": options.model}
+        if options.model is None:
+            write_demo(Path(folder))
+            models = {name: newest(Path(folder) / name) for name in ("edm2", "sit")}
+        for name, model in models.items():
+            found[name] = measure(model, options.num_images, options.repeats, options.device)
+            for row in found[name]:
+                print(
+                    f"{name:5} {row['precision']:10} FID {row['mean']:.4f} [{row['low']:.4f}, "
+                    f"{row['high']:.4f}] change {row['change']:+.4f} inside {row['inside']}",
+                    flush=True,
+                )
     if options.out is not None:
-        document = {"device": options.device, "torch": torch.__version__, "rows": rows}
+        document = {"device": options.device, "torch": torch.__version__, "rows": found}
         options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

@@ -48,6 +48,14 @@ def prepare_network(model: Denoiser, settings: SamplerConfig, device: torch.devi
     return prepared
 
 
+def fast_hint(settings: SamplerConfig, device: str) -> list[str]:
+    """A note for who samples on a GPU the slow way; none else."""
+    slow = settings.precision == "float32" and not settings.compile
+    if torch.device(device).type != "cuda" or not slow:
+        return []
+    return ["--fast (compiled, bfloat16) made 2 to 10 times as many images a second on an H200"]
+
+
 @contextlib.contextmanager
 def matmul_precision(settings: SamplerConfig) -> Iterator[None]:
     """Matrix products and convolutions of float32 as the settings say; afterwards as before.

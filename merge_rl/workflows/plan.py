@@ -26,6 +26,7 @@ from merge_rl.errors import RunError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows import calibration
+from merge_rl.workflows.fast import fast_hint
 from merge_rl.workflows.memory_plan import MemoryPlan, gib, plan_memory
 from merge_rl.workflows.planned_parts import Parts, build_parts
 from merge_rl.workflows.planned_work import search_workload
@@ -210,8 +211,8 @@ def _measure(
 
 
 def _advice(config: OptimizeConfig, workload: Workload, devices: Sequence[int]) -> list[str]:
-    """Numbers of devices that the batch leaves idle in a round, and the batch that would not."""
-    notes = []
+    """Numbers of devices that the batch leaves idle, and the batch that would not; a faster way."""
+    notes = fast_hint(config.sampler or SamplerConfig(), config.device)
     for stage in workload.stages:
         if stage.name != "candidates":
             continue

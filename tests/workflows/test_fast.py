@@ -12,7 +12,7 @@ from merge_rl.config import SamplerConfig
 from merge_rl.errors import ConfigError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.models.sit import SiT
-from merge_rl.workflows.fast import exact_products, matmul_precision, prepare_network
+from merge_rl.workflows.fast import exact_products, fast_hint, matmul_precision, prepare_network
 
 CPU = torch.device("cpu")
 
@@ -99,6 +99,13 @@ def test_a_compiled_network_is_one_graph(
             weight.mul_(-1.5)
         torch.testing.assert_close(compiled(x, t, labels), model(x, t, labels))
     torch._dynamo.reset()
+
+
+def test_the_faster_way_is_told_where_there_is_one() -> None:
+    assert "--fast" in fast_hint(SamplerConfig(), "cuda:1")[0]
+    assert fast_hint(SamplerConfig(), "cpu") == []
+    for settings in (SamplerConfig(precision="tf32"), SamplerConfig(compile=True)):
+        assert fast_hint(settings, "cuda") == []
 
 
 def precision_now() -> tuple[str, bool]:
