@@ -9,7 +9,14 @@ import typer
 from rich.markup import escape
 
 from merge_rl.cli import search_options as options
-from merge_rl.cli.output import JsonFlag, ProgressTracker, print_json, print_table, say
+from merge_rl.cli.output import (
+    JsonFlag,
+    ProgressTracker,
+    note_unused_gpu,
+    print_json,
+    print_table,
+    say,
+)
 from merge_rl.cli.search_options import FINAL, MODEL, SEARCH
 from merge_rl.errors import ConfigError
 
@@ -100,6 +107,7 @@ def compare(
         checkpoints, config, given, overrides=setting or [], sampler=defaults.sampler
     )
     folder = out or Path("runs") / f"{checkpoints.resolve().name}-compare"
+    note_unused_gpu(settings.device)
     document = _run(settings, folder, searcher, parse_seeds(seeds), curve_images, json=json)
     if json:
         print_json({"out": str(folder), **document})

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from merge_rl.cli.finetune_output import FinetuneTracker, print_result, result_document
-from merge_rl.cli.output import JsonFlag, ProgressTracker, print_json, say
+from merge_rl.cli.output import JsonFlag, ProgressTracker, note_unused_gpu, print_json, say
 from merge_rl.cli.settings import override, set_dotted, split_named
 from merge_rl.errors import ConfigError
 
@@ -217,6 +217,7 @@ def finetune(
     }  # fmt: skip
     settings = build_settings(source, config, given, setting or [])
     run_dir = out or Path("runs") / f"{_name(Path(source))}-finetune-seed{settings.seed}"
+    note_unused_gpu(settings.device)
     _drive_new(source, run_dir, settings, resume=resume, json=json)
 
 

@@ -39,6 +39,15 @@ def complain(sentence: str) -> None:
     console.print(f"[bold red]error:[/] {escape(sentence)}")
 
 
+def note_unused_gpu(device: str) -> None:
+    """Say so where a command works on the CPU of a machine with a GPU."""
+    from merge_rl.workflows.devices import unused_gpu
+
+    note = unused_gpu(device)
+    if note:
+        say(f"[yellow]note:[/] {escape(note)}")
+
+
 def say(text: str) -> None:
     """A line of information on stderr, with rich markup, by rank 0."""
     if not leads():

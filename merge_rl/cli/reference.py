@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from merge_rl.cli import ranks
-from merge_rl.cli.output import JsonFlag, ProgressTracker, print_json, print_table, say
+from merge_rl.cli.output import (
+    JsonFlag,
+    ProgressTracker,
+    note_unused_gpu,
+    print_json,
+    print_table,
+    say,
+)
 from merge_rl.errors import ConfigError
 
 
@@ -59,6 +66,7 @@ def reference(
     if not images.exists():
         raise ConfigError(f"{images}: no such file or folder")
     device = ranks.own_device(device)
+    note_unused_gpu(device)
     built, digest = build_extractor(extractor, extractor_weights, device, say)
     with ProgressTracker(quiet=json) as tracker:
         document = build_reference(

@@ -15,6 +15,7 @@ from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
     interval_text,
+    note_unused_gpu,
     number_text,
     print_json,
     print_table,
@@ -105,6 +106,7 @@ def evaluate(
 
     near, kind = find_surroundings(model), kind_of(model)
     device = ranks.own_device(device)
+    note_unused_gpu(device)
     target = str(reference or near.reference or "")
     if not target:
         raise ConfigError(f"no run or manifest near {model} names a reference; pass --reference")

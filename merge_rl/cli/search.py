@@ -14,6 +14,7 @@ from merge_rl.cli.finetune import resume_run
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
+    note_unused_gpu,
     print_json,
     say,
 )
@@ -258,6 +259,7 @@ def optimize(
 
         show_plan(settings, run_dir, devices=devices, memory=memory, json=json)
         return
+    note_unused_gpu(settings.device)
     _drive(
         run_dir,
         lambda tracker: run_optimize(checkpoints, out=run_dir, config=settings, tracker=tracker),

@@ -25,6 +25,7 @@ from merge_rl.version import __version__
 from merge_rl.workflows.assemble import Job, resolve_config
 from merge_rl.workflows.comparison import without_nan
 from merge_rl.workflows.contenders import DEFAULT, Contender, check_seeds, parse_contenders
+from merge_rl.workflows.devices import require_device
 from merge_rl.workflows.fresh_scores import FreshScores, curve_scores, fixed_merges
 from merge_rl.workflows.jobs import Jobs
 from merge_rl.workflows.optimize import check_names
@@ -70,6 +71,7 @@ def compare_searchers(
         raise ConfigError("expected at least one searcher, got none")
     curve_images = _curve_images(curve_images, config)
     base = dataclasses.replace(config, search=dataclasses.replace(config.search, name=_PLAIN))
+    require_device(base.device)
     opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
     folder = RunDir(out)
     _require_ours(folder)

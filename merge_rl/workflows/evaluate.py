@@ -21,6 +21,7 @@ from merge_rl.version import __version__
 from merge_rl.workflows.assemble import cpu_workers, load_guide
 from merge_rl.workflows.autoencoders import load_autoencoder
 from merge_rl.workflows.crew import Crew, require_agreement
+from merge_rl.workflows.devices import require_device
 from merge_rl.workflows.feature_store import FeatureStore, weights_digest
 from merge_rl.workflows.generated import block_features, sampler_summary
 from merge_rl.workflows.launch import device_facts, own_device
@@ -93,6 +94,7 @@ def evaluate(
     only one block an interval's ends are None. Never a score for a failure: StatisticsError for
     statistics of another extractor, NonFiniteSamplesError for samples that are not finite.
     """
+    require_device(device)
     path = "" if isinstance(model, nn.Module) else os.fspath(model)
     kind = kind_of(path) if path else "model"
     if kind == "reference":
@@ -254,6 +256,7 @@ def network_rollout(
     on_images: Callable[[int], None] | None = None,
 ) -> Rollout:
     """A rollout of one network with its guide; without an extractor it is for images alone."""
+    require_device(device)
     shape = [int(n) for n in model.sample_shape]  # type: ignore[union-attr]
     decoder = autoencoder or load_autoencoder(None, shape=shape)[0]
     if isinstance(decoder, nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from merge_rl import registry
 from merge_rl.errors import CheckpointError, ConfigError, MergeRLError, UnknownNameError
 from merge_rl.interfaces import FeatureExtractor
+from merge_rl.workflows.devices import require_device
 from merge_rl.workflows.weights import Announce, Weights, load_weights
 
 DEFAULT_WEIGHTS: Final = {
@@ -45,6 +46,7 @@ def build_extractor(
     What the user's own extractor returns is checked at every call. Raises UnknownNameError,
     ConfigError for a module that cannot be used, CheckpointError for weights that do not fit.
     """
+    require_device(device)
     source = weights or DEFAULT_WEIGHTS.get(name)
     if is_user_module(name):
         loaded = load_weights(source, announce) if source else None

@@ -19,6 +19,7 @@ from merge_rl.storage.runs import RunDir
 from merge_rl.version import __version__
 from merge_rl.workflows.assemble import Job
 from merge_rl.workflows.crew import Crew, require_agreement
+from merge_rl.workflows.devices import require_device
 from merge_rl.workflows.memory_plan import fit_batch
 
 LAUNCH_NAME: Final = "launch.json"
@@ -35,7 +36,7 @@ def own_device(device: str, place: Place, count: int | None = None) -> str:
     `count` is the number of GPUs, by default that of this machine. Raises ConfigError for one GPU
     shared by several processes.
     """
-    if torch.device(device).type != "cuda" or place.size == 1:
+    if device.partition(":")[0] != "cuda" or place.size == 1:
         return device
     if ":" in device and device != f"cuda:{place.local_rank}":
         raise ConfigError(
@@ -175,6 +176,7 @@ Settings = TypeVar("Settings", OptimizeConfig, FinetuneConfig)
 def on_device(config: Settings, group: Group) -> Settings:
     """The settings with this process's own device, which is the current one from here on."""
     device = own_device(config.device, group.place)
+    require_device(device)
     if device != config.device:  # pragma: no cover (needs a GPU)
         torch.cuda.set_device(device)
     return dataclasses.replace(config, device=device)

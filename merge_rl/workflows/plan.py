@@ -26,6 +26,7 @@ from merge_rl.errors import RunError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows import calibration
+from merge_rl.workflows.devices import require_device
 from merge_rl.workflows.fast import fast_hint
 from merge_rl.workflows.memory_plan import MemoryPlan, gib, plan_memory
 from merge_rl.workflows.planned_parts import Parts, build_parts
@@ -117,6 +118,7 @@ def plan(
     RunError if the disk has no room.
     """
     tracker = tracker or NullTracker()
+    require_device(config.device)
     parts = build_parts(config, checkpoints, lambda text: tracker.event(_note(text)))
     sampler = config.sampler or SamplerConfig()
     also_sde = prediction_of(parts.network) == VELOCITY and not sampler.is_sde
