@@ -50,9 +50,9 @@ class RolloutConfig:
                 raise ConfigError("window_start needs window_size, the number of noisy steps")
             return
         require(self.window_size >= 1, "window_size", ">= 1", self.window_size)
-        last = self.train_steps - 1 - self.window_size  # the last interval adds no noise
-        start = self.window_start or 0
-        require(0 <= start <= last, "a window of noisy steps", f"within steps 0..{last}",
+        count, start = self.train_steps - 1, self.window_start or 0  # the last one adds no noise
+        require(0 <= start <= count - self.window_size, "a window",
+                f"within the noisy steps 0..{count - 1}",
                 f"{self.window_size} steps from step {start}")  # fmt: skip
 
 

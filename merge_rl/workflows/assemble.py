@@ -36,7 +36,6 @@ from merge_rl.storage.hashing import sha256_file
 from merge_rl.storage.model_file import model_sha256, open_model_file
 from merge_rl.storage.reference import Reference, load_reference, reference_file
 from merge_rl.workflows.autoencoders import load_autoencoder
-from merge_rl.workflows.devices import require_device
 from merge_rl.workflows.extractors import build_extractor
 from merge_rl.workflows.merging import base_index, load_checkpoints, plan_merge
 from merge_rl.workflows.placement import place_weights
@@ -188,7 +187,6 @@ def build_job(
             f"{checkpoints.folder}: the model config is not known; "
             "expected a manifest or config.json"
         )
-    require_device(config.device)
     model = registry.build_model(checkpoints.config).to(config.device).requires_grad_(False)
     autoencoder, decoder_digest = load_autoencoder(
         config.autoencoder, config.autoencoder_weights, shape=model.sample_shape,

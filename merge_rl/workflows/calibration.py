@@ -147,8 +147,7 @@ def time_reward(
         return _seconds(work)
 
     once(3)  # the first call sets things up
-    # The lesser of two: what disturbs one is multiplied by the candidates.
-    one, three = (min(once(count), once(count)) for count in (1, 3))
+    one, three = once(1), once(3)
     each = max(0.0, (three - one) / 2)
     return one + each * (population - 1)
 

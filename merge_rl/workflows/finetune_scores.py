@@ -10,16 +10,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
 from merge_rl.config.finetune import CURVES, FinetuneConfig
 from merge_rl.core.compatibility import prediction_of
+from merge_rl.errors import NonFiniteSamplesError
 from merge_rl.interfaces import Tracker
 from merge_rl.rng import image_seeds
 from merge_rl.storage.finetune_run import FinetuneRun
 from merge_rl.storage.images import enlarge, image_grid, write_png
-from merge_rl.workflows.fast import matmul_precision
 from merge_rl.workflows.finetune_job import FinetuneJob
 from merge_rl.workflows.generated import sampler_summary
 from merge_rl.workflows.rollout import Rollout, balanced_labels
@@ -112,14 +111,10 @@ def write_grid(job: FinetuneJob, run: FinetuneRun, step: int, network: nn.Module
     rollout.on_images = lambda _count: None
     noise = rollout.noise(image_seeds(GRID_IMAGES, job.config.seed, "grid"))
     labels = balanced_labels(GRID_IMAGES, job.num_classes)
-    with torch.no_grad(), matmul_precision(rollout.sampler):
-        latents = torch.cat([
-            rollout.latents(noise[i : i + job.config.batch], labels[i : i + job.config.batch])
-            for i in range(0, GRID_IMAGES, job.config.batch)
-        ])  # fmt: skip
-        if not bool(latents.isfinite().all()):
-            return None
-        images = rollout.autoencoder.decode(latents).cpu()
+    try:
+        images = rollout.images(noise, labels)
+    except NonFiniteSamplesError:
+        return None
     grid = image_grid(images, 10)
     path = run.path / "samples" / f"step-{step:07d}.png"
     write_png(path, enlarge(grid, max(1, 480 // grid.shape[-1])))

@@ -37,8 +37,8 @@ class PolicyRollout(Rollout):
         """Samples of one batch, (B, C, h, w) float32 on the device."""
         if not self.sampler.is_sde:
             return super().latents(noise, labels, check_finite=check_finite)
-        watch = NormWatch(self.sde(labels).start(noise)) if check_finite else None
         start = noise.to(self.device)
+        watch = NormWatch(self.sde(labels).start(start)) if check_finite else None
         samples = solve_sde(self.sde(labels), start, following(noise), on_step=watch)
         if watch is not None:
             watch.check()

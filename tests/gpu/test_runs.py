@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from merge_rl.config import OptimizeConfig, SamplerConfig
 from merge_rl.interfaces import NullTracker
 from merge_rl.workflows.finetune import resume_finetune
 from tests.finetuning import events_of, small_config, write_sit_set
+from tests.gradients import launched
 
 TinyConfig = Callable[..., OptimizeConfig]
 
@@ -86,17 +84,6 @@ def test_finetuning_resumes_to_the_same_end(
 
 
 def test_gradients_over_nccl_equal_those_of_a_process_alone(tmp_path: Path, demo: Path) -> None:
-    script = "import sys, pathlib; from tests.gpu import gradients as g; "
-    script += "g.in_a_process(pathlib.Path(sys.argv[1]))"
-    (tmp_path / "go.py").write_text(script)
-    environment = {**os.environ, "PYTHONPATH": f"{Path.cwd()}:{os.environ.get('PYTHONPATH', '')}"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1"]
-    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(tmp_path / "go.py")]
-    ended = subprocess.run(
-        [*launcher, str(demo)], env=environment, capture_output=True, text=True, timeout=240,
-        check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    lines = [line.split() for line in ended.stdout.splitlines() if line.startswith("off ")]
+    lines = [line for line in launched("tests.gpu.gradients", demo, tmp_path, 1) if "off" in line]
     assert [line[1] for line in lines] == ["replicated", "sharded"]
-    assert all(float(line[2]) < 1e-5 for line in lines), ended.stdout
+    assert all(float(line[2]) < 1e-5 for line in lines), lines

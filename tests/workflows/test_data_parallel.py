@@ -3,62 +3,27 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from merge_rl.config.finetune import PAPER_REWARD, FinetuneConfig, RolloutConfig, UpdateConfig
-from merge_rl.core.training_losses import denoising_loss
 from merge_rl.demo.write import write_demo
 from merge_rl.parallel import Group, joined
 from merge_rl.workflows.data_parallel import (
-    average_scalars,
     process_group,
-    replicated,
-    sharded,
     whole_gradients,
 )
 from merge_rl.workflows.finetune_crew import SharedParts
 from merge_rl.workflows.finetune_job import build_finetune, resolve_finetune
 from merge_rl.workflows.finetune_kept import Kept
 from merge_rl.workflows.finetune_step import StepParts
-from merge_rl.workflows.learner import Learner, trainable
-from merge_rl.workflows.models import load_model
+from merge_rl.workflows.learner import Learner
 from merge_rl.workflows.stop_signals import StopSignals
-
-BATCH = 8
-
-
-def loss_of(policy: nn.Module, rows: slice) -> Tensor:
-    """The training loss on some rows of one batch."""
-    generator = torch.Generator().manual_seed(4)
-    data, noise = (torch.randn(BATCH, 1, 8, 8, generator=generator) for _ in range(2))
-    sigma = 0.3 + torch.rand(BATCH, generator=generator)
-    return denoising_loss(
-        policy, data[rows], torch.arange(BATCH)[rows], sigma[rows], noise[rows], sigma_data=0.5
-    )
-
-
-def gradients(model: Path, *, way: str, rows: slice) -> dict[str, Tensor]:
-    network = trainable(load_model(model))
-    policy = {"alone": lambda n: n, "replicated": replicated, "sharded": sharded}[way](network)
-    loss_of(policy, rows).backward()  # type: ignore[no-untyped-call]
-    if way == "sharded":
-        average_scalars(policy)
-    return whole_gradients(policy)
-
-
-def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    assert found.keys() == expected.keys()
-    return max(
-        float((found[name] - grad).norm() / grad.norm().clamp(min=1e-20))
-        for name, grad in expected.items()
-        if float(grad.norm()) > 0
-    )
+from tests.gradients import BATCH, furthest, gradients, launched
 
 
 def update_of(
@@ -110,21 +75,10 @@ def in_a_process(folder: Path) -> None:
 
 def test_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
     write_demo(tmp_path)
-    script = "import sys, pathlib; from tests.workflows import test_data_parallel as t; "
-    script += "t.in_a_process(pathlib.Path(sys.argv[1]))"
-    (tmp_path / "go.py").write_text(script)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(tmp_path / "go.py")]
-    ended = subprocess.run(
-        [*launcher, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240,
-        check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    lines = [line.split() for line in ended.stdout.splitlines()]
+    lines = launched("tests.workflows.test_data_parallel", tmp_path, tmp_path, 2)
     updates = [f"{k}-{way}" for k in ("edm2-pg", "edm2-rs", "sit-pg") for way in ("ddp", "fsdp")]
     assert [line[0] for line in lines] == ["replicated", "sharded", *updates]
     assert all(int(line[2]) > 20 for line in lines)
     # The norm of each tensor's difference, relative: the mean of two halves is that of the whole,
     # of 2 and 3 rollouts too, and of 1 rollout and none.
-    assert all(float(line[1]) < 1e-6 for line in lines), ended.stdout
+    assert all(float(line[1]) < 1e-6 for line in lines), lines

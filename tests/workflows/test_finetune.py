@@ -263,7 +263,7 @@ def test_losses_go_through_the_wrapped_network(small: Path, tmp_path: Path) -> N
         ({"track": ("wandbb",)}, UnknownNameError, "did you mean 'wandb'"),
         ({"curves": {"stop_on": "sde"}}, UnknownNameError, "unknown curve 'sde'"),
         ({"rollout": {"train_steps": 1}}, ConfigError, "expected train_steps >= 2"),
-        ({"rollout": {"window_size": 3}}, ConfigError, "within steps 0..-1"),
+        ({"rollout": {"window_size": 3}}, ConfigError, "within the noisy steps 0..1, got '3 steps"),
         ({"rollout": {"window_start": 1}}, ConfigError, "window_start needs window_size"),
         ({"update": {"clip": 0.0}}, ConfigError, "expected clip finite and > 0, got 0.0"),
         ({"update": {"ema_decay": 1.0}}, ConfigError, "expected ema_decay in"),
