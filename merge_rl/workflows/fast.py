@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -63,24 +64,52 @@ def matmul_precision(settings: SamplerConfig) -> Iterator[None]:
     In TF32 (10 bits of mantissa) with the precision "tf32", else exact: left to itself torch takes
     TF32 for convolutions on a GPU, and the same weights would give other images than on the CPU.
     """
-    with _float32_products(tf32=settings.precision == "tf32"):
+    with _PRODUCTS.held(tf32=settings.precision == "tf32"):
         yield
 
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """No TF32, whatever the sampler says: for decoding and features, which scores rest on."""
-    with _float32_products(tf32=False):
+    with _PRODUCTS.held(tf32=False):
         yield
 
 
-@contextlib.contextmanager
-def _float32_products(*, tf32: bool) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+class _Float32Products:
+    """TF32 or not in all of the process, for any number of callers at once.
+
+    Callers need not leave in the order in which they came (threads sample side by side, a
+    generator may be closed late): the newest of those still inside says what holds, and the last
+    to leave puts back what the first one found.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted: dict[object, bool] = {}  # in the order of coming
+        self._found: tuple[str, bool] = ("highest", True)
+
+    @contextlib.contextmanager
+    def held(self, *, tf32: bool) -> Iterator[None]:
+        caller = object()
+        try:
+            with self._lock:
+                if not self._wanted:
+                    allowed = torch.backends.cudnn.allow_tf32
+                    self._found = torch.get_float32_matmul_precision(), allowed
+                self._wanted[caller] = tf32
+                self._apply()
+            yield
+        finally:
+            with self._lock:
+                if self._wanted.pop(caller, None) is not None:  # Ctrl-C may come before it is in
+                    self._apply()
+
+    def _apply(self) -> None:
+        products, convolutions = self._found
+        for tf32 in self._wanted.values():
+            products, convolutions = "high" if tf32 else "highest", tf32
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+_PRODUCTS = _Float32Products()

@@ -114,7 +114,7 @@ def precision_now() -> tuple[str, bool]:
 
 def test_tf32_is_on_for_the_rollout_alone() -> None:
     before = precision_now()
-    assert before[1]  # torch's own choice for convolutions on a GPU
+    assert before[1]  # torch's own choice for convolutions on a GPU; no other test left it changed
     with matmul_precision(SamplerConfig(precision="tf32")):
         assert precision_now() == ("high", True)
         with exact_products():
@@ -126,6 +126,24 @@ def test_tf32_is_on_for_the_rollout_alone() -> None:
     assert precision_now() == before
     with pytest.raises(KeyError), matmul_precision(SamplerConfig(precision="tf32")):
         raise KeyError
+    assert precision_now() == before
+
+
+def test_those_who_sample_side_by_side_leave_no_precision_behind() -> None:
+    before = precision_now()
+    tf32, exact = matmul_precision(SamplerConfig(precision="tf32")), exact_products()
+    tf32.__enter__()
+    exact.__enter__()
+    tf32.__exit__(None, None, None)  # the first to come leaves first
+    assert precision_now() == ("highest", False)  # the other is not finished
+    exact.__exit__(None, None, None)
+    assert precision_now() == before
+    tf32, exact = matmul_precision(SamplerConfig(precision="tf32")), exact_products()
+    tf32.__enter__()
+    exact.__enter__()
+    exact.__exit__(None, None, None)
+    assert precision_now() == ("high", True)
+    tf32.__exit__(None, None, None)
     assert precision_now() == before
 
 
