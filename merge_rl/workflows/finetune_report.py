@@ -100,6 +100,7 @@ def draw_curves(path: Path, config: FinetuneConfig, points: Points, head: str) -
     """FID over steps, a line a curve; False without matplotlib or with fewer than two points."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return False
     if len(points) < 2:
@@ -115,6 +116,7 @@ def draw_curves(path: Path, config: FinetuneConfig, points: Points, head: str) -
             steps, heights, style, color=f"C{0 if curve.startswith('ode') else 3}", markersize=4,
             label=curve_label(config, curve), alpha=1.0 if i % 2 else 0.7,
         )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there are no half steps
     axes.set_xlabel("step")
     axes.set_ylabel(f"FID to {head}, N = {config.curves.num_images:,}")
     axes.set_ylim(bottom=0)
