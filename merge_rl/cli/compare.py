@@ -16,6 +16,7 @@ from merge_rl.cli.output import (
     print_json,
     print_table,
     say,
+    stoppable,
 )
 from merge_rl.cli.search_options import FINAL, MODEL, SEARCH
 from merge_rl.errors import ConfigError
@@ -128,19 +129,12 @@ def _run(
     from merge_rl.workflows.compare import compare_searchers
     from merge_rl.workflows.compare_report import write_comparison
 
-    try:
-        with ProgressTracker(quiet=json) as tracker:
-            document = compare_searchers(
-                settings, out=folder, searchers=searchers, seeds=seeds, curve_images=curve_images,
-                tracker=tracker,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        if folder.is_dir():
-            say(
-                f"\nstopped; what is done is kept in {escape(str(folder))}. Go on: the same command"
-            )
-            raise typer.Exit(1) from None
-        raise
+    done = f"what is done is kept in {folder}. Go on: the same command"
+    with stoppable(folder.is_dir, done), ProgressTracker(quiet=json) as tracker:
+        document = compare_searchers(
+            settings, out=folder, searchers=searchers, seeds=seeds, curve_images=curve_images,
+            tracker=tracker,
+        )  # fmt: skip
     note = write_comparison(document, folder)
     if note:
         say(f"no plot: {escape(note)}")

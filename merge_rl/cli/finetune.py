@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from merge_rl.cli.finetune_output import FinetuneTracker, print_result, result_document
-from merge_rl.cli.output import JsonFlag, ProgressTracker, note_unused_gpu, print_json, say
+from merge_rl.cli.output import JsonFlag, ProgressTracker, note_unused_gpu, print_json, stoppable
 from merge_rl.cli.settings import override, set_dotted, split_named
 from merge_rl.errors import ConfigError
 
@@ -270,17 +270,9 @@ def _drive_new(
 def _drive(run: Path, job: Callable[[ProgressTracker], FinetuneResult], *, json: bool) -> None:
     from merge_rl.storage.finetune_run import is_finetune_run
 
-    try:
-        with FinetuneTracker(quiet=json) as tracker:
-            result = job(tracker)
-    except KeyboardInterrupt:
-        if is_finetune_run(run):
-            say(
-                "\nstopped; finished steps are saved. "
-                f"Go on with: mergerl resume {escape(str(run))}"
-            )
-            raise typer.Exit(1) from None
-        raise
+    done = f"finished steps are saved. Go on with: mergerl resume {run}"
+    with stoppable(partial(is_finetune_run, run), done), FinetuneTracker(quiet=json) as tracker:
+        result = job(tracker)
     if json:
         print_json(result_document(result))
     else:

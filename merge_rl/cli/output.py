@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -53,6 +54,18 @@ def say(text: str) -> None:
     if not leads():
         return
     Console(stderr=True, soft_wrap=True, emoji=False, highlight=False).print(text)
+
+
+@contextlib.contextmanager
+def stoppable(saved: Callable[[], bool], sentence: str) -> Iterator[None]:
+    """Ctrl-C inside says what is kept and how to go on, where `saved`, and ends the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not saved():
+            raise
+        say(f"\nstopped; {escape(sentence)}")
+        raise typer.Exit(1) from None
 
 
 def print_json(document: Any) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from merge_rl.cli import ranks
 from merge_rl.cli import search_options as options
@@ -16,7 +15,7 @@ from merge_rl.cli.output import (
     ProgressTracker,
     note_unused_gpu,
     print_json,
-    say,
+    stoppable,
 )
 from merge_rl.cli.results import print_result, result_document
 from merge_rl.cli.search_options import FINAL, MODEL, SEARCH
@@ -283,17 +282,9 @@ def resume(
 
 
 def _drive(run_dir: Path, job: Callable[[ProgressTracker], OptimizeResult], *, json: bool) -> None:
-    try:
-        with ProgressTracker() as tracker:
-            result = job(tracker)
-    except KeyboardInterrupt:
-        if (run_dir / "config.yaml").is_file():
-            say(
-                "\nstopped; finished rounds are saved. "
-                f"Go on with: mergerl resume {escape(str(run_dir))}"
-            )
-            raise typer.Exit(1) from None
-        raise
+    done = f"finished rounds are saved. Go on with: mergerl resume {run_dir}"
+    with stoppable((run_dir / "config.yaml").is_file, done), ProgressTracker() as tracker:
+        result = job(tracker)
     if json:
         print_json(result_document(result))
     else:

@@ -23,14 +23,12 @@ from torch import Tensor
 
 from merge_rl.config import dump_config, load_config
 from merge_rl.config.finetune import FinetuneConfig
-from merge_rl.errors import CheckpointError, RunError
-from merge_rl.storage.atomic import save_tensors, write_text
+from merge_rl.errors import RunError
+from merge_rl.storage.atomic import write_text
 from merge_rl.storage.runs import RunDir
-from merge_rl.storage.safetensors_file import read_file
+from merge_rl.storage.state_file import State, read_state, write_state
 
 CONFIG_NAME: Final = "finetune.yaml"
-State = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors by name, and plain values."""
 
 
 def is_finetune_run(path: str | os.PathLike[str]) -> bool:
@@ -96,7 +94,7 @@ class FinetuneRun:
         anew, go.
         """
         path = self.state_folder / f"step-{step:07d}.safetensors"
-        save_tensors(path, tensors, {"state": json.dumps(dict(values))})
+        write_state(path, tensors, values)
         paths = self.state_paths()
         for other in [p for p in paths if p > path] + [p for p in paths if p <= path][keep:]:
             other.unlink(missing_ok=True)
@@ -106,18 +104,14 @@ class FinetuneRun:
 
         `warn` hears of damaged ones that are passed over. RunError if all of them are.
         """
-        paths, problem = self.state_paths(), ""
+        paths = self.state_paths()
         for path in paths:
             try:
-                header, tensors, _ = read_file(path, hashed=False)
-                values = json.loads(header.metadata["state"])
-            except (CheckpointError, KeyError, json.JSONDecodeError) as error:
-                problem = f"{path}: damaged resume point: {error}"
-                warn(f"{problem}; the one before it is used")
-                continue
-            return tensors, values
-        if paths:
-            raise RunError(f"{problem}; none of {len(paths)} can be used")
+                return read_state(path)
+            except RunError as error:
+                if path == paths[-1]:
+                    raise RunError(f"{error}; none of {len(paths)} can be used") from None
+                warn(f"{error}; the one before it is used")
         return None
 
     def keep_events_up_to(self, step: int) -> None:

@@ -20,9 +20,9 @@ from typing import Any
 from torch import Tensor
 
 from merge_rl.config import OptimizeConfig, dump_config, load_config
-from merge_rl.errors import CheckpointError, RunError
-from merge_rl.storage.atomic import save_tensors, write_json, write_text
-from merge_rl.storage.safetensors_file import read_file
+from merge_rl.errors import RunError
+from merge_rl.storage.atomic import write_json, write_text
+from merge_rl.storage.state_file import State, read_state, write_state
 
 
 class RunDir:
@@ -105,14 +105,8 @@ class RunDir:
 
     def save_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         """Replace the resume point."""
-        save_tensors(self.state_path, dict(tensors), {"state": json.dumps(dict(scalars))})
+        write_state(self.state_path, tensors, scalars)
 
-    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load_state(self) -> State | None:
         """The resume point, or None if no round has begun."""
-        if not self.state_path.is_file():
-            return None
-        try:
-            header, tensors, _ = read_file(self.state_path, hashed=False)
-            return tensors, json.loads(header.metadata["state"])
-        except (CheckpointError, KeyError, json.JSONDecodeError) as error:
-            raise RunError(f"{self.state_path}: damaged resume point: {error}") from None
+        return read_state(self.state_path) if self.state_path.is_file() else None

@@ -85,8 +85,8 @@ class _Float32Products:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._wanted: dict[object, bool] = {}  # in the order of coming
-        self._found: tuple[str, bool] = ("highest", True)
+        self._wanted: dict[object, tuple[str, bool]] = {}  # in the order of coming
+        self._found = "highest", True
 
     @contextlib.contextmanager
     def held(self, *, tf32: bool) -> Iterator[None]:
@@ -96,7 +96,7 @@ class _Float32Products:
                 if not self._wanted:
                     allowed = torch.backends.cudnn.allow_tf32
                     self._found = torch.get_float32_matmul_precision(), allowed
-                self._wanted[caller] = tf32
+                self._wanted[caller] = "high" if tf32 else "highest", tf32
                 self._apply()
             yield
         finally:
@@ -105,9 +105,7 @@ class _Float32Products:
                     self._apply()
 
     def _apply(self) -> None:
-        products, convolutions = self._found
-        for tf32 in self._wanted.values():
-            products, convolutions = "high" if tf32 else "highest", tf32
+        products, convolutions = next(reversed(self._wanted.values()), self._found)
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
 

@@ -173,10 +173,14 @@ class FinetuneLoop:
             step = self.state.step
             if step and not self.snapshots.has(step):
                 self.snapshots.write(step, self.learner)
+        advice = "no update was made before, so that a smaller --lr is no help"
+        if step:  # its own rollouts or losses are the ones that fail
+            earlier = self.snapshots.result_path(self.snapshots.newest_before(step))
+            advice = f"start again with a smaller --lr from earlier weights ({earlier})"
         raise TrainingError(
             f"{MAX_FAILURES} steps in a row ({step + 1}..{last}) had a {what} that is not finite; "
             f"the state before them is saved in {self.run_dir.path}, its weights in "
-            f"{self.snapshots.result_path(step)}; start again from there with a smaller --lr"
+            f"{self.snapshots.result_path(step)}; {advice}"
         )
 
     def save(self) -> None:

@@ -49,6 +49,10 @@ class Snapshots:
         """Whether the snapshots of a step are there and listed."""
         return any(_step_of(entry) == step for entry in self.entries)
 
+    def newest_before(self, step: int) -> int:
+        """The last step before `step` that has a snapshot."""
+        return max(found for entry in self.entries if (found := _step_of(entry)) < step)
+
     def write_start(self, network: nn.Module) -> None:
         """The network before the first step, and the files that score it."""
         self._write(START, 0, _on_cpu(plain_state_dict(network)))

@@ -68,6 +68,18 @@ def overlapped(
 
 
 @contextlib.contextmanager
+def single_threaded(workers: int) -> Iterator[None]:
+    """One thread inside each operation while several workers run operations side by side."""
+    before = torch.get_num_threads()
+    if workers > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def threads(workers: int, blocks: int) -> Iterator[Callable[..., Iterable[Tensor]]]:
     """A map over blocks: in threads where there is a block for each, else one by one.
 
@@ -77,11 +89,9 @@ def threads(workers: int, blocks: int) -> Iterator[Callable[..., Iterable[Tensor
     if workers < 2 or blocks < workers:
         yield map
         return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
+    with single_threaded(workers):
+        pool = ThreadPoolExecutor(workers)
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from merge_rl.errors import (
 )
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.safetensors_file import TensorReader
+from merge_rl.workflows.lanes import single_threaded
 
 DISK = "disk"
 
@@ -264,15 +264,3 @@ class _Summer:
             f"tensor {name!r} of the merge overflows float32; expected coefficients of moderate "
             "size"
         )
-
-
-@contextlib.contextmanager
-def single_threaded(workers: int) -> Iterator[None]:
-    """One thread inside each operation while several workers run operations side by side."""
-    before = torch.get_num_threads()
-    if workers > 1:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -164,8 +164,9 @@ def test_a_damaged_state_is_refused(cut: int, run: RunDir) -> None:
     run.save_state({"a": torch.ones(8)}, {"round_index": 1})
     data = run.state_path.read_bytes()
     run.state_path.write_bytes(data[:-cut])
-    with pytest.raises(RunError, match=r"state.safetensors: damaged resume point: "):
+    with pytest.raises(RunError, match=r"state.safetensors: damaged resume point: ") as refusal:
         run.load_state()
+    assert str(refusal.value).count(str(run.state_path)) == 1
 
 
 @pytest.mark.parametrize("metadata", [{}, {"state": "{"}])

@@ -80,7 +80,7 @@ def tripwire(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
         (PolicyRollout, "replay"),
         (Learner, "begin"),
         (RunDir, "write"),
-        (finetune_run, "save_tensors"),
+        (finetune_run, "write_state"),
         (finetune_snapshots, "save_checkpoint"),
         (finetune_scores, "write_png"),
     ]
@@ -246,8 +246,11 @@ def test_three_in_a_row_end_the_run_with_the_state_before(
     good = drive(tmp_path / "good", small_config(small, steps=2))
     with monkeypatch.context() as patch:
         broken_from(patch, PolicyGradient, "gradients", {3, 4, 5})
-        with pytest.raises(TrainingError, match=r"3 steps in a row \(3\.\.5\) had a loss"):
+        with pytest.raises(TrainingError, match=r"3 steps in a row \(3\.\.5\) had a loss") as end:
             mrl.finetune(small, out=tmp_path / "run", config=config)
+    # The weights of step 2 are the ones that failed.
+    assert "--lr from earlier weights" in str(end.value)
+    assert "snapshots/start-0000000.safetensors)" in str(end.value)
     run = FinetuneRun.open(tmp_path / "run")
     saved = run.load_state()
     assert saved is not None
@@ -256,6 +259,14 @@ def test_three_in_a_row_end_the_run_with_the_state_before(
     before = mrl.load_model(good.model_path).state_dict()
     assert all(torch.equal(kept[name], before[name]) for name in kept)
     assert resume_finetune(tmp_path / "run").skipped == 0  # where it was not the weights' fault
+
+
+def test_a_run_that_never_learned_is_not_told_to_learn_slower(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_from(monkeypatch, PolicyGradient, "gradients", {1, 2, 3})
+    with pytest.raises(TrainingError, match=r"\(1\.\.3\).*a smaller --lr is no help"):
+        mrl.finetune(small, out=tmp_path / "run", config=small_config(small))
 
 
 # ---------------------------------------------------------------------------- resuming
@@ -323,7 +334,11 @@ def test_an_interrupted_save_leaves_the_previous_state(
 def test_no_whole_state_is_refused(stopped: Path) -> None:
     for path in FinetuneRun.open(stopped).state_paths():
         path.write_bytes(b"torn")
+    warnings: list[str] = []
     with pytest.raises(RunError, match=r"damaged resume point.*none of 2 can be used"):
+        FinetuneRun.open(stopped).load_state(warnings.append)
+    assert len(warnings) == 1  # of the newest: there is none before the other
+    with pytest.raises(RunError, match="none of 2 can be used"):
         resume_finetune(stopped)
 
 
