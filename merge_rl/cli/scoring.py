@@ -100,6 +100,7 @@ def evaluate(
     from merge_rl.storage.kinds import kind_of
     from merge_rl.workflows.defaults import find_surroundings
     from merge_rl.workflows.evaluate import evaluate as score
+    from merge_rl.workflows.evaluate import require_scorable
     from merge_rl.workflows.extractors import build_extractor
     from merge_rl.workflows.models import load_model
     from merge_rl.workflows.samplers import samplers_of
@@ -110,7 +111,13 @@ def evaluate(
     target = str(reference or near.reference or "")
     if not target:
         raise ConfigError(f"no run or manifest near {model} names a reference; pass --reference")
+    target_heldout = str(heldout) if heldout else None if reference else near.heldout
+    wanted = [m.strip() for m in metrics.split(",")]
     given: dict[str, Any] = {"model": model}
+    if kind != "features":
+        name, weights = _extractor(model, target, near, extractor, extractor_weights)
+        targets = {"reference": target, "heldout": target_heldout}
+        require_scorable(name, weights, targets, wanted)  # before anything is fetched
     if kind == "model":
         settings = find_sampler(
             model, solver=solver, num_steps=steps, guidance=guidance, guide=guide,
@@ -128,15 +135,14 @@ def evaluate(
     if kind == "features":
         given["extractor"] = extractor
     else:
-        name, weights = _extractor(model, target, near, extractor, extractor_weights)
         given["extractor"], given["extractor_sha256"] = build_extractor(name, weights, device, say)
     with ProgressTracker(quiet=json) as tracker:
         document = score(
             given.pop("model"),
             **given,
             reference=target,
-            heldout=str(heldout) if heldout else None if reference else near.heldout,
-            metrics=[m.strip() for m in metrics.split(",")],
+            heldout=target_heldout,
+            metrics=wanted,
             num_images=NUM_IMAGES if num_images is None and kind == "model" else num_images,
             repeats=repeats,
             batch=batch,

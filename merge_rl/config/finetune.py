@@ -229,7 +229,7 @@ class FinetuneConfig:
         """The same inputs as a search names them, for what builds rewards."""
         shared = (
             "extractor", "extractor_weights", "reference", "heldout", "extra_references",
-            "extra_weights", "device", "seed", "reward",
+            "extra_weights", "autoencoder", "device", "seed", "reward",
         )  # fmt: skip
         return OptimizeConfig(checkpoints=self.model, **{k: getattr(self, k) for k in shared})
 

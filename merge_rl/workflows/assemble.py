@@ -39,7 +39,7 @@ from merge_rl.workflows.autoencoders import load_autoencoder
 from merge_rl.workflows.extractors import build_extractor
 from merge_rl.workflows.merging import base_index, load_checkpoints, plan_merge
 from merge_rl.workflows.placement import place_weights
-from merge_rl.workflows.reward_assembly import Target, build_reward
+from merge_rl.workflows.reward_assembly import Target, build_reward, require_parts
 from merge_rl.workflows.reward_sum import RewardSum
 from merge_rl.workflows.rollout import MergedRollout, Rollout
 from merge_rl.workflows.weights import Announce, is_public
@@ -187,7 +187,11 @@ def build_job(
             f"{checkpoints.folder}: the model config is not known; "
             "expected a manifest or config.json"
         )
+    sampler = config.sampler or SamplerConfig()
     model = registry.build_model(checkpoints.config).to(config.device).requires_grad_(False)
+    plan = plan_merge(checkpoints, groups=config.merge.groups, base=config.merge.start, model=model)
+    guide = load_guide(sampler, config.device)
+    require_parts(config, model, guide, [sampler])
     autoencoder, decoder_digest = load_autoencoder(
         config.autoencoder, config.autoencoder_weights, shape=model.sample_shape,
         dtype=config.autoencoder_dtype, device=config.device, announce=announce,
@@ -195,7 +199,6 @@ def build_job(
     extractor, digest = build_extractor(
         config.extractor or "", config.extractor_weights, config.device, announce
     )
-    plan = plan_merge(checkpoints, groups=config.merge.groups, base=config.merge.start, model=model)
     place = place_weights(checkpoints.total_bytes, config.device, config.weights_device)
     flat = load_checkpoints(checkpoints, plan, place, network=config.device)
     references = load_references(config, extractor, digest)
@@ -205,7 +208,6 @@ def build_job(
     built = build_reward(config, own, announce)
     live = LiveModel(model, flat)
     gram = weight_gram(flat) if config.merge.map == "whitened" else None
-    sampler = config.sampler or SamplerConfig()
     rollout = Rollout(
         model,
         model.sample_shape,
@@ -214,7 +216,7 @@ def build_job(
         extractor=extractor,
         batch=config.batch,
         device=config.device,
-        guide=load_guide(sampler, config.device),
+        guide=guide,
         workers=cpu_workers(config.device),
     )
     return Job(

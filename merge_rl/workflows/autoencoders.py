@@ -8,7 +8,7 @@ from typing import Final
 from torch import nn
 
 from merge_rl import registry
-from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.interfaces import Autoencoder
 from merge_rl.workflows.weights import Announce, load_weights
 
@@ -17,6 +17,8 @@ DEFAULT_WEIGHTS: Final = {
     "sd-vae-sit": "stabilityai/sd-vae-ft-ema",  # what SiT trains and is evaluated with
 }
 """Published weights that an autoencoder fetches when none are given."""
+CHANNELS: Final = {"pixel": (1, 3), "sd-vae-edm2": (4,), "sd-vae-sit": (4,)}
+"""Of the samples that an autoencoder takes, known before its weights are."""
 
 
 def load_autoencoder(
@@ -40,8 +42,7 @@ def load_autoencoder(
 
     Raises ConfigError if the autoencoder does not take samples of that shape.
     """
-    name = name or default_name(shape)
-    registry.resolve("autoencoder", registry.AUTOENCODERS, name)
+    name = require_autoencoder(name, shape)
     source = weights or DEFAULT_WEIGHTS.get(name)
     if source is None:
         built, digest = registry.build_autoencoder(name), None
@@ -52,7 +53,6 @@ def load_autoencoder(
             built = registry.build_autoencoder(name, loaded.tensors, loaded.config, dtype=dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from None
-    require_channels(built, name, shape)
     if isinstance(built, nn.Module):
         built.to(device)
     return built, digest
@@ -69,12 +69,18 @@ def default_name(shape: Sequence[int]) -> str:
     )
 
 
-def require_channels(autoencoder: Autoencoder, name: str, shape: Sequence[int]) -> None:
-    """Raise ConfigError unless the autoencoder takes samples (C, h, w) of that many channels."""
-    channels = getattr(autoencoder, "channels", None)
-    if channels is not None and shape[0] not in channels:
-        taken = " or ".join(map(str, channels))
+def require_autoencoder(name: str | None, shape: Sequence[int]) -> str:
+    """The name of what makes images of samples (C, h, w), before any weights are fetched.
+
+    Raises UnknownNameError for another name, ConfigError unless it takes that many channels.
+    """
+    name = name or default_name(shape)
+    if name not in registry.AUTOENCODERS:
+        raise UnknownNameError("autoencoder", name, registry.AUTOENCODERS)
+    if shape[0] not in CHANNELS[name]:
+        taken = " or ".join(map(str, CHANNELS[name]))
         raise ConfigError(
             f"the autoencoder {name!r} takes samples of {taken} channels, but the network makes "
             f"{shape[0]}"
         )
+    return name

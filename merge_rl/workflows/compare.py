@@ -29,6 +29,7 @@ from merge_rl.workflows.devices import require_device
 from merge_rl.workflows.fresh_scores import FreshScores, curve_scores, fixed_merges
 from merge_rl.workflows.jobs import Jobs
 from merge_rl.workflows.optimize import check_names
+from merge_rl.workflows.reward_assembly import require_targets
 from merge_rl.workflows.scoring import summarize
 from merge_rl.workflows.search import make_searcher
 from merge_rl.workflows.standings import ScoredTrial, add_ratios, standing
@@ -104,20 +105,26 @@ def _check(
     lenient: bool,
 ) -> tuple[list[Contender], list[str]]:
     """The contenders that can work, and a sentence for each that cannot, if that is allowed."""
-    able, left_out = [], []
-    for contender in contenders:
-        try:
-            settings = resolve_config(contender.config(base, seed), opened)
-            check_names(settings)
-            make_searcher(settings, jobs.of(settings))
-        except ConfigError as error:
-            text = f"searcher {contender.label}: {error}"
-            if not lenient:
-                kind = BudgetError if isinstance(error, BudgetError) else ConfigError
-                raise kind(text) from None
-            left_out.append(text)
-        else:
-            able.append(contender)
+
+    def fits(settings: OptimizeConfig) -> None:
+        check_names(settings)
+        require_targets(settings)
+
+    def works(settings: OptimizeConfig) -> None:
+        make_searcher(settings, jobs.of(settings))
+
+    able, left_out = list(contenders), list[str]()
+    for check in (fits, works):  # what is fetched is fetched when all are known to fit
+        for contender in tuple(able):
+            try:
+                check(resolve_config(contender.config(base, seed), opened))
+            except ConfigError as error:
+                text = f"searcher {contender.label}: {error}"
+                if not lenient:
+                    kind = BudgetError if isinstance(error, BudgetError) else ConfigError
+                    raise kind(text) from None
+                left_out.append(text)
+                able.remove(contender)
     if not able:
         raise ConfigError(f"no searcher can work here: {left_out[0]}")
     return able, left_out

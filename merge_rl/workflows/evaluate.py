@@ -25,14 +25,16 @@ from merge_rl.workflows.devices import require_device
 from merge_rl.workflows.feature_store import FeatureStore, weights_digest
 from merge_rl.workflows.generated import block_features, sampler_summary
 from merge_rl.workflows.launch import device_facts, own_device
-from merge_rl.workflows.metrics import MAX_ROWS, Scores, summarize_repeats
+from merge_rl.workflows.metrics import MAX_ROWS, Scores, require_metrics, summarize_repeats
 from merge_rl.workflows.models import load_model
 from merge_rl.workflows.references import (
     Maker,
     Statistics,
+    expected_maker,
     find_extractor,
     find_references,
     maker_of,
+    name_extractor,
     notes_of,
 )
 from merge_rl.workflows.rollout import MergedRollout, Rollout
@@ -115,14 +117,30 @@ def evaluate(
             saved = load_features(path)
             job = begin(maker_of(saved, extractor), group)
             return job.alone(lambda: job.document(kind, job.score_blocks(saved.features, path)))
-        built, maker = find_extractor(
-            extractor, extractor_weights, extractor_sha256, reference, device
-        )
+        chosen = name_extractor(extractor, reference)
+        if isinstance(chosen, str):
+            given = {"reference": reference, "heldout": heldout}
+            require_scorable(chosen, extractor_weights, given, metrics)
+        built, maker = find_extractor(chosen, extractor_weights, extractor_sha256, device)
         job = begin(maker, group)
         if kind == "images":
             return job.alone(lambda: job.document(kind, _of_images(job, path, built, skip_broken)))
         network = model if isinstance(model, nn.Module) else load_model(path)
         return _of_network(job, network, built, sampler, autoencoder)
+
+
+def require_scorable(
+    name: str,
+    weights: str | None,
+    references: Mapping[str, Statistics | None],
+    metrics: Sequence[str],
+) -> None:
+    """Raise before weights are fetched for an extractor, statistics or metrics that do not fit.
+
+    A module of the user's is known when it is called: for it names of metrics are looked at.
+    """
+    maker = expected_maker(name, weights)
+    require_metrics(metrics, find_references(references, maker) if maker else {})
 
 
 @dataclass(frozen=True, eq=False)

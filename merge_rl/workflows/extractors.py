@@ -25,6 +25,15 @@ DEFAULT_WEIGHTS: Final = {
     "dinov2-dgm": "facebook/dinov2-large",
 }
 """Published weights that an extractor fetches when none are given."""
+DIMS: Final = {
+    "digits": 64,
+    "inception": 2048,
+    "inception-tf1": 2048,
+    "inception-clean": 2048,
+    "dinov2": 1024,
+    "dinov2-dgm": 1024,
+}
+"""Features an image of the registered extractors, known before their weights are."""
 
 
 def build_extractor(
@@ -47,7 +56,7 @@ def build_extractor(
     ConfigError for a module that cannot be used, CheckpointError for weights that do not fit.
     """
     require_device(device)
-    source = weights or DEFAULT_WEIGHTS.get(name)
+    source = weights_source(name, weights)
     if is_user_module(name):
         loaded = load_weights(source, announce) if source else None
         with _current_folder_importable():
@@ -55,10 +64,7 @@ def build_extractor(
         _require_attributes(built, name)
     else:
         factory = registry.resolve("extractor", registry.EXTRACTORS, name)
-        if source is None:
-            need = "needs a weights file; pass --extractor-weights"
-            raise ConfigError(f"the extractor {name!r} {need}")
-        loaded = load_weights(source, announce)
+        loaded = load_weights(str(source), announce)
         try:
             built = factory(loaded.tensors)
         except CheckpointError as error:
@@ -67,6 +73,19 @@ def build_extractor(
     if isinstance(extractor, nn.Module):
         extractor.to(device).eval()
     return extractor, loaded.sha256 if loaded else None
+
+
+def weights_source(name: str, weights: str | None) -> str | None:
+    """What an extractor's weights are read from: as given, else its published ones.
+
+    None for a module of the user's that is given none. Raises UnknownNameError or ConfigError for
+    a name that is no extractor's, and for an extractor that has no weights of its own.
+    """
+    require_known(name)
+    source = weights or DEFAULT_WEIGHTS.get(name)
+    if source is None and not is_user_module(name):
+        raise ConfigError(f"the extractor {name!r} needs a weights file; pass --extractor-weights")
+    return source
 
 
 def is_user_module(name: str) -> bool:

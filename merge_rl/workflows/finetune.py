@@ -30,6 +30,7 @@ from merge_rl.workflows.finetune_job import (
     FinetuneJob,
     build_finetune,
     check_finetune,
+    check_names,
     resolve_finetune,
 )
 from merge_rl.workflows.finetune_launch import begin_finetune, continued
@@ -97,15 +98,16 @@ def finetune(
     KeyboardInterrupt, on SIGTERM too, with the last finished step saved; TrainingError when three
     steps in a row have rewards or losses that are not finite.
     """
-    source = newest_model(local_model(model))
-    base = config or FinetuneConfig(model=str(source))
+    base = config or FinetuneConfig(model=str(model))
     given = {"algorithm": algorithm, "steps": steps, "seed": seed}
     named = dataclasses.replace(base.reward, name=reward or base.reward.name)
     chosen = dataclasses.replace(
-        base, model=str(source), reward=named,
+        base, reward=named,
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )  # fmt: skip
-    resolved = resolve_finetune(chosen)
+    check_names(chosen)  # before a model is fetched from the Hub
+    source = newest_model(local_model(model))
+    resolved = resolve_finetune(dataclasses.replace(chosen, model=str(source)))
     tracker = tracker or NullTracker()
     if resume:
         return resume_finetune(out, config=resolved, wrap=wrap, tracker=tracker)

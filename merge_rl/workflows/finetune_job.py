@@ -14,7 +14,7 @@ from torch import nn
 from merge_rl import registry
 from merge_rl.config.finetune import FinetuneConfig
 from merge_rl.config.sampler import SamplerConfig
-from merge_rl.core.compatibility import require_reward_solver, require_sampler
+from merge_rl.core.compatibility import require_reward_solver
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.models.lora import add_adapters
@@ -31,7 +31,13 @@ from merge_rl.workflows.finetune_memory import require_memory
 from merge_rl.workflows.finetune_rewards import with_reward
 from merge_rl.workflows.learner import trainable
 from merge_rl.workflows.policy_rollout import PolicyRollout
-from merge_rl.workflows.reward_assembly import Target, build_reward, check_reward
+from merge_rl.workflows.reward_assembly import (
+    Target,
+    build_reward,
+    check_reward,
+    require_parts,
+)
+from merge_rl.workflows.reward_names import parse_reward
 from merge_rl.workflows.reward_sum import RewardSum
 from merge_rl.workflows.rollout import Rollout
 from merge_rl.workflows.weights import Announce, is_public
@@ -86,12 +92,20 @@ def resolve_finetune(config: FinetuneConfig) -> FinetuneConfig:
     )
 
 
-def check_finetune(config: FinetuneConfig) -> None:
-    """Raise before any work for names that are not known and samplers that cannot be used."""
-    check_reward(with_reward(config.reward_settings(), config.credit))
-    require_known(config.extractor or "")
+def check_names(config: FinetuneConfig) -> None:
+    """Raise for names that are not known, of what settings say before the model is there."""
+    parse_reward(config.reward.text)
+    if config.extractor is not None:
+        require_known(config.extractor)
     if config.autoencoder is not None:
         registry.resolve("autoencoder", registry.AUTOENCODERS, config.autoencoder)
+
+
+def check_finetune(config: FinetuneConfig) -> None:
+    """Raise before any work for names that are not known and samplers that cannot be used."""
+    check_names(config)
+    check_reward(with_reward(config.reward_settings(), config.credit))
+    require_known(config.extractor or "")
     for sampler in config.curve_samplers().values():
         require_reward_solver(sampler)
 
@@ -103,6 +117,9 @@ def build_finetune(
     device = config.device
     network = load_network(config.model)
     require_memory(config, sum(p.numel() for p in network.parameters()), processes)
+    settings = with_reward(config.reward_settings(), config.credit)
+    guide = load_guide(config.rollout_sampler(), device)
+    require_parts(settings, network, guide, config.curve_samplers().values())
     network.to(device)
     anchored = config.algorithm == "pg" and config.update.kl_weight > 0
     reference = copy.deepcopy(network) if anchored else None
@@ -122,16 +139,13 @@ def build_finetune(
     own = Target(
         extractor=extractor, reference=references["reference"], path=config.reference or ""
     )
-    built = build_reward(with_reward(config.reward_settings(), config.credit), own, announce)
+    built = build_reward(settings, own, announce)
     shape = [int(n) for n in network.sample_shape]  # type: ignore[union-attr]
     decoder, decoder_digest = load_autoencoder(
         config.autoencoder, config.autoencoder_weights, shape=shape,
         dtype=config.autoencoder_dtype, device=device, announce=announce,
     )  # fmt: skip
     sampler = config.rollout_sampler()
-    guide = load_guide(sampler, device)
-    for each in config.curve_samplers().values():
-        require_sampler(each, network, guide)
     rollout = PolicyRollout(
         network, shape, sampler=sampler, autoencoder=decoder, extractor=built.extractor,
         batch=config.batch, device=device, workers=cpu_workers(device), guide=guide,

@@ -36,6 +36,8 @@ from merge_rl.storage.reference import Reference
 
 MAX_ROWS: Final = 10_000
 NEIGHBOURS: Final = 5
+PAIRWISE: Final = ("kid", "mmd", "prdc")
+"""Metrics that compare with the features of real images, row by row."""
 HIGHER_IS_BETTER: Final = ("precision", "recall", "density", "coverage")
 
 
@@ -149,6 +151,19 @@ def some_rows(features: Tensor, limit: int, seed: int, name: str) -> Tensor:
     return features[order[:limit].sort().values.to(features.device)]
 
 
+def require_metrics(
+    metrics: Sequence[str], references: Mapping[str, tuple[Reference, str]]
+) -> None:
+    """Raise before any work for no metrics, unknown ones, and features that are not there."""
+    if not metrics:
+        raise ConfigError("expected at least one metric, got none")
+    for name in metrics:
+        registry.resolve("metric", registry.METRICS, name)
+        for reference, path in references.values():
+            if name in PAIRWISE:
+                reference.require_features(name, path)
+
+
 class Scores:
     """The metrics for each reference, and what they found in every repeat.
 
@@ -170,13 +185,12 @@ class Scores:
         max_rows: int = MAX_ROWS,
         seed: int = 0,
     ) -> None:
-        if not metrics:
-            raise ConfigError("expected at least one metric, got none")
+        require_metrics(metrics, references)
         if max_rows < 2:
             raise ConfigError(f"expected at least 2 rows for pairs, got {max_rows}")
         place = "cpu" if device.startswith("mps") else device  # which lacks float64
         self._device, self._max_rows = place, max_rows
-        self._pairs = bool({"kid", "mmd", "prdc"} & set(metrics))
+        self._pairs = not set(PAIRWISE).isdisjoint(metrics)
         factories = [
             (name, registry.resolve("metric", registry.METRICS, name))
             for name in dict.fromkeys(metrics)

@@ -25,7 +25,7 @@ from merge_rl.workflows.autoencoders import load_autoencoder
 from merge_rl.workflows.extractors import build_extractor
 from merge_rl.workflows.merging import plan_merge
 from merge_rl.workflows.network_cost import Cost, forward_cost
-from merge_rl.workflows.reward_assembly import Target, build_reward
+from merge_rl.workflows.reward_assembly import Target, build_reward, require_parts
 from merge_rl.workflows.reward_sum import RewardSum
 from merge_rl.workflows.rollout import Rollout
 
@@ -94,6 +94,8 @@ def build_parts(
     device, sampler = config.device, config.sampler or SamplerConfig()
     network = registry.build_model(checkpoints.config).to(device).requires_grad_(False)
     shape = network.sample_shape
+    guide = load_guide(sampler, device)
+    require_parts(config, network, guide, [sampler])
     decoder, _ = load_autoencoder(
         config.autoencoder, config.autoencoder_weights, shape=shape,
         dtype=config.autoencoder_dtype, device=device, announce=announce,
@@ -104,7 +106,6 @@ def build_parts(
     references = load_references(config, own, digest)
     target = Target(extractor=own, reference=references["reference"], path=config.reference or "")
     built = build_reward(config, target, announce)
-    guide = load_guide(sampler, device)
     rollout = Rollout(
         network, shape, sampler=sampler, autoencoder=decoder, extractor=built.extractor,
         batch=config.batch, device=device, guide=guide, workers=cpu_workers(device),

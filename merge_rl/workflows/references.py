@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -12,8 +12,16 @@ from merge_rl.core.statistics import FeatureStats
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.storage.features_file import SavedFeatures
-from merge_rl.storage.reference import Reference, load_reference
-from merge_rl.workflows.extractors import build_extractor, named_by_file
+from merge_rl.storage.public_weights import PUBLIC_FILES
+from merge_rl.storage.reference import Reference, load_all_references, load_reference
+from merge_rl.workflows.extractors import (
+    DIMS,
+    build_extractor,
+    is_user_module,
+    named_by_file,
+    weights_source,
+)
+from merge_rl.workflows.weights import is_public
 
 Statistics = Reference | FeatureStats | str | os.PathLike[str]
 
@@ -26,19 +34,49 @@ class Maker(NamedTuple):
     dim: int
 
 
+def expected_maker(name: str, weights: str | None) -> Maker | None:
+    """What an extractor is known to be before its weights are; None for a module of the user's.
+
+    The hash is that of pinned public weights. Raises as `build_extractor` does for names.
+    """
+    source = weights_source(name, weights)
+    if is_user_module(name):
+        return None
+    pinned = PUBLIC_FILES[source].sha256 if source and is_public(source) else None
+    return Maker(name, pinned, DIMS[name])
+
+
+def require_comparable(
+    name: str, weights: str | None, statistics: Iterable[str | os.PathLike[str] | None]
+) -> None:
+    """Raise for files of statistics of another extractor, before weights are read or fetched.
+
+    A module of the user's is known when it is called: for it the files are read, no more.
+    """
+    maker = expected_maker(name, weights)
+    for path in [given for given in statistics if given is not None]:
+        if maker is None:
+            load_all_references(path)
+        else:
+            find_references({"reference": path}, maker)
+
+
+def name_extractor(
+    extractor: FeatureExtractor | str | None, reference: Statistics
+) -> FeatureExtractor | str:
+    """The extractor as given, else the name that the reference says."""
+    if extractor is not None:
+        return extractor
+    named = "" if isinstance(reference, FeatureStats) else _open(reference).extractor
+    if not named:
+        raise ConfigError("the reference does not name its extractor; say which one to use")
+    return named_by_file(named, "the reference")
+
+
 def find_extractor(
-    extractor: FeatureExtractor | str | None,
-    weights: str | None,
-    sha256: str | None,
-    reference: Statistics,
-    device: str,
+    extractor: FeatureExtractor | str, weights: str | None, sha256: str | None, device: str
 ) -> tuple[FeatureExtractor, Maker]:
-    """The extractor on a device: the object given, or built by name, or by the reference's name."""
-    if extractor is None:
-        extractor = "" if isinstance(reference, FeatureStats) else _open(reference).extractor
-        if not extractor:
-            raise ConfigError("the reference does not name its extractor; say which one to use")
-        named_by_file(extractor, "the reference")
+    """The extractor on a device: the object given, or built by name."""
     if isinstance(extractor, str):
         built, digest = build_extractor(extractor, weights, device)
         return built, Maker(built.name, digest, built.dim)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from merge_rl import registry
-from merge_rl.config import OptimizeConfig
+from merge_rl.config import OptimizeConfig, SamplerConfig
+from merge_rl.core.compatibility import require_sampler
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import FeatureExtractor, Reward
 from merge_rl.storage.hashing import sha256_file
 from merge_rl.storage.reference import Reference, load_reference, reference_file
+from merge_rl.workflows.autoencoders import require_autoencoder
 from merge_rl.workflows.extractors import build_extractor
 from merge_rl.workflows.pool import Pool
+from merge_rl.workflows.references import require_comparable
 from merge_rl.workflows.reward import RewardSource
 from merge_rl.workflows.reward_names import RewardTerm, parse_reward
 from merge_rl.workflows.reward_sum import CombinedExtractor, RewardSum, WeightedReward
@@ -59,6 +63,34 @@ def check_reward(config: OptimizeConfig) -> None:
     full = [term.name for term in terms if term.base.endswith("-full")]
     if full and config.reward.images_per_candidate < 2:
         raise ConfigError(f"{full[0]} needs at least 2 images a candidate, got 1")
+
+
+def require_parts(
+    config: OptimizeConfig,
+    network: nn.Module,
+    guide: nn.Module | None,
+    samplers: Iterable[SamplerConfig],
+) -> None:
+    """Raise for parts that do not go together, before any weights are read or fetched.
+
+    These are the samplers and the network with its guide, its samples and the autoencoder, the
+    statistics of real data and the extractors.
+    """
+    for sampler in samplers:
+        require_sampler(sampler, network, guide)
+    require_autoencoder(config.autoencoder, network.sample_shape)  # type: ignore[arg-type]
+    require_targets(config)
+
+
+def require_targets(config: OptimizeConfig) -> None:
+    """Raise for statistics of another extractor than they are to be compared with.
+
+    No weights are read or fetched. The config is resolved, and `check_reward` has seen it.
+    """
+    own = (config.reference, config.heldout)
+    require_comparable(config.extractor or "", config.extractor_weights, own)
+    for name in _others(parse_reward(config.reward.text), config.extractor):
+        require_comparable(name, config.extra_weights.get(name), [config.extra_references[name]])
 
 
 def build_reward(
