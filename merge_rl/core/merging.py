@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,6 +104,20 @@ class Checkpoints(ABC):
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """The whole buffer in pieces that lie together in every checkpoint."""
+
+    def blocks(self, size: int) -> Iterator[Piece]:
+        """The pieces cut where a tensor starts, and after every `size` elements of it.
+
+        The same blocks from every kind of storage: what is summed over each of them, and then over
+        all in order, rounds alike wherever the values lie.
+        """
+        offsets = self.layout.offsets
+        for start, stop, group, sources in self.pieces():
+            inside = offsets[bisect_left(offsets, start) : bisect_left(offsets, stop)]
+            for first, end in pairwise([*inside, stop]):
+                for begin in range(first, end, size):
+                    part = slice(begin - start, min(begin + size, end) - start)
+                    yield Piece(begin, start + part.stop, group, [s[part] for s in sources])
 
     def merge(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """Merged parameters (size,) float32: theta_g = sum_k coefficients[g, k] theta_{g,k}.

@@ -17,21 +17,21 @@ from merge_rl.errors import ConfigError
 _CHUNK = 1 << 20  # elements of each checkpoint held in float64 at a time
 
 
-def weight_gram(checkpoints: Checkpoints) -> Tensor:
+def weight_gram(checkpoints: Checkpoints, device: torch.device | None = None) -> Tensor:
     """Inner products of the checkpoints' merged parameters: (G, K, K) float64 on the CPU.
 
         gram[g, i, j] = sum over the elements of group g of weights_i weights_j
 
-    One pass over the weights, in float64 where the device has it.
+    One pass over the weights, on `device` (where they lie if None), in float64 where it has it.
+    The same bits from every kind of storage: products of fixed blocks, in fixed order, each of
+    a fresh copy, since libraries choose the order of a sum by where its operands start.
     """
-    count = checkpoints.num_checkpoints
+    count, device = checkpoints.num_checkpoints, device or checkpoints.device
     gram = torch.zeros(checkpoints.layout.num_groups, count, count, dtype=torch.float64)
-    for start, stop, group, sources in checkpoints.pieces():
-        device = sources[0].device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        for first in range(0, stop - start, _CHUNK):
-            rows = torch.stack([s[first : first + _CHUNK] for s in sources]).to(wide)
-            gram[group] += (rows @ rows.T).to("cpu", torch.float64)
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    for _, _, group, sources in checkpoints.blocks(_CHUNK):
+        rows = torch.stack(list(sources)).to(device).to(wide)
+        gram[group] += (rows @ rows.T).to("cpu", torch.float64)
     return gram
 
 

@@ -85,7 +85,7 @@ def has_features(path: Path) -> bool:
 def _from_npz(file: Path) -> SavedFeatures:
     arrays = npz_arrays(file)
     key = next((key for key in FEATURE_KEYS if key in arrays), None)
-    found = torch.from_numpy(read_array(file, key)) if key else None
+    found = torch.tensor(read_array(file, key)) if key else None  # aligned memory, unlike numpy's
     features = _checked(found, file)
     labels = torch.from_numpy(read_array(file, "labels")) if "labels" in arrays else None
     return SavedFeatures(features=features, labels=_labels(labels, len(features)))

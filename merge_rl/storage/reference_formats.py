@@ -161,4 +161,4 @@ def _tensor(value: object, key: str, where: str) -> Tensor:
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise StatisticsError(f"{where}: expected {key!r} as an array of numbers, found {kind}")
-    return torch.from_numpy(np.array(value, dtype=np.float64, order="C"))
+    return torch.tensor(value.astype(np.float64))  # aligned, as numpy's own memory is not

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +24,7 @@ from merge_rl.storage.safetensors_header import (
     METADATA_KEY,
     Header,
     TensorInfo,
-    header_length,
+    header_bytes,
     parse_header,
 )
 
@@ -37,16 +37,26 @@ if sys.byteorder != "little":  # pragma: no cover
 def read_file(path: Path, *, hashed: bool) -> tuple[Header, dict[str, Tensor], str | None]:
     """(header, tensors, SHA-256 or None) of a file, read once.
 
-    The tensors are views of one buffer. What was hashed is exactly what is returned, even if
-    somebody replaces the file meanwhile.
+    What was hashed is exactly what is returned, even if somebody replaces the file meanwhile. Each
+    tensor has memory of its own, aligned as torch aligns what it makes: the linear algebra library
+    sums in an order that depends on alignment, and results may not depend on where a file keeps
+    its values.
     """
-    data, digest = _read_bytes(path, hashed)
-    length = header_length(bytes(data[:8]), len(data), path)
-    header = parse_header(bytes(data[8 : 8 + length]), len(data), path)
-    tensors = {
-        name: _view(data, header.begins[name], info) for name, info in header.tensors.items()
-    }
-    return header, tensors, digest
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            text = header_bytes(file, size, path)
+            header = parse_header(text, size, path)
+            digest.update(len(text).to_bytes(8, "little") + text)
+            tensors = {n: torch.empty(i.shape, dtype=i.dtype) for n, i in header.tensors.items()}
+            # In the order of the file, in which one follows the other.
+            for piece in _pieces(file, [tensor_bytes(t) for t in tensors.values()], path):
+                if hashed:
+                    digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return header, tensors, digest.hexdigest() if hashed else None
 
 
 def read_one(path: Path, header: Header, name: str) -> Tensor:
@@ -174,35 +184,11 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _read_bytes(path: Path, hashed: bool) -> tuple[bytearray, str | None]:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            data = bytearray(path.stat().st_size)
-            for piece in _pieces(file, memoryview(data), path):
-                if hashed:
-                    digest.update(piece)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return data, digest.hexdigest() if hashed else None
-
-
-def _pieces(file: BinaryIO, target: memoryview, path: Path) -> Iterator[memoryview]:
-    position = 0
-    while position < len(target):
-        piece = target[position : position + CHUNK_BYTES]
+def _pieces(file: BinaryIO, targets: Sequence[memoryview], path: Path) -> Iterator[memoryview]:
+    parts = ((t, start) for t in targets for start in range(0, len(t), CHUNK_BYTES))
+    for target, start in parts:
+        piece = target[start : start + CHUNK_BYTES]
         # BufferedReader.readinto fills the piece unless the file ends.
         if file.readinto(piece) < len(piece):  # type: ignore[attr-defined]
             raise CheckpointError(f"{path}: the file became shorter while it was read")
-        position += len(piece)
         yield piece
-
-
-def _view(data: bytearray, begin: int, info: TensorInfo) -> Tensor:
-    """Tensor over the bytes from `begin` on, a view where alignment allows it."""
-    if info.nbytes == 0:
-        return torch.empty(info.shape, dtype=info.dtype)
-    count = info.nbytes // info.dtype.itemsize
-    if begin % info.dtype.itemsize:
-        data, begin = data[begin : begin + info.nbytes], 0
-    return torch.frombuffer(data, dtype=info.dtype, count=count, offset=begin).reshape(info.shape)

@@ -72,7 +72,7 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            return parse_header(_header_bytes(file, size, path), size, path)
+            return parse_header(header_bytes(file, size, path), size, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -106,7 +106,8 @@ def header_length(first: bytes, file_bytes: int, path: Path) -> int:
     return length
 
 
-def _header_bytes(file: BinaryIO, size: int, path: Path) -> bytes:
+def header_bytes(file: BinaryIO, size: int, path: Path) -> bytes:
+    """The JSON of a file that is opened at its start; what follows is left to read."""
     length = header_length(file.read(8), size, path)
     text = file.read(length)
     if len(text) < length:

@@ -207,7 +207,8 @@ def build_job(
     )
     built = build_reward(config, own, announce)
     live = LiveModel(model, flat)
-    gram = weight_gram(flat) if config.merge.map == "whitened" else None
+    whitened = config.merge.map == "whitened"
+    gram = weight_gram(flat, torch.device(config.device)) if whitened else None
     rollout = Rollout(
         model,
         model.sample_shape,

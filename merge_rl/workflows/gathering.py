@@ -13,6 +13,7 @@ from torch import Tensor
 from merge_rl.parallel import Group
 
 KEPT: Final = 256 * 2**20  # bytes
+ALIGNED: Final = 64  # bytes: where memory that torch itself makes begins
 
 
 def gather_rows(
@@ -56,15 +57,24 @@ class Buffers:
         """(count, dim) float32 of any values; all that is known of the memory hangs on it."""
         size = count * dim
         for i in range(len(self._known)):
-            if self._known[i].size >= size and self._is_free(i):
-                return torch.from_numpy(self._known[i][:size].reshape(count, dim))
+            if self._known[i].size >= size + ALIGNED // 4 and self._is_free(i):
+                return _aligned(self._known[i], size).view(count, dim)
         # What is too small by now goes.
         self._known = [self._known[i] for i in range(len(self._known)) if not self._is_free(i)]
-        made = np.empty(size, dtype=np.float32)
+        made = np.empty(size + ALIGNED // 4, dtype=np.float32)
         if made.nbytes + sum(buffer.nbytes for buffer in self._known) <= KEPT:
             self._known.append(made)
-        return torch.from_numpy(made.reshape(count, dim))
+        return _aligned(made, size).view(count, dim)
 
     def _is_free(self, index: int) -> bool:
         # The list has a reference, and the call another; every array and tensor in it has one.
         return sys.getrefcount(self._known[index]) <= 2
+
+
+def _aligned(memory: np.ndarray[Any, np.dtype[np.float32]], size: int) -> Tensor:
+    """`size` elements of the memory, from where torch would begin.
+
+    Rows that come from others then round in sums as rows that were made here.
+    """
+    skipped = -memory.ctypes.data % ALIGNED // 4
+    return torch.from_numpy(memory[skipped : skipped + size])

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from merge_rl.core import whitening
 from merge_rl.core.coefficients import AffineMap, BoundedMap, WhitenedMap, make_map
 from merge_rl.core.groups import Groups
-from merge_rl.core.merging import FlatCheckpoints, FlatLayout
+from merge_rl.core.merging import FlatCheckpoints, FlatLayout, MappedCheckpoints
 from merge_rl.core.whitening import weight_gram, whitened_basis
 from merge_rl.errors import ConfigError
 
@@ -35,6 +36,36 @@ def test_gram_of_groups(generator: torch.Generator) -> None:
     # Group "one" holds b, and comes first.
     torch.testing.assert_close(gram[0], gram_of(matrix[:, :5]))
     torch.testing.assert_close(gram[1], gram_of(matrix[:, 5:]))
+
+
+def test_gram_has_the_same_bits_from_every_storage(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {"a": (70, 30), "b": (5,), "none": (0, 2), "c": (1300,), "d": (1,)}
+    layout = FlatLayout.of(shapes, Groups(("one", "two"), (0, 0, 1, 0, 1)))
+    matrix = torch.randn(3, layout.size, generator=generator)
+    flat = FlatCheckpoints(layout, matrix, {})
+    # As in a file that is mapped: each tensor elsewhere, at a multiple of its element's size.
+    spread = torch.zeros(3, layout.size + 4 * len(shapes))
+    starts = [offset + 4 * i + 1 for i, offset in enumerate(layout.offsets)]
+    rows: list[dict[str, Tensor]] = []
+    for values, memory in zip(matrix, spread, strict=True):
+        views = layout.views(values)
+        parts = zip(views, starts, strict=True)
+        rows.append({n: memory[s : s + views[n].numel()].view(views[n].shape) for n, s in parts})
+        for name, view in views.items():
+            rows[-1][name].copy_(view)
+    mapped = MappedCheckpoints(layout, rows, {})
+    for size in (1 << 20, 999):
+        monkeypatch.setattr(whitening, "_CHUNK", size)
+        assert torch.equal(weight_gram(mapped), weight_gram(flat))
+        torch.testing.assert_close(
+            weight_gram(flat)[0], gram_of(matrix[:, : layout.group_bounds[1]])
+        )
+        covered = [block[:3] for block in flat.blocks(size)]
+        assert covered == [block[:3] for block in mapped.blocks(size)]
+        assert all(stop - start <= size for start, stop, _ in covered)
+        assert sum(stop - start for start, stop, _ in covered) == layout.size
 
 
 def test_a_unit_step_changes_the_weights_by_the_reach(weights: Tensor) -> None:
