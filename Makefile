@@ -39,7 +39,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 BENCHES := moments merge_speed convert reward_speed sampling_speed reference_speed extractors \
-	precision_fid prdc_memory digits_search sample_efficiency ablation finetune scale simulate_cluster plan_accuracy survive_kills
+	precision_fid prdc_memory digits_search sample_efficiency ablation finetune scale simulate_cluster plan_accuracy survive_kills structure
 
 bench: $(READY)
 	mkdir -p build/bench
