@@ -121,7 +121,7 @@ def function_figures(modules: Mapping[str, source.Module]) -> list[Figure]:
     long = [f"{n}: {source.length(f)}" for n, f in functions if source.length(f) > MAX_FUNCTION]
     lengths = sorted(source.length(function) for _, function in functions)
     return [
-        Figure("parameters of the longest list", source.parameters(most[1]), MAX_PARAMETERS,
+        Figure("parameters of the longest function", source.parameters(most[1]), MAX_PARAMETERS,
                what=(most[0],)),
         Figure(f"functions with over {MAX_PARAMETERS} parameters", len(many), 0, what=tuple(many)),
         Figure(f"functions over {MAX_FUNCTION} lines", len(long), 0, what=tuple(long)),

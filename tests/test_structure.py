@@ -121,8 +121,8 @@ def test_parameters_and_lines_of_functions(shapes: Path) -> None:
     }  # fmt: skip
     assert source.length(functions["after"]) == 1  # without its decorator
     figures = {f.name: f for f in structure.function_figures(modules)}
-    assert figures["parameters of the longest list"].value == 5
-    assert figures["parameters of the longest list"].what == ("shapes.parts.left:long",)
+    assert figures["parameters of the longest function"].value == 5
+    assert figures["parameters of the longest function"].what == ("shapes.parts.left:long",)
     assert figures["functions over 60 lines"].what == ("shapes.parts.left:long: 62",)
     assert figures["functions with over 12 parameters"].value == 0
 
