@@ -135,7 +135,8 @@ def public_definitions(module: Module) -> Iterator[tuple[str, bool]]:
     """Names of what is public in a module, the module first, and whether each has a docstring.
 
     Classes, functions and methods, nested classes too; what is defined inside a function is not
-    public, and neither is anything in, or below, a name that starts with an underscore.
+    public, and neither is anything in, or below, a name that starts with an underscore. Of a
+    function with overloads the definition alone counts.
     """
     if any(part.startswith("_") for part in module.name.split(".")):
         return
@@ -146,7 +147,7 @@ def public_definitions(module: Module) -> Iterator[tuple[str, bool]]:
 def _public_below(tree: ast.AST, prefix: str) -> Iterator[tuple[str, bool]]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-            if node.name.startswith("_"):
+            if node.name.startswith("_") or _is_overload(node):
                 continue
             name = f"{prefix}.{node.name}"
             yield name, ast.get_docstring(node) is not None
@@ -154,3 +155,7 @@ def _public_below(tree: ast.AST, prefix: str) -> Iterator[tuple[str, bool]]:
                 yield from _public_below(node, name)
         elif isinstance(node, (ast.If, ast.Try)):
             yield from _public_below(node, prefix)
+
+
+def _is_overload(node: Function | ast.ClassDef) -> bool:
+    return any(ast.unparse(d).rpartition(".")[2] == "overload" for d in node.decorator_list)

@@ -32,7 +32,7 @@ from benchmarks import source_figures as source
 from benchmarks.visited_files import Visits, search_mark, step_mark
 
 SOURCE = Path(merge_rl.__file__).parent
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = SOURCE.parent / "tests"
 MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 300, 60, 12
 
 SEARCH = """

@@ -36,6 +36,10 @@ class A:
     class B: ...
 
 
+@typing.overload
+def after(*, x: int): ...
+
+
 class _Hidden:
     def bare(self): ...
 
@@ -115,7 +119,7 @@ def test_cycles_are_strongly_connected(
 def test_parameters_and_lines_of_functions(shapes: Path) -> None:
     modules = source.read_package(shapes)
     functions = dict(source.functions_of(modules["shapes.classes"].tree))
-    assert list(functions) == ["A.told", "A.bare", "A._own", "_Hidden.bare", "after"]
+    assert list(functions) == ["A.told", "A.bare", "A._own", "after", "_Hidden.bare"]
     assert {n: source.parameters(f) for n, f in functions.items()} == {
         "A.told": 0, "A.bare": 2, "A._own": 0, "_Hidden.bare": 0, "after": 1,
     }  # fmt: skip
@@ -137,6 +141,8 @@ def test_public_definitions_are_counted_with_their_docstrings(shapes: Path) -> N
         "shapes.classes.A.B": False,
         "shapes.classes.after": False,
     }
+    names = [name for name, _ in source.public_definitions(modules["shapes.classes"])]
+    assert names.count("shapes.classes.after") == 1  # not its overload
     assert list(source.public_definitions(modules["shapes.parts._hidden"])) == []
     # Beside those of classes: shapes, alone, left, right and x have one; parts, far, long have not.
     figure = structure.docstring_figure(modules)
