@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from merge_rl.core.training_losses import denoising_loss
 from merge_rl.workflows.data_parallel import (
     average_scalars,
+    blocks_of,
     replicated,
     sharded,
     whole_gradients,
@@ -21,6 +24,55 @@ from merge_rl.workflows.learner import trainable
 from merge_rl.workflows.models import load_model
 
 BATCH = 8
+
+
+class Terms:
+    """What the backward passes of a network alone add to its gradients: |terms|, summed, by name.
+
+    Passes of the same rows have the same bits in whichever process they are made, and whole powers
+    of two scale them exactly. What many processes find is then a sum of these terms in another
+    order. Any order of m float32 numbers is off by at most (m - 1) u sum |terms| to first order,
+    u = eps / 2 (Higham, 2002, Accuracy and Stability, section 4.2): two of them are apart by less
+    than m eps sum |terms|, on every processor.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.passes = 0
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                self.sums[name] = torch.zeros_like(parameter)
+                parameter.register_hook(partial(self._add, name))  # type: ignore[no-untyped-call]
+
+    def _add(self, name: str, grad: Tensor) -> None:
+        self.passes += name == next(iter(self.sums))
+        self.sums[name] += grad.detach().abs()
+
+    def bounds(self) -> dict[str, Tensor]:
+        """How far apart sums of these terms in two orders may be."""
+        factor = self.passes * torch.finfo(torch.float32).eps
+        return {name: total * factor for name, total in self.sums.items()}
+
+    def apart(self, found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+        """The largest difference of two gradients, in units of its bound: at most 1."""
+        assert found.keys() == expected.keys() <= self.sums.keys()
+        bounds, least = self.bounds(), torch.finfo(torch.float32).tiny
+        differences = {name: (found[name] - grad).abs() for name, grad in expected.items()}
+        return max(float((d / (bounds[n] + least)).max()) for n, d in differences.items())
+
+
+def block_by_block(network: nn.Module) -> None:
+    """Have gradients of a block's inputs summed within the block first, as `sharded` does.
+
+    Where an activation is used in several places, its gradient is a sum, and what comes before it
+    in the network inherits how that was rounded.
+    """
+
+    def apart(_block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in given)
+
+    for block in blocks_of(network):
+        block.register_forward_pre_hook(apart)
 
 
 def loss_of(policy: nn.Module, rows: slice, device: str) -> Tensor:
