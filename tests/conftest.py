@@ -13,6 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Tests run in several processes: more threads than cores would only make them wait. Libraries look
+# at this when they are imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +42,7 @@ from merge_rl.storage.manifest import (
 )
 from merge_rl.storage.model_file import save_checkpoint
 from merge_rl.storage.reference import save_reference
+from tests.children import Child, run_command
 from tests.hub_server import FileServer, HubServer, hub_client, only_loopback, running
 
 TINY_MODEL: dict[str, Any] = {
@@ -70,7 +75,6 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    # Tests run in several processes: more threads than cores would only make them wait.
     torch.set_num_threads(1)
 
 
@@ -278,6 +282,22 @@ def launch(_own_folder: None) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def fork(_own_folder: None, tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    """The same where the start of a process is not what is looked at: forked, and so quicker."""
+    started: list[Child] = []
+
+    def start(*arguments: object) -> Child:
+        folder = tmp_path.with_name(f"{tmp_path.name}-child{len(started)}")
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started.append(Child(run_command, *map(str, arguments), folder=folder, environment=alone))
+        return started[-1]
+
+    yield start
+    for child in started:
+        child.kill()
 
 
 # ------------------------------------------------------------------------ servers on loopback

@@ -20,6 +20,7 @@ import yaml
 
 import merge_rl as mrl
 from merge_rl.version import __version__
+from tests.children import Child
 
 
 class Ended(NamedTuple):
@@ -32,6 +33,7 @@ class Ended(NamedTuple):
 
 Mergerl = Callable[..., Ended]
 Launch = Callable[..., "subprocess.Popen[str]"]
+Fork = Callable[..., Child]
 RunOutcome = Callable[[Path], dict[str, object]]
 
 COMMANDS = [
@@ -489,7 +491,7 @@ def test_interrupted_before_there_is_anything_to_keep(
     assert everything_in(tmp_path) == before
 
 
-def wait_for_line(path: Path, process: subprocess.Popen[str], seconds: float) -> None:
+def wait_for_line(path: Path, process: Child, seconds: float) -> None:
     """Until the file has a line; AssertionError if the process ends or time is up before."""
     deadline = time.monotonic() + seconds
     while not (path.is_file() and b"\n" in path.read_bytes()):
@@ -500,12 +502,12 @@ def wait_for_line(path: Path, process: subprocess.Popen[str], seconds: float) ->
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_runs_go_on(
-    number: signal.Signals, tiny: Path, launch: Launch, mergerl: Mergerl, tmp_path: Path,
+    number: signal.Signals, tiny: Path, fork: Fork, mergerl: Mergerl, tmp_path: Path,
     outcome: RunOutcome,
 ) -> None:  # fmt: skip
     # Long enough that the signal comes before the end: twenty rounds.
     small = [1040 if x == 140 else x for x in SMALL]
-    process = launch("optimize", tiny, "--out", "run", *small)
+    process = fork("optimize", tiny, "--out", "run", *small)
     wait_for_line(tmp_path / "run/events.jsonl", process, 60)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -519,7 +521,7 @@ def test_interrupted_runs_go_on(
     done = len((tmp_path / "run/events.jsonl").read_text().splitlines())
     assert 1 <= done < 20
     if number == signal.SIGINT:
-        process = launch("resume", "run", "--json")
+        process = fork("resume", "run", "--json")
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
     else:

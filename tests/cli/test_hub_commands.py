@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import pytest
 import typer
 
 import merge_rl as mrl
+from tests.children import Child
 from tests.hub_server import TOKEN, Cut, FileServer, HubServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -26,7 +26,7 @@ class Ended(NamedTuple):
 
 
 Mergerl = Callable[..., Ended]
-Launch = Callable[..., "subprocess.Popen[str]"]
+Fork = Callable[..., Child]
 
 
 @pytest.fixture
@@ -93,16 +93,16 @@ def test_fetch_speaks_json(mergerl: Mergerl, snapshot: str) -> None:
 
 
 def test_fetch_goes_on_in_another_process(
-    launch: Launch, web: FileServer, snapshot: str, tmp_path: Path
+    fork: Fork, web: FileServer, snapshot: str, tmp_path: Path
 ) -> None:
     size = len(web.pages["/edm2-tiny-0002048-0.050.pkl"].data)
     web.fail("GET", "edm2-tiny", 503, Cut(1), Cut(size // 2), 404)
-    first = launch("fetch", snapshot, "out", "--yes")
+    first = fork("fetch", snapshot, "out", "--yes")
     _, err = first.communicate(timeout=60)
     assert first.returncode == 1
     assert "the server answered 404" in err
     assert (tmp_path / "out/originals/edm2-tiny-0002048-0.050.pkl.part").stat().st_size == size // 2
-    second = launch("fetch", snapshot, "out", "--yes", "--json")
+    second = fork("fetch", snapshot, "out", "--yes", "--json")
     out, err = second.communicate(timeout=60)
     assert second.returncode == 0, err
     assert json.loads(out)["bytes_to_download"] == size - size // 2
@@ -152,9 +152,9 @@ def test_push_speaks_json(mergerl: Mergerl, hub: HubServer, model: Path) -> None
     assert mrl.load_model(document["repo"]) is not None
 
 
-def test_push_works_in_a_process_of_its_own(launch: Launch, hub: HubServer, model: Path) -> None:
+def test_push_works_in_a_process_of_its_own(fork: Fork, hub: HubServer, model: Path) -> None:
     hub.fail("PUT", "/upload/", Cut(1000))
-    process = launch("--debug", "push", model, "user/repo")
+    process = fork("--debug", "push", model, "user/repo")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "pushed" in out
@@ -165,7 +165,7 @@ def test_push_works_in_a_process_of_its_own(launch: Launch, hub: HubServer, mode
 
 
 def test_push_refuses_in_one_sentence(
-    launch: Launch, mergerl: Mergerl, hub: HubServer, model: Path, tmp_path: Path
+    fork: Fork, mergerl: Mergerl, hub: HubServer, model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
@@ -176,7 +176,7 @@ def test_push_refuses_in_one_sentence(
     assert ended.err.startswith("error: expected a repository as user/repo or user/repo@revision")
     hub.fail("POST", "/create", 401)
     # With --debug the traceback is shown, and even then no token.
-    process = launch("--debug", "push", model, "user/repo")
+    process = fork("--debug", "push", model, "user/repo")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "HubError: user/repo: the Hub does not accept the token (401)" in err

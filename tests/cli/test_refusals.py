@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 import merge_rl as mrl
 from merge_rl.storage.atomic import save_tensors
 from merge_rl.storage.manifest import MANIFEST_NAME
+from tests.children import Child
 
 
 class Ended(NamedTuple):
@@ -26,7 +26,7 @@ class Ended(NamedTuple):
 
 
 Mergerl = Callable[..., Ended]
-Launch = Callable[..., "subprocess.Popen[str]"]
+Fork = Callable[..., Child]
 
 SMALL: list[object] = [
     "--track", "raw", "--budget", 140, "--pool", 40, "--subset", 10, "--population", 4,
@@ -314,8 +314,8 @@ def test_json_goes_with_errors_on_stderr(mergerl: Mergerl) -> None:
         require_one_sentence(mergerl(command, "nowhere", "--json"), "nowhere: no such")
 
 
-def test_debug_shows_where_it_happened(mergerl: Mergerl, launch: Launch) -> None:
-    process = launch("--debug", "inspect", "nowhere")
+def test_debug_shows_where_it_happened(mergerl: Mergerl, fork: Fork) -> None:
+    process = fork("--debug", "inspect", "nowhere")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.startswith("Traceback")

@@ -144,7 +144,7 @@ def test_an_interruption_saves_the_last_finished_step(
 
 
 def test_sigterm_saves_and_resume_ends_alike(
-    small: Path, tmp_path: Path, launch: Any, mergerl: Any
+    small: Path, tmp_path: Path, fork: Any, mergerl: Any
 ) -> None:
     # In a process of its own, as a batch system stops it: the signal comes while a step is made.
     config = small_config(small, steps=3)
@@ -156,7 +156,7 @@ def test_sigterm_saves_and_resume_ends_alike(
         "--eval-images", 10, "--final-images", 10, "--repeats", 2, "--save-every", 1,
         "--snapshot-every", 2, "--set", "curves.ode_solver=euler", "--json",
     ]  # fmt: skip
-    process = launch(*options)
+    process = fork(*options)
     events = tmp_path / "run/events.jsonl"
     for _ in range(1200):
         if process.poll() is not None or (events.is_file() and '"step": 1' in events.read_text()):

@@ -10,16 +10,50 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Union
 
 import pytest
 
 import merge_rl as mrl
 from merge_rl.config import OptimizeConfig, dump_config
 from merge_rl.storage.finetune_run import FinetuneRun
+from tests.children import Child, run_command
 from tests.finetuning import events_of, small_config, write_sit_set
 
 TinyConfig = Callable[..., OptimizeConfig]
-Torchrun = Callable[..., "subprocess.Popen[str]"]
+Launcher = Union["subprocess.Popen[str]", Child]
+Torchrun = Callable[..., Launcher]
+
+
+@pytest.fixture
+def forked(tmp_path: Path) -> Iterator[Torchrun]:
+    """The same with processes that are forked, which begin without their seconds of imports."""
+    started: list[Child] = []
+
+    def start(ranks: int, *arguments: object, restarts: int = 0) -> Child:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MERGERL_TIMEOUT": "60"}
+        given = map(str, (ranks, restarts, *arguments))
+        child = Child(
+            launch_ranks, *given, folder=tmp_path / f"child{len(started)}", environment=environment
+        )
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        child.kill()
+
+
+def launch_ranks(ranks: str, restarts: str, *arguments: str) -> None:
+    """The agent of torchrun, in this process."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=int(ranks), run_id="test", rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0", max_restarts=int(restarts), monitor_interval=0.1,
+        start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, run_command)(*arguments)
 
 
 @pytest.fixture
@@ -48,12 +82,12 @@ def torchrun(tmp_path: Path) -> Iterator[Torchrun]:
         process.communicate()
 
 
-def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+def ranks_of(launcher: Launcher) -> list[int]:
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     return [int(pid) for pid in children]
 
 
-def wait_for(path: Path, launcher: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, launcher: Launcher) -> None:
     until = time.monotonic() + 240
     while not path.exists():
         assert launcher.poll() is None, launcher.communicate()
@@ -82,7 +116,7 @@ def test_a_search_that_loses_a_rank_ends_with_the_bits_of_one_process(
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
 def test_fine_tuning_that_loses_a_rank_ends_where_one_process_does(
-    shared_tiny: Path, tmp_path: Path, torchrun: Torchrun
+    shared_tiny: Path, tmp_path: Path, forked: Torchrun
 ) -> None:
     model = write_sit_set(tmp_path / "sit", shared_tiny)
     config = small_config(model, steps=2, batch=3, update={"learning_rate": 1e-3, "epochs": 2})
@@ -90,7 +124,7 @@ def test_fine_tuning_that_loses_a_rank_ends_where_one_process_does(
     (tmp_path / "config.yaml").write_text(dump_config(config))
     out = tmp_path / "together"
     command = ("finetune", model, "--config", tmp_path / "config.yaml", "--out", out, "--json")
-    launcher = torchrun(2, *command, restarts=2)
+    launcher = forked(2, *command, restarts=2)
     wait_for(out / "state/step-0000001.safetensors", launcher)
     os.kill(ranks_of(launcher)[1], signal.SIGKILL)
     printed, errors = launcher.communicate(timeout=240)
@@ -110,14 +144,14 @@ def test_fine_tuning_that_loses_a_rank_ends_where_one_process_does(
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
 def test_sigterm_of_one_rank_saves_what_lies_in_shards(
-    shared_tiny: Path, tmp_path: Path, torchrun: Torchrun
+    shared_tiny: Path, tmp_path: Path, forked: Torchrun
 ) -> None:
     model = write_sit_set(tmp_path / "sit", shared_tiny)
     endless = {"steps": 10_000, "save_every": 10_000, "curves": {"every": 10_000}}
     config = small_config(model, parallel="fsdp", batch=3, **endless)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     out = tmp_path / "run"
-    launcher = torchrun(
+    launcher = forked(
         2, "finetune", model, "--config", tmp_path / "config.yaml", "--out", out, "--json"
     )
     wait_for(out / "snapshots/raw-0000002.safetensors", launcher)

@@ -1,0 +1,101 @@
+"""Processes that run the command, forked from one that has imported what the command needs.
+
+A process of its own starts a second or two of imports later than one that is forked. What it does
+is the same: it has its own signals, folder, environment, standard streams and exit status.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, Final
+
+FORKSERVER: Final = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tests.preloaded"])
+
+
+def run_command(*arguments: str) -> None:
+    """`mergerl` with these arguments, as `python -m merge_rl` begins it."""
+    from merge_rl.cli.main import main
+
+    sys.argv = ["mergerl", *arguments]
+    main()
+
+
+class Child:
+    """What `subprocess.Popen` is, for a function called in a forked process.
+
+    Its outputs go to files in `folder`, where processes that it starts itself may write too.
+    """
+
+    def __init__(
+        self, work: Callable[..., None], *arguments: str, folder: Path, environment: dict[str, str]
+    ) -> None:
+        folder.mkdir(parents=True)
+        self._outputs = [folder / name for name in ("out", "err")]
+        self._process: ForkServerProcess = FORKSERVER.Process(
+            target=_begin, args=(work, arguments, str(Path.cwd()), environment, self._outputs)
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """As a shell tells it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it and what it has started."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end; what it has written to its outputs."""
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(str(self._outputs[0].parent), timeout or 0)
+        out, err = (path.read_text() for path in self._outputs)
+        return out, err
+
+
+def _begin(
+    work: Callable[..., None], arguments: tuple[str, ...], folder: str,
+    environment: dict[str, str], outputs: list[Path],
+) -> None:  # fmt: skip
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
+    sys.stdout, sys.stderr = (_text(descriptor) for descriptor in (1, 2))
+    try:
+        work(*arguments)
+    except SystemExit:
+        raise
+    except BaseException:  # noqa: BLE001 (as the interpreter does)
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _text(descriptor: int) -> Any:
+    return open(descriptor, "w", buffering=1, encoding="utf-8", closefd=False)

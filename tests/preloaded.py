@@ -1,0 +1,5 @@
+"""What a process imports before others are forked from it: see `tests.children`."""
+
+import merge_rl.cli.main
+import merge_rl.workflows.finetune
+import merge_rl.workflows.optimize  # noqa: F401
