@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.sample_efficiency import CASES, settings
-from merge_rl.demo.write import write_demo
-from merge_rl.workflows.compare import compare_searchers
+from merge_rl.demo import write_demo
+from merge_rl.workflows.compare.run import compare_searchers
 
 FORMER = (
     "merge.grouping=one search.update=adam merge.map=affine merge.start=newest search.start_share=0"

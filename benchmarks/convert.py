@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 
 from merge_rl.registry import build_model
-from merge_rl.storage.catalogue import load_catalogue
-from merge_rl.storage.convert import convert
+from merge_rl.storage.checkpoints.catalogue import load_catalogue
+from merge_rl.storage.convert.run import convert
 from tests.snapshots import random_weights, write_snapshot
 
 CHUNK = 2**20
 CHILD = """
 import re, sys
 from pathlib import Path
-from merge_rl.storage.convert import convert
+from merge_rl.storage.convert.run import convert
 
 def peak():  # of this program; getrusage would count the process that it was started from
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

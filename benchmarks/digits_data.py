@@ -11,9 +11,14 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from merge_rl.storage.atomic import save_tensors
-from merge_rl.storage.hashing import sha256_file
-from merge_rl.storage.manifest import CheckpointEntry, Manifest, SetDefaults, write_manifest
+from merge_rl.storage.checkpoints.manifest import (
+    CheckpointEntry,
+    Manifest,
+    SetDefaults,
+    write_manifest,
+)
+from merge_rl.storage.files.atomic import save_tensors
+from merge_rl.storage.files.hashing import sha256_file
 
 
 def load_images() -> tuple[Tensor, Tensor]:

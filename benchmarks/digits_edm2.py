@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.digits_data import Snapshots
-from merge_rl.core.ema_profiles import ema_beta
+from merge_rl.core.merging.ema_profiles import ema_beta
 from merge_rl.models.autoencoder import PixelEncoder
 from merge_rl.models.edm2 import EDM2
-from merge_rl.models.edm2_block import Block
-from merge_rl.models.magnitude import normalize
+from merge_rl.models.edm2_layers import Block, normalize
 from merge_rl.registry import build_model
 
 CONFIG = {

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from merge_rl.config import EvaluationConfig, OptimizeConfig, load_config
-from merge_rl.demo.write import write_demo
-from merge_rl.workflows.comparison import ENTRIES
-from merge_rl.workflows.optimize import optimize
+from merge_rl.config.mapping import load_config
+from merge_rl.config.optimize import EvaluationConfig, OptimizeConfig
+from merge_rl.demo import write_demo
+from merge_rl.workflows.evaluate.final_scores import ENTRIES
+from merge_rl.workflows.optimize.run import optimize
 
 GOAL = 0.92
 

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 from merge_rl.features.dinov2 import VIT_L14, load_dinov2
-from merge_rl.features.inception import load_inception, load_inception_clean, load_inception_tf1
-from merge_rl.features.inception_network import Inception
+from merge_rl.features.inception import (
+    Inception,
+    load_inception,
+    load_inception_clean,
+    load_inception_tf1,
+)
 from merge_rl.models.autoencoder import SD_VAE, load_edm2_vae
 
 Work = Callable[[int], object]

@@ -28,18 +28,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.digits_data import load_images, split_in_halves
-from merge_rl.config import SamplerConfig, load_config
 from merge_rl.config.finetune import FinetuneConfig
-from merge_rl.core.neighbours import prdc
-from merge_rl.demo.write import write_demo
+from merge_rl.config.mapping import load_config
+from merge_rl.config.sampler import SamplerConfig
+from merge_rl.core.distances.neighbours import prdc
+from merge_rl.core.sampling.compatibility import balanced_labels
+from merge_rl.demo import write_demo
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.rng import image_seeds
-from merge_rl.workflows.evaluate import network_rollout
-from merge_rl.workflows.extractors import build_extractor
-from merge_rl.workflows.finetune import FinetuneResult, finetune
-from merge_rl.workflows.finetune_memory import peak_memory
-from merge_rl.workflows.models import load_model
-from merge_rl.workflows.rollout import balanced_labels
+from merge_rl.workflows.assembly.extractors import build_extractor
+from merge_rl.workflows.assembly.memory import peak_memory
+from merge_rl.workflows.assembly.networks import load_model
+from merge_rl.workflows.evaluate.features import network_rollout
+from merge_rl.workflows.finetune.run import FinetuneResult, finetune
 
 GOAL, RECALL_GOAL, STEPS_GOAL, MEMORY_GOAL = 0.85, 0.03, 0.7, 1.10
 CURVE: Final = "sde-eval"
@@ -167,7 +168,7 @@ def _share(rows: list[dict[str, Any]], seed: int, steps: int) -> float:
 
 def memory_child(steps: int, device: str) -> None:
     """A training step of a SiT of some size (B/2 on a GPU); prints the peak memory in bytes."""
-    from merge_rl.core.sampling import following, make_sde
+    from merge_rl.core.sampling.sampler import following, make_sde
     from merge_rl.core.step_policy import replay, step_loss
     from merge_rl.models.sit import SiT
 

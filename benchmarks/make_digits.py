@@ -1,6 +1,6 @@
 """Make the embedded digits runs: train an EDM2 and a SiT on handwritten digits, keep their paths.
 
-    python -m benchmarks.make_digits [--out merge_rl/demo/data] [--only evaluation|edm2|sit]
+    python -m benchmarks.make_digits [--out merge_rl/data/digits] [--only evaluation|edm2|sit]
 
 Data: the 1,797 8x8 digits that scikit-learn ships (UCI "Optical Recognition of Handwritten
 Digits"). The networks are trained on 1,197 of them; 60 of every class they never see. The reference
@@ -30,11 +30,11 @@ from torch.nn import functional as F
 
 from benchmarks import digits_edm2, digits_sit
 from benchmarks.digits_data import load_images, split_in_halves, training_rows
-from merge_rl.core.statistics import feature_stats
+from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.features.digits import DigitsNet
-from merge_rl.storage.atomic import save_tensors
-from merge_rl.storage.hashing import sha256_file
-from merge_rl.storage.reference import save_reference
+from merge_rl.storage.files.atomic import save_tensors
+from merge_rl.storage.files.hashing import sha256_file
+from merge_rl.workflows.reference.file import save_reference
 
 PARTS = ("evaluation", "edm2", "sit")
 
@@ -96,7 +96,7 @@ def write_evaluation(images: Tensor, labels: Tensor, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("merge_rl/demo/data"))
+    parser.add_argument("--out", type=Path, default=Path("merge_rl/data/digits"))
     parser.add_argument("--only", choices=PARTS)
     arguments = parser.parse_args()
     out, parts = arguments.out, [arguments.only] if arguments.only else PARTS

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from merge_rl.config import SamplerConfig
-from merge_rl.core import weighted_sum
-from merge_rl.core.live_model import LiveModel
-from merge_rl.core.merging import FlatCheckpoints, FlatLayout
-from merge_rl.core.sampling import sample_with
+from merge_rl.config.sampler import SamplerConfig
+from merge_rl.core.merging import weighted_sum
+from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout
+from merge_rl.core.merging.live_model import LiveModel
+from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.models.sit import SiT
-from merge_rl.workflows.fast import matmul_precision, prepare_network
+from merge_rl.workflows.rollout.execution import matmul_precision, prepare_network
 
 GOAL = 0.05
 WAYS: dict[str, dict[str, Any]] = {

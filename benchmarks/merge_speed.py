@@ -22,7 +22,7 @@ import yaml
 
 import merge_rl as mrl
 from benchmarks.moments import seconds
-from merge_rl.storage.model_file import save_checkpoint
+from merge_rl.storage.checkpoints.model_file import save_checkpoint
 
 XS = {"model": "edm2", "img_resolution": 64, "img_channels": 4, "label_dim": 1000,
       "model_channels": 128, "dropout": 0.0, "use_fp16": True}  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merge_rl.core.statistics import FeatureStats, feature_stats, replace_rows
+from merge_rl.core.distances.statistics import FeatureStats, feature_stats, replace_rows
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:

@@ -20,13 +20,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from benchmarks.extractors import random_like
-from merge_rl.config import SamplerConfig
-from merge_rl.features.inception import load_inception
-from merge_rl.features.inception_network import Inception
+from merge_rl.config.sampler import SamplerConfig
+from merge_rl.features.inception import Inception, load_inception
 from merge_rl.models.autoencoder import SD_VAE, load_edm2_vae
 from merge_rl.models.sit import SiT
-from merge_rl.workflows.fast import exact_products
-from merge_rl.workflows.rollout import Rollout
+from merge_rl.workflows.rollout.execution import exact_products
+from merge_rl.workflows.rollout.rollout import Rollout
 
 
 def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:

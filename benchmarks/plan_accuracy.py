@@ -16,12 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from merge_rl.config import EvaluationConfig, OptimizeConfig, RewardConfig
-from merge_rl.demo.write import write_demo
-from merge_rl.storage.checkpoints import open_checkpoints
-from merge_rl.workflows.assemble import resolve_config
-from merge_rl.workflows.optimize import optimize
-from merge_rl.workflows.plan import plan
+from merge_rl.config.optimize import EvaluationConfig, OptimizeConfig, RewardConfig
+from merge_rl.demo import write_demo
+from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
+from merge_rl.workflows.assembly.resolve import resolve_config
+from merge_rl.workflows.optimize.run import optimize
+from merge_rl.workflows.plan.run import plan
 
 GOAL = 0.25
 

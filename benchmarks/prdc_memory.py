@@ -23,7 +23,7 @@ MIB = 2**20
 def measure(rows: int, dim: int, k: int, max_mib: int, threads: int, seed: int) -> dict[str, float]:
     import torch
 
-    from merge_rl.core.neighbours import block_rows, prdc
+    from merge_rl.core.distances.neighbours import block_rows, prdc
 
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(seed)

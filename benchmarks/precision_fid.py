@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import merge_rl as mrl
-from merge_rl.config import SamplerConfig
-from merge_rl.demo.write import write_demo
-from merge_rl.workflows.defaults import find_surroundings
+from merge_rl.config.sampler import SamplerConfig
+from merge_rl.demo import write_demo
+from merge_rl.workflows.assembly.resolve import find_surroundings
 
 
 def variants(device: str) -> dict[str, dict[str, Any]]:

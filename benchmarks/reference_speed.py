@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_rl.features.inception import load_inception
-from merge_rl.features.inception_network import Inception
+from merge_rl.features.inception import Inception, load_inception
 from merge_rl.interfaces import FeatureExtractor
-from merge_rl.storage.image_source import WORKERS, ImageStream, open_images
-from merge_rl.storage.images import write_png
-from merge_rl.workflows.reference import build_reference
+from merge_rl.storage.files.image_source import WORKERS, ImageStream, open_images
+from merge_rl.storage.files.images import write_png
+from merge_rl.workflows.reference.build import build_reference
 
 
 class Mean:

@@ -28,20 +28,21 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from merge_rl.config import OptimizeConfig, load_config
-from merge_rl.core.distances import FrechetReference
-from merge_rl.core.frechet_pool import FrechetPool, ReferenceFactor
-from merge_rl.core.influence import Influence
-from merge_rl.core.statistics import FeatureStats, feature_stats, replace_rows
-from merge_rl.demo.write import write_demo
-from merge_rl.rng import image_seeds, stream
-from merge_rl.storage.checkpoints import open_checkpoints
-from merge_rl.storage.reference import load_reference
-from merge_rl.workflows.assemble import Job, build_job, resolve_config
-from merge_rl.workflows.pool import Pool, draw_subset
-from merge_rl.workflows.reward import InfluenceFrechet, RewardSource, SubsetFrechet
-from merge_rl.workflows.rollout import balanced_labels
-from merge_rl.workflows.search import make_searcher
+from merge_rl.config.mapping import load_config
+from merge_rl.config.optimize import OptimizeConfig
+from merge_rl.core.distances.frechet import FrechetReference
+from merge_rl.core.distances.frechet_pool import FrechetPool, Influence, ReferenceFactor
+from merge_rl.core.distances.statistics import FeatureStats, feature_stats, replace_rows
+from merge_rl.core.sampling.compatibility import balanced_labels
+from merge_rl.demo import write_demo
+from merge_rl.rng import draw_subset, image_seeds, stream
+from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
+from merge_rl.workflows.assembly.job import Job, build_job
+from merge_rl.workflows.assembly.resolve import resolve_config
+from merge_rl.workflows.optimize.search import make_searcher
+from merge_rl.workflows.reference.file import load_reference
+from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource, SubsetFrechet
+from merge_rl.workflows.rewards.pool import Pool
 
 GOALS = {"exact": 12.0, "influence": 150.0, "error": 1e-6, "rank correlation": 0.95}
 

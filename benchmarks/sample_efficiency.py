@@ -34,15 +34,10 @@ from typing import Any
 
 import torch
 
-from merge_rl.config import (
-    EvaluationConfig,
-    MergeConfig,
-    OptimizeConfig,
-    RewardConfig,
-    SamplerConfig,
-)
-from merge_rl.demo.write import write_demo
-from merge_rl.workflows.compare import compare_searchers
+from merge_rl.config.optimize import EvaluationConfig, MergeConfig, OptimizeConfig, RewardConfig
+from merge_rl.config.sampler import SamplerConfig
+from merge_rl.demo import write_demo
+from merge_rl.workflows.compare.run import compare_searchers
 
 OURS = "policy-gradient"
 BLACK_BOXES = ("nevergrad:TBPSA", "nevergrad:CMA", "nevergrad:NGOpt", "lcsc", "lr-cma")

@@ -20,13 +20,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from merge_rl.config import SamplerConfig
-from merge_rl.core.compatibility import count_network_calls, prediction_of
-from merge_rl.core.sampling import sample_with
-from merge_rl.core.schedules import edm_noise_levels
+from merge_rl.config.sampler import SamplerConfig
+from merge_rl.core.sampling.compatibility import count_network_calls, prediction_of
+from merge_rl.core.sampling.edm import edm_noise_levels
+from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.models.edm2 import EDM2
 from merge_rl.models.sit import SiT
-from merge_rl.workflows.fast import matmul_precision, prepare_network
+from merge_rl.workflows.rollout.execution import matmul_precision, prepare_network
 
 Loop: TypeAlias = Callable[[], Tensor]
 

@@ -27,14 +27,17 @@ from typing import Any
 
 import torch
 
-from merge_rl.config import OptimizeConfig, SearchConfig
-from merge_rl.demo.write import write_demo
-from merge_rl.parallel import Group, joined
-from merge_rl.storage.checkpoints import open_checkpoints
-from merge_rl.workflows.assemble import build_job, resolve_config
-from merge_rl.workflows.crew import Crew
-from merge_rl.workflows.rollout import MergedRollout, Rollout, WorkItem, balanced_labels
-from merge_rl.workflows.search import make_searcher
+from merge_rl.config.optimize import OptimizeConfig, SearchConfig
+from merge_rl.core.sampling.compatibility import balanced_labels
+from merge_rl.demo import write_demo
+from merge_rl.parallel import joined
+from merge_rl.parallel.group import Group
+from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
+from merge_rl.workflows.assembly.job import build_job
+from merge_rl.workflows.assembly.resolve import resolve_config
+from merge_rl.workflows.optimize.search import make_searcher
+from merge_rl.workflows.rollout.distributed import Crew
+from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 
 POPULATION, IMAGES = 16, 100
 SPEEDUP, OVERHEAD = 1.7, 0.050

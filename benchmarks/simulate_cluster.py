@@ -22,9 +22,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_rl.config import OptimizeConfig
-from merge_rl.core.blocks import share_blocks, split_blocks
-from merge_rl.core.workload import filling_batch
+from merge_rl.config.optimize import OptimizeConfig
+from merge_rl.parallel.blocks import share_blocks, split_blocks
+from merge_rl.workflows.plan.work import filling_batch
 
 GOAL = 0.9
 
@@ -83,10 +83,10 @@ def simulate(
 
 def measured(folder: Path, population: int, images: int) -> Times:
     """Times of a checkpoint set on this machine."""
-    from merge_rl.config import EvaluationConfig, RewardConfig, SearchConfig
-    from merge_rl.storage.checkpoints import open_checkpoints
-    from merge_rl.workflows.assemble import resolve_config
-    from merge_rl.workflows.plan import plan
+    from merge_rl.config.optimize import EvaluationConfig, RewardConfig, SearchConfig
+    from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
+    from merge_rl.workflows.assembly.resolve import resolve_config
+    from merge_rl.workflows.plan.run import plan
 
     opened = open_checkpoints(folder)
     config = OptimizeConfig(

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from merge_rl.demo.write import write_demo
+from merge_rl.demo import write_demo
 
 SETTINGS = {
     "track": "raw",

@@ -12,30 +12,31 @@ from typing import TYPE_CHECKING, Any, Final
 from merge_rl.version import __version__
 
 if TYPE_CHECKING:
-    from merge_rl.core.distances import frechet_distance
-    from merge_rl.core.kernels import kernel_distance
-    from merge_rl.core.neighbours import prdc
-    from merge_rl.core.sampling import sample
-    from merge_rl.core.statistics import FeatureStats, feature_stats
+    from merge_rl.core.distances.frechet import frechet_distance
+    from merge_rl.core.distances.kernels import kernel_distance
+    from merge_rl.core.distances.neighbours import prdc
+    from merge_rl.core.distances.statistics import FeatureStats, feature_stats
+    from merge_rl.core.sampling.sampler import sample
     from merge_rl.errors import MergeRLError
     from merge_rl.registry import build_model
     from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
     from merge_rl.storage.convert import ConvertResult, convert
     from merge_rl.storage.hub import push
+    from merge_rl.workflows.assembly import load_model
     from merge_rl.workflows.compare import compare_searchers
     from merge_rl.workflows.evaluate import evaluate
-    from merge_rl.workflows.export import save_model
+    from merge_rl.workflows.export import merge, save_model
     from merge_rl.workflows.finetune import FinetuneResult, finetune
-    from merge_rl.workflows.models import load_model, merge
     from merge_rl.workflows.optimize import OptimizeResult, optimize, resume
 
+
 _HOMES: Final = {
-    "frechet_distance": "core.distances",
-    "kernel_distance": "core.kernels",
-    "prdc": "core.neighbours",
-    "sample": "core.sampling",
-    "FeatureStats": "core.statistics",
-    "feature_stats": "core.statistics",
+    "frechet_distance": "core.distances.frechet",
+    "kernel_distance": "core.distances.kernels",
+    "prdc": "core.distances.neighbours",
+    "sample": "core.sampling.sampler",
+    "FeatureStats": "core.distances.statistics",
+    "feature_stats": "core.distances.statistics",
     "MergeRLError": "errors",
     "build_model": "registry",
     "CheckpointSet": "storage.checkpoints",
@@ -48,8 +49,8 @@ _HOMES: Final = {
     "save_model": "workflows.export",
     "FinetuneResult": "workflows.finetune",
     "finetune": "workflows.finetune",
-    "load_model": "workflows.models",
-    "merge": "workflows.models",
+    "load_model": "workflows.assembly",
+    "merge": "workflows.export",
     "OptimizeResult": "workflows.optimize",
     "optimize": "workflows.optimize",
     "resume": "workflows.optimize",

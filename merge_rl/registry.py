@@ -31,32 +31,32 @@ EXTRACTORS: Final[Mapping[str, str]] = {
     "dinov2-dgm": "merge_rl.features.dinov2:load_dinov2_dgm",
 }
 SEARCHERS: Final[Mapping[str, str]] = {
-    "policy-gradient": "merge_rl.search.policy_gradient:policy_gradient",
-    "nevergrad:": "merge_rl.search.nevergrad_search:Nevergrad",  # "nevergrad:CMA", any of its names
-    "scipy:": "merge_rl.search.scipy_search:Scipy",  # "scipy:nelder-mead"
-    "lr-cma": "merge_rl.search.lr_cma:LearningRateCMA",
-    "lcsc": "merge_rl.search.lcsc:LCSC",
-    "random": "merge_rl.search.random_search:RandomSearch",
-    "uniform": "merge_rl.search.uniform:Uniform",
-    "best-checkpoint": "merge_rl.search.best_checkpoint:BestCheckpoint",
-    "ema-grid": "merge_rl.search.ema_grid:EmaGrid",
-    "greedy-soup": "merge_rl.search.greedy_soup:GreedySoup",
+    "policy-gradient": "merge_rl.searchers.policy_gradient:policy_gradient",
+    "nevergrad:": "merge_rl.searchers.nevergrad_search:Nevergrad",  # "nevergrad:CMA" and others
+    "scipy:": "merge_rl.searchers.scipy_search:Scipy",  # "scipy:nelder-mead"
+    "lr-cma": "merge_rl.searchers.lr_cma:LearningRateCMA",
+    "lcsc": "merge_rl.searchers.lcsc:LCSC",
+    "random": "merge_rl.searchers.random_search:RandomSearch",
+    "uniform": "merge_rl.searchers.baselines:Uniform",
+    "best-checkpoint": "merge_rl.searchers.baselines:BestCheckpoint",
+    "ema-grid": "merge_rl.searchers.baselines:EmaGrid",
+    "greedy-soup": "merge_rl.searchers.baselines:GreedySoup",
 }
 REWARDS: Final[Mapping[str, str]] = {
-    "fid-subset": "merge_rl.workflows.reward:SubsetFrechet",
-    "fid-influence": "merge_rl.workflows.reward:InfluenceFrechet",
-    "fid-full": "merge_rl.workflows.reward:FullFrechet",
-    "kid-subset": "merge_rl.workflows.kernel_reward:kid_subset",
-    "kid-full": "merge_rl.workflows.kernel_reward:kid_full",
-    "mmd-subset": "merge_rl.workflows.kernel_reward:mmd_subset",
-    "mmd-full": "merge_rl.workflows.kernel_reward:mmd_full",
+    "fid-subset": "merge_rl.workflows.rewards.frechet:SubsetFrechet",
+    "fid-influence": "merge_rl.workflows.rewards.frechet:InfluenceFrechet",
+    "fid-full": "merge_rl.workflows.rewards.frechet:FullFrechet",
+    "kid-subset": "merge_rl.workflows.rewards.kernel:kid_subset",
+    "kid-full": "merge_rl.workflows.rewards.kernel:kid_full",
+    "mmd-subset": "merge_rl.workflows.rewards.kernel:mmd_subset",
+    "mmd-full": "merge_rl.workflows.rewards.kernel:mmd_full",
 }
 METRICS: Final[Mapping[str, str]] = {
-    "fid": "merge_rl.workflows.metrics:FID",
-    "kid": "merge_rl.workflows.metrics:kid_metric",
-    "mmd": "merge_rl.workflows.metrics:mmd_metric",
-    "prdc": "merge_rl.workflows.metrics:Neighbourhood",
-    "fid-infinity": "merge_rl.workflows.metrics:FIDInfinity",
+    "fid": "merge_rl.workflows.evaluate.metrics:FID",
+    "kid": "merge_rl.workflows.evaluate.metrics:kid_metric",
+    "mmd": "merge_rl.workflows.evaluate.metrics:mmd_metric",
+    "prdc": "merge_rl.workflows.evaluate.metrics:Neighbourhood",
+    "fid-infinity": "merge_rl.workflows.evaluate.metrics:FIDInfinity",
 }
 
 

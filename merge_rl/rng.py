@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from merge_rl.errors import ConfigError
+
 SEED_BITS = 62  # below the sign bit of int64 everywhere
 
 
@@ -60,3 +62,20 @@ class ImageStreams:
     def randint(self, high: int) -> Tensor:
         """One integer in [0, high) for each image, (B,) int64."""
         return torch.stack([torch.randint(high, [], generator=g) for g in self._generators])
+
+
+def draw_subset(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Row indices (size,) of a random subset with the class proportions of labels (N,).
+
+    Systematic sampling: rows are lined up class by class, shuffled within, and every (N / size)-th
+    is taken from a random phase on. Every row is as likely as any other, and a class of share p
+    gives p * size rows, rounded up or down.
+    """
+    count = len(labels)
+    if not 0 < size <= count:
+        raise ConfigError(f"expected a subset of 1..{count} rows, got {size}")
+    line = torch.randperm(count, generator=generator)
+    line = line[labels[line].argsort(stable=True)]
+    phase = torch.rand([], generator=generator, dtype=torch.float64)
+    picked = ((torch.arange(size) + phase) * (count / size)).long().clamp(max=count - 1)
+    return line[picked].sort().values

@@ -22,26 +22,26 @@ import torch
 from torch import Tensor
 
 from merge_rl.cli.main import main
-from merge_rl.config import (
+from merge_rl.config.optimize import (
     EvaluationConfig,
     MergeConfig,
     OptimizeConfig,
     RewardConfig,
     SearchConfig,
 )
-from merge_rl.core.statistics import feature_stats
+from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.features.digits import DigitsNet, load_digits_extractor
 from merge_rl.models.edm2 import EDM2
-from merge_rl.storage.atomic import save_tensors
-from merge_rl.storage.manifest import (
+from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
     Manifest,
     SetDefaults,
     write_manifest,
 )
-from merge_rl.storage.model_file import save_checkpoint
-from merge_rl.storage.reference import save_reference
+from merge_rl.storage.checkpoints.model_file import save_checkpoint
+from merge_rl.storage.files.atomic import save_tensors
+from merge_rl.workflows.reference.file import save_reference
 from tests.children import Child, run_command
 from tests.hub_server import FileServer, HubServer, hub_client, only_loopback, running
 

@@ -12,23 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_rl.config import RewardConfig
-from merge_rl.config.finetune import (
-    CurveConfig,
-    FinetuneConfig,
-    RolloutConfig,
-    UpdateConfig,
-)
+from merge_rl.config.finetune import CurveConfig, FinetuneConfig, RolloutConfig, UpdateConfig
+from merge_rl.config.optimize import RewardConfig
 from merge_rl.models.sit import SiT
-from merge_rl.storage.manifest import (
+from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
     Manifest,
     read_manifest,
     write_manifest,
 )
-from merge_rl.storage.model_file import save_checkpoint
-from merge_rl.workflows import finetune_report
+from merge_rl.storage.checkpoints.model_file import save_checkpoint
+from merge_rl.workflows.finetune import page as finetune_report
 
 SIT: dict[str, Any] = {
     "model": "sit", "input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 8,

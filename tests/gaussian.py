@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from merge_rl.core.interpolants import Path
-from merge_rl.core.solvers import Velocity
+from merge_rl.core.sampling.paths import Path
+from merge_rl.core.sampling.solvers import Velocity
 
 MEAN, STD = 0.7, 0.3
 

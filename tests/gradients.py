@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merge_rl.core.training_losses import denoising_loss
-from merge_rl.workflows.data_parallel import (
+from merge_rl.core.step_policy import denoising_loss
+from merge_rl.workflows.assembly.networks import load_model
+from merge_rl.workflows.finetune.learner import trainable
+from merge_rl.workflows.finetune.sharded import (
     average_scalars,
     blocks_of,
     replicated,
     sharded,
     whole_gradients,
 )
-from merge_rl.workflows.learner import trainable
-from merge_rl.workflows.models import load_model
 
 BATCH = 8
 

@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from merge_rl.errors import StoppedError
-from merge_rl.parallel import Group, Place
+from merge_rl.parallel.group import Group
+from merge_rl.parallel.rendezvous import Place
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import merge_rl as mrl
-from merge_rl.config import EvaluationConfig, OptimizeConfig, RewardConfig, SearchConfig
+from merge_rl.config.optimize import EvaluationConfig, OptimizeConfig, RewardConfig, SearchConfig
 from merge_rl.errors import MergeRLError
 
 PROMISED = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from merge_rl import registry
-from merge_rl.config import SearchConfig
+from merge_rl.config.optimize import SearchConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.registry import build_autoencoder, build_model, resolve

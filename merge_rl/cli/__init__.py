@@ -1,1 +1,3 @@
-"""The command line: parse, build, call a workflow, print."""
+"""The command line: parse, build, call, print. Commands import what they need when they run."""
+
+__all__ = ["main"]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from merge_rl.cli import search_options as options
+from merge_rl.cli import options
+from merge_rl.cli.options import FINAL, MODEL, SEARCH
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -18,7 +19,6 @@ from merge_rl.cli.output import (
     say,
     stoppable,
 )
-from merge_rl.cli.search_options import FINAL, MODEL, SEARCH
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def compare(
     and the time they took, and how much their coefficients differ between seeds; the plot how FID
     falls with the images generated. Ctrl-C keeps what is done: the same command goes on.
     """
-    from merge_rl.cli.settings import build_config
+    from merge_rl.cli.options import build_config
     from merge_rl.storage.checkpoints import open_checkpoints
 
     given = options.shared_settings(
@@ -127,7 +127,7 @@ def _run(
     json: bool,
 ) -> dict[str, Any]:
     from merge_rl.workflows.compare import compare_searchers
-    from merge_rl.workflows.compare_report import write_comparison
+    from merge_rl.workflows.report import write_comparison
 
     done = f"what is done is kept in {folder}. Go on: the same command"
     with stoppable(folder.is_dir, done), ProgressTracker(quiet=json) as tracker:
@@ -143,7 +143,7 @@ def _run(
 
 def print_comparison(document: Mapping[str, Any]) -> None:
     """The tables on stdout."""
-    from merge_rl.workflows import compare_text as text
+    from merge_rl.workflows.report import compare_page as text
 
     print_table(text.title(document), *text.quality_table(document))
     for table in (text.fixed_table, text.cost_table):

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from merge_rl.cli.finetune_output import FinetuneTracker, print_result, result_document
+from merge_rl.cli.options import split_named
 from merge_rl.cli.output import JsonFlag, ProgressTracker, note_unused_gpu, print_json, stoppable
-from merge_rl.cli.settings import override, set_dotted, split_named
+from merge_rl.cli.results import FinetuneTracker, finetuned_document, print_finetuned
+from merge_rl.config import override, set_dotted
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from merge_rl.config.finetune import FinetuneConfig
+    from merge_rl.config import FinetuneConfig
     from merge_rl.workflows.finetune import FinetuneResult
+
 
 LEARN, REWARD, SCORES, MODEL, RUN = (
     "Rollouts and updates", "Reward", "Scores", "Model and sampling", "The run",
@@ -188,7 +190,7 @@ def finetune(
     checkpoint set of its snapshots: [bold]mergerl optimize RUN[/bold] merges the trajectory.
     Ctrl-C and SIGTERM save; [bold]mergerl resume RUN[/bold] goes on.
     """
-    from merge_rl.storage.origin import newest_model
+    from merge_rl.storage.checkpoints import newest_model
 
     own_reference, references = split_named("--reference", reference or [])
     own_weights, weights = split_named("--extractor-weights", extractor_weights or [])
@@ -228,9 +230,8 @@ def build_settings(
 
     Settings of a sampler that are not said are those of the model's set or run.
     """
-    from merge_rl.config import from_mapping, load_mapping, to_mapping
-    from merge_rl.config.finetune import PAPER_REWARD, FinetuneConfig
-    from merge_rl.workflows.defaults import find_surroundings
+    from merge_rl.config import PAPER_REWARD, FinetuneConfig, from_mapping, load_mapping, to_mapping
+    from merge_rl.workflows.assembly import find_surroundings
 
     values: dict[str, Any] = load_mapping(file) if file else {}
     values["model"] = str(model)
@@ -268,15 +269,15 @@ def _drive_new(
 
 
 def _drive(run: Path, job: Callable[[ProgressTracker], FinetuneResult], *, json: bool) -> None:
-    from merge_rl.storage.finetune_run import is_finetune_run
+    from merge_rl.storage.runs import is_finetune_run
 
     done = f"finished steps are saved. Go on with: mergerl resume {run}"
     with stoppable(partial(is_finetune_run, run), done), FinetuneTracker(quiet=json) as tracker:
         result = job(tracker)
     if json:
-        print_json(result_document(result))
+        print_json(finetuned_document(result))
     else:
-        print_result(result)
+        print_finetuned(result)
 
 
 def _window(text: str | None) -> tuple[int | None, int | None]:

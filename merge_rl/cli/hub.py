@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merge_rl.cli.byte_tracker import ByteTracker, byte_text
-from merge_rl.cli.output import JsonFlag, print_json, print_table, say
+from merge_rl.cli.output import ByteTracker, JsonFlag, byte_text, print_json, print_table, say
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from merge_rl.storage.fetch import FetchResult
-    from merge_rl.storage.fetch_plan import FetchPlan
+    from merge_rl.storage.hub import FetchPlan, FetchResult
+
 
 CHOICE = "Which files"
 
@@ -80,9 +79,7 @@ def fetch(
     resumed, and the same command goes on after an interruption. Snapshots of one run, eight of
     them: [bold]mergerl fetch edm2-img512-xs-raw xs --ema-std 0.05 --last 8 --every 192Mi[/bold]
     """
-    from merge_rl.storage.fetch import run_fetch
-    from merge_rl.storage.fetch_plan import plan_fetch
-    from merge_rl.storage.snapshots import Selection, parse_count
+    from merge_rl.storage.hub import Selection, parse_count, plan_fetch, run_fetch
 
     selection = Selection(
         last=last,

@@ -10,20 +10,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from merge_rl.cli import (
-    compare,
-    conversion,
-    evaluation,
-    finetune,
-    hub,
-    inspection,
-    merging,
-    plan,
-    ranks,
-    reference,
-    scoring,
-    search,
-)
+from merge_rl.cli import compare, finetune, hub, ranks, reference
+from merge_rl.cli import convert as conversion
+from merge_rl.cli import evaluate as scoring
+from merge_rl.cli import inspect as inspection
+from merge_rl.cli import merge as merging
+from merge_rl.cli import optimize as search
+from merge_rl.cli import sample as evaluation
 from merge_rl.cli.output import complain
 from merge_rl.errors import MergeRLError
 from merge_rl.version import __version__
@@ -62,9 +55,11 @@ def options(
         os.environ["MERGERL_DEBUG"] = "1"
 
 
+search.register(app)
+compare.register(app)
+search.register_plan(app)
 for module in (
-    search, compare, plan, conversion, merging, finetune, evaluation, scoring, reference,
-    inspection, hub,
+    conversion, merging, finetune, evaluation, scoring, reference, inspection, hub,
 ):  # fmt: skip
     module.register(app)
 

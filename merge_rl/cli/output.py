@@ -15,6 +15,7 @@ from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
@@ -23,6 +24,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -42,7 +44,7 @@ def complain(sentence: str) -> None:
 
 def note_unused_gpu(device: str) -> None:
     """Say so where a command works on the CPU of a machine with a GPU."""
-    from merge_rl.workflows.devices import unused_gpu
+    from merge_rl.workflows.rollout import unused_gpu
 
     note = unused_gpu(device)
     if note:
@@ -194,3 +196,31 @@ def interval_text(summary: Mapping[str, Any]) -> str:
 def number_text(value: float, like: float) -> str:
     """A number to the decimals that one of the size of `like` needs."""
     return f"{value:.3f}" if abs(like) >= 0.1 else f"{value:.6f}"
+
+
+def byte_text(count: int) -> str:
+    """1234567 -> "1.2 MB"."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+class ByteTracker(BarTracker):
+    """Bytes, and how fast they come."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            quiet=quiet,
+        )
+
+    def size_text(self, total: int) -> str:
+        """As people write sizes."""
+        return byte_text(total)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import typer
-
-from merge_rl.cli import search
 from merge_rl.cli.output import BarTracker, print_json, print_table, say
 from merge_rl.errors import ConfigError
 
@@ -16,27 +12,7 @@ if TYPE_CHECKING:
     from merge_rl.config import OptimizeConfig
     from merge_rl.workflows.plan import Plan
 
-HELP: Final = """What a search with these options will cost; takes those of optimize, runs nothing.
-
-Images, network calls, FLOPs, bytes moved, memory of a device, disk, and the time on several numbers
-of devices, from a calibration of this machine that takes some seconds. Refuses what cannot fit, and
-says the largest batch that does.
-"""
 UNITS: Final = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command, with all options of `optimize`: what it costs is what it is asked for."""
-    signature = inspect.signature(search.optimize, eval_str=True)
-    options = [p for name, p in signature.parameters.items() if name != "dry_run"]
-
-    def plan(**given: Any) -> None:
-        search.optimize(**given, dry_run=True)
-
-    plan.__doc__ = HELP
-    plan.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
-    plan.__annotations__ = {option.name: option.annotation for option in options}
-    app.command()(plan)
 
 
 def show_plan(
@@ -49,8 +25,7 @@ def show_plan(
 ) -> None:
     """Make the plan of a search and print it."""
     from merge_rl.storage.checkpoints import open_checkpoints
-    from merge_rl.workflows.assemble import resolve_config
-    from merge_rl.workflows.memory_plan import fit_batch
+    from merge_rl.workflows.assembly import fit_batch, resolve_config
     from merge_rl.workflows.optimize import check_names
     from merge_rl.workflows.plan import plan
 
@@ -91,7 +66,7 @@ class _Steps(BarTracker):
 
 
 def _print(found: Plan) -> None:
-    from merge_rl.workflows.memory_plan import gib
+    from merge_rl.workflows.assembly import gib
 
     load, memory, batch = found.workload, found.memory, found.config.batch
     stages = ", ".join(f"{stage.name} {stage.total:,}" for stage in load.stages)
@@ -119,7 +94,7 @@ def _print(found: Plan) -> None:
 
 
 def _memory_text(found: Plan) -> str:
-    from merge_rl.workflows.memory_plan import gib
+    from merge_rl.workflows.assembly import gib
 
     memory, batch = found.memory, found.config.batch
     parts = [f"{name} {gib(size)}" for name, size in memory.weights.items()]

@@ -50,8 +50,8 @@ def own_device(device: str) -> str:
     """The device of this process: "cuda" is another GPU in each."""
     if not launched():
         return device
-    from merge_rl.parallel import Place
-    from merge_rl.workflows.launch import own_device as own
+    from merge_rl.parallel.rendezvous import Place
+    from merge_rl.workflows.rollout import own_device as own
 
     return own(device, Place.here())
 

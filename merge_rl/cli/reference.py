@@ -60,7 +60,7 @@ def reference(
     Images stream through the extractor, so their number does not matter. Interrupted, the same
     command goes on where it was. Labels come from a dataset.json beside the images.
     """
-    from merge_rl.workflows.extractors import build_extractor
+    from merge_rl.workflows.assembly import build_extractor
     from merge_rl.workflows.reference import build_reference
 
     if not images.exists():

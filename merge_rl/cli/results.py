@@ -1,20 +1,20 @@
-"""What a search came to, on the terminal and as JSON."""
+"""What a search or a fine-tuning run came to, on the terminal and as JSON."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
 
-from merge_rl.cli.output import interval_text, print_table, say
+from merge_rl.cli.output import ProgressTracker, interval_text, print_table, say
 
 if TYPE_CHECKING:
-    from merge_rl.workflows.comparison import Comparison, SamplerComparison
-    from merge_rl.workflows.optimize import OptimizeResult
-    from merge_rl.workflows.search import Found
-    from merge_rl.workflows.second_metric import SecondScores
+    from merge_rl.workflows.evaluate import Comparison, SamplerComparison, SecondScores
+    from merge_rl.workflows.finetune import FinetuneResult
+    from merge_rl.workflows.optimize import Found, OptimizeResult
 
 
 def result_document(result: OptimizeResult) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def result_document(result: OptimizeResult) -> dict[str, Any]:
 
 def print_result(result: OptimizeResult) -> None:
     """Tables of the comparison, and where the merge lies."""
-    from merge_rl.workflows.comparison import ENTRIES
+    from merge_rl.workflows.evaluate import ENTRIES
 
     comparison = result.comparison
     rows = []
@@ -84,7 +84,7 @@ def _print_second(second: SecondScores) -> None:
 
 def _print_search(found: Found) -> None:
     """Where it began, what was chosen at the end, and how much that flattered itself."""
-    from merge_rl.workflows.search_text import search_lines
+    from merge_rl.workflows.report import search_lines
 
     for line in search_lines(found.as_dict()):
         typer.echo(line)
@@ -101,3 +101,83 @@ def _print_sde(comparison: Comparison) -> None:
     title = f"the same under the SDE: {sde.sampler.solver}, {sde.sampler.num_steps} steps"
     print_table(title, ["model", *sde.references], rows)
     _print_gain(sde, "start")
+
+
+class FinetuneTracker(ProgressTracker):
+    """Bars of images, and a line a step, short enough to read."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Show what a step or a score came to."""
+        super().event(event)
+        text = _step_text(event) if event.get("kind") == "step" else _score_text(event)
+        if text and not self._quiet:
+            say(text)
+
+
+def _step_text(event: Mapping[str, Any]) -> str:
+    step = event["step"]
+    if "skipped" in event:
+        return f"[yellow]step {step}: skipped, its {event['skipped']} is not finite[/]"
+    parts = [
+        f"step {step}", f"pool FID {event['pool_fid']:.3f}", f"gap {event['pool_gap']:+.0%}",
+        f"reward std {event['reward_std']:.4f}", f"grad {event['grad_norm']:.2f}",
+    ]  # fmt: skip
+    if "ratio_mean" in event:
+        parts.append(f"KL {event['approx_kl']:.1e}")
+    else:
+        parts.append(f"loss {event['loss']:.3f}")
+    return "  ".join([*parts, f"{event['seconds']:.1f} s"])
+
+
+def _score_text(event: Mapping[str, Any]) -> str:
+    if event.get("kind") != "score":
+        return ""
+    head = event["headline"]
+    values = {curve: scores[head] for curve, scores in event["scores"].items()}
+    shown = [f"{c} {'not finite' if v is None else f'{v:.3f}'}" for c, v in values.items()]
+    return f"[bold]step {event['step']}[/]  {head} FID  " + "  ".join(shown)
+
+
+def finetuned_document(result: FinetuneResult) -> dict[str, Any]:
+    """For --json."""
+    return {
+        "run_dir": str(result.run_dir),
+        "model": str(result.model_path),
+        "step": result.step,
+        "images": result.images,
+        "skipped": result.skipped,
+        "curves": {str(step): point for step, point in result.curves.items()},
+        "comparison": result.comparison,
+    }
+
+
+def print_finetuned(result: FinetuneResult) -> None:
+    """The table of the final scores, and where everything lies."""
+    from merge_rl.config import CURVES
+    from merge_rl.storage.runs import FinetuneRun
+    from merge_rl.workflows.finetune import curve_label, interval
+
+    config, comparison = FinetuneRun.open(result.run_dir).config(), result.comparison
+    head = comparison["headline"]
+    rows = []
+    for curve in CURVES:
+        section = comparison["curves"][curve]
+        cells = [interval(section["entries"][entry][head]) for entry in ("start", "result")]
+        gain = section["gain"]
+        low, high = gain["low"], gain["high"]
+        verdict = "not finite" if low is None else "better" if low > 0 else "worse"
+        if low is not None and low <= 0 <= high:
+            verdict = "no clear difference"
+        rows.append([curve_label(config, curve), *cells, interval(gain, sign="+"), verdict])
+    title = (
+        f"{head} FID, N = {comparison['num_images']:,}, {comparison['repeats']} repeats on fresh "
+        "seeds, mean [95 % interval]"
+    )
+    print_table(title, ["sampler", "start", "result", "gain", ""], rows)
+    typer.echo(
+        f"step {result.step} is the result, {result.images:,} images; model in "
+        f"{result.model_path}, page in {result.run_dir / 'report.md'}"
+    )
+    if result.skipped:
+        typer.echo(f"{result.skipped} steps were skipped: their reward or loss was not finite")
+    typer.echo(f"merge the trajectory: mergerl optimize {result.run_dir}")

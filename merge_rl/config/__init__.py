@@ -1,176 +1,72 @@
-"""Settings of an optimisation: frozen, keyword-only, checked once; YAML in and out.
+"""Settings: dataclasses that are checked once, here, and their way to and from YAML."""
 
-Code below this layer trusts the values. Every default is what `mergerl optimize` does when
-nothing is said.
-"""
+from merge_rl.config.finetune import (
+    CURVES,
+    FREE_ON_RESUME,
+    PAPER_REWARD,
+    FinetuneConfig,
+    UpdateConfig,
+    differing_keys,
+)
+from merge_rl.config.mapping import (
+    dump_config,
+    from_mapping,
+    load_config,
+    load_mapping,
+    to_mapping,
+    without_nan,
+)
+from merge_rl.config.optimize import (
+    AUTO_BATCH,
+    SUBSET_SIZE,
+    EvaluationConfig,
+    MergeConfig,
+    OptimizeConfig,
+    RewardConfig,
+    SearchConfig,
+    preset,
+)
+from merge_rl.config.overrides import overlaid, override, set_dotted, split_pair
+from merge_rl.config.sampler import (
+    DIFFUSIONS,
+    FIXED_SOLVERS,
+    LAST_STEPS,
+    SDE_SOLVERS,
+    SOLVERS,
+    SamplerConfig,
+    sde_counterpart,
+)
 
-from __future__ import annotations
-
-import contextlib
-import dataclasses
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Final, TypeVar
-
-from merge_rl.config.sampler import SamplerConfig as SamplerConfig
-from merge_rl.config.sampler import require
-from merge_rl.config.search import MergeConfig as MergeConfig
-from merge_rl.config.search import RewardConfig as RewardConfig
-from merge_rl.config.search import SearchConfig as SearchConfig
-from merge_rl.errors import ConfigError, UnknownNameError
-
-T = TypeVar("T")
-AUTO_BATCH: Final = -1  # "auto" on the command line and in files
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """The comparison at the end, on fresh seeds."""
-
-    num_images: int = 5000
-    repeats: int = 4
-    selection_images: int = 1000  # to find the best single checkpoint, on seeds of their own
-
-    def __post_init__(self) -> None:
-        require(self.num_images >= 2, "num_images", ">= 2", self.num_images)
-        require(self.repeats >= 3, "repeats", ">= 3", self.repeats)
-        require(self.selection_images >= 2, "selection_images", ">= 2", self.selection_images)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizeConfig:
-    """Everything that fixes the outcome of `mergerl optimize`, and where its inputs lie."""
-
-    checkpoints: str
-    track: str | None = None
-    select: tuple[str, ...] = ()  # names of the checkpoints to use; all if empty
-    extractor: str | None = None  # None here and below: what the checkpoints' manifest says
-    extractor_weights: str | None = None
-    reference: str | None = None
-    heldout: str | None = None
-    # Statistics of real data, and weights, of other extractors that the reward names.
-    extra_references: Mapping[str, str] = field(default_factory=dict)
-    extra_weights: Mapping[str, str] = field(default_factory=dict)
-    autoencoder: str | None = None  # None here: also the samples, if they can be images
-    autoencoder_weights: str | None = None
-    autoencoder_dtype: str = "float32"  # of a latent decoder; bfloat16 halves its time and memory
-    budget: int = 50_000  # generated images: pool, candidates and refreshes
-    seed: int = 0
-    batch: int = 250  # images in one forward pass; AUTO_BATCH: as many as the device has room for
-    device: str = "cpu"
-    # Where the checkpoints lie while they are merged: a device, "cpu" (memory) or "disk" (mapped
-    # files); None: the first of the three with room. It changes the time, not the result.
-    weights_device: str | None = None
-    licence: str | None = None  # of the merge; None: that of the checkpoints
-    sampler: SamplerConfig | None = None
-    merge: MergeConfig = field(default_factory=MergeConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
-    evaluation: EvaluationConfig = EvaluationConfig()
-
-    def __post_init__(self) -> None:
-        require(self.budget >= 1, "budget", ">= 1 image", self.budget)
-        require(self.batch >= 1 or self.batch == AUTO_BATCH, "batch", ">= 1", self.batch)
-        dtypes = ("float32", "bfloat16")
-        require(self.autoencoder_dtype in dtypes, "autoencoder_dtype", f"in {dtypes}",
-                 self.autoencoder_dtype)  # fmt: skip
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """A config as plain mappings, lists, numbers and strings."""
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            value = to_mapping(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        elif isinstance(value, Mapping):
-            value = dict(value)
-        values[item.name] = value
-    return values
-
-
-def from_mapping(cls: type[T], values: object, where: str = "config") -> T:
-    """A config of type `cls` from plain mappings; ConfigError names the key that is off."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: expected a mapping, found {type(values).__name__}")
-    kinds = typing.get_type_hints(cls)
-    arguments = {}
-    for key, value in values.items():
-        if key not in kinds:
-            raise UnknownNameError(f"setting in {where}", str(key), kinds)
-        arguments[key] = _convert(kinds[key], value, f"{where}.{key}")
-    missing = [
-        item.name
-        for item in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if item.name not in arguments
-        and item.default is dataclasses.MISSING
-        and item.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{where}: {missing[0]!r} is missing")
-    return cls(**arguments)
-
-
-def load_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file (safe loader) that must hold a mapping with text keys."""
-    import yaml  # help texts need the settings' names, and must not wait for it
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
-    # PyYAML lets ValueError escape for scalars that do not fit their tag, such as 2024-99-99.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping, found {type(values).__name__}")
-    return {str(key): value for key, value in values.items()}
-
-
-def load_config(cls: type[T], path: Path) -> T:
-    """Read a YAML file (safe loader) into a config."""
-    return from_mapping(cls, load_mapping(path), path.name)
-
-
-def dump_config(config: Any) -> str:
-    """A config as YAML text that `load_config` reads back to an equal config."""
-    import yaml
-
-    text: str = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
-    return text
-
-
-def _convert(kind: Any, value: object, where: str) -> Any:
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in parts:
-            return None
-        return _convert(next(p for p in parts if p is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return from_mapping(kind, value, where)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(parts[0], item, where) for item in value)
-    if origin is not None and isinstance(value, Mapping):
-        return {str(k): _convert(parts[1], v, f"{where}.{k}") for k, v in value.items()}
-    if kind is float and type(value) in (int, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
-            return float(str(value))
-    if kind is int and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            number = float(value)
-            if number.is_integer():
-                return int(number)
-    if kind is str and type(value) is int:
-        return str(value)
-    if isinstance(kind, type) and type(value) is kind:
-        return value
-    name = getattr(kind, "__name__", str(kind)) if origin is None else "list or mapping"
-    raise ConfigError(f"{where}: expected {name}, found {type(value).__name__} {value!r}")
+__all__ = [
+    "AUTO_BATCH",
+    "CURVES",
+    "DIFFUSIONS",
+    "FIXED_SOLVERS",
+    "FREE_ON_RESUME",
+    "LAST_STEPS",
+    "PAPER_REWARD",
+    "SDE_SOLVERS",
+    "SOLVERS",
+    "SUBSET_SIZE",
+    "EvaluationConfig",
+    "FinetuneConfig",
+    "MergeConfig",
+    "OptimizeConfig",
+    "RewardConfig",
+    "SamplerConfig",
+    "SearchConfig",
+    "UpdateConfig",
+    "differing_keys",
+    "dump_config",
+    "from_mapping",
+    "load_config",
+    "load_mapping",
+    "overlaid",
+    "override",
+    "preset",
+    "sde_counterpart",
+    "set_dotted",
+    "split_pair",
+    "to_mapping",
+    "without_nan",
+]

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from merge_rl.config import OptimizeConfig, RewardConfig, to_mapping
+from merge_rl.config.mapping import to_mapping
+from merge_rl.config.optimize import OptimizeConfig, RewardConfig
 from merge_rl.config.sampler import SDE_SOLVERS, SamplerConfig, require
 from merge_rl.errors import ConfigError, UnknownNameError
 

@@ -26,7 +26,7 @@ class SamplerConfig:
     """How noise becomes samples; each family of networks reads what concerns it.
 
     What depends on the network (its family, its classes) is checked where both meet, see
-    `merge_rl.core.compatibility`.
+    `merge_rl.core.sampling.compatibility`.
     """
 
     solver: str = "heun"

@@ -1,1 +1,1 @@
-"""Pure tensor mathematics: no files, network, printing, clocks or global state."""
+"""Pure tensor mathematics: no files, clocks, printing or global state."""

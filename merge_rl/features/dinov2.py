@@ -21,8 +21,12 @@ from torch.nn import functional as F
 
 from merge_rl.core.state_dicts import load_exactly
 from merge_rl.errors import CheckpointError, ConfigError
-from merge_rl.features.extractor import ImageFeatures, Preparation
-from merge_rl.features.resize import resize_bicubic, resize_bicubic_bytes
+from merge_rl.features.preparation import (
+    ImageFeatures,
+    Preparation,
+    resize_bicubic,
+    resize_bicubic_bytes,
+)
 
 SIZE: Final = 224
 CHUNK: Final = 32

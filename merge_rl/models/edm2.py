@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merge_rl.models.edm2_block import Block, BlockConfig
-from merge_rl.models.labels import require_class_ids
-from merge_rl.models.magnitude import (
+from merge_rl.core.sampling.compatibility import require_class_ids
+from merge_rl.models.edm2_layers import (
+    Block,
+    BlockConfig,
     FourierFeatures,
     NormalizedWeight,
     mp_cat,

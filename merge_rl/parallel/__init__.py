@@ -15,9 +15,9 @@ from contextlib import contextmanager
 
 from merge_rl.errors import MergeRLError, ParallelError, StoppedError
 from merge_rl.parallel.group import Group as Group
-from merge_rl.parallel.place import Place as Place
-from merge_rl.parallel.place import seconds_to_wait as seconds_to_wait
-from merge_rl.parallel.store import open_store as open_store
+from merge_rl.parallel.rendezvous import Place as Place
+from merge_rl.parallel.rendezvous import open_store as open_store
+from merge_rl.parallel.rendezvous import seconds_to_wait as seconds_to_wait
 
 
 @contextmanager

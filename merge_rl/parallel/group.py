@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from merge_rl.errors import ParallelError, StoppedError
-from merge_rl.parallel.place import TIMEOUT, Place
-from merge_rl.parallel.store import Store, greet, prefixed, welcome
+from merge_rl.parallel.rendezvous import TIMEOUT, Place, Store, greet, prefixed, welcome
 
 PAUSE: Final = (1e-4, 5e-3)  # between two looks at an exchange: shortest, longest
 PATIENCE: Final = 1 / 16  # of the time waited so far: a pause, between these two

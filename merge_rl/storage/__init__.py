@@ -1,1 +1,1 @@
-"""All that touches the disk or the network."""
+"""What lies on disk or on the Hub: files, pickles, checkpoints, conversion, runs, downloads."""

@@ -1,1 +1,1 @@
-"""Use cases: they receive built objects."""
+"""Use cases: from settings to results, one package a task."""

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from merge_rl.core.statistics import feature_stats
+from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.features.digits import NUM_FEATURES
 from merge_rl.features.dinov2 import VIT_L14
-from merge_rl.features.inception import load_inception
-from merge_rl.features.inception_network import Inception
+from merge_rl.features.inception import Inception, load_inception
 from merge_rl.models.autoencoder import LatentDecoder, PixelEncoder
 from merge_rl.registry import AUTOENCODERS, EXTRACTORS
-from merge_rl.storage import hub, public_weights
-from merge_rl.storage.reference import save_reference
-from merge_rl.workflows.autoencoders import CHANNELS
-from merge_rl.workflows.extractors import DIMS
+from merge_rl.storage.hub import repository as hub
+from merge_rl.workflows.assembly import networks as public_weights
+from merge_rl.workflows.assembly.extractors import DIMS
+from merge_rl.workflows.assembly.networks import CHANNELS
+from merge_rl.workflows.reference.file import save_reference
 from tests.finetuning import write_sit_set
 
 SEARCHES = ("optimize", "plan", "finetune")

@@ -483,7 +483,7 @@ def test_interrupted_before_there_is_anything_to_keep(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("merge_rl.workflows.optimize.build_job", interrupt)
+    monkeypatch.setattr("merge_rl.workflows.optimize.run.build_job", interrupt)
     before = everything_in(tmp_path)
     code, out, err = mergerl("optimize", tiny, "--out", "run", *SMALL)
     assert (code, out) == (1, "")

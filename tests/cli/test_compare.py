@@ -12,7 +12,7 @@ import pytest
 
 from merge_rl.cli.compare import parse_seeds
 from merge_rl.errors import ConfigError
-from merge_rl.workflows.search_loop import SearchLoop
+from merge_rl.workflows.optimize.rounds import SearchLoop
 
 Mergerl = Callable[..., Any]
 SMALL: list[object] = [

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import merge_rl as mrl
-from merge_rl.demo.write import DATA, RUNS, write_demo
+from merge_rl.demo import DATA, RUNS, write_demo
 from merge_rl.models.sit import SiT, position_table
-from merge_rl.workflows.comparison import ENTRIES
+from merge_rl.workflows.evaluate.final_scores import ENTRIES
 
 Mergerl = Callable[..., Any]
 
@@ -175,7 +175,7 @@ def test_an_interrupted_comparison_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("merge_rl.workflows.comparison.SamplerComparison", interrupt)
+        patch.setattr("merge_rl.workflows.evaluate.final_scores.SamplerComparison", interrupt)
         assert mergerl("optimize", demo / "sit", "--out", "broken", *arguments).code == 1
     assert mergerl("resume", "broken").code == 0
     found, expected = (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from merge_rl.config.finetune import CURVES
-from merge_rl.storage.finetune_run import FinetuneRun
+from merge_rl.storage.runs.run_dir import FinetuneRun
 from tests.finetuning import without_waiting, write_sit_set
 
 SMALL = [

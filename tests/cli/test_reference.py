@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from merge_rl.storage.images import write_png
-from merge_rl.storage.reference import load_reference
+from merge_rl.storage.files.images import write_png
+from merge_rl.workflows.reference.file import load_reference
 
 
 class Ended(NamedTuple):

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import merge_rl as mrl
-from merge_rl.storage.atomic import save_tensors
-from merge_rl.storage.manifest import MANIFEST_NAME
+from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME
+from merge_rl.storage.files.atomic import save_tensors
 from tests.children import Child
 
 
@@ -342,7 +342,7 @@ def test_a_full_disk_is_one_sentence(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("merge_rl.storage.shards.write_header", full)
+    monkeypatch.setattr("merge_rl.storage.files.shards.write_header", full)
     before = everything_in(tmp_path)
     found = mergerl("merge", tiny, "out", "--track", "raw", "--uniform")
     require_one_sentence(found, r"model\.safetensors: cannot be written: No space left on device")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from merge_rl.cli.settings import build_config, split_named
-from merge_rl.core.statistics import feature_stats
+from merge_rl.cli.options import build_config, split_named
+from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.errors import ConfigError
-from merge_rl.storage.reference import save_reference
+from merge_rl.workflows.reference.file import save_reference
 
 Mergerl = Callable[..., Any]
 QUICK = [

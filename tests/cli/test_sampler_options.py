@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from merge_rl.cli.sampler_options import choose_sampler
-from merge_rl.config import SamplerConfig
+from merge_rl.cli.options import choose_sampler
+from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 
 Mergerl = Callable[..., Any]

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 import merge_rl as mrl
 from merge_rl.config.sampler import SDE_SOLVERS, SOLVERS
-from merge_rl.core.live_model import LiveModel
+from merge_rl.core.merging.live_model import LiveModel
+from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.registry import MODELS, build_model
-from merge_rl.storage.manifest import (
+from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
     Manifest,
     SetDefaults,
     write_manifest,
 )
-from merge_rl.storage.model_file import save_checkpoint
-from merge_rl.workflows.merging import load_checkpoints, plan_merge
-from merge_rl.workflows.rollout import balanced_labels
+from merge_rl.storage.checkpoints.merging import load_checkpoints, plan_merge
+from merge_rl.storage.checkpoints.model_file import save_checkpoint
 
 # A small network of 8x8 images with one channel and ten classes, for every family.
 CONFIGS: dict[str, dict[str, Any]] = {

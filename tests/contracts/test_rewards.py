@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_rl.core.statistics import feature_stats
+from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.errors import StatisticsError
 from merge_rl.interfaces import Reward
 from merge_rl.registry import REWARDS, resolve
-from merge_rl.storage.reference import Reference
-from merge_rl.workflows.pool import Pool
-from merge_rl.workflows.reward import RewardSource
+from merge_rl.workflows.reference.formats import Reference
+from merge_rl.workflows.rewards.frechet import RewardSource
+from merge_rl.workflows.rewards.pool import Pool
 
 DIM, POOL = 5, 90
 NEEDS_FEATURES = [name for name in REWARDS if name.startswith(("kid", "mmd"))]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_rl.config import SearchConfig
-from merge_rl.core.coefficients import FreeMap
-from merge_rl.core.search_space import SearchSpace
+from merge_rl.config.optimize import SearchConfig
+from merge_rl.core.merging.linear_maps import FreeMap
 from merge_rl.errors import ConfigError, RunError
 from merge_rl.interfaces import Searcher
 from merge_rl.registry import SEARCHERS, population_of, resolve_searcher
+from merge_rl.searchers.base import SearchSpace
 
 DIM = 5
 EVALUATIONS = 600

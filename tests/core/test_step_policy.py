@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from merge_rl.config import SamplerConfig
-from merge_rl.core.edm_sde import EDMSDE
-from merge_rl.core.interpolants import make_path
-from merge_rl.core.sampling import following, make_sde, without_noise
-from merge_rl.core.schedules import edm_noise_levels, time_grid
-from merge_rl.core.sde import SDE, PathSDE, solve_sde
-from merge_rl.core.solvers import solve_fixed
+from merge_rl.config.sampler import SamplerConfig
+from merge_rl.core.sampling.edm import EDMSDE, edm_noise_levels
+from merge_rl.core.sampling.paths import make_path, time_grid
+from merge_rl.core.sampling.sampler import following, make_sde, without_noise
+from merge_rl.core.sampling.sde import SDE, PathSDE, solve_sde
+from merge_rl.core.sampling.solvers import solve_fixed
 from merge_rl.core.step_policy import Action, WindowedSDE, replay, step_loss
 from merge_rl.errors import ConfigError
 from merge_rl.models.edm2 import EDM2

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_rl.core.interpolants import make_path
-from merge_rl.core.training_losses import (
+from merge_rl.core.sampling.paths import make_path
+from merge_rl.core.step_policy import (
     denoising_loss,
     log_normal_levels,
     uniform_times,

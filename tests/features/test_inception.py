@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from merge_rl.errors import CheckpointError, StatisticsError
-from merge_rl.features.extractor import ImageFeatures
 from merge_rl.features.inception import (
+    Inception,
     load_inception,
     load_inception_clean,
     load_inception_tf1,
 )
-from merge_rl.features.inception_network import Inception
+from merge_rl.features.preparation import ImageFeatures
 
 Load = Callable[..., ImageFeatures]
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from merge_rl.features.resize import (
+from merge_rl.features.preparation import (
     resize_bicubic,
     resize_bicubic_bytes,
     resize_bilinear,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from merge_rl.demo.write import write_demo
+from merge_rl.demo import write_demo
 
 
 @pytest.fixture(scope="session", autouse=True)

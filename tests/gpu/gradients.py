@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from merge_rl.parallel import joined
-from merge_rl.workflows.data_parallel import process_group
-from merge_rl.workflows.fast import exact_products
+from merge_rl.workflows.finetune.sharded import process_group
+from merge_rl.workflows.rollout.execution import exact_products
 from tests.gradients import BATCH, furthest, gradients
 
 

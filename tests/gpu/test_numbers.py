@@ -11,21 +11,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from merge_rl.core import weighted_sum as sums
-from merge_rl.core.frechet_pool import FrechetPool, ReferenceFactor
-from merge_rl.core.influence import Influence
-from merge_rl.core.live_model import LiveModel
-from merge_rl.core.statistics import FeatureStats, feature_stats, replace_rows
-from merge_rl.core.weighted_sum import weighted_sum
-from merge_rl.features.inception import load_inception, load_inception_clean, load_inception_tf1
-from merge_rl.features.inception_network import Inception
+from merge_rl.core.distances.frechet_pool import FrechetPool, Influence, ReferenceFactor
+from merge_rl.core.distances.statistics import FeatureStats, feature_stats, replace_rows
+from merge_rl.core.merging import weighted_sum as sums
+from merge_rl.core.merging.live_model import LiveModel
+from merge_rl.core.merging.weighted_sum import weighted_sum
+from merge_rl.features.inception import (
+    Inception,
+    load_inception,
+    load_inception_clean,
+    load_inception_tf1,
+)
 from merge_rl.models.edm2 import EDM2
 from merge_rl.models.sit import SiT
 from merge_rl.registry import build_model
-from merge_rl.storage.checkpoints import open_checkpoints
-from merge_rl.workflows.fast import exact_products
-from merge_rl.workflows.merging import load_checkpoints, plan_merge
-from merge_rl.workflows.models import load_model
+from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
+from merge_rl.storage.checkpoints.merging import load_checkpoints, plan_merge
+from merge_rl.workflows.assembly.networks import load_model
+from merge_rl.workflows.rollout.execution import exact_products
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -94,7 +97,7 @@ def test_sums_have_the_bits_of_the_cpu(
 
 
 def test_sums_are_made_in_one_pass(gpu: torch.device) -> None:
-    fused = pytest.importorskip("merge_rl.core.fused_sum")
+    fused = pytest.importorskip("merge_rl.core.merging.fused_sum")
     sources = [torch.ones(8, device=gpu) for _ in range(3)]
     out = torch.empty(8, device=gpu)
     assert sums._one_pass(gpu)

@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_rl.config import SamplerConfig
-from merge_rl.core.live_model import LiveModel
+from merge_rl.config.sampler import SamplerConfig
+from merge_rl.core.merging.live_model import LiveModel
+from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.errors import NonFiniteSamplesError
 from merge_rl.rng import image_seeds
-from merge_rl.storage.checkpoints import open_checkpoints
-from merge_rl.workflows.defaults import find_surroundings
-from merge_rl.workflows.evaluate import network_rollout
-from merge_rl.workflows.extractors import build_extractor
-from merge_rl.workflows.fast import exact_products, matmul_precision
-from merge_rl.workflows.merging import load_checkpoints, plan_merge
-from merge_rl.workflows.models import load_model
-from merge_rl.workflows.rollout import MergedRollout, Rollout, WorkItem, balanced_labels
+from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
+from merge_rl.storage.checkpoints.merging import load_checkpoints, plan_merge
+from merge_rl.workflows.assembly.extractors import build_extractor
+from merge_rl.workflows.assembly.networks import load_model
+from merge_rl.workflows.assembly.resolve import find_surroundings
+from merge_rl.workflows.evaluate.features import network_rollout
+from merge_rl.workflows.rollout.execution import exact_products, matmul_precision
+from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 
 COUNT = 200
 

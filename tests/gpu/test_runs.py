@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import merge_rl as mrl
-from merge_rl.config import OptimizeConfig, SamplerConfig
+from merge_rl.config.optimize import OptimizeConfig
+from merge_rl.config.sampler import SamplerConfig
 from merge_rl.interfaces import NullTracker
-from merge_rl.workflows.finetune import resume_finetune
+from merge_rl.workflows.finetune.run import resume_finetune
 from tests.finetuning import events_of, small_config, write_sit_set
 from tests.gradients import launched
 

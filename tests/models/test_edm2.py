@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from merge_rl.errors import ConfigError
-from merge_rl.models import magnitude
+from merge_rl.models import edm2_layers as magnitude
 from merge_rl.models.edm2 import EDM2
 
 TINY = ["cond", "cond_b", "guide", "uncond", "odd", "nohead"]

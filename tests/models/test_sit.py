@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from merge_rl.core.sit_config import sit_config_from_shapes
 from merge_rl.errors import ConfigError
 from merge_rl.models.sit import SiT, position_table, time_frequencies, unpatchify
 from merge_rl.registry import build_model
+from merge_rl.storage.convert.sit import sit_config_from_shapes
 
 TINY = ["a", "b"]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from merge_rl.errors import ConfigError
 from merge_rl.models.edm2 import EDM2
+from merge_rl.models.edm2_layers import NormalizedWeight
 from merge_rl.models.lora import add_adapters, plain_state_dict
-from merge_rl.models.magnitude import NormalizedWeight
 from merge_rl.models.sit import SiT
 
 X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))

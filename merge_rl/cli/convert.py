@@ -1,0 +1,142 @@
+"""`mergerl convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from merge_rl.cli.output import ByteTracker, JsonFlag, print_json, print_table
+from merge_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from merge_rl.storage.convert import ConvertResult
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(convert)
+
+
+def convert(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="SRC... DIR", help="Files, or folders of them; last, where to."),
+    ],
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Of files that hold raw weights and EMA: model, ema or both (two tracks). auto: "
+            "the EMA of a SiT checkpoint, everything of an EDM2 training state."
+        ),
+    ] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(help="Files at once; by default one a core, at most 4.")
+    ] = None,
+    delete_source: Annotated[
+        bool,
+        typer.Option(
+            "--delete-source",
+            help="Remove each source once what was made from it is read back and compared. What "
+            "was not asked for (--weights, optimizers) is lost with it.",
+        ),
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Of the set, for the manifest.")] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", help="Of the weights; that of published files is known."),
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(help="Attention heads of a SiT of none of the published sizes.")
+    ] = None,
+    json: Annotated[bool, JsonFlag] = False,
+) -> None:
+    """Turn EDM2 and SiT files into safetensors with a manifest, without running them.
+
+    EDM2: network snapshots (.pkl), and training-state-*.pt where they are named one by one or
+    have their folder to themselves. SiT: released weights and training checkpoints (.pt). A pickle
+    can run any program when it is loaded; here it is read as data, and a file that asks for
+    anything else is refused by what it asks for. Types are kept: float16 stays float16.
+
+    All files must be of the same network. What is in DIR already and sound is kept, so start an
+    interrupted conversion again as it was:
+
+    [bold]mergerl convert network-snapshot-*.pkl ckpts/[/bold]
+
+    [bold]mergerl convert results/000-SiT-XL-2/checkpoints ckpts/ --weights both[/bold]
+
+    Then look at it with [bold]mergerl inspect ckpts/[/bold].
+    """
+    from merge_rl.storage.convert import convert as run_convert
+
+    if len(paths) < 2:
+        raise ConfigError("expected what to convert and the folder to write to: SRC... DIR")
+    *sources, folder = paths
+    with ByteTracker(quiet=json) as tracker:
+        result = run_convert(
+            sources,
+            folder,
+            weights=weights,
+            workers=workers,
+            delete_source=delete_source,
+            name=name,
+            licence=licence,
+            num_heads=num_heads,
+            tracker=tracker,
+        )
+    _show(result, json=json)
+
+
+def _show(result: ConvertResult, *, json: bool) -> None:
+    from merge_rl.storage.checkpoints import read_manifest
+
+    manifest, folder = read_manifest(result.manifest), result.manifest.parent
+    status = dict.fromkeys(result.written, "new") | dict.fromkeys(result.skipped, "kept")
+    rows: list[dict[str, Any]] = [
+        {
+            "file": entry.file,
+            "status": status[folder / entry.file],
+            "bytes": (folder / entry.file).stat().st_size,
+            "track": entry.track,
+            "nimg": entry.nimg,
+            "ema_std": entry.ema_std,
+            "sha256": entry.sha256,
+        }
+        for entry in manifest.checkpoints
+        if folder / entry.file in status
+    ]
+    if json:
+        print_json(
+            {
+                "folder": str(folder),
+                "manifest": str(result.manifest),
+                "model": dict(manifest.model),
+                "licence": manifest.licence,
+                "checkpoints": rows,
+                "deleted": [str(path) for path in result.deleted],
+            }
+        )
+        return
+    title = f"{folder}: {len(result.written)} written, {len(result.skipped)} kept"
+    title += f", {len(result.deleted)} sources deleted" if result.deleted else ""
+    print_table(
+        title,
+        ["checkpoint", "track", "nimg", "ema_std", "MB", ""],
+        [
+            [
+                str(row["file"]).removesuffix(".safetensors"),
+                *(_text(row[key]) for key in ("track", "nimg", "ema_std")),
+                f"{row['bytes'] / 1e6:.1f}",
+                str(row["status"]),
+            ]
+            for row in rows
+        ],
+    )
+    typer.echo(f"next: mergerl inspect {folder}")
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else str(value)

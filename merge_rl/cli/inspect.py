@@ -1,0 +1,227 @@
+"""`mergerl inspect`: what a folder or file is, and whether it is sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from merge_rl.cli.output import JsonFlag, interval_text, print_json, print_table
+from merge_rl.errors import CheckpointError, MergeRLError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from merge_rl.storage.checkpoints import CheckpointEntry, CheckpointSet
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(inspect)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Set, run, reference or model.")],
+    track: Annotated[str | None, typer.Option(help="Series of the manifest to look at.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Read headers only, no weights.")] = False,
+    json: Annotated[bool, JsonFlag] = False,
+) -> None:
+    """Say what a checkpoint set, run, reference or model is, and check it.
+
+    Reads every weight of a set and compares hashes, unless --quick. Exits with 1 if a check fails.
+    """
+    if (path / "config.yaml").is_file() and (path / "inputs.json").is_file():
+        _show_run(path, json=json)
+    elif _holds_statistics(path):
+        _show_references(path, json=json)
+    elif path.is_file() or (path / "model.safetensors").is_file():
+        _show_file(path, json=json)
+    else:
+        _show_set(path, track=track, quick=quick, json=json)
+
+
+def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None:
+    from merge_rl.storage.checkpoints import open_checkpoints
+
+    opened = open_checkpoints(path, track=track)
+    checks = [] if quick else list(opened.verify())
+    failed = [check for check in checks if not check.ok]
+    if json:
+        print_json(_set_document(opened, {c.name: str(c.error) for c in failed}))
+    else:
+        status = {check.name: "ok" if check.ok else "FAILED" for check in checks}
+        rows = [
+            [
+                name,
+                entry.track or "-",
+                f"{entry.nimg:,}" if entry.nimg is not None else "-",
+                _width(entry),
+                status.get(name, "not read"),
+            ]
+            for name, entry in zip(opened.names, opened.entries, strict=True)
+        ]
+        count = sum(_numel(info.shape) for info in opened.tensors.values())
+        shapes = {key: info.shape for key, info in opened.tensors.items()}
+        model = _network_name(opened.config, shapes) or "unknown network"
+        title = (
+            f"{len(opened)} checkpoints of {model}, {count:,} values in {len(opened.tensors)} "
+            f"tensors each, {opened.total_bytes / 1e6:.1f} MB, "
+            f"licence {opened.licence or 'not stated'}"
+        )
+        print_table(title, ["checkpoint", "track", "nimg", "ema_std", "check"], rows)
+    if failed:
+        raise CheckpointError(
+            f"{len(failed)} of {len(checks)} checkpoints are not sound; first: {failed[0].error}"
+        )
+
+
+def _set_document(opened: CheckpointSet, failed: dict[str, str]) -> dict[str, Any]:
+    return {
+        "kind": "checkpoint set",
+        "folder": str(opened.folder),
+        "network": _network_name(
+            opened.config, {key: info.shape for key, info in opened.tensors.items()}
+        ),
+        "model": opened.config,
+        "licence": opened.licence,
+        "bytes": opened.total_bytes,
+        "tracks": opened.tracks,
+        "newest": opened.names[opened.newest],
+        "checkpoints": [
+            {
+                "name": name,
+                "track": entry.track,
+                "nimg": entry.nimg,
+                "ema_std": entry.ema_std,
+                "error": failed.get(name),
+            }
+            for name, entry in zip(opened.names, opened.entries, strict=True)
+        ],
+    }
+
+
+def _show_run(path: Path, *, json: bool) -> None:
+    from merge_rl.storage.runs import RunDir
+
+    run = RunDir.open(path)
+    config, events, result = run.config(), run.events(), run.read("result.json")
+    last = events[-1] if events else None
+    document = {
+        "kind": "run",
+        "state": "finished" if result else "unfinished",
+        "checkpoints": config.checkpoints,
+        "budget": config.budget,
+        "seed": config.seed,
+        "rounds": len(events),
+        "images": last["images"] if last else 0,
+        "pool_fid": last["pool_after"] if last else None,
+        "comparison": result["comparison"] if result else None,
+    }
+    if json:
+        print_json(document)
+        return
+    rows = [[key, str(value)] for key, value in document.items() if key != "comparison"]
+    print_table(str(path), ["run", ""], rows)
+    if result:
+        headline = result["comparison"]["headline"]
+        entries = result["comparison"]["entries"]
+        print_table(
+            f"{headline} FID, N = {result['comparison']['num_images']:,}",
+            ["model", "mean [95 % interval]"],
+            [[name, interval_text(summary[headline])] for name, summary in entries.items()],
+        )
+    else:
+        typer.echo(f"go on with: mergerl resume {path}")
+
+
+def _show_file(path: Path, *, json: bool) -> None:
+    from merge_rl.storage.checkpoints import open_model_file
+
+    file = open_model_file(path)
+    document: dict[str, Any] = {
+        "kind": "model",
+        "network": _network_name(
+            file.config, {key: tuple(tensor.shape) for key, tensor in file.weights.items()}
+        ),
+        "tensors": len(file.weights),
+        "values": sum(t.numel() for t in file.weights.values()),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in file.weights.values()}),
+        "config": file.config,
+    }
+    if json:
+        print_json(document)
+    else:
+        rows = [[key, str(value)] for key, value in document.items() if value is not None]
+        print_table(str(path), ["file", ""], rows)
+
+
+def _holds_statistics(path: Path) -> bool:
+    if path.is_dir():
+        return False
+    from merge_rl.workflows.reference import kind_of
+
+    return path.suffix.lower() == ".pkl" or kind_of(path) in ("reference", "features")
+
+
+def _show_references(path: Path, *, json: bool) -> None:
+    from merge_rl.workflows.reference import load_all_references
+
+    documents = []
+    for entry, found in load_all_references(path).items():
+        documents.append(
+            {
+                "kind": "reference",
+                "entry": entry or None,
+                "extractor": found.extractor or None,
+                "extractor_sha256": found.extractor_sha256,
+                "preprocessing": found.preprocessing or None,
+                "dimensions": found.dim,
+                "count": found.count,
+                "resolution": found.resolution,
+                "features": None if found.features is None else len(found.features),
+                "labels": found.labels is not None,
+                "source": found.source or None,
+                "note": found.assumed or None,
+            }
+        )
+    if json:
+        print_json(documents[0] if len(documents) == 1 else {"entries": documents})
+        return
+    for document in documents:
+        rows = [[key, str(value)] for key, value in document.items() if value is not None]
+        print_table(str(path), ["statistics", ""], rows)
+
+
+def _network_name(
+    config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """The family, with the published size where there is one: "edm2", "SiT-XL/2", "sit (custom)".
+
+    Where no config is known, tensors may still tell a SiT and its size.
+    """
+    from merge_rl.storage.convert import is_sit, sit_config_from_shapes, sit_size_name
+
+    if config is None or "model" not in config:
+        if not is_sit(shapes):
+            return None
+        try:
+            config = sit_config_from_shapes(shapes)
+        except MergeRLError:  # such as a size that does not tell its attention heads
+            return "sit (custom)"
+    family = str(config.get("model"))
+    size = sit_size_name(config) if family == "sit" else family
+    return "sit (custom)" if size == "custom" else size
+
+
+def _width(entry: CheckpointEntry) -> str:
+    if entry.ema_std is not None:
+        return f"{entry.ema_std:.3f}"
+    return "raw" if entry.track in (None, "raw") else "-"
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

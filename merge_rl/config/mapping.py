@@ -1,0 +1,126 @@
+"""Settings to and from plain mappings and YAML: strict about names, types and ranges.
+
+Code below this package trusts the values. Every default is what the command does when nothing is
+said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from merge_rl.errors import ConfigError, UnknownNameError
+
+T = TypeVar("T")
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A config as plain mappings, lists, numbers and strings."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            value = to_mapping(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        elif isinstance(value, Mapping):
+            value = dict(value)
+        values[item.name] = value
+    return values
+
+
+def from_mapping(cls: type[T], values: object, where: str = "config") -> T:
+    """A config of type `cls` from plain mappings; ConfigError names the key that is off."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping, found {type(values).__name__}")
+    kinds = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in kinds:
+            raise UnknownNameError(f"setting in {where}", str(key), kinds)
+        arguments[key] = _convert(kinds[key], value, f"{where}.{key}")
+    missing = [
+        item.name
+        for item in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if item.name not in arguments
+        and item.default is dataclasses.MISSING
+        and item.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where}: {missing[0]!r} is missing")
+    return cls(**arguments)
+
+
+def load_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file (safe loader) that must hold a mapping with text keys."""
+    import yaml  # help texts need the settings' names, and must not wait for it
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    # PyYAML lets ValueError escape for scalars that do not fit their tag, such as 2024-99-99.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping, found {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def load_config(cls: type[T], path: Path) -> T:
+    """Read a YAML file (safe loader) into a config."""
+    return from_mapping(cls, load_mapping(path), path.name)
+
+
+def dump_config(config: Any) -> str:
+    """A config as YAML text that `load_config` reads back to an equal config."""
+    import yaml
+
+    text: str = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _convert(kind: Any, value: object, where: str) -> Any:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in parts:
+            return None
+        return _convert(next(p for p in parts if p is not type(None)), value, where)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return from_mapping(kind, value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(parts[0], item, where) for item in value)
+    if origin is not None and isinstance(value, Mapping):
+        return {str(k): _convert(parts[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
+            return float(str(value))
+    if kind is int and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            if number.is_integer():
+                return int(number)
+    if kind is str and type(value) is int:
+        return str(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    name = getattr(kind, "__name__", str(kind)) if origin is None else "list or mapping"
+    raise ConfigError(f"{where}: expected {name}, found {type(value).__name__} {value!r}")
+
+
+def without_nan(value: Any) -> Any:
+    """Plain data with None for NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,88 @@
+"""Means with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy import special
+
+from merge_rl.errors import TooFewSamplesError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean of `count` values with the bounds of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def half_width(self) -> float:
+        """Half of high - low."""
+        return (self.high - self.low) / 2
+
+    def overlaps(self, other: Interval) -> bool:
+        """Whether the two intervals share a point."""
+        return self.low <= other.high and other.low <= self.high
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean and its two-sided Student interval, mean +- t_{n-1} s / sqrt(n), from n >= 2 values."""
+    count = len(values)
+    if count < 2:
+        raise TooFewSamplesError(f"an interval needs at least 2 values, got {count}")
+    data = torch.tensor(values, dtype=torch.float64)
+    mean = float(data.mean())
+    quantile = float(special.stdtrit(count - 1, 0.5 + level / 2))
+    half = quantile * float(data.std()) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def summarize_repeats(repeats: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """{value: {reference: summary}}: mean, 95 % interval, minimum and the values of all repeats.
+
+    The interval's ends are None where there is but one repeat: nothing tells its spread.
+    """
+    summary: dict[str, Any] = {}
+    for name, of_references in repeats[0].items():
+        summary[name] = {}
+        for key in of_references:
+            values = [repeat[name][key] for repeat in repeats]
+            bounds = mean_interval(values) if len(values) > 1 else None
+            summary[name][key] = {
+                "mean": bounds.mean if bounds else values[0],
+                "low": bounds.low if bounds else None,
+                "high": bounds.high if bounds else None,
+                "min": min(values),
+                "values": values,
+            }
+    return summary
+
+
+def summarize(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean, 95 % interval, minimum and values over repeats, for each reference."""
+    summary = {}
+    for name in scores[0]:
+        values = [score[name] for score in scores]
+        interval = mean_interval(values)
+        summary[name] = {
+            "mean": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+            "min": min(values),
+            "values": values,
+        }
+    return summary
+
+
+def improvement(
+    result: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]], name: str
+) -> Interval:
+    """Interval of the paired differences other - result: same seeds, so most noise cancels."""
+    return mean_interval([b[name] - a[name] for a, b in zip(result, other, strict=True)])

@@ -1,0 +1,1 @@
+"""Weighted sums of checkpoints, and the maps from theta to their coefficients."""

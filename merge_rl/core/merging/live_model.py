@@ -1,0 +1,59 @@
+"""A network whose weights are a merge, changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from merge_rl.core.merging.buffers import Checkpoints, as_float32
+from merge_rl.errors import ConfigError
+
+
+class LiveModel:
+    """A network whose parameters are views of one flat buffer, so that a merge writes in place.
+
+    Merges are made on the network's device, chunk by chunk where the checkpoints lie elsewhere.
+    """
+
+    def __init__(self, model: nn.Module, checkpoints: Checkpoints) -> None:
+        state = model.state_dict()
+        device = next((tensor.device for tensor in state.values()), checkpoints.device)
+        self.model, self._checkpoints = model, checkpoints
+        self._flat = torch.empty(checkpoints.layout.size, device=device)
+        views = checkpoints.layout.views(self._flat)
+        expected = {name: tensor.shape for name, tensor in state.items()}
+        found = {name: tensor.shape for name, tensor in {**views, **checkpoints.fixed}.items()}
+        if expected != found:
+            names = expected.keys() | found.keys()
+            odd = sorted(name for name in names if expected.get(name) != found.get(name))
+            raise ConfigError(
+                f"the network and the checkpoints differ in {len(odd)} tensors, first {odd[0]!r}"
+            )
+        self._bind(views)
+
+    def _bind(self, views: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, view in views.items():
+                owner, leaf = self._owner(name)
+                # A parameter made of a view shares its version counter: caches of derived weights
+                # notice every merge.
+                setattr(owner, leaf, nn.Parameter(view, requires_grad=False))
+            for name, tensor in self._checkpoints.fixed.items():
+                owner, leaf = self._owner(name)
+                current = getattr(owner, leaf)
+                value = as_float32(tensor).to(self._flat.device)
+                if isinstance(current, nn.Parameter):
+                    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+                else:
+                    setattr(owner, leaf, value)
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(path), leaf
+
+    def set_coefficients(self, coefficients: Tensor) -> None:
+        """Turn the network into the merge with these coefficients (G, K)."""
+        with torch.no_grad():
+            self._checkpoints.merge(coefficients, out=self._flat)

@@ -1,0 +1,276 @@
+"""Maps from the search vector theta (D,) to merging coefficients (G, K).
+
+K checkpoints are merged as sum_k coefficients[g, k] · weights_k, with one row g for each group of
+tensors (a single group by default). A searcher works on theta, unit-scaled and unconstrained;
+`scale` turns a unit of theta into a change of coefficients, and theta = 0 is the starting point.
+All maps return float64. A theta that holds NaN gives NaN coefficients: a failed candidate is data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from merge_rl.core.merging.ema_profiles import posthoc_coefficients
+from merge_rl.core.merging.linear_maps import (
+    AffineMap,
+    FreeMap,
+    ShiftedInit,
+    WhitenedMap,
+    check_base,
+    check_sizes,
+    theta_rows,
+)
+from merge_rl.errors import ConfigError, UnknownNameError
+
+MAPS = ("whitened", "affine", "free", "softmax", "ema")
+
+
+class CoefficientMap(Protocol):
+    """theta (D,) -> coefficients (G, K) float64; theta = 0 gives the starting coefficients."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def num_checkpoints(self) -> int: ...
+    @property
+    def num_groups(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    def __call__(self, theta: Tensor) -> Tensor: ...
+    def theta_of(self, coefficients: Tensor) -> Tensor:
+        """The theta (D,) that gives coefficients (G, K); ConfigError where none does."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class BoundedMap:
+    """Another map, held inside a box: no coefficient beyond ± `limit`.
+
+    A row that would leave the box is drawn back towards the start, on the straight line to it, as
+    far as it takes: c = start + t (c - start) with the largest t <= 1 that fits. Sums that the
+    other map keeps are kept, and theta = 0 is left alone.
+    """
+
+    inner: CoefficientMap
+    limit: float
+
+    def __post_init__(self) -> None:
+        largest = float(self.inner(torch.zeros(self.dim, dtype=torch.float64)).abs().max())
+        if not largest <= self.limit:
+            raise ConfigError(
+                f"the start has a coefficient of {largest:g}, "
+                f"expected a bound of at least that, got {self.limit:g}"
+            )
+
+    @property
+    def kind(self) -> str:
+        return self.inner.kind
+
+    @property
+    def num_checkpoints(self) -> int:
+        return self.inner.num_checkpoints
+
+    @property
+    def num_groups(self) -> int:
+        return self.inner.num_groups
+
+    @property
+    def dim(self) -> int:
+        return self.inner.dim
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        start = self.inner(torch.zeros_like(theta))
+        moves = self.inner(theta) - start
+        # How far each coefficient may go in the direction it takes.
+        room = (self.limit - start * moves.sign()) / moves.abs()
+        share = torch.where(moves == 0, torch.inf, room).amin(1, keepdim=True).clamp(max=1)
+        return start + share * moves
+
+    def theta_of(self, coefficients: Tensor) -> Tensor:
+        """The inverse; ConfigError for coefficients outside the box."""
+        largest = float(coefficients.abs().max())
+        if largest > self.limit + 1e-9:
+            raise ConfigError(f"expected coefficients within {self.limit:g}, got {largest:g}")
+        return self.inner.theta_of(coefficients)
+
+
+def initial_coefficients(start: str, *, num_checkpoints: int, base: int) -> Tensor:
+    """Where a search begins, (K,) float64: "newest" is all of `base`, "uniform" the average."""
+    check_base(base, num_checkpoints)
+    if start == "newest":
+        return torch.eye(num_checkpoints, dtype=torch.float64)[base].clone()
+    if start == "uniform":
+        return torch.full((num_checkpoints,), 1 / num_checkpoints, dtype=torch.float64)
+    raise UnknownNameError("starting point", start, known=("newest", "uniform"))
+
+
+def make_map(
+    kind: str,
+    *,
+    num_checkpoints: int,
+    num_groups: int = 1,
+    base: int,
+    scale: float,
+    init: Tensor,
+    nimg: Sequence[int] | Tensor | None = None,
+    ema_std: Sequence[float | None] | Tensor | None = None,
+    gram: Tensor | None = None,
+) -> CoefficientMap:
+    """The map of that kind, one of `MAPS`: "ema" needs `nimg` and `ema_std`, "whitened" `gram`.
+
+    `init` (K,) is what theta = 0 gives. The ema map can only start at a checkpoint, so its `init`
+    must be 1 at `base` and 0 elsewhere.
+    """
+    if tuple(init.shape) != (num_checkpoints,):
+        expected = f"({num_checkpoints},)"
+        raise ConfigError(f"expected init of shape {expected}, got {tuple(init.shape)}")
+    if kind == "affine":
+        return AffineMap(init=init, scale=scale, num_groups=num_groups, base=base)
+    if kind == "free":
+        return FreeMap(init=init, scale=scale, num_groups=num_groups)
+    if kind == "softmax":
+        return SoftmaxMap(init=init, scale=scale, num_groups=num_groups)
+    if kind == "whitened":
+        if gram is None:
+            raise ConfigError("the whitened map needs the Gram matrix of the checkpoints")
+        return WhitenedMap(init=init, scale=scale, num_groups=num_groups, gram=gram)
+    if kind != "ema":
+        raise UnknownNameError("coefficient map", kind, MAPS)
+    alone = initial_coefficients("newest", num_checkpoints=num_checkpoints, base=base)
+    if not torch.equal(init.to(alone), alone):
+        got = init.tolist()
+        raise ConfigError(f"expected the ema map to start at checkpoint {base} alone, got {got}")
+    times = _known("nimg", nimg, num_checkpoints)
+    widths = _known("ema_std", ema_std, num_checkpoints)
+    return EmaMap(nimg=times, ema_std=widths, base=base, scale=scale, num_groups=num_groups)
+
+
+def _known(name: str, values: Sequence[float | None] | Tensor | None, length: int) -> Tensor:
+    listed = [None] * length if values is None else list(values)
+    missing = [i for i, value in enumerate(listed) if value is None]
+    if missing or len(listed) != length:
+        raise ConfigError(
+            f"expected {name} of all {length} checkpoints for the ema map,"
+            f" got {len(listed) - len(missing)} of them"
+        )
+    return torch.tensor(
+        [float(value) for value in listed if value is not None], dtype=torch.float64
+    )
+
+
+SMOOTHING = 0.1  # share of the uniform average mixed into a softmax start that has zeros
+STD_RANGE = (0.001, 0.288)  # widths a search may reach, inside the open interval (0, 1/√12)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SoftmaxMap(ShiftedInit):
+    """softmax(log(init) + scale · theta): non-negative rows that sum to 1. D = G K.
+
+    A zero in `init` has a logit of −∞ that no theta can move, so an init with zeros is smoothed to
+    (1 − ε) init + ε/K with ε = 0.1, and theta = 0 then gives the *smoothed* init. An init that is
+    positive throughout is kept as it is.
+    """
+
+    kind: ClassVar[str] = "softmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        total = float(self.init.sum())
+        if bool((self.init < 0).any()) or abs(total - 1) > 1e-6:
+            got = f"{self.init.tolist()}, sum {total:g}"
+            raise ConfigError(f"expected init >= 0 with sum 1 for the softmax map, got {got}")
+
+    @property
+    def start(self) -> Tensor:
+        """The coefficients (K,) at theta = 0."""
+        if bool((self.init > 0).all()):
+            return self.init
+        return (1 - SMOOTHING) * self.init + SMOOTHING / self.num_checkpoints
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        rows = theta_rows(theta, self.num_groups, self.dim)
+        return torch.softmax(self.start.log() + self.scale * rows, dim=1)
+
+    def theta_of(self, coefficients: Tensor) -> Tensor:
+        """An inverse: of the thetas that give the same row, the one without a common offset."""
+        rows = coefficients.to(torch.float64).reshape(self.num_groups, -1)
+        if bool((rows <= 0).any()) or float((rows.sum(1) - 1).abs().max()) > 1e-6:
+            raise ConfigError(
+                f"the softmax map reaches rows above 0 with sum 1, got {rows.tolist()}"
+            )
+        return ((rows.log() - self.start.log()) / self.scale).flatten()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EmaMap:
+    """Post-hoc EMA profiles: theta moves the width and the end time of one profile a group.
+
+        ema_std = ema_std[base] · exp(scale · theta_0)     kept inside STD_RANGE
+        end     = nimg[base] · exp(scale · theta_1)        at least the earliest checkpoint's nimg,
+                                                           at most the newest one's
+        coefficients = posthoc_coefficients(checkpoints up to end, end, ema_std)
+
+    Checkpoints later than `end` get 0, as the profile gives no weight to what it has not seen.
+    theta = 0 is exactly the checkpoint `base`. `nimg` and `ema_std` are (K,); D = 2 G.
+    """
+
+    nimg: Tensor
+    ema_std: Tensor
+    base: int
+    scale: float
+    num_groups: int = 1
+    kind: ClassVar[str] = "ema"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nimg", self.nimg.to(torch.float64))
+        object.__setattr__(self, "ema_std", self.ema_std.to(torch.float64))
+        check_sizes(self.num_checkpoints, self.num_groups, self.scale)
+        check_base(self.base, self.num_checkpoints)
+        lowest, highest = STD_RANGE
+        start = float(self.ema_std[self.base])
+        if not lowest <= start <= highest:
+            raise ConfigError(
+                f"expected an ema_std of {lowest} to {highest} at the start, got {start:g}"
+            )
+        # Once, here: repeated or misshapen inputs would otherwise surface in the first round.
+        posthoc_coefficients(self.nimg, self.ema_std, self.nimg, self.ema_std)
+
+    @property
+    def num_checkpoints(self) -> int:
+        return self.nimg.numel()
+
+    @property
+    def dim(self) -> int:
+        return 2 * self.num_groups
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        factors = (self.scale * theta_rows(theta, self.num_groups, self.dim)).exp()
+        widths = (self.ema_std[self.base] * factors[:, 0]).clamp(*STD_RANGE)
+        ends = (self.nimg[self.base] * factors[:, 1]).clamp(self.nimg.min(), self.nimg.max())
+        rows = [self._row(end, width) for end, width in zip(ends, widths, strict=True)]
+        return torch.stack(rows)
+
+    def theta_of(self, coefficients: Tensor) -> Tensor:
+        """Of the checkpoint at the start alone: which profile a row belongs to is not sought."""
+        origin = torch.zeros(self.dim, dtype=torch.float64)
+        rows = coefficients.to(torch.float64).reshape(self.num_groups, -1)
+        if not torch.equal(rows, self(origin)):
+            raise ConfigError(
+                "the ema map reaches EMA profiles alone, "
+                f"expected those of its start, got {rows.tolist()}"
+            )
+        return origin
+
+    def _row(self, end: Tensor, width: Tensor) -> Tensor:
+        if bool(end.isnan() | width.isnan()):
+            return torch.full_like(self.nimg, torch.nan)
+        seen = self.nimg <= end
+        row = torch.zeros_like(self.nimg)
+        fitted = posthoc_coefficients(self.nimg[seen], self.ema_std[seen], end[None], width[None])
+        row[seen] = fitted[:, 0]
+        return row

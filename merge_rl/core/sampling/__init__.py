@@ -1,0 +1,1 @@
+"""Paths, schedules and solvers that turn noise into samples."""

@@ -1,0 +1,149 @@
+"""Sampler settings, labels and the network they meet: what cannot work is refused first."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from merge_rl.config import FIXED_SOLVERS, SDE_SOLVERS, SOLVERS, SamplerConfig
+from merge_rl.core.sampling.edm import levels_of
+from merge_rl.core.sampling.sde import PathSDE
+from merge_rl.core.sampling.solvers import find_tableau
+from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.interfaces import Denoiser
+
+DENOISED, VELOCITY = "denoised", "velocity"
+# What a family's sampler can do; every solver works for both today.
+SOLVERS_OF: Final = {DENOISED: SOLVERS, VELOCITY: SOLVERS}
+
+
+def prediction_of(model: object) -> str:
+    """What a network predicts: "denoised" (EDM2, and where nothing is said) or "velocity" (SiT)."""
+    prediction = str(getattr(model, "prediction", DENOISED))
+    if prediction not in SOLVERS_OF:
+        raise UnknownNameError("prediction of a network", prediction, SOLVERS_OF)
+    return prediction
+
+
+def require_solver(solver: str, prediction: str = DENOISED) -> None:
+    """Raise UnknownNameError unless networks of this prediction can be sampled with a solver."""
+    if solver not in SOLVERS_OF[prediction]:
+        raise UnknownNameError("solver", solver, SOLVERS_OF[prediction])
+
+
+def require_sampler(
+    settings: SamplerConfig, model: Denoiser, guide: Denoiser | None = None
+) -> None:
+    """Raise ConfigError unless a network can be sampled with these settings."""
+    prediction = prediction_of(model)
+    require_solver(settings.solver, prediction)
+    if settings.is_sde and settings.num_steps < 2:
+        raise ConfigError(f"need num_steps >= 2 for an SDE, got {settings.num_steps}")
+    if prediction == DENOISED:
+        _require_edm(settings)
+    elif settings.is_sde:
+        PathSDE.of(settings, _no_velocity)  # refuses what would be infinite
+    _require_guidance(settings, model, guide)
+
+
+def _no_velocity(x: Tensor, _t: Tensor) -> Tensor:
+    return x
+
+
+def _require_edm(settings: SamplerConfig) -> None:
+    levels_of(settings)  # refuses levels that cannot be
+    if settings.is_sde and settings.diffusion != "sigma":
+        raise ConfigError(
+            f"the diffusion form {settings.diffusion!r} belongs to paths; networks that denoise "
+            "(EDM2) have 'sigma' with a norm"
+        )
+
+
+def _require_guidance(settings: SamplerConfig, model: Denoiser, guide: Denoiser | None) -> None:
+    if settings.guidance == 1:
+        return
+    if guide is not None:
+        if prediction_of(guide) != prediction_of(model):
+            raise ConfigError(
+                f"the guide predicts {prediction_of(guide)!r}, the network "
+                f"{prediction_of(model)!r}; expected two networks of one family"
+            )
+    elif prediction_of(model) == DENOISED:
+        raise ConfigError(
+            f"guidance {settings.guidance:g} needs a guide network; 1 switches guidance off"
+        )
+    elif getattr(model, "null_label", None) is None:
+        raise ConfigError(
+            f"guidance {settings.guidance:g} needs a network with a null class, or a guide "
+            "network; 1 switches guidance off"
+        )
+
+
+def require_reward_solver(settings: SamplerConfig) -> None:
+    """Raise ConfigError for a solver under which an image depends on the others of its batch."""
+    if settings.is_adaptive:
+        raise ConfigError(
+            f"{settings.solver} chooses its steps by the whole batch, so that a reward would "
+            f"depend on which images are made together; expected one of "
+            f"{', '.join((*FIXED_SOLVERS, *SDE_SOLVERS))}"
+        )
+
+
+def require_labels(labels: Tensor | None, model: object, count: int) -> None:
+    """Raise ConfigError unless labels are `count` class ids of the network, or rows for them.
+
+    The null class is one of the ids. A network without classes takes any ids and ignores them.
+    """
+    if labels is None:
+        return
+    if len(labels) != count:
+        raise ConfigError(f"expected {count} labels, one for each image, found {len(labels)}")
+    classes: int | None = getattr(model, "label_dim", None)
+    if not classes or labels.ndim != 1 or labels.is_floating_point() or not count:
+        return
+    last = classes - 1 if getattr(model, "null_label", None) is None else classes
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high > last:
+        raise ConfigError(f"expected labels in 0..{last}, found {low if low < 0 else high}")
+
+
+def count_network_calls(
+    solver: str, num_steps: int, *, prediction: str = DENOISED, last_step: str = "mean"
+) -> int:
+    """Network calls an image costs (nfe), per network and without the null class's.
+
+    ODE: stages times N; for EDM the last interval costs one call where the method would need the
+    slope at its end (2N - 1 for Heun). SDE: N, or 2N - 1 for Heun; with "none" as the last step of
+    a path 2N. Adaptive solvers have no fixed number: ConfigError.
+    """
+    require_solver(solver, prediction)
+    if solver in FIXED_SOLVERS:
+        tableau = find_tableau(solver)
+        spared = tableau.stages - 1 if prediction == DENOISED and tableau.reaches_end else 0
+        return tableau.stages * num_steps - spared
+    if solver not in SDE_SOLVERS:
+        raise ConfigError(f"{solver} chooses its own steps: it has no fixed number of calls")
+    stages = SDE_SOLVERS.index(solver) + 1
+    ends_noisy = prediction == VELOCITY and last_step == "none"
+    return stages * num_steps - (0 if ends_noisy else stages - 1)
+
+
+def require_class_ids(labels: Tensor, count: int) -> None:
+    """Raise ConfigError unless labels (B,) on the CPU are class ids in 0..count-1.
+
+    Labels on an accelerator pass unread: looking at them would wait for everything that is queued
+    there, in every call of the network. In a compiled network, which is for accelerators, all do.
+    """
+    if torch.compiler.is_compiling() or labels.device.type != "cpu" or not labels.numel():
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= count:
+        odd = low if low < 0 else high
+        raise ConfigError(f"expected labels in 0..{count - 1}, found {odd}")
+
+
+def balanced_labels(count: int, num_classes: int) -> Tensor:
+    """Labels 0, 1, ..., K-1, 0, 1, ...: (count,) int64; every run of K rows has each class once."""
+    return torch.arange(count) % max(num_classes, 1)

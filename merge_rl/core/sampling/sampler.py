@@ -1,0 +1,251 @@
+"""From noise to samples: one door for both families of networks and all solvers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from merge_rl.config import SamplerConfig
+from merge_rl.core.sampling.compatibility import (
+    VELOCITY,
+    prediction_of,
+    require_labels,
+    require_sampler,
+)
+from merge_rl.core.sampling.edm import EDMSDE, edm_velocity, levels_of
+from merge_rl.core.sampling.edm import Churn as Churn
+from merge_rl.core.sampling.edm import solve_edm as solve_edm
+from merge_rl.core.sampling.guidance import autoguided, classifier_free
+from merge_rl.core.sampling.paths import make_path, time_grid
+from merge_rl.core.sampling.sde import SDE, Draw, PathSDE, solve_sde
+from merge_rl.core.sampling.solvers import (
+    NormWatch,
+    OnStep,
+    Velocity,
+    find_tableau,
+    runge_kutta_step,
+    solve_adaptive,
+    solve_fixed,
+)
+from merge_rl.errors import ConfigError
+from merge_rl.interfaces import Denoiser
+from merge_rl.rng import ImageStreams
+
+
+def sample(
+    model: Denoiser,
+    noise: Tensor,
+    labels: Tensor | None = None,
+    *,
+    solver: str = "heun",
+    num_steps: int = 32,
+    guidance: float = 1.0,
+    guide: Denoiser | None = None,
+    guidance_channels: int | None = 3,
+    low_memory: bool = False,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    path: str = "linear",
+    diffusion: str = "sigma",
+    diffusion_norm: float = 1.0,
+    last_step: str = "mean",
+    last_step_size: float = 0.04,
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+    churn: Churn | None = None,
+    draw: Draw | None = None,
+    dtype: torch.dtype = torch.float32,
+    check_finite: bool = False,
+) -> Tensor:
+    """Samples (B, C, h, w) of `dtype` from noise of unit variance.
+
+    Args:
+        model: a denoiser D(x; sigma, labels) such as EDM2, or, where its attribute `prediction` is
+            "velocity", a velocity v(x, t, labels) such as SiT.
+        noise: (B, C, h, w).
+        labels: (B,) int64 class ids, (B, K) float rows (denoisers), or None.
+        solver: ODE: "euler", "heun", "midpoint", "heun3", "rk4" (the 3/8 rule), each with fixed
+            steps, or "dopri5", which is adaptive and depends on the whole batch. SDE:
+            "sde-euler" (Euler-Maruyama), "sde-heun".
+        num_steps: solver intervals. `count_network_calls` says what they cost.
+        guidance: strength; 1 is off and then `guide` is not called.
+        guide: the weaker network. A velocity network can do without, by its null class.
+        guidance_channels, low_memory: see `classifier_free`.
+        sigma_min, sigma_max, rho: noise levels of denoisers, see `edm_noise_levels`.
+        path: "linear", "gvp" or "vp": what a velocity network was trained on.
+        diffusion, diffusion_norm: noise of an SDE, see `merge_rl.core.diffusions.diffusion`.
+        last_step, last_step_size: end of the SDE of a path, see `PathSDE`.
+        rtol, atol: of dopri5.
+        churn: see `solve_edm`; denoisers with a fixed-step ODE solver only.
+        draw: noise of the state's shape for churn, which needs it, or for an SDE; by default an
+            SDE's noise follows from the starting noise of each image (`ImageStreams.following`).
+        dtype: of the solver's state; the network gets float32.
+        check_finite: raise NonFiniteSamplesError with the step where samples cease to be finite.
+
+    An image is a function of its noise and label, whatever the batch, but for dopri5 and `draw`.
+    Raises ConfigError for settings that cannot work, UnknownNameError for an unknown solver.
+    """
+    settings = SamplerConfig(
+        solver=solver, num_steps=num_steps, guidance=guidance, guidance_channels=guidance_channels,
+        low_memory=low_memory, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, path=path,
+        diffusion=diffusion, diffusion_norm=diffusion_norm, last_step=last_step,
+        last_step_size=last_step_size, rtol=rtol, atol=atol,
+    )  # fmt: skip
+    return sample_with(
+        settings, model, noise, labels, guide=guide, churn=churn, draw=draw, dtype=dtype,
+        check_finite=check_finite,
+    )  # fmt: skip
+
+
+def sample_with(
+    settings: SamplerConfig,
+    model: Denoiser,
+    noise: Tensor,
+    labels: Tensor | None = None,
+    *,
+    guide: Denoiser | None = None,
+    churn: Churn | None = None,
+    draw: Draw | None = None,
+    dtype: torch.dtype = torch.float32,
+    check_finite: bool = False,
+) -> Tensor:
+    """`sample` with its settings in one object; `settings.guide`, a file, is not looked at."""
+    require_sampler(settings, model, guide)
+    require_labels(labels, model, len(noise))
+    if churn is not None and (
+        settings.is_sde or settings.is_adaptive or prediction_of(model) == VELOCITY
+    ):
+        raise ConfigError("churn is for the fixed-step ODE solvers of networks that denoise (EDM2)")
+    scale = 1.0 if prediction_of(model) == VELOCITY else settings.sigma_max
+    watch = NormWatch(noise * scale) if check_finite else None
+    with torch.no_grad():
+        if settings.is_sde:
+            sde = make_sde(settings, model, labels, guide=guide, dtype=dtype)
+            samples = solve_sde(sde, noise, draw or following(noise), on_step=watch)
+        else:
+            evaluate = _network(settings, model, labels, guide, dtype)
+            if prediction_of(model) == VELOCITY:
+                samples = _solve_path(settings, evaluate, noise.to(dtype), watch)
+            else:
+                samples = _solve_denoiser(settings, evaluate, noise.to(dtype), churn, draw, watch)
+    if watch is not None:
+        watch.check()
+    return samples
+
+
+def make_sde(
+    settings: SamplerConfig,
+    model: Denoiser,
+    labels: Tensor | None = None,
+    *,
+    guide: Denoiser | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> SDE:
+    """The SDE that `sample_with` solves, step by step for whoever needs the steps.
+
+    With gradients where they are on: `gaussian(i, x)` at a stored state, and `step_log_prob` of
+    the state that followed it, are what a policy gradient needs ("sde-euler").
+    """
+    require_sampler(settings, model, guide)
+    evaluate = _network(settings, model, labels, guide, dtype)
+    if prediction_of(model) != VELOCITY:
+        return EDMSDE(
+            denoise=evaluate, sigmas=levels_of(settings, dtype), norm=settings.diffusion_norm,
+            heun=settings.solver == "sde-heun",
+        )  # fmt: skip
+    return PathSDE.of(settings, evaluate, dtype)
+
+
+def without_noise(sde: SDE) -> SDE:
+    """The steps of an SDE that `make_sde` made, with all noise left out: Euler's of its ODE."""
+    if isinstance(sde, EDMSDE):
+        return dataclasses.replace(sde, norm=0.0)
+    if isinstance(sde, PathSDE):
+        return dataclasses.replace(sde, form="constant", norm=0.0)
+    raise ConfigError(f"expected an SDE of a network, got {type(sde).__name__}")
+
+
+def following(noise: Tensor) -> Draw:
+    """What `sample` draws the noise of an SDE's steps from: each image's own, by its start."""
+    streams, shape = ImageStreams.following(noise), noise.shape[1:]
+    return lambda: streams.randn(shape)
+
+
+def _network(
+    settings: SamplerConfig,
+    model: Denoiser,
+    labels: Tensor | None,
+    guide: Denoiser | None,
+    dtype: torch.dtype,
+) -> Velocity:
+    """(x, t) -> the guided network's prediction in the precision of the state."""
+    net = model
+    if settings.guidance != 1:
+        null: int | None = getattr(model, "null_label", None)
+        if guide is not None:
+            net = autoguided(model, guide, settings.guidance)
+        elif null is not None:  # require_sampler has seen to it
+            net = classifier_free(
+                model, null, settings.guidance, channels=settings.guidance_channels,
+                low_memory=settings.low_memory,
+            )  # fmt: skip
+
+    def evaluate(x: Tensor, t: Tensor) -> Tensor:
+        # The network works in float32 whatever the precision of the state. Times of a grid are on
+        # the CPU; filling in a number, unlike copying it, does not wait for the device.
+        here = t.float() if t.device == x.device else torch.full((), float(t), device=x.device)
+        return net(x.float(), here, labels).to(dtype)
+
+    return evaluate
+
+
+def _solve_path(
+    settings: SamplerConfig, velocity: Velocity, x: Tensor, on_step: OnStep | None
+) -> Tensor:
+    path = make_path(settings.path)
+    if settings.is_adaptive:
+        return _adaptive(settings, velocity, x, 0.0, path.end, on_step)
+    times = time_grid(settings.num_steps, end=path.end, dtype=x.dtype)
+    return solve_fixed(velocity, x, times, solver=settings.solver, on_step=on_step)
+
+
+def _solve_denoiser(
+    settings: SamplerConfig,
+    denoise: Velocity,
+    noise: Tensor,
+    churn: Churn | None,
+    draw: Draw | None,
+    on_step: OnStep | None,
+) -> Tensor:
+    velocity, levels = edm_velocity(denoise), levels_of(settings, noise.dtype)
+    if not settings.is_adaptive:
+        return solve_edm(
+            velocity, noise, levels, solver=settings.solver, churn=churn, draw=draw,
+            on_step=on_step,
+        )  # fmt: skip
+    # The slope is not defined at sigma = 0: adaptive down to sigma_min, then Euler.
+    last = levels[-2:]
+    x = noise * levels[0]
+    x = _adaptive(settings, velocity, x, float(levels[0]), float(last[0]), on_step)
+    return runge_kutta_step(find_tableau("euler"), velocity, x, last[0], last[1])
+
+
+def _adaptive(
+    settings: SamplerConfig,
+    velocity: Velocity,
+    x: Tensor,
+    start: float,
+    end: float,
+    on_step: OnStep | None,
+) -> Tensor:
+    # A path's network can be asked a little beyond t = 1, a denoiser not below sigma = 0.
+    x = solve_adaptive(
+        velocity, x, start, end, rtol=settings.rtol, atol=settings.atol, method=settings.solver,
+        overshoot=end > start,
+    )  # fmt: skip
+    if on_step is not None:
+        on_step(0, x)
+    return x

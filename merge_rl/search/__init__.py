@@ -1,1 +1,0 @@
-"""Searchers: one file a family, all behind ask and tell."""

@@ -1,0 +1,69 @@
+"""Sets of checkpoints, single models and manifests: opened, listed, merged on disk."""
+
+from merge_rl.storage.checkpoints.catalogue import KnownSet, load_catalogue
+from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
+from merge_rl.storage.checkpoints.listing import Origin, find_origin, newest_model
+from merge_rl.storage.checkpoints.manifest import (
+    MANIFEST_NAME,
+    MAX_EMA_STD,
+    CheckpointEntry,
+    Manifest,
+    SetDefaults,
+    has_manifest,
+    parse_stem,
+    read_manifest,
+    relative_inside,
+    write_manifest,
+)
+from merge_rl.storage.checkpoints.merging import (
+    DISK,
+    MergePlan,
+    base_index,
+    load_checkpoints,
+    plan_merge,
+    stream_merge,
+)
+from merge_rl.storage.checkpoints.model_file import (
+    CONFIG_KEY,
+    CONFIG_NAME,
+    ModelFile,
+    metadata_config,
+    model_sha256,
+    open_model_file,
+    safetensors_in,
+    save_checkpoint,
+)
+
+__all__ = [
+    "CONFIG_KEY",
+    "CONFIG_NAME",
+    "DISK",
+    "MANIFEST_NAME",
+    "MAX_EMA_STD",
+    "CheckpointEntry",
+    "CheckpointSet",
+    "KnownSet",
+    "Manifest",
+    "MergePlan",
+    "ModelFile",
+    "Origin",
+    "SetDefaults",
+    "base_index",
+    "find_origin",
+    "has_manifest",
+    "load_catalogue",
+    "load_checkpoints",
+    "metadata_config",
+    "model_sha256",
+    "newest_model",
+    "open_checkpoints",
+    "open_model_file",
+    "parse_stem",
+    "plan_merge",
+    "read_manifest",
+    "relative_inside",
+    "safetensors_in",
+    "save_checkpoint",
+    "stream_merge",
+    "write_manifest",
+]

@@ -1,0 +1,263 @@
+"""A set of checkpoints of one training run, opened lazily and checked for agreement."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from merge_rl.errors import CheckpointError, MergeRLError
+from merge_rl.storage.checkpoints.listing import (
+    Listing,
+    list_folder,
+    read_headers,
+    select_entries,
+    set_config,
+)
+from merge_rl.storage.checkpoints.manifest import CheckpointEntry, Manifest, SetDefaults
+from merge_rl.storage.checkpoints.model_file import ModelFile, open_model_file, save_checkpoint
+from merge_rl.storage.files import (
+    Header,
+    Progress,
+    TensorInfo,
+    TensorReader,
+    map_file,
+    nearest,
+    read_file,
+    read_one,
+    require_finite,
+    require_hash,
+    sha256_file,
+)
+
+__all__ = [
+    "CheckpointSet",
+    "FileCheck",
+    "ModelFile",
+    "TensorInfo",
+    "open_checkpoints",
+    "open_model_file",
+    "save_checkpoint",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileCheck:
+    """Outcome of verifying one file; a failure is data, so that the other files are checked too."""
+
+    index: int
+    name: str
+    path: Path
+    sha256: str | None  # None if the file could not be read
+    recorded: bool  # whether the manifest has a hash to compare with
+    error: MergeRLError | None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
+
+
+class CheckpointSet:
+    """Checkpoints of one run, equal in tensor names, shapes and dtypes.
+
+    Made by `open_checkpoints`. `names`, `paths`, `entries`, `nimg` and `ema_std` share the order of
+    the indices.
+    """
+
+    def __init__(
+        self, listing: Listing, headers: Sequence[Header], config: dict[str, Any] | None
+    ) -> None:
+        self.folder: Path = listing.folder
+        self.manifest: Manifest | None = listing.manifest
+        self.entries: tuple[CheckpointEntry, ...] = listing.entries
+        self.names: tuple[str, ...] = listing.names
+        self.config = config
+        self._headers = tuple(headers)
+        # Hash by index, with the size and time of change it belongs to.
+        self._hashes: dict[int, tuple[tuple[int, int], str]] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        return f"CheckpointSet({str(self.folder)!r}, {len(self)} checkpoints)"
+
+    @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(self.folder / entry.file for entry in self.entries)
+
+    @property
+    def nimg(self) -> list[int | None]:
+        """Training images seen, per checkpoint."""
+        return [entry.nimg for entry in self.entries]
+
+    @property
+    def ema_std(self) -> list[float | None]:
+        """Relative EMA width per checkpoint, None for raw weights."""
+        return [entry.ema_std for entry in self.entries]
+
+    @property
+    def tracks(self) -> list[str]:
+        """The distinct tracks, in order of appearance."""
+        return list(dict.fromkeys(entry.track for entry in self.entries if entry.track))
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name -> shape and dtype, in the order of the first file; the same for every file."""
+        return self._headers[0].tensors
+
+    @property
+    def defaults(self) -> SetDefaults:
+        """The manifest's defaults with paths under the folder; empty without a manifest."""
+        return (self.manifest.defaults if self.manifest else SetDefaults()).resolved(self.folder)
+
+    @property
+    def newest(self) -> int:
+        """Index of the largest (nimg, ema_std); the last one if some nimg is unknown."""
+        indices = range(len(self))
+        if any(nimg is None for nimg in self.nimg):
+            return indices[-1]
+        return max(indices, key=lambda i: (self.nimg[i] or 0, self.ema_std[i] or 0.0, i))
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(header.file_bytes for header in self._headers)
+
+    @property
+    def licences(self) -> list[str]:
+        """The licences that the files are stated to be under, each once."""
+        common = self.manifest.licence if self.manifest else None
+        stated = dict.fromkeys(entry.licence or common for entry in self.entries)
+        return [licence for licence in stated if licence]
+
+    @property
+    def licence(self) -> str | None:
+        """Licence of the weights; several are listed with commas, None if not stated."""
+        return ", ".join(self.licences) or None
+
+    def metadata(self, index: int) -> Mapping[str, str]:
+        """The metadata stored in one file."""
+        return self._headers[index].metadata
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """All tensors of one checkpoint on the CPU, as stored; finite, and of the recorded hash.
+
+        The hash is compared when the file is read first, and again after it has changed.
+        """
+        return self._load(index, hashed=self._needs_hash(index))
+
+    def read_tensor(self, index: int, name: str) -> Tensor:
+        """One tensor of one checkpoint, without the rest of the file; finite, hash not compared."""
+        if name not in self.tensors:
+            hint = nearest(name, self.tensors)
+            raise CheckpointError(f"{self.paths[index]}: no tensor {name!r}{hint}")
+        tensor = read_one(self.paths[index], self._headers[index], name)
+        require_finite(self.paths[index], name, tensor)
+        return tensor
+
+    def reader(self, index: int) -> TensorReader:
+        """One file opened to read parts of its tensors; neither hash nor values are checked."""
+        return TensorReader(self.paths[index], self._headers[index])
+
+    def mapped(self, index: int) -> dict[str, Tensor]:
+        """All tensors of one checkpoint as views of the file, which stays on disk.
+
+        Checked first, in pieces: values finite, and the hash the recorded one.
+        """
+        if self._needs_hash(index):
+            require_hash(self.paths[index], self.sha256(index), self.entries[index].sha256)
+        weights = map_file(self.paths[index], self._headers[index])
+        for name, tensor in weights.items():
+            require_finite(self.paths[index], name, tensor)
+        return weights
+
+    def check_hashes(self, spread: Callable[..., Iterable[None]] = map) -> None:
+        """Compare every recorded hash that was not compared since the file changed last.
+
+        `spread` is a map over files, e.g. one that works in threads.
+        """
+
+        def check(index: int) -> None:
+            require_hash(self.paths[index], self.sha256(index), self.entries[index].sha256)
+
+        for _ in spread(check, [i for i in range(len(self)) if self._needs_hash(i)]):
+            pass
+
+    def hash_files(self, spread: Callable[..., Iterable[str]] = map) -> None:
+        """Compute every hash that is not known yet; `spread` is a map over files."""
+        for _ in spread(self.sha256, range(len(self))):
+            pass
+
+    def sha256(self, index: int, progress: Progress | None = None) -> str:
+        """SHA-256 of one file, kept until the file changes; not compared with the manifest."""
+        stamp = self._stamp(index)
+        kept = self._hashes.get(index)
+        if kept is None or kept[0] != stamp:
+            kept = (stamp, sha256_file(self.paths[index], progress))
+            self._hashes[index] = kept
+        return kept[1]
+
+    def verify(self) -> Iterator[FileCheck]:
+        """Read and check every file: structure, finite values, hash. One result a file."""
+        for index, entry in enumerate(self.entries):
+            error: MergeRLError | None = None
+            self._hashes.pop(index, None)
+            try:
+                self._load(index, hashed=True)
+            except CheckpointError as found:
+                error = found
+            kept = self._hashes.get(index)
+            yield FileCheck(
+                index=index,
+                name=self.names[index],
+                path=self.paths[index],
+                sha256=kept[1] if kept else None,
+                recorded=entry.sha256 is not None,
+                error=error,
+            )
+
+    def _load(self, index: int, *, hashed: bool) -> dict[str, Tensor]:
+        path, stamp = self.paths[index], self._stamp(index)
+        header, weights, digest = read_file(path, hashed=hashed)
+        if digest is not None:
+            self._hashes[index] = (stamp, digest)
+            require_hash(path, digest, self.entries[index].sha256)
+        if header.tensors != self._headers[index].tensors:
+            raise CheckpointError(f"{path}: the file has changed since the set was opened")
+        for name, tensor in weights.items():
+            require_finite(path, name, tensor)
+        return weights
+
+    def _needs_hash(self, index: int) -> bool:
+        expected = self.entries[index].sha256
+        return expected is not None and self._hashes.get(index) != (self._stamp(index), expected)
+
+    def _stamp(self, index: int) -> tuple[int, int]:
+        try:
+            status = self.paths[index].stat()
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{self.paths[index]}: cannot be read: {reason}") from None
+        return status.st_size, status.st_mtime_ns
+
+
+def open_checkpoints(
+    path: str | os.PathLike[str],
+    *,
+    track: str | None = None,
+    select: Sequence[str] | None = None,
+) -> CheckpointSet:
+    """Open a folder of `.safetensors`, with or without a manifest, reading headers only.
+
+    `track` keeps one series of a manifest, `select` the checkpoints of these names. Order: by
+    (nimg, ema_std) if a manifest gives every nimg, else the manifest's, else by file name. Every
+    file must agree with the first in tensor names, shapes and dtypes.
+    """
+    listing = select_entries(list_folder(Path(path)), track=track, select=select)
+    headers = read_headers(listing)
+    return CheckpointSet(listing, headers, set_config(listing, headers[0]))

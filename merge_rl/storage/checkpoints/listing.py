@@ -1,0 +1,206 @@
+"""Which files of a folder form a checkpoint set, in which order, and where a model comes from."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from merge_rl.errors import CheckpointError, IncompatibleCheckpointError, UnknownNameError
+from merge_rl.storage.checkpoints.manifest import (
+    MANIFEST_NAME,
+    CheckpointEntry,
+    Manifest,
+    has_manifest,
+    parse_stem,
+    read_manifest,
+)
+from merge_rl.storage.checkpoints.model_file import (
+    find_listing,
+    folder_config,
+    metadata_config,
+    model_file_path,
+    open_model_file,
+    safetensors_in,
+)
+from merge_rl.storage.files import Header, TensorInfo, read_header
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Files of a folder in the order of the set; `names` are unique."""
+
+    folder: Path
+    manifest: Manifest | None
+    entries: tuple[CheckpointEntry, ...]
+    names: tuple[str, ...]
+
+
+def list_folder(folder: Path) -> Listing:
+    """All checkpoints of a folder: those of its manifest, or its `.safetensors` files."""
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder of checkpoints, found a file")
+    if (folder / MANIFEST_NAME).is_file():
+        manifest = read_manifest(folder)
+        entries = _by_progress(manifest.checkpoints)
+    else:
+        manifest, entries = None, _entries_by_name(folder)
+    names = _unique_names(entries)
+    return Listing(folder=folder, manifest=manifest, entries=entries, names=names)
+
+
+def select_entries(listing: Listing, *, track: str | None, select: Sequence[str] | None) -> Listing:
+    """The part of a listing in one track, with the given names; the order stays."""
+    keep = list(range(len(listing.entries)))
+    if track is not None:
+        known = {entry.track for entry in listing.entries if entry.track}
+        if track not in known:
+            raise UnknownNameError("track", track, known)
+        keep = [i for i in keep if listing.entries[i].track == track]
+    if select is not None:
+        known = {listing.names[i] for i in keep}
+        for name in select:
+            if name not in known:
+                raise UnknownNameError("checkpoint", name, known)
+        keep = [i for i in keep if listing.names[i] in set(select)]
+    if not keep:
+        raise CheckpointError(f"{listing.folder}: the selection of checkpoints is empty")
+    return replace(
+        listing,
+        entries=tuple(listing.entries[i] for i in keep),
+        names=tuple(listing.names[i] for i in keep),
+    )
+
+
+def read_headers(listing: Listing) -> list[Header]:
+    """Headers of all files, each in agreement with the first."""
+    paths = [listing.folder / entry.file for entry in listing.entries]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: listed in {MANIFEST_NAME}, but there is no such file")
+    headers = [read_header(path) for path in paths]
+    if not headers[0].tensors:
+        raise CheckpointError(f"{paths[0]}: holds no tensors")
+    for path, header in zip(paths[1:], headers[1:], strict=True):
+        require_same(path, header, paths[0], headers[0])
+    return headers
+
+
+def require_same(path: Path, header: Header, first_path: Path, first: Header) -> None:
+    """Refuse a file whose tensors differ from the first file's, naming the first difference."""
+    names = list(dict.fromkeys([*first.tensors, *header.tensors]))
+    differing = [name for name in names if header.tensors.get(name) != first.tensors.get(name)]
+    if differing:
+        found = _form(header.tensors.get(differing[0]), "missing")
+        expected = _form(first.tensors.get(differing[0]), "no such tensor")
+        more = f"; {len(differing) - 1} more tensors differ" if len(differing) > 1 else ""
+        raise IncompatibleCheckpointError(
+            f"{path}: tensor {differing[0]!r} is {found}, "
+            f"expected {expected} as in {first_path.name}{more}"
+        )
+
+
+def set_config(listing: Listing, first: Header) -> dict[str, Any] | None:
+    """Model config: the manifest's, else the folder's `config.json`, else the first file's own."""
+    if listing.manifest is not None:
+        return dict(listing.manifest.model)
+    config = folder_config(listing.folder)
+    if config is None:
+        config = metadata_config(listing.folder / listing.entries[0].file, first.metadata)
+    return config
+
+
+def _entries_by_name(folder: Path) -> tuple[CheckpointEntry, ...]:
+    files = safetensors_in(folder)
+    if not files:
+        foreign = sum(1 for file in folder.iterdir() if file.suffix in (".pkl", ".pt", ".pth"))
+        hint = f"; `mergerl convert` makes them from the {foreign} .pkl or .pt files there"
+        raise CheckpointError(f"{folder}: no .safetensors files{hint if foreign else ''}")
+    progress = [parse_stem(file.stem) for file in files]
+    return tuple(
+        CheckpointEntry(file=file.name, nimg=nimg, ema_std=ema_std)
+        for file, (nimg, ema_std) in zip(files, progress, strict=True)
+    )
+
+
+def _by_progress(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, ...]:
+    if any(entry.nimg is None for entry in entries):
+        return entries
+    return tuple(sorted(entries, key=lambda entry: (entry.nimg or 0, entry.ema_std or 0.0)))
+
+
+def _unique_names(entries: Sequence[CheckpointEntry]) -> tuple[str, ...]:
+    """File stems; with their folder where a stem occurs twice (raw/a and ema/a)."""
+    paths = [PurePosixPath(entry.file) for entry in entries]
+    count = Counter(path.stem for path in paths)
+    return tuple(
+        path.stem if count[path.stem] == 1 else str(path.with_suffix("")) for path in paths
+    )
+
+
+def _form(info: TensorInfo | None, absent: str) -> str:
+    if info is None:
+        return absent
+    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What is known of a model."""
+
+    name: str
+    config: Mapping[str, Any]  # "model" and the network's constructor options
+    licence: str | None = None
+    source: str | None = None  # where the manifest says that it came from
+    nimg: int | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of the file
+
+
+def find_origin(path: str | os.PathLike[str]) -> Origin:
+    """What files and manifests say of the model at `path`."""
+    file = open_model_file(path)
+    if file.config is None:
+        raise CheckpointError(f"{path}: the model config is not known; expected a config.json")
+    manifest, entry = _listing(Path(path)) or (_nearest(Path(path)), None)
+    return Origin(
+        name=(manifest.name if manifest else None) or Path(path).resolve().stem,
+        config=file.config,
+        licence=(entry.licence if entry else None) or (manifest.licence if manifest else None),
+        source=entry.source if entry else None,
+        nimg=entry.nimg if entry else None,
+        metadata=file.metadata,
+    )
+
+
+def newest_model(path: str | os.PathLike[str], track: str | None = None) -> Path:
+    """`path` itself, or the newest checkpoint of the set that it is the folder of.
+
+    "Newest" is the largest (nimg, ema_std), the last one of those equal.
+    """
+    folder = Path(path)
+    if not (folder.is_dir() and has_manifest(folder)):
+        if track is not None:
+            raise CheckpointError(f"{path}: a track is a series of a set; expected its folder")
+        return folder
+    chosen = select_entries(list_folder(folder), track=track, select=None)
+    return folder / chosen.entries[-1].file
+
+
+def _nearest(path: Path) -> Manifest | None:
+    """The manifest of the set or run that a model lies in without being one of its files."""
+    for folder in list(path.resolve().parents)[:2]:
+        if has_manifest(folder):
+            return read_manifest(folder)
+    return None
+
+
+def _listing(path: Path) -> tuple[Manifest, CheckpointEntry] | None:
+    try:
+        return find_listing(model_file_path(path))
+    except CheckpointError:  # shards, which no manifest lists
+        return None

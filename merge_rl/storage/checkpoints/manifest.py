@@ -1,0 +1,256 @@
+"""`checkpoints_manifest.yaml`: what the files of a folder are, and where they came from.
+
+A manifest comes with files from anywhere, so it is checked in full: plain data only, no path that
+leaves its folder, one sentence for whatever does not fit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Final
+
+from merge_rl.core.merging.ema_profiles import nimg_from_kimg
+from merge_rl.errors import ConfigError, ManifestError
+from merge_rl.storage.files import Fields, load_yaml, read_bounded, write_yaml
+
+MANIFEST_NAME: Final = "checkpoints_manifest.yaml"
+MANIFEST_VERSION: Final = 1
+
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_NAME = re.compile(r"[a-z0-9_-]+")
+_CATALOGUE = re.compile(r"^sets:", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointEntry:
+    """One checkpoint file and its provenance."""
+
+    file: str  # relative to the folder, forward slashes
+    nimg: int | None = None  # training images seen
+    ema_std: float | None = None  # relative EMA width; None for raw weights
+    track: str | None = None  # the series the file belongs to
+    sha256: str | None = None  # 64 hexadecimal digits, lower case
+    source: str | None = None
+    licence: str | None = None  # overrides the set's
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetDefaults:
+    """What an optimization uses when nothing is said; paths relative to the folder."""
+
+    extractor: str | None = None
+    extractor_weights: Path | None = None
+    reference: Path | None = None
+    heldout: Path | None = None
+    autoencoder: str | None = None
+    autoencoder_weights: Path | None = None
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolved(self, folder: Path) -> SetDefaults:
+        """The same with every path under `folder`."""
+        paths = {key: getattr(self, key) for key in _DEFAULT_PATHS}
+        sampler = dict(self.sampler)
+        if isinstance(sampler.get("guide"), str):
+            where = f"{folder / MANIFEST_NAME}, defaults.sampler.guide"
+            sampler["guide"] = str(folder / relative_inside(folder, sampler["guide"], where))
+        found = {key: folder / path for key, path in paths.items() if path}
+        return replace(self, sampler=sampler, **found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A checked manifest."""
+
+    model: Mapping[str, Any]  # {"model": name, constructor options...}
+    checkpoints: tuple[CheckpointEntry, ...]
+    name: str | None = None
+    licence: str | None = None
+    defaults: SetDefaults = SetDefaults()
+
+
+_DEFAULT_PATHS: Final = ("extractor_weights", "reference", "heldout", "autoencoder_weights")
+_ENTRY_OPTIONS: Final = [item.name for item in fields(CheckpointEntry) if item.name != "file"]
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Manifest at `path`, a file or the folder that holds one; ManifestError if malformed.
+
+    The files it names need not exist; where they do, links may not lead out of the folder.
+    """
+    file = Path(path)
+    file = file / MANIFEST_NAME if file.is_dir() else file
+    return _parse(load_yaml(file), file)
+
+
+def write_manifest(path: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Write a manifest atomically, after the checks that reading makes."""
+    document = _document(manifest)
+    _parse(document, Path(path))
+    write_yaml(path, document)
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder has a manifest of its own.
+
+    A catalogue of known sets goes by the same file name; it lists no file of its folder.
+    """
+    file = folder / MANIFEST_NAME
+    return file.is_file() and not _CATALOGUE.search(read_bounded(file))
+
+
+def relative_inside(folder: Path, text: str, where: str) -> str:
+    """A relative path in normal form; refused if absolute, climbing, or linked out of `folder`."""
+    pure, foreign = PurePosixPath(text), PureWindowsPath(text)
+    if pure.is_absolute() or foreign.drive or foreign.root:
+        raise ManifestError(f"{where}: expected a path relative to the folder, found {text!r}")
+    if ".." in pure.parts or "\\" in text or "\0" in text or not pure.parts:
+        problem = "without '..' or backslashes"
+        raise ManifestError(f"{where}: expected a path inside the folder {problem}, found {text!r}")
+    try:
+        inside = (folder / pure).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link that leads to itself
+        inside = False
+    if not inside:
+        raise ManifestError(f"{where}: {text!r} is a link that leaves the folder {folder}")
+    return str(pure)
+
+
+def _parse(document: object, file: Path) -> Manifest:
+    where = str(file)
+    if isinstance(document, dict) and "sets" in document:
+        raise ManifestError(f"{where}: a catalogue of known sets, not the manifest of a folder")
+    top = Fields(
+        document,
+        where,
+        required=["version", "model", "checkpoints"],
+        optional=["name", "licence", "defaults"],
+    )
+    if top.count("version") != MANIFEST_VERSION:
+        raise top.refuse("version", str(MANIFEST_VERSION))
+    model = top.mapping("model")
+    if not isinstance(model.get("model"), str):
+        raise ManifestError(f"{where}, model: expected a key 'model' that names the network")
+    return Manifest(
+        model=model,
+        checkpoints=_parse_entries(top, file),
+        name=top.text("name"),
+        licence=top.text("licence"),
+        defaults=_parse_defaults(top, file),
+    )
+
+
+def _parse_entries(top: Fields, file: Path) -> tuple[CheckpointEntry, ...]:
+    values = top.entries("checkpoints")
+    if not values:
+        raise top.refuse("checkpoints", "at least one entry")
+    entries: dict[str, CheckpointEntry] = {}
+    for index, value in enumerate(values):
+        where = f"{file}, checkpoints[{index}]"
+        entry = _parse_entry(Fields(value, where, required=["file"], optional=_ENTRY_OPTIONS), file)
+        if entry.file in entries:
+            raise ManifestError(f"{where}, file: {entry.file!r} is listed twice")
+        entries[entry.file] = entry
+    return tuple(entries.values())
+
+
+def _parse_entry(item: Fields, file: Path) -> CheckpointEntry:
+    name = relative_inside(file.parent, item.needed_text("file"), f"{item.where}, file")
+    if not name.endswith(".safetensors"):
+        raise item.refuse("file", "a .safetensors file")
+    ema_std = item.number("ema_std")
+    if ema_std is not None and not 0 < ema_std < MAX_EMA_STD:
+        raise item.refuse("ema_std", f"a width between 0 and {MAX_EMA_STD}, both excluded")
+    sha256 = item.text("sha256")
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise item.refuse("sha256", "64 hexadecimal digits")
+    return CheckpointEntry(
+        file=name,
+        nimg=item.count("nimg"),
+        ema_std=ema_std,
+        track=item.text("track"),
+        sha256=sha256.lower() if sha256 else None,
+        source=item.text("source"),
+        licence=item.text("licence"),
+    )
+
+
+def _parse_defaults(top: Fields, file: Path) -> SetDefaults:
+    if "defaults" not in top:
+        return SetDefaults()
+    known = [item.name for item in fields(SetDefaults)]
+    section = Fields(top.raw("defaults"), f"{file}, defaults", required=[], optional=known)
+    paths: dict[str, Any] = {}
+    for key in _DEFAULT_PATHS:
+        if key in section:
+            where = f"{section.where}, {key}"
+            paths[key] = Path(relative_inside(file.parent, section.needed_text(key), where))
+    return SetDefaults(
+        extractor=_parse_name(section, "extractor"),
+        autoencoder=_parse_name(section, "autoencoder"),
+        sampler=section.mapping("sampler"),
+        **paths,
+    )
+
+
+def _parse_name(section: Fields, key: str) -> str | None:
+    # "package.module:factory" is for those who own the module: files from anywhere name no code.
+    name = section.text(key)
+    if name is not None and not _NAME.fullmatch(name):
+        raise section.refuse(key, f"the name of a registered {key}")
+    return name
+
+
+def _document(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as plain data, left-out keys left out."""
+    document: dict[str, Any] = {"version": MANIFEST_VERSION, "model": dict(manifest.model)}
+    document |= _given(name=manifest.name, licence=manifest.licence)
+    section = _given(**vars(manifest.defaults))
+    for key in _DEFAULT_PATHS:
+        if key in section:
+            section[key] = Path(section[key]).as_posix()
+    document |= _given(defaults={key: _plain(value) for key, value in section.items()})
+    document["checkpoints"] = [_given(**vars(entry)) for entry in manifest.checkpoints]
+    return document
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None and value != {}}
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+# Above 1 / sqrt(12) = 0.2887 no power-function EMA exists; 0.289 is the bound the names go by.
+MAX_EMA_STD = 0.289
+
+_PROGRESS = re.compile(r"-(?P<kimg>[0-9]{7,12})(?:-(?P<std>0\.[0-9]{1,6}))?$")
+
+
+def _nimg(kimg: int) -> int:
+    """Images seen behind a file name; of training that advances by other counts, at least these."""
+    try:
+        return nimg_from_kimg(kimg)
+    except ConfigError:
+        return 1000 * kimg
+
+
+def parse_stem(stem: str) -> tuple[int | None, float | None]:
+    """(nimg, ema_std) of a file name without its ending; None where it does not say."""
+    match = _PROGRESS.search(stem)
+    if match is None:
+        return None, None
+    std = float(match["std"]) if match["std"] else None
+    if std is not None and not 0 < std < MAX_EMA_STD:
+        return None, None
+    return _nimg(int(match["kimg"])), std
+
+
+def format_stem(prefix: str, nimg: int, ema_std: float | None = None) -> str:
+    """Name for a checkpoint, without its ending: `prefix-0008388-0.050`, `prefix-0008388`."""
+    stem = f"{prefix}-{nimg // 1000:07d}"
+    return stem if ema_std is None else f"{stem}-{ema_std:.3f}"

@@ -1,0 +1,181 @@
+"""One network from disk: an exported model folder, or one file of a checkpoint set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from torch import Tensor
+
+from merge_rl.errors import CheckpointError
+from merge_rl.storage.checkpoints.manifest import (
+    MANIFEST_NAME,
+    CheckpointEntry,
+    Manifest,
+    has_manifest,
+    read_manifest,
+)
+from merge_rl.storage.files import (
+    INDEX_NAME,
+    load_json_mapping,
+    read_bounded,
+    read_file,
+    read_index,
+    require_finite,
+    require_hash,
+    save_tensors,
+    sha256_file,
+)
+
+CONFIG_NAME: Final = "config.json"
+CONFIG_KEY: Final = "config"  # of a safetensors file's metadata
+_PARENTS: Final = 3  # the file's own folder and two above, where its manifest may lie
+
+
+class ModelFile(NamedTuple):
+    """Weights of one network, its config where known, and the file's metadata."""
+
+    weights: dict[str, Tensor]
+    config: dict[str, Any] | None
+    metadata: dict[str, str]
+
+
+def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
+    """Weights and config from a folder of one model, or from one `.safetensors`.
+
+    The folder holds one `.safetensors`, or shards with an index.
+    The config comes from the folder's `config.json`; for a file, from its own metadata first, then
+    the `config.json` beside it, then a manifest that lists it, up to two folders higher. Weights
+    are checked to be finite, and against the manifest's hash where there is one.
+    """
+    homes = read_index(Path(path)) if Path(path).is_dir() else None
+    if homes is not None:
+        return _read_shards(Path(path), homes)
+    file = model_file_path(path)
+    listed = find_listing(file)
+    recorded = listed[1].sha256 if listed else None
+    header, weights, digest = read_file(file, hashed=recorded is not None)
+    if digest is not None:
+        require_hash(file, digest, recorded)
+    for name, tensor in weights.items():
+        require_finite(file, name, tensor)
+    config = _first_config(file, header.metadata, listed[0] if listed else None)
+    return ModelFile(weights, config, dict(header.metadata))
+
+
+def model_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a model's file; of shards, that of their hashes in name order."""
+    homes = read_index(Path(path)) if Path(path).is_dir() else None
+    if homes is None:
+        return sha256_file(model_file_path(path))
+    digests = [sha256_file(file) for file in sorted(set(homes.values()))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def model_file_path(path: str | os.PathLike[str]) -> Path:
+    """The `.safetensors` that `path` means: itself, or the only one of a folder."""
+    given = Path(path)
+    file = _only_file(given) if given.is_dir() else given
+    if not file.is_file():
+        raise CheckpointError(f"{given}: no such file or folder")
+    if file.suffix != ".safetensors":
+        hint = "expected a .safetensors file; `mergerl convert` makes one from .pkl and .pt"
+        raise CheckpointError(f"{file}: {hint}")
+    return file
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, object] | None = None,
+) -> None:
+    """Write weights atomically; NonFiniteWeightsError rather than a file of NaN.
+
+    Metadata values that are not text are stored as JSON, so that `{"config": {...}}` can be read
+    back by `open_model_file` and `open_checkpoints`.
+    """
+    for name, tensor in tensors.items():
+        require_finite(Path(path), name, tensor)
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for key, value in (metadata or {}).items()
+    }
+    save_tensors(path, tensors, texts)
+
+
+def folder_config(folder: Path) -> dict[str, Any] | None:
+    """The `config.json` of a folder, None if there is none."""
+    file = folder / CONFIG_NAME
+    return load_json_mapping(read_bounded(file), str(file)) if file.is_file() else None
+
+
+def metadata_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The config in a safetensors file's metadata, None if there is none."""
+    text = metadata.get(CONFIG_KEY)
+    return None if text is None else load_json_mapping(text, f"{path}, metadata {CONFIG_KEY!r}")
+
+
+def safetensors_in(folder: Path) -> list[Path]:
+    """Its `.safetensors` files in name order, without hidden ones (unfinished writes)."""
+    return sorted(
+        file for file in folder.glob("*.safetensors") if file.is_file() and file.name[0] != "."
+    )
+
+
+def _only_file(folder: Path) -> Path:
+    files = safetensors_in(folder)
+    if len(files) != 1:
+        found = f"{len(files)} .safetensors files" if files else "no .safetensors file"
+        hint = "; name one of them, or merge them first" if files else ""
+        raise CheckpointError(f"{folder}: expected the folder of one model, found {found}{hint}")
+    return files[0]
+
+
+def _read_shards(folder: Path, homes: Mapping[str, Path]) -> ModelFile:
+    weights: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for file in sorted(set(homes.values())):
+        header, tensors, _ = read_file(file, hashed=False)
+        metadata |= header.metadata
+        for name, tensor in tensors.items():
+            if homes.get(name) != file:
+                raise CheckpointError(
+                    f"{file}: holds tensor {name!r}, which the index does not say"
+                )
+            require_finite(file, name, tensor)
+            weights[name] = tensor
+    lacking = [name for name in homes if name not in weights]
+    if lacking:
+        where = homes[lacking[0]]
+        raise CheckpointError(f"{where}: expected tensor {lacking[0]!r}, as the index says")
+    # The index keeps the order of the whole model, the shards only their own.
+    ordered = {name: weights[name] for name in homes}
+    return ModelFile(ordered, _first_config(folder / INDEX_NAME, metadata, None), metadata)
+
+
+def _first_config(
+    file: Path, metadata: Mapping[str, str], manifest: Manifest | None
+) -> dict[str, Any] | None:
+    config = metadata_config(file, metadata)
+    if config is None:
+        config = folder_config(file.parent)
+    if config is None and manifest is not None:
+        config = dict(manifest.model)
+    return config
+
+
+def find_listing(file: Path) -> tuple[Manifest, CheckpointEntry] | None:
+    """The nearest manifest that lists `file`, and its entry."""
+    absolute = file.parent.resolve() / file.name
+    for folder in list(absolute.parents)[:_PARENTS]:
+        if has_manifest(folder):
+            manifest = read_manifest(folder / MANIFEST_NAME)
+            name = absolute.relative_to(folder).as_posix()
+            for entry in manifest.checkpoints:
+                if entry.file == name:
+                    return manifest, entry
+    return None

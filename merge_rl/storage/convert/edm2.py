@@ -1,0 +1,215 @@
+"""EDM2's own files: network snapshots (.pkl) and training states (.pt), as data.
+
+A snapshot holds the network as nested module objects; the names of its tensors come from walking
+their parameters, buffers and submodules in order. A training state holds state dicts: the raw
+network and one EMA a width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from merge_rl.errors import CheckpointError
+from merge_rl.storage.checkpoints import MAX_EMA_STD, parse_stem
+from merge_rl.storage.convert.contents import (
+    MAX_NAME,
+    MAX_TENSORS,
+    Extracted,
+    plain,
+    shapes_of,
+    state_dict,
+)
+from merge_rl.storage.convert.edm2_shapes import DEFAULTS, require_config
+from merge_rl.storage.pickles import Record, kind_of, shown
+
+_NETWORK: Final = "persistent:Precond"
+_REQUIRED: Final = ("img_resolution", "img_channels", "label_dim")
+OPTIONS: Final = (*_REQUIRED, *DEFAULTS)
+_ATTRIBUTES: Final = (*_REQUIRED, "use_fp16", "sigma_data")
+
+MAX_COUNT: Final = 2**20  # of channels, classes and so on
+
+# Statistics of the VAE's latents as the official encoder takes them: scale = 0.5 / std.
+_VAE_SCALE: Final = tuple(0.5 / std for std in (4.17, 4.62, 3.71, 3.28))
+_VAE_BIAS: Final = tuple(
+    -mean * scale for mean, scale in zip((5.81, 3.25, 0.12, -2.15), _VAE_SCALE, strict=True)
+)
+
+
+def is_snapshot(data: object) -> bool:
+    """Whether data is that of a network snapshot."""
+    return isinstance(data, dict) and isinstance(data.get("ema"), Record)
+
+
+def is_training_state(data: object) -> bool:
+    """Whether data is that of a training state."""
+    return isinstance(data, dict) and "net" in data and isinstance(data.get("ema"), dict)
+
+
+def read_snapshot(data: Mapping[str, object], path: Path) -> Extracted:
+    """The EMA network of a snapshot; nimg and ema_std from the file's name."""
+    network = data["ema"]
+    if not isinstance(network, Record) or network.kind != _NETWORK:
+        found = shown(network.kind) if isinstance(network, Record) else kind_of(network)
+        raise CheckpointError(f"{path}: expected an EDM2 network ({_NETWORK}), found {found}")
+    tensors = state_dict(dict(islice(_walk(network, "", path), MAX_TENSORS + 1)), str(path))
+    config = _config(network, path)
+    try:
+        require_config(config, shapes_of(tensors))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    nimg, ema_std = parse_stem(path.stem)
+    encoder = _encoder(data.get("encoder"))
+    official = encoder["kind"] == "vae" and _is_official(encoder)
+    return Extracted(
+        path=path,
+        tensors=tensors,
+        config=config,
+        stem=path.stem,
+        nimg=nimg,
+        ema_std=ema_std,
+        track=None if ema_std is None else f"ema-{ema_std:.3f}",
+        autoencoder="sd-vae-edm2" if official else None,
+        facts={"encoder": encoder, "dataset": plain(data.get("dataset_kwargs"))},
+    )
+
+
+def read_training_state(data: Mapping[str, object], path: Path, weights: str) -> list[Extracted]:
+    """The raw network and one EMA a width, as `weights` chooses: "model", "ema", or both."""
+    ema, progress = data["ema"], data.get("state")
+    named, _ = parse_stem(path.stem)
+    seen = progress.get("cur_nimg") if isinstance(progress, dict) else None
+    nimg = seen if type(seen) is int and 0 <= seen < 2**60 else named
+    states: list[tuple[float | None, object]] = [(None, data["net"])] if weights != "ema" else []
+    if weights != "model":
+        states += _profiles(ema, path)
+    found = []
+    for ema_std, state in states:
+        track = "raw" if ema_std is None else f"ema-{ema_std:.3f}"
+        found.append(
+            Extracted(
+                path=path,
+                tensors=state_dict(state, f"{path}, {track}"),
+                config=None,
+                stem=path.stem if ema_std is None else f"{path.stem}-{ema_std:.3f}",
+                folder=track,
+                nimg=nimg,
+                ema_std=ema_std,
+                track=track,
+            )
+        )
+    return found
+
+
+def _walk(module: Record, prefix: str, path: Path) -> Iterator[tuple[str, object]]:
+    """(name, tensor) of a module: its parameters, its buffers, then those of its submodules."""
+    state = module.state
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: the module {shown(prefix) or 'ema'} has no content")
+    hidden = state.get("_non_persistent_buffers_set")
+    left_out = hidden if isinstance(hidden, (set, frozenset)) else frozenset()
+    for kind in ("_parameters", "_buffers", "_modules"):
+        for name, value in _part(state, kind, path).items():
+            # Checked on the way: long names of nested modules would add up beyond the file.
+            if len(prefix) + len(name) > MAX_NAME:
+                raise CheckpointError(f"{path}: a tensor's name of over {MAX_NAME} characters")
+            if value is None or (kind == "_buffers" and name in left_out):
+                continue
+            if kind != "_modules":
+                yield f"{prefix}{name}", value
+            elif isinstance(value, Record):
+                yield from _walk(value, f"{prefix}{name}.", path)
+            else:
+                raise CheckpointError(f"{path}: submodule {shown(name)} is {kind_of(value)}")
+
+
+def _part(state: Mapping[object, object], kind: str, path: Path) -> dict[str, object]:
+    part = state.get(kind)
+    if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
+        raise CheckpointError(f"{path}: a module whose {kind} are {kind_of(part)}")
+    return part
+
+
+def _config(network: Record, path: Path) -> dict[str, Any]:
+    """Constructor options: as they were passed, completed by the network's own attributes."""
+    state = network.state if isinstance(network.state, dict) else {}
+    passed = state.get("_init_kwargs")
+    if not isinstance(passed, dict) or state.get("_init_args", ()) != ():
+        raise CheckpointError(f"{path}: the network does not say with which options it was made")
+    options = {key: state[key] for key in _ATTRIBUTES if key in state} | passed
+    config: dict[str, Any] = {"model": "edm2"}
+    for key, value in options.items():
+        if key not in OPTIONS:
+            what = shown(key) if isinstance(key, str) else kind_of(key)
+            raise CheckpointError(f"{path}: EDM2's network has no option {what}")
+        config[key] = _option(key, value, path)
+    return config
+
+
+def _option(key: str, value: object, path: Path) -> Any:
+    """The value if it is of the kind of the option's default, which is None or 0 for counts."""
+    default = DEFAULTS.get(key, 0)
+    if isinstance(default, list):
+        fits = isinstance(value, (list, tuple)) and len(value) <= 64 and all(map(_is_real, value))
+    elif isinstance(default, bool):
+        fits = isinstance(value, bool)
+    elif isinstance(default, float):
+        fits = _is_real(value)
+    else:
+        fits = (value is None and default is None) or (
+            type(value) is int and 0 <= value <= MAX_COUNT
+        )
+    if not fits:
+        raise CheckpointError(f"{path}: the network's option {key} is {kind_of(value)}")
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _is_real(value: object) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _encoder(value: object) -> dict[str, Any]:
+    """What turns images into samples: {"kind": "vae", ...}, {"kind": "rgb"} or another class."""
+    state = value.state if isinstance(value, Record) and isinstance(value.state, dict) else {}
+    kind = value.kind.removeprefix("persistent:") if isinstance(value, Record) else None
+    if kind in (None, "StandardRGBEncoder"):  # files without one are of pixels
+        return {"kind": "rgb"}
+    if kind != "StabilityVAEEncoder":
+        return {"kind": "other", "class_name": shown(kind)}
+    rows = {key: state.get(key) for key in ("scale", "bias")}
+    numbers = {
+        key: [float(item) for item in row.ravel()[:64]]
+        for key, row in rows.items()
+        if isinstance(row, np.ndarray) and row.dtype.kind == "f" and bool(np.isfinite(row).all())
+    }
+    return {"kind": "vae", "vae_name": plain(state.get("vae_name")), **numbers}
+
+
+def _is_official(encoder: Mapping[str, Any]) -> bool:
+    """Whether an encoder's constants are those of the published networks, to float32."""
+    pairs = (("scale", _VAE_SCALE), ("bias", _VAE_BIAS))
+    return all(
+        len(encoder.get(key, ())) == len(known)
+        and all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(encoder[key], known, strict=True))
+        for key, known in pairs
+    )
+
+
+def _profiles(ema: object, path: Path) -> list[tuple[float | None, object]]:
+    """(width, state dict) of every tracked EMA."""
+    stds, states = (ema.get(key) for key in ("stds", "emas")) if isinstance(ema, dict) else ((), ())
+    if not isinstance(stds, (list, tuple)) or not isinstance(states, (list, tuple)):
+        raise CheckpointError(f"{path}: expected a list of EMA widths and one of weights")
+    widths = [std for std in stds if isinstance(std, float) and 0 < std < MAX_EMA_STD]
+    if not widths or not len(widths) == len(stds) == len(states) == len(set(widths)):
+        raise CheckpointError(
+            f"{path}: expected an EMA for every width below {MAX_EMA_STD}, found {len(states)}"
+            f" EMAs for {len(stds)} widths"
+        )
+    return list(zip(widths, states, strict=True))

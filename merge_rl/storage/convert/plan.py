@@ -1,0 +1,240 @@
+"""What a conversion will write, decided and checked before the first byte is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal
+
+from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
+from merge_rl.storage.checkpoints import (
+    CONFIG_KEY,
+    MANIFEST_NAME,
+    CheckpointEntry,
+    KnownSet,
+    Manifest,
+    SetDefaults,
+    has_manifest,
+    load_catalogue,
+    read_manifest,
+    relative_inside,
+)
+from merge_rl.storage.convert.contents import Extracted, infos_of, plain, require_same, shapes_of
+from merge_rl.storage.convert.edm2_shapes import ASSUMED, DEFAULTS, edm2_config_from_shapes
+from merge_rl.storage.convert.sources import extract, fingerprint
+from merge_rl.storage.files import TensorInfo, read_header
+
+ORIGIN_KEY: Final = "converted_from"  # of an output's metadata
+
+# Options that a network of the same weights may be built with or without.
+_FREE: Final = frozenset({"use_fp16", "dropout", "class_dropout_prob"})
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One output file: what goes into it."""
+
+    found: Extracted
+    file: str  # relative to the folder
+    metadata: Mapping[str, str]
+    licence: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All outputs of a conversion, and the manifest they belong to."""
+
+    folder: Path
+    jobs: tuple[Job, ...]
+    base: Manifest  # of what is in the folder already, or an empty one
+    notes: tuple[str, ...] = ()
+    existing: Mapping[str, CheckpointEntry] = field(default_factory=dict)
+
+    def recorded(self, job: Job) -> str | None:
+        """The hash that the folder's manifest has for this output."""
+        entry = self.existing.get(job.file)
+        return entry.sha256 if entry else None
+
+    def manifest(self, hashes: Mapping[Job, str]) -> Manifest:
+        """The manifest once these outputs, and their hashes, are there."""
+        entries = dict(self.existing)
+        for job in self.jobs:
+            if job in hashes:
+                entries[job.file] = self._entry(job, hashes[job])
+        return replace(self.base, checkpoints=tuple(entries.values()))
+
+    def _entry(self, job: Job, sha256: str) -> CheckpointEntry:
+        found = job.found
+        return CheckpointEntry(
+            file=job.file,
+            nimg=found.nimg,
+            ema_std=found.ema_std,
+            track=found.track,
+            sha256=sha256,
+            source=found.path.name,
+            licence=job.licence if job.licence != self.base.licence else None,
+        )
+
+
+def make_plan(
+    paths: Sequence[Path],
+    folder: Path,
+    weights: str,
+    *,
+    name: str | None = None,
+    licence: str | None = None,
+    num_heads: int | None = None,
+) -> Plan:
+    """Read what the sources hold, and settle outputs, network and manifest.
+
+    Raises CheckpointError for sources that cannot be read as data, IncompatibleCheckpointError for
+    different networks, also than the one whose checkpoints are in the folder already.
+    """
+    existing = _existing(folder)
+    found = [item for path in paths for item in extract(path, weights, num_heads)]
+    _require_one_network(found, folder, existing)
+    config, notes = _network(found, existing, folder)
+    known = {path: _known_set(path.name) for path in paths}
+    origins = {path: fingerprint(path) for path in paths}
+    jobs = tuple(
+        Job(
+            found=item,
+            file=_file_name(item, folder),
+            metadata=_metadata(item, config, origins[item.path]),
+            licence=licence or _of(known[item.path], "licence"),
+        )
+        for item in found
+    )
+    _require_distinct(jobs)
+    base = existing or Manifest(
+        model=config,
+        checkpoints=(),
+        name=_common(_of(known[path], "name") for path in paths),
+        licence=_common(job.licence for job in jobs),
+        defaults=SetDefaults(autoencoder=_common(item.autoencoder for item in found)),
+    )
+    return Plan(
+        folder=folder,
+        jobs=jobs,
+        base=replace(base, name=name or base.name),
+        notes=notes,
+        existing={entry.file: entry for entry in existing.checkpoints} if existing else {},
+    )
+
+
+def _existing(folder: Path) -> Manifest | None:
+    file = folder / MANIFEST_NAME
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder to write to, found a file")
+    if not file.exists():
+        return None
+    if not has_manifest(folder):
+        raise CheckpointError(f"{file}: a catalogue of known sets; choose another folder")
+    return read_manifest(file)
+
+
+def _require_one_network(
+    found: Sequence[Extracted], folder: Path, existing: Manifest | None
+) -> None:
+    expected: Mapping[str, TensorInfo]
+    expected, name = infos_of(found[0].tensors), found[0].path.name
+    for entry in existing.checkpoints if existing else ():
+        try:
+            expected, name = read_header(folder / entry.file).tensors, entry.file
+            break
+        except CheckpointError:
+            continue  # missing or damaged: perhaps it is to be made again
+    for item in found:
+        require_same(item, expected, name)
+
+
+def _network(
+    found: Sequence[Extracted], existing: Manifest | None, folder: Path
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """(config of all the files, what was assumed to get it).
+
+    The config is that of the folder, else what a file states, else what the shapes say.
+    """
+    stated = [(str(item.path), item.config) for item in found if item.config is not None]
+    if existing is not None:
+        stated.insert(0, (str(folder / MANIFEST_NAME), existing.model))
+    if not stated:
+        path = found[0].path
+        try:
+            inferred = edm2_config_from_shapes(shapes_of(found[0].tensors))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        return inferred, (f"{path.name} does not say its network's options; taken: {ASSUMED}",)
+    first, config = stated[0]
+    for where, other in stated[1:]:
+        _require_same_config(where, other, first, config)
+    return config, ()
+
+
+def _require_same_config(
+    where: str, config: Mapping[str, Any], first: str, expected: Mapping[str, Any]
+) -> None:
+    default = DEFAULTS if "edm2" == expected.get("model") == config.get("model") else {}
+    found, wanted = {**default, **config}, {**default, **expected}
+    for key in sorted((found.keys() | wanted.keys()) - _FREE):
+        if plain(found.get(key)) != plain(wanted.get(key)):
+            raise IncompatibleCheckpointError(
+                f"{where}: a network with {key} {plain(found.get(key))}, expected"
+                f" {plain(wanted.get(key))} as in {first}; convert different networks into"
+                " different folders"
+            )
+
+
+def _file_name(found: Extracted, folder: Path) -> str:
+    if found.stem.startswith("."):
+        raise CheckpointError(f"{found.path}: a hidden file's name is none for a checkpoint")
+    name = str(PurePosixPath(found.folder) / f"{found.stem}.safetensors")
+    return relative_inside(folder, name, str(found.path))
+
+
+def _metadata(found: Extracted, config: Mapping[str, Any], samples: str) -> dict[str, str]:
+    """What an output says of itself; all but text as JSON."""
+    origin = {"name": found.path.name, "bytes": found.path.stat().st_size, "samples": samples}
+    facts = {
+        CONFIG_KEY: dict(config),
+        ORIGIN_KEY: {**origin, "track": found.track},
+        "nimg": found.nimg,
+        "ema_std": found.ema_std,
+        **found.facts,
+    }
+    return {
+        key: json.dumps(value, sort_keys=True) for key, value in facts.items() if value is not None
+    }
+
+
+def _require_distinct(jobs: Sequence[Job]) -> None:
+    # Some file systems do not tell capitals from small letters.
+    homes: dict[str, Job] = {}
+    for job in jobs:
+        other = homes.setdefault(job.file.casefold(), job)
+        if other is not job:
+            raise CheckpointError(
+                f"{other.found.path} and {job.found.path} would both be written to {job.file}"
+            )
+
+
+@cache
+def _known_files() -> Mapping[str, KnownSet]:
+    return {file: known for known in load_catalogue().sets for file in known.file_names()}
+
+
+def _known_set(file: str) -> KnownSet | None:
+    return _known_files().get(file)
+
+
+def _of(known: KnownSet | None, key: Literal["name", "licence"]) -> str | None:
+    return None if known is None else str(getattr(known, key))
+
+
+def _common(values: Iterable[str | None]) -> str | None:
+    """The value, if there is one and the same for all."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None

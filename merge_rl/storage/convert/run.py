@@ -1,0 +1,280 @@
+"""EDM2 and SiT files to safetensors with a manifest: data only, nothing in them is executed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from merge_rl.errors import CheckpointError, ConfigError, NonFiniteWeightsError
+from merge_rl.interfaces import NullTracker, Tracker
+from merge_rl.storage.checkpoints import MANIFEST_NAME, write_manifest
+from merge_rl.storage.convert.contents import infos_of
+from merge_rl.storage.convert.plan import ORIGIN_KEY, Job, Plan, make_plan
+from merge_rl.storage.convert.sources import WEIGHTS, list_files
+from merge_rl.storage.files import atomic_path, read_header, require_hash, sha256_file, write_header
+from merge_rl.storage.pickles import TensorRef
+
+MAX_WORKERS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertResult:
+    """What a conversion left behind; every file in it has been written or verified in full."""
+
+    written: tuple[Path, ...]
+    skipped: tuple[Path, ...]  # there already, with the recorded hash, from the same source
+    manifest: Path
+    deleted: tuple[Path, ...] = ()  # sources that were removed
+
+
+def convert(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    folder: str | os.PathLike[str],
+    *,
+    weights: str = "auto",
+    workers: int | None = None,
+    delete_source: bool = False,
+    name: str | None = None,
+    licence: str | None = None,
+    num_heads: int | None = None,
+    tracker: Tracker | None = None,
+) -> ConvertResult:
+    """EDM2 `.pkl` and `.pt`, SiT `.pt` -> safetensors and `checkpoints_manifest.yaml` in `folder`.
+
+    The files are read as data: no name in them is imported, looked up or called, and embedded
+    source is not run. Types are kept (float16 stays float16). One piece of a file is in memory at
+    a time. All files must hold the same network; outputs that are there already, sound and made
+    from the same source, are kept, so that an interrupted conversion is simply started again.
+
+    Args:
+        sources: files, or folders whose `.pkl`, `.pt` and `.pth` files are meant; of a folder
+            with EDM2 snapshots, these alone.
+        folder: where outputs and manifest go; entries of a manifest there are kept.
+        weights: of files with raw weights and EMA: "model", "ema" or "both". "auto" takes the EMA
+            of a SiT checkpoint, and everything of an EDM2 training state.
+        workers: files at once; by default one a core, at most four.
+        delete_source: remove each source after its outputs have been read back and compared.
+        name, licence: of the set, for the manifest; those of published files are known.
+        num_heads: attention heads of a SiT of an unknown size.
+        tracker: hears of bytes written.
+
+    Raises CheckpointError for files that are no such checkpoints, are damaged or hostile, hold
+    NaN, or belong to another network; nothing is then left under a final name that is not whole.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"expected weights to be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"expected at least one worker, got {workers}")
+    tracker = tracker or NullTracker()
+    plan = make_plan(
+        list_files(sources), Path(folder), weights, name=name, licence=licence,
+        num_heads=num_heads,
+    )  # fmt: skip
+    for note in plan.notes:
+        tracker.event({"kind": "warning", "text": note})
+    tracker.phase("convert", sum(job.found.nbytes for job in plan.jobs))
+    done = _run(plan, workers or min(MAX_WORKERS, os.cpu_count() or 1), tracker, delete_source)
+    target = {job: plan.folder / job.file for job in plan.jobs}
+    return ConvertResult(
+        written=tuple(target[job] for job in plan.jobs if done[job].written),
+        skipped=tuple(target[job] for job in plan.jobs if not done[job].written),
+        manifest=plan.folder / MANIFEST_NAME,
+        deleted=_delete(plan) if delete_source else (),
+    )
+
+
+@dataclass(frozen=True)
+class _Done:
+    sha256: str
+    written: bool
+
+
+class _Progress:
+    """Adds up the progress of several threads, and stops them."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker, self._lock, self.stopped = tracker, threading.Lock(), False
+
+    def __call__(self, count: int) -> None:
+        if self.stopped:
+            raise CheckpointError("the conversion was stopped")
+        with self._lock:
+            self._tracker.advance(count)
+
+
+def _run(plan: Plan, workers: int, tracker: Tracker, verify: bool) -> dict[Job, _Done]:
+    """Do all jobs; the manifest grows with every finished one, so that they can be taken up."""
+    done: dict[Job, _Done] = {}
+    progress = _Progress(tracker)
+    with ThreadPoolExecutor(max(1, min(workers, len(plan.jobs)))) as pool:
+        futures = {pool.submit(_do, plan, job, progress, verify): job for job in plan.jobs}
+        try:
+            for future in as_completed(futures):
+                done[futures[future]] = future.result()
+                hashes = {job: item.sha256 for job, item in done.items()}
+                _write_manifest(plan, hashes)
+        except BaseException:
+            progress.stopped = True
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return done
+
+
+def _write_manifest(plan: Plan, hashes: Mapping[Job, str]) -> None:
+    path = plan.folder / MANIFEST_NAME
+    try:
+        write_manifest(path, plan.manifest(hashes))
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def _do(plan: Plan, job: Job, progress: Callable[[int], None], verify: bool) -> _Done:
+    path, source = plan.folder / job.file, job.found.path
+    recorded = plan.recorded(job)
+    if path.exists() and path.samefile(source):  # a .safetensors in its place already
+        check_finite(job.found.tensors, progress, source)
+        return _Done(sha256_file(path), written=False)
+    if path.exists() and _is_done(job, path, recorded):
+        progress(job.found.nbytes)
+        return _Done(str(recorded), written=False)
+    sha256 = write_stream(path, job.found.tensors, job.metadata, progress, source)
+    if verify:
+        require_hash(path, sha256_file(path), sha256)
+    return _Done(sha256, written=True)
+
+
+def _is_done(job: Job, path: Path, recorded: str | None) -> bool:
+    """Whether an output is whole and what would be written; CheckpointError if it is not ours."""
+    try:
+        metadata = read_header(path).metadata
+    except CheckpointError:
+        metadata = {}
+    origin = metadata.get(ORIGIN_KEY)
+    sound = recorded is not None and sha256_file(path) == recorded
+    # A file that the manifest lists may be made again where it is damaged, even in its header.
+    damaged = recorded is not None and not sound
+    if not (origin == job.metadata[ORIGIN_KEY] if origin else damaged):
+        raise CheckpointError(
+            f"{path}: exists already and was not made from this {job.found.path.name}; move it away"
+            " or choose another folder"
+        )
+    return sound and dict(metadata) == dict(job.metadata)
+
+
+def _delete(plan: Plan) -> tuple[Path, ...]:
+    outputs = {(plan.folder / job.file).resolve() for job in plan.jobs}
+    removed = []
+    for path in dict.fromkeys(job.found.path for job in plan.jobs):
+        if path.resolve() not in outputs:
+            try:
+                path.unlink()
+            except OSError as error:
+                why = error.strerror or error
+                raise CheckpointError(f"{path}: converted, but cannot be removed: {why}") from None
+            removed.append(path)
+    return tuple(removed)
+
+
+PIECE_BYTES: Final = 2**20  # fits the cache of a core: hashing and checking run over it
+
+
+def write_stream(
+    path: Path,
+    tensors: Mapping[str, TensorRef],
+    metadata: Mapping[str, str],
+    advance: Callable[[int], None],
+    source: Path,
+) -> str:
+    """Write a safetensors file atomically from tensors elsewhere; its SHA-256.
+
+    Memory: a few pieces of 1 MiB, whatever the size. `advance` hears of bytes done. The types stay
+    as they are. Raises NonFiniteWeightsError rather than leave a file of NaN.
+    """
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            return _write(file, tensors, metadata, advance, source)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> CheckpointError:
+    """What to raise when the disk did not take a file."""
+    reason = str(error.strerror or error).removeprefix("cannot be written: ")
+    return CheckpointError(f"{path}: cannot be written: {reason}")
+
+
+def check_finite(
+    tensors: Mapping[str, TensorRef], advance: Callable[[int], None], source: Path
+) -> None:
+    """Read tensors and do nothing else; NonFiniteWeightsError if one holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        for piece in _finite_pieces(name, tensor, source):
+            advance(len(piece))
+
+
+def _write(
+    file: BinaryIO,
+    tensors: Mapping[str, TensorRef],
+    metadata: Mapping[str, str],
+    advance: Callable[[int], None],
+    source: Path,
+) -> str:
+    header = io.BytesIO()
+    order = write_header(header, infos_of(tensors), metadata)
+    digest = hashlib.sha256(header.getvalue())
+    file.write(header.getvalue())
+    # Hashing takes about as long as writing, and both let other threads run.
+    with ThreadPoolExecutor(1) as pool:
+        hashed: Future[None] | None = None
+        for name in order:
+            for piece in _finite_pieces(name, tensors[name], source):
+                if hashed is not None:
+                    hashed.result()
+                hashed = pool.submit(digest.update, piece)
+                file.write(piece)
+                advance(len(piece))
+        if hashed is not None:
+            hashed.result()
+    return digest.hexdigest()
+
+
+def _finite_pieces(name: str, tensor: TensorRef, source: Path) -> Iterator[bytes]:
+    for piece in tensor.pieces(PIECE_BYTES):
+        count = count_nonfinite(piece, tensor.dtype)
+        if count:
+            raise NonFiniteWeightsError(
+                f"{source}: tensor {name} holds NaN or infinity in at least {count} of its values"
+            )
+        yield piece
+
+
+# Word of the same size, all bits but the sign, and the least magnitude that is not finite.
+_FORMATS: Final[Mapping[torch.dtype, tuple[npt.DTypeLike, int, int]]] = {
+    torch.float16: (np.uint16, 0x7FFF, 0x7C00),
+    torch.bfloat16: (np.uint16, 0x7FFF, 0x7F80),
+    torch.float32: (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
+    torch.float64: (np.uint64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
+    torch.complex64: (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
+    torch.float8_e5m2: (np.uint8, 0x7F, 0x7C),
+    torch.float8_e4m3fn: (np.uint8, 0x7F, 0x7F),
+}
+
+
+def count_nonfinite(data: bytes, dtype: torch.dtype) -> int:
+    """How many of the numbers in little-endian `data` are NaN or infinite; 0 for whole numbers."""
+    if dtype not in _FORMATS or not data:
+        return 0
+    word, magnitude, limit = _FORMATS[dtype]
+    values = np.frombuffer(data, dtype=word) & np.array(magnitude, dtype=word)
+    return int((values >= limit).sum()) if int(values.max()) >= limit else 0

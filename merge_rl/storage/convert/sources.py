@@ -1,0 +1,143 @@
+"""What a file to convert is, and the weights in it: the one place that knows all kinds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.storage.checkpoints import metadata_config, parse_stem, safetensors_in
+from merge_rl.storage.convert import edm2 as edm2_source
+from merge_rl.storage.convert import sit as sit_source
+from merge_rl.storage.convert.contents import Extracted, require_size, shapes_of, state_dict
+from merge_rl.storage.convert.edm2_shapes import is_edm2
+from merge_rl.storage.files import read_header
+from merge_rl.storage.pickles import (
+    ByteSource,
+    Span,
+    StorageRef,
+    TensorRef,
+    kind_of,
+    read_data,
+    row_major,
+    shown,
+)
+
+WEIGHTS: Final = ("auto", "model", "ema", "both")
+SUFFIXES: Final = (".pkl", ".pt", ".pth")
+_SAMPLES: Final = 64
+_SAMPLE_BYTES: Final = 4096
+
+
+def list_files(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The files that are meant: themselves, or those of a folder by their endings; each once.
+
+    Of a folder with snapshots (.pkl), training states are left out: they are several times larger
+    and of another type, so that both cannot form one set.
+    """
+    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    files: dict[Path, Path] = {}
+    for item in map(Path, given):
+        if item.is_dir():
+            within = _convertible(item) or safetensors_in(item)
+            if not within:
+                raise CheckpointError(f"{item}: holds no .pkl or .pt files to convert")
+        elif item.is_file():
+            within = [item]
+        else:
+            raise CheckpointError(f"{item}: no such file or folder")
+        files |= {file.resolve(): file for file in within}
+    if not files:
+        raise ConfigError("expected at least one file or folder to convert, got none")
+    return list(files.values())
+
+
+def _convertible(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    states = [file for file in files if file.name.startswith("training-state-")]
+    snapshots = any(file.suffix == ".pkl" for file in files)
+    return [file for file in files if file not in states] if snapshots else files
+
+
+def extract(path: Path, weights: str = "auto", num_heads: int | None = None) -> list[Extracted]:
+    """The weights in a file, one result a track; CheckpointError if it is of no known kind."""
+    if path.suffix == ".safetensors":
+        found = [_read_safetensors(path, num_heads)]
+    else:
+        found = _read_pickled(path, weights, num_heads)
+    for item in found:
+        require_size(item, path.stat().st_size)
+    return found
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file's size and of 64 samples of 4 KiB, evenly spaced from start to end.
+
+    Tells apart files of the same name and size without reading gigabytes; no proof of equality.
+    """
+    source, digest = ByteSource(path), hashlib.sha256()
+    digest.update(source.size.to_bytes(8, "little"))
+    length = min(_SAMPLE_BYTES, source.size)
+    for i in range(_SAMPLES):
+        digest.update(source.read((source.size - length) * i // (_SAMPLES - 1), length))
+    return digest.hexdigest()
+
+
+def _read_pickled(path: Path, weights: str, num_heads: int | None) -> list[Extracted]:
+    data = read_data(path)
+    if not isinstance(data, dict):
+        raise _unknown(path, kind_of(data))
+    if edm2_source.is_snapshot(data):
+        if weights == "model":
+            raise CheckpointError(f"{path}: a network snapshot holds an EMA, no raw weights")
+        return [edm2_source.read_snapshot(data, path)]
+    if edm2_source.is_training_state(data):
+        return edm2_source.read_training_state(data, path, weights)
+    if sit_source.is_training_checkpoint(data):
+        return sit_source.read_training_checkpoint(data, path, weights, num_heads)
+    if data and all(isinstance(item, TensorRef) for item in data.values()):
+        tensors = state_dict(data, str(path))
+        if is_edm2(shapes_of(tensors)):
+            return [_bare_edm2(tensors, path, None)]
+        return [sit_source.read_bare(tensors, path, num_heads)]
+    keys = [shown(key, 30) for key in data if isinstance(key, str)][:8]
+    raise _unknown(path, f"a mapping with the keys {', '.join(keys) or '(none)'}")
+
+
+def _unknown(path: Path, found: str) -> CheckpointError:
+    expected = "an EDM2 snapshot or training state, or SiT weights"
+    return CheckpointError(f"{path}: expected {expected}, found {found}")
+
+
+def _bare_edm2(
+    tensors: Mapping[str, TensorRef], path: Path, config: Mapping[str, object] | None
+) -> Extracted:
+    """A state dict of EDM2 without anything around it."""
+    nimg, ema_std = parse_stem(path.stem)
+    return Extracted(
+        path=path,
+        tensors=tensors,
+        config=config,
+        stem=path.stem,
+        nimg=nimg,
+        ema_std=ema_std,
+        track=None if ema_std is None else f"ema-{ema_std:.3f}",
+    )
+
+
+def _read_safetensors(path: Path, num_heads: int | None) -> Extracted:
+    """Weights that have the right form already."""
+    header, source = read_header(path), ByteSource(path)
+    tensors = {}
+    for name, info in header.tensors.items():
+        span = Span(source, header.begins[name], info.nbytes)
+        storage = StorageRef(info.dtype, math.prod(info.shape), span)
+        tensors[name] = TensorRef(storage, 0, info.shape, tuple(row_major(info.shape)))
+    state_dict(tensors, str(path))
+    if is_edm2(shapes_of(tensors)):
+        return _bare_edm2(tensors, path, metadata_config(path, header.metadata))
+    return sit_source.read_bare(tensors, path, num_heads)

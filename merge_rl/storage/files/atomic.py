@@ -1,0 +1,195 @@
+"""Atomic writes: a file under its final name is always complete.
+
+Whatever ends a program half-way (an error, a full disk, a power cut) leaves either the old file
+or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from torch import Tensor
+
+from merge_rl.errors import CheckpointError, RunError
+from merge_rl.storage.files.safetensors_file import read_file, write_tensors
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Temporary path to write to; becomes `path` on leaving the block, or vanishes on an error.
+
+    The body writes one file there. It lies in the same folder (made when missing), because a
+    rename is atomic only within a file system, and keeps the ending, which some writers go by.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".tmp-{secrets.token_hex(6)}-{target.name}")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(target)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            # A full disk names no file by itself.
+            reason = f"cannot be written: {error.strerror}"
+            raise OSError(error.errno, reason, str(target)) from None
+        raise
+    # Not every file system lets a folder be synced; the file itself is safe by now.
+    with suppress(OSError):
+        _sync(target.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text atomically, line ends as given."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], value: object) -> None:
+    """Write one JSON document atomically; ValueError for NaN and infinity, which JSON lacks."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_yaml(path: str | os.PathLike[str], value: object) -> None:
+    """Write one YAML document of plain data atomically, keys in the order given."""
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    write_text(path, text)
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file atomically; equal input gives equal bytes.
+
+    Tensors of any device and memory layout are taken; they may share memory.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        write_tensors(file, tensors, metadata or {})
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+KEY_NAME: Final = "key.json"
+
+
+class WorkFolder:
+    """Files of one unfinished job, kept under a key: everything that its result depends on.
+
+    The folder, hidden, appears with the first file.
+    What lies there under another key is of no use and is removed on opening.
+    """
+
+    def __init__(self, output: Path, key: Mapping[str, Any]) -> None:
+        self.path = output.with_name(f".{output.name}.partial")
+        self._key = json.loads(json.dumps(dict(key)))
+        if self.path.exists() and not self._is_ours():
+            raise RunError(f"{self.path} is in the way; expected the unfinished work of this job")
+        if self.path.exists() and self._recorded() != self._key:
+            shutil.rmtree(self.path)
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+        """Replace a file of tensors and a note of plain data, atomically."""
+        if not self.path.exists():
+            self.path.mkdir(parents=True)
+            write_json(self.path / KEY_NAME, self._key)
+        save_tensors(self.path / f"{name}.safetensors", tensors, {"note": json.dumps(dict(note))})
+
+    def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was written under that name; None if nothing was, or if it is damaged."""
+        file = self.path / f"{name}.safetensors"
+        if not file.is_file():
+            return None
+        try:
+            header, tensors, _ = read_file(file, hashed=False)
+            return tensors, json.loads(header.metadata["note"])
+        except (CheckpointError, KeyError, json.JSONDecodeError):
+            return None
+
+    def remove(self) -> None:
+        """The job is done."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+
+    def _is_ours(self) -> bool:
+        return self.path.is_dir() and (
+            (self.path / KEY_NAME).is_file() or not any(self.path.iterdir())
+        )
+
+    def _recorded(self) -> object:
+        try:
+            return json.loads((self.path / KEY_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+
+State = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors by name, and plain values."""
+
+
+def write_state(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Write a resume point, or replace the one that is there: whole or not at all."""
+    save_tensors(path, dict(tensors), {"state": json.dumps(dict(values))})
+
+
+def read_state(path: Path) -> State:
+    """A resume point; RunError names a file that is damaged or something else."""
+    try:
+        header, tensors, _ = read_file(path, hashed=False)
+        return tensors, json.loads(header.metadata["state"])
+    except KeyError:
+        reason = "its header holds no state"
+    except (CheckpointError, json.JSONDecodeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+    raise RunError(f"{path}: damaged resume point: {reason}")
+
+
+def require_new(path: str | os.PathLike[str]) -> None:
+    """Raise RunError if something lies at `path`."""
+    if Path(path).exists() or Path(path).is_symlink():
+        raise RunError(f"{path} exists already; choose another folder")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` if the block succeeds.
+
+    An existing path is refused unless `replace` is set; then it is swapped at the end.
+    """
+    target = Path(path)
+    if not replace:
+        require_new(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp's 0700 would follow the folder
+        yield temporary
+        if target.is_dir() and replace:
+            shutil.rmtree(target)
+        temporary.replace(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,252 @@
+"""Images of a folder, a zip, a .npz or a .safetensors file, streamed as uniform batches."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from merge_rl.errors import ImageError
+from merge_rl.storage.files.images import ImageFiles
+from merge_rl.storage.files.npz import npz_arrays, read_array, read_rows
+from merge_rl.storage.files.safetensors_file import read_one
+from merge_rl.storage.files.safetensors_header import read_header
+
+WORKERS: Final = max(2, min(16, os.cpu_count() or 2))  # decoding threads
+MAX_AHEAD: Final = 256  # images decoded before they are asked for
+
+
+class ImageArray:
+    """Images (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W), uint8, of one array of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._npz = path.suffix.lower() == ".npz"
+        if self._npz:
+            arrays = {
+                name: (info.shape, str(info.dtype)) for name, info in npz_arrays(path).items()
+            }
+        else:
+            self._header = read_header(path)
+            arrays = {
+                name: (info.shape, str(info.dtype).removeprefix("torch."))
+                for name, info in self._header.tensors.items()
+            }
+        self.key = next((key for key in IMAGE_KEYS if key in arrays), "")
+        if not self.key:
+            raise ImageError(
+                f"{path}: expected images as {' or '.join(map(repr, IMAGE_KEYS))}, "
+                f"found {', '.join(map(repr, arrays)) or 'nothing'}"
+            )
+        self.shape, dtype = arrays[self.key]
+        self._channels_last = _channels_last(self.shape)
+        if dtype != "uint8" or self._channels_last is None or 0 in self.shape:
+            raise ImageError(
+                f"{path}: expected {self.key!r} as images (N, H, W, 3) or (N, 3, H, W) of type "
+                f"uint8, found {self.shape} of type {dtype}"
+            )
+        self.labels = self._read_labels({name: shape for name, (shape, _) in arrays.items()})
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def name(self, row: int) -> str:
+        """Name of an image, for messages."""
+        return f"{self.path.name}[{row}]"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of name, size and time: another file gives another value."""
+        status = self.path.stat()
+        text = f"{self.key} {self.shape} {status.st_size} {status.st_mtime_ns}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def read(self, rows: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        """Images (H, W, 1 or 3) of ascending rows."""
+        for image in self._rows(rows):
+            if image.ndim == 2:
+                yield image[:, :, None]
+            else:
+                yield image if self._channels_last else image.transpose(1, 2, 0)
+
+    def _rows(self, rows: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        if self._npz:
+            yield from read_rows(self.path, self.key, rows)
+        else:
+            begin = self._header.begins[self.key]
+            stored = np.memmap(self.path, np.uint8, "r", begin, self.shape)
+            for row in rows:
+                yield stored[row]
+
+    def _read_labels(self, shapes: dict[str, tuple[int, ...]]) -> Tensor | None:
+        fitting = [key for key in LABEL_KEYS if shapes.get(key) == (len(self),)]
+        if not fitting:
+            return None
+        if self._npz:
+            values = read_array(self.path, fitting[0])
+            return torch.from_numpy(values.astype(np.int64)) if values.dtype.kind in "iu" else None
+        tensor = read_one(self.path, self._header, fitting[0])
+        return None if tensor.is_floating_point() or tensor.is_complex() else tensor.long()
+
+
+ImageSource = ImageFiles | ImageArray
+"""len, name(row), labels (N,) int64 or None, fingerprint."""
+
+
+def open_images(path: str | os.PathLike[str]) -> ImageSource:
+    """The images at `path`; ImageError if there are none.
+
+    A folder (with subfolders) or a zip of PNG, JPEG, WebP or BMP files, a `.npz` with "images" or
+    "arr_0", or a `.safetensors` with "images". Nothing is decoded yet.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return ImageFiles(place)
+    if not place.is_file():
+        raise ImageError(f"{place}: no such file or folder")
+    kind = place.suffix.lower()
+    if kind == ".zip":
+        return ImageFiles(place)
+    if kind in (".npz", ".safetensors"):
+        return ImageArray(place)
+    raise ImageError(
+        f"{place}: expected a folder, a .zip, a .npz or a .safetensors file of images, "
+        f"found a file with the ending {place.suffix!r}"
+    )
+
+
+@dataclass(frozen=True)
+class ImageKind:
+    """Size and mode that all images of a source share, and the image that set them."""
+
+    name: str
+    width: int
+    height: int
+    channels: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height} {'RGB' if self.channels == 3 else 'grey'}"
+
+
+@dataclass
+class ImageStream:
+    """Reads batches in order; refuses what differs from the first image; counts what is broken.
+
+    Args:
+        source: what `open_images` gives.
+        skip_broken: leave out images that cannot be read, and count them, instead of refusing.
+        kind: what the images must be like; the first one says if None.
+    """
+
+    source: ImageSource
+    skip_broken: bool = False
+    kind: ImageKind | None = None
+    broken: list[str] = field(default_factory=list)  # the reasons, one an image
+    _pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> ImageStream:
+        # Not for `batches` to end by itself: a generator that is dropped is closed whenever garbage
+        # is collected, be it in the middle of another pool's submit, whose lock ending one needs.
+        self._pool = ThreadPoolExecutor(WORKERS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def batches(self, rows: Sequence[int], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows (B,) int64, images (B, 1 or 3, H, W) uint8) for each `size` of the ascending rows.
+
+        A batch lacks the broken images among its rows, down to none at all. Inside a `with` block
+        of the stream, the next images are decoded in threads while the caller works on a batch.
+        """
+        images = self._decoded(rows, min(size, MAX_AHEAD))
+        for start in range(0, len(rows), size):
+            kept, found = [], []
+            for row in rows[start : start + size]:
+                image = next(images)
+                if isinstance(image, ImageError):
+                    self._skip(image)
+                else:
+                    self._require_kind(row, image)
+                    kept.append(row)
+                    found.append(image)
+            yield torch.tensor(kept, dtype=torch.int64), _stack(found)
+
+    def _decoded(
+        self, rows: Sequence[int], ahead: int
+    ) -> Iterator[npt.NDArray[np.uint8] | ImageError]:
+        if isinstance(self.source, ImageArray):
+            yield from self.source.read(rows)
+            return
+        decode = functools.partial(_start, self.source, self._pool)
+        waiting = deque(decode(row) for row in rows[: ahead if self._pool else 1])
+        for position in range(len(rows)):
+            error = (future := waiting.popleft()).exception()
+            if error is not None and not isinstance(error, ImageError):
+                raise error
+            yield future.result() if error is None else error
+            following = position + 1 + len(waiting)
+            if following < len(rows):
+                waiting.append(decode(rows[following]))
+
+    def _skip(self, error: ImageError) -> None:
+        if not self.skip_broken:
+            raise error
+        self.broken.append(str(error))
+
+    def _require_kind(self, row: int, image: npt.NDArray[np.uint8]) -> None:
+        height, width, channels = image.shape
+        found = ImageKind(self.source.name(row), width, height, channels)
+        if self.kind is None:
+            self.kind = found
+        elif str(found) != str(self.kind):
+            raise ImageError(
+                f"{self.source.path}: {found.name} is {found}, expected {self.kind} as "
+                f"{self.kind.name}; images of one size and mode are needed"
+            )
+
+
+def _start(
+    source: ImageFiles, pool: ThreadPoolExecutor | None, row: int
+) -> Future[npt.NDArray[np.uint8]]:
+    """Decode an image, in a thread where there is a pool."""
+    if pool is not None:
+        return pool.submit(source.decode, row)
+    done: Future[npt.NDArray[np.uint8]] = Future()
+    try:
+        done.set_result(source.decode(row))
+    except ImageError as error:
+        done.set_exception(error)
+    return done
+
+
+def _stack(images: list[npt.NDArray[np.uint8]]) -> Tensor:
+    if not images:
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+IMAGE_KEYS: Final = ("images", "arr_0")  # arr_0: what ADM's sampling scripts write
+LABEL_KEYS: Final = ("labels", "label", "arr_1")
+
+
+def _channels_last(shape: tuple[int, ...]) -> bool | None:
+    """Where the channels are; None if these cannot be images. Last wins where both would do."""
+    if len(shape) == 3:
+        return True
+    if len(shape) != 4 or not {1, 3} & {shape[1], shape[3]}:
+        return None
+    return shape[3] in (1, 3)

@@ -1,0 +1,194 @@
+"""Tensors of a safetensors file: read all, read one, write.
+
+Written here rather than with the safetensors library because that one orders the metadata at
+random: equal input must give equal bytes, so that hashes of runs can be compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from merge_rl.errors import CheckpointError, NonFiniteWeightsError
+from merge_rl.storage.files.hashing import CHUNK_BYTES
+from merge_rl.storage.files.safetensors_header import (
+    DTYPES,
+    METADATA_KEY,
+    Header,
+    TensorInfo,
+    header_bytes,
+    parse_header,
+)
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("merge_rl reads and writes safetensors on little-endian machines only")
+
+
+def read_file(path: Path, *, hashed: bool) -> tuple[Header, dict[str, Tensor], str | None]:
+    """(header, tensors, SHA-256 or None) of a file, read once.
+
+    What was hashed is exactly what is returned, even if somebody replaces the file meanwhile. Each
+    tensor has memory of its own, aligned as torch aligns what it makes: the linear algebra library
+    sums in an order that depends on alignment, and results may not depend on where a file keeps
+    its values.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            text = header_bytes(file, size, path)
+            header = parse_header(text, size, path)
+            digest.update(len(text).to_bytes(8, "little") + text)
+            tensors = {n: torch.empty(i.shape, dtype=i.dtype) for n, i in header.tensors.items()}
+            # In the order of the file, in which one follows the other.
+            for piece in _pieces(file, [tensor_bytes(t) for t in tensors.values()], path):
+                if hashed:
+                    digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return header, tensors, digest.hexdigest() if hashed else None
+
+
+def read_one(path: Path, header: Header, name: str) -> Tensor:
+    """One tensor of a file whose header was read before."""
+    info = header.tensors[name]
+    values = torch.empty(info.shape, dtype=info.dtype)
+    with TensorReader(path, header) as reader:
+        reader.read_into(name, 0, values)
+    return values
+
+
+class TensorReader:
+    """An open file from which parts of tensors are read; several threads may share it."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path, self.header = path, header
+        try:
+            # Unbuffered: a buffer would be filled with bytes that nobody asked for.
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read_into(self, name: str, start: int, values: Tensor) -> None:
+        """Fill `values` (contiguous, of the tensor's dtype) with its elements from `start` on."""
+        begin = self.header.begins[name] + start * values.dtype.itemsize
+        target = tensor_bytes(values)
+        try:
+            while len(target):
+                count = os.preadv(self._file.fileno(), [target], begin)
+                if not count:
+                    raise CheckpointError(
+                        f"{self.path}: the file became shorter since it was opened"
+                    )
+                target, begin = target[count:], begin + count
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{self.path}: cannot be read: {reason}") from None
+
+
+def map_file(path: Path, header: Header) -> dict[str, Tensor]:
+    """All tensors of a file as views of its mapping; the system loads and drops pages at will.
+
+    A tensor that does not start at a multiple of its element's size is copied instead.
+    """
+    try:
+        # Private: nothing that is written to the tensors reaches the file.
+        mapping = torch.from_file(
+            str(path), shared=False, size=header.file_bytes, dtype=torch.uint8
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be mapped into memory: {reason}") from None
+    views = {}
+    for name, info in header.tensors.items():
+        part = mapping[header.begins[name] : header.begins[name] + info.nbytes]
+        aligned = header.begins[name] % info.dtype.itemsize == 0
+        views[name] = (part if aligned else part.clone()).view(info.dtype).reshape(info.shape)
+    return views
+
+
+def require_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity in a floating or complex tensor; whole numbers always pass."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    # isfinite is not implemented for the 8-bit floats.
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    # A sum tells of both, at a tenth of the cost; where it overflows by itself, a look at each.
+    wide = torch.float32 if values.dtype.itemsize < 4 else values.dtype
+    if bool(torch.isfinite(values.sum(dtype=wide))):
+        return
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        count = tensor.numel() - int(finite.sum())
+        raise NonFiniteWeightsError(
+            f"{path}: tensor {name!r} holds NaN or infinity in {count} of {tensor.numel()} values"
+        )
+
+
+def write_tensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write header and tensors; wider types first, else in the order given."""
+    infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    order = write_header(file, infos, metadata)
+    for name in order:
+        file.write(tensor_bytes(tensors[name]))
+
+
+def write_header(
+    file: BinaryIO, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> list[str]:
+    """Write the header alone; the names in the order in which their bytes must follow.
+
+    For files whose tensors come one by one. Wider types come first, else the order is that given:
+    so every tensor is aligned to its own size, and readers can map the file into memory.
+    """
+    order = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)
+    header: dict[str, object] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name in order:
+        info = infos[name]
+        if name == METADATA_KEY or info.dtype not in _NAMES:
+            raise CheckpointError(f"tensor {name!r} of {info.dtype} cannot be stored")
+        end = position + info.nbytes
+        entry = {"dtype": _NAMES[info.dtype], "shape": list(info.shape)}
+        header[name] = {**entry, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    return order
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, without a copy where it is on the CPU and contiguous."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        tensor = tensor.to("cpu").contiguous()
+    flat = tensor.detach().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _pieces(file: BinaryIO, targets: Sequence[memoryview], path: Path) -> Iterator[memoryview]:
+    parts = ((t, start) for t in targets for start in range(0, len(t), CHUNK_BYTES))
+    for target, start in parts:
+        piece = target[start : start + CHUNK_BYTES]
+        # BufferedReader.readinto fills the piece unless the file ends.
+        if file.readinto(piece) < len(piece):  # type: ignore[attr-defined]
+            raise CheckpointError(f"{path}: the file became shorter while it was read")
+        yield piece

@@ -1,0 +1,21 @@
+"""Downloads and uploads: the Hub, the catalogue, plain addresses."""
+
+from merge_rl.storage.hub.download import Downloaded, download
+from merge_rl.storage.hub.fetch import FetchResult, run_fetch
+from merge_rl.storage.hub.fetch_plan import FetchPlan, plan_fetch
+from merge_rl.storage.hub.fetch_sources import Selection, parse_count
+from merge_rl.storage.hub.repository import local_model
+from merge_rl.storage.hub.upload import push
+
+__all__ = [
+    "Downloaded",
+    "FetchPlan",
+    "FetchResult",
+    "Selection",
+    "download",
+    "local_model",
+    "parse_count",
+    "plan_fetch",
+    "push",
+    "run_fetch",
+]

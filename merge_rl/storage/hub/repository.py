@@ -1,0 +1,245 @@
+"""Repositories of the Hub: their names, what is in them, one file of them.
+
+What comes is checked against what the repository lists: names, sizes, hashes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import inspect
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from merge_rl.errors import HashMismatchError, HubError
+from merge_rl.storage.checkpoints import CONFIG_NAME, relative_inside
+from merge_rl.storage.files import INDEX_NAME, MODEL_NAME, SHARD_PATTERN, Progress, sha256_file
+from merge_rl.storage.hub.client import (
+    HUB_LIBRARY,
+    UnreachableError,
+    call_hub,
+    client,
+    endpoint,
+    meter_class,
+    quiet_client,
+)
+
+TIMEOUT_SECONDS: Final = 30.0
+
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,95}[A-Za-z0-9_])?"
+_REPO = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9_][A-Za-z0-9_./-]{{0,199}}))?")
+_FILE_ENDINGS: Final = (".safetensors", ".pkl", ".pt", ".pth", ".npz", ".yaml", ".json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFile:
+    """One file of a repository."""
+
+    name: str  # path in the repository
+    size: int | None
+    sha256: str | None  # of large files; small ones have a blob id only
+    blob_id: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """A repository at one commit."""
+
+    repo_id: str
+    commit: str
+    private: bool
+    files: tuple[HubFile, ...]
+    licence: str | None = None  # as the model card says
+
+    def find(self, name: str) -> HubFile:
+        """The file of that name; HubError if there is none."""
+        for file in self.files:
+            if file.name == name:
+                return file
+        raise HubError(f"{self.repo_id}: the repository has no file {name!r}")
+
+
+def split_repo(text: str) -> tuple[str, str | None]:
+    """user/repo@revision -> ("user/repo", "revision"); None without a revision."""
+    match = _REPO.fullmatch(text)
+    if match is None or ".." in text or "--" in match[1]:
+        raise HubError(f"expected a repository as user/repo or user/repo@revision, got {text!r}")
+    return match[1], match[2]
+
+
+def looks_like_repo(text: str) -> bool:
+    """Whether `text` has the form of a repository, and not of a file."""
+    try:
+        repo_id, _ = split_repo(text)
+    except HubError:
+        return False
+    return not repo_id.endswith(_FILE_ENDINGS)
+
+
+def open_repository(repo_id: str, revision: str | None = None) -> Repository:
+    """Files of a repository at the newest commit of `revision`, by one request.
+
+    Raises HubError if there is no such repository or revision, or if a name leaves the folder.
+    """
+    api = client()
+    subject = f"{repo_id}@{revision}" if revision else repo_id
+    with quiet_client():
+        info: Any = call_hub(
+            lambda: api.model_info(
+                repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
+            ),
+            subject,
+        )
+    if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-fA-F]{40}", info.sha):
+        raise HubError(f"{subject}: the Hub named no commit, found {info.sha!r}")
+    files = tuple(_hub_file(repo_id, sibling) for sibling in info.siblings or ())
+    licence = getattr(info.card_data, "license", None)
+    return Repository(
+        repo_id=repo_id,
+        commit=info.sha,
+        private=bool(info.private),
+        files=files,
+        licence=licence if isinstance(licence, str) else None,
+    )
+
+
+def download_file(
+    repository: Repository, name: str, folder: Path, progress: Progress | None = None
+) -> Path:
+    """One file of a repository to `folder`/name, checked for size and hash.
+
+    A cut connection is resumed; what has come is lost only when the program ends. Leaves the
+    client's notes in `folder`/.cache. Raises HubError, HashMismatchError.
+    """
+    file = repository.find(name)
+    relative_inside(folder, name, repository.repo_id)
+    path = get_file(repository, file, repository.commit, folder=folder, progress=progress)
+    check_file(path, file, f"{repository.repo_id}, {name}")
+    return path
+
+
+def get_file(
+    repository: Repository,
+    file: HubFile,
+    revision: str | None,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """One file through the client, into `folder` or its own cache; not checked."""
+    from huggingface_hub import hf_hub_download
+
+    subject = f"{repository.repo_id}, {file.name}"
+    options: dict[str, Any] = {"revision": revision, "local_dir": folder, "endpoint": endpoint()}
+    if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # new in 1.0
+        options["tqdm_class"] = meter_class(subject, file.size, progress)
+    with quiet_client():
+        found = call_hub(
+            lambda: hf_hub_download(repository.repo_id, file.name, **options, **HUB_LIBRARY),
+            subject,
+        )
+    return Path(str(found))
+
+
+def check_file(path: Path, file: HubFile, subject: str) -> None:
+    """Remove and refuse a file whose size or hash is not the listed one (HashMismatchError)."""
+    size = path.stat().st_size
+    problem = None
+    if file.size is not None and size != file.size:
+        problem = f"has {size} bytes, the repository lists {file.size}"
+    elif file.sha256 is not None and (digest := sha256_file(path)) != file.sha256:
+        problem = f"has the SHA-256 {digest}, the repository lists {file.sha256}"
+    elif file.sha256 is None and file.blob_id is not None and _blob_id(path) != file.blob_id:
+        problem = f"is not the one the repository lists ({file.blob_id})"
+    if problem:
+        # In the client's cache the name is a link: the bytes behind it have to go as well.
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise HashMismatchError(f"{subject}: the file that came {problem}")
+
+
+def _hub_file(repo_id: str, sibling: Any) -> HubFile:
+    name, lfs = sibling.rfilename, sibling.lfs
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name:
+        raise HubError(f"{repo_id}: the repository lists a file outside of its folder: {name!r}")
+    sha256 = getattr(lfs, "sha256", None)
+    return HubFile(name=name, size=sibling.size, sha256=sha256, blob_id=sibling.blob_id)
+
+
+def _blob_id(path: Path) -> str:
+    """Git's name for a file that is stored as it is."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def local_model(path: str | os.PathLike[str]) -> Path:
+    """A path as it is; a text that names no path here but a repository of the Hub, downloaded."""
+    if isinstance(path, str) and not os.path.lexists(path) and looks_like_repo(path):
+        try:
+            return cached_model(path)
+        except HubError as error:
+            raise HubError(
+                f"{path}: no such file or folder, and not from the Hub: {error}"
+            ) from None
+    return Path(path)
+
+
+def cached_model(text: str) -> Path:
+    """The model of "user/repo" or "user/repo@revision" in the client's cache, downloaded there.
+
+    Only the weights and `config.json` are fetched. Without a connection the cached copy serves.
+    Returns a `.safetensors` file, or the folder of a model in shards.
+    """
+    repo_id, revision = split_repo(text)
+    try:
+        repository = open_repository(repo_id, revision)
+    except UnreachableError as error:
+        return _offline_model(repo_id, revision, error)
+    names = [file.name for file in repository.files]
+    weights = _weights_among(repo_id, names)
+    wanted = [*weights, *(name for name in names if name == CONFIG_NAME)]
+    paths = [_cached_file(repository, repository.find(name), revision) for name in wanted]
+    if any(path.parent.name != repository.commit for path in paths):
+        raise HubError(f"{repo_id}: the repository changed during the download; try again")
+    return paths[0] if len(weights) == 1 else paths[0].parent
+
+
+def _weights_among(repo_id: str, names: list[str]) -> list[str]:
+    """Which of these files are the weights of one model; an index comes first."""
+    if INDEX_NAME in names:
+        shards = fnmatch.filter(names, SHARD_PATTERN)
+        return [INDEX_NAME, *sorted(shards)]
+    if MODEL_NAME in names:
+        return [MODEL_NAME]
+    found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if len(found) != 1:
+        several = f"{len(found)} .safetensors files" if found else "no .safetensors file"
+        raise HubError(f"{repo_id}: expected one model, found {several} (for sets: mergerl fetch)")
+    return found
+
+
+def _cached_file(repository: Repository, file: HubFile, revision: str | None) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    known = try_to_load_from_cache(repository.repo_id, file.name, revision=repository.commit)
+    # By the name of the revision, not the commit: offline, the cache knows names it was asked.
+    path = get_file(repository, file, revision)
+    if not isinstance(known, str):
+        check_file(path, file, f"{repository.repo_id}, {file.name}")
+    return path
+
+
+def _offline_model(repo_id: str, revision: str | None, error: UnreachableError) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in (INDEX_NAME, MODEL_NAME, CONFIG_NAME):
+        found = try_to_load_from_cache(repo_id, name, revision=revision)
+        if isinstance(found, str):
+            folder = Path(found).parent
+            weights = _weights_among(repo_id, sorted(file.name for file in folder.iterdir()))
+            return folder / weights[0] if len(weights) == 1 else folder
+    raise HubError(f"{error} (and no copy is stored here)")

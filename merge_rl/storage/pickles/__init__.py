@@ -1,0 +1,20 @@
+"""Pickles and torch archives read as data: tensors and plain containers, nothing is ever called."""
+
+from merge_rl.storage.pickles.machine import Record
+from merge_rl.storage.pickles.reading import read_data, read_pickle
+from merge_rl.storage.pickles.spans import ByteSource, Span
+from merge_rl.storage.pickles.tensors import StorageRef, TensorRef, row_major
+from merge_rl.storage.pickles.values import kind_of, shown
+
+__all__ = [
+    "ByteSource",
+    "Record",
+    "Span",
+    "StorageRef",
+    "TensorRef",
+    "kind_of",
+    "read_data",
+    "read_pickle",
+    "row_major",
+    "shown",
+]

@@ -1,0 +1,246 @@
+"""The state of a reader of pickles: a stack, marks, a memo, and the budget that bounds them.
+
+A pickle is a program for a small stack machine whose instructions may import and call anything.
+This machine runs the instructions that build data (`opcodes`); names are looked up in a
+fixed table of handlers written here, and whatever is not in the table is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, TypeAlias
+
+from merge_rl.errors import CheckpointError
+from merge_rl.storage.pickles.spans import Cursor, Span
+from merge_rl.storage.pickles.values import (
+    MAX_DEPTH,
+    MAX_MARKS,
+    MAX_NODES,
+    Budget,
+    Global,
+    kind_of,
+    shown,
+)
+
+Handler: TypeAlias = "Callable[[tuple[object, ...], Machine], object]"
+"""(arguments, machine) -> what a call of the permitted name stands for."""
+Permitted: TypeAlias = "Mapping[str, Handler | None]"
+"""Full name -> handler; None where the name may be mentioned, but not called."""
+Persistent: TypeAlias = "Callable[[object, Machine], object]"
+"""(persistent id, machine) -> the object it stands for."""
+
+MEMO_COST: Final = 120  # bytes of one entry of a dict with a number as key, generously
+OPCODE_COST: Final = 32
+
+
+class Machine:
+    """Reads one pickle from a cursor, which is left behind its last byte."""
+
+    def __init__(
+        self,
+        cursor: Cursor,
+        permitted: Permitted,
+        budget: Budget,
+        persistent: Persistent | None = None,
+    ) -> None:
+        self.cursor, self.permitted, self.budget = cursor, permitted, budget
+        self._persistent = persistent
+        self.stack: list[object] = []
+        self._marks: list[int] = []
+        self._floor = 0  # values below belong to an enclosing mark
+        self._memo: dict[int, object] = {}
+
+    def refuse(self, why: str) -> CheckpointError:
+        """The error for a pickle that cannot be read, with the place."""
+        where = f"{self.budget.name}: not readable as data"
+        return CheckpointError(f"{where}: {why} (before byte {self.cursor.position})")
+
+    # ------------------------------------------------------------------------------- the stack
+
+    def push(self, value: object, cost: int = 0) -> None:
+        """Put a value on the stack; `cost` is what it takes beyond its opcode."""
+        if cost:
+            self.budget.spend(cost)
+        self.stack.append(value)
+
+    def pop(self) -> object:
+        """Take the topmost value above the last mark."""
+        if len(self.stack) <= self._floor:
+            raise self.refuse("an instruction takes a value from an empty stack")
+        return self.stack.pop()
+
+    def top(self) -> object:
+        """The topmost value, which stays."""
+        if len(self.stack) <= self._floor:
+            raise self.refuse("an instruction looks at the top of an empty stack")
+        return self.stack[-1]
+
+    def push_mark(self) -> None:
+        """Begin a group of values."""
+        if len(self._marks) >= MAX_MARKS:
+            raise self.refuse(f"more than {MAX_MARKS} groups are open at once")
+        self._floor = len(self.stack)
+        self._marks.append(self._floor)
+
+    def pop_mark(self) -> list[object]:
+        """The values since the last mark."""
+        if not self._marks:
+            raise self.refuse("an instruction ends a group that was never begun")
+        begin = self._marks.pop()
+        values = self.stack[begin:]
+        del self.stack[begin:]
+        self._floor = self._marks[-1] if self._marks else 0
+        self.budget.spend(8 * len(values))
+        return values
+
+    def pop_or_mark(self) -> None:
+        """Drop the topmost value, or the last mark if no value is above it."""
+        if len(self.stack) > self._floor:
+            self.stack.pop()
+        else:
+            self.pop_mark()
+
+    # -------------------------------------------------------------------------------- the memo
+
+    def put(self, key: int | None = None) -> None:
+        """Remember the topmost value, by the next number where none is given."""
+        value = self.top()
+        key = len(self._memo) if key is None else key
+        self.budget.spend(MEMO_COST)
+        self._memo[key] = value
+        if isinstance(value, Unbuilt):
+            value.memo_keys.append(key)
+
+    def get(self, key: int) -> None:
+        """Put a remembered value on the stack."""
+        if key not in self._memo:
+            raise self.refuse(f"value {key} is used before it was made")
+        self.stack.append(self._memo[key])
+
+    # ------------------------------------------------------------------------ names and objects
+
+    def find(self, module: object, name: object) -> None:
+        """Put a permitted name on the stack; any other is refused."""
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise self.refuse(f"a name is given as {kind_of(module)} and {kind_of(name)}")
+        full = f"{module}.{name}"
+        if full not in self.permitted:
+            raise CheckpointError(
+                f"{self.budget.name}: refers to '{shown(full, 120)}', which is not among the names"
+                " that a checkpoint needs; nothing was executed"
+            )
+        self.push(Global(full), 200)
+
+    def call(self, target: object, args: object) -> object:
+        """What a call of a permitted name stands for; nothing is called but our own handler."""
+        if not isinstance(target, Global) or not isinstance(args, tuple):
+            raise self.refuse(f"{kind_of(target)} is called with {kind_of(args)}")
+        handler = self.permitted.get(target.name)
+        if handler is None:
+            raise self.refuse(f"{target.name} is called, which no checkpoint does")
+        self.budget.spend(400)
+        return handler(args, self)
+
+    def build(self) -> None:
+        """Give a value its state: opcode BUILD."""
+        state, value = self.pop(), self.top()
+        if isinstance(value, dict):
+            # Attributes of a subclass, such as the version numbers torch adds to a state dict.
+            if not (isinstance(state, dict) or state is None):
+                raise self.refuse(f"a mapping is given {kind_of(state)} as its state")
+            return
+        if not isinstance(value, Unbuilt):
+            raise self.refuse(f"{kind_of(value)} is given a state")
+        built = value.build(state, self)
+        self.stack[-1] = built
+        for key in value.memo_keys:
+            if self._memo.get(key) is value:
+                self._memo[key] = built
+
+    def resolve_persistent(self, pid: object) -> None:
+        """Put what a persistent id stands for on the stack."""
+        if self._persistent is None:
+            raise self.refuse("it refers to an object stored elsewhere")
+        self.push(self._persistent(pid, self), 200)
+
+    def take_span(self, length: int) -> Span:
+        """The next `length` bytes of the file, left where they are."""
+        self.budget.spend(200)
+        return self.cursor.skip(length)
+
+
+class Unbuilt:
+    """A value whose content arrives after it was made (opcode BUILD)."""
+
+    def __init__(self) -> None:
+        self.memo_keys: list[int] = []
+
+    def build(self, state: object, machine: Machine) -> object:
+        """The finished value, which takes this one's place."""
+        raise NotImplementedError
+
+
+class Record(Unbuilt):
+    """An object of a known class as inert data: its class's name, its arguments and its state.
+
+    `kind` is the full name of the class; that of an object that carries its own source text is
+    "persistent:" and the name of its class. The source text itself is dropped unread.
+    """
+
+    def __init__(self, kind: str, args: tuple[object, ...] = (), state: object = None) -> None:
+        super().__init__()
+        self.kind, self.args, self.state = kind, args, state
+
+    def __repr__(self) -> str:
+        return f"<record {self.kind}>"
+
+    def build(self, state: object, machine: Machine) -> object:
+        if self.state is not None:
+            raise machine.refuse(f"the state of a {self.kind} is given twice")
+        self.state = state
+        return self
+
+
+def require_tree(root: object, name: str) -> None:
+    """Refuse values that would be endless, too deep or too many when walked.
+
+    What passes can be walked by plain recursion: no cycles, at most MAX_DEPTH levels, and at most
+    MAX_NODES values even where several containers share one.
+    """
+    sizes: dict[int, int] = {}  # id of a finished container -> values in it, all levels
+    depths: dict[int, int] = {}
+    entered: set[int] = set()
+    stack: list[tuple[object, bool]] = [(root, False)]
+    while stack:
+        value, leaving = stack.pop()
+        key = id(value)
+        if leaving:
+            entered.discard(key)
+            children = [id(child) for child in _children(value)]
+            sizes[key] = 1 + sum(sizes.get(child, 1) for child in children)
+            depths[key] = 1 + max((depths.get(child, 0) for child in children), default=0)
+            if sizes[key] > MAX_NODES or depths[key] > MAX_DEPTH:
+                limits = f"{MAX_DEPTH} levels or {MAX_NODES} values"
+                raise CheckpointError(f"{name}: nested beyond {limits}")
+        elif key in entered:
+            raise CheckpointError(f"{name}: a value contains itself")
+        elif isinstance(value, Unbuilt) and not isinstance(value, Record):
+            raise CheckpointError(f"{name}: an array or type was announced, but not described")
+        elif key not in sizes and isinstance(value, _CONTAINERS):
+            entered.add(key)
+            stack.append((value, True))
+            # Only what has an inside: a list of a million numbers would fill the stack as well.
+            stack.extend((child, False) for child in _children(value) if isinstance(child, _INNER))
+
+
+def _children(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, (list, tuple)):
+        yield from value
+    elif isinstance(value, Record):
+        yield from (value.args, value.state)
+
+
+_CONTAINERS: Final = (dict, list, tuple, Record)
+_INNER: Final = (dict, list, tuple, Unbuilt)

@@ -1,0 +1,29 @@
+"""Run folders: layout, beginning and going on, stop signals, boards."""
+
+from merge_rl.storage.runs.lifecycle import (
+    StopSignals,
+    begin_finetune,
+    begin_run,
+    continued,
+    goes_on,
+    require_same,
+    require_same_inputs,
+)
+from merge_rl.storage.runs.run_dir import SETTINGS, FinetuneRun, RunDir, is_finetune_run
+from merge_rl.storage.runs.trackers import Boards, require_extras
+
+__all__ = [
+    "SETTINGS",
+    "Boards",
+    "FinetuneRun",
+    "RunDir",
+    "StopSignals",
+    "begin_finetune",
+    "begin_run",
+    "continued",
+    "goes_on",
+    "is_finetune_run",
+    "require_extras",
+    "require_same",
+    "require_same_inputs",
+]

@@ -1,0 +1,223 @@
+"""The life of a run: begin, go on with the same settings and inputs, stop when asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Final, TypeVar
+
+from merge_rl.config import FREE_ON_RESUME, FinetuneConfig, OptimizeConfig, differing_keys
+from merge_rl.errors import RunError
+from merge_rl.parallel.rendezvous import Place
+from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """While entered, both signals raise KeyboardInterrupt; inside `held` at its end.
+
+    Batch systems send SIGTERM before they kill. Outside of the main thread, where no signal
+    arrives, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._holding = self._pending = False
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._arrived) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _arrived(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._holding:
+            raise KeyboardInterrupt
+        self._pending = True
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Run the block to its end; a signal that arrived meanwhile is raised after it.
+
+        Within another held block, at the end of that one.
+        """
+        within = self._holding
+        with self.noted():
+            yield
+        if self._pending and not within:
+            self._pending = False
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Run the block to its end; `pending` tells of signals that arrived meanwhile."""
+        within, self._holding = self._holding, True
+        try:
+            yield
+        finally:
+            self._holding = within
+
+    @property
+    def pending(self) -> bool:
+        """Whether a signal was held back."""
+        return self._pending
+
+
+LAUNCH_NAME: Final = "launch.json"
+
+
+def goes_on(out: str | os.PathLike[str], place: Place) -> bool:
+    """Whether the run at `out` was begun by this launch: by a process that was restarted since."""
+    run = RunDir(out)
+    if not run.path.is_dir():
+        return False
+    recorded = run.read(LAUNCH_NAME) or {}
+    return place.restarts > 0 or (place.job is not None and recorded.get("job") == place.job)
+
+
+Run = TypeVar("Run")
+
+
+def begin(
+    out: str | os.PathLike[str], hashes: Mapping[str, Any], place: Place,
+    *, reopen: Callable[[], Run], create: Callable[[], Run], files: Callable[[Run], RunDir],
+) -> Run:  # fmt: skip
+    """A run of any kind: new, or that of the same launch before it was restarted.
+
+    `reopen` raises for a directory of other settings, `create` for one that exists; RunError for
+    other inputs.
+    """
+    if goes_on(out, place):
+        clear_beginnings(Path(out))
+        if Path(out).is_dir():
+            run = reopen()
+            require_same_inputs(files(run), hashes)
+            return run
+    run = create()
+    if place.job is not None:
+        files(run).write(LAUNCH_NAME, {"job": place.job})
+    return run
+
+
+def begin_run(
+    out: str | os.PathLike[str], config: OptimizeConfig, inputs: Mapping[str, Any], place: Place
+) -> RunDir:
+    """The run directory of a search: new, or that of the same launch before it was restarted.
+
+    Raises RunError for a directory of other settings or inputs, or of anything else.
+    """
+
+    def reopen() -> RunDir:
+        run = RunDir.open(out)
+        if run.config() != config:
+            raise RunError(
+                f"{run.path} was begun with other settings; choose another --out, or resume that "
+                "run"
+            )
+        return run
+
+    return begin(
+        out, inputs["hashes"], place, reopen=reopen,
+        create=lambda: RunDir.create(out, config, inputs), files=lambda run: run,
+    )  # fmt: skip
+
+
+def clear_beginnings(folder: Path) -> None:
+    """Remove a run directory that was lost before it had settings; nothing else is touched."""
+    found = list(folder.iterdir())
+    if all(file.name == "inputs.json" or file.name.startswith(".tmp-") for file in found):
+        for file in found:
+            file.unlink()
+        folder.rmdir()
+
+
+def require_same_inputs(run: RunDir, hashes: Mapping[str, Any]) -> None:
+    """Raise RunError unless the inputs are those that a run began with."""
+    recorded = (run.read("inputs.json") or {}).get("hashes")
+    if recorded != hashes:
+        changed = [k for k, v in hashes.items() if (recorded or {}).get(k) != v]
+        raise RunError(
+            f"{run.path}: cannot resume, the inputs have changed since it began: "
+            f"{', '.join(changed)} (by SHA-256)"
+        )
+
+
+def require_same(
+    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, what: str = "settings"
+) -> None:
+    """Raise RunError, naming what differs, unless both are equal."""
+    old, new = _flat(before), _flat(now)
+    differ = [
+        key
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and not key.endswith("weights_device")  # changes no result
+    ]
+    if differ:
+        shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ[:5])
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise RunError(
+            f"{path} was begun with other {what}: {shown}{more}; choose another --out, or the same "
+            f"{what}"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def begin_finetune(
+    out: str | os.PathLike[str], config: FinetuneConfig, inputs: Mapping[str, Any], place: Place
+) -> FinetuneRun:
+    """The run directory: new, or that of the same launch before it was restarted.
+
+    Raises RunError for a directory of other settings or inputs, or of anything else.
+    """
+
+    def reopen() -> FinetuneRun:
+        run = FinetuneRun.open(out)
+        continued(run, config)
+        return run
+
+    return begin(
+        out, inputs["hashes"], place, reopen=reopen,
+        create=lambda: FinetuneRun.create(out, config, inputs), files=lambda run: run.files,
+    )  # fmt: skip
+
+
+def continued(run: FinetuneRun, config: FinetuneConfig | None) -> FinetuneConfig:
+    """The settings of a run that goes on; with what of them a config may change.
+
+    Raises RunError with the names of other settings that differ.
+    """
+    own = run.config()
+    if config is None:
+        return own
+    differing = differing_keys(own, config)
+    if differing:
+        raise RunError(
+            f"{run.path}: cannot resume with another configuration, these settings differ: "
+            f"{', '.join(differing)}; expected those of {run.path / 'finetune.yaml'}"
+        )
+    return dataclasses.replace(own, **{k: getattr(config, k) for k in FREE_ON_RESUME})

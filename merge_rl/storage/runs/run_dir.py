@@ -1,0 +1,207 @@
+"""The run directory: config, events, resume point, scores, result.
+
+config.yaml        the resolved settings
+inputs.json        hashes of everything the run read
+events.jsonl       one line a round
+state.safetensors  the resume point, replaced atomically after every round
+scores.json        finished scores of the final comparison
+result.json        the end; its presence means the run is finished
+merged/            the merged model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from merge_rl.config import FinetuneConfig, OptimizeConfig, dump_config, load_config
+from merge_rl.errors import RunError
+from merge_rl.storage.files import State, read_state, write_json, write_state, write_text
+
+
+class RunDir:
+    """Files of one run; every write is atomic or, for events, a whole appended line."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.events_path = self.path / "events.jsonl"
+        self.state_path = self.path / "state.safetensors"
+        self.merged_path = self.path / "merged"
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], config: OptimizeConfig, inputs: Mapping[str, Any]
+    ) -> RunDir:
+        """Start a run; an existing path is refused, never written into."""
+        run = cls(path)
+        if run.path.exists() or run.path.is_symlink():
+            raise RunError(f"{run.path} exists already; choose another --out, or resume that run")
+        try:
+            run.path.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"{run.path}: cannot be made: {error.strerror}") from None
+        run.write("inputs.json", inputs)
+        write_text(run.config_path, dump_config(config))
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunDir:
+        """An existing run; RunError if the folder is missing or is not a run."""
+        run = cls(path)
+        if not run.path.is_dir():
+            raise RunError(f"{run.path}: no such run directory")
+        if not run.config_path.is_file():
+            raise RunError(f"{run.path}: not a run directory, config.yaml is missing")
+        return run
+
+    def config(self) -> OptimizeConfig:
+        """The resolved settings of the run."""
+        return load_config(OptimizeConfig, self.config_path)
+
+    def write(self, name: str, value: object) -> None:
+        """Write a JSON file of the run, atomically."""
+        write_json(self.path / name, value)
+
+    def read(self, name: str) -> Any | None:
+        """Contents of a JSON file of the run; None where it is not there."""
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RunError(f"{path}: damaged: {error}") from None
+
+    def append_event(self, event: Mapping[str, Any]) -> None:
+        """Add one line to events.jsonl and force it to disk."""
+        with self.events_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def events(self) -> list[dict[str, Any]]:
+        """All whole lines of events.jsonl; a last line cut short by a crash is left out."""
+        if not self.events_path.is_file():
+            return []
+        events = []
+        for line in self.events_path.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return events
+
+    def keep_events_before(self, round_index: int) -> None:
+        """Drop events at or after a round: they belong to a round that will be repeated."""
+        kept = [event for event in self.events() if event.get("round", 0) < round_index]
+        write_text(self.events_path, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def save_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Replace the resume point."""
+        write_state(self.state_path, tensors, scalars)
+
+    def load_state(self) -> State | None:
+        """The resume point, or None if no round has begun."""
+        return read_state(self.state_path) if self.state_path.is_file() else None
+
+
+CONFIG_NAME: Final = "finetune.yaml"
+
+
+def is_finetune_run(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a fine-tuning run."""
+    return (Path(path) / CONFIG_NAME).is_file()
+
+
+class FinetuneRun:
+    """Files of one run; every write is atomic or, for events, a whole appended line."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.files = RunDir(path)  # events and JSON files are kept as those of a search
+        self.final_path = self.path / "final"
+        self.state_folder = self.path / "state"
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], config: FinetuneConfig, inputs: Mapping[str, Any]
+    ) -> FinetuneRun:
+        """Start a run; an existing path is refused, never written into."""
+        run = cls(path)
+        if run.path.exists() or run.path.is_symlink():
+            raise RunError(
+                f"{run.path} exists already; choose another --out, or go on with --resume"
+            )
+        try:
+            run.path.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"{run.path}: cannot be made: {error.strerror}") from None
+        run.files.write("inputs.json", inputs)
+        write_text(run.path / CONFIG_NAME, dump_config(config))
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> FinetuneRun:
+        """An existing run; RunError if the folder is missing or is not one."""
+        run = cls(path)
+        if not run.path.is_dir():
+            raise RunError(f"{run.path}: no such run directory")
+        if not is_finetune_run(run.path):
+            raise RunError(f"{run.path}: not a fine-tuning run, {CONFIG_NAME} is missing")
+        return run
+
+    def config(self) -> FinetuneConfig:
+        """The resolved settings of the run."""
+        return load_config(FinetuneConfig, self.path / CONFIG_NAME)
+
+    def write_config(self, config: FinetuneConfig) -> None:
+        """Settings that the run goes on with."""
+        write_text(self.path / CONFIG_NAME, dump_config(config))
+
+    def state_paths(self) -> list[Path]:
+        """The resume points, the newest first."""
+        return sorted(self.state_folder.glob("step-*.safetensors"), reverse=True)
+
+    def save_state(
+        self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, keep: int
+    ) -> None:
+        """Write the resume point of a step, then remove all but the last `keep`.
+
+        Until it is whole the earlier ones are all there; those of later steps, which are being done
+        anew, go.
+        """
+        path = self.state_folder / f"step-{step:07d}.safetensors"
+        write_state(path, tensors, values)
+        paths = self.state_paths()
+        for other in [p for p in paths if p > path] + [p for p in paths if p <= path][keep:]:
+            other.unlink(missing_ok=True)
+
+    def load_state(self, warn: Callable[[str], None] = lambda _text: None) -> State | None:
+        """The newest resume point that can be read; None if none was written yet.
+
+        `warn` hears of damaged ones that are passed over. RunError if all of them are.
+        """
+        paths = self.state_paths()
+        for path in paths:
+            try:
+                return read_state(path)
+            except RunError as error:
+                if path == paths[-1]:
+                    raise RunError(f"{error}; none of {len(paths)} can be used") from None
+                warn(f"{error}; the one before it is used")
+        return None
+
+    def keep_events_up_to(self, step: int) -> None:
+        """Drop events of later steps, which will be done again."""
+        kept = [event for event in self.files.events() if event.get("step", 0) <= step]
+        lines = "".join(json.dumps(event) + "\n" for event in kept)
+        write_text(self.files.events_path, lines)
+
+
+SETTINGS = "settings.json"

@@ -1,0 +1,88 @@
+"""Settings into objects: networks, extractors, references, rewards; their memory and cost."""
+
+from merge_rl.workflows.assembly.costs import Parts, build_parts
+from merge_rl.workflows.assembly.extractors import (
+    build_extractor,
+    is_user_module,
+    named_by_file,
+    require_known,
+)
+from merge_rl.workflows.assembly.job import Job, build_job, build_map
+from merge_rl.workflows.assembly.memory import (
+    MemoryPlan,
+    fit_batch,
+    gib,
+    memory_advice,
+    peak_memory,
+    plan_memory,
+    require_memory,
+)
+from merge_rl.workflows.assembly.networks import (
+    Announce,
+    is_public,
+    load_autoencoder,
+    load_guide,
+    load_model,
+    load_network,
+)
+from merge_rl.workflows.assembly.references import (
+    Maker,
+    Statistics,
+    expected_maker,
+    find_extractor,
+    find_references,
+    maker_of,
+    name_extractor,
+    notes_of,
+)
+from merge_rl.workflows.assembly.resolve import Surroundings, find_surroundings, resolve_config
+from merge_rl.workflows.assembly.reward import (
+    Target,
+    build_reward,
+    check_reward,
+    parse_reward,
+    require_parts,
+    require_targets,
+)
+
+__all__ = [
+    "Announce",
+    "Job",
+    "Maker",
+    "MemoryPlan",
+    "Parts",
+    "Statistics",
+    "Surroundings",
+    "Target",
+    "build_extractor",
+    "build_job",
+    "build_map",
+    "build_parts",
+    "build_reward",
+    "check_reward",
+    "expected_maker",
+    "find_extractor",
+    "find_references",
+    "find_surroundings",
+    "fit_batch",
+    "gib",
+    "is_public",
+    "is_user_module",
+    "load_autoencoder",
+    "load_guide",
+    "load_model",
+    "load_network",
+    "maker_of",
+    "memory_advice",
+    "name_extractor",
+    "named_by_file",
+    "notes_of",
+    "parse_reward",
+    "peak_memory",
+    "plan_memory",
+    "require_known",
+    "require_memory",
+    "require_parts",
+    "require_targets",
+    "resolve_config",
+]

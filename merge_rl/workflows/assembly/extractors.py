@@ -1,0 +1,197 @@
+"""Feature extractors by name, or from a module of the user's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from merge_rl import registry
+from merge_rl.errors import CheckpointError, ConfigError, MergeRLError, UnknownNameError
+from merge_rl.interfaces import FeatureExtractor
+from merge_rl.workflows.assembly.networks import Announce, Weights, load_weights
+from merge_rl.workflows.rollout import require_device
+
+DEFAULT_WEIGHTS: Final = {
+    "inception": "inception-2015-12-05",
+    "inception-tf1": "inception-2015-12-05",
+    "inception-clean": "inception-2015-12-05",
+    "dinov2": "facebook/dinov2-large",
+    "dinov2-dgm": "facebook/dinov2-large",
+}
+"""Published weights that an extractor fetches when none are given."""
+DIMS: Final = {
+    "digits": 64,
+    "inception": 2048,
+    "inception-tf1": 2048,
+    "inception-clean": 2048,
+    "dinov2": 1024,
+    "dinov2-dgm": 1024,
+}
+"""Features an image of the registered extractors, known before their weights are."""
+
+
+def build_extractor(
+    name: str,
+    weights: str | None,
+    device: str = "cpu",
+    announce: Announce = lambda _text: None,
+) -> tuple[FeatureExtractor, str | None]:
+    """The named extractor on a device, and the SHA-256 of its weights' file.
+
+    Args:
+        name: a registered name, or "package.module:factory". The factory is called without
+            arguments, or with the weights (name -> tensor) if some are given, and returns an
+            object as `FeatureExtractor` describes.
+        weights: file, folder, or name of public weights; None for the extractor's own default.
+        device: where a network goes.
+        announce: hears of downloads.
+
+    What the user's own extractor returns is checked at every call. Raises UnknownNameError,
+    ConfigError for a module that cannot be used, CheckpointError for weights that do not fit.
+    """
+    require_device(device)
+    source = weights_source(name, weights)
+    if is_user_module(name):
+        loaded = load_weights(source, announce) if source else None
+        with _current_folder_importable():
+            built = _call(name, _user_factory(name), loaded)
+        _require_attributes(built, name)
+    else:
+        factory = registry.resolve("extractor", registry.EXTRACTORS, name)
+        loaded = load_weights(str(source), announce)
+        try:
+            built = factory(loaded.tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+    extractor: FeatureExtractor = CheckedExtractor(built) if is_user_module(name) else built
+    if isinstance(extractor, nn.Module):
+        extractor.to(device).eval()
+    return extractor, loaded.sha256 if loaded else None
+
+
+def weights_source(name: str, weights: str | None) -> str | None:
+    """What an extractor's weights are read from: as given, else its published ones.
+
+    None for a module of the user's that is given none. Raises UnknownNameError or ConfigError for
+    a name that is no extractor's, and for an extractor that has no weights of its own.
+    """
+    require_known(name)
+    source = weights or DEFAULT_WEIGHTS.get(name)
+    if source is None and not is_user_module(name):
+        raise ConfigError(f"the extractor {name!r} needs a weights file; pass --extractor-weights")
+    return source
+
+
+def is_user_module(name: str) -> bool:
+    """Whether a name means code of the user's: "package.module:factory"."""
+    return ":" in name
+
+
+def require_known(name: str) -> None:
+    """Raise UnknownNameError or ConfigError for a name that is no extractor's; imports nothing."""
+    if is_user_module(name):
+        _split(name)
+    elif name not in registry.EXTRACTORS:
+        raise UnknownNameError("extractor", name, registry.EXTRACTORS)
+
+
+def named_by_file(name: str, file: str) -> str:
+    """An extractor's name that a file says; ConfigError if it means code.
+
+    Files come from anywhere: their word alone must not import a module.
+    """
+    if is_user_module(name):
+        raise ConfigError(
+            f"{file} names the extractor {name!r}, a module; pass --extractor {name} to import it"
+        )
+    return name
+
+
+class CheckedExtractor(nn.Module):
+    """An extractor of the user's whose every result is checked; a network goes along as a part."""
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        super().__init__()
+        self.extractor, self.name, self.dim = extractor, extractor.name, extractor.dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, dim) float32; ConfigError for anything else than floating (B, dim)."""
+        features: object = self.extractor(images)
+        expected = f"expected a floating tensor ({len(images)}, {self.dim})"
+        if not isinstance(features, Tensor):
+            found = type(features).__name__
+            raise ConfigError(f"the extractor {self.name!r} returned {found}; {expected}")
+        if features.shape != (len(images), self.dim) or not features.is_floating_point():
+            found = f"{str(features.dtype).removeprefix('torch.')} {tuple(features.shape)}"
+            raise ConfigError(f"the extractor {self.name!r} returned {found}; {expected}")
+        return features.float()
+
+
+def _call(name: str, factory: Callable[..., Any], loaded: Weights | None) -> Any:
+    try:
+        return factory(loaded.tensors) if loaded else factory()
+    except MergeRLError:
+        raise
+    except Exception as error:
+        given = "the weights" if loaded else "no arguments"
+        problem = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"extractor {name!r}: calling it with {given} failed: {problem}"
+        ) from error
+
+
+def _split(name: str) -> tuple[str, str]:
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
+        raise ConfigError(f"expected an extractor as package.module:factory, got {name!r}")
+    return module, attribute
+
+
+def _user_factory(name: str) -> Callable[..., Any]:
+    module, attribute = _split(name)
+    try:
+        found: Any = import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"extractor {name!r}: cannot be imported, from the installed packages or from "
+            f"{Path.cwd()}: {problem}"
+        ) from error
+    if not callable(found):
+        raise ConfigError(
+            f"extractor {name!r}: expected a factory, found {type(found).__name__} {found!r:.60}"
+        )
+    factory: Callable[..., Any] = found
+    return factory
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """A module beside the user's command is found, but hides no installed one."""
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _require_attributes(built: Any, name: str) -> None:
+    known = {"name": str, "dim": int}
+    for attribute, kind in known.items():
+        found = getattr(built, attribute, None)
+        if not isinstance(found, kind) or isinstance(found, bool) or not found:
+            raise ConfigError(
+                f"extractor {name!r}: expected an object with {attribute!r} of type "
+                f"{kind.__name__}, got {found!r} from {type(built).__name__}"
+            )
+    if not callable(built):
+        raise ConfigError(f"extractor {name!r}: {type(built).__name__} cannot be called on images")

@@ -1,0 +1,241 @@
+"""Memory that a search needs on one device, and the largest batch that a device has room for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from merge_rl.config import AUTO_BATCH, FinetuneConfig, OptimizeConfig
+from merge_rl.errors import DeviceMemoryError, MemoryShortageError
+from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.workflows.assembly.costs import Cost, Parts, build_parts, weight_bytes
+from merge_rl.workflows.rollout import choose_place, free_memory, free_on
+
+STATES: Final = 6  # of the samples that a solver holds at once
+SQUARES: Final = 6  # float64 matrices (D, D) that a distance works with
+LARGEST: Final = 4096  # images that are looked at for the largest batch
+SHARE: Final = 0.8  # of what is free that a batch chosen by memory may need
+MOST, MOST_ON_CPU = 1024, 250  # beyond which a batch gains nothing
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device: what lies there throughout, and what a batch adds."""
+
+    weights: Mapping[str, int]
+    sampling: Cost
+    finishing: Cost  # decoding and extraction, whichever needs more
+    sample_bytes: int  # of one sample in a solver
+    side_by_side: int  # batches under way at the same time
+    overlapped: bool  # whether finishing runs beside sampling
+    capacity: int
+    device: str
+    place: str  # of the checkpoints
+
+    def needed(self, batch: int) -> int:
+        """Bytes with a batch of that many images."""
+        return sum(self.weights.values()) + self.activations(batch)
+
+    def activations(self, batch: int) -> int:
+        """Bytes of what a batch holds at its peak."""
+        sampling = self.sampling.peak(batch) + STATES * self.sample_bytes * batch
+        finishing = self.finishing.peak(batch)
+        peak = sampling + finishing if self.overlapped else max(sampling, finishing)
+        return self.side_by_side * peak
+
+    @property
+    def largest_batch(self) -> int:
+        """The largest batch, up to `LARGEST`, that fits; 0 if none does."""
+        low, high = 0, LARGEST
+        while low < high:
+            middle = math.ceil((low + high) / 2)
+            if self.needed(middle) <= self.capacity:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def require_fit(self, batch: int) -> None:
+        """Raise DeviceMemoryError unless a batch fits."""
+        if self.needed(batch) <= self.capacity:
+            return
+        has = f"{self.device} has {gib(self.capacity)}"
+        best = self.largest_batch
+        if best == 0:
+            raise DeviceMemoryError(
+                f"not even one image at a time fits: {gib(self.needed(1))} are needed, {has}"
+                + ("; --weights-device cpu or disk takes the checkpoints off it"
+                   if self.weights.get("checkpoints") and self.device != "cpu" else "")
+            )  # fmt: skip
+        raise DeviceMemoryError(
+            f"a batch of {batch} needs {gib(self.needed(batch))}, {has}; the largest batch that "
+            f"fits is {best}"
+        )
+
+    def as_dict(self, batch: int) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "device": self.device, "needed": self.needed(batch), "capacity": self.capacity,
+            "weights": dict(self.weights), "activations": self.activations(batch),
+            "checkpoints lie": self.place, "largest_batch": self.largest_batch,
+        }  # fmt: skip
+
+
+def plan_memory(
+    config: OptimizeConfig, checkpoints: CheckpointSet, parts: Parts, memory: int | None = None
+) -> MemoryPlan:
+    """Memory of a search on its device, which has `memory` bytes or what is free here."""
+    device, kind = config.device, torch.device(config.device).type
+    capacity = require_free(device) if memory is None else memory
+    place = choose_place(
+        checkpoints.total_bytes, device, free_device=capacity if kind == "cuda" else None,
+        free_memory=capacity if kind == "cpu" else free_memory(), given=config.weights_device,
+    )  # fmt: skip
+    dim = parts.extractor.dim
+    weights = {
+        "checkpoints": checkpoints.total_bytes if place == device else 0,
+        "merged weights": 4 * parts.size,
+        "guide": weight_bytes(parts.guide),
+        "decoder": weight_bytes(parts.decoder),
+        "extractor": weight_bytes(parts.extractor),
+        "rewards": SQUARES * 8 * dim * dim,
+    }
+    none = Cost(0.0, 0, 0.0)
+    network = parts.costs["network"]
+    twice = config.sampler is not None and config.sampler.guidance != 1 and not parts.guide
+    if twice and not config.sampler.low_memory:  # type: ignore[union-attr]
+        network = Cost(network.flops, network.fixed, 2 * network.per_image)
+    return MemoryPlan(
+        weights={name: size for name, size in weights.items() if size},
+        sampling=network,
+        finishing=max(
+            (parts.costs.get(name, none) for name in ("decoder", "extractor")),
+            key=lambda cost: cost.peak(config.batch),
+        ),
+        sample_bytes=4 * math.prod(parts.rollout.shape),
+        side_by_side=parts.rollout.workers,
+        overlapped=kind == "cuda",
+        capacity=capacity,
+        device=device,
+        place=place,
+    )
+
+
+def require_free(device: str) -> int:
+    """Bytes free on an accelerator, or in memory."""
+    if torch.device(device).type == "cuda":  # pragma: no cover (needs a GPU)
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_memory()
+
+
+def gib(size: int) -> str:
+    """Bytes as text."""
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.3g} MiB"
+
+
+def fit_batch(
+    config: OptimizeConfig,
+    checkpoints: CheckpointSet,
+    memory: int | None = None,
+    announce: Callable[[str], None] = lambda _text: None,
+) -> OptimizeConfig:
+    """The config with a batch that its device has room for, where it leaves the batch open.
+
+    A share of what is free is left alone: kernels need workspace, and the estimate is one. Results
+    depend on the batch in their last bits, so that the number is part of the settings from here on.
+    """
+    if config.batch != AUTO_BATCH:
+        return config
+    trial = dataclasses.replace(config, batch=1)
+    free = require_free(config.device) if memory is None else memory
+    parts = build_parts(trial, checkpoints, announce)
+    found = plan_memory(trial, checkpoints, parts, round(SHARE * free))
+    found.require_fit(1)
+    most = MOST_ON_CPU if torch.device(config.device).type == "cpu" else MOST
+    batch = min(found.largest_batch, most)
+    announce(f"batch {batch}: of {gib(free)} free {gib(found.needed(batch))} are needed")
+    return dataclasses.replace(config, batch=batch)
+
+
+FLOAT_BYTES = 4
+# What allocators say differs between devices and versions.
+_SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "alloc_cpu")
+
+
+def training_bytes(config: FinetuneConfig, num_weights: int, processes: int = 1) -> int:
+    """Bytes of all copies of the weights: network, gradients, Adam's two moments, average, start.
+
+    Adapters need moments and gradients of themselves alone, which are small beside the network.
+    Of several processes each holds the network, which samples, and the start; with `ddp` buckets
+    of gradients too, with `fsdp` a share of all else and of the weights in training.
+    """
+    update, full = config.update, config.lora.rank == 0
+    whole, rest = 1 + (update.kl_weight > 0), (3 if full else 0) + (update.ema_decay > 0)
+    if processes == 1:
+        return FLOAT_BYTES * num_weights * (whole + rest)
+    if config.parallel == "fsdp":
+        return FLOAT_BYTES * (num_weights * whole + -(-num_weights * (1 + rest) // processes))
+    return FLOAT_BYTES * num_weights * (whole + rest + full)
+
+
+def require_memory(config: FinetuneConfig, num_weights: int, processes: int = 1) -> None:
+    """Raise MemoryShortageError if the copies of the weights alone exceed what is free.
+
+    Of one process, of so many: those of one machine share its memory where they are on the CPU.
+    """
+    needed = training_bytes(config, num_weights, processes)
+    free = free_memory() if config.device == "cpu" else free_on(config.device)
+    if free is None or needed <= free:
+        return
+    hints = ["--lora-rank 8 (adapters in place of all weights)"] if config.lora.rank == 0 else []
+    hints += ["--ema 0 (no moving average)"] if config.update.ema_decay else []
+    if processes > 1 and config.parallel == "ddp":
+        hints += ["--parallel fsdp (shards in place of copies)"]
+    hints += ["--kl 0 (no frozen reference)"] if config.update.kl_weight else []
+    raise MemoryShortageError(
+        f"training {num_weights:,} weights takes {_gib(needed)} for weights, gradients and "
+        f"averages, but {_gib(free)} are free on {config.device}; lower it with "
+        f"{' or '.join(hints) or 'a smaller network'}"
+    )
+
+
+@contextlib.contextmanager
+def memory_advice(config: FinetuneConfig) -> Iterator[None]:
+    """Turn what the libraries say when memory runs out into a sentence on what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _shortage(config, error) from None
+    except RuntimeError as error:
+        if not any(sign in str(error).lower() for sign in _SIGNS):
+            raise
+        raise _shortage(config, error) from None
+
+
+def _shortage(config: FinetuneConfig, error: BaseException) -> MemoryShortageError:
+    said = " ".join(str(error).split())[:120]
+    return MemoryShortageError(
+        f"too little memory on {config.device} for this step; lower --micro-batch "
+        f"({config.update.micro_batch} images with gradients at a time), --batch "
+        f"({config.batch} without), or train adapters with --lora-rank ({said or 'no details'})"
+    )
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the most that was allocated on an accelerator, or by this process on the CPU."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,147 @@
+"""References and the extractor of an evaluation, brought together or refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from merge_rl.config import OptimizeConfig
+from merge_rl.core.distances.statistics import FeatureStats
+from merge_rl.errors import ConfigError
+from merge_rl.interfaces import FeatureExtractor
+from merge_rl.workflows.assembly.extractors import (
+    DIMS,
+    build_extractor,
+    is_user_module,
+    named_by_file,
+    weights_source,
+)
+from merge_rl.workflows.assembly.networks import PUBLIC_FILES, is_public
+from merge_rl.workflows.reference import (
+    Reference,
+    SavedFeatures,
+    load_all_references,
+    load_reference,
+)
+
+Statistics = Reference | FeatureStats | str | os.PathLike[str]
+
+
+class Maker(NamedTuple):
+    """What made features: the extractor's name, "" if unknown, its weights' hash, its dimension."""
+
+    name: str
+    sha256: str | None
+    dim: int
+
+
+def expected_maker(name: str, weights: str | None) -> Maker | None:
+    """What an extractor is known to be before its weights are; None for a module of the user's.
+
+    The hash is that of pinned public weights. Raises as `build_extractor` does for names.
+    """
+    source = weights_source(name, weights)
+    if is_user_module(name):
+        return None
+    pinned = PUBLIC_FILES[source].sha256 if source and is_public(source) else None
+    return Maker(name, pinned, DIMS[name])
+
+
+def require_comparable(
+    name: str, weights: str | None, statistics: Iterable[str | os.PathLike[str] | None]
+) -> None:
+    """Raise for files of statistics of another extractor, before weights are read or fetched.
+
+    A module of the user's is known when it is called: for it the files are read, no more.
+    """
+    maker = expected_maker(name, weights)
+    for path in [given for given in statistics if given is not None]:
+        if maker is None:
+            load_all_references(path)
+        else:
+            find_references({"reference": path}, maker)
+
+
+def name_extractor(
+    extractor: FeatureExtractor | str | None, reference: Statistics
+) -> FeatureExtractor | str:
+    """The extractor as given, else the name that the reference says."""
+    if extractor is not None:
+        return extractor
+    named = "" if isinstance(reference, FeatureStats) else _open(reference).extractor
+    if not named:
+        raise ConfigError("the reference does not name its extractor; say which one to use")
+    return named_by_file(named, "the reference")
+
+
+def find_extractor(
+    extractor: FeatureExtractor | str, weights: str | None, sha256: str | None, device: str
+) -> tuple[FeatureExtractor, Maker]:
+    """The extractor on a device: the object given, or built by name."""
+    if isinstance(extractor, str):
+        built, digest = build_extractor(extractor, weights, device)
+        return built, Maker(built.name, digest, built.dim)
+    if isinstance(extractor, nn.Module):
+        extractor.to(device)
+    return extractor, Maker(extractor.name, sha256, extractor.dim)
+
+
+def maker_of(saved: SavedFeatures, extractor: FeatureExtractor | str | None) -> Maker:
+    """What made saved features: what their file says, else the extractor that the caller names."""
+    named = "" if extractor is None else extractor if isinstance(extractor, str) else extractor.name
+    return Maker(saved.extractor or named, saved.extractor_sha256, saved.features.shape[1])
+
+
+def find_references(
+    given: Mapping[str, Statistics | None], maker: Maker
+) -> dict[str, tuple[Reference, str]]:
+    """Name -> (statistics, what messages call them), each fit to compare the maker's features with.
+
+    Features of an unknown maker are compared with statistics of the same dimension.
+    """
+    found = {}
+    for name, statistics in given.items():
+        if statistics is None:
+            continue
+        path = name if isinstance(statistics, (Reference, FeatureStats)) else os.fspath(statistics)
+        reference = _open(statistics, maker)
+        reference.require_extractor(
+            maker.name or reference.extractor, maker.sha256, path, maker.dim
+        )
+        found[name] = (reference, path)
+    return found
+
+
+def notes_of(references: Mapping[str, tuple[Reference, str]], maker: Maker) -> list[str]:
+    """What was assumed, a sentence each."""
+    notes = [f"{path}: {found.assumed}" for found, path in references.values() if found.assumed]
+    if not maker.name:
+        notes.append("the features do not say which extractor made them")
+    return notes
+
+
+def _open(statistics: Statistics, maker: Maker | None = None) -> Reference:
+    if isinstance(statistics, FeatureStats):
+        return Reference(stats=statistics)
+    if isinstance(statistics, Reference):
+        return statistics
+    # The dimension tells which entry of a file with several is meant, the name as well.
+    name, dim = (maker.name or None, maker.dim) if maker else (None, None)
+    return load_reference(statistics, extractor=name, dim=dim)
+
+
+def load_references(
+    config: OptimizeConfig, extractor: FeatureExtractor, digest: str | None
+) -> dict[str, Reference]:
+    """The statistics of real data that a config names: "reference" and, if any, "heldout"."""
+    named = {"reference": config.reference, "heldout": config.heldout}
+    references = {}
+    for name, path in named.items():
+        if path is not None:
+            references[name] = load_reference(
+                path, extractor=extractor.name, sha256=digest, dim=extractor.dim
+            )
+    return references

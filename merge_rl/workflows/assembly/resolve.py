@@ -1,0 +1,157 @@
+"""Settings completed from the checkpoint set: sampler, labels, track, number of images."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_rl import registry
+from merge_rl.config import (
+    SUBSET_SIZE,
+    MergeConfig,
+    OptimizeConfig,
+    RewardConfig,
+    SamplerConfig,
+    from_mapping,
+    load_config,
+)
+from merge_rl.core.merging.groups import grouping
+from merge_rl.errors import ConfigError
+from merge_rl.storage.checkpoints import CheckpointSet, has_manifest, read_manifest
+from merge_rl.workflows.assembly.networks import is_public
+
+_PARENTS = 3  # how far above a model its set or run is looked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """Settings found near a model; None where nothing was found."""
+
+    extractor: str | None = None
+    extractor_weights: str | None = None
+    reference: str | None = None
+    heldout: str | None = None
+    autoencoder: str | None = None
+    autoencoder_weights: str | None = None
+    autoencoder_dtype: str = "float32"
+    sampler: SamplerConfig | None = None
+
+
+def find_surroundings(model: str | Path) -> Surroundings:
+    """Settings of the run directory or checkpoint set that the model lies in."""
+    path = Path(model).resolve()
+    for folder in [path, *path.parents][: _PARENTS + 1]:
+        if (folder / "config.yaml").is_file() and (folder / "inputs.json").is_file():
+            return _from_run(load_config(OptimizeConfig, folder / "config.yaml"))
+        if folder.is_dir() and has_manifest(folder):
+            return _from_set(folder)
+    return Surroundings()
+
+
+def _from_run(config: OptimizeConfig) -> Surroundings:
+    return Surroundings(
+        extractor=config.extractor,
+        extractor_weights=config.extractor_weights,
+        reference=config.reference,
+        heldout=config.heldout,
+        autoencoder=config.autoencoder,
+        autoencoder_weights=config.autoencoder_weights,
+        autoencoder_dtype=config.autoencoder_dtype,
+        sampler=config.sampler,
+    )
+
+
+def _from_set(folder: Path) -> Surroundings:
+    found = read_manifest(folder).defaults.resolved(folder)
+
+    def text(path: Path | None) -> str | None:
+        return str(path) if path else None
+
+    sampler = None
+    if found.sampler:
+        sampler = from_mapping(SamplerConfig, dict(found.sampler), f"{folder.name} manifest")
+    return Surroundings(
+        extractor=found.extractor,
+        extractor_weights=text(found.extractor_weights),
+        reference=text(found.reference),
+        heldout=text(found.heldout),
+        autoencoder=found.autoencoder,
+        autoencoder_weights=text(found.autoencoder_weights),
+        sampler=sampler,
+    )
+
+
+LEAST_IMAGES, LOOKS = 250, 200  # of a candidate that is scored on its own images alone
+
+
+def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfig:
+    """The config with everything unsaid filled in from the set's manifest, and absolute paths."""
+    defaults = checkpoints.defaults
+    sampler = config.sampler
+    if sampler is None:
+        where = f"{checkpoints.folder.name} manifest, defaults.sampler"
+        sampler = from_mapping(SamplerConfig, dict(defaults.sampler), where)
+    if sampler.guide is not None:
+        sampler = dataclasses.replace(sampler, guide=_absolute(sampler.guide))
+    extractor = config.extractor or defaults.extractor
+    reference = config.reference or defaults.reference
+    if extractor is None or reference is None:
+        what = "an extractor" if extractor is None else "reference statistics"
+        flag = "--extractor" if extractor is None else "--reference"
+        raise ConfigError(f"the checkpoint set names no default for {what}; pass {flag}")
+    own = config.extractor is None or config.extractor == defaults.extractor
+    weights = config.extractor_weights or (defaults.extractor_weights if own else None)
+    heldout = config.heldout or (None if config.reference else defaults.heldout)
+    own = config.autoencoder in (None, defaults.autoencoder)
+    decoder = config.autoencoder_weights or (defaults.autoencoder_weights if own else None)
+    return dataclasses.replace(
+        config,
+        merge=resolve_merge(config, checkpoints),
+        reward=resolve_reward(config),
+        checkpoints=_absolute(config.checkpoints),
+        sampler=sampler,
+        extractor=extractor,
+        extractor_weights=_weights(weights) if weights else None,
+        reference=_absolute(reference),
+        heldout=_absolute(heldout) if heldout else None,
+        extra_references={k: _absolute(v) for k, v in config.extra_references.items()},
+        extra_weights={k: _weights(v) for k, v in config.extra_weights.items()},
+        autoencoder=config.autoencoder or defaults.autoencoder,
+        autoencoder_weights=_weights(decoder) if decoder else None,
+    )
+
+
+def resolve_merge(config: OptimizeConfig, checkpoints: CheckpointSet) -> MergeConfig:
+    """The map's settings with the groups of their grouping; UnknownNameError for another grouping.
+
+    Searchers that choose among merges without a search give every tensor the same coefficients.
+    """
+    merge = config.merge
+    patterns = grouping(merge.grouping, tuple(checkpoints.tensors))
+    if merge.groups or registry.chooses_itself(config.search.name):
+        return merge
+    return dataclasses.replace(merge, groups=patterns)
+
+
+def resolve_reward(config: OptimizeConfig) -> RewardConfig:
+    """The reward with name and size filled in: those that suit the searcher and the budget.
+
+    A candidate that is scored on its own images alone needs more of them than one that replaces
+    part of a pool: a two-hundredth of the budget, which leaves about as many looks.
+    """
+    name = config.reward.name or registry.default_reward(config.search.name)
+    reward = dataclasses.replace(config.reward, name=name)
+    if reward.subset_size is not None:
+        return reward
+    own = max(LEAST_IMAGES, config.budget // LOOKS)
+    return dataclasses.replace(reward, subset_size=SUBSET_SIZE if reward.pooled else own)
+
+
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).resolve())
+
+
+def _weights(source: str | Path) -> str:
+    """An absolute path, or the name of public weights as it is."""
+    return str(source) if is_public(str(source)) else _absolute(source)

@@ -1,0 +1,245 @@
+"""Several searchers, several seeds, one budget: which finds the best merge, at what cost.
+
+DIR/settings.json          what all searches share
+DIR/SEARCHER-seedN/        a run directory without final comparison and merged model
+DIR/scores.json            scores on the shared fresh seeds, by what was scored
+DIR/compare.json           the outcome; compare.md and compare.png show it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from merge_rl.config import OptimizeConfig, SearchConfig, to_mapping, without_nan
+from merge_rl.core.distances.intervals import summarize
+from merge_rl.errors import BudgetError, ConfigError, RunError
+from merge_rl.interfaces import NullTracker, Tracker
+from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
+from merge_rl.storage.runs import SETTINGS, RunDir, require_same
+from merge_rl.version import __version__
+from merge_rl.workflows.assembly import Job, require_targets, resolve_config
+from merge_rl.workflows.compare.scores import (
+    FreshScores,
+    ScoredTrial,
+    add_ratios,
+    curve_scores,
+    fixed_merges,
+    standing,
+)
+from merge_rl.workflows.compare.searchers import DEFAULT, Contender, check_seeds, parse_contenders
+from merge_rl.workflows.compare.trials import Jobs, run_trial
+from merge_rl.workflows.optimize import check_names, make_searcher
+from merge_rl.workflows.rollout import require_device
+
+CURVE_IMAGES = 2000  # at most, where nothing is said
+
+
+def compare_searchers(
+    config: OptimizeConfig,
+    *,
+    out: str | os.PathLike[str],
+    searchers: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    curve_images: int | None = None,
+    tracker: Tracker | None = None,
+) -> dict[str, Any]:
+    """Search with every searcher and seed, score all results on the same fresh seeds.
+
+    Args:
+        config: what all share: checkpoints, budget, evaluation, ...; its `seed` fixes the fresh
+            seeds, and `search.name` is not looked at.
+        out: folder of the comparison. One that was cut short goes on, and what is done is not
+            done again; searchers and seeds may be added to a finished one.
+        searchers: "NAME [label=LABEL] [KEY=VALUE ...]" each, see `parse_contender`; by default
+            `contenders.DEFAULT`, without those that cannot work here.
+        seeds: of the searches.
+        curve_images: N of the scores along the searches, 0 for none; by default N of the result's,
+            2,000 at most.
+        tracker: hears of progress.
+
+    Returns what is written to compare.json. Raises ConfigError before anything runs for what cannot
+    work, RunError for a folder of other settings.
+    """
+    tracker = tracker or NullTracker()
+    seeds = check_seeds(seeds)
+    contenders = parse_contenders(DEFAULT if searchers is None else searchers)
+    if not contenders:
+        raise ConfigError("expected at least one searcher, got none")
+    curve_images = _curve_images(curve_images, config)
+    base = dataclasses.replace(config, search=dataclasses.replace(config.search, name=_PLAIN))
+    require_device(base.device)
+    opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
+    folder = RunDir(out)
+    _require_ours(folder)
+    jobs = Jobs(opened, lambda text: tracker.event({"kind": "note", "text": text}))
+    able, left_out = _check(contenders, base, seeds[0], opened, jobs, lenient=searchers is None)
+    for text in left_out:
+        tracker.event({"kind": "note", "text": f"left out: {text}"})
+    match = _Match(
+        base=base, opened=opened, jobs=jobs, folder=folder, tracker=tracker,
+        scores=FreshScores(folder, base.seed, tracker),
+        curve_images=curve_images,
+    )  # fmt: skip
+    document = match.play(able, seeds)
+    document = {key: without_nan(value) for key, value in document.items()}
+    document["left_out"] = left_out
+    folder.write("compare.json", document)
+    return document
+
+
+_PLAIN = SearchConfig().name
+
+
+def _check(
+    contenders: Sequence[Contender],
+    base: OptimizeConfig,
+    seed: int,
+    opened: CheckpointSet,
+    jobs: Jobs,
+    *,
+    lenient: bool,
+) -> tuple[list[Contender], list[str]]:
+    """The contenders that can work, and a sentence for each that cannot, if that is allowed."""
+
+    def fits(settings: OptimizeConfig) -> None:
+        check_names(settings)
+        require_targets(settings)
+
+    def works(settings: OptimizeConfig) -> None:
+        make_searcher(settings, jobs.of(settings))
+
+    able, left_out = list(contenders), list[str]()
+    for check in (fits, works):  # what is fetched is fetched when all are known to fit
+        for contender in tuple(able):
+            try:
+                check(resolve_config(contender.config(base, seed), opened))
+            except ConfigError as error:
+                text = f"searcher {contender.label}: {error}"
+                if not lenient:
+                    kind = BudgetError if isinstance(error, BudgetError) else ConfigError
+                    raise kind(text) from None
+                left_out.append(text)
+                able.remove(contender)
+    if not able:
+        raise ConfigError(f"no searcher can work here: {left_out[0]}")
+    return able, left_out
+
+
+def _require_ours(folder: RunDir) -> None:
+    exists = folder.path.exists() or folder.path.is_symlink()
+    if exists and not (folder.path / SETTINGS).is_file():
+        raise RunError(
+            f"{folder.path} exists already and holds no comparison; choose another --out"
+        )
+
+
+def _begin(folder: RunDir, shared: OptimizeConfig, job: Job, curve_images: int) -> None:
+    """Write what all searches share, or compare with what was written when this began."""
+    values = {"config": to_mapping(shared), "curve_images": curve_images}
+    now = {"settings": values, "inputs": job.hashes}
+    before = folder.read(SETTINGS)
+    if before is None:
+        folder.path.mkdir(parents=True)
+        folder.write(SETTINGS, {"version": __version__, **now})
+        return
+    for what, found in now.items():
+        require_same(folder.path, before.get(what) or {}, found, what=what)
+
+
+def _curve_images(asked: int | None, config: OptimizeConfig) -> int:
+    if asked is None:
+        return min(CURVE_IMAGES, config.evaluation.num_images)
+    if asked < 0 or asked == 1:
+        raise ConfigError(f"expected 0 or at least 2 images along the search, got {asked}")
+    return asked
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Match:
+    """What the searches of a comparison share."""
+
+    base: OptimizeConfig
+    opened: CheckpointSet
+    jobs: Jobs
+    folder: RunDir
+    tracker: Tracker
+    scores: FreshScores
+    curve_images: int
+
+    def play(self, contenders: Sequence[Contender], seeds: Sequence[int]) -> dict[str, Any]:
+        """All searches, one after the other, and what they come to."""
+        shared = resolve_config(self.base, self.opened)
+        job = self.jobs.of(shared)
+        _begin(self.folder, shared, job, self.curve_images)
+        document = {**self._facts(shared, job, seeds), **self._fixed(shared, job)}
+        lines = []
+        for contender in contenders:
+            scored = [self._search(contender, seed) for seed in seeds]
+            lines.append(standing(contender, scored, list(job.references)))
+        ratios = add_ratios(lines, document["fixed"], document["headline"])
+        return {**document, **ratios, "searchers": lines}
+
+    def _search(self, contender: Contender, seed: int) -> ScoredTrial:
+        settings = resolve_config(contender.config(self.base, seed), self.opened)
+        name = f"{contender.label} seed {seed}"
+        job = self.jobs.of(settings)
+        path = self.folder.path / f"{contender.slug}-seed{seed}"
+        trial = run_trial(path, settings, job, _Named(self.tracker, name))
+        return ScoredTrial(
+            trial=trial,
+            scores=self.scores.repeats(job, settings, trial.coefficients, name),
+            curve=curve_scores(self.scores, job, trial, self.curve_images, name),
+        )
+
+    def _fixed(self, config: OptimizeConfig, job: Job) -> dict[str, Any]:
+        """The merges that cost no search, scored once for all."""
+        best = self.scores.best_single(job, config)
+        entries: dict[str, Any] = {}
+        for name, rows in fixed_merges(job, best).items():
+            entries[name] = {"fid": summarize(self.scores.repeats(job, config, rows, name))}
+            if self.curve_images:
+                along = self.scores.along(job, config, [rows], self.curve_images, name)
+                entries[name]["curve"] = along[0]
+        return {"best_single": job.checkpoints.names[best], "fixed": entries}
+
+    def _facts(self, config: OptimizeConfig, job: Job, seeds: Sequence[int]) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "metric": "fid",
+            "checkpoints": list(job.checkpoints.names),
+            "budget": config.budget,
+            "seeds": list(seeds),
+            "evaluation_seed": config.seed,
+            "num_images": config.evaluation.num_images,
+            "repeats": config.evaluation.repeats,
+            "curve_images": self.curve_images,
+            "headline": "heldout" if "heldout" in job.references else "reference",
+            "device": config.device,
+            "threads": torch.get_num_threads(),
+        }
+
+
+class _Named:
+    """A tracker that says which search a phase belongs to, and does not list its rounds."""
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name = tracker, name
+
+    def phase(self, name: str, total: int) -> None:
+        """A phase of this search."""
+        self._tracker.phase(f"{self._name}: {name}", total)
+
+    def advance(self, count: int) -> None:
+        """As it is."""
+        self._tracker.advance(count)
+
+    def event(self, event: Any) -> None:
+        """All but rounds, of which there are too many."""
+        if event.get("kind") != "round":
+            self._tracker.event(event)

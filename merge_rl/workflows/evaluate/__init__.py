@@ -1,0 +1,30 @@
+"""Metrics of a model on fresh seeds, with intervals, and comparisons of models."""
+
+from merge_rl.workflows.evaluate.features import network_rollout, sampler_summary, samplers_of
+from merge_rl.workflows.evaluate.final_scores import (
+    ENTRIES,
+    Comparison,
+    SamplerComparison,
+    SecondScores,
+    compare,
+    comparison_from,
+)
+from merge_rl.workflows.evaluate.run import evaluate, require_scorable
+from merge_rl.workflows.evaluate.score_store import Request, Scorer, ScoreStore
+
+__all__ = [
+    "ENTRIES",
+    "Comparison",
+    "Request",
+    "SamplerComparison",
+    "ScoreStore",
+    "Scorer",
+    "SecondScores",
+    "compare",
+    "comparison_from",
+    "evaluate",
+    "network_rollout",
+    "require_scorable",
+    "sampler_summary",
+    "samplers_of",
+]

@@ -1,0 +1,257 @@
+"""Features of images that a network generates from fresh seeds, in pieces that can be kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from merge_rl.config import SamplerConfig, sde_counterpart
+from merge_rl.core.sampling.compatibility import DENOISED, VELOCITY, balanced_labels, prediction_of
+from merge_rl.errors import NonFiniteSamplesError, TooFewSamplesError, UnknownNameError
+from merge_rl.interfaces import Autoencoder, FeatureExtractor, Tracker
+from merge_rl.rng import stream
+from merge_rl.storage.files import WorkFolder, open_images
+from merge_rl.workflows.assembly import load_autoencoder, load_guide
+from merge_rl.workflows.reference import FeatureStore, Plan, collect, kept_features
+from merge_rl.workflows.rollout import (
+    MergedRollout,
+    Rollout,
+    WorkItem,
+    cpu_workers,
+    matmul_precision,
+    require_device,
+)
+
+PIECE_ROWS: Final = 1000  # images whose noise is held, and whose features are written, at once
+
+
+def block_features(
+    made: MergedRollout,
+    first_seed: int,
+    count: int,
+    num_classes: int,
+    *,
+    section: str = "ode",
+    store: FeatureStore | None = None,
+) -> Tensor:
+    """Features (N, D) of the images of seeds first_seed ... first_seed + N - 1, labels balanced.
+
+    With a store, finished pieces are kept and not made again. NonFiniteSamplesError, with the seed
+    and the step, where a sample is not finite: never a score of the others.
+    """
+    labels, rollout = balanced_labels(count, num_classes), made.rollout
+    name = f"{section}-{first_seed}-{first_seed + count - 1}"
+    key = {"sampler": sampler_summary(rollout.sampler, prediction_of(rollout.model))}
+    if store is not None:
+        done = store.load(name, key)
+        if done is not None:
+            rollout.on_images(count)
+            return done
+    work = store.pieces(name, key) if store is not None else None
+    spans = [slice(start, min(start + PIECE_ROWS, count)) for start in range(0, count, PIECE_ROWS)]
+    parts = {span.start: _kept(work, span) for span in spans}
+    missing = [span for span in spans if parts[span.start] is None]
+    rollout.on_images(count - sum(span.stop - span.start for span in missing))
+    # One piece at a time, to lose little; as many as give every process a batch if there are more.
+    step = max(1, made.processes * rollout.batch // PIECE_ROWS) if made.processes > 1 else 1
+    for first in range(0, len(missing), step):
+        chosen = missing[first : first + step]
+        for span, features in zip(chosen, _pieces(made, first_seed, labels, chosen), strict=True):
+            parts[span.start] = features
+            if work is not None and span.stop < count:
+                work.write(_piece_name(span), {"features": features}, {})
+    features = torch.cat([part for part in parts.values() if part is not None])
+    if store is not None:
+        store.save(name, key, features, labels)
+    return features
+
+
+def _piece_name(span: slice) -> str:
+    return f"features-{span.start:09d}"
+
+
+def _kept(work: WorkFolder | None, span: slice) -> Tensor | None:
+    """A piece that an earlier call finished."""
+    found = work.read(_piece_name(span)) if work is not None else None
+    if found is None or len(found[0]["features"]) != span.stop - span.start:
+        return None
+    return found[0]["features"]
+
+
+def _pieces(
+    made: MergedRollout, first_seed: int, labels: Tensor, spans: Sequence[slice]
+) -> list[Tensor]:
+    items = [
+        WorkItem(None, range(first_seed + s.start, first_seed + s.stop), labels[s]) for s in spans
+    ]
+    found = made.features_of(items, f"images from seed {items[0].seeds[0]}")
+    for item, features in zip(items, found, strict=True):
+        failed = ~features.isfinite().all(1)
+        if bool(failed.any()):
+            row = int(failed.nonzero()[0])
+            noise = made.rollout.noise([item.seeds[row]])
+            where = _failed_step(made.rollout, noise, item.labels[row : row + 1])
+            raise NonFiniteSamplesError(
+                "the model generates samples that are not finite: no score "
+                f"(the image of seed {item.seeds[row]}{where})"
+            )
+    return found
+
+
+def _failed_step(rollout: Rollout, noise: Tensor, label: Tensor) -> str:
+    """Where one image ceases to be finite, for a message; it is made again with a look inside."""
+    try:
+        with matmul_precision(rollout.sampler):
+            rollout.latents(noise, label, check_finite=True)
+    except NonFiniteSamplesError as error:
+        return f": {error}"
+    return ""
+
+
+def sampler_summary(sampler: SamplerConfig, prediction: str = DENOISED) -> dict[str, Any]:
+    """The settings that a score depends on, for networks that predict `prediction`."""
+    names = ["solver", "num_steps", "guidance"]
+    names += ["sigma_min", "sigma_max", "rho"] if prediction == DENOISED else ["path"]
+    if sampler.is_sde:
+        names += ["diffusion", "diffusion_norm"]
+        if prediction == VELOCITY:
+            names += ["last_step", "last_step_size"]
+    if sampler.is_adaptive:
+        names += ["rtol", "atol"]
+    if prediction == VELOCITY and sampler.guidance != 1 and sampler.guide is None:
+        names.append("guidance_channels")
+    if sampler.precision != "float32":
+        names.append("precision")
+    return {name: getattr(sampler, name) for name in names}
+
+
+def image_features(
+    images: str | os.PathLike[str],
+    extractor: FeatureExtractor,
+    *,
+    batch: int,
+    device: str,
+    skip_broken: bool,
+    store: FeatureStore | None,
+    tracker: Tracker,
+) -> tuple[Tensor, list[str]]:
+    """Features (N, D) of all images of a source, and the reasons of those that were skipped."""
+    source = open_images(images)
+    name, key = "images", {"images": source.fingerprint, "skip_broken": skip_broken}
+    tracker.phase("extract", len(source))
+    if store is not None:
+        done = store.load(name, key)
+        if done is not None:
+            tracker.advance(len(source))
+            return done, []
+    plan = Plan(
+        rows=torch.arange(len(source)),
+        parts=torch.zeros(len(source), dtype=torch.int64),
+        keep=torch.ones(len(source), dtype=torch.bool),
+        num_parts=1,
+        batch=batch,
+    )
+    work = store.pieces(name, {**key, "batch": batch}) if store is not None else None
+    found = collect(
+        source, plan, extractor, work,
+        device=device, skip_broken=skip_broken, on_images=tracker.advance,
+    )  # fmt: skip
+    kept = kept_features(work, found)
+    if kept is None:
+        raise TooFewSamplesError(f"{images}: expected sound images, found none")
+    if found.broken:
+        text = f"{len(found.broken)} broken images skipped; first: {found.broken[0]}"
+        tracker.event({"kind": "warning", "text": text})
+    if store is not None:
+        labels = None if source.labels is None else source.labels[kept[0]]
+        store.save(name, key, kept[1], labels)
+    return kept[1], list(found.broken)
+
+
+def blocks_of(
+    features: Tensor, num_images: int | None, repeats: int, seed: int, path: str | Path
+) -> list[Tensor]:
+    """Up to `repeats` disjoint blocks of `num_images` rows, drawn by the seed; all rows if None.
+
+    Drawn, because a folder is often in the order of its classes.
+    """
+    if num_images is None:
+        return [features]
+    if len(features) < num_images:
+        raise TooFewSamplesError(
+            f"{path}: expected at least {num_images} images, as --num-images says, "
+            f"found {len(features)}"
+        )
+    count = min(repeats, len(features) // num_images)
+    order = torch.randperm(len(features), generator=stream(seed, "blocks"))
+    starts = range(0, count * num_images, num_images)
+    return [features[order[start : start + num_images].sort().values] for start in starts]
+
+
+CHOICES: Final = ("ode", "sde", "both")
+
+
+def samplers_of(
+    model: object, settings: SamplerConfig | None = None, which: str | None = None
+) -> dict[str, SamplerConfig]:
+    """{"ode": ..., "sde": ...}, or one of them, from the settings of one.
+
+    By default both for networks that predict velocities (SiT), whose papers report both; else the
+    kind that the settings have. What the settings are not, ODE or SDE, is made of them: Heun with
+    the same `num_steps`, Euler-Maruyama with `sde_num_steps`.
+    """
+    if which is not None and which not in CHOICES:
+        raise UnknownNameError("sampler", which, CHOICES)
+    base = settings or SamplerConfig()
+    if which is None:
+        own = "sde" if base.is_sde else "ode"
+        which = "both" if prediction_of(model) == VELOCITY else own
+    ode = dataclasses.replace(base, solver="heun") if base.is_sde else base
+    named = {"ode": ode, "sde": sde_counterpart(base)}
+    return named if which == "both" else {which: named[which]}
+
+
+def network_rollout(
+    model: nn.Module,
+    sampler: SamplerConfig,
+    batch: int,
+    device: str,
+    *,
+    extractor: FeatureExtractor | None = None,
+    autoencoder: Autoencoder | None = None,
+    on_images: Callable[[int], None] | None = None,
+) -> Rollout:
+    """A rollout of one network with its guide; without an extractor it is for images alone."""
+    require_device(device)
+    shape = [int(n) for n in model.sample_shape]  # type: ignore[union-attr]
+    decoder = autoencoder or load_autoencoder(None, shape=shape)[0]
+    if isinstance(decoder, nn.Module):
+        decoder.to(device)
+    return Rollout(
+        model.to(device),
+        shape,
+        sampler=sampler,
+        autoencoder=decoder,
+        extractor=extractor or _NoFeatures(),
+        batch=batch,
+        device=device,
+        workers=cpu_workers(device),
+        guide=load_guide(sampler, device),
+        on_images=on_images,
+    )
+
+
+class _NoFeatures:
+    """Stands where an extractor would, for images alone."""
+
+    name, dim = "none", 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, ...) -> (B, 0)."""
+        return images.new_zeros(len(images), 0)

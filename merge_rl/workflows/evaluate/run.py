@@ -1,0 +1,270 @@
+"""Scores of a model, of images or of features: repeats over disjoint blocks, with an interval."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from merge_rl.config import SamplerConfig
+from merge_rl.core.distances.intervals import summarize_repeats
+from merge_rl.core.sampling.compatibility import prediction_of
+from merge_rl.errors import StatisticsError, TooFewSamplesError
+from merge_rl.interfaces import Autoencoder, FeatureExtractor, NullTracker, Tracker
+from merge_rl.parallel import joined
+from merge_rl.parallel.group import Group
+from merge_rl.version import __version__
+from merge_rl.workflows.assembly import (
+    Maker,
+    Statistics,
+    expected_maker,
+    find_extractor,
+    find_references,
+    load_model,
+    maker_of,
+    name_extractor,
+    notes_of,
+)
+from merge_rl.workflows.evaluate.features import (
+    block_features,
+    blocks_of,
+    image_features,
+    network_rollout,
+    sampler_summary,
+    samplers_of,
+)
+from merge_rl.workflows.evaluate.metrics import MAX_ROWS, Scores, require_metrics
+from merge_rl.workflows.reference import FeatureStore, kind_of, load_features, weights_digest
+from merge_rl.workflows.rollout import (
+    Crew,
+    MergedRollout,
+    device_facts,
+    own_device,
+    require_agreement,
+    require_device,
+)
+
+NUM_IMAGES: Final = 50_000
+
+
+def evaluate(
+    model: nn.Module | str | os.PathLike[str],
+    *,
+    reference: Statistics,
+    extractor: FeatureExtractor | str | None = None,
+    extractor_weights: str | None = None,
+    extractor_sha256: str | None = None,
+    heldout: Statistics | None = None,
+    metrics: Sequence[str] = ("fid",),
+    num_images: int | None = None,
+    repeats: int = 3,
+    sampler: SamplerConfig | Mapping[str, SamplerConfig] | None = None,
+    autoencoder: Autoencoder | None = None,
+    batch: int = 250,
+    device: str = "cpu",
+    seed: int = 0,
+    max_rows: int = MAX_ROWS,
+    save_features: str | os.PathLike[str] | None = None,
+    skip_broken: bool = False,
+    tracker: Tracker | None = None,
+) -> dict[str, Any]:
+    """Scores against reference statistics: each metric's mean, 95 % interval and minimum.
+
+    Args:
+        model: network with `sample_shape` and `label_dim`, as `load_model` gives, or a path: of a
+            model, of images (folder, .zip, .npz) or of saved features.
+        reference, heldout: statistics, or files of them.
+        extractor: what made the statistics' features: an object, or a name with
+            `extractor_weights`; by default the one that the reference names.
+        extractor_sha256: hash of an object's weights, compared with what the statistics record.
+        metrics: "fid", "kid", "mmd", "prdc", "fid-infinity". Those in between compare with
+            features, which the reference must hold.
+        num_images: N of one repeat; by default 50,000 of a model, and all images or features that
+            there are. FID is biased upward at small N: compare equal N only.
+        repeats: of a model at least 2, each with a block of seeds of its own; EDM2 reports the
+            minimum of 3. Of images and features as many as there are images for.
+        sampler: solver settings, or several by name; by default an ODE, and for networks that
+            predict velocities (SiT) an SDE too, see `samplers_of`.
+        autoencoder: from samples to images, as `load_autoencoder` gives; pixel models need none.
+        batch, device: bounds memory, says where to work.
+        seed: first image seed; also draws the blocks of images and the rows that are compared.
+        max_rows: rows of either set that metrics over pairs of rows compare.
+        save_features: folder for the features of every block. A call that was cut short goes on
+            from what is there, and ends in the same numbers.
+        skip_broken: leave out images that cannot be read, and count them.
+        tracker: hears of progress.
+
+    Returns {"kind", "num_images", "repeats", METRIC: {"reference": {"mean", "low", "high", "min",
+    "values"}}}; for several samplers the metrics lie in {"samplers": {NAME: ...}}. Where there is
+    only one block an interval's ends are None. Never a score for a failure: StatisticsError for
+    statistics of another extractor, NonFiniteSamplesError for samples that are not finite.
+    """
+    require_device(device)
+    path = "" if isinstance(model, nn.Module) else os.fspath(model)
+    kind = kind_of(path) if path else "model"
+    if kind == "reference":
+        raise StatisticsError(
+            f"{path} holds statistics; expected a model, images, or features to compare"
+        )
+
+    def begin(maker: Maker, group: Group) -> _Job:
+        references = find_references({"reference": reference, "heldout": heldout}, maker)
+        scores = Scores(metrics, references, device=device, max_rows=max_rows, seed=seed)
+        return _Job(
+            group, scores, maker, batch, device, seed, repeats, num_images,
+            tracker or NullTracker(), save_features, notes_of(references, maker),
+        )  # fmt: skip
+
+    with joined() as group:
+        if kind == "features":
+            saved = load_features(path)
+            job = begin(maker_of(saved, extractor), group)
+            return job.alone(lambda: job.document(kind, job.score_blocks(saved.features, path)))
+        chosen = name_extractor(extractor, reference)
+        if isinstance(chosen, str):
+            given = {"reference": reference, "heldout": heldout}
+            require_scorable(chosen, extractor_weights, given, metrics)
+        built, maker = find_extractor(chosen, extractor_weights, extractor_sha256, device)
+        job = begin(maker, group)
+        if kind == "images":
+            return job.alone(lambda: job.document(kind, _of_images(job, path, built, skip_broken)))
+        network = model if isinstance(model, nn.Module) else load_model(path)
+        return _of_network(job, network, built, sampler, autoencoder)
+
+
+def require_scorable(
+    name: str,
+    weights: str | None,
+    references: Mapping[str, Statistics | None],
+    metrics: Sequence[str],
+) -> None:
+    """Raise before weights are fetched for an extractor, statistics or metrics that do not fit.
+
+    A module of the user's is known when it is called: for it names of metrics are looked at.
+    """
+    maker = expected_maker(name, weights)
+    require_metrics(metrics, find_references(references, maker) if maker else {})
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What all ways of evaluating share."""
+
+    group: Group
+    scores: Scores
+    maker: Maker
+    batch: int
+    device: str
+    seed: int
+    repeats: int
+    num_images: int | None
+    tracker: Tracker
+    folder: str | os.PathLike[str] | None
+    notes: list[str]
+
+    def document(self, kind: str, found: dict[str, Any]) -> dict[str, Any]:
+        """What was found, with what to know about it."""
+        rows = self.scores.rows_used
+        return {
+            "kind": kind,
+            **found,
+            **({} if rows is None else {"max_rows": rows}),
+            **({"notes": self.notes} if self.notes else {}),
+        }
+
+    def alone(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What rank 0 does by itself; the others get its result."""
+        crew = Crew(self.group, ())
+        if not self.group.leads:
+            return dict(crew.follow())
+        document = work()
+        crew.end(document)
+        return document
+
+    def store(self, key: Mapping[str, Any]) -> FeatureStore | None:
+        """Where features are kept, if they are."""
+        if self.folder is None:
+            return None
+        name, sha256, _ = self.maker
+        return FeatureStore(Path(self.folder), extractor=name, sha256=sha256, key=key)
+
+    def score_blocks(self, features: Tensor, path: str) -> dict[str, Any]:
+        """Scores of disjoint blocks of what there is."""
+        blocks = blocks_of(features, self.num_images, self.repeats, self.seed, path)
+        found = [self.scores.of(block) for block in blocks]
+        return {
+            "num_images": len(blocks[0]), "repeats": len(blocks), "available": len(features),
+            **summarize_repeats(found),
+        }  # fmt: skip
+
+
+def _of_images(
+    job: _Job, images: str, extractor: FeatureExtractor, skip_broken: bool
+) -> dict[str, Any]:
+    features, broken = image_features(
+        images, extractor, batch=job.batch, device=job.device, skip_broken=skip_broken,
+        store=job.store({}), tracker=job.tracker,
+    )  # fmt: skip
+    document = job.score_blocks(features, images)
+    return {**document, "broken": len(broken), "first_broken": broken[:10]}
+
+
+def _of_network(
+    job: _Job,
+    network: nn.Module,
+    extractor: FeatureExtractor,
+    sampler: SamplerConfig | Mapping[str, SamplerConfig] | None,
+    autoencoder: Autoencoder | None,
+) -> dict[str, Any]:
+    count = NUM_IMAGES if job.num_images is None else job.num_images
+    if count < 2:
+        raise TooFewSamplesError(f"FID needs at least 2 images, got {count}")
+    if job.repeats < 2:
+        raise TooFewSamplesError(f"an interval needs at least 2 repeats, got {job.repeats}")
+    if isinstance(sampler, SamplerConfig):
+        sampler = {"sde" if sampler.is_sde else "ode": sampler}
+    settings = dict(sampler or samplers_of(network))
+    rollout = network_rollout(
+        network, next(iter(settings.values())), job.batch, own_device(job.device, job.group.place),
+        extractor=extractor, autoencoder=autoencoder, on_images=job.tracker.advance,
+    )  # fmt: skip
+    parts = (network, rollout.guide, rollout.autoencoder, extractor)
+    keyed = job.folder is not None or job.group.size > 1
+    key = {"networks": [weights_digest(part) for part in parts]} if keyed else {}
+    if job.group.size > 1:
+        ways = {name: sampler_summary(s, prediction_of(network)) for name, s in settings.items()}
+        require_agreement(job.group, {
+            "version": __version__, "weights of": key, "samplers": ways, "batch": job.batch,
+            "device": device_facts(str(rollout.device)),
+        })  # fmt: skip
+    made = MergedRollout(None, rollout, name="network")
+    crew = Crew(job.group, (made,), lambda text: job.tracker.event({"kind": "note", "text": text}))
+    if not job.group.leads:
+        return dict(crew.follow())
+    job.tracker.phase("evaluate", count * job.repeats * len(settings))
+    found = {
+        name: _section(job, made.with_sampler(chosen), name, count, job.store(key))
+        for name, chosen in settings.items()
+    }
+    common = {"num_images": count, "repeats": job.repeats, "first_seed": job.seed}
+    shown = next(iter(found.values())) if len(found) == 1 else {"samplers": found}
+    document = job.document("model", {**common, **shown})
+    crew.end(document)
+    return document
+
+
+def _section(
+    job: _Job, made: MergedRollout, name: str, count: int, store: FeatureStore | None
+) -> dict[str, Any]:
+    """Scores under one sampler."""
+    network, rows = made.rollout.model, []
+    classes = int(getattr(network, "label_dim", 0))
+    for first in range(job.seed, job.seed + count * job.repeats, count):
+        features = block_features(made, first, count, classes, section=name, store=store)
+        rows.append(job.scores.of(features))
+    summary = sampler_summary(made.rollout.sampler, prediction_of(network))
+    return {"sampler": summary, **summarize_repeats(rows)}

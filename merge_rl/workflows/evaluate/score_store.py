@@ -1,0 +1,149 @@
+"""Scores of merges on seeds of their own, each written to the run as soon as it is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+from merge_rl.core.distances.frechet import FrechetReference
+from merge_rl.core.distances.statistics import FeatureStats, check_features, feature_stats
+from merge_rl.core.sampling.compatibility import balanced_labels
+from merge_rl.errors import StatisticsError
+from merge_rl.rng import image_seeds
+from merge_rl.storage.runs import RunDir
+from merge_rl.workflows.assembly import Job
+from merge_rl.workflows.evaluate.metrics import MetricSource, Sample, kid_metric
+from merge_rl.workflows.reference import Reference
+from merge_rl.workflows.rollout import MergedRollout, WorkItem
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A score to know: of `count` images that coefficients (G, K) make of a stream of seeds."""
+
+    key: str
+    coefficients: Tensor
+    count: int
+    stream: tuple[str | int, ...]
+    second: bool = False  # also by the metric that no search optimises, where there is one
+
+
+class ScoreStore:
+    """FID to every reference, by key; a score that the run knows already is not made again."""
+
+    def __init__(self, job: Job, run: RunDir, seed: int) -> None:
+        self.job, self.run, self.seed = job, run, seed
+        self.known: dict[str, dict[str, float | None]] = run.read("scores.json") or {}
+        self.scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
+        self._second: SecondMetric | None = None  # made on use
+
+    def get(
+        self, key: str, coefficients: Tensor, count: int, *stream: str | int
+    ) -> dict[str, float]:
+        """One score; see `get_all`."""
+        return self.get_all([Request(key, coefficients, count, stream)])[0]
+
+    def get_all(
+        self, requests: Sequence[Request], merged: MergedRollout | None = None
+    ) -> list[dict[str, float]]:
+        """Scores in order; from the file where they are known already.
+
+        One after the other, each written at once; as many together as give every process a batch
+        where there are several.
+        """
+        merged = merged or self.job.final_rollout
+        missing = []
+        for request in requests:
+            if all(key in self.known for key in self._keys(request)):
+                merged.rollout.on_images(request.count)
+            else:
+                missing.append(request)
+        while missing:
+            wanted = merged.processes * merged.rollout.batch
+            step = max(1, wanted // missing[0].count) if merged.processes > 1 else 1
+            self._make(missing[:step], merged)
+            del missing[:step]
+        return [self._read(request.key) for request in requests]
+
+    def _make(self, requests: Sequence[Request], merged: MergedRollout) -> None:
+        items = [
+            WorkItem(
+                request.coefficients,
+                image_seeds(request.count, self.seed, *request.stream),
+                balanced_labels(request.count, self.job.num_classes),
+            )
+            for request in requests
+        ]
+        made = merged.features_of(items, f"score {requests[0].key}")
+        for request, features in zip(requests, made, strict=True):
+            self.known[request.key] = _plain(self.scorer.score(features))
+            for key in self._keys(request)[1:]:
+                self.known[key] = _plain({"reference": self._second_metric().score(features)})
+        self.run.write("scores.json", self.known)
+
+    def second(self, key: str) -> float | None:
+        """The second metric of a score that was asked for with it; None if there is none."""
+        found = self.known.get(f"second/{key}")
+        return None if found is None else self._read(f"second/{key}")["reference"]
+
+    def _keys(self, request: Request) -> list[str]:
+        kept = self.job.references["reference"].features is not None
+        second = [f"second/{request.key}"] if request.second and kept else []
+        return [request.key, *second]
+
+    def _second_metric(self) -> SecondMetric:
+        if self._second is None:
+            device = str(self.job.final_rollout.rollout.device)
+            self._second = SecondMetric(self.job.references["reference"], device)
+        return self._second
+
+    def _read(self, key: str) -> dict[str, float]:
+        return {k: math.nan if v is None else v for k, v in self.known[key].items()}
+
+
+def _plain(score: dict[str, float]) -> dict[str, float | None]:
+    """NaN has no place in JSON."""
+    return {k: None if math.isnan(v) else v for k, v in score.items()}
+
+
+FeaturesOf = Callable[[int], Tensor]
+"""repeat -> features (N, D) of that repeat's seeds."""
+
+
+class Scorer:
+    """Fréchet distances to the named references, e.g. "reference" and "heldout"."""
+
+    def __init__(self, references: Mapping[str, FeatureStats]) -> None:
+        self.references = {k: FrechetReference.from_stats(v) for k, v in references.items()}
+
+    def score(self, features: Tensor) -> dict[str, float]:
+        """Distance to each reference; NaN where a feature is not finite."""
+        if not bool(features.isfinite().all()):
+            return {name: float("nan") for name in self.references}
+        stats = feature_stats(features)
+        return {name: ref.distance(stats) for name, ref in self.references.items()}
+
+
+NAME: Final = "kid"
+MAX_ROWS: Final = 5000  # of either set: all pairs of rows are compared
+
+
+class SecondMetric:
+    """KID of features to a reference that keeps some of the real ones."""
+
+    def __init__(self, reference: Reference, device: str) -> None:
+        place = "cpu" if device.startswith("mps") else device  # which lacks float64
+        source = MetricSource(name=NAME, reference=reference, device=place, max_rows=MAX_ROWS)
+        self._device, self._metric = place, kid_metric(source)
+
+    def score(self, features: Tensor) -> float:
+        """Unbiased, lower is better, may be negative; NaN where a feature is not finite."""
+        try:
+            check_features(features, at_least=2)
+        except StatisticsError:
+            return float("nan")
+        return self._metric(Sample(features.to(self._device)))[NAME]

@@ -1,0 +1,24 @@
+"""Merged weights as folders with recipe, model card and licence."""
+
+from merge_rl.workflows.export.card import TASK, hub_licence, hub_repositories, model_card
+from merge_rl.workflows.export.folder import carried_metadata, save_merge, save_model, set_facts
+from merge_rl.workflows.export.profiles import ema_coefficients, merge, save_profiles
+from merge_rl.workflows.export.recipe import TOOL, Recipe, merge_recipe, merged_licence
+
+__all__ = [
+    "TASK",
+    "TOOL",
+    "Recipe",
+    "carried_metadata",
+    "ema_coefficients",
+    "hub_licence",
+    "hub_repositories",
+    "merge",
+    "merge_recipe",
+    "merged_licence",
+    "model_card",
+    "save_merge",
+    "save_model",
+    "save_profiles",
+    "set_facts",
+]

@@ -1,0 +1,206 @@
+"""The model card of a merged model: what it is, how it was found, how good it is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+from torch import Tensor
+
+from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.workflows.evaluate import ENTRIES, Comparison
+
+TASK: Final = "unconditional-image-generation"  # the Hub's nearest name, with classes or without
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card tells."""
+
+    name: str  # of the checkpoint set
+    family: str | None  # "edm2", "sit"
+    checkpoints: Sequence[str]
+    group_names: Sequence[str]
+    coefficients: Tensor  # (G, K)
+    dtype: str
+    how: str  # a sentence: how the coefficients were found
+    conditional: bool = True  # whether the network takes labels
+    licence: str | None = None
+    base_models: Sequence[str] = ()
+    comparison: Comparison | None = None
+    extractor: str | None = None
+    data: Mapping[str, str] | None = None  # reference name -> what it was made from
+
+
+def model_card(facts: CardFacts) -> str:
+    """Markdown with Hub metadata, the comparison, the coefficients and how to load the weights."""
+    front = yaml.safe_dump(card_header(facts), sort_keys=False, allow_unicode=True).strip()
+    title = f"Merge of {len(facts.checkpoints)} checkpoints of {facts.name}"
+    scores = [] if facts.comparison is None else _scores(facts, facts.comparison)
+    return "\n".join(
+        [
+            f"---\n{front}\n---",
+            f"# {title}",
+            "",
+            facts.how,
+            "",
+            *scores,
+            "## Coefficients",
+            "",
+            *coefficient_table(facts),
+            "",
+            *_loading(facts),
+        ]
+    )
+
+
+def card_header(facts: CardFacts) -> dict[str, Any]:
+    """The YAML header, in the Hub's vocabulary."""
+    header: dict[str, Any] = {"library_name": "merge_rl", **hub_licence(facts.licence)}
+    if facts.base_models:
+        header["base_model"] = list(facts.base_models)
+        header["base_model_relation"] = "merge"
+    header["pipeline_tag"] = TASK
+    family = [facts.family] if facts.family else []
+    header["tags"] = ["merge", "diffusion", *family, "merge_rl"]
+    results = evaluation_results(facts)
+    if results:
+        header["model-index"] = [{"name": f"{facts.name} merge", "results": results}]
+    return header
+
+
+def evaluation_results(facts: CardFacts) -> list[dict[str, Any]]:
+    """Scores of the result in the Hub's format, one entry for each reference; no NaN."""
+    comparison, found = facts.comparison, []
+    if comparison is None:
+        return []
+    summary = comparison.summary("result")
+    repeats = len(comparison.scores["result"])
+    for name in comparison.references:
+        mean, low, high = (summary[name][key] for key in ("mean", "low", "high"))
+        if math.isnan(mean):
+            continue
+        label = (facts.data or {}).get(name) or name
+        metric = {
+            "type": "fid",
+            "name": f"FID ({facts.extractor} features, N = {comparison.num_images:,}, mean of "
+            f"{repeats} repeats, 95 % interval {low:.3f} to {high:.3f})",
+            "value": round(mean, 4),
+        }
+        found.append(
+            {
+                "task": {"type": TASK, "name": "Image generation"},
+                "dataset": {"type": _slug(label), "name": f"{label} ({name})"},
+                "metrics": [metric],
+            }
+        )
+    return found
+
+
+def score_table(comparison: Comparison) -> list[str]:
+    """Lines of a Markdown table: one row an entry and sampler, one column a reference."""
+    names = comparison.references
+    lines = ["| model | " + " | ".join(f"FID, {name}" for name in names) + " |"]
+    lines.append("| --- |" + " --- |" * len(names))
+    rows = [
+        (f"{entry} ({comparison.best_single})" if entry == "best single" else entry,
+         comparison.summary(entry))
+        for entry in ENTRIES
+    ]  # fmt: skip
+    if comparison.sde is not None:
+        sde = comparison.sde
+        under = f"{sde.sampler.solver}, {sde.sampler.num_steps} steps"
+        rows += [(f"{entry} ({under})", sde.summary(entry)) for entry in sde.scores]
+    for label, summary in rows:
+        cells = [
+            f"{summary[n]['mean']:.3f} [{summary[n]['low']:.3f}, {summary[n]['high']:.3f}]"
+            for n in names
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def coefficient_table(facts: CardFacts) -> list[str]:
+    """Lines of a Markdown table: one row a checkpoint, one column a group of tensors."""
+    lines = ["| checkpoint | " + " | ".join(facts.group_names) + " |"]
+    lines.append("| --- |" + " --- |" * len(facts.group_names))
+    rows = facts.coefficients.reshape(-1, len(facts.checkpoints))
+    for i, name in enumerate(facts.checkpoints):
+        cells = [f"{value:+.4f}" for value in rows[:, i].tolist()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _scores(facts: CardFacts, comparison: Comparison) -> list[str]:
+    return [
+        "## Scores",
+        "",
+        *score_table(comparison),
+        "",
+        f"FID of features from the extractor `{facts.extractor}` at N = "
+        f"{comparison.num_images:,} images, {len(comparison.scores['result'])} repeats on fresh "
+        "seeds (the same for every row), mean and 95 % interval. FID is biased upward at "
+        "small N: compare only numbers of equal N.",
+        "",
+    ]
+
+
+def _loading(facts: CardFacts) -> list[str]:
+    return [
+        "## Loading",
+        "",
+        "```python",
+        "import torch",
+        "import merge_rl as mrl",
+        "",
+        'model = mrl.load_model("path/to/this/folder")  # or "user/repo"',
+        "noise = torch.randn(4, *model.sample_shape)",
+        f"samples = mrl.sample(model, noise{', torch.arange(4)' if facts.conditional else ''})",
+        "```",
+        "",
+        f"The weights have the official network's names and shapes, in {facts.dtype}; "
+        "`merge.yaml` lists the sources with their SHA-256, and "
+        "`mergerl merge CHECKPOINTS OUT --recipe merge.yaml` makes the same files again.",
+        "",
+    ]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "images"
+
+
+_HUB_REPO: Final = re.compile(r"^(?:https://huggingface\.co/|hf://)([\w.-]+/[\w.-]+?)(?:[@/].*)?$")
+# Names that the Hub knows, among those that checkpoints of images models carry; others go into
+# `license_name`.
+_KNOWN: Final = frozenset(
+    [
+        "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0",
+        "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "cc-by-nd-4.0",
+        "openrail", "creativeml-openrail-m", "openrail++", "gpl-3.0", "agpl-3.0", "lgpl-3.0",
+    ]
+)  # fmt: skip
+
+
+def hub_licence(licence: str | None) -> dict[str, str]:
+    """Entries of a model card's header for a licence."""
+    if licence is None:
+        return {}
+    name = licence.lower()
+    if name in _KNOWN:
+        return {"license": name}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.+-]+", "-", name).strip("-")}
+
+
+def base_models(checkpoints: CheckpointSet) -> list[str]:
+    """Hub repositories that the sources say they come from, each once."""
+    return hub_repositories([entry.source or "" for entry in checkpoints.entries])
+
+
+def hub_repositories(sources: Sequence[str]) -> list[str]:
+    """user/repo of every address on the Hub among `sources`, each once, in order."""
+    found = (_HUB_REPO.match(source) for source in sources)
+    return list(dict.fromkeys(match.group(1) for match in found if match))

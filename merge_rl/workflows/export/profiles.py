@@ -1,0 +1,137 @@
+"""Many EMA profiles rebuilt from a run's snapshots in one pass over the files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from merge_rl.core.merging.ema_profiles import posthoc_coefficients
+from merge_rl.errors import ConfigError
+from merge_rl.storage.checkpoints import (
+    MANIFEST_NAME,
+    CheckpointEntry,
+    CheckpointSet,
+    Manifest,
+    plan_merge,
+    stream_merge,
+    write_manifest,
+)
+from merge_rl.storage.files import TensorInfo, new_folder, sha256_file, tensor_file
+from merge_rl.workflows.export.folder import DTYPES, carried_metadata
+from merge_rl.workflows.export.recipe import merge_recipe, recipe_metadata
+
+
+def save_profiles(
+    out: str | os.PathLike[str],
+    checkpoints: CheckpointSet,
+    ema_stds: Sequence[float],
+    *,
+    base: str = "newest",
+    dtype: str = "float32",
+    licence: str | None = None,
+) -> list[str]:
+    """Write one checkpoint for each EMA width as a new set with a manifest; the names written.
+
+    Every source file is read once, whatever the number of profiles, and a few tensors are held at
+    a time. Files are named as the official tool names them, `phema-{kimg:07d}-{ema_std:.3f}`; each
+    carries its coefficients and the hashes of its sources. The profiles end at the newest
+    checkpoint (Karras et al., 2024, arXiv:2312.02696, section 3.2).
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"expected dtype one of {', '.join(DTYPES)}, got {dtype!r}")
+    nimg = max(int(n or 0) for n in checkpoints.nimg)
+    names = [f"phema-{nimg // 1000:07d}-{std:.3f}" for std in ema_stds]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            "expected widths that differ in their three decimals, got some that agree"
+        )
+    rows = [ema_coefficients(checkpoints, std) for std in ema_stds]
+    plan = plan_merge(checkpoints, base=base)
+    infos = {
+        name: TensorInfo(info.shape, DTYPES[dtype] if info.dtype.is_floating_point else info.dtype)
+        for name, info in checkpoints.tensors.items()
+    }
+    inherited = carried_metadata(checkpoints, plan.base)
+    with new_folder(out) as folder:
+        with ExitStack() as stack:
+            sinks = []
+            for name, row in zip(names, rows, strict=True):
+                recipe = merge_recipe(checkpoints, row, base=plan.base, groups={}, licence=licence)
+                metadata = {**recipe_metadata(recipe), **inherited}
+                path = folder / f"{name}.safetensors"
+                sinks.append(stack.enter_context(tensor_file(path, infos, metadata)))
+            for tensor, outs in stream_merge(checkpoints, plan, torch.stack(rows)[:, None]):
+                for put, merged in zip(sinks, outs, strict=True):
+                    put(tensor, merged.to(infos[tensor].dtype))
+        entries = [
+            CheckpointEntry(
+                file=f"{name}.safetensors", nimg=nimg, ema_std=round(std, 12),
+                sha256=sha256_file(folder / f"{name}.safetensors"),
+            )
+            for name, std in zip(names, ema_stds, strict=True)
+        ]  # fmt: skip
+        if checkpoints.config is not None:
+            named = checkpoints.manifest.name if checkpoints.manifest else None
+            manifest = Manifest(
+                name=f"{named or checkpoints.folder.resolve().name}-phema", licence=licence,
+                model=checkpoints.config, checkpoints=tuple(entries),
+            )  # fmt: skip
+            write_manifest(folder / MANIFEST_NAME, manifest)
+    return names
+
+
+def merge(
+    checkpoints: CheckpointSet,
+    coefficients: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    *,
+    groups: Mapping[str, str] | None = None,
+    base: str = "newest",
+) -> dict[str, Tensor]:
+    """Weighted sum of a set's checkpoints, dict of float32 tensors with the official names.
+
+    Args:
+        checkpoints: an open set.
+        coefficients: (K,), or (G, K) with one row a group of tensors.
+        groups: group name -> regular expression of tensor names, as in `MergeConfig`.
+        base: name of the checkpoint whose buffers (Fourier frequencies and phases) are carried;
+            the newest by default. Buffers are never averaged.
+
+    The files are read once, a piece at a time: besides the result a few MiB are held. Raises
+    ConfigError for coefficients of another shape, or that are not finite.
+    """
+    values = torch.as_tensor(coefficients, dtype=torch.float64)
+    plan = plan_merge(checkpoints, groups=groups, base=base)
+    rows = values.reshape(1, -1) if values.ndim == 1 else values
+    return {name: outs[0] for name, outs in stream_merge(checkpoints, plan, rows[None])}
+
+
+def ema_coefficients(checkpoints: CheckpointSet, ema_std: float, nimg: int | None = None) -> Tensor:
+    """Coefficients (K,) that rebuild the power-function EMA of width `ema_std` ending at `nimg`.
+
+    Uses every checkpoint with 0 < nimg <= the end (Karras et al., 2024, arXiv:2312.02696, section
+    3.2); the end is the newest checkpoint's by default. All of them need an ema_std.
+    """
+    times, widths = checkpoints.nimg, checkpoints.ema_std
+    lacking = [
+        name
+        for name, time, width in zip(checkpoints.names, times, widths, strict=True)
+        if time is None or width is None
+    ]
+    if lacking:
+        raise ConfigError(
+            f"an EMA profile needs nimg and ema_std of every checkpoint; {lacking[0]!r} and "
+            f"{len(lacking) - 1} more have none (choose the EMA tracks with --track)"
+        )
+    known = torch.tensor([float(t or 0) for t in times], dtype=torch.float64)
+    end = float(nimg) if nimg is not None else float(known.max())
+    seen = (known > 0) & (known <= end)
+    if not bool(seen.any()):
+        raise ConfigError(f"no checkpoint ends at or before {end:.0f} images")
+    std = torch.tensor([float(w or 0) for w in widths], dtype=torch.float64)
+    row = torch.zeros(len(checkpoints), dtype=torch.float64)
+    row[seen] = posthoc_coefficients(known[seen], std[seen], [end], [ema_std])[:, 0]
+    return row

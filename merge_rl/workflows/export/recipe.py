@@ -1,0 +1,155 @@
+"""Merge recipes (merge.yaml): what it takes to make a merge again, written and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from merge_rl.errors import CheckpointError, ConfigError, HashMismatchError
+from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.storage.files import MAX_SHARD_BYTES, load_yaml
+from merge_rl.version import __version__
+
+TOOL: Final = f"merge_rl {__version__}"
+
+
+def merge_recipe(
+    checkpoints: CheckpointSet,
+    coefficients: Tensor,
+    *,
+    base: int,
+    groups: Mapping[str, str],
+    licence: str | None = None,
+    tool: str = TOOL,
+) -> dict[str, Any]:
+    """What it takes to make the merge again: sources with hashes, coefficients, groups, base."""
+    rows = coefficients.reshape(-1, len(checkpoints))
+    with ThreadPoolExecutor() as pool:  # hashing takes longer than merging
+        checkpoints.hash_files(pool.map)
+    return {
+        "version": 1,
+        "tool": tool,
+        "base": checkpoints.names[base],
+        "groups": dict(groups),
+        "licence": licence,
+        "sources": [
+            {
+                "name": name,
+                "file": checkpoints.entries[i].file,
+                "source": checkpoints.entries[i].source,
+                "nimg": checkpoints.nimg[i],
+                "ema_std": checkpoints.ema_std[i],
+                "sha256": checkpoints.sha256(i),
+                "coefficients": rows[:, i].tolist(),
+            }
+            for i, name in enumerate(checkpoints.names)
+        ],
+    }
+
+
+def recipe_metadata(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of the merged file, text only: the tool, and the sources with their hashes.
+
+    A function of the parts of the recipe that say how to merge: how its coefficients were found
+    does not change the file.
+    """
+    sources = [{k: s[k] for k in ("name", "sha256", "coefficients")} for s in recipe["sources"]]
+    how = {"base": recipe["base"], "groups": recipe["groups"], "sources": sources}
+    return {"format": "pt", "tool": recipe["tool"], "merge": json.dumps(how, sort_keys=True)}
+
+
+class Recipe:
+    """A merge.yaml: coefficients by checkpoint name, with the hashes of the sources."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        document = load_yaml(self.path)
+        if not isinstance(document, dict) or not isinstance(document.get("sources"), list):
+            raise ConfigError(f"{self.path}: expected a merge recipe with a list of sources")
+        if not document["sources"]:
+            raise ConfigError(f"{self.path}: no sources, expected at least one checkpoint")
+        groups = document.get("groups") or {}
+        if not isinstance(groups, dict) or not all(isinstance(v, str) for v in groups.values()):
+            raise ConfigError(f"{self.path}, groups: expected a mapping of text, found {groups!r}")
+        self.groups: dict[str, str] = {str(name): pattern for name, pattern in groups.items()}
+        self.base = str(document.get("base", "newest"))
+        self.dtype = str(document.get("dtype", "float32"))
+        self.tool = str(document.get("tool", TOOL))
+        licence = document.get("licence")
+        self.licence = None if licence is None else str(licence)
+        self.max_shard_bytes = self._size(document.get("max_shard_bytes", MAX_SHARD_BYTES))
+        self.sources = [self._source(item) for item in document["sources"]]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the checkpoints that are merged."""
+        return [name for name, _, _ in self.sources]
+
+    def _size(self, value: object) -> int:
+        if type(value) is not int or value < 1:
+            raise ConfigError(
+                f"{self.path}, max_shard_bytes: expected a number of bytes, found {value!r}"
+            )
+        return value
+
+    def _source(self, item: object) -> tuple[str, str | None, list[float]]:
+        try:
+            if not isinstance(item, dict) or isinstance(item["coefficients"], str):
+                raise TypeError
+            values = [float(v) for v in item["coefficients"]]
+            return str(item["name"]), item.get("sha256"), values
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(
+                f"{self.path}: expected name and coefficients of each source, found {item!r}"
+            ) from None
+
+    def coefficients(self, checkpoints: CheckpointSet) -> Tensor:
+        """(G, K) in the set's order, after checking names and hashes of the sources."""
+        rows: dict[str, list[float]] = {}
+        for name, digest, values in self.sources:
+            if name not in checkpoints.names:
+                raise CheckpointError(
+                    f"{checkpoints.folder}: the recipe needs checkpoint {name!r}, which is missing"
+                )
+            found = checkpoints.sha256(checkpoints.names.index(name))
+            if digest is not None and found != digest:
+                raise HashMismatchError(
+                    f"{name}: SHA-256 is {found}, the recipe was made with {digest}"
+                )
+            if name in rows:
+                raise ConfigError(f"{self.path}: {name!r} is listed twice")
+            rows[name] = values
+        groups = {len(values) for values in rows.values()}
+        if len(groups) != 1:
+            raise ConfigError(f"{self.path}: sources have different numbers of coefficients")
+        zeros = [0.0] * groups.pop()
+        table = [rows.get(name, zeros) for name in checkpoints.names]
+        return torch.tensor(table, dtype=torch.float64).T.contiguous()
+
+
+def merged_licence(checkpoints: CheckpointSet, given: str | None = None) -> str | None:
+    """Licence of a merge of a set: `given` if there is one, else the one all sources share.
+
+    Sources that state different licences are refused (ConfigError): whether and how they combine
+    is for a person to decide. None if no source states any.
+    """
+    if given is not None:
+        if not given.strip():
+            raise ConfigError("expected the name of a licence, got an empty text")
+        return given.strip()
+    stated: dict[str, str] = {}
+    for licence in checkpoints.licences:
+        stated.setdefault(licence.lower(), licence)
+    if len(stated) > 1:
+        raise ConfigError(
+            f"{checkpoints.folder}: the checkpoints are under {len(stated)} licences, "
+            f"{' and '.join(stated.values())}; pass --license NAME if they allow a merge under one"
+        )
+    return next(iter(stated.values()), None)

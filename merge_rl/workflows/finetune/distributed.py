@@ -1,0 +1,290 @@
+"""Fine-tuning steps over many processes: the first leads, all hold the network and learn alike.
+
+The first process has the pool, the rewards and the files. It says what is to be made; every process
+makes its share of the images and takes the loss of its share of the kept rollouts. Gradients are
+averaged over processes, so that equal updates keep the weights equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from merge_rl.config import SamplerConfig, from_mapping, to_mapping
+from merge_rl.parallel.blocks import Block, blocks_of_sizes, gather_rows, share_blocks, split_blocks
+from merge_rl.parallel.group import Group
+from merge_rl.rng import image_seeds
+from merge_rl.storage.runs import StopSignals
+from merge_rl.workflows.assembly import load_network, memory_advice
+from merge_rl.workflows.finetune.job import FinetuneJob
+from merge_rl.workflows.finetune.learner import Learner
+from merge_rl.workflows.finetune.rollout import PolicyRollout
+from merge_rl.workflows.finetune.sharded import ShardedLearner, is_broken_link, replicated
+from merge_rl.workflows.finetune.step import StepParts
+from merge_rl.workflows.finetune.updates import Kept, Share, Watched, read_kept, write_kept
+from merge_rl.workflows.rollout import Rollout
+
+
+class SharedParts(StepParts):
+    """The parts of a step, made by all processes of a launch; torch's default group is open.
+
+    The first process calls them, the others are in `follow`. A signal to stop interrupts the first
+    at once where all weights are there to be saved. Where they lie in shards, which takes all
+    processes to save, it waits for the end of what all are at: a block of images or one pass.
+    """
+
+    def __init__(
+        self, job: FinetuneJob, group: Group, signals: StopSignals,
+        announce: Callable[[str], None] = lambda _text: None,
+    ) -> None:  # fmt: skip
+        self.group, self.signals, self._announce = group, signals, announce
+        self.sharded = job.config.parallel == "fsdp"
+        learner: Learner
+        if self.sharded:
+            learner = ShardedLearner(job.network, job.config.update, self._joined)
+        else:
+            learner = Learner(job.network, job.config.update, replicated)
+        super().__init__(job, learner)
+        self.networks: dict[str, nn.Module] = {"network": job.network}
+        if learner.average is not job.network:
+            self.networks["average"] = learner.average
+        self.update.share = Share(group.rank, group.size)
+        self.update.means = self._means
+        self._kept: Kept | None = None
+        self._told = False
+
+    # ------------------------------------------------------------------ what the first one calls
+
+    def features(
+        self, rollout: Rollout, seeds: Sequence[int], labels: Tensor, phase: str = ""
+    ) -> Tensor:
+        """Features (N, D) of the images of these seeds and labels, the same whoever makes which."""
+        blocks = split_blocks([max(len(seeds), 1)], rollout.batch)
+        self._tell_idle(blocks)
+        asked = self._named(rollout)
+        # In shards a stop has to wait for all: work is asked for a block or so a process.
+        few = self.group.size * max(rollout.workers, 1) if self.sharded else len(blocks)
+        found = []
+        for i in range(0, len(blocks), few):
+            part = slice(blocks[i].start, blocks[min(i + few, len(blocks)) - 1].stop)
+            asked |= {
+                "seeds": list(seeds[part]), "labels": labels[part].tolist(), "phase": phase,
+                "sizes": [block.size for block in blocks[i : i + few]],
+            }  # fmt: skip
+            with self._joined("features", may_stop=True, **asked):
+                found.append(self._make(rollout, asked))
+        return torch.cat(found)
+
+    def gradients(self, kept: Kept, epoch: int) -> dict[str, float]:
+        """Gradients of the loss in the learner; what was seen, nothing if it is not finite."""
+        asked: dict[str, Any] = {"epoch": epoch, "window": self.job.rollout.window}
+        if epoch == 0:
+            asked["kept"] = write_kept(kept)
+        with self._joined("gradients", may_stop=epoch == 0, **asked):
+            self._may_leave(epoch)
+            return super().gradients(kept, epoch)
+
+    def apply(self) -> None:
+        """One update from the gradients."""
+        with self._joined("apply"):
+            super().apply()
+
+    def send_state(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Set the learners of the others to a resume point."""
+        with self._joined("state", tensors=_described(tensors), updates=updates):
+            for tensor in tensors.values():
+                dist.broadcast(tensor.contiguous(), 0)
+
+    def send_networks(self, networks: Mapping[str, nn.Module]) -> None:
+        """Let the others have further networks, which `features` may then be asked of."""
+        self.networks |= networks
+        for name, network in networks.items():
+            with self._joined("network", name=name):
+                _send(network)
+
+    def end(self, result: Any = None) -> None:
+        """Dismiss the others; `result`, plain data, is what `follow` returns there."""
+        self.group.broadcast({"do": "end", "result": result}, phase="end")
+
+    # ------------------------------------------------------------------ what the others do
+
+    def follow(self) -> Any:
+        """Do what the first process asks for until it ends the run; its result.
+
+        Signals are passed on to it, which decides and has what is to be saved.
+        """
+        with self.signals, self.signals.noted():
+            while True:
+                if self.signals.pending:
+                    self.group.ask_to_stop()
+                asked = self.group.broadcast(phase="waiting for rank 0")
+                if asked["do"] == "end":
+                    return asked["result"]
+                with self._links(asked["do"]), memory_advice(self.config):
+                    self._follow(asked)
+
+    def _follow(self, asked: Mapping[str, Any]) -> None:
+        match asked["do"]:
+            case "features":
+                self._make(self._rollout(asked), asked)
+            case "gradients":
+                self._follow_gradients(asked)
+            case "apply":
+                self.learner.apply()
+            case "state":
+                self._take_state(asked)
+            case "network":
+                network = load_network(self.config.model).to(self.config.device)
+                self.networks[asked["name"]] = network
+                _send(network)
+            case method:  # of a learner in shards
+                getattr(self.learner, method)()
+
+    def _follow_gradients(self, asked: Mapping[str, Any]) -> None:
+        rollout, window = self.job.rollout, asked["window"]
+        rollout.window = None if window is None else (window[0], window[1])
+        if "kept" in asked:
+            step = asked["kept"]["step"]
+            seeds = image_seeds(self.config.images_per_step, self.config.seed, "rollout", step)
+            noise = rollout.noise([seeds[row] for row in asked["kept"]["rows"]])
+            self._kept = read_kept(asked["kept"], noise)
+        if self._kept is None:  # pragma: no cover (the first epoch has brought them)
+            raise RuntimeError("no rollouts to learn from")
+        self._may_leave(asked["epoch"])
+        try:
+            super().gradients(self._kept, asked["epoch"])
+        except _LeftError:
+            return
+
+    def _take_state(self, asked: Mapping[str, Any]) -> None:
+        found = {}
+        for name, dtype, shape in asked["tensors"]:
+            found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+            dist.broadcast(found[name], 0)
+        self.learner.load_state_dict(found, asked["updates"])
+
+    # ------------------------------------------------------------------ what all do
+
+    @contextmanager
+    def _joined(self, do: str, *, may_stop: bool = False, **asked: Any) -> Iterator[None]:
+        """On the first process: around its own part of what it asks all for.
+
+        With `may_stop` nothing is asked for, but KeyboardInterrupt raised, if another process was
+        told to stop.
+        """
+        hold: AbstractContextManager[None] = nullcontext()
+        if self.sharded:
+            hold = self.signals.held()
+        try:
+            with hold, self._links(do):
+                if self.group.leads:
+                    if may_stop and self.group.asked_to_stop:
+                        raise KeyboardInterrupt
+                    self.group.broadcast({"do": do, **asked}, phase=asked.get("phase", do))
+                yield
+        except _LeftError:
+            raise KeyboardInterrupt from None
+
+    @contextmanager
+    def _links(self, phase: str) -> Iterator[None]:
+        """Say of a link that broke who was at its other end."""
+        self.group.note(phase)
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_broken_link(error):
+                raise
+            self.group.lost(phase)
+
+    def _named(self, rollout: Rollout) -> dict[str, Any]:
+        """What the others make the same rollout of."""
+        policy = rollout is self.job.rollout
+        return {
+            "policy": policy, "window": self.job.rollout.window if policy else None,
+            "sampler": to_mapping(rollout.sampler),
+            "network": next(n for n, net in self.networks.items() if net is rollout.model),
+        }  # fmt: skip
+
+    def _rollout(self, asked: Mapping[str, Any]) -> Rollout:
+        rollout: Rollout = self.job.rollout if asked["policy"] else self.job.scored
+        if isinstance(rollout, PolicyRollout):
+            window = asked["window"]
+            rollout.window = None if window is None else (window[0], window[1])
+        network = self.networks[asked["network"]]
+        if network is not rollout.model:
+            rollout = rollout.with_network(network)
+        sampler = from_mapping(SamplerConfig, asked["sampler"])
+        return rollout if sampler == rollout.sampler else rollout.with_sampler(sampler)
+
+    def _make(self, rollout: Rollout, asked: Mapping[str, Any]) -> Tensor:
+        """This process's blocks; on the first the features of all images, in order."""
+        blocks, seeds = blocks_of_sizes(asked["sizes"]), asked["seeds"]
+        labels = torch.tensor(asked["labels"], dtype=torch.int64)
+        shares = share_blocks(blocks, self.group.size)
+
+        def inputs(block: Block) -> tuple[Tensor, Tensor]:
+            part = slice(block.start, block.stop)
+            return rollout.noise(seeds[part]), labels[part]
+
+        mine = [partial(inputs, blocks[i]) for i in shares[self.group.rank]]
+        sizes = [[blocks[i].size for i in share] for share in shares]
+        counts = [sum(own) for own in sizes]
+        found = torch.empty(sum(counts) if self.group.leads else 0, rollout.extractor.dim)
+        into = torch.split(found, counts) if self.group.leads else ()
+        gather_rows(self.group, rollout.features_of(mine), sizes, into, asked["phase"])
+        if self.group.leads:
+            rollout.on_images(sum(counts[1:]))
+        return found
+
+    def _may_leave(self, epoch: int) -> None:
+        """Let all leave an update together at a stop, in shards and before any weight has moved."""
+        self.update.between = self._agree if self.sharded and epoch == 0 else _go_on
+
+    def _agree(self) -> None:
+        stop = torch.tensor([float(self.signals.pending)])
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        if float(stop):
+            raise _LeftError
+
+    def _means(self, watched: Watched) -> dict[str, float]:
+        """Over all processes, on the first; nothing on the others."""
+        told = {"sums": watched.sums, "count": watched.count}
+        found = self.group.collect(told, phase="what an update did")
+        return {} if found is None else Watched.together(found).means()
+
+    def _tell_idle(self, blocks: Sequence[Block]) -> None:
+        idle = self.group.size - len(blocks)
+        if idle > 0 and not self._told:
+            self._told = True
+            self._announce(
+                f"{idle} of {self.group.size} processes are idle at times: some work has "
+                f"{len(blocks)} blocks of up to {max(block.size for block in blocks)} images; a "
+                "smaller --batch makes more of them"
+            )
+
+
+class _LeftError(Exception):
+    """All processes have left an update."""
+
+
+def _go_on() -> None:
+    pass
+
+
+def _described(tensors: Mapping[str, Tensor]) -> list[tuple[str, str, list[int]]]:
+    return [
+        (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
+
+
+def _send(network: nn.Module) -> None:
+    """The weights of the first process's network in all of theirs."""
+    for tensor in network.state_dict().values():
+        dist.broadcast(tensor, 0)

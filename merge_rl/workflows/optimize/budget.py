@@ -1,0 +1,165 @@
+"""How a budget of generated images is divided: start, rounds, a tournament of finalists."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from merge_rl import registry
+from merge_rl.config import OptimizeConfig
+from merge_rl.errors import BudgetError
+from merge_rl.workflows.evaluate import Request, ScoreStore
+
+LEAST = 100  # images that an entry is scored on: fewer say too little
+FINALISTS = 3  # beside the incumbents: start, policy mean, running average
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetPlan:
+    """What a search may spend where; all in images."""
+
+    start: tuple[Rung, ...]  # to find where it begins
+    pool: int  # 0 where the reward needs none
+    candidates: int  # P of a round
+    round: int  # candidates and refresh of the first round
+    limit: int  # images after which no round begins that would exceed it
+    final: int  # kept for the choice among the finalists
+
+    @property
+    def rounds(self) -> int:
+        """About how many rounds there will be; at least one."""
+        return max(1, (self.limit - cost(self.start) - self.pool) // self.round)
+
+
+def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
+    """Divide the budget of a config whose search may begin at so many places.
+
+    Start and final choice get their shares where these pay for `LEAST` images an entry, else
+    nothing. Raises BudgetError unless the rest pays for the pool and one round.
+    """
+    reward, search = config.reward, config.search
+    entries = FINALISTS + search.incumbents
+    shared = not registry.chooses_itself(search.name)
+    start = halving_plan(starts, int(config.budget * search.start_share), LEAST) if shared else ()
+    final = int(config.budget * search.final_share) if shared else 0
+    final = final if halving_plan(entries, final, LEAST) else 0
+    pool = reward.pool_size if reward.pooled else 0
+    refresh = reward.refresh_images(0) if reward.pooled else 0
+    candidates = registry.population_of(search)
+    plan = BudgetPlan(
+        start=start,
+        pool=pool,
+        candidates=candidates,
+        round=candidates * reward.images_per_candidate + refresh,
+        limit=config.budget - final,
+        final=final,
+    )
+    needed = cost(start) + pool + plan.round
+    if plan.limit < needed:
+        parts = [f"{candidates} candidates of {reward.images_per_candidate} images"]
+        parts += [f"the pool of {pool}"] * bool(pool) + [f"a refresh of {refresh}"] * bool(refresh)
+        kept = cost(start) + final
+        parts += [f"{kept} to choose start and result"] * bool(kept)
+        raise BudgetError(
+            f"a budget of {config.budget} images does not pay for one round: "
+            f"{', '.join(parts)}: expected at least {needed + final}"
+        )
+    return plan
+
+
+@dataclass(frozen=True)
+class Winner:
+    """How a tournament ended."""
+
+    label: str
+    score: float | None  # FID to the reference in the last rung; None if nothing was compared
+    images_each: int  # of the last rung
+    images: int  # of all
+    rungs: Sequence[Mapping[str, float]]  # label -> FID, a rung
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with None for what could not be scored."""
+        rungs = [
+            {label: None if math.isnan(v) else v for label, v in rung.items()}
+            for rung in self.rungs
+        ]
+        return {
+            "chosen": self.label, "score": self.score, "images_each": self.images_each,
+            "images": self.images, "rungs": rungs,
+        }  # fmt: skip
+
+
+def hold(
+    name: str, entries: Mapping[str, Tensor], rungs: tuple[Rung, ...], store: ScoreStore
+) -> Winner:
+    """Let entries, coefficients (G, K) by label, compete for the lowest FID to the reference.
+
+    All that are left see the same seeds in a rung, and every rung has seeds of its own. An entry
+    whose images are not finite drops out first; ties go to the earlier one. Without rungs, the
+    first entry wins.
+    """
+    left, played = list(entries), []
+    for index, rung in enumerate(rungs):
+        asked = [
+            Request(f"{name}/{index}/{label}", entries[label], rung.images, (name, index))
+            for label in left
+        ]
+        found = store.get_all(asked)
+        scores = {label: s["reference"] for label, s in zip(left, found, strict=True)}
+        played.append(scores)
+        order = sorted(left, key=lambda label: (math.isnan(scores[label]), scores[label]))
+        left = order[: rungs[index + 1].entries if index + 1 < len(rungs) else 1]
+    best = left[0]
+    last = played[-1][best] if played else math.nan
+    return Winner(
+        label=best,
+        score=None if math.isnan(last) else last,
+        images_each=rungs[-1].images if rungs else 0,
+        images=cost(rungs),
+        rungs=played,
+    )
+
+
+class Rung(NamedTuple):
+    """A stage: how many entries are scored, and with how many images each."""
+
+    entries: int
+    images: int
+
+
+def halving_plan(entries: int, images: int, least: int = 1) -> tuple[Rung, ...]:
+    """The rungs of a tournament of so many entries that costs at most `images`.
+
+    Every rung costs about the same: E entries and r rungs give images / (r E) to each entry of the
+    first, and as much more to those of a later one as they are fewer. () where one entry is left
+    without a look, and where an entry of the first rung would have fewer than `least` images.
+    """
+    counts, left = [], entries
+    while left > 1:
+        counts.append(left)
+        left = math.ceil(left / 2)
+    if not counts:
+        return ()
+    share = images // len(counts)
+    rungs = tuple(Rung(count, share // count) for count in counts)
+    return rungs if rungs[0].images >= max(least, 1) else ()
+
+
+def most_entries(images: int, least: int) -> int:
+    """How many entries a tournament of so many images can hold, with `least` for each at first.
+
+    The largest E with E * ceil(log2 E) * least <= images; 1 where not even two can be compared.
+    """
+    entries = 1
+    while halving_plan(entries + 1, images, least):
+        entries += 1
+    return entries
+
+
+def cost(rungs: tuple[Rung, ...]) -> int:
+    """Images of all rungs."""
+    return sum(rung.entries * rung.images for rung in rungs)

@@ -1,0 +1,266 @@
+"""The search as a whole: where it begins, its rounds, and the choice among the finalists."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_rl import registry
+from merge_rl.config import OptimizeConfig
+from merge_rl.core.merging.ema_profiles import posthoc_coefficients
+from merge_rl.core.merging.maps import CoefficientMap
+from merge_rl.errors import ConfigError
+from merge_rl.interfaces import Searcher, Tracker
+from merge_rl.searchers import SearchSpace
+from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.storage.runs import RunDir
+from merge_rl.workflows.assembly import Job
+from merge_rl.workflows.evaluate import ScoreStore
+from merge_rl.workflows.optimize.budget import (
+    LEAST,
+    BudgetPlan,
+    Winner,
+    halving_plan,
+    hold,
+    most_entries,
+    plan_budget,
+)
+from merge_rl.workflows.optimize.rounds import SearchLoop
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    coefficients: Tensor  # (G, K) float64
+    start: Tensor  # (G, K), where it began
+    start_label: str
+    images: int  # all that it generated
+    rounds: int
+    beginning: Winner
+    choice: Winner
+    fresh_score: float | None  # of the chosen one: as many images as its last score, other seeds
+
+    @property
+    def optimism(self) -> float | None:
+        """Search score minus fresh score; below 0, the choice was flattered by its seeds."""
+        if self.choice.score is None or self.fresh_score is None:
+            return None
+        return self.choice.score - self.fresh_score
+
+    @property
+    def spent(self) -> dict[str, int]:
+        """Images of the search by what they went to; they sum to `images`."""
+        start, final = self.beginning.images, self.choice.images
+        return {"start": start, "rounds": self.images - start - final, "final": final}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For result.json."""
+        return {
+            "coefficients": self.coefficients.tolist(),
+            "start": {"label": self.start_label, "coefficients": self.start.tolist(),
+                      **self.beginning.as_dict()},
+            "search_images": self.images,
+            "images": self.spent,
+            "rounds": self.rounds,
+            "final": {**self.choice.as_dict(), "fresh_score": self.fresh_score,
+                      "optimism": self.optimism},
+        }  # fmt: skip
+
+    def to_plain(self) -> dict[str, Any]:
+        """All fields as plain data."""
+        tensors = {name: getattr(self, name).tolist() for name in ("coefficients", "start")}
+        return {**dataclasses.asdict(self), **tensors}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Found:
+        """What `to_plain` gave."""
+        tensors = {
+            name: torch.tensor(values[name], dtype=torch.float64)
+            for name in ("coefficients", "start")
+        }
+        winners = {name: Winner(**values[name]) for name in ("beginning", "choice")}
+        return cls(**{**values, **tensors, **winners})
+
+
+def search(
+    config: OptimizeConfig, job: Job, run: RunDir, tracker: Tracker, store: ScoreStore
+) -> Found:
+    """From the resume point, or the beginning, to the coefficients that are reported."""
+    job.final_rollout.rollout.on_images = tracker.advance
+    starts = starts_of(config, job.checkpoints, job.map)
+    plan = plan_budget(config, len(starts))
+    if plan.start:
+        tracker.phase("start", sum(rung.entries * rung.images for rung in plan.start))
+    beginning = hold("start", starts, plan.start, store)
+    theta = job.map.theta_of(starts[beginning.label]) if len(starts) > 1 else None
+    loop = SearchLoop(
+        config, job, make_searcher(config, job), run, tracker,
+        start=theta, spent=beginning.images, limit=plan.limit,
+    )  # fmt: skip
+    loop.run()
+    entries = finalists(loop, starts[beginning.label])
+    choice = _choose(entries, plan, store, tracker)
+    fresh = None
+    if choice.score is not None:
+        count = choice.images_each
+        fresh = store.get("optimism", entries[choice.label], count, "optimism")["reference"]
+    return Found(
+        coefficients=entries[choice.label],
+        start=starts[beginning.label],
+        start_label=beginning.label,
+        images=loop.images + choice.images,
+        rounds=loop.round_index,
+        beginning=beginning,
+        choice=choice,
+        fresh_score=fresh,
+    )
+
+
+def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
+    """The searcher a config names, for the job's space."""
+    plan = plan_budget(config, len(starts_of(config, job.checkpoints, job.map)))
+    space = SearchSpace(
+        map=job.map,
+        names=tuple(job.checkpoints.names),
+        nimg=tuple(job.checkpoints.nimg),
+        ema_std=tuple(job.checkpoints.ema_std),
+        evaluations=plan.rounds * plan.candidates,
+    )
+    searcher: Searcher = registry.resolve_searcher(config.search.name)(
+        config.search, space, config.seed
+    )
+    return searcher
+
+
+def finalists(loop: SearchLoop, start: Tensor) -> dict[str, Tensor]:
+    """What competes at the end, coefficients (G, K) by what they are; the policy mean first.
+
+    The mean is that of the last round whose samples were finite.
+    """
+    named = {**loop.searcher.finalists, "mean": loop.result_theta}
+    entries = {label: loop.job.map(theta) for label, theta in named.items()}
+    entries = {"mean": entries.pop("mean"), **entries, "start": start}
+    for index, theta in enumerate(loop.incumbents.thetas):
+        entries[f"incumbent {index + 1}"] = loop.job.map(theta)
+    distinct: dict[str, Tensor] = {}
+    for label, rows in entries.items():
+        if not any(torch.equal(rows, other) for other in distinct.values()):
+            distinct[label] = rows
+    return distinct
+
+
+def _choose(
+    entries: Mapping[str, Tensor], plan: BudgetPlan, store: ScoreStore, tracker: Tracker
+) -> Winner:
+    rungs = halving_plan(len(entries), plan.final, LEAST) if plan.final else ()
+    if rungs:
+        tracker.phase("finalists", sum(rung.entries * rung.images for rung in rungs))
+    return hold("final", entries, rungs, store)
+
+
+AUTO = "auto"
+MOST = 16  # starts: further images are better spent on looking twice
+WIDTHS = (0.5, 0.75, 1.5)  # of EMA profiles, times the widths at hand
+
+
+def starts_of(
+    config: OptimizeConfig, checkpoints: CheckpointSet, coefficients: CoefficientMap
+) -> dict[str, Tensor]:
+    """Where the search of a config may begin, coefficients (G, K) by what they are."""
+    own = registry.chooses_itself(config.search.name)
+    if config.merge.start == AUTO and config.search.start_share > 0 and not own:
+        images = int(config.budget * config.search.start_share)
+        return free_starts(checkpoints, coefficients, min(MOST, most_entries(images, LEAST)))
+    label = "newest" if config.merge.start == AUTO else config.merge.start
+    return {label: coefficients(torch.zeros(coefficients.dim, dtype=torch.float64))}
+
+
+def free_starts(
+    checkpoints: CheckpointSet, coefficients: CoefficientMap, most: int = MOST
+) -> dict[str, Tensor]:
+    """The first `most` of them, coefficients (G, K) by what they are; the map's own start first.
+
+    What the map cannot reach is left out, and so is what another entry is already.
+    """
+    origin = coefficients(torch.zeros(coefficients.dim, dtype=torch.float64))
+    found = {"newest": origin}
+    rows = {**_averages(checkpoints), **_profiles(checkpoints), **_singles(checkpoints)}
+    for label, row in rows.items():
+        if len(found) >= most:
+            break
+        wide = row.expand(coefficients.num_groups, -1)
+        try:
+            coefficients.theta_of(wide)
+        except ConfigError:
+            continue
+        if not any(torch.allclose(wide, other) for other in found.values()):
+            found[label] = wide
+    return found
+
+
+def _averages(checkpoints: CheckpointSet) -> dict[str, Tensor]:
+    rows = {}
+    for track, members in _tracks(checkpoints).items():
+        of = f" of {track}" if track else ""
+        size = 1
+        while size // 2 < len(members):
+            chosen = members[-min(size, len(members)) :]
+            row = torch.zeros(len(checkpoints), dtype=torch.float64)
+            row[chosen] = 1 / len(chosen)
+            alone = f"newest{of}" if size == 1 else f"average of {len(chosen)} newest{of}"
+            rows[alone] = row
+            size *= 2
+    return rows
+
+
+def _tracks(checkpoints: CheckpointSet) -> dict[str, list[int]]:
+    """Indices of each track's checkpoints, oldest first; "" where there is one track at most."""
+    names = [entry.track or "" for entry in checkpoints.entries]
+    tracks: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        tracks.setdefault(name, []).append(index)
+    nimg = checkpoints.nimg
+    if all(n is not None for n in nimg):
+        for members in tracks.values():
+            members.sort(key=lambda i: (nimg[i] or 0, i))
+    return tracks if len(tracks) > 1 else {"": next(iter(tracks.values()))}
+
+
+def _profiles(checkpoints: CheckpointSet) -> dict[str, Tensor]:
+    nimg, ema_std = checkpoints.nimg, checkpoints.ema_std
+    known = [i for i in range(len(checkpoints)) if nimg[i] and ema_std[i]]
+    if len(known) < 2:
+        return {}
+    times = [float(nimg[i] or 0) for i in known]
+    widths = [float(ema_std[i] or 0) for i in known]
+    rows = {}
+    for width in _widths(widths):
+        try:
+            fitted = posthoc_coefficients(times, widths, [max(times)], [width])[:, 0]
+        except ConfigError:  # profiles that cannot be told apart
+            continue
+        row = torch.zeros(len(checkpoints), dtype=torch.float64)
+        row[known] = fitted
+        rows[f"EMA {width:.3f}"] = row
+    return rows
+
+
+def _singles(checkpoints: CheckpointSet) -> dict[str, Tensor]:
+    """From new to old, the tracks in turns."""
+    tracks = [members[::-1] for members in _tracks(checkpoints).values()]
+    turns = [i for place in zip_longest(*tracks) for i in place if i is not None]
+    rows = torch.eye(len(checkpoints), dtype=torch.float64)
+    return {checkpoints.names[i]: rows[i] for i in turns}
+
+
+def _widths(at_hand: Sequence[float]) -> list[float]:
+    low, high = min(at_hand), max(at_hand)
+    widths = [low * WIDTHS[0], low * WIDTHS[1], (low * high) ** 0.5, high * WIDTHS[2]]
+    return sorted({round(width, 3) for width in widths if 0 < width < 0.28})

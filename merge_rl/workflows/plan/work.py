@@ -1,0 +1,243 @@
+"""What a search will make: its stages, their images, blocks and network calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from merge_rl.config import OptimizeConfig
+from merge_rl.parallel.blocks import block_size, share_blocks, split_blocks
+from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.workflows.assembly import build_map
+from merge_rl.workflows.evaluate import ENTRIES
+from merge_rl.workflows.optimize import (
+    FINALISTS,
+    LEAST,
+    BudgetPlan,
+    Rung,
+    halving_plan,
+    plan_budget,
+    starts_of,
+)
+
+ODE, SDE = "reward", "sde"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Work that is handed out at once, `times` times: `items` of `images` images each."""
+
+    name: str
+    times: int
+    items: int
+    images: int
+    sampler: str = ODE
+
+    @property
+    def total(self) -> int:
+        """Images of all times."""
+        return self.times * self.items * self.images
+
+    @property
+    def merges(self) -> int:
+        """Merges on one device: one an item."""
+        return self.times * self.items
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The stages of a search and of the comparison that ends it."""
+
+    stages: tuple[Stage, ...]
+    rounds: int
+    scorings: int  # scores of whole sets of images in the comparison
+
+    @property
+    def images(self) -> int:
+        """Images of all stages."""
+        return sum(stage.total for stage in self.stages)
+
+    @property
+    def merges(self) -> int:
+        """Merges of all stages on one device."""
+        return sum(stage.merges for stage in self.stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """Seconds that parts of the work take, as measured on one device.
+
+    A block of b images takes block + image b; under the SDE `sde` times that.
+    """
+
+    block: float
+    image: float
+    sde: float
+    merge: float  # of one candidate
+    request: float  # to hand out work and take up what was made, beside the bytes
+    byte: float  # of features, from one device to rank 0
+    reward: float  # of a round: distances, search, resume point
+    score: float  # of a set of images in the comparison
+    start: float
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of a stage (all times) on some devices, by what they go to."""
+
+    stage: Stage
+    making: float  # the device with most to do
+    merging: float
+    gathering: float
+
+    @property
+    def total(self) -> float:
+        """All together."""
+        return self.making + self.merging + self.gathering
+
+
+def stage_time(
+    stage: Stage, devices: int, batch: int, speeds: Speeds, feature_bytes: int
+) -> StageTime:
+    """How long a stage takes; it ends when the device with most to do has sent what it made."""
+    blocks = split_blocks([stage.images] * stage.items, batch)
+    factor = speeds.sde if stage.sampler == SDE else 1.0
+    longest, merging, sent = 0.0, 0.0, 0
+    for rank, share in enumerate(share_blocks(blocks, devices)):
+        images = sum(blocks[i].size for i in share)
+        making = factor * (speeds.block * len(share) + speeds.image * images)
+        merges = speeds.merge * len({blocks[i].item for i in share})
+        if making + merges > longest + merging:
+            longest, merging = making, merges
+        sent += images if rank else 0
+    gathering = (speeds.request if devices > 1 else 0.0) + speeds.byte * sent * feature_bytes
+    return StageTime(stage, stage.times * longest, stage.times * merging, stage.times * gathering)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a search on a number of devices."""
+
+    devices: int
+    stages: tuple[StageTime, ...]
+    serial: float  # on rank 0 alone: rewards, resume points, scores, start
+    alone: float  # the same search on one device
+
+    @property
+    def seconds(self) -> float:
+        """From start to end."""
+        return self.serial + sum(stage.total for stage in self.stages)
+
+    @property
+    def efficiency(self) -> float:
+        """Seconds on one device / (devices x seconds here)."""
+        return self.alone / (self.devices * self.seconds)
+
+    @property
+    def limit(self) -> str:
+        """What costs most beside the evenly shared work."""
+        uneven = sum(s.making for s in self.stages) - self._shared
+        parts = {
+            "blocks that do not fill the devices": uneven,
+            "rewards, scores and files on rank 0": self.serial,
+            "gathering features": sum(s.gathering for s in self.stages),
+            "merging on every device": sum(s.merging for s in self.stages),
+        }
+        return max(parts, key=lambda name: parts[name])
+
+    @property
+    def _shared(self) -> float:
+        made = self.alone - self.serial - sum(s.merging for s in self.stages)
+        return max(0.0, made) / self.devices
+
+
+def estimate(
+    workload: Workload, devices: Sequence[int], batch: int, speeds: Speeds, feature_bytes: int
+) -> list[Estimate]:
+    """Estimates for each number of devices, all like the one that was measured."""
+    serial = speeds.start + workload.rounds * speeds.reward + workload.scorings * speeds.score
+
+    def on(count: int) -> tuple[StageTime, ...]:
+        return tuple(
+            stage_time(stage, count, batch, speeds, feature_bytes) for stage in workload.stages
+        )
+
+    alone = serial + sum(stage.total for stage in on(1))
+    return [Estimate(count, on(count), serial, alone) for count in devices]
+
+
+def filling_batch(items: int, images: int, devices: int, batch: int) -> int | None:
+    """The largest batch <= `batch` whose blocks can keep all devices busy; None if none can."""
+    if items * images < devices:
+        return None
+    for size in range(min(batch, images), 0, -1):
+        shares = share_blocks(split_blocks([images] * items, size), devices)
+        if all(len(share) for share in shares):
+            return block_size(images, size)
+    return None
+
+
+def largest_batch(fixed: int, per_image: float, capacity: int) -> int:
+    """Images a batch may have: floor((capacity - fixed) / per_image), 0 if not one fits."""
+    return max(0, math.floor((capacity - fixed) / per_image)) if per_image > 0 else 1 << 30
+
+
+def search_workload(
+    config: OptimizeConfig, checkpoints: CheckpointSet, num_groups: int, *, also_sde: bool = False
+) -> Workload:
+    """The workload of `optimize` with a resolved config.
+
+    What a search decides on its way is not in it: a second refresh when the pool lags behind,
+    finalists that are the same, a searcher that ends early or asks for more in later rounds.
+    `also_sde`: the comparison is repeated under the SDE. Raises BudgetError as the search would.
+    """
+    budget = plan_budget(config, _count_starts(config, checkpoints, num_groups))
+    final, entries = config.evaluation, FINALISTS + config.search.incumbents
+    last = halving_plan(entries, budget.final, LEAST) if budget.final else ()
+    rounds, search = _rounds(config, budget)
+    stages = [
+        *_rungs("start", budget.start),
+        *search,
+        *_rungs("finalists", last),
+        *([Stage("finalists", 1, 1, last[-1].images)] if last else []),  # the winner once more
+        Stage("best single", 1, len(checkpoints), final.selection_images),
+        Stage("comparison", 1, len(ENTRIES) * final.repeats, final.num_images),
+    ]
+    if also_sde:
+        stages.append(Stage("comparison, SDE", 1, 2 * final.repeats, final.num_images, SDE))
+    scored = [s.items for s in stages if s.name not in ("pool", "candidates", "refresh")]
+    return Workload(tuple(stage for stage in stages if stage.total), rounds, sum(scored))
+
+
+def _rounds(config: OptimizeConfig, budget: BudgetPlan) -> tuple[int, list[Stage]]:
+    """How many rounds the budget pays for, and the stages of all of them."""
+    reward = config.reward
+    left = budget.limit - sum(rung.entries * rung.images for rung in budget.start) - budget.pool
+    rounds, refreshes = 0, dict[int, int]()
+    while True:
+        refresh = reward.refresh_images(rounds) if reward.pooled else 0
+        cost = budget.candidates * reward.images_per_candidate + refresh
+        if cost > left:
+            break
+        left, rounds = left - cost, rounds + 1
+        refreshes[refresh] = refreshes.get(refresh, 0) + 1
+    draws = reward.num_subsets * reward.num_replacements
+    return rounds, [
+        Stage("pool", 1, 1, budget.pool),
+        Stage("candidates", rounds, budget.candidates * draws, reward.images_per_subset),
+        *(Stage("refresh", times, 1, images) for images, times in refreshes.items()),
+    ]
+
+
+def _rungs(name: str, rungs: tuple[Rung, ...]) -> list[Stage]:
+    return [Stage(name, 1, rung.entries, rung.images) for rung in rungs]
+
+
+def _count_starts(config: OptimizeConfig, checkpoints: CheckpointSet, num_groups: int) -> int:
+    # Whitened coefficients reach what affine ones do, and these need no look at the weights.
+    merge = config.merge
+    if merge.map == "whitened":
+        merge = dataclasses.replace(merge, map="affine")
+    return len(starts_of(config, checkpoints, build_map(checkpoints, merge, num_groups)))

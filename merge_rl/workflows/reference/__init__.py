@@ -1,0 +1,33 @@
+"""Statistics and features of real images: made, stored, read in every known format."""
+
+from merge_rl.workflows.reference.build import build_reference
+from merge_rl.workflows.reference.collect import Plan, collect, kept_features
+from merge_rl.workflows.reference.features import (
+    FeatureStore,
+    SavedFeatures,
+    load_features,
+    weights_digest,
+)
+from merge_rl.workflows.reference.file import (
+    kind_of,
+    load_all_references,
+    load_reference,
+    reference_file,
+)
+from merge_rl.workflows.reference.formats import Reference
+
+__all__ = [
+    "FeatureStore",
+    "Plan",
+    "Reference",
+    "SavedFeatures",
+    "build_reference",
+    "collect",
+    "kept_features",
+    "kind_of",
+    "load_all_references",
+    "load_features",
+    "load_reference",
+    "reference_file",
+    "weights_digest",
+]

@@ -1,0 +1,182 @@
+"""Features of images in a safetensors file, with what made them; and partial ones to go on from.
+
+The header names the extractor and its weights, so that saved features are compared only with
+statistics of the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from merge_rl.errors import RunError, StatisticsError
+from merge_rl.storage.files import (
+    WorkFolder,
+    npz_arrays,
+    read_array,
+    read_file,
+    read_header,
+    save_tensors,
+    tensor_bytes,
+)
+
+FEATURES_FORMAT: Final = "merge_rl.features.v1"
+FEATURE_KEYS: Final = ("features", "reps")  # reps: what dgm-eval writes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SavedFeatures:
+    """Features (N, D) float32 of one set of images; "" and None for what a file does not say."""
+
+    features: Tensor
+    labels: Tensor | None = None
+    extractor: str = ""
+    extractor_sha256: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)  # whatever else they depend on
+
+
+def save_features(path: str | os.PathLike[str], saved: SavedFeatures) -> None:
+    """Write features atomically; equal features give equal bytes."""
+    tensors = {"features": saved.features.float()}
+    if saved.labels is not None:
+        tensors["labels"] = saved.labels
+    metadata = {
+        **saved.settings,
+        "format": FEATURES_FORMAT,
+        "extractor": saved.extractor,
+        "extractor_sha256": saved.extractor_sha256 or "",
+    }
+    save_tensors(path, tensors, metadata)
+
+
+def load_features(path: str | os.PathLike[str]) -> SavedFeatures:
+    """Features of a `.safetensors` or `.npz` with "features" or "reps" (N, D).
+
+    StatisticsError for another shape or type. Rows that are not finite are left to what computes
+    with them.
+    """
+    file = Path(path)
+    if file.suffix.lower() == ".npz":
+        return _from_npz(file)
+    header, tensors, _ = read_file(file, hashed=False)
+    features = _checked(next((tensors[k] for k in FEATURE_KEYS if k in tensors), None), file)
+    settings = dict(header.metadata)
+    settings.pop("format", None)
+    extractor, digest = settings.pop("extractor", ""), settings.pop("extractor_sha256", "")
+    return SavedFeatures(
+        features=features,
+        labels=_labels(tensors.get("labels"), len(features)),
+        extractor=extractor,
+        extractor_sha256=digest or None,
+        settings=settings,
+    )
+
+
+def has_features(path: Path) -> bool:
+    """Whether a file holds features; only its header is read."""
+    if path.suffix.lower() == ".npz":
+        return bool(set(FEATURE_KEYS) & set(npz_arrays(path)))
+    return path.suffix == ".safetensors" and bool(
+        set(FEATURE_KEYS) & set(read_header(path).tensors)
+    )
+
+
+def _from_npz(file: Path) -> SavedFeatures:
+    arrays = npz_arrays(file)
+    key = next((key for key in FEATURE_KEYS if key in arrays), None)
+    found = torch.tensor(read_array(file, key)) if key else None  # aligned memory, unlike numpy's
+    features = _checked(found, file)
+    labels = torch.from_numpy(read_array(file, "labels")) if "labels" in arrays else None
+    return SavedFeatures(features=features, labels=_labels(labels, len(features)))
+
+
+def _checked(found: Tensor | None, file: Path) -> Tensor:
+    if found is None:
+        raise StatisticsError(f"{file}: expected features as 'features' or 'reps', found neither")
+    if found.ndim != 2 or not found.is_floating_point() or found.shape[1] == 0:
+        kind = str(found.dtype).removeprefix("torch.")
+        raise StatisticsError(
+            f"{file}: expected features (N, D) of a floating type, found {tuple(found.shape)} "
+            f"of type {kind}"
+        )
+    return found.float()
+
+
+def _labels(found: Tensor | None, count: int) -> Tensor | None:
+    if found is None or found.shape != (count,) or found.is_floating_point():
+        return None
+    return found.long()
+
+
+class FeatureStore:
+    """Blocks of features in a folder, each under a name and a key: all that it depends on.
+
+    A block that is there already is taken as it is; under another key it is refused, as it belongs
+    to another evaluation.
+    """
+
+    def __init__(
+        self, folder: Path, *, extractor: str, sha256: str | None, key: Mapping[str, Any]
+    ) -> None:
+        self.folder, self._key = folder, dict(key)
+        self._blank = SavedFeatures(
+            features=torch.empty(0, 1), extractor=extractor, extractor_sha256=sha256
+        )
+
+    def file(self, name: str) -> Path:
+        """Where a block of this name lies."""
+        return self.folder / f"{name}.safetensors"
+
+    def load(self, name: str, key: Mapping[str, Any]) -> Tensor | None:
+        """Features (N, D) of a finished block; None if it is not finished."""
+        file = self.file(name)
+        if not file.exists():
+            return None
+        saved, expected = load_features(file), self._settings(key)
+        for what, value in expected.items():
+            found = saved.settings.get(what)
+            if found != value:
+                raise RunError(
+                    f"{file} belongs to another evaluation: its {what} is {found}, expected "
+                    f"{value}; choose another folder"
+                )
+        return saved.features
+
+    def save(
+        self, name: str, key: Mapping[str, Any], features: Tensor, labels: Tensor | None = None
+    ) -> None:
+        """A block is finished; its pieces go."""
+        saved = dataclasses.replace(
+            self._blank, features=features, labels=labels, settings=self._settings(key)
+        )
+        save_features(self.file(name), saved)
+        self.pieces(name, key).remove()
+
+    def pieces(self, name: str, key: Mapping[str, Any]) -> WorkFolder:
+        """The pieces of an unfinished block."""
+        return WorkFolder(self.file(name), self._settings(key))
+
+    def _settings(self, key: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+            for name, value in {**self._key, **key}.items()
+        }
+
+
+def weights_digest(part: object) -> str:
+    """SHA-256 of a network's names, shapes and values; the type's name for what holds none."""
+    digest = hashlib.sha256(type(part).__name__.encode())
+    if isinstance(part, nn.Module):
+        for name, tensor in part.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

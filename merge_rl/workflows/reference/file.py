@@ -1,0 +1,188 @@
+"""Reference statistics on disk: our safetensors, and the formats of other projects.
+
+The header of ours says which extractor made the features, with which weights and preprocessing,
+from how many images of which resolution.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+from torch import Tensor
+
+from merge_rl.core.distances.statistics import FeatureStats
+from merge_rl.errors import StatisticsError
+from merge_rl.storage.checkpoints import CONFIG_NAME, ModelFile, open_model_file
+from merge_rl.storage.files import IMAGE_KEYS, npz_arrays, read_header, save_tensors
+from merge_rl.workflows.reference.features import FEATURE_KEYS, FEATURES_FORMAT, load_features
+from merge_rl.workflows.reference.formats import (
+    Reference,
+    edm2_entries,
+    from_features,
+    read_edm2,
+    read_npz,
+    sound_moments,
+)
+
+FORMAT: Final = "merge_rl.reference.v1"
+_TENSORS: Final = ({"mu", "sigma"}, {"mu", "sigma", "features"})
+
+
+def save_reference(
+    path: str | os.PathLike[str],
+    stats: FeatureStats,
+    *,
+    extractor: str,
+    extractor_sha256: str | None = None,
+    preprocessing: str = "",
+    resolution: int | None = None,
+    source: str = "",
+    features: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> None:
+    """Write moments as float64 "mu" (D,) and "sigma" (D, D), atomically.
+
+    `features` (M, D), and their `labels` (M,), of some or all of the images are stored beside them
+    for metrics that compare samples, not moments.
+    """
+    metadata = {
+        "format": FORMAT,
+        "count": str(stats.count),
+        "extractor": extractor,
+        "extractor_sha256": extractor_sha256 or "",
+        "resolution": str(resolution or ""),
+        "source": source,
+    }
+    if preprocessing:
+        metadata["preprocessing"] = preprocessing
+    tensors = {"mu": stats.mean, "sigma": stats.cov}
+    if features is not None:
+        tensors["features"] = features.float()
+    if features is not None and labels is not None:
+        tensors["labels"] = labels.long()
+    save_tensors(path, tensors, metadata)
+
+
+def load_reference(
+    path: str | os.PathLike[str],
+    *,
+    entry: str | None = None,
+    extractor: str | None = None,
+    sha256: str | None = None,
+    dim: int | None = None,
+) -> Reference:
+    """Statistics from a file of any known format, checked.
+
+    Args:
+        path: `.safetensors` of ours (statistics or saved features), EDM2 `.pkl`, or `.npz` with mu
+            and sigma (pytorch-fid, clean-fid, ADM) or reps (dgm-eval).
+        entry: of an EDM2 file with several, "fid" or "fd_dinov2"; PATH#ENTRY says the same.
+        extractor, sha256, dim: name, weights' hash and dimension of the extractor in use; the
+            statistics must be of the same, as far as the file says.
+
+    StatisticsError for moments that no two or more samples have (NaN, a covariance that is not
+    symmetric), for other content, and for another extractor or dimension.
+    """
+    file, named = reference_file(path)
+    if file.suffix.lower() == ".pkl":
+        loaded = read_edm2(file, entry=entry or named, extractor=extractor, dim=dim)
+    elif file.suffix.lower() == ".npz":
+        loaded = read_npz(file)
+    else:
+        loaded = _from_safetensors(file)
+    if extractor is not None:
+        loaded.require_extractor(extractor, sha256, path, dim)
+    return loaded
+
+
+def load_all_references(path: str | os.PathLike[str]) -> dict[str, Reference]:
+    """Every entry of a file of statistics, by name; "" where there is but one."""
+    file, named = reference_file(path)
+    if file.suffix.lower() != ".pkl" or named is not None:
+        return {named or "": load_reference(path)}
+    return {entry: load_reference(file, entry=entry) for entry in edm2_entries(file)[1]}
+
+
+def reference_file(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """The file of PATH or PATH#ENTRY, and the entry."""
+    text = os.fspath(path)
+    stem, mark, entry = text.rpartition("#")
+    if mark and stem.lower().endswith(".pkl") and not Path(text).exists():
+        return Path(stem), entry
+    return Path(text), None
+
+
+def _from_safetensors(path: Path) -> Reference:
+    file = open_model_file(path)
+    if file.metadata.get("format") == FEATURES_FORMAT:
+        return from_features(load_features(path), path)
+    found = set(file.weights) - {"labels"}
+    if file.metadata.get("format") != FORMAT or found not in _TENSORS:
+        raise StatisticsError(f"{path}: expected reference statistics, found other tensors")
+    return _from_tensors(file, path)
+
+
+def _from_tensors(file: ModelFile, path: Path) -> Reference:
+    metadata, tensors = file.metadata, file.weights
+    stats = sound_moments(_count(metadata, path), tensors["mu"], tensors["sigma"], str(path))
+    features, labels = tensors.get("features"), tensors.get("labels")
+    if features is not None and (features.ndim != 2 or features.shape[1] != stats.dim):
+        raise StatisticsError(
+            f"{path}: expected features (M, {stats.dim}), got {tuple(features.shape)}"
+        )
+    if labels is not None and (features is None or labels.shape != features.shape[:1]):
+        raise StatisticsError(f"{path}: expected a label for each row of features")
+    return Reference(
+        stats=stats,
+        extractor=metadata.get("extractor", ""),
+        extractor_sha256=metadata.get("extractor_sha256") or None,
+        preprocessing=metadata.get("preprocessing", ""),
+        resolution=int(metadata["resolution"])
+        if metadata.get("resolution", "").isdecimal()
+        else None,
+        source=metadata.get("source", ""),
+        features=None if features is None else features.float(),
+        labels=None if labels is None else labels.long(),
+    )
+
+
+def _count(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> int:
+    count = metadata.get("count", "")
+    if not count.isdecimal():
+        raise StatisticsError(f"{path}: expected the number of images, found count {count!r}")
+    return int(count)
+
+
+Kind = Literal["model", "images", "features", "reference"]
+_MOMENTS: Final = {"mu", "sigma"}
+
+
+def kind_of(path: str | os.PathLike[str]) -> Kind:
+    """The most likely kind of a path; whoever reads it checks and says what is wrong.
+
+    A folder is a model if it holds weights or a config, else images.
+    """
+    file, entry = reference_file(path)
+    if file.is_dir():
+        weights = any(item.suffix == ".safetensors" for item in file.iterdir())
+        return "model" if weights or (file / CONFIG_NAME).is_file() else "images"
+    if entry is not None:
+        return "reference"
+    suffix = file.suffix.lower()
+    if suffix == ".npz":
+        return _of_names(set(npz_arrays(file))) or "reference"
+    if suffix == ".safetensors" and file.is_file():
+        return _of_names(set(read_header(file).tensors)) or "model"
+    return "images" if suffix == ".zip" else "model"
+
+
+def _of_names(names: set[str]) -> Kind | None:
+    # ADM's statistics come with images, and ours may come with features.
+    if names >= _MOMENTS:
+        return "reference"
+    if names & set(FEATURE_KEYS):
+        return "features"
+    return "images" if names & set(IMAGE_KEYS) else None

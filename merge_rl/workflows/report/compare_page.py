@@ -1,0 +1,122 @@
+"""The page of a comparison of searchers, for the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merge_rl.errors import ConfigError
+from merge_rl.storage.files import write_text
+from merge_rl.workflows.report.plots import draw_comparison
+from merge_rl.workflows.report.text import NAMES, Row, _number, interval, markdown_table
+
+
+def quality_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
+    """Columns and rows, a searcher each, of how good its results are."""
+    names = _references(document)
+    rows = [
+        [
+            line["searcher"],
+            *(_ranged(line["fid"][name]) for name in names),
+            _number(line["ratio"], ".3f"),
+            _number(line["optimism"], "+.3f"),
+        ]
+        for line in document["searchers"]
+    ]
+    return ["searcher", *(f"{NAMES[name]} FID" for name in names), "ratio", "optimism"], rows
+
+
+def _references(document: Mapping[str, Any]) -> list[str]:
+    """The one to judge by first."""
+    return ["heldout", "reference"] if document["headline"] == "heldout" else ["reference"]
+
+
+def cost_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
+    """Columns and rows, a searcher each, of what it takes and how much seeds matter to it."""
+    rows = [
+        [
+            line["searcher"],
+            f"{line['images']:,}",
+            _number(line["seconds"], ".0f"),
+            _number(line["overhead"], ".1%"),
+            _number(line["coefficient_spread"], ".3f"),
+            _number(line["largest_coefficient"], ".2f"),
+        ]
+        for line in document["searchers"]
+    ]
+    return ["searcher", "images", "seconds", "overhead", "spread", "max |c|"], rows
+
+
+def fixed_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
+    """Columns and rows of the merges that cost no search: mean [95 % interval]."""
+    names = _references(document)
+    rows = []
+    for name, entry in document["fixed"].items():
+        label = f"{name} ({document['best_single']})" if name == "best single" else name
+        rows.append([label, *(interval(entry["fid"][key]) for key in names)])
+    return ["no search", *(f"{NAMES[name]} FID" for name in names)], rows
+
+
+def title(document: Mapping[str, Any]) -> str:
+    """What the numbers of the table of searchers are."""
+    seeds = len(document["seeds"])
+    which = f"median [range] of {seeds} seeds" if seeds > 1 else "one seed"
+    return (
+        f"budget {document['budget']:,} images, {which}; FID at N = {document['num_images']:,}, "
+        f"mean of {document['repeats']} repeats on shared fresh seeds"
+    )
+
+
+def legend(document: Mapping[str, Any]) -> list[str]:
+    """Sentences that explain the columns."""
+    free, baseline = document["best_free"], document["best_baseline"]
+    lines = []
+    if free:
+        lines.append(
+            f"ratio: to the best merge without a search, {free['entry']} ({free['fid']:.3f})"
+        )
+    if baseline and free and baseline["entry"] != free["entry"]:
+        lines.append(
+            f"the best of the simple searchers is {baseline['entry']} ({baseline['fid']:.3f})"
+        )
+    lines += [
+        "optimism: score of the final choice minus that on fresh seeds; below 0 it was flattered",
+        "overhead: share of the time outside sampling and features",
+        "spread: standard deviation of a coefficient over seeds, median; max |c|: the largest",
+    ]
+    return [*lines, *(f"left out: {text}" for text in document["left_out"])]
+
+
+def markdown(document: Mapping[str, Any], picture: str | None = None) -> str:
+    """All of it as one document; `picture` is the plot's file name."""
+    count = len(document["checkpoints"])
+    parts = ["# Comparison of searchers", f"{count} checkpoints, {title(document)}."]
+    tables = (quality_table, fixed_table, cost_table)
+    parts += [markdown_table(*table(document)) for table in tables]
+    parts.append("\n".join(f"- {line}" for line in legend(document)))
+    if picture:
+        parts.append(f"![FID along the searches]({picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+def _ranged(value: Mapping[str, Any]) -> str:
+    if value["median"] is None:
+        return "not finite"
+    middle = f"{value['median']:.3f}"
+    if len(value["values"]) == 1:
+        return middle
+    high = "not finite" if value["high"] is None else f"{value['high']:.3f}"
+    return f"{middle} [{value['low']:.3f}, {high}]"
+
+
+def write_comparison(document: Mapping[str, Any], folder: Path) -> str | None:
+    """Write table and plot; a sentence where the plot could not be drawn."""
+    note = None
+    picture: str | None = "compare.png"
+    try:
+        draw_comparison(document, folder / "compare.png")
+    except ConfigError as error:
+        picture, note = None, str(error)
+    write_text(folder / "compare.md", markdown(document, picture))
+    return note

@@ -1,0 +1,232 @@
+"""The page of a run, from what its folder holds: plain data in, Markdown out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_rl.config import OptimizeConfig
+from merge_rl.errors import ConfigError, RunError
+from merge_rl.storage.files import write_text
+from merge_rl.storage.runs import SETTINGS, RunDir, is_finetune_run
+from merge_rl.workflows.report.compare_page import write_comparison
+from merge_rl.workflows.report.plots import draw_run
+from merge_rl.workflows.report.text import (
+    NAMES,
+    Row,
+    interval,
+    markdown_table,
+    number,
+    signed_interval,
+)
+from merge_rl.workflows.rewards import first_order_line, first_order_warnings
+
+Events = Sequence[Mapping[str, Any]]
+
+
+def run_markdown(
+    config: OptimizeConfig, events: Events, result: Mapping[str, Any] | None, picture: str | None
+) -> str:
+    """All sections; of a run that is not finished, those there is something for."""
+    parts = [f"# Merge of {Path(config.checkpoints).name}", _facts(config)]
+    if result is None:
+        done = f"{len(events)} rounds, {events[-1]['images']:,} images" if events else "no round"
+        parts.append(f"Not finished: {done} so far.")
+    else:
+        warnings = [*result.get("warnings", []), *first_order_warnings(events)]
+        parts += [f"**Warning**: {text}." for text in warnings]
+        lines = [*search_lines(result), *first_order_line(events), *costs(events)]
+        parts.append("\n".join(f"- {line}" for line in lines))
+        if "comparison" in result:
+            parts += _comparison(result["comparison"])
+        parts += _finalists(result["final"])
+        parts += _coefficients(result)
+    if picture:
+        parts.append(f"![the search]({picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(config: OptimizeConfig) -> str:
+    return (
+        f"Searcher {config.search.name} with the reward {config.reward.text}, budget "
+        f"{config.budget:,} images, seed {config.seed}."
+    )
+
+
+def costs(events: Events) -> list[str]:
+    """Time of the rounds, and the share that went to the search itself, where it was counted."""
+    counted = [event for event in events if "rollout_seconds" in event]
+    seconds = sum(event["seconds"] for event in counted)
+    if seconds <= 0:
+        return []
+    share = 1 - sum(event["rollout_seconds"] for event in counted) / seconds
+    return [f"the rounds took {seconds:,.0f} s, {share:.1%} outside sampling and features"]
+
+
+def _comparison(comparison: Mapping[str, Any]) -> list[str]:
+    names = list(next(iter(comparison["entries"].values())))
+    rows: list[Row] = []
+    for entry, summary in comparison["entries"].items():
+        label = f"{entry} ({comparison['best_single']})" if entry == "best single" else entry
+        rows.append([label, *(interval(summary[name]) for name in names)])
+    columns = ["model", *(f"{NAMES[name]} FID" for name in names)]
+    head = NAMES[comparison["headline"]]
+    parts = [
+        "## Start, baselines and result on fresh seeds",
+        f"N = {comparison['num_images']:,}, {comparison['repeats']} repeats, mean [95 % interval].",
+        markdown_table(columns, rows),
+        "\n".join(
+            f"- result against {other}: {signed_interval(gain)} {head} FID gained"
+            for other, gain in comparison["gain_over"].items()
+        ),
+    ]
+    second = comparison.get("second")
+    if second is not None:
+        entries = {name: interval(value, ".4g") for name, value in second["entries"].items()}
+        parts.append(
+            f"{second['metric'].upper()} to the reference: start {entries['start']}, result "
+            f"{entries['result']}, gained {signed_interval(second['gain_over_start'], '+.4g')}."
+        )
+    sde = comparison.get("sde")
+    if sde is not None:
+        rows = [
+            [entry, *(interval(summary[name]) for name in names)]
+            for entry, summary in sde["entries"].items()
+        ]
+        parts += ["Under the SDE:", markdown_table(columns, rows)]
+    return parts
+
+
+def _finalists(final: Mapping[str, Any]) -> list[str]:
+    rungs = final["rungs"]
+    if not rungs:
+        return []
+    rows = [
+        [label, *("" if label not in rung else number(rung[label]) for rung in rungs)]
+        for label in rungs[0]
+    ]
+    columns = ["finalist", *(f"round {index + 1}" for index in range(len(rungs)))]
+    fresh = ""
+    if final["fresh_score"] is not None:
+        fresh = (
+            f", {final['fresh_score']:.3f} on fresh seeds: optimism {final['optimism']:+.3f} "
+            "(below 0 the choice was flattered by its seeds)"
+        )
+    return [
+        "## Final choice",
+        "FID to the reference; the better half goes on, with other seeds and twice the images.",
+        markdown_table(columns, rows),
+        f"Chosen: {final['chosen']}, {number(final['score'])} at N = {final['images_each']:,}"
+        f"{fresh}.",
+    ]
+
+
+def _coefficients(result: Mapping[str, Any]) -> list[str]:
+    groups, found = result["groups"], result["coefficients"]
+    start = result["start"]["coefficients"]
+    if all(row == start[0] for row in start):  # said once
+        results = ["result"] if len(groups) == 1 else groups
+        columns, rows = ["checkpoint", "start", *results], [start[0], *found]
+    else:
+        heads = [(f"{group}: start", f"{group}: result") for group in groups]
+        columns = ["checkpoint", *(text for pair in heads for text in pair)]
+        rows = [row for pair in zip(start, found, strict=True) for row in pair]
+    table = [
+        [name, *(f"{row[index]:+.4f}" for row in rows)]
+        for index, name in enumerate(result["checkpoints"])
+    ]
+    largest = max(abs(value) for row in found for value in row)
+    sums = list(dict.fromkeys(f"{sum(row):.4f}" for row in found))
+    of = "each group of tensors sums" if len(groups) > 1 else "they sum"
+    return [
+        "## Coefficients",
+        markdown_table(columns, table),
+        f"The largest is {largest:.3f} in size; {of} to {', '.join(sums)}.",
+    ]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    page: Path
+    picture: Path | None
+    note: str | None  # why there is no picture
+    comparison: dict[str, Any] | None = None  # of searchers, where the folder holds one
+
+
+def write_report(path: str | os.PathLike[str]) -> Report:
+    """Write report.md and report.png of a run, or compare.md and compare.png of a comparison.
+
+    A run that goes on is reported as far as it is. Raises RunError for a folder of something else,
+    and for a comparison without a result yet.
+    """
+    folder = Path(path)
+    if (folder / SETTINGS).is_file():
+        return _of_comparison(folder)
+    if is_finetune_run(folder):
+        raise RunError(f"{folder} is a fine-tuning run; its page is {folder / 'report.md'}")
+    run = RunDir.open(folder)
+    config, events, result = run.config(), run.events(), run.read("result.json")
+    picture, note = folder / "report.png", None
+    try:
+        draw_run(events, result, picture)
+    except ConfigError as error:
+        note = str(error)
+    page = folder / "report.md"
+    write_text(page, run_markdown(config, events, result, None if note else picture.name))
+    return Report(page, None if note else picture, note)
+
+
+def _of_comparison(folder: Path) -> Report:
+    document = RunDir(folder).read("compare.json")
+    if document is None:
+        raise RunError(
+            f"{folder}: the comparison is not finished; go on with the command that began it"
+        )
+    note = write_comparison(document, folder)
+    picture = None if note else folder / "compare.png"
+    return Report(folder / "compare.md", picture, note, document)
+
+
+def search_lines(found: Mapping[str, Any]) -> list[str]:
+    """Where it began, what was chosen, what it cost; `found` is result.json or a part of it."""
+    return [_began(found["start"]), _chose(found["final"]), _spent(found)]
+
+
+def _began(start: Mapping[str, Any]) -> str:
+    rungs = start["rungs"]
+    if not rungs:
+        return f"began at {start['label']}"
+    return (
+        f"began at {start['label']}, the best of {len(rungs[0])} merges that cost no search "
+        f"({_score(start)})"
+    )
+
+
+def _chose(final: Mapping[str, Any]) -> str:
+    rungs = final["rungs"]
+    if not rungs:
+        return f"reports the {final['chosen']}, without a choice among finalists"
+    text = f"chose {final['chosen']} of {len(rungs[0])} finalists ({_score(final)}"
+    if final["fresh_score"] is not None:
+        text += f", {final['fresh_score']:.3f} on fresh seeds: optimism {final['optimism']:+.3f}"
+    return text + ")"
+
+
+def _score(winner: Mapping[str, Any]) -> str:
+    if winner["score"] is None:
+        return "not finite"
+    return f"FID {winner['score']:.3f} at N = {winner['images_each']:,}"
+
+
+def _spent(found: Mapping[str, Any]) -> str:
+    start, final = found["start"]["images"], found["final"]["images"]
+    rounds = found["search_images"] - start - final
+    return (
+        f"spent {found['search_images']:,} images: {start:,} to find the start, {rounds:,} in "
+        f"{found['rounds']:,} rounds, {final:,} on the final choice"
+    )

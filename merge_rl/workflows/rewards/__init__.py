@@ -1,0 +1,31 @@
+"""Distribution-wise rewards of a pool of features, alone and as weighted sums."""
+
+from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource
+from merge_rl.workflows.rewards.pool import Pool, pool_gap
+from merge_rl.workflows.rewards.sum import (
+    KEY,
+    CombinedExtractor,
+    FirstOrderWatch,
+    RewardSum,
+    Scores,
+    WeightedReward,
+    first_order_line,
+    first_order_warnings,
+    term_means,
+)
+
+__all__ = [
+    "KEY",
+    "CombinedExtractor",
+    "FirstOrderWatch",
+    "InfluenceFrechet",
+    "Pool",
+    "RewardSource",
+    "RewardSum",
+    "Scores",
+    "WeightedReward",
+    "first_order_line",
+    "first_order_warnings",
+    "pool_gap",
+    "term_means",
+]

@@ -1,0 +1,45 @@
+"""Weights to images to features: placement, execution, the same work on several processes."""
+
+from merge_rl.workflows.rollout.device import (
+    choose_place,
+    cpu_workers,
+    device_facts,
+    free_memory,
+    free_on,
+    on_device,
+    own_device,
+    place_weights,
+    require_device,
+    unused_gpu,
+)
+from merge_rl.workflows.rollout.distributed import Crew, require_agreement, require_same_everywhere
+from merge_rl.workflows.rollout.execution import (
+    exact_products,
+    fast_hint,
+    matmul_precision,
+    prepare_network,
+)
+from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
+
+__all__ = [
+    "Crew",
+    "MergedRollout",
+    "Rollout",
+    "WorkItem",
+    "choose_place",
+    "cpu_workers",
+    "device_facts",
+    "exact_products",
+    "fast_hint",
+    "free_memory",
+    "free_on",
+    "matmul_precision",
+    "on_device",
+    "own_device",
+    "place_weights",
+    "prepare_network",
+    "require_agreement",
+    "require_device",
+    "require_same_everywhere",
+    "unused_gpu",
+]

@@ -1,0 +1,187 @@
+"""Rollouts over many processes: rank 0 says what is to be made, every rank makes its blocks.
+
+Only rank 0 searches, judges and writes; the others hold the same networks and know nothing of the
+search. So nothing can drift apart, and a rank that is lost takes no state with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from merge_rl.config import SamplerConfig, from_mapping, to_mapping
+from merge_rl.errors import ParallelError
+from merge_rl.parallel.blocks import Block, Buffers, gather_rows, share_blocks, split_blocks
+from merge_rl.parallel.group import Group
+from merge_rl.version import __version__
+from merge_rl.workflows.rollout.device import device_facts
+from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
+
+
+class Crew:
+    """The processes of a launch, for rollouts that all of them hold under the same names.
+
+    Args:
+        group: the processes.
+        rollouts: what this process holds; on rank 0 they spread their work from now on.
+        announce: hears once if there is less work than there are ranks.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        rollouts: Iterable[MergedRollout],
+        announce: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        self.group, self._announce, self._told = group, announce, False
+        self._buffers = Buffers()
+        self._rollouts = {rollout.name: rollout for rollout in rollouts}
+        if group.leads and group.size > 1:
+            for rollout in self._rollouts.values():
+                rollout.spread, rollout.processes = self._spread, group.size
+
+    def end(self, result: Any = None) -> None:
+        """On rank 0: dismiss the others; `result`, plain data, is what `follow` returns there."""
+        self.group.broadcast({"end": result}, phase="end")
+
+    def follow(self) -> Any:
+        """On the other ranks: make what is asked for until rank 0 ends it; its result."""
+        while True:
+            asked = self.group.broadcast(phase="waiting for rank 0")
+            if "end" in asked:
+                return asked["end"]
+            rollout = self._rollouts[asked["rollout"]]
+            sampler = from_mapping(SamplerConfig, asked["sampler"])
+            if sampler != rollout.rollout.sampler:
+                rollout = rollout.with_sampler(sampler)
+            self._make(rollout, read_items(asked), asked["phase"])
+
+    def _spread(
+        self, rollout: MergedRollout, items: Sequence[WorkItem], phase: str
+    ) -> list[Tensor]:
+        asked = {
+            "rollout": rollout.name,
+            "sampler": to_mapping(rollout.rollout.sampler),
+            "phase": phase,
+            **write_items(items),
+        }
+        self.group.broadcast(asked, phase=phase)
+        made = self._make(rollout, items, phase)
+        return list(torch.split(made, [len(item.labels) for item in items]))
+
+    def _make(self, rollout: MergedRollout, items: Sequence[WorkItem], phase: str) -> Tensor:
+        """This rank's blocks; on rank 0 the features of all images, in order."""
+        blocks = split_blocks([len(item.labels) for item in items], rollout.rollout.batch)
+        shares = share_blocks(blocks, self.group.size)
+        mine = [blocks[i] for i in shares[self.group.rank]]
+        self._tell_idle(shares, blocks)
+        self.group.note(f"{phase}: {_described(mine)}")
+        sizes = [[blocks[i].size for i in share] for share in shares]
+        counts, dim = [sum(own) for own in sizes], rollout.rollout.extractor.dim
+        found = self._buffers.take(sum(counts) if self.group.leads else 0, dim)
+        into = torch.split(found, counts) if self.group.leads else ()
+        gather_rows(self.group, rollout.parts(items, mine), sizes, into, phase)
+        if self.group.leads:
+            rollout.rollout.on_images(sum(counts[1:]))
+        return found
+
+    def _tell_idle(self, shares: Sequence[range], blocks: Sequence[Block]) -> None:
+        idle = sum(len(share) == 0 for share in shares)
+        if idle and self.group.leads and not self._told:
+            self._told = True
+            self._announce(
+                f"{idle} of {len(shares)} ranks are idle at times: the work has {len(blocks)} "
+                f"blocks of up to {max(block.size for block in blocks)} images; a smaller --batch "
+                "makes more of them"
+            )
+
+
+def _described(blocks: Sequence[Block]) -> str:
+    if not blocks:
+        return "no block"
+    images = sum(block.size for block in blocks)
+    return f"{images} images in {len(blocks)} blocks, first of item {blocks[0].item}"
+
+
+def write_items(items: Sequence[WorkItem]) -> dict[str, Any]:
+    """Items as plain data; what several of them share (seeds, labels) is written once."""
+    tables: dict[str, dict[tuple[int, ...], int]] = {"seeds": {}, "labels": {}}
+    rows = []
+    for item in items:
+        values = {"seeds": tuple(item.seeds), "labels": tuple(item.labels.tolist())}
+        row = {k: tables[k].setdefault(v, len(tables[k])) for k, v in values.items()}
+        c = item.coefficients
+        rows.append({**row, "coefficients": None if c is None else c.double().tolist()})
+    return {"items": rows, **{name: list(table) for name, table in tables.items()}}
+
+
+def read_items(document: Mapping[str, Any]) -> list[WorkItem]:
+    """What `write_items` wrote; numbers are the same to the last bit."""
+    labels = [torch.tensor(row, dtype=torch.int64) for row in document["labels"]]
+    return [
+        WorkItem(
+            None if row["coefficients"] is None
+            else torch.tensor(row["coefficients"], dtype=torch.float64),
+            document["seeds"][row["seeds"]],
+            labels[row["labels"]],
+        )
+        for row in document["items"]
+    ]  # fmt: skip
+
+
+def require_agreement(group: Group, facts: Mapping[str, Any]) -> None:
+    """Raise ParallelError on every rank unless all have the same facts; the message names one.
+
+    Facts are plain data: the version, the settings, hashes of the inputs, the device.
+    """
+    found = group.collect(dict(facts), phase="comparing inputs")
+    verdict = None if found is None else _difference(found)
+    verdict = group.broadcast(verdict, phase="comparing inputs")
+    if verdict is not None:
+        raise ParallelError(verdict)
+
+
+def _difference(found: Sequence[Mapping[str, Any]]) -> str | None:
+    first = found[0]
+    for rank, facts in enumerate(found):
+        for name in sorted(first.keys() | facts.keys()):
+            if facts.get(name) != first.get(name):
+                inner, here, there = _innermost(name, first.get(name), facts.get(name))
+                return (
+                    f"the ranks differ in {inner}: rank 0 has {here}, rank {rank} has {there}; "
+                    "expected the same on all"
+                )
+    return None
+
+
+def _innermost(name: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    """The first entry of nested mappings that differs."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in sorted(a.keys() | b.keys()):
+            if a.get(key) != b.get(key):
+                return _innermost(f"{name} {key}", a.get(key), b.get(key))
+    return name, a, b
+
+
+# Where inputs lie may differ from machine to machine; what they hold is compared by hash.
+PATHS: Final = (
+    "checkpoints", "model", "extractor_weights", "reference", "heldout", "extra_references",
+    "extra_weights", "autoencoder_weights",
+)  # fmt: skip
+
+
+def require_same_everywhere(
+    group: Group, settings: Mapping[str, Any], hashes: Mapping[str, Any], device: str
+) -> None:
+    """Raise ParallelError unless all ranks have the same version, settings, inputs and device."""
+    known = {k: v for k, v in settings.items() if k not in PATHS}
+    known["sampler"] = {k: v for k, v in (settings["sampler"] or {}).items() if k != "guide"}
+    facts = {
+        "version": __version__, "torch": torch.__version__, "settings": known,
+        "hashes of": hashes, "device": device_facts(device),
+    }  # fmt: skip
+    if group.size > 1:
+        require_agreement(group, facts)

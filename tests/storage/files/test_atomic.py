@@ -1,0 +1,134 @@
+"""Atomic writes leave the old file or the new one, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from merge_rl.errors import CheckpointError
+from merge_rl.storage.files.atomic import (
+    atomic_path,
+    save_tensors,
+    write_json,
+    write_text,
+    write_yaml,
+)
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def spoil(target: Path, error: type[BaseException]) -> None:
+    with atomic_path(target) as temporary:
+        temporary.write_text("half of the ne")
+        raise error
+
+
+def test_the_file_appears_on_leaving_the_block(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "a.npz"
+    with atomic_path(target) as temporary:
+        assert temporary.parent == target.parent
+        assert temporary.suffix == ".npz"
+        temporary.write_text("done")
+        assert not target.exists()
+    assert target.read_text() == "done"
+    assert names_in(target.parent) == ["a.npz"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_keeps_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "a.txt"
+    write_text(target, "old")
+    with pytest.raises(error):
+        spoil(target, error)
+    assert target.read_text() == "old"
+    assert names_in(tmp_path) == ["a.txt"]
+
+
+def test_file_and_folder_reach_the_disk_before_and_after_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    def record(descriptor: int) -> None:
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append(f"{'folder' if folder else 'file'} {(tmp_path / 'a').exists()}")
+
+    monkeypatch.setattr(os, "fsync", record)
+    write_text(tmp_path / "a", "x")
+    assert synced == ["file False", "folder True"]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError("not supported")
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_text(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text() == "x"
+
+
+def test_text_json_and_yaml_read_back(tmp_path: Path) -> None:
+    value = {"name": "Fréchet", "items": [1, 2.5, None, True], "b": {"a": "0.1"}}
+    write_json(tmp_path / "a.json", value)
+    write_yaml(tmp_path / "a.yaml", value)
+    write_text(tmp_path / "a.txt", "one\r\ntwo é\n")
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == value
+    loaded = yaml.safe_load((tmp_path / "a.yaml").read_text("utf-8"))
+    assert loaded == value
+    assert list(loaded) == ["name", "items", "b"]
+    assert (tmp_path / "a.txt").read_bytes() == "one\r\ntwo é\n".encode()
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"fid": float("nan")})
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_tensors_of_any_layout_and_type_read_back_with_the_library(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "half": torch.tensor([1.5, -2.0, 3.0]).half(),
+        "transposed": base.T,
+        "row of the same memory": base[1],
+        "scalar": torch.tensor(-3.25),
+        "empty": torch.zeros(0, 3),
+        "flags": torch.tensor([True, False, True]),
+        "whole": torch.tensor([2**40, -1]),
+        "bfloat": torch.tensor([1.0, 0.25]).bfloat16(),
+        "parameter": torch.nn.Parameter(torch.tensor([4.0])),
+    }
+    save_tensors(tmp_path / "a.safetensors", tensors, {"k": "é"})
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(loaded[name], tensor.detach(), rtol=0, atol=0)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"k": "é"}
+
+
+def test_equal_tensors_give_equal_bytes_whatever_the_order_of_metadata(tmp_path: Path) -> None:
+    metadata = {f"key{i}": str(i) for i in range(8)}
+    tensors = {"b": torch.ones(3), "a": torch.zeros(2)}
+    save_tensors(tmp_path / "1.safetensors", tensors, metadata)
+    save_tensors(tmp_path / "2.safetensors", tensors, dict(reversed(metadata.items())))
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+
+
+def test_a_type_the_format_lacks_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"'x' of torch\.complex128 cannot be stored"):
+        save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1, dtype=torch.complex128)})
+    assert names_in(tmp_path) == []

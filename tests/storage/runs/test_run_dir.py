@@ -1,0 +1,176 @@
+"""The run directory: what is there after a crash at any point, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from merge_rl.config.optimize import OptimizeConfig, RewardConfig, SearchConfig
+from merge_rl.errors import ConfigError, RunError
+from merge_rl.storage.files.atomic import save_tensors
+from merge_rl.storage.runs.run_dir import RunDir
+
+CONFIG = OptimizeConfig(
+    checkpoints="/data/ckpts", budget=777, seed=3, reward=RewardConfig(pool_size=50, subset_size=7),
+    search=SearchConfig(betas=(0.25, 0.75)),
+)  # fmt: skip
+INPUTS = {"hashes": {"reference": "abc", "checkpoints": {"a": "1f"}}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir.create(tmp_path / "runs/a", CONFIG, INPUTS)
+
+
+def test_create_and_open(run: RunDir) -> None:
+    opened = RunDir.open(str(run.path))
+    assert opened.config() == CONFIG
+    assert opened.read("inputs.json") == INPUTS
+    assert opened.read("result.json") is None
+    assert opened.events() == []
+    assert opened.load_state() is None
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "inputs.json"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_an_existing_path_is_never_written_into(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("mine")
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"a exists already; choose another --out, or resume"):
+        RunDir.create(path, CONFIG, INPUTS)
+    assert [p.name for p in tmp_path.rglob("*")] == ["a"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match=r"run: cannot be made: (Not a directory|File exists)"):
+        RunDir.create(tmp_path / "file/run", CONFIG, INPUTS)
+
+
+def test_what_is_no_run(run: RunDir, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="none: no such run directory"):
+        RunDir.open(tmp_path / "none")
+    with pytest.raises(RunError, match="runs: not a run directory, config.yaml is missing"):
+        RunDir.open(tmp_path / "runs")
+    run.config_path.write_text("checkpoints: x\nbudgt: 5\n")
+    with pytest.raises(ConfigError, match="did you mean 'budget'"):
+        RunDir.open(run.path).config()
+
+
+def test_results_round_trip(run: RunDir) -> None:
+    result = {"coefficients": [[0.1, -1 / 3, 1e-300]], "name": "größer", "none": None}
+    run.write("result.json", result)
+    assert run.read("result.json") == result
+    run.write("result.json", {"coefficients": []})
+    assert run.read("result.json") == {"coefficients": []}
+    with pytest.raises(ValueError, match="JSON"):
+        run.write("result.json", {"score": math.nan})
+    assert run.read("result.json") == {"coefficients": []}  # the old one is still whole
+
+
+@pytest.mark.parametrize("data", [b'{"a": 1', b"", b"\xff\xfe"])
+def test_damaged_results(data: bytes, run: RunDir) -> None:
+    (run.path / "result.json").write_bytes(data)
+    with pytest.raises(RunError, match=r"result.json: damaged: "):
+        run.read("result.json")
+
+
+def events(count: int) -> list[dict[str, object]]:
+    return [{"kind": "round", "round": i, "rewards": [-0.1 * i, None]} for i in range(count)]
+
+
+def test_events_are_appended(run: RunDir) -> None:
+    for event in events(3):
+        run.append_event(event)
+    assert run.events() == RunDir.open(run.path).events() == events(3)
+    with pytest.raises(ValueError, match="JSON"):
+        run.append_event({"rewards": [math.nan]})
+    assert run.events() == events(3)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 40])
+def test_a_last_line_cut_short_is_left_out(cut: int, run: RunDir) -> None:
+    for event in events(3):
+        run.append_event(event)
+    whole = run.events_path.read_bytes()
+    run.events_path.write_bytes(whole[:-cut])
+    # Without its newline alone the last line is still whole.
+    expected = events(3) if cut == 1 else events(2)
+    assert run.events() == expected
+    # What a resumed run does: drop the rest of the line, then go on.
+    run.keep_events_before(2)
+    run.append_event({"round": 2, "again": True})
+    assert run.events() == [*events(2), {"round": 2, "again": True}]
+    lines = run.events_path.read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, 9])
+def test_events_of_a_repeated_round_are_dropped(keep: int, run: RunDir) -> None:
+    for event in events(3):
+        run.append_event(event)
+    run.keep_events_before(keep)
+    assert run.events() == events(3)[:keep]
+
+
+def test_dropping_events_of_a_run_without_any(run: RunDir) -> None:
+    run.keep_events_before(0)
+    assert run.events() == []
+
+
+def test_state_round_trip(run: RunDir, generator: torch.Generator) -> None:
+    tensors = {
+        "pool.features": torch.randn(5, 3, generator=generator),
+        "pool.cov": torch.randn(3, 3, generator=generator, dtype=torch.float64),
+        "pool.labels": torch.tensor([4, 0, 2**40]),
+        "step": torch.tensor(7.0),
+    }
+    scalars = {"round_index": 4, "searcher": {"damping": 0.1 + 0.2, "seed_check": 2**62 - 1}}
+    run.save_state({"old": torch.ones(1)}, {})
+    run.save_state(tensors, scalars)
+    loaded = run.load_state()
+    assert loaded is not None
+    found, numbers = loaded
+    assert numbers == scalars
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    # A resumed run writes into what it has read.
+    found["pool.features"].add_(1)
+
+
+def test_a_failed_save_keeps_the_old_state(run: RunDir) -> None:
+    run.save_state({"a": torch.ones(2)}, {"round_index": 1})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        run.save_state({"a": torch.zeros(2)}, {"round_index": object()})
+    loaded = run.load_state()
+    assert loaded is not None
+    assert loaded[1] == {"round_index": 1}
+    assert torch.equal(loaded[0]["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize("cut", [1, 30, 10_000])
+def test_a_damaged_state_is_refused(cut: int, run: RunDir) -> None:
+    run.save_state({"a": torch.ones(8)}, {"round_index": 1})
+    data = run.state_path.read_bytes()
+    run.state_path.write_bytes(data[:-cut])
+    with pytest.raises(RunError, match=r"state.safetensors: damaged resume point: ") as refusal:
+        run.load_state()
+    assert str(refusal.value).count(str(run.state_path)) == 1
+
+
+@pytest.mark.parametrize("metadata", [{}, {"state": "{"}])
+def test_a_state_without_its_numbers_is_refused(metadata: dict[str, str], run: RunDir) -> None:
+    save_tensors(run.state_path, {"a": torch.ones(1)}, metadata)
+    with pytest.raises(RunError, match=r"state.safetensors: damaged resume point: "):
+        run.load_state()

@@ -1,0 +1,437 @@
+"""A run that was interrupted anywhere ends, once resumed, as if it had never been interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import merge_rl as mrl
+from merge_rl.config.optimize import OptimizeConfig
+from merge_rl.config.sampler import SamplerConfig
+from merge_rl.errors import CheckpointError, MergeRLError, RunError
+from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME
+from merge_rl.storage.files.atomic import save_tensors
+from merge_rl.storage.files.safetensors_file import read_file
+from merge_rl.storage.runs.run_dir import RunDir
+from merge_rl.workflows.export import folder as export
+from merge_rl.workflows.reference.file import load_reference, save_reference
+from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout
+
+TinyConfig = Callable[..., OptimizeConfig]
+Outcome = Callable[[Path], dict[str, object]]
+
+# Three rounds of 2 candidates after the pool, then 4 + 12 models: 26 rollouts.
+SMALL: dict[str, Any] = {
+    "budget": 110,
+    "merge": {"scale": 0.2},
+    "search": {"population": 2},
+    "reward": {"pool_size": 20},
+    "evaluation": {"num_images": 10, "repeats": 3},
+}
+
+
+class Tripwire:
+    """Raises KeyboardInterrupt at the k-th of the places where a run can stop.
+
+    Places lie before every rollout, and before everything that is written: events, resume points,
+    JSON files, each file of the merged model, and when its folder takes its place.
+    """
+
+    def __init__(self) -> None:
+        self.passed: list[str] = []
+        self.limit: int | None = None
+
+    def before(self, place: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            if len(self.passed) == self.limit:
+                self.limit = None  # once: what cleans up passes places too
+                raise KeyboardInterrupt(place)
+            self.passed.append(place)
+            return function(*args, **options)
+
+        return wrapped
+
+    @contextlib.contextmanager
+    def at(self, limit: int | None) -> Iterator[None]:
+        """Interrupt after `limit` places, which must be reached; never for None."""
+        self.passed, self.limit = [], limit
+        if limit is None:
+            yield
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nobody pulls the plug here, and a run forces some sixty writes to disk.
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+
+
+@pytest.fixture
+def tripwire(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
+    wire = Tripwire()
+    watched: list[tuple[Any, str]] = [
+        (MergedRollout, "features"),
+        (RunDir, "append_event"),
+        (RunDir, "save_state"),
+        (RunDir, "write"),
+        (RunDir, "keep_events_before"),
+        (export, "write_weights"),
+        (export, "write_json"),
+        (export, "write_yaml"),
+        (export, "write_text"),
+        (Path, "replace"),
+    ]
+    for owner, name in watched:
+        monkeypatch.setattr(owner, name, wire.before(name, getattr(owner, name)))
+    return wire
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that cost nothing: noise times a merged weight, shifted by the class."""
+
+    def latents(self: Rollout, noise: Tensor, labels: Tensor, **_: object) -> Tensor:
+        gain = self.model.get_parameter("unet.out_gain")  # type: ignore[attr-defined]
+        made: Tensor = (gain * noise + labels[:, None, None, None] / 20) / 2
+        return made
+
+    monkeypatch.setattr(Rollout, "latents", latents)
+
+
+def drive(run: Path, config: OptimizeConfig) -> None:
+    """What a user does: start, and once there is a run, resume."""
+    if (run / "config.yaml").is_file():
+        mrl.resume(run)
+    else:
+        # Stopped before there was a run: nothing is lost but the folder.
+        shutil.rmtree(run, ignore_errors=True)
+        mrl.optimize(config.checkpoints, out=run, config=config)
+
+
+# ------------------------------------------------------------------------------ every single place
+
+PARTS = 6
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_interrupted_at_every_place(
+    part: int, shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, outcome: Outcome,
+    tripwire: Tripwire,
+) -> None:  # fmt: skip
+    config = tiny_config(shared_tiny, **SMALL)
+    with tripwire.at(None):
+        drive(tmp_path / "whole", config)
+    places, expected = list(tripwire.passed), outcome(tmp_path / "whole")
+    assert [places.count(name) for name in ("features", "append_event", "save_state")] == [26, 3, 4]
+    for place in range(part, len(places), PARTS):
+        run = tmp_path / f"run{place}"
+        with tripwire.at(place):
+            drive(run, config)
+        drive(run, config)
+        assert outcome(run) == expected, places[place]
+        shutil.rmtree(run)
+    assert list(tmp_path.rglob(".*")) == []
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("first", [0, 4, 9, 16, 20, 31, 44, 77, -1])
+def test_interrupted_again_and_again(
+    first: int, shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, outcome: Outcome,
+    tripwire: Tripwire,
+) -> None:  # fmt: skip
+    config = tiny_config(shared_tiny, **SMALL)
+    with tripwire.at(None):
+        drive(tmp_path / "whole", config)
+    run = tmp_path / "run"
+    with tripwire.at(first % len(tripwire.passed)):
+        drive(run, config)
+    # The resumed run is stopped soon after it has begun, then a little later.
+    for limit in (1, 6):
+        with tripwire.at(limit):
+            drive(run, config)
+    drive(run, config)
+    assert outcome(run) == outcome(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------ every kind of run
+
+KINDS: dict[str, dict[str, Any]] = {
+    "mlp": {"search": {"policy": "mlp", "learn_std": True, "epochs": 2}},
+    "learned std": {"search": {"learn_std": True, "top_fraction": 0.5, "antithetic": False}},
+    "whole refresh": {"reward": {"refresh": "2"}, "budget": 140},
+    "whole refresh, mlp": {
+        "reward": {"refresh": "1"}, "budget": 240, "search": {"policy": "mlp"},
+    },
+    # From the best checkpoint a large step can only lead away: the pool gets worse.
+    "gaps acted on": {
+        "merge": {"scale": 0.5, "start": "tiny-0000300"}, "search": {"learning_rate": 1.0},
+        "reward": {"max_gap": 1e-9}, "budget": 150,
+    },
+    "subsets": {
+        "reward": {"num_subsets": 2, "num_replacements": 2, "refresh_size": 7}, "budget": 281,
+    },
+    "free": {"merge": {"map": "free", "start": "uniform"}},
+    "softmax": {"merge": {"map": "softmax"}},
+    "ema": {"merge": {"map": "ema", "scale": 0.3}, "track": "ema"},
+    "groups": {"merge": {"scale": 0.2, "groups": {"encoder": r"unet\.enc\."}}},
+    "groups, named start": {
+        "merge": {"map": "free", "groups": {"encoder": r"\.enc\."}, "start": "tiny-0000200"},
+    },
+}  # fmt: skip
+
+
+def small_config(make: TinyConfig, folder: Path, changes: dict[str, Any]) -> OptimizeConfig:
+    merged = dict(SMALL)
+    for key, value in changes.items():
+        merged[key] = {**SMALL.get(key, {}), **value} if isinstance(value, dict) else value
+    return make(folder, **merged)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_resumes(
+    kind: str, shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, outcome: Outcome,
+    tripwire: Tripwire,
+) -> None:  # fmt: skip
+    config = small_config(tiny_config, shared_tiny, KINDS[kind])
+    with tripwire.at(None):
+        drive(tmp_path / "whole", config)
+    places, expected = list(tripwire.passed), outcome(tmp_path / "whole")
+    events = expected["events.jsonl"]
+    assert isinstance(events, list)
+    assert len(events) >= 3
+    thetas = [event["theta"] for event in events]
+    assert thetas[0] != thetas[1] != thetas[2]
+    # Between the event of the second round and its resume point, then inside that round again.
+    second = [i for i, place in enumerate(places) if place == "save_state"][2]
+    run = tmp_path / "run"
+    for limit in (second, 2):
+        with tripwire.at(limit):
+            drive(run, config)
+    drive(run, config)
+    assert outcome(run) == expected
+
+
+def test_kinds_are_what_they_say(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    # Without this the test above could pass on runs that are all alike.
+    def run(kind: str) -> tuple[mrl.OptimizeResult, list[dict[str, Any]]]:
+        config = small_config(tiny_config, shared_tiny, KINDS[kind])
+        result = mrl.optimize(shared_tiny, out=tmp_path / kind, config=config)
+        return result, RunDir.open(tmp_path / kind).events()
+
+    result, _ = run("groups")
+    assert result.coefficients.shape == (2, 4)
+    assert not torch.equal(result.coefficients[0], result.coefficients[1])
+    _, events = run("gaps acted on")
+    assert any(event.get("damped") for event in events)
+    _, events = run("whole refresh")
+    assert [event["refreshed"] for event in events[:4]] == [0, 20, 0, 20]
+    result, _ = run("softmax")
+    assert bool((result.coefficients > 0).all())
+    result, _ = run("ema")
+    assert float(result.coefficients.sum()) == pytest.approx(1)
+
+
+def test_a_guide_is_found_from_any_folder(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, outcome: Outcome,
+    tripwire: Tripwire, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    opened = mrl.open_checkpoints(shared_tiny)
+    mrl.save_model(tmp_path / "guide", opened.read(0), opened.config)
+    monkeypatch.chdir(tmp_path)
+    sampler = SamplerConfig(num_steps=2, guidance=1.5, guide="guide")
+    config = small_config(tiny_config, shared_tiny, {"sampler": sampler})
+    with tripwire.at(None):
+        drive(tmp_path / "whole", config)
+    with tripwire.at(20):
+        drive(tmp_path / "run", config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    mrl.resume(tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    # Another guide is another run.
+    weights = {k: v * 1.01 for k, v in opened.read(0).items()}
+    mrl.save_model(tmp_path / "guide", weights, opened.config, replace=True)
+    with pytest.raises(RunError, match="inputs have changed since it began: guide"):
+        mrl.resume(tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------- finished runs
+
+
+def test_a_finished_run_stays_as_it_is(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, outcome: Outcome
+) -> None:
+    config = tiny_config(shared_tiny, **SMALL)
+    first = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
+    before = outcome(first.run_dir)
+    names = sorted(str(path) for path in tmp_path.rglob("*"))
+    again = mrl.resume(tmp_path / "run")
+    assert torch.equal(again.coefficients, first.coefficients)
+    assert again.comparison == first.comparison
+    assert again.images == first.images
+    assert outcome(tmp_path / "run") == before
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == names
+
+
+def test_resuming_a_finished_run_generates_nothing(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(shared_tiny, **SMALL)
+    first = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a finished run generates nothing")
+
+    monkeypatch.setattr(MergedRollout, "features", refuse)
+    assert mrl.resume(tmp_path / "run").final == first.final
+
+
+# ------------------------------------------------------------------------------------ what is torn
+
+
+@pytest.fixture
+def stopped(
+    tiny: Path, tiny_config: TinyConfig, tmp_path: Path, tripwire: Tripwire, quick: None
+) -> Path:
+    """A run that was stopped in its third round, on a set of the test's own."""
+    config = tiny_config(tiny, **SMALL)
+    with tripwire.at(None):
+        drive(tmp_path / "whole", config)
+    second = [i for i, place in enumerate(tripwire.passed) if place == "save_state"][2]
+    with tripwire.at(second + 4):
+        drive(tmp_path / "run", config)
+    assert len(RunDir.open(tmp_path / "run").events()) == 2
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [b'{"kind": "round", "round": 2, "the', b"{", bytes(50), b'{"kind": "round", "round": 2}'],
+)
+def test_a_torn_line_is_repaired(
+    rest: bytes, stopped: Path, tmp_path: Path, outcome: Outcome
+) -> None:
+    # The round it belongs to is not in the resume point, so it is done again.
+    events = stopped / "events.jsonl"
+    events.write_bytes(events.read_bytes() + rest)
+    mrl.resume(stopped)
+    assert outcome(stopped) == outcome(tmp_path / "whole")
+
+
+def test_unfinished_writes_do_not_disturb(stopped: Path, tmp_path: Path, outcome: Outcome) -> None:
+    # What a killed process leaves: temporary files of every kind.
+    (stopped / ".tmp-0-state.safetensors").write_bytes(b"half")
+    (stopped / ".merged-abc").mkdir()
+    mrl.resume(stopped)
+    found = outcome(stopped)
+    found.pop(".tmp-0-state.safetensors")
+    assert found == outcome(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+
+def swap_checkpoint(tiny: Path) -> None:
+    """Another file under the name of a checkpoint, and a manifest that agrees with it."""
+    path, other = (tiny / f"raw/tiny-0000{n}00.safetensors" for n in (2, 1))
+    old, new = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (path, other))
+    shutil.copy(other, path)
+    manifest = tiny / MANIFEST_NAME
+    manifest.write_text(manifest.read_text().replace(old, new))
+
+
+def change_statistics(tiny: Path, name: str) -> None:
+    path = tiny / f"evaluation/{name}.safetensors"
+    reference = load_reference(path)
+    stats = dataclasses.replace(reference.stats, mean=reference.stats.mean + 1)
+    save_reference(path, stats, extractor=reference.extractor)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (swap_checkpoint, "checkpoints"),
+        (lambda tiny: change_statistics(tiny, "reference"), "reference"),
+        (lambda tiny: change_statistics(tiny, "heldout"), "heldout"),
+    ],
+)
+def test_other_inputs_are_refused(
+    change: Callable[[Path], None], named: str, stopped: Path, tiny: Path, outcome: Outcome
+) -> None:
+    change(tiny)
+    before = (stopped / "events.jsonl").read_bytes()
+    message = rf"run: cannot resume, the inputs have changed since it began: {named} \(by SHA-256"
+    with pytest.raises(RunError, match=message):
+        mrl.resume(stopped)
+    assert (stopped / "events.jsonl").read_bytes() == before
+
+
+def test_inputs_that_are_gone_are_refused(stopped: Path, tiny: Path) -> None:
+    (tiny / "raw/tiny-0000300.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"tiny-0000300\.safetensors: listed in"):
+        mrl.resume(stopped)
+    tiny.rename(tiny.with_name("moved"))
+    with pytest.raises(CheckpointError, match="tiny: no such folder"):
+        mrl.resume(stopped)
+
+
+def cut(data: bytes) -> bytes:
+    return data[:-9]
+
+
+@pytest.mark.parametrize("damage", [cut, lambda _: b"", lambda data: b"x" * len(data)])
+def test_a_damaged_resume_point_is_refused(damage: Callable[[bytes], bytes], stopped: Path) -> None:
+    path = stopped / "state.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RunError, match=r"state\.safetensors: damaged resume point: "):
+        mrl.resume(stopped)
+
+
+@pytest.mark.parametrize(
+    "lost", ["result_theta", "pool.features", "pool.cov", "searcher.log_std", "searcher.mean"]
+)
+def test_a_resume_point_without_a_tensor_is_refused(lost: str, stopped: Path) -> None:
+    path = stopped / "state.safetensors"
+    header, tensors, _ = read_file(path, hashed=False)
+    kept = {name: tensor for name, tensor in tensors.items() if name != lost}
+    save_tensors(path, kept, dict(header.metadata))
+    with pytest.raises(RunError, match=r"state\.safetensors: damaged resume point: "):
+        mrl.resume(stopped)
+
+
+def test_a_resume_point_of_another_run_is_refused(
+    stopped: Path, tiny: Path, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    other = mrl.optimize(tiny, out=tmp_path / "other", config=tiny_config(tiny, **SMALL), seed=6)
+    shutil.copy(other.run_dir / "state.safetensors", stopped / "state.safetensors")
+    with pytest.raises(MergeRLError, match="belongs to another seed"):
+        mrl.resume(stopped)
+
+
+@pytest.mark.parametrize("name", ["scores.json", "inputs.json"])
+def test_damaged_records_are_refused(name: str, stopped: Path) -> None:
+    (stopped / name).write_text('{"half": ')
+    with pytest.raises(RunError, match=rf"{name}: damaged"):
+        mrl.resume(stopped)
+
+
+def test_what_is_no_run_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="nowhere: no such run directory"):
+        mrl.resume(tmp_path / "nowhere")
+    with pytest.raises(RunError, match="tiny: not a run directory"):
+        mrl.resume(tiny)

@@ -1,0 +1,71 @@
+"""A run with any family of searchers goes on, once interrupted, as if it never had been."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import merge_rl as mrl
+from merge_rl.config.optimize import OptimizeConfig
+from merge_rl.interfaces import NullTracker
+from merge_rl.workflows.rollout.rollout import Rollout
+
+TinyConfig = Callable[..., OptimizeConfig]
+Outcome = Callable[[Path], dict[str, object]]
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("nevergrad:CMA", {"population": 4}, "raw"),
+    ("nevergrad:OnePlusOne", {"population": 1}, "raw"),
+    ("scipy:nelder-mead", {"population": None}, "raw"),
+    ("lr-cma", {"population": 4}, "raw"),
+    ("lcsc", {"population": 4}, "raw"),
+    ("random", {"population": 4}, "raw"),
+    ("greedy-soup", {"population": None}, "raw"),
+    ("ema-grid", {"population": None}, "ema"),
+]
+
+
+class StopAfter(NullTracker):
+    """Ctrl-C once so many rounds are done."""
+
+    def __init__(self, rounds: int) -> None:
+        self.left = rounds
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        self.left -= event.get("kind") == "round"
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that cost nothing: noise times a merged weight."""
+
+    def latents(self: Rollout, noise: Tensor, labels: Tensor, **_: object) -> Tensor:
+        gain = self.model.get_parameter("unet.out_gain")  # type: ignore[attr-defined]
+        made: Tensor = (gain * noise + labels[:, None, None, None] / 20) / 2
+        return made
+
+    monkeypatch.setattr(Rollout, "latents", latents)
+
+
+@pytest.mark.parametrize(("name", "search", "track"), CASES, ids=[case[0] for case in CASES])
+def test_interrupted_and_resumed(
+    name: str, search: dict[str, Any], track: str, shared_tiny: Path, tiny_config: TinyConfig,
+    tmp_path: Path, outcome: Outcome,
+) -> None:  # fmt: skip
+    config = tiny_config(
+        shared_tiny, track=track, budget=400, reward={"name": "fid-full"},
+        search={"name": name, "antithetic": True, **search},
+    )  # fmt: skip
+    mrl.optimize(shared_tiny, out=tmp_path / "whole", config=config)
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        mrl.optimize(shared_tiny, out=run, config=config, tracker=StopAfter(3))
+    with pytest.raises(KeyboardInterrupt):
+        mrl.resume(run, tracker=StopAfter(2))
+    mrl.resume(run)
+    assert outcome(run) == outcome(tmp_path / "whole")

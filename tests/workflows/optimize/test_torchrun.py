@@ -1,0 +1,169 @@
+"""The command under torchrun: the bits of one process, a killed rank and all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Union
+
+import pytest
+
+import merge_rl as mrl
+from merge_rl.config.mapping import dump_config
+from merge_rl.config.optimize import OptimizeConfig
+from merge_rl.storage.runs.run_dir import FinetuneRun
+from tests.children import Child, run_command
+from tests.finetuning import events_of, small_config, write_sit_set
+
+TinyConfig = Callable[..., OptimizeConfig]
+Launcher = Union["subprocess.Popen[str]", Child]
+Torchrun = Callable[..., Launcher]
+
+
+@pytest.fixture
+def forked(tmp_path: Path) -> Iterator[Torchrun]:
+    """The same with processes that are forked, which begin without their seconds of imports."""
+    started: list[Child] = []
+
+    def start(ranks: int, *arguments: object, restarts: int = 0) -> Child:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MERGERL_TIMEOUT": "60"}
+        given = map(str, (ranks, restarts, *arguments))
+        child = Child(
+            launch_ranks, *given, folder=tmp_path / f"child{len(started)}", environment=environment
+        )
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        child.kill()
+
+
+def launch_ranks(ranks: str, restarts: str, *arguments: str) -> None:
+    """The agent of torchrun, in this process."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=int(ranks), run_id="test", rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0", max_restarts=int(restarts), monitor_interval=0.1,
+        start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, run_command)(*arguments)
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Iterator[Torchrun]:
+    """Start a command on several ranks of this machine; it does not outlive the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(ranks: int, *arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
+        launcher = [
+            sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}",
+            "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=test",
+            f"--max-restarts={restarts}", "--monitor-interval=0.1", "-m", "merge_rl",
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MERGERL_TIMEOUT": "60"}
+        process = subprocess.Popen(
+            [*launcher, *map(str, arguments)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def ranks_of(launcher: Launcher) -> list[int]:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(pid) for pid in children]
+
+
+def wait_for(path: Path, launcher: Launcher) -> None:
+    until = time.monotonic() + 240
+    while not path.exists():
+        assert launcher.poll() is None, launcher.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
+def test_a_search_that_loses_a_rank_ends_with_the_bits_of_one_process(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, torchrun: Torchrun
+) -> None:
+    config = tiny_config(shared_tiny, budget=600, search={"population": 4, "start_share": 0.0})
+    mrl.optimize(shared_tiny, out=tmp_path / "alone", config=config)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    out = tmp_path / "together"
+    command = ("optimize", shared_tiny, "--config", tmp_path / "config.yaml", "--out", out)
+    launcher = torchrun(2, *command, "--json", restarts=2)
+    wait_for(out / "state.safetensors", launcher)
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    printed, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, errors
+    for name in ("result.json", "scores.json", "state.safetensors", "merged/model.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+    assert json.loads(printed)["run_dir"] == str(out)  # by rank 0 alone, and once
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
+def test_fine_tuning_that_loses_a_rank_ends_where_one_process_does(
+    shared_tiny: Path, tmp_path: Path, forked: Torchrun
+) -> None:
+    model = write_sit_set(tmp_path / "sit", shared_tiny)
+    config = small_config(model, steps=2, batch=3, update={"learning_rate": 1e-3, "epochs": 2})
+    alone = mrl.finetune(model, out=tmp_path / "alone", config=config)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    out = tmp_path / "together"
+    command = ("finetune", model, "--config", tmp_path / "config.yaml", "--out", out, "--json")
+    launcher = forked(2, *command, restarts=2)
+    wait_for(out / "state/step-0000001.safetensors", launcher)
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    printed, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, errors
+    found = json.loads(printed)  # by rank 0 alone, and once
+    assert (found["run_dir"], found["step"], found["images"]) == (str(out), 2, alone.images)
+    # Before the first update all weights are equal, and so are the bits of what they make.
+    assert found["curves"]["0"] == alone.curves[0]
+    assert events_of(out, "step")[0]["loss"] == pytest.approx(
+        events_of(tmp_path / "alone", "step")[0]["loss"], rel=1e-6
+    )
+    for curve, scores in alone.curves[2].items():  # rounding apart, through Adam
+        assert found["curves"]["2"][curve] == pytest.approx(scores, rel=1e-2)
+    start = found["comparison"]["curves"]["sde-eval"]["entries"]["start"]
+    assert start == alone.comparison["curves"]["sde-eval"]["entries"]["start"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
+def test_sigterm_of_one_rank_saves_what_lies_in_shards(
+    shared_tiny: Path, tmp_path: Path, forked: Torchrun
+) -> None:
+    model = write_sit_set(tmp_path / "sit", shared_tiny)
+    endless = {"steps": 10_000, "save_every": 10_000, "curves": {"every": 10_000}}
+    config = small_config(model, parallel="fsdp", batch=3, **endless)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    out = tmp_path / "run"
+    launcher = forked(
+        2, "finetune", model, "--config", tmp_path / "config.yaml", "--out", out, "--json"
+    )
+    wait_for(out / "snapshots/raw-0000002.safetensors", launcher)
+    os.kill(ranks_of(launcher)[1], signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 1
+    assert "mergerl resume" in errors
+    saved = FinetuneRun.open(out).load_state()
+    assert saved is not None
+    steps = events_of(out, "step")
+    assert saved[1]["step"] == steps[-1]["step"] == saved[1]["updates"] >= 2
+    # One process goes on with it, whatever it was shared by.
+    longer = small_config(model, parallel="ddp", batch=3, **{**endless, "steps": len(steps) + 1})
+    assert mrl.finetune(model, out=out, config=longer, resume=True).step == len(steps) + 1

@@ -1,0 +1,193 @@
+"""What a search costs, told beforehand, against what a search then does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from torch import Tensor
+
+import merge_rl as mrl
+from merge_rl.config.optimize import AUTO_BATCH, OptimizeConfig
+from merge_rl.errors import BudgetError, DeviceMemoryError
+from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
+from merge_rl.workflows.assembly.costs import build_parts
+from merge_rl.workflows.assembly.memory import MOST_ON_CPU, fit_batch, plan_memory
+from merge_rl.workflows.assembly.resolve import resolve_config
+from merge_rl.workflows.plan import calibration
+from merge_rl.workflows.plan.calibration import ImageTime
+from merge_rl.workflows.plan.run import plan
+from merge_rl.workflows.plan.work import Speeds, Stage, search_workload
+from merge_rl.workflows.rollout.rollout import Rollout
+
+TinyConfig = Callable[..., OptimizeConfig]
+
+
+class Ended(NamedTuple):
+    """How a command ended, as the fixture `mergerl` gives it."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def opened(shared_tiny: Path) -> CheckpointSet:
+    return open_checkpoints(shared_tiny, track="raw")
+
+
+@pytest.fixture
+def resolved(shared_tiny: Path, opened: CheckpointSet, tiny_config: TinyConfig) -> OptimizeConfig:
+    return resolve_config(tiny_config(shared_tiny, budget=1500), opened)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose speed is known: 1 ms an image in 1 call, 10 ms for all else."""
+    times = ImageTime(0.0, 0.001, 0.0, 0.002)
+    monkeypatch.setattr(calibration, "time_images", lambda *_: times)
+    for name in ("time_merge", "time_reward", "time_score", "time_write"):
+        monkeypatch.setattr(calibration, name, lambda *_, **__: 0.01)
+
+
+def test_the_stages_are_those_of_the_search(
+    shared_tiny: Path, opened: CheckpointSet, tiny_config: TinyConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def latents(self: Rollout, noise: Tensor, labels: Tensor, **_: object) -> Tensor:
+        gain = self.model.get_parameter("unet.out_gain")  # type: ignore[attr-defined]
+        made: Tensor = (gain * noise + labels[:, None, None, None] / 20) / 2
+        return made
+
+    monkeypatch.setattr(Rollout, "latents", latents)  # samples that cost nothing
+    search = {"population": 4, "start_share": 0.4, "final_share": 0.4, "incumbents": 1}
+    config = resolve_config(tiny_config(shared_tiny, budget=2000, search=search), opened)
+    load = search_workload(config, opened, 1)
+    found = mrl.optimize(config.checkpoints, out=tmp_path / "run", config=config).found
+    assert load.rounds == found.rounds
+    by_name: dict[str, int] = {}
+    for stage in load.stages:
+        by_name[stage.name] = by_name.get(stage.name, 0) + stage.total
+    assert by_name["start"] == found.beginning.images > 0
+    assert by_name["best single"] == 4 * 10
+    assert by_name["comparison"] == 4 * 3 * 20
+    # A gap never opens with these settings, so that nothing is renewed twice. Finalists are
+    # start, policy mean, running average and an incumbent, and the winner is scored once more.
+    searched = by_name["start"] + by_name["pool"] + by_name["candidates"] + by_name["refresh"]
+    assert searched == found.images - found.choice.images
+    assert by_name["finalists"] == found.choice.images + found.choice.images_each
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_plan_by_hand(resolved: OptimizeConfig, opened: CheckpointSet, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        resolved, search=dataclasses.replace(resolved.search, start_share=0, final_share=0)
+    )
+    found = plan(config, opened, out=tmp_path / "run", devices=(1, 4))
+    # The pool of 40, then 4 candidates of 10 images and 10 renewed a round: 29 rounds of 50.
+    assert found.workload.rounds == 29
+    assert found.workload.stages[:3] == (
+        Stage("pool", 1, 1, 40), Stage("candidates", 29, 4, 10), Stage("refresh", 29, 1, 10),
+    )  # fmt: skip
+    images = 40 + 29 * 50 + 40 + 240
+    assert found.workload.images == images
+    # Heun with 2 steps: 3 calls, so 3 x 1 + 2 ms an image.
+    assert found.network_calls == 3 * images
+    merges = 1 + 29 * 5 + 4 + 12
+    alone = found.estimates[0]
+    known = images * 0.005 + merges * 0.01 + 29 * 0.02 + 16 * 0.01
+    start = alone.serial - 29 * 0.02 - 16 * 0.01
+    assert alone.seconds == pytest.approx(known + start)
+    four = found.estimates[1]
+    candidates = four.stages[1]  # one each
+    assert candidates.making == pytest.approx(29 * 10 * 0.005)
+    assert candidates.merging == pytest.approx(29 * 0.01)
+    document = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert document["images"] == images
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_is_that_of_the_parts(resolved: OptimizeConfig, opened: CheckpointSet) -> None:
+    parts = build_parts(resolved, opened, lambda _text: None)
+    found = plan_memory(resolved, opened, parts, 1 << 40)
+    network = sum(p.numel() for p in parts.network.parameters())
+    assert found.weights["checkpoints"] == opened.total_bytes
+    assert found.weights["merged weights"] <= 4 * network
+    assert found.needed(20) - found.needed(10) == pytest.approx(
+        found.needed(30) - found.needed(20), abs=2
+    )
+    # What has room for exactly 37 images has room for no more.
+    tight = dataclasses.replace(found, capacity=found.needed(37))
+    assert tight.largest_batch == 37
+    tight.require_fit(37)
+    with pytest.raises(DeviceMemoryError, match=r"a batch of 38 needs .* fits is 37$"):
+        tight.require_fit(38)
+    none = dataclasses.replace(found, capacity=found.needed(0))
+    with pytest.raises(DeviceMemoryError, match="not even one image at a time fits"):
+        none.require_fit(1)
+
+
+def test_a_batch_chosen_by_memory(resolved: OptimizeConfig, opened: CheckpointSet) -> None:
+    assert fit_batch(resolved, opened) is resolved
+    auto = dataclasses.replace(resolved, batch=AUTO_BATCH)
+    told: list[str] = []
+    assert fit_batch(auto, opened, 1 << 40, told.append).batch == MOST_ON_CPU
+    assert "batch 250: of 1.02e+03 GiB free" in told[0]
+    parts = build_parts(resolved, opened, lambda _text: None)
+    room = plan_memory(resolved, opened, parts).needed(20)
+    assert fit_batch(auto, opened, round(room / 0.8)).batch == pytest.approx(20, abs=1)
+    with pytest.raises(DeviceMemoryError, match="not even one image"):
+        fit_batch(auto, opened, 1000)
+
+
+def test_what_cannot_work_is_refused(resolved: OptimizeConfig, opened: CheckpointSet) -> None:
+    with pytest.raises(DeviceMemoryError, match="the largest batch that fits is"):
+        plan(resolved, opened, memory=2_000_000)
+    with pytest.raises(BudgetError, match="does not pay for one round"):
+        plan(dataclasses.replace(resolved, budget=60), opened)
+
+
+def test_times_are_a_line_of_blocks_and_images(
+    resolved: OptimizeConfig, opened: CheckpointSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = build_parts(dataclasses.replace(resolved, batch=8), opened, lambda _text: None)
+    seen: list[tuple[int, int]] = []
+
+    def seconds(rollout: Rollout, count: int, _classes: int) -> float:
+        steps: int = rollout.sampler.num_steps
+        seen.append((count, steps))
+        blocks = -(-count // 8)
+        return blocks * (0.01 * steps + 0.05) + count * (0.02 * steps + 0.03)
+
+    monkeypatch.setattr(calibration, "_seconds_of", seconds)
+    found = calibration.time_images(parts.rollout, 10, 24)
+    assert found.block_call == pytest.approx(0.01)
+    assert found.image_call == pytest.approx(0.02)
+    assert found.of(15) == pytest.approx((0.2, 0.33))
+    assert max(count for count, _ in seen) <= 24
+
+
+def test_speeds_are_all_needed() -> None:
+    with pytest.raises(TypeError):
+        Speeds(block=1.0)  # type: ignore[call-arg]
+
+
+def test_the_command(mergerl: Callable[..., Ended], shared_tiny: Path, tmp_path: Path) -> None:
+    small = ["--track", "raw", "--budget", 600, "--pool", 40, "--subset", 10, "--final-images", 20]
+    out = tmp_path / "run"
+    ended = mergerl("plan", shared_tiny, *small, "--devices", "1,2", "--out", out, "--json")
+    assert ended.code == 0, ended.err
+    document = json.loads(ended.out)
+    assert [row["devices"] for row in document["time"]] == [1, 2]
+    assert document["memory"]["largest_batch"] > 0
+    assert not out.exists()
+    ended = mergerl("optimize", shared_tiny, *small, "--dry-run", "--memory", 0.001, "--out", out)
+    assert ended.code == 1
+    assert "the largest batch that fits is" in ended.err
+    assert not out.exists()
+    ended = mergerl("plan", shared_tiny, "--devices", "1,none")
+    assert "expected --devices as numbers >= 1, such as 1,8,64, got '1,none'" in ended.err
