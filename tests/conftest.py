@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import typer.main
 from torch import Tensor
 
 from merge_rl.cli.main import main
@@ -241,11 +243,16 @@ def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     os.environ.pop("MERGERL_DEBUG", None)
 
 
+_parser_of = functools.cache(typer.main.get_command)
+
+
 @pytest.fixture
 def mergerl(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, _own_folder: None
 ) -> Callable[..., Ended]:
     """Run a command in this process."""
+    # Made of hundreds of options, the parser takes a tenth of a second: once will do.
+    monkeypatch.setattr(typer.main, "get_command", _parser_of)
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["mergerl", *map(str, arguments)])
