@@ -43,6 +43,7 @@ class DigitsNet(nn.Module):
         return x.mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features (B, 64) of images (B, 1, 8, 8) uint8: pooled, centred, whitened."""
         return (self.pooled(images) - self.centre) @ self.whitening
 
     def fit_whitening(self, images: Tensor, ridge: float = 0.01) -> None:

@@ -102,6 +102,7 @@ class ConvBlock(nn.Module):
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Activations (B, C_in, H, W) to (B, C_out, H', W'), at least 0."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 

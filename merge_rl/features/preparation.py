@@ -91,6 +91,7 @@ class ImageFeatures(nn.Module):
         self.name, self.dim, self.chunk = name, dim, chunk
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features (B, D) float32 of uint8 images (B, 1 or 3, H, W), on the network's device."""
         require_images(images, self.name)
         like = next(self.network.parameters())
         parts = [images.new_zeros(0, self.dim, dtype=torch.float32, device=like.device)]

@@ -127,6 +127,7 @@ class UNet(nn.Module):
         return mp_silu(emb)
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """F(x, c_noise, labels) before preconditioning: x (B, C, H, W), labels (B, K) or None."""
         emb = self.embed(c_noise, labels)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         skips = []

@@ -87,6 +87,7 @@ class FourierFeatures(nn.Module):
         self.register_buffer("phases", _draw(lambda n: 2 * math.pi * torch.rand(n), channels))
 
     def forward(self, v: Tensor) -> Tensor:
+        """Scalars (B,) to (B, C): sqrt(2) cos(v f + p), computed in float32."""
         angle = v.float().outer(self.freqs.float()) + self.phases.float()
         return (angle.cos() * math.sqrt(2)).to(v.dtype)
 
@@ -127,6 +128,7 @@ class NormalizedWeight(nn.Module):
         return normalize(self.weight.float()) * (gain / math.sqrt(fan_in))
 
     def forward(self, x: Tensor, gain: Gain = 1.0) -> Tensor:
+        """Activations (B, C_in, ...) to (B, C_out, ...) in their own dtype."""
         if self.training:
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight.float()))
@@ -195,6 +197,7 @@ class Block(nn.Module):
             self.attn_proj = NormalizedWeight(out_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Activations (B, C_in, H, W) and embedding (B or 1, cemb) to (B, C_out, H', W')."""
         x = resample(x, self.config.resample_filter, self.mode)
         if not self.decoder:
             x = self.conv_skip(x) if self.conv_skip is not None else x

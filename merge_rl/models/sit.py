@@ -108,6 +108,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) to tokens (B, T, D)."""
         batch, tokens, hidden = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, d)
@@ -149,6 +150,7 @@ class Block(nn.Module):
         self.adaLN_modulation = _modulation(hidden_size, 6)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens (B, T, D) and conditioning (B, D) to tokens (B, T, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, 1)
         x = torch.addcmul(x, gate1[:, None], self.attn(modulate(self.norm1(x), shift1, scale1)))
         return torch.addcmul(x, gate2[:, None], self.mlp(modulate(self.norm2(x), shift2, scale2)))
@@ -164,6 +166,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = _modulation(hidden_size, 2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens (B, T, D) and conditioning (B, D) to patches (B, T, p p C_out)."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, 1)
         out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
         return out

@@ -74,6 +74,7 @@ class AskTell:
         return {"mean": self.mean}
 
     def ask(self) -> Tensor:
+        """Candidates (P, D) float64 of this round, the same until told; RunError when done."""
         if self._asked is None and self.done:
             raise RunError(f"the search with {self.config.name} is done: nothing left to ask")
         if self._asked is None:
@@ -81,6 +82,10 @@ class AskTell:
         return self._asked.clone()
 
     def tell(self, thetas: Tensor, rewards: Tensor) -> None:
+        """Learn from the rewards (P,) of the thetas that were asked; what is not finite has failed.
+
+        Raises ConfigError for other thetas than those asked.
+        """
         asked = self.ask()
         if not torch.equal(thetas, asked) or rewards.shape != (len(asked),):
             raise ConfigError(
@@ -99,6 +104,7 @@ class AskTell:
         """Nothing: rewards that do not lag behind a pool need no smaller steps."""
 
     def recenter(self, theta: Tensor) -> None:
+        """Go on from theta (D,): the mean of the next round."""
         self._asked, self._mean = None, theta.detach().to("cpu", torch.float64).clone()
         if self.rounds == 0:
             self._begin_at_mean()
@@ -114,6 +120,7 @@ class AskTell:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state; ConfigError if it belongs to another seed."""
         tensors, scalars = state["tensors"], state["scalars"]
         if scalars["seed_check"] != derive_seed(self.seed, "search"):
             raise ConfigError("the saved search belongs to another seed")

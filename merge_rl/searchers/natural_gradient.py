@@ -81,6 +81,7 @@ class NaturalGradient:
         return self._log_std.exp() * width
 
     def ask(self) -> Tensor:
+        """Candidates (P, D) float64: mean + std z, in orthogonal pairs if antithetic."""
         generator = stream(self.seed, "search", "ask", self.round_index)
         draw = orthogonal_pairs if self.config.antithetic else plain_normal
         return self._mean + self.std * draw(self.population, self.space.dim, generator)
@@ -160,6 +161,7 @@ class NaturalGradient:
         return {"tensors": {k: v.clone() for k, v in tensors.items()}, "scalars": scalars}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state; ConfigError if it belongs to another seed."""
         tensors, scalars = state["tensors"], state["scalars"]
         if scalars["seed_check"] != derive_seed(self.seed, "search"):
             raise ConfigError("the saved search belongs to another seed")

@@ -38,6 +38,7 @@ class DirectMean(nn.Module):
         self.value = nn.Parameter(torch.zeros(dim, dtype=torch.float64))
 
     def forward(self) -> Tensor:
+        """The mean (D,) float64."""
         return self.value
 
     @property
@@ -72,6 +73,7 @@ class EMANet(nn.Module):
             self.last.bias.zero_()
 
     def forward(self) -> Tensor:
+        """The mean (D,) float64."""
         out: Tensor = self.last(self._activations())
         return out
 
@@ -181,6 +183,7 @@ class PolicyGradient:
         return (self._log_std.detach() + math.log(self._decay())).exp()
 
     def ask(self) -> Tensor:
+        """Candidates (P, D) float64: mean + std z, in antithetic pairs if the settings say so."""
         generator = stream(self.seed, "search", "ask", self.round_index)
         draw = antithetic_normal if self.config.antithetic else plain_normal
         return self.mean + self.std * draw(self.population, self.dim, generator)
@@ -240,6 +243,7 @@ class PolicyGradient:
         return {"tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state; ConfigError if it belongs to another seed."""
         tensors, scalars = state["tensors"], state["scalars"]
         if scalars["seed_check"] != derive_seed(self.seed, "search"):
             raise ConfigError("the saved search belongs to another seed")

@@ -71,6 +71,7 @@ class FrechetReference:
 
     @classmethod
     def from_stats(cls, stats: FeatureStats) -> FrechetReference:
+        """The reference of these moments; StatisticsError where they are too few or not finite."""
         check_moments(stats)
         scales, vectors = _root_spectrum(stats.cov)
         root = (vectors * scales) @ vectors.T

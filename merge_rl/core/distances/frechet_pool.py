@@ -49,6 +49,7 @@ class ReferenceFactor:
 
     @classmethod
     def from_stats(cls, stats: FeatureStats) -> ReferenceFactor:
+        """The reference of these moments; StatisticsError where they are too few or not finite."""
         check_moments(stats)
         factor = covariance_factor(stats.cov)
         used = factor.abs().amax(0) > 0
@@ -57,6 +58,7 @@ class ReferenceFactor:
 
     @property
     def rank(self) -> int:
+        """Columns of the factor: the rank of the covariance, at least 1."""
         return self.factor.shape[1]
 
     def distance_of(self, features: Tensor) -> float:

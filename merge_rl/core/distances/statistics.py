@@ -39,6 +39,7 @@ class FeatureStats:
 
     @property
     def dim(self) -> int:
+        """Number of features D."""
         return self.mean.numel()
 
     @property
@@ -188,5 +189,6 @@ def check_finite_moments(stats: FeatureStats) -> None:
 
 
 def check_same_dim(a: FeatureStats, b: FeatureStats) -> None:
+    """Raise StatisticsError unless both have the same number of features."""
     if a.dim != b.dim:
         raise StatisticsError(f"expected moments of one dimension, got {a.dim} and {b.dim}")

@@ -193,10 +193,12 @@ class FlatCheckpoints(Checkpoints):
 
     @property
     def num_checkpoints(self) -> int:
+        """Number of checkpoints K."""
         return len(self.matrix)
 
     @property
     def device(self) -> torch.device:
+        """Where the buffers lie."""
         return self.matrix.device
 
     def pieces(self) -> Iterator[Piece]:
@@ -224,10 +226,12 @@ class MappedCheckpoints(Checkpoints):
 
     @property
     def num_checkpoints(self) -> int:
+        """Number of checkpoints K."""
         return self._count
 
     @property
     def device(self) -> torch.device:
+        """The CPU: files are mapped there."""
         return torch.device("cpu")
 
     def pieces(self) -> Iterator[Piece]:

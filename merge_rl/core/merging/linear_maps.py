@@ -30,10 +30,12 @@ class ShiftedInit:
 
     @property
     def num_checkpoints(self) -> int:
+        """Number of checkpoints K."""
         return self.init.numel()
 
     @property
     def dim(self) -> int:
+        """Length of theta."""
         return self.num_groups * self.num_checkpoints
 
 
@@ -56,6 +58,7 @@ class AffineMap(ShiftedInit):
 
     @property
     def dim(self) -> int:
+        """Length of theta."""
         return self.num_groups * (self.num_checkpoints - 1)
 
     def __call__(self, theta: Tensor) -> Tensor:
@@ -100,6 +103,7 @@ class WhitenedMap(ShiftedInit):
 
     @property
     def dim(self) -> int:
+        """Length of theta."""
         return self.num_groups * (self.num_checkpoints - 1)
 
     def __call__(self, theta: Tensor) -> Tensor:

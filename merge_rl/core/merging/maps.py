@@ -69,18 +69,22 @@ class BoundedMap:
 
     @property
     def kind(self) -> str:
+        """The name of the map that is bounded."""
         return self.inner.kind
 
     @property
     def num_checkpoints(self) -> int:
+        """Number of checkpoints K."""
         return self.inner.num_checkpoints
 
     @property
     def num_groups(self) -> int:
+        """Number of groups G."""
         return self.inner.num_groups
 
     @property
     def dim(self) -> int:
+        """Length of theta."""
         return self.inner.dim
 
     def __call__(self, theta: Tensor) -> Tensor:
@@ -242,10 +246,12 @@ class EmaMap:
 
     @property
     def num_checkpoints(self) -> int:
+        """Number of checkpoints K."""
         return self.nimg.numel()
 
     @property
     def dim(self) -> int:
+        """Length of theta."""
         return 2 * self.num_groups
 
     def __call__(self, theta: Tensor) -> Tensor:

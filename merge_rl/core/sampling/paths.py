@@ -73,24 +73,31 @@ class Linear:
     end: ClassVar[float] = 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
+        """t."""
         return t
 
     def sigma(self, t: Tensor) -> Tensor:
+        """1 - t."""
         return 1 - t
 
     def d_alpha(self, t: Tensor) -> Tensor:
+        """1."""
         return torch.ones_like(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
+        """-1."""
         return -torch.ones_like(t)
 
     def log_slope(self, t: Tensor) -> Tensor:
+        """1 / t; infinite at t = 0."""
         return 1 / t
 
     def score_rate(self, t: Tensor) -> Tensor:
+        """(1 - t) / t; infinite at t = 0."""
         return (1 - t) / t
 
     def inverse(self, t: Tensor) -> Inverse:
+        """d = x + (1 - t) v, e = x - t v."""
         one = torch.ones_like(t)
         return Inverse(one, 1 - t, one, -t)
 
@@ -102,24 +109,31 @@ class GVP:
     end: ClassVar[float] = 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
+        """sin(pi t / 2)."""
         return torch.sin(t * math.pi / 2)
 
     def sigma(self, t: Tensor) -> Tensor:
+        """cos(pi t / 2)."""
         return torch.cos(t * math.pi / 2)
 
     def d_alpha(self, t: Tensor) -> Tensor:
+        """(pi / 2) cos(pi t / 2)."""
         return math.pi / 2 * self.sigma(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
+        """-(pi / 2) sin(pi t / 2)."""
         return -math.pi / 2 * self.alpha(t)
 
     def log_slope(self, t: Tensor) -> Tensor:
+        """(pi / 2) cot(pi t / 2); infinite at t = 0."""
         return math.pi / 2 * self.sigma(t) / self.alpha(t)
 
     def score_rate(self, t: Tensor) -> Tensor:
+        """alpha' / alpha, as sigma^2 + alpha^2 = 1."""
         return self.log_slope(t)  # times sigma^2 + alpha^2 = 1
 
     def inverse(self, t: Tensor) -> Inverse:
+        """d = alpha x + (2 / pi) sigma v, e = sigma x - (2 / pi) alpha v."""
         alpha, sigma, rate = self.alpha(t), self.sigma(t), 2 / math.pi
         return Inverse(alpha, rate * sigma, sigma, -rate * alpha)
 
@@ -142,25 +156,32 @@ class VP:
         return -(left.square()) * (self.beta_max - self.beta_min) / 4 - left * self.beta_min / 2
 
     def alpha(self, t: Tensor) -> Tensor:
+        """The exponential of log alpha(t)."""
         return self._log_alpha(t).exp()
 
     def sigma(self, t: Tensor) -> Tensor:
+        """sqrt(1 - alpha^2)."""
         # expm1: near t = 1 the difference 1 - alpha^2 would lose most of its digits.
         return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
 
     def d_alpha(self, t: Tensor) -> Tensor:
+        """alpha (log alpha)'."""
         return self.log_slope(t) * self.alpha(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
+        """-alpha alpha' / sigma."""
         return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
 
     def log_slope(self, t: Tensor) -> Tensor:
+        """(b0 + (1 - t)(b1 - b0)) / 2."""
         return (self.beta_min + (1 - t) * (self.beta_max - self.beta_min)) / 2
 
     def score_rate(self, t: Tensor) -> Tensor:
+        """alpha' / alpha, as sigma^2 + alpha^2 = 1."""
         return self.log_slope(t)  # times sigma^2 + alpha^2 = 1
 
     def inverse(self, t: Tensor) -> Inverse:
+        """d = alpha x + sigma^2 v / (alpha (log alpha)'), e = sigma (x - v / (log alpha)')."""
         alpha, sigma, slope = self.alpha(t), self.sigma(t), self.log_slope(t)
         return Inverse(alpha, sigma.square() / (alpha * slope), sigma, -sigma / slope)
 

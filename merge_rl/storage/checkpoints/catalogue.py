@@ -92,6 +92,7 @@ class Catalogue:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the sets, in the order of the file."""
         return tuple(known.name for known in self.sets)
 
     def find(self, name: str) -> KnownSet:

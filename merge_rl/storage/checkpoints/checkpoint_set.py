@@ -59,6 +59,7 @@ class FileCheck:
 
     @property
     def ok(self) -> bool:
+        """Whether the file could be read and is what the manifest says."""
         return self.error is None
 
 
@@ -89,6 +90,7 @@ class CheckpointSet:
 
     @cached_property
     def paths(self) -> tuple[Path, ...]:
+        """The files, in the order of the set."""
         return tuple(self.folder / entry.file for entry in self.entries)
 
     @property
@@ -126,6 +128,7 @@ class CheckpointSet:
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all files."""
         return sum(header.file_bytes for header in self._headers)
 
     @property

@@ -48,6 +48,7 @@ class FetchPlan:
 
     @property
     def todo(self) -> tuple[RemoteFile, ...]:
+        """The files that are not here yet."""
         return tuple(file for file in self.files if file.name not in self.done)
 
     @property

@@ -195,6 +195,7 @@ class Record(Unbuilt):
         return f"<record {self.kind}>"
 
     def build(self, state: object, machine: Machine) -> object:
+        """The record with its state; refuses a second one."""
         if self.state is not None:
             raise machine.refuse(f"the state of a {self.kind} is given twice")
         self.state = state

@@ -227,6 +227,7 @@ def _text_integer(m: Machine) -> None:
 
 
 def constant(value: object) -> Opcode:
+    """An instruction that pushes `value`."""
     return lambda m: m.push(value)
 
 
@@ -257,6 +258,7 @@ SCALARS: Final[dict[str, Opcode]] = {
 
 
 def number(m: Machine, size: int, *, signed: bool = False) -> int:
+    """The next `size` bytes as a little-endian whole number."""
     if size == 1 and not signed:
         return m.cursor.byte()
     return int.from_bytes(m.cursor.take(size), "little", signed=signed)

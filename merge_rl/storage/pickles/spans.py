@@ -132,6 +132,7 @@ class Cursor:
 
     @property
     def remaining(self) -> int:
+        """Bytes between here and the end."""
         return self._end - self.position
 
     def byte(self) -> int:

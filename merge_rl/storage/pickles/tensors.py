@@ -56,10 +56,12 @@ class TensorRef:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the elements."""
         return self.storage.dtype
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the elements, row by row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def pieces(self, size: int) -> Iterator[bytes]:

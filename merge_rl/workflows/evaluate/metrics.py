@@ -74,6 +74,7 @@ class Sample:
 
     @cached_property
     def stats(self) -> FeatureStats:
+        """Mean and covariance of the features."""
         return feature_stats(self.features)
 
 

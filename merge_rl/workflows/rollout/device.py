@@ -104,6 +104,7 @@ def place_weights(needed: int, device: str, given: str | None) -> str:
 
 
 def free_on(device: str) -> int | None:
+    """Bytes free on a GPU; None for any other device."""
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
         return None
     return int(torch.cuda.mem_get_info(device)[0])
