@@ -156,7 +156,7 @@ class VP:
         return -(left.square()) * (self.beta_max - self.beta_min) / 4 - left * self.beta_min / 2
 
     def alpha(self, t: Tensor) -> Tensor:
-        """The exponential of log alpha(t)."""
+        """The exponential of the logarithm above."""
         return self._log_alpha(t).exp()
 
     def sigma(self, t: Tensor) -> Tensor:
