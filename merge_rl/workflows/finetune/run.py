@@ -32,7 +32,6 @@ from merge_rl.storage.runs import (
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import load_network
 from merge_rl.workflows.export import save_model
-from merge_rl.workflows.finetune.distributed import SharedParts
 from merge_rl.workflows.finetune.job import (
     FinetuneJob,
     build_finetune,
@@ -44,7 +43,6 @@ from merge_rl.workflows.finetune.learner import Learner, Wrap
 from merge_rl.workflows.finetune.loop import FinetuneLoop
 from merge_rl.workflows.finetune.page import finetune_card, write_report
 from merge_rl.workflows.finetune.scores import final_scores
-from merge_rl.workflows.finetune.sharded import process_group
 from merge_rl.workflows.finetune.step import StepParts
 from merge_rl.workflows.rollout import on_device, require_same_everywhere
 
@@ -184,6 +182,10 @@ def _work(
     if group.size == 1:
         learner = Learner(job.network, job.config.update, wrap or (lambda network: network))
         return _lead(begin(), StepParts(job, learner), signals, tracker)
+    # What shards need takes longer to import than all else, and a process alone has none.
+    from merge_rl.workflows.finetune.distributed import SharedParts
+    from merge_rl.workflows.finetune.sharded import process_group
+
     with process_group(job.config.device, group):
         parts = SharedParts(job, group, signals, _announce(tracker))
         if not group.leads:
