@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -20,7 +21,7 @@ import yaml
 
 import merge_rl as mrl
 from merge_rl.version import __version__
-from tests.children import Child
+from tests.children import Child, run_command
 
 
 class Ended(NamedTuple):
@@ -500,14 +501,29 @@ def wait_for_line(path: Path, process: Child, seconds: float) -> None:
         time.sleep(0.005)
 
 
+# Long enough that a signal comes before the end: twenty rounds.
+LONG = [1040 if x == 140 else x for x in SMALL]
+
+
+@pytest.fixture(scope="module")
+def whole(shared_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twenty rounds that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    child = Child(
+        run_command, "optimize", str(shared_tiny), "--out", str(folder / "run"), *map(str, LONG),
+        folder=folder / "outputs", environment={**os.environ},
+    )  # fmt: skip
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    return folder / "run"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_runs_go_on(
     number: signal.Signals, tiny: Path, fork: Fork, mergerl: Mergerl, tmp_path: Path,
-    outcome: RunOutcome,
+    outcome: RunOutcome, whole: Path,
 ) -> None:  # fmt: skip
-    # Long enough that the signal comes before the end: twenty rounds.
-    small = [1040 if x == 140 else x for x in SMALL]
-    process = fork("optimize", tiny, "--out", "run", *small)
+    process = fork("optimize", tiny, "--out", "run", *LONG)
     wait_for_line(tmp_path / "run/events.jsonl", process, 60)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -527,11 +543,9 @@ def test_interrupted_runs_go_on(
     else:
         code, out, err = mergerl("resume", "run", "--json")
         assert code == 0, err
-    assert mergerl("optimize", tiny, "--out", "whole", *small).code == 0
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-    document = json.loads(out)
-    whole = json.loads((tmp_path / "whole/result.json").read_text())
-    assert document["comparison"] == whole["comparison"]
+    assert outcome(tmp_path / "run") == outcome(whole)
+    result = json.loads((whole / "result.json").read_text())
+    assert json.loads(out)["comparison"] == result["comparison"]
     # Once more changes nothing.
     assert mergerl("resume", "run").code == 0
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -104,11 +105,15 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture
 def build(case: Case) -> Build:
     def make(dim: int = DIM, seed: int = 0) -> Searcher:
-        config = SearchConfig(name=case.name, population=case.population, **case.settings)
-        searcher: Searcher = resolve_searcher(case.name)(config, space(dim), seed)
-        return searcher
+        return new(case, dim, seed)
 
     return make
+
+
+def new(case: Case, dim: int, seed: int) -> Searcher:
+    config = SearchConfig(name=case.name, population=case.population, **case.settings)
+    searcher: Searcher = resolve_searcher(case.name)(config, space(dim), seed)
+    return searcher
 
 
 def quadratic(thetas: Tensor) -> Tensor:
@@ -131,6 +136,13 @@ def play_out(searcher: Searcher, evaluations: int = EVALUATIONS) -> tuple[Tensor
         searcher.tell(asked[-1], quadratic(asked[-1]))
     thetas = torch.cat(asked)
     return thetas, quadratic(thetas)
+
+
+@functools.cache
+def played_out(number: int, seed: int) -> tuple[Searcher, Tensor, Tensor]:
+    """Searcher of CASES that has spent its evaluations, and `play_out`: to look at."""
+    searcher = new(CASES[number], DIM, seed)
+    return searcher, *play_out(searcher)
 
 
 def test_every_registered_searcher_is_tried() -> None:
@@ -211,18 +223,16 @@ def test_global_generators_are_left_alone(build: Build) -> None:
 
 @promised("climbs")
 @pytest.mark.parametrize("seed", range(2))
-def test_a_quadratic_is_climbed(case: Case, build: Build, seed: int) -> None:
-    searcher = build(seed=seed)
-    play_out(searcher)
+def test_a_quadratic_is_climbed(case: Case, seed: int) -> None:
+    searcher, _, _ = played_out(CASES.index(case), seed)
     # From |optimum| = 4.5; the same 600 evaluations at random would not come near.
     assert case.climbs is not None
     assert float((searcher.mean - OPTIMUM).norm()) < case.climbs * float(OPTIMUM.norm())
 
 
 @promised("keeps")
-def test_the_best_that_was_tried_is_kept(case: Case, build: Build) -> None:
-    searcher = build(seed=1)
-    thetas, rewards = play_out(searcher)
+def test_the_best_that_was_tried_is_kept(case: Case) -> None:
+    searcher, thetas, rewards = played_out(CASES.index(case), 1)
     assert len(thetas) >= 0.9 * EVALUATIONS or searcher.done
     torch.testing.assert_close(quadratic(searcher.mean[None])[0], rewards.max())
 
@@ -413,9 +423,8 @@ def test_another_seed_is_refused(build: Build) -> None:
 
 
 @promised("ends")
-def test_what_is_done_asks_nothing(build: Build) -> None:
-    searcher = build()
-    play_out(searcher)
+def test_what_is_done_asks_nothing(case: Case, build: Build) -> None:
+    searcher, _, _ = played_out(CASES.index(case), 0)
     assert searcher.done
     with pytest.raises(RunError, match="is done: nothing left to ask"):
         searcher.ask()
