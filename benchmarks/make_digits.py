@@ -71,8 +71,18 @@ def train_extractor(images: Tensor, labels: Tensor, steps: int = 1500) -> Digits
         schedule.step()
     accuracy = float((classify(net.pooled(images)).argmax(1) == labels).float().mean())
     print(f"extractor: accuracy {accuracy:.4f}", flush=True)
-    net.fit_whitening(images)
+    fit_whitening(net, images)
     return net.eval()
+
+
+def fit_whitening(net: DigitsNet, images: Tensor, ridge: float = 0.01) -> None:
+    """Set centre and whitening to (S + ridge tr(S)/D I)^(-1/2) of the images' features."""
+    with torch.no_grad():
+        pooled = net.pooled(images).double()
+        values, vectors = torch.linalg.eigh(torch.cov(pooled.T))
+        scale = (values + ridge * values.mean()).rsqrt()
+        net.centre.copy_(pooled.mean(0))
+        net.whitening.copy_((vectors * scale) @ vectors.T)
 
 
 def write_evaluation(images: Tensor, labels: Tensor, folder: Path) -> None:

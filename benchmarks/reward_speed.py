@@ -222,8 +222,9 @@ def digits(rounds: int) -> dict[str, Any]:
     size, settings = config.reward.images_per_subset, config.reward
     labels = balanced_labels(settings.pool_size, job.num_classes)
     found = []
+    start = torch.zeros(job.map.dim, dtype=torch.float64)
     for seed in range(rounds):
-        pool = Pool.of(_features(job, job.map_origin, labels, seed, "pool"), labels)
+        pool = Pool.of(_features(job, start, labels, seed, "pool"), labels)
         thetas = make_searcher(_seeded(config, seed), job).ask()
         subset = draw_subset(labels, size, stream(seed, "subset"))
         made = [_features(job, theta, labels[subset], seed, "round") for theta in thetas]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from merge_rl.core.step_policy import denoising_loss
 from merge_rl.workflows.assembly.networks import load_model
@@ -20,7 +21,6 @@ from merge_rl.workflows.finetune.sharded import (
     blocks_of,
     replicated,
     sharded,
-    whole_gradients,
 )
 
 BATCH = 8
@@ -92,6 +92,15 @@ def gradients(model: Path, *, way: str, rows: slice, device: str = "cpu") -> dic
     if way == "sharded":
         average_scalars(policy)
     return whole_gradients(policy)
+
+
+def whole_gradients(network: nn.Module) -> dict[str, Tensor]:
+    """By name, as one process would have them; all processes must call it."""
+    return {
+        name.removeprefix("module."): grad.full_tensor() if isinstance(grad, DTensor) else grad
+        for name, parameter in network.named_parameters()
+        if (grad := parameter.grad) is not None
+    }
 
 
 def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

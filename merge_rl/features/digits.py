@@ -46,15 +46,6 @@ class DigitsNet(nn.Module):
         """Features (B, 64) of images (B, 1, 8, 8) uint8: pooled, centred, whitened."""
         return (self.pooled(images) - self.centre) @ self.whitening
 
-    def fit_whitening(self, images: Tensor, ridge: float = 0.01) -> None:
-        """Set centre and whitening to (S + ridge tr(S)/D I)^(-1/2) of the images' features."""
-        with torch.no_grad():
-            pooled = self.pooled(images).double()
-            values, vectors = torch.linalg.eigh(torch.cov(pooled.T))
-            scale = (values + ridge * values.mean()).rsqrt()
-            self.centre.copy_(pooled.mean(0))
-            self.whitening.copy_((vectors * scale) @ vectors.T)
-
 
 def load_digits_extractor(weights: Mapping[str, Tensor]) -> DigitsNet:
     """The extractor with the given weights, in evaluation mode."""

@@ -120,10 +120,6 @@ class LatentDecoder(nn.Module):
         """Latents of the network -> latents of the VAE, float32."""
         return (latents.to(self.scale.device, torch.float32) - self.bias) / self.scale
 
-    def standardise(self, raw: Tensor) -> Tensor:
-        """Latents of the VAE -> latents of the network, float32: raw scale + bias."""
-        return raw.to(self.scale.device, torch.float32) * self.scale + self.bias
-
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) uint8 on the decoder's device.
 

@@ -22,11 +22,6 @@ class Interval:
     high: float
     count: int
 
-    @property
-    def half_width(self) -> float:
-        """Half of high - low."""
-        return (self.high - self.low) / 2
-
     def overlaps(self, other: Interval) -> bool:
         """Whether the two intervals share a point."""
         return self.low <= other.high and other.low <= self.high

@@ -11,15 +11,14 @@ keeps them and may not. All in float64, in blocks: never a matrix of all pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from merge_rl.core.distances.statistics import check_features, row_blocks
-from merge_rl.errors import ConfigError, StatisticsError, TooFewSamplesError
+from merge_rl.errors import ConfigError, StatisticsError
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """Symmetric k(x_i, y_j) of all pairs: (N, D), (M, D) of any dtype -> (N, M) float64."""
@@ -72,57 +71,6 @@ def kernel_distance(
     check_block(block)
     check_pair(x, y, at_least=2)
     return _distance(x, y, kernel, biased, block)
-
-
-class SubsetDistance(NamedTuple):
-    """Mean of the distances of random subsets, and their standard deviation (divided by S)."""
-
-    mean: float
-    std: float
-
-
-def subset_kernel_distance(
-    x: Tensor,
-    y: Tensor,
-    kernel: Kernel = cubic_kernel,
-    *,
-    num_subsets: int = 100,
-    subset_size: int = 1000,
-    generator: torch.Generator,
-) -> SubsetDistance:
-    """KID as it is published: mean and spread of `kernel_distance` over S random subsets.
-
-    Each subset takes `subset_size` rows of x (N, D), then of y (M, D), without replacement, from
-    the CPU `generator`. The mean estimates what `kernel_distance` gives without a draw; the spread
-    is that of one subset, not of the mean. TooFewSamplesError where a set is smaller than a subset.
-    """
-    check_pair(x, y, at_least=2)
-    if num_subsets < 1 or subset_size < 2:
-        got = f"{num_subsets} of {subset_size}"
-        raise ConfigError(f"expected at least 1 subset of at least 2 rows, got {got}")
-    if subset_size > min(len(x), len(y)):
-        got = f"{len(x)} and {len(y)}"
-        raise TooFewSamplesError(f"subsets of {subset_size} rows need as many rows, got {got}")
-    draws = []
-    for _ in range(num_subsets):
-        first = torch.randperm(len(x), generator=generator)[:subset_size]
-        draws.append((first, torch.randperm(len(y), generator=generator)[:subset_size]))
-    values = kernel_distances_of(x, y, draws, kernel)
-    return SubsetDistance(float(values.mean()), float(values.std(correction=0)))
-
-
-def kernel_distances_of(
-    x: Tensor, y: Tensor, draws: Sequence[tuple[Tensor, Tensor]], kernel: Kernel = cubic_kernel
-) -> Tensor:
-    """Unbiased distances (S,) float64 of S subsets, given as row indices of x and of y.
-
-    Other tools' subset estimates come out with the indices that they draw.
-    """
-    check_pair(x, y, at_least=2)
-    if any(min(len(first), len(second)) < 2 for first, second in draws):
-        raise TooFewSamplesError("expected subsets of at least 2 rows, got a smaller one")
-    values = [_distance(x[first], y[second], kernel, False, BLOCK_ROWS) for first, second in draws]
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def kernel_row_sums(x: Tensor, y: Tensor, kernel: Kernel, block: int = BLOCK_ROWS) -> Tensor:

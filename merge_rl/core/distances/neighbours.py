@@ -20,7 +20,7 @@ from torch import Tensor
 
 from merge_rl.core.distances.kernels import check_pair, squared_distances
 from merge_rl.core.distances.statistics import feature_mean
-from merge_rl.errors import ConfigError, StatisticsError
+from merge_rl.errors import ConfigError
 
 MAX_BYTES = 512 * 2**20
 
@@ -72,30 +72,6 @@ def prdc(
         density=int(balls.sum()) / (k * len(fake)),
         coverage=float(covered.double().mean()),
     )
-
-
-def realism_scores(real: Tensor, fake: Tensor, k: int = 5, *, max_bytes: int = MAX_BYTES) -> Tensor:
-    """Realism of each fake (M,): the largest r_j / |fake − real_j|; at least 1 inside a ball.
-
-    Over the real balls of radius r_j below the median, as outliers have balls that hold nearly
-    anything (Kynkäänniemi et al., 2019, arXiv:1904.06991, equation 3). Infinite for a fake equal
-    to a real row. Arguments as of `prdc`.
-    """
-    _check(real, fake, k)
-    size = block_rows(real.shape[1], max_bytes)
-    centre = feature_mean(real)
-    radii = squared_radii(real, k, size, centre)
-    ordered = radii.sqrt().sort().values
-    median = (ordered[(len(real) - 1) // 2] + ordered[len(real) // 2]) / 2
-    small = radii.sqrt() < median
-    if not bool(small.any()):
-        raise StatisticsError("expected real balls below the median radius, got equal radii only")
-    kept, radii = real[small], radii[small]
-    scores = torch.zeros(len(fake), dtype=torch.float64, device=fake.device)
-    for i, j, distances in _crossing(fake, kept, size, centre):
-        ratios = (radii[j] / distances).masked_fill_(distances == 0, math.inf)
-        scores[i] = torch.maximum(scores[i], ratios.amax(1))
-    return scores.sqrt()
 
 
 def squared_radii(features: Tensor, k: int, size: int, centre: Tensor) -> Tensor:

@@ -12,22 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Final, NamedTuple, Protocol
+from typing import ClassVar, Final, Protocol
 
 import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
 from merge_rl.errors import ConfigError, UnknownNameError
-
-
-class Inverse(NamedTuple):
-    """Coefficients, functions of t, of data and noise: d = dx x + dv v, e = ex x + ev v."""
-
-    data_x: Tensor
-    data_v: Tensor
-    noise_x: Tensor
-    noise_v: Tensor
 
 
 class Path(Protocol):
@@ -61,8 +52,8 @@ class Path(Protocol):
         """k = (alpha' / alpha) sigma^2 - sigma sigma': the factor of the score in the velocity."""
         ...
 
-    def inverse(self, t: Tensor) -> Inverse:
-        """Data and noise from x and v, in a form without 0 / 0 at either end."""
+    def inverse(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of the noise e = a x + b v, in a form without 0 / 0 at either end."""
         ...
 
 
@@ -96,10 +87,9 @@ class Linear:
         """(1 - t) / t; infinite at t = 0."""
         return (1 - t) / t
 
-    def inverse(self, t: Tensor) -> Inverse:
-        """d = x + (1 - t) v, e = x - t v."""
-        one = torch.ones_like(t)
-        return Inverse(one, 1 - t, one, -t)
+    def inverse(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """e = x - t v."""
+        return torch.ones_like(t), -t
 
 
 class GVP:
@@ -132,10 +122,9 @@ class GVP:
         """alpha' / alpha, as sigma^2 + alpha^2 = 1."""
         return self.log_slope(t)  # times sigma^2 + alpha^2 = 1
 
-    def inverse(self, t: Tensor) -> Inverse:
-        """d = alpha x + (2 / pi) sigma v, e = sigma x - (2 / pi) alpha v."""
-        alpha, sigma, rate = self.alpha(t), self.sigma(t), 2 / math.pi
-        return Inverse(alpha, rate * sigma, sigma, -rate * alpha)
+    def inverse(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """e = sigma x - (2 / pi) alpha v."""
+        return self.sigma(t), -2 / math.pi * self.alpha(t)
 
 
 class VP:
@@ -180,10 +169,10 @@ class VP:
         """alpha' / alpha, as sigma^2 + alpha^2 = 1."""
         return self.log_slope(t)  # times sigma^2 + alpha^2 = 1
 
-    def inverse(self, t: Tensor) -> Inverse:
-        """d = alpha x + sigma^2 v / (alpha (log alpha)'), e = sigma (x - v / (log alpha)')."""
-        alpha, sigma, slope = self.alpha(t), self.sigma(t), self.log_slope(t)
-        return Inverse(alpha, sigma.square() / (alpha * slope), sigma, -sigma / slope)
+    def inverse(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """e = sigma (x - v / (log alpha)')."""
+        sigma = self.sigma(t)
+        return sigma, -sigma / self.log_slope(t)
 
 
 PATHS: Final[Mapping[str, Callable[[], Path]]] = {p.name: p for p in (Linear, GVP, VP)}
@@ -196,26 +185,15 @@ def make_path(name: str) -> Path:
     return PATHS[name]()
 
 
-def data_from_velocity(path: Path, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """The data d that x and v (same shape) belong to at times t; linear: x + (1 - t) v."""
-    inverse = path.inverse(require_times(t))
-    return inverse.data_x * x + inverse.data_v * v
-
-
 def noise_from_velocity(path: Path, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """The unit noise e that x and v (same shape) belong to at times t; linear: x - t v."""
-    inverse = path.inverse(require_times(t))
-    return inverse.noise_x * x + inverse.noise_v * v
+    of_x, of_v = path.inverse(require_times(t))
+    return of_x * x + of_v * v
 
 
 def score_from_velocity(path: Path, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """-e / sigma, the gradient of log p_t(x); infinite where sigma is 0 (t = 1)."""
     return -noise_from_velocity(path, v, x, t) / path.sigma(t)
-
-
-def velocity_from_score(path: Path, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """(alpha'/alpha) x + k score; linear and GVP have no value at t = 0."""
-    return drift(path, x, t) + path.score_rate(t) * score
 
 
 def drift(path: Path, x: Tensor, t: Tensor) -> Tensor:

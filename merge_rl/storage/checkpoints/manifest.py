@@ -248,9 +248,3 @@ def parse_stem(stem: str) -> tuple[int | None, float | None]:
     if std is not None and not 0 < std < MAX_EMA_STD:
         return None, None
     return _nimg(int(match["kimg"])), std
-
-
-def format_stem(prefix: str, nimg: int, ema_std: float | None = None) -> str:
-    """Name for a checkpoint, without its ending: `prefix-0008388-0.050`, `prefix-0008388`."""
-    stem = f"{prefix}-{nimg // 1000:07d}"
-    return stem if ema_std is None else f"{stem}-{ema_std:.3f}"

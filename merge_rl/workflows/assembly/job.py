@@ -70,11 +70,6 @@ class Job:
     references: dict[str, Reference]
     hashes: dict[str, Any]
 
-    @property
-    def map_origin(self) -> Tensor:
-        """Theta (D,) of the starting point: 0."""
-        return torch.zeros(self.map.dim, dtype=torch.float64)
-
     def coefficients(self, index: int | None) -> Tensor:
         """(G, K): checkpoint `index` alone, or the uniform average for None."""
         count, groups = len(self.checkpoints), self.map.num_groups

@@ -41,7 +41,6 @@ MAX_ROWS: Final = 10_000
 NEIGHBOURS: Final = 5
 PAIRWISE: Final = ("kid", "mmd", "prdc")
 """Metrics that compare with the features of real images, row by row."""
-HIGHER_IS_BETTER: Final = ("precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

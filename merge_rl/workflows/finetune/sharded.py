@@ -289,12 +289,3 @@ def average_scalars(network: nn.Module) -> None:
     dist.all_reduce(flat)
     for grad, mean in zip(grads, flat / dist.get_world_size(), strict=True):
         grad.copy_(mean)
-
-
-def whole_gradients(network: nn.Module) -> dict[str, Tensor]:
-    """Gradients by name, as one process would have them; all processes must call it."""
-    return {
-        name.removeprefix("module."): _whole(parameter.grad)
-        for name, parameter in network.named_parameters()
-        if parameter.grad is not None
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -177,11 +176,6 @@ def filling_batch(items: int, images: int, devices: int, batch: int) -> int | No
         if all(len(share) for share in shares):
             return block_size(images, size)
     return None
-
-
-def largest_batch(fixed: int, per_image: float, capacity: int) -> int:
-    """Images a batch may have: floor((capacity - fixed) / per_image), 0 if not one fits."""
-    return max(0, math.floor((capacity - fixed) / per_image)) if per_image > 0 else 1 << 30
 
 
 def search_workload(

@@ -24,7 +24,6 @@ from merge_rl.storage.files import (
     npz_arrays,
     read_array,
     read_file,
-    read_header,
     save_tensors,
     tensor_bytes,
 )
@@ -78,15 +77,6 @@ def load_features(path: str | os.PathLike[str]) -> SavedFeatures:
         extractor=extractor,
         extractor_sha256=digest or None,
         settings=settings,
-    )
-
-
-def has_features(path: Path) -> bool:
-    """Whether a file holds features; only its header is read."""
-    if path.suffix.lower() == ".npz":
-        return bool(set(FEATURE_KEYS) & set(npz_arrays(path)))
-    return path.suffix == ".safetensors" and bool(
-        set(FEATURE_KEYS) & set(read_header(path).tensors)
     )
 
 

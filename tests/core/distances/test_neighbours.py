@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from merge_rl.core.distances.kernels import squared_distances
-from merge_rl.core.distances.neighbours import MAX_BYTES, block_rows, prdc, realism_scores
+from merge_rl.core.distances.neighbours import MAX_BYTES, block_rows, prdc
 from merge_rl.errors import ConfigError, StatisticsError, TooFewSamplesError
 
 PAIRS = ("real_a_fake_b", "real_b_fake_a", "real_a_fake_d", "real_a_fake_c")
@@ -52,13 +51,6 @@ def test_points_on_a_surface() -> None:
     assert prdc(real, fake, k=1, closed=True) == (0.5, 1, 0.5, 0.5)
 
 
-def test_realism_by_hand() -> None:
-    # Radii of 0, 1, 3, 7 with k = 1: 1, 1, 2, 4, median 1.5: the balls of 0 and 1 count.
-    # 3: 1/2 from the ball of 1; 0.25: 1/0.25 from that of 0; −4: 1/4; 1 is a real row.
-    scores = realism_scores(line(0, 1, 3, 7), line(3, 0.25, -4, 1), k=1)
-    assert scores.tolist() == pytest.approx([1 / 2, 4, 1 / 4, math.inf])
-
-
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("max_bytes", [MAX_BYTES, SMALL])
 def test_shares_match_dgm_eval(
@@ -81,19 +73,6 @@ def test_shares_match_torch_fidelity(
         found = prdc(real, fake, k, closed=True)
         assert found.precision == pytest.approx(expected["precision"], abs=1e-7)
         assert found.recall == pytest.approx(expected["recall"], abs=1e-7)
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("max_bytes", [MAX_BYTES, SMALL])
-def test_realism_matches_dgm_eval(
-    features: dict[str, Tensor], official: dict[str, Any], pair: str, max_bytes: int
-) -> None:
-    real, fake = sets_of(pair, features)
-    for k in (3, 5):
-        expected = official["prdc"][pair][f"dgm_eval_k{k}"]
-        scores = realism_scores(real, fake, k, max_bytes=max_bytes)
-        assert float(scores.mean()) == pytest.approx(expected["realism_mean"], rel=1e-4)
-        assert scores[:5].tolist() == pytest.approx(expected["realism_first5"], rel=1e-4)
 
 
 def test_shares_ignore_order_motion_and_scale(features: dict[str, Tensor]) -> None:
@@ -148,7 +127,6 @@ def test_no_matrix_is_larger_than_a_block(generator: torch.Generator) -> None:
     assert size < 100
     with LargestTensor() as largest:  # type: ignore[no-untyped-call]
         prdc(real, fake, k=3, max_bytes=SMALL)
-        realism_scores(real, fake, k=3, max_bytes=SMALL)
     assert largest.elements == size * size  # more than any copy of features or list of neighbours
 
 
@@ -163,18 +141,15 @@ def test_blocks_fill_their_bytes(dim: int) -> None:
 
 def test_features_without_neighbours_are_refused() -> None:
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    for function in (prdc, realism_scores):
-        with pytest.raises(TooFewSamplesError, match="at least 6 feature rows, got 5"):
-            function(x, x[:5])
-        with pytest.raises(TooFewSamplesError, match="at least 6 feature rows, got 5"):
-            function(x[:5], x)
-        with pytest.raises(ConfigError, match="at least 1 neighbour, got 0"):
-            function(x, x, 0)
-        with pytest.raises(StatisticsError, match="got 4 and 3"):
-            function(x, x[:, :3])
-        with pytest.raises(StatisticsError, match="6 of 6 rows with NaN"):
-            function(x, x / 0.0 * 0)
-        with pytest.raises(ConfigError, match="at least 160 bytes for a block, got 100"):
-            function(x, x, max_bytes=100)
-    with pytest.raises(StatisticsError, match="equal radii only"):
-        realism_scores(line(0, 1, 2, 3), line(0, 1, 2), k=1)
+    with pytest.raises(TooFewSamplesError, match="at least 6 feature rows, got 5"):
+        prdc(x, x[:5])
+    with pytest.raises(TooFewSamplesError, match="at least 6 feature rows, got 5"):
+        prdc(x[:5], x)
+    with pytest.raises(ConfigError, match="at least 1 neighbour, got 0"):
+        prdc(x, x, 0)
+    with pytest.raises(StatisticsError, match="got 4 and 3"):
+        prdc(x, x[:, :3])
+    with pytest.raises(StatisticsError, match="6 of 6 rows with NaN"):
+        prdc(x, x / 0.0 * 0)
+    with pytest.raises(ConfigError, match="at least 160 bytes for a block, got 100"):
+        prdc(x, x, max_bytes=100)

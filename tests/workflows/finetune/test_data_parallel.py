@@ -20,10 +20,18 @@ from merge_rl.workflows.assembly.networks import load_model
 from merge_rl.workflows.finetune.distributed import SharedParts
 from merge_rl.workflows.finetune.job import build_finetune, resolve_finetune
 from merge_rl.workflows.finetune.learner import Learner, trainable
-from merge_rl.workflows.finetune.sharded import process_group, whole_gradients
+from merge_rl.workflows.finetune.sharded import process_group
 from merge_rl.workflows.finetune.step import StepParts
 from merge_rl.workflows.finetune.updates import Kept
-from tests.gradients import BATCH, Terms, block_by_block, gradients, launched, loss_of
+from tests.gradients import (
+    BATCH,
+    Terms,
+    block_by_block,
+    gradients,
+    launched,
+    loss_of,
+    whole_gradients,
+)
 
 EPS, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
