@@ -258,8 +258,9 @@ def open_checkpoints(
     """Open a folder of `.safetensors`, with or without a manifest, reading headers only.
 
     `track` keeps one series of a manifest, `select` the checkpoints of these names. Order: by
-    (nimg, ema_std) if a manifest gives every nimg, else the manifest's, else by file name. Every
-    file must agree with the first in tensor names, shapes and dtypes.
+    (nimg, ema_std) if a manifest gives every nimg, else by the numbers in names (step_750 before
+    step_2000), else the manifest's. Every file must agree with the first in tensor names, shapes
+    and dtypes.
     """
     listing = select_entries(list_folder(Path(path)), track=track, select=select)
     headers = read_headers(listing)

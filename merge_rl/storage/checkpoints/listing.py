@@ -26,7 +26,13 @@ from merge_rl.storage.checkpoints.model_file import (
     open_model_file,
     safetensors_in,
 )
-from merge_rl.storage.files import Header, TensorInfo, read_header
+from merge_rl.storage.files import (
+    Header,
+    TensorInfo,
+    natural_key,
+    read_header,
+    without_numbers,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +136,16 @@ def _entries_by_name(folder: Path) -> tuple[CheckpointEntry, ...]:
 
 def _by_progress(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, ...]:
     if any(entry.nimg is None for entry in entries):
-        return entries
+        return _by_numbers(entries)
     return tuple(sorted(entries, key=lambda entry: (entry.nimg or 0, entry.ema_std or 0.0)))
+
+
+def _by_numbers(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, ...]:
+    """Names that differ in numbers alone are a series: by those, else the order of the manifest."""
+    stems = [PurePosixPath(entry.file).stem for entry in entries]
+    if len({without_numbers(stem) for stem in stems}) > 1:
+        return entries
+    return tuple(sorted(entries, key=lambda entry: natural_key(PurePosixPath(entry.file).stem)))
 
 
 def _unique_names(entries: Sequence[CheckpointEntry]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from merge_rl.storage.checkpoints.manifest import (
 from merge_rl.storage.files import (
     INDEX_NAME,
     load_json_mapping,
+    natural_key,
     read_bounded,
     read_file,
     read_index,
@@ -120,10 +121,9 @@ def metadata_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] |
 
 
 def safetensors_in(folder: Path) -> list[Path]:
-    """Its `.safetensors` files in name order, without hidden ones (unfinished writes)."""
-    return sorted(
-        file for file in folder.glob("*.safetensors") if file.is_file() and file.name[0] != "."
-    )
+    """Its `.safetensors` files in natural order, without hidden ones (unfinished writes)."""
+    found = (f for f in folder.glob("*.safetensors") if f.is_file() and f.name[0] != ".")
+    return sorted(found, key=lambda file: natural_key(file.stem))
 
 
 def _only_file(folder: Path) -> Path:

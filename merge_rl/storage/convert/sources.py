@@ -15,7 +15,7 @@ from merge_rl.storage.convert import edm2 as edm2_source
 from merge_rl.storage.convert import sit as sit_source
 from merge_rl.storage.convert.contents import Extracted, require_size, shapes_of, state_dict
 from merge_rl.storage.convert.edm2_shapes import is_edm2
-from merge_rl.storage.files import read_header
+from merge_rl.storage.files import natural_key, read_header
 from merge_rl.storage.pickles import (
     ByteSource,
     Span,
@@ -57,7 +57,8 @@ def list_files(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 
 def _convertible(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    found = (file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    files = sorted(found, key=lambda file: natural_key(file.name))
     states = [file for file in files if file.name.startswith("training-state-")]
     snapshots = any(file.suffix == ".pkl" for file in files)
     return [file for file in files if file not in states] if snapshots else files

@@ -30,6 +30,7 @@ from merge_rl.storage.files.image_source import (
     open_images,
 )
 from merge_rl.storage.files.images import decode_image, enlarge, image_grid, write_png
+from merge_rl.storage.files.naming import natural_key, without_numbers
 from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, read_array
 from merge_rl.storage.files.safetensors_file import (
     TensorReader,
@@ -78,6 +79,7 @@ __all__ = [
     "load_json_mapping",
     "load_yaml",
     "map_file",
+    "natural_key",
     "nearest",
     "new_folder",
     "npz_arrays",
@@ -96,6 +98,7 @@ __all__ = [
     "sha256_file",
     "tensor_bytes",
     "tensor_file",
+    "without_numbers",
     "write_header",
     "write_json",
     "write_png",

@@ -9,7 +9,6 @@ import hashlib
 import io
 import math
 import os
-import re
 import struct
 import zipfile
 import zlib
@@ -26,6 +25,7 @@ from torch import Tensor
 from merge_rl.errors import ConfigError, ImageError
 from merge_rl.storage.files.atomic import atomic_path
 from merge_rl.storage.files.documents import load_json_mapping
+from merge_rl.storage.files.naming import natural_key
 
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP")
@@ -57,7 +57,7 @@ class ImageFiles:
         files = _listing(self._archive) if self._archive else _walk(path)
         self._files = sorted(
             (file for file in files if is_image_name(file.name)),
-            key=lambda file: (natural_key(file.name), file.name),
+            key=lambda file: natural_key(file.name),
         )
         if not self._files:
             raise ImageError(f"{path}: expected images ({', '.join(SUFFIXES)}), found none")
@@ -149,16 +149,6 @@ def decode_image(data: bytes, name: str) -> Pixels:
     except Exception as error:  # noqa: BLE001 (decoders raise what they like on broken data)
         raise ImageError(f"{name} is broken: {_reason(error)}") from None
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-
-def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sorts "img_9" before "img_10": numbers by value, the rest as text."""
-    parts = re.split("([0-9]+)", name)
-    # By length first, leading zeros aside, is by value, for numbers of any length.
-    return [
-        (len(part.lstrip("0")), part.lstrip("0")) if i % 2 else (0, part)
-        for i, part in enumerate(parts)
-    ]
 
 
 def is_image_name(name: str) -> bool:

@@ -19,6 +19,7 @@ from merge_rl.errors import (
     UnknownNameError,
 )
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
+from merge_rl.storage.checkpoints.listing import newest_model
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
@@ -139,6 +140,39 @@ def test_one_unknown_progress_keeps_the_order_of_the_manifest(tmp_path: Path) ->
     opened = open_checkpoints(tmp_path)
     assert opened.names == ("c", "a", "b")
     assert opened.newest == 2
+
+
+STEPS = ["step_250", "step_500", "step_750", "step_2000", "step_20000"]
+
+
+def test_numbers_in_names_count_as_numbers(tmp_path: Path) -> None:
+    for name in reversed(STEPS):
+        save_tensors(tmp_path / f"{name}.safetensors", weights())
+    opened = open_checkpoints(tmp_path)
+    assert opened.names == tuple(STEPS)
+    assert opened.names[opened.newest] == "step_20000"
+    assert opened.nimg == [None] * 5
+
+
+@pytest.mark.parametrize("folders", [("",), ("raw/", "ema/")])
+def test_a_series_in_a_manifest_goes_by_its_numbers(
+    tmp_path: Path, folders: tuple[str, ...]
+) -> None:
+    # In the order of text, as a list of files was written down.
+    files = [f"{place}{name}.safetensors" for name in sorted(STEPS) for place in folders]
+    for file in files:
+        save_checkpoint(tmp_path / file, weights())
+    entries = tuple(
+        CheckpointEntry(file=file, track=file.partition("/")[0] if "/" in file else None)
+        for file in files
+    )
+    write_manifest(tmp_path / MANIFEST_NAME, Manifest(model=CONFIG, checkpoints=entries))
+    opened = open_checkpoints(tmp_path)
+    # Of equal numbers the manifest's order is kept.
+    expected = [f"{place}{name}" for name in STEPS for place in folders]
+    assert [entry.file.removesuffix(".safetensors") for entry in opened.entries] == expected
+    track = folders[-1].rstrip("/") or None
+    assert newest_model(tmp_path, track).stem == "step_20000"
 
 
 def test_a_track_or_a_selection_keeps_order_and_names(listed: Path) -> None:

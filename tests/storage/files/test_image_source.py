@@ -16,7 +16,6 @@ from torch import Tensor
 from merge_rl.errors import CheckpointError, DataFileError, ImageError
 from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.storage.files.image_source import ImageStream, open_images
-from merge_rl.storage.files.images import natural_key
 
 
 def draw(*shape: int) -> Tensor:
@@ -87,13 +86,6 @@ def test_grey_images_have_one_channel(tmp_path: Path) -> None:
     images, stream = read_all(tmp_path / "a.npz")
     assert torch.equal(images, grey)
     assert str(stream.kind) == "3x6 grey"
-
-
-def test_the_natural_order() -> None:
-    names = ["b/1.png", "a/img_10.png", "a/img_9.png", "a/img_010.png", "a/img.png", "a2.png"]
-    expected = ["a2.png", "a/img.png", "a/img_9.png", "a/img_010.png", "a/img_10.png", "b/1.png"]
-    assert sorted(names, key=lambda name: (natural_key(name), name)) == expected
-    natural_key("9" * 10_000)  # too long for a number of Python's
 
 
 def test_other_files_and_hidden_ones_are_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""The order of names: numbers in them count as numbers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from merge_rl.storage.files.naming import natural_key, without_numbers
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        ["a2.png", "a/img.png", "a/img_9.png", "a/img_010.png", "a/img_10.png", "b/1.png"],
+        ["step_250", "step_500", "step_750", "step_1000", "step_2000", "step_20000"],
+        ["ema-0.050", "ema-0.1", "ema-0.10", "ema-0.25", "ema-1"],
+        ["epoch=9-loss=0.2", "epoch=10-loss=0.02", "epoch=10-loss=0.1"],
+        ["v1.9", "v1.10"],
+        ["a", "a0", "a00", "a01", "a1", "b"],
+    ],
+)
+def test_the_natural_order(expected: list[str]) -> None:
+    for seed in range(5):
+        names = random.Random(seed).sample(expected, len(expected))
+        assert sorted(names, key=natural_key) == expected
+
+
+def test_numbers_may_be_of_any_length() -> None:
+    long = "9" * 10_000  # too long for a number of Python's
+    assert natural_key(long) < natural_key("1" + long)
+
+
+def test_names_of_a_series_differ_in_numbers_alone() -> None:
+    assert without_numbers("step_750") == without_numbers("step_02000") == "step_#"
+    assert without_numbers("e=1-loss=0.5") == without_numbers("e=10-loss=12.25") == "e=#-loss=#"
+    assert without_numbers("last") == "last"
