@@ -1,5 +1,6 @@
 # make demo   install, then the main job on the embedded digits run (some minutes)
 # make test   install, then all tests
+# make test-portable  the tests that compare bits or tolerances, again with the instructions of other processors
 # make lint   install, then format, lint and types
 # make bench  the benchmarks; each prints a table and writes JSON to build/bench
 
@@ -9,10 +10,10 @@ READY := .venv/.ready
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-portable lint format bench clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "merge_rl needs Python >= 3.10")'
@@ -28,6 +29,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# Whatever the processor has beyond these instructions is left unused.
+test-portable: $(READY)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n $(JOBS) -m numerics
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n $(JOBS) -m numerics
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -64,6 +64,19 @@ RAW = [f"tiny-{100 * i:07d}" for i in (1, 2, 3, 4)]
 EMA = [(f"tiny-{100 * i:07d}-{std:.3f}", 102400 * i, std) for i in (2, 4) for std in (0.05, 0.1)]
 
 
+NUMERIC = ("core", "features", "models", "searchers")
+"""Folders of tests that compare bits or tolerances; elsewhere they bear the marker themselves."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folders = [Path(__file__).parent / name for name in NUMERIC]
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        raise pytest.UsageError(f"no such folder of tests: {', '.join(missing)}")
+    for item in items:
+        if any(folder in item.path.parents for folder in folders):
+            item.add_marker("numerics")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of reference numbers from the official implementations."""

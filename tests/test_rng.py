@@ -9,6 +9,8 @@ import torch
 
 from merge_rl.rng import SEED_BITS, ImageStreams, derive_seed, image_seeds, stream
 
+pytestmark = pytest.mark.numerics
+
 
 def test_derived_seed_is_the_documented_hash() -> None:
     # First 8 bytes of SHA-256 of "7/round/3", big endian, without the lowest two bits.

@@ -99,6 +99,7 @@ def test_every_family_has_a_case() -> None:
     assert set(CONFIGS) == set(MODELS)
 
 
+@pytest.mark.numerics
 def test_build_gives_what_the_rest_relies_on(family: str) -> None:
     model = mrl.build_model(CONFIGS[family])
     assert isinstance(model, nn.Module)
@@ -119,6 +120,7 @@ def test_build_gives_what_the_rest_relies_on(family: str) -> None:
     assert {name: t.shape for name, t in empty.state_dict().items()} == shapes
 
 
+@pytest.mark.numerics
 def test_saved_weights_load_everywhere(family: str, folder: Path, tmp_path: Path) -> None:
     opened = mrl.open_checkpoints(folder)
     assert len(opened) == 3
@@ -136,6 +138,7 @@ def test_saved_weights_load_everywhere(family: str, folder: Path, tmp_path: Path
     assert torch.equal(outs[0], outs[2])
 
 
+@pytest.mark.numerics
 def test_merges_live_saved_and_by_hand_agree(family: str, folder: Path, tmp_path: Path) -> None:
     opened = mrl.open_checkpoints(folder)
     row = [0.5, -0.25, 0.75]

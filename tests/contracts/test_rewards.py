@@ -17,6 +17,8 @@ from merge_rl.workflows.reference.formats import Reference
 from merge_rl.workflows.rewards.frechet import RewardSource
 from merge_rl.workflows.rewards.pool import Pool
 
+pytestmark = pytest.mark.numerics
+
 DIM, POOL = 5, 90
 NEEDS_FEATURES = [name for name in REWARDS if name.startswith(("kid", "mmd"))]
 OWN_IMAGES = [name for name in REWARDS if name.endswith("full")]

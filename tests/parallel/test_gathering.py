@@ -14,6 +14,8 @@ from merge_rl.parallel.blocks import Buffers, gather_rows
 from merge_rl.parallel.group import Group
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.numerics
+
 SIZES = [[2, 1], [], [3, 3, 1]]  # rows of the blocks of three ranks, one of them idle
 
 

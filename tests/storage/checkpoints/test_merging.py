@@ -15,6 +15,8 @@ from merge_rl.storage.checkpoints.merging import load_checkpoints, plan_merge, s
 from merge_rl.storage.checkpoints.model_file import save_checkpoint
 from merge_rl.storage.files.safetensors_file import TensorReader
 
+pytestmark = pytest.mark.numerics
+
 GROUPS = {"decoder": r"\.dec\.", "embedding": "emb_"}
 
 

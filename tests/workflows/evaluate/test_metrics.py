@@ -19,6 +19,8 @@ from merge_rl.rng import stream
 from merge_rl.workflows.evaluate.metrics import Scores, some_rows
 from merge_rl.workflows.reference.formats import Reference
 
+pytestmark = pytest.mark.numerics
+
 
 def draw(count: int, shift: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -32,6 +33,8 @@ from tests.gradients import (
     loss_of,
     whole_gradients,
 )
+
+pytestmark = pytest.mark.numerics
 
 EPS, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 

@@ -135,11 +135,13 @@ def test_an_edm2_keeps_its_weights_normalized(tiny: Path, tmp_path: Path) -> Non
     assert not torch.equal(weights["unet.out_gain"], start["unet.out_gain"])
 
 
+@pytest.mark.numerics
 def test_equal_settings_give_equal_bits(small: Path, tmp_path: Path) -> None:
     outcomes = [outcome_of(run_of(small, tmp_path / name).run_dir) for name in ("a", "b")]
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.numerics
 def test_micro_batches_change_rounding_alone(small: Path, tmp_path: Path) -> None:
     first, second = (
         run_of(small, tmp_path / f"m{size}", update={"micro_batch": size}, steps=1)

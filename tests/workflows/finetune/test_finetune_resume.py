@@ -95,6 +95,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_again_and_again(
     kind: str, small: Path, tmp_path: Path, tripwire: Tripwire

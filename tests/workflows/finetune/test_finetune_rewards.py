@@ -15,6 +15,8 @@ from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource, S
 from merge_rl.workflows.rewards.pool import Pool
 from merge_rl.workflows.rewards.sum import RewardSum, WeightedReward
 
+pytestmark = pytest.mark.numerics
+
 DIM, SIZE = 4, 6
 
 

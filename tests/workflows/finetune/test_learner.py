@@ -14,6 +14,8 @@ from merge_rl.models.sit import SiT
 from merge_rl.workflows.finetune.learner import Learner, trainable
 from tests.finetuning import SIT
 
+pytestmark = pytest.mark.numerics
+
 
 class Line(nn.Module):
     """w x + b."""

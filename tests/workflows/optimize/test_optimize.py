@@ -338,6 +338,7 @@ def test_stages_have_coefficients_of_their_own(
     assert all(torch.equal(stored[name], tensor) for name, tensor in made.items())
 
 
+@pytest.mark.numerics
 def test_the_recipe_makes_the_same_weights_bit_for_bit(finished: Finished) -> None:
     opened = mrl.open_checkpoints(finished.folder, track="raw")
     recipe = Recipe(finished.run / "merged/merge.yaml")
@@ -377,6 +378,7 @@ def test_the_card_says_what_was_found(finished: Finished) -> None:
 # ------------------------------------------------------------------------------------ randomness
 
 
+@pytest.mark.numerics
 def test_the_same_seed_is_the_same_run_and_another_is_not(
     finished: Finished, outcome: Outcome, tmp_path: Path
 ) -> None:

@@ -146,6 +146,7 @@ def test_interrupted_at_every_place(
     assert list(tmp_path.rglob(".*")) == []
 
 
+@pytest.mark.numerics
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("first", [0, 4, 9, 16, 20, 31, 44, 77, -1])
 def test_interrupted_again_and_again(

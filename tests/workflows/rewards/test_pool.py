@@ -13,6 +13,8 @@ from merge_rl.errors import ConfigError, StatisticsError
 from merge_rl.rng import draw_subset
 from merge_rl.workflows.rewards.pool import Pool, pool_gap
 
+pytestmark = pytest.mark.numerics
+
 DIM = 6
 CLASSES = 4
 

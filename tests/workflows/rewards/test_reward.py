@@ -23,6 +23,8 @@ from merge_rl.workflows.rewards.frechet import (
 )
 from merge_rl.workflows.rewards.pool import Pool
 
+pytestmark = pytest.mark.numerics
+
 DIM = 6
 
 

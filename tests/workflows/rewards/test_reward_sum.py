@@ -12,6 +12,8 @@ from torch import Tensor
 from merge_rl.workflows.rewards.pool import Pool
 from merge_rl.workflows.rewards.sum import CombinedExtractor, RewardSum, WeightedReward
 
+pytestmark = pytest.mark.numerics
+
 
 class Column:
     """Minus the mean of the features it is shown; notes the pools it sees."""

@@ -21,6 +21,8 @@ from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 from tests.ranks import on_ranks
 from tests.workflows.rollout.test_rollout import Bytes, Pixels
 
+pytestmark = pytest.mark.numerics
+
 COEFFICIENTS = [torch.tensor([[0.3, 0.7]]), torch.tensor([[1.5, -0.5]]), torch.tensor([[0.1, 0.9]])]
 
 

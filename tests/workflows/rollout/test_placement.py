@@ -12,6 +12,8 @@ from merge_rl.errors import ConfigError
 from merge_rl.workflows.rollout import device as placement
 from merge_rl.workflows.rollout.device import choose_place, free_memory
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.mark.parametrize(
     ("needed", "device", "free_device", "free_memory", "expected"),

@@ -15,6 +15,8 @@ from merge_rl.interfaces import Autoencoder, Denoiser, FeatureExtractor
 from merge_rl.rng import ImageStreams
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout
 
+pytestmark = pytest.mark.numerics
+
 SHAPE = (1, 2, 3)
 SEEDS = [5, 0, 12, 7, 1, 9, 3]
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2, 2])
