@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -80,6 +81,11 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tripwire(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
+    return watching(monkeypatch)
+
+
+def watching(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
+    """A wire at every place where a run can stop."""
     wire = Tripwire()
     watched: list[tuple[Any, str]] = [
         (MergedRollout, "features"),
@@ -100,6 +106,10 @@ def tripwire(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_network(monkeypatch)
+
+
+def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples that cost nothing: noise times a merged weight, shifted by the class."""
 
     def latents(self: Rollout, noise: Tensor, labels: Tensor, **_: object) -> Tensor:
@@ -110,14 +120,52 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rollout, "latents", latents)
 
 
-def drive(run: Path, config: OptimizeConfig) -> None:
+def drive(run: Path, config: OptimizeConfig) -> mrl.OptimizeResult:
     """What a user does: start, and once there is a run, resume."""
     if (run / "config.yaml").is_file():
-        mrl.resume(run)
-    else:
-        # Stopped before there was a run: nothing is lost but the folder.
-        shutil.rmtree(run, ignore_errors=True)
-        mrl.optimize(config.checkpoints, out=run, config=config)
+        return mrl.resume(run)
+    # Stopped before there was a run: nothing is lost but the folder.
+    shutil.rmtree(run, ignore_errors=True)
+    return mrl.optimize(config.checkpoints, out=run, config=config)
+
+
+class Whole(NamedTuple):
+    """A run that nothing has interrupted."""
+
+    config: OptimizeConfig
+    places: list[str]  # where it could have been
+    result: mrl.OptimizeResult
+    outcome: dict[str, object]
+
+
+Make = Callable[[Path, OptimizeConfig], Whole]
+
+
+@pytest.fixture(scope="module")
+def run_whole(outcome: Outcome) -> Iterator[Make]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+
+        def make(run: Path, config: OptimizeConfig) -> Whole:
+            with pytest.MonkeyPatch.context() as wired:
+                wire = watching(wired)
+                result = drive(run, config)
+            return Whole(config, list(wire.passed), result, outcome(run))
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def whole(
+    shared_tiny: Path, tiny_config: TinyConfig, run_whole: Make,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Whole:  # fmt: skip
+    """Of samples that cost nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_network(patch)
+        return run_whole(
+            tmp_path_factory.mktemp("whole") / "run", tiny_config(shared_tiny, **SMALL)
+        )
 
 
 # ------------------------------------------------------------------------------ every single place
@@ -128,13 +176,9 @@ PARTS = 6
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_interrupted_at_every_place(
-    part: int, shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, outcome: Outcome,
-    tripwire: Tripwire,
-) -> None:  # fmt: skip
-    config = tiny_config(shared_tiny, **SMALL)
-    with tripwire.at(None):
-        drive(tmp_path / "whole", config)
-    places, expected = list(tripwire.passed), outcome(tmp_path / "whole")
+    part: int, whole: Whole, tmp_path: Path, outcome: Outcome, tripwire: Tripwire
+) -> None:
+    config, places, _, expected = whole
     assert [places.count(name) for name in ("features", "append_event", "save_state")] == [26, 3, 4]
     for place in range(part, len(places), PARTS):
         run = tmp_path / f"run{place}"
@@ -150,21 +194,17 @@ def test_interrupted_at_every_place(
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("first", [0, 4, 9, 16, 20, 31, 44, 77, -1])
 def test_interrupted_again_and_again(
-    first: int, shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, outcome: Outcome,
-    tripwire: Tripwire,
-) -> None:  # fmt: skip
-    config = tiny_config(shared_tiny, **SMALL)
-    with tripwire.at(None):
-        drive(tmp_path / "whole", config)
-    run = tmp_path / "run"
-    with tripwire.at(first % len(tripwire.passed)):
+    first: int, whole: Whole, tmp_path: Path, outcome: Outcome, tripwire: Tripwire
+) -> None:
+    config, run = whole.config, tmp_path / "run"
+    with tripwire.at(first % len(whole.places)):
         drive(run, config)
     # The resumed run is stopped soon after it has begun, then a little later.
     for limit in (1, 6):
         with tripwire.at(limit):
             drive(run, config)
     drive(run, config)
-    assert outcome(run) == outcome(tmp_path / "whole")
+    assert outcome(run) == whole.outcome
 
 
 # ------------------------------------------------------------------------------ every kind of run
@@ -201,15 +241,26 @@ def small_config(make: TinyConfig, folder: Path, changes: dict[str, Any]) -> Opt
     return make(folder, **merged)
 
 
+@pytest.fixture(scope="module")
+def whole_of(
+    shared_tiny: Path, tiny_config: TinyConfig, run_whole: Make,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Whole]:  # fmt: skip
+    folder = tmp_path_factory.mktemp("kinds")
+
+    @functools.cache
+    def of_kind(kind: str) -> Whole:
+        return run_whole(folder / kind, small_config(tiny_config, shared_tiny, KINDS[kind]))
+
+    return of_kind
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_run_resumes(
-    kind: str, shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, outcome: Outcome,
+    kind: str, whole_of: Callable[[str], Whole], tmp_path: Path, outcome: Outcome,
     tripwire: Tripwire,
 ) -> None:  # fmt: skip
-    config = small_config(tiny_config, shared_tiny, KINDS[kind])
-    with tripwire.at(None):
-        drive(tmp_path / "whole", config)
-    places, expected = list(tripwire.passed), outcome(tmp_path / "whole")
+    config, places, _, expected = whole_of(kind)
     events = expected["events.jsonl"]
     assert isinstance(events, list)
     assert len(events) >= 3
@@ -225,14 +276,11 @@ def test_every_kind_of_run_resumes(
     assert outcome(run) == expected
 
 
-def test_kinds_are_what_they_say(
-    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path
-) -> None:
+def test_kinds_are_what_they_say(whole_of: Callable[[str], Whole]) -> None:
     # Without this the test above could pass on runs that are all alike.
     def run(kind: str) -> tuple[mrl.OptimizeResult, list[dict[str, Any]]]:
-        config = small_config(tiny_config, shared_tiny, KINDS[kind])
-        result = mrl.optimize(shared_tiny, out=tmp_path / kind, config=config)
-        return result, RunDir.open(tmp_path / kind).events()
+        result = whole_of(kind).result
+        return result, RunDir.open(result.run_dir).events()
 
     result, _ = run("groups")
     assert result.coefficients.shape == (2, 4)
@@ -305,19 +353,30 @@ def test_resuming_a_finished_run_generates_nothing(
 # ------------------------------------------------------------------------------------ what is torn
 
 
+@pytest.fixture(scope="module")
+def stopped_template(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped in its third round."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    second = [i for i, place in enumerate(whole.places) if place == "save_state"][2]
+    with pytest.MonkeyPatch.context() as patch:
+        without_network(patch)
+        with watching(patch).at(second + 4):
+            drive(run, whole.config)
+    assert len(RunDir.open(run).events()) == 2
+    return run
+
+
 @pytest.fixture
 def stopped(
-    tiny: Path, tiny_config: TinyConfig, tmp_path: Path, tripwire: Tripwire, quick: None
+    stopped_template: Path, shared_tiny: Path, tiny: Path, tmp_path: Path, quick: None
 ) -> Path:
     """A run that was stopped in its third round, on a set of the test's own."""
-    config = tiny_config(tiny, **SMALL)
-    with tripwire.at(None):
-        drive(tmp_path / "whole", config)
-    second = [i for i, place in enumerate(tripwire.passed) if place == "save_state"][2]
-    with tripwire.at(second + 4):
-        drive(tmp_path / "run", config)
-    assert len(RunDir.open(tmp_path / "run").events()) == 2
-    return tmp_path / "run"
+    run = tmp_path / "run"
+    shutil.copytree(stopped_template, run)
+    settings = (run / "config.yaml").read_text()
+    assert str(shared_tiny) in settings
+    (run / "config.yaml").write_text(settings.replace(str(shared_tiny), str(tiny)))
+    return run
 
 
 @pytest.mark.parametrize(
@@ -325,23 +384,23 @@ def stopped(
     [b'{"kind": "round", "round": 2, "the', b"{", bytes(50), b'{"kind": "round", "round": 2}'],
 )
 def test_a_torn_line_is_repaired(
-    rest: bytes, stopped: Path, tmp_path: Path, outcome: Outcome
+    rest: bytes, stopped: Path, whole: Whole, outcome: Outcome
 ) -> None:
     # The round it belongs to is not in the resume point, so it is done again.
     events = stopped / "events.jsonl"
     events.write_bytes(events.read_bytes() + rest)
     mrl.resume(stopped)
-    assert outcome(stopped) == outcome(tmp_path / "whole")
+    assert outcome(stopped) == whole.outcome
 
 
-def test_unfinished_writes_do_not_disturb(stopped: Path, tmp_path: Path, outcome: Outcome) -> None:
+def test_unfinished_writes_do_not_disturb(stopped: Path, whole: Whole, outcome: Outcome) -> None:
     # What a killed process leaves: temporary files of every kind.
     (stopped / ".tmp-0-state.safetensors").write_bytes(b"half")
     (stopped / ".merged-abc").mkdir()
     mrl.resume(stopped)
     found = outcome(stopped)
     found.pop(".tmp-0-state.safetensors")
-    assert found == outcome(tmp_path / "whole")
+    assert found == whole.outcome
 
 
 # ------------------------------------------------------------------------------ what is refused
