@@ -203,10 +203,9 @@ def choose_sampler(
     other: Sequence[str] = (),
 ) -> SamplerConfig:
     """The settings near a model with those of the command line on top; None was not given."""
-    import yaml
-
     from merge_rl.config import SamplerConfig, from_mapping, split_pair, to_mapping
     from merge_rl.core.sampling.compatibility import require_solver
+    from merge_rl.untrusted import parse_yaml
 
     values = to_mapping(near or SamplerConfig())
     if fast:
@@ -214,10 +213,7 @@ def choose_sampler(
     values |= {key: value for key, value in given.items() if value is not None}
     for pair in other:
         key, text = split_pair(pair)
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--sampler {pair}: the value is not valid YAML") from None
+        values[key] = parse_yaml(text, f"--sampler {pair}", ConfigError)
     chosen = from_mapping(SamplerConfig, values, "sampler")
     require_solver(chosen.solver)
     return chosen

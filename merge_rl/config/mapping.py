@@ -58,26 +58,18 @@ def from_mapping(cls: type[T], values: object, where: str = "config") -> T:
 
 
 def load_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file (safe loader) that must hold a mapping with text keys."""
-    import yaml  # help texts need the settings' names, and must not wait for it
+    """A YAML file that must hold a mapping with text keys."""
+    # Help texts need the settings' names, and must not wait for what reads YAML.
+    from merge_rl.untrusted import load_yaml
 
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
-    # PyYAML lets ValueError escape for scalars that do not fit their tag, such as 2024-99-99.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
+    values = load_yaml(path, ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping, found {type(values).__name__}")
     return {str(key): value for key, value in values.items()}
 
 
 def load_config(cls: type[T], path: Path) -> T:
-    """Read a YAML file (safe loader) into a config."""
+    """Read a YAML file into a config."""
     return from_mapping(cls, load_mapping(path), path.name)
 
 

@@ -30,7 +30,7 @@ def test_the_command_line_goes_on_top_of_what_is_near() -> None:
     assert choose_sampler(None, {}) == SamplerConfig()
     for other, message in (
         ("path", "expected NAME=VALUE"), ("rho=x", "expected float, found str"),
-        ("a=[", "not valid YAML"),
+        ("a=[", "not readable YAML"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             choose_sampler(None, {}, other=[other])

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.errors import ManifestError, UnknownNameError
-from merge_rl.storage.files import Fields, load_yaml
+from merge_rl.storage.files import Fields
+from merge_rl.untrusted import load_yaml
 
 CATALOGUE_NAME: Final = "checkpoints_manifest.yaml"
 CATALOGUE_VERSION: Final = 1

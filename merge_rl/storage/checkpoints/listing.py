@@ -51,7 +51,7 @@ def list_folder(folder: Path) -> Listing:
         raise CheckpointError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder of checkpoints, found a file")
-    if (folder / MANIFEST_NAME).is_file():
+    if os.path.lexists(folder / MANIFEST_NAME):
         manifest = read_manifest(folder)
         entries = _by_progress(manifest.checkpoints)
     else:

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from merge_rl.core.merging.ema_profiles import nimg_from_kimg
 from merge_rl.errors import ConfigError, ManifestError
-from merge_rl.storage.files import Fields, load_yaml, read_bounded, write_yaml
+from merge_rl.storage.files import Fields, write_yaml
+from merge_rl.untrusted import load_yaml, read_bounded
 
 MANIFEST_NAME: Final = "checkpoints_manifest.yaml"
 MANIFEST_VERSION: Final = 1
@@ -99,7 +100,7 @@ def has_manifest(folder: Path) -> bool:
     A catalogue of known sets goes by the same file name; it lists no file of its folder.
     """
     file = folder / MANIFEST_NAME
-    return file.is_file() and not _CATALOGUE.search(read_bounded(file))
+    return os.path.lexists(file) and not _CATALOGUE.search(read_bounded(file))
 
 
 def relative_inside(folder: Path, text: str, where: str) -> str:

@@ -21,9 +21,7 @@ from merge_rl.storage.checkpoints.manifest import (
 )
 from merge_rl.storage.files import (
     INDEX_NAME,
-    load_json_mapping,
     natural_key,
-    read_bounded,
     read_file,
     read_index,
     require_finite,
@@ -31,6 +29,7 @@ from merge_rl.storage.files import (
     save_tensors,
     sha256_file,
 )
+from merge_rl.untrusted import load_json_mapping, read_bounded
 
 CONFIG_NAME: Final = "config.json"
 CONFIG_KEY: Final = "config"  # of a safetensors file's metadata
@@ -81,7 +80,7 @@ def model_file_path(path: str | os.PathLike[str]) -> Path:
     """The `.safetensors` that `path` means: itself, or the only one of a folder."""
     given = Path(path)
     file = _only_file(given) if given.is_dir() else given
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(f"{given}: no such file or folder")
     if file.suffix != ".safetensors":
         hint = "expected a .safetensors file; `mergerl convert` makes one from .pkl and .pt"
@@ -111,7 +110,7 @@ def save_checkpoint(
 def folder_config(folder: Path) -> dict[str, Any] | None:
     """The `config.json` of a folder, None if there is none."""
     file = folder / CONFIG_NAME
-    return load_json_mapping(read_bounded(file), str(file)) if file.is_file() else None
+    return load_json_mapping(read_bounded(file), str(file)) if os.path.lexists(file) else None
 
 
 def metadata_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:

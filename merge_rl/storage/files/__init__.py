@@ -14,13 +14,7 @@ from merge_rl.storage.files.atomic import (
     write_text,
     write_yaml,
 )
-from merge_rl.storage.files.documents import (
-    Fields,
-    load_json_mapping,
-    load_yaml,
-    nearest,
-    read_bounded,
-)
+from merge_rl.storage.files.documents import Fields, nearest
 from merge_rl.storage.files.hashing import Progress, require_hash, sha256_file
 from merge_rl.storage.files.image_source import (
     IMAGE_KEYS,
@@ -76,8 +70,6 @@ __all__ = [
     "decode_image",
     "enlarge",
     "image_grid",
-    "load_json_mapping",
-    "load_yaml",
     "map_file",
     "natural_key",
     "nearest",
@@ -85,7 +77,6 @@ __all__ = [
     "npz_arrays",
     "open_images",
     "read_array",
-    "read_bounded",
     "read_file",
     "read_header",
     "read_index",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from merge_rl.errors import CheckpointError, HashMismatchError
+from merge_rl.untrusted import open_file
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -19,7 +20,7 @@ def sha256_file(path: Path, progress: Progress | None = None) -> str:
     digest, done = hashlib.sha256(), 0
     try:
         total = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
                 done += len(chunk)

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from merge_rl.errors import ConfigError, ImageError
 from merge_rl.storage.files.atomic import atomic_path
-from merge_rl.storage.files.documents import load_json_mapping
 from merge_rl.storage.files.naming import natural_key
+from merge_rl.untrusted import load_json_mapping
 
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP")

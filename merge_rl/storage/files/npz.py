@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_rl.errors import DataFileError
+from merge_rl.untrusted import open_file
 
 FREE_BYTES: Final = 256 * 2**20  # what any member may expand to
 MAX_EXPANSION: Final = 100  # times its compressed size, beyond that: real features stay below 10
@@ -125,10 +126,8 @@ def _header(file: IO[bytes], member: zipfile.ZipInfo, path: Path) -> ArrayInfo:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    if not path.is_file():
-        raise DataFileError(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path, DataFileError) as file, zipfile.ZipFile(file) as archive:
             yield archive
     except _DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__

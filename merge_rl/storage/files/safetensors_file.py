@@ -27,6 +27,7 @@ from merge_rl.storage.files.safetensors_header import (
     header_bytes,
     parse_header,
 )
+from merge_rl.untrusted import open_file
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -44,7 +45,7 @@ def read_file(path: Path, *, hashed: bool) -> tuple[Header, dict[str, Tensor], s
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = path.stat().st_size
             text = header_bytes(file, size, path)
             header = parse_header(text, size, path)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Final
 import torch
 
 from merge_rl.errors import CheckpointError
+from merge_rl.untrusted import open_file
 
 MAX_HEADER_BYTES: Final = 100_000_000
 MAX_ELEMENTS: Final = 2**60
@@ -67,10 +68,8 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Header of the file at `path`; CheckpointError unless the whole file is as it says."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = path.stat().st_size
             return parse_header(header_bytes(file, size, path), size, path)
     except OSError as error:

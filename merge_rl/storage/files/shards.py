@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.files.atomic import atomic_path, write_json
-from merge_rl.storage.files.documents import load_json_mapping, read_bounded
 from merge_rl.storage.files.safetensors_file import require_finite, tensor_bytes, write_header
 from merge_rl.storage.files.safetensors_header import TensorInfo
+from merge_rl.untrusted import load_json_mapping, read_bounded
 
 MODEL_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -142,7 +143,7 @@ def read_index(folder: Path) -> dict[str, Path] | None:
     An index is data from anywhere: a shard outside of its folder is refused.
     """
     path = folder / INDEX_NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     homes = load_json_mapping(read_bounded(path), str(path)).get("weight_map")
     if not isinstance(homes, dict) or not homes:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import relative_inside
-from merge_rl.storage.files import load_json_mapping, read_bounded, sha256_file, write_json
+from merge_rl.storage.files import sha256_file, write_json
 from merge_rl.storage.hub.download import part_path
 from merge_rl.storage.hub.fetch_sources import (
     RemoteFile,
@@ -21,6 +21,7 @@ from merge_rl.storage.hub.fetch_sources import (
     select_files,
     with_sizes,
 )
+from merge_rl.untrusted import load_json_mapping, read_bounded
 
 ORIGINALS: Final = "originals"
 

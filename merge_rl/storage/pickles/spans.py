@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from merge_rl.errors import CheckpointError
+from merge_rl.untrusted import open_file
 
 Readable: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview"
 """A path, or the content itself."""
@@ -33,12 +34,8 @@ class ByteSource:
             return
         self._path = Path(content)
         self.name = name or str(self._path)
-        if not self._path.is_file():
-            raise CheckpointError(f"{self.name}: no such file")
-        try:
-            self._stamp = _stamp(self._path.stat())
-        except OSError as error:
-            raise self._unreadable(error) from None
+        with open_file(self._path) as file:
+            self._stamp = _stamp(os.fstat(file.fileno()))
         self.size = self._stamp[0]
 
     def read(self, offset: int, length: int) -> bytes:

@@ -22,6 +22,7 @@ from torch import Tensor
 from merge_rl.config import FinetuneConfig, OptimizeConfig, dump_config, load_config
 from merge_rl.errors import RunError
 from merge_rl.storage.files import State, read_state, write_json, write_state, write_text
+from merge_rl.untrusted import describe, load_json_mapping, open_file, parse_json
 
 
 class RunDir:
@@ -71,12 +72,10 @@ class RunDir:
     def read(self, name: str) -> Any | None:
         """Contents of a JSON file of the run; None where it is not there."""
         path = self.path / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RunError(f"{path}: damaged: {error}") from None
+        with open_file(path, RunError) as file:
+            return parse_json(file.read(), f"{path}: damaged", RunError)
 
     def append_event(self, event: Mapping[str, Any]) -> None:
         """Add one line to events.jsonl and force it to disk."""
@@ -86,15 +85,20 @@ class RunDir:
             os.fsync(file.fileno())
 
     def events(self) -> list[dict[str, Any]]:
-        """All whole lines of events.jsonl; a last line cut short by a crash is left out."""
-        if not self.events_path.is_file():
+        """All whole lines of events.jsonl; a last line cut short by a crash is left out.
+
+        RunError names any other line that is no event.
+        """
+        if not os.path.lexists(self.events_path):
             return []
         events = []
-        for line in self.events_path.read_text(encoding="utf-8").splitlines():
-            try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        with open_file(self.events_path, RunError) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    events.append(_event(line, f"{self.events_path}: damaged in line {number}"))
+                except RunError:
+                    if line.endswith(b"\n"):
+                        raise
         return events
 
     def keep_events_before(self, round_index: int) -> None:
@@ -109,6 +113,15 @@ class RunDir:
     def load_state(self) -> State | None:
         """The resume point, or None if no round has begun."""
         return read_state(self.state_path) if self.state_path.is_file() else None
+
+
+def _event(line: bytes, where: str) -> dict[str, Any]:
+    event = load_json_mapping(line, where, RunError)
+    for key in ("round", "step"):
+        if type(event.get(key, 0)) is not int:
+            found = describe(event[key])
+            raise RunError(f"{where}: expected {key} as a whole number, found {found}")
+    return event
 
 
 CONFIG_NAME: Final = "finetune.yaml"

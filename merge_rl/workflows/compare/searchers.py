@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import yaml
-
 from merge_rl.config import OptimizeConfig, from_mapping, preset, to_mapping
 from merge_rl.errors import ConfigError
+from merge_rl.untrusted import parse_yaml
 
 DEFAULT: Final = (
     "policy-gradient", "nevergrad:TBPSA", "nevergrad:CMA", "lcsc", "greedy-soup", "ema-grid",
@@ -89,10 +88,7 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def _value(name: str, pair: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"searcher {name}: {pair}: the value is not valid YAML") from None
+    return parse_yaml(text, f"searcher {name}: {pair}", ConfigError)
 
 
 def parse_contenders(texts: Sequence[str]) -> tuple[Contender, ...]:

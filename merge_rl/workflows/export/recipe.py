@@ -14,7 +14,8 @@ from torch import Tensor
 
 from merge_rl.errors import CheckpointError, ConfigError, HashMismatchError
 from merge_rl.storage.checkpoints import CheckpointSet
-from merge_rl.storage.files import MAX_SHARD_BYTES, load_yaml
+from merge_rl.storage.files import MAX_SHARD_BYTES
+from merge_rl.untrusted import load_yaml
 from merge_rl.version import __version__
 
 TOOL: Final = f"merge_rl {__version__}"

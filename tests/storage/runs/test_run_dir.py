@@ -114,6 +114,29 @@ def test_a_last_line_cut_short_is_left_out(cut: int, run: RunDir) -> None:
     assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b'{"round": 1, "text": "\xff"}', "not readable JSON: 'utf-8' codec"),
+        (b'{"round": 1, ', "not readable JSON"),
+        (b"[1]", "expected a JSON object, found a list of 1"),
+        (b'{"round": "1"}', "expected round as a whole number, found the text '1'"),
+        (b'{"step": null}', "expected step as a whole number, found nothing"),
+    ],
+)
+def test_a_damaged_line_among_events_is_named(line: bytes, why: str, run: RunDir) -> None:
+    for event in events(3):
+        run.append_event(event)
+    first, _, last = run.events_path.read_bytes().splitlines(keepends=True)
+    run.events_path.write_bytes(first + line + b"\n" + last)
+    for read in (run.events, lambda: run.keep_events_before(2)):
+        with pytest.raises(RunError, match=f"events.jsonl: damaged in line 2: {why}"):
+            read()
+    # A crash may have cut the last line within a letter.
+    run.events_path.write_bytes(first + line)
+    assert run.events() == events(1)
+
+
 @pytest.mark.parametrize("keep", [0, 1, 3, 9])
 def test_events_of_a_repeated_round_are_dropped(keep: int, run: RunDir) -> None:
     for event in events(3):

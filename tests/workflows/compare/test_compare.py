@@ -98,7 +98,7 @@ def test_a_contender_has_settings_and_a_label() -> None:
         ("lcsc std=1", "expected KEY=VALUE, got 'std=1'"),
         ("lcsc search.std", "expected KEY=VALUE, got 'search.std'"),
         ("lcsc 'search.std=1", "expected NAME"),
-        ("lcsc search.std=[", "not valid YAML"),
+        ("lcsc search.std=[", "not readable YAML"),
         ("lcsc sampler.num_steps=9", r"sampler.num_steps cannot be .* expected search\.\*"),
         ("lcsc search.name=random", "search.name cannot be"),
         ("lcsc preset=none", "unknown preset 'none'"),

@@ -1,0 +1,244 @@
+"""Files from anywhere: opened, and read as YAML or JSON, within bounds.
+
+Only regular files are opened, so that nothing waits for a pipe or reads a device for ever, and only
+those whose bytes are there, so that no reader takes memory for the holes of a sparse file. Only
+plain data comes out of a document (mappings, lists, text, numbers, true / false, null): nothing in
+it can run, repeat a key, nest without end or grow by aliases.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+import yaml
+
+from merge_rl.errors import CheckpointError, ManifestError, MergeRLError
+
+if TYPE_CHECKING:
+    from yaml import CSafeLoader as _LibraryLoader
+else:
+    _LibraryLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, where it is built in
+
+FREE_BYTES: Final = 256 * 2**20  # what any file may hold, or expand to
+MAX_EXPANSION: Final = 100  # times what is stored of it, beyond that
+MAX_DOCUMENT_BYTES = 4 * 2**20
+MAX_DEPTH: Final = 100  # of nesting
+_USUAL_DEPTH: Final = 20
+_MAX_PIECES: Final = 10_000  # of a sparse file that are counted
+# PyYAML lets these escape for scalars that do not fit their tag, such as 2024-99-99 or !!int ''.
+_ESCAPING: Final = (ValueError, LookupError, AttributeError, TypeError)
+
+Refusal = type[MergeRLError]
+
+
+def open_file(path: str | os.PathLike[str], refusal: Refusal = CheckpointError) -> BinaryIO:
+    """A regular file, opened for reading bytes; `refusal` where it cannot be read as one.
+
+    Folders, pipes, sockets and devices are refused, be it behind a link, and so is a file of more
+    than 256 MiB of which less than a hundredth is stored.
+    """
+    try:
+        _require_regular(Path(path).stat(), path, refusal)
+        # What lies there may have changed since: opening a pipe must not wait for its other end.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+        file = os.fdopen(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb")
+    except FileNotFoundError:
+        raise refusal(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise refusal(f"{path}: cannot be read: {reason(error)}") from None
+    try:
+        status = os.fstat(file.fileno())
+        _require_regular(status, path, refusal)
+        size = status.st_size
+        if size > FREE_BYTES and (stored := _stored(file.fileno(), size)) * MAX_EXPANSION < size:
+            raise refusal(f"{path}: {size} bytes of which {stored} are stored, the rest are holes")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def reason(error: BaseException) -> str:
+    """What an error of the system or of a library says, in one line."""
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _require_regular(
+    status: os.stat_result, path: str | os.PathLike[str], refusal: Refusal
+) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        found = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise refusal(f"{path}: expected a file, found {found}")
+
+
+_KINDS: Final = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def _stored(descriptor: int, size: int) -> int:
+    """Bytes of a file that are no holes; all where the system cannot tell."""
+    if not hasattr(os, "SEEK_DATA"):
+        return size
+    total = position = 0
+    try:
+        for _ in range(_MAX_PIECES):
+            begin = os.lseek(descriptor, position, os.SEEK_DATA)
+            position = os.lseek(descriptor, begin, os.SEEK_HOLE)
+            total += position - begin
+        return size
+    except OSError as error:
+        return total if error.errno == errno.ENXIO else size  # ENXIO: nothing but a hole follows
+    finally:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+
+
+def read_bounded(
+    path: Path, limit: int = MAX_DOCUMENT_BYTES, refusal: Refusal = ManifestError
+) -> str:
+    """UTF-8 text of a file of at most `limit` bytes."""
+    try:
+        with open_file(path, refusal) as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise refusal(f"{path}: cannot be read: {reason(error)}") from None
+    if len(data) > limit:
+        raise refusal(f"{path}: larger than {limit} bytes, the most that is read")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise refusal(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+class _KeysOnce(yaml.constructor.SafeConstructor):
+    """Refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # PyYAML lets the last of two equal keys win, which hides slips of copy and paste.
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} appears twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _StrictLoader(_KeysOnce, yaml.SafeLoader):
+    """Safe loader that also refuses aliases and repeated keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        # A few hundred bytes of nested aliases stand for billions of values once walked.
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", None)
+        return super().compose_node(parent, index)
+
+
+class _QuickLoader(_KeysOnce, _LibraryLoader):
+    """Ten times as quick, for documents that `_is_usual` has seen."""
+
+
+def _is_usual(text: str) -> bool:
+    """Whether a document has no aliases and usual depth: libyaml's composer is recursive."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_LibraryLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _USUAL_DEPTH or isinstance(event, yaml.AliasEvent):
+            return False
+    return True
+
+
+def load_yaml(path: Path, refusal: Refusal = ManifestError) -> object:
+    """The one YAML document in `path`, as plain data."""
+    return parse_yaml(read_bounded(path, refusal=refusal), str(path), refusal)
+
+
+def parse_yaml(text: str, where: str, refusal: Refusal = ManifestError) -> object:
+    """The one YAML document of a text, as plain data; `where` begins the message of a refusal."""
+    # What is refused here is read once more: for one wording of refusals, with libyaml or not.
+    with suppress(yaml.YAMLError, *_ESCAPING):
+        if _is_usual(text):
+            return yaml.load(text, Loader=_QuickLoader)
+    try:
+        return _bounded(yaml.load(text, Loader=_StrictLoader))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        why = f"{error.problem}{place}"
+    except RecursionError:
+        why = "nested too deeply"
+    except (yaml.YAMLError, *_ESCAPING) as error:
+        why = reason(error)
+    raise refusal(f"{where}: not readable YAML: {why}") from None
+
+
+def parse_json(text: str | bytes, where: str, refusal: Refusal = CheckpointError) -> Any:
+    """The value of a JSON document, as plain data; `where` begins the message of a refusal."""
+    try:
+        return _bounded(json.loads(text, object_pairs_hook=_once))
+    except RecursionError:
+        why = "nested too deeply"
+    except ValueError as error:
+        why = str(error)
+    raise refusal(f"{where}: not readable JSON: {why}") from None
+
+
+def load_json_mapping(
+    text: str | bytes, where: str, refusal: Refusal = CheckpointError
+) -> dict[str, Any]:
+    """A JSON object, as a dict of plain data; `where` begins the message of a refusal."""
+    value = parse_json(text, where, refusal)
+    if not isinstance(value, dict):
+        raise refusal(f"{where}: expected a JSON object, found {describe(value)}")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in values if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} appears twice")
+    return values
+
+
+def _bounded(value: object) -> object:
+    """The value itself; RecursionError if it is nested deeper than what walks it may follow."""
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, (list, tuple, set)):
+                inner += item
+        if not inner:
+            return value
+        level = inner
+    raise RecursionError
+
+
+def describe(value: object) -> str:
+    """A few words for a value of the wrong kind."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    text = repr(value)
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    return f"the text {shown}" if isinstance(value, str) else shown

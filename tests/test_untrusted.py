@@ -1,0 +1,155 @@
+"""What comes from anywhere: kinds of files, holes, and documents that would grow."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from merge_rl.config import OptimizeConfig, load_config
+from merge_rl.errors import CheckpointError, ConfigError, ManifestError, MergeRLError
+from merge_rl.storage.checkpoints import has_manifest, open_checkpoints
+from merge_rl.storage.files import read_file, read_header, read_index, sha256_file
+from merge_rl.storage.pickles import read_data
+from merge_rl.untrusted import (
+    MAX_DEPTH,
+    load_json_mapping,
+    load_yaml,
+    open_file,
+    parse_json,
+    parse_yaml,
+    read_bounded,
+)
+from merge_rl.workflows.reference import load_features, load_reference
+
+
+def make(kind: str, folder: Path) -> Path:
+    """Something in a folder's place that is no file."""
+    path = folder / "it"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.chdir(folder)  # paths of sockets are short
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind("it")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a device", "a socket"])
+def test_only_files_are_opened(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # and back
+    path = make(kind, tmp_path)
+    readers: list[Callable[[Path], object]] = [
+        open_file, sha256_file, read_bounded, load_yaml, read_data, load_features, read_header,
+    ]  # fmt: skip
+    if kind != "a folder":
+        readers.append(load_reference)  # of a folder it expects a model
+    for suffix in (".safetensors", ".npz", ".pkl"):
+        named = path = path.rename(path.with_suffix(suffix))
+        for read in readers:
+            with pytest.raises(MergeRLError, match=f"expected a file, found {kind}"):
+                read(named)
+        with pytest.raises(CheckpointError, match=f"expected a file, found {kind}"):
+            read_file(named, hashed=False)
+        with pytest.raises(ConfigError, match=f"expected a file, found {kind}"):
+            load_config(OptimizeConfig, named)
+
+
+@pytest.mark.parametrize("name", ["checkpoints_manifest.yaml", "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a device"])
+def test_what_stands_for_a_document_is_not_passed_over(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    make(kind, tmp_path).rename(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: expected a file, found {kind}"):
+        open_checkpoints(tmp_path) if "manifest" in name else read_index(tmp_path)
+    if "manifest" in name:
+        with pytest.raises(ManifestError, match=f"expected a file, found {kind}"):
+            has_manifest(tmp_path)
+
+
+def test_files_of_holes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with path.open("wb") as file:
+        file.truncate(200 * 2**30)
+    try:
+        with path.open("rb") as file:
+            os.lseek(file.fileno(), 0, os.SEEK_DATA)
+        pytest.skip("this file system does not tell holes from data")
+    except OSError:
+        pass
+    with pytest.raises(CheckpointError, match="214748364800 bytes of which 0 are stored, the rest"):
+        open_file(path)
+    with path.open("r+b") as file:
+        file.truncate(2**20)
+    with open_file(path) as found:  # what fits into memory may be empty
+        assert found.read() == bytes(2**20)
+
+
+def test_names_that_no_file_can_have() -> None:
+    with pytest.raises(CheckpointError, match="cannot be read: embedded null byte"):
+        open_file("a\0b")
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        open_file("a" * 5000, ConfigError)
+
+
+# ----------------------------------------------------------------------------------- documents
+
+
+def test_aliases_do_not_blow_up(tmp_path: Path) -> None:
+    rows = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join(rows))
+    with pytest.raises(ConfigError, match="not readable YAML: aliases are not allowed"):
+        load_config(OptimizeConfig, path)
+    with pytest.raises(ConfigError, match="aliases are not allowed"):
+        parse_yaml("[&a 1, *a]", "--set x", ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("!!int ''", "string index out of range"),
+        ("2024-99-99", "month must be in 1..12"),
+        ("{a: 1, a: 2}", "the key 'a' appears twice"),
+        ("[" * 2000, "nested too deeply"),
+        ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "nested too deeply"),
+        ("!!python/name:os.system", "could not determine a constructor"),
+        ("a\0b", ".*special characters are not allowed"),
+    ],
+)
+def test_yaml_refused(text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"here: not readable YAML: {why}"):
+        parse_yaml(text, "here", ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' appears twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "nested too deeply"),
+        (b'{"a": "\xff"}', "'utf-8' codec"),
+        ("1" * 5000, "Exceeds the limit"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_json_refused(text: str | bytes, why: str) -> None:
+    with pytest.raises(ManifestError, match=f"here: not readable JSON: {why}"):
+        parse_json(text, "here", ManifestError)
+
+
+def test_what_is_within_bounds_is_read() -> None:
+    deep = "[" * MAX_DEPTH + "]" * MAX_DEPTH
+    assert str(parse_json(deep, "x")) == str(parse_yaml(deep, "x")) == deep
+    assert load_json_mapping('{"a": {"a": [1, null]}}', "x") == {"a": {"a": [1, None]}}
+    with pytest.raises(CheckpointError, match="x: expected a JSON object, found a list of 1"):
+        load_json_mapping("[1]", "x")
