@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merge_rl.cli.output import JsonFlag, interval_text, print_json, print_table
+from merge_rl.cli.output import JsonFlag, interval_text, note_all, print_json, print_table
 from merge_rl.errors import CheckpointError, MergeRLError
 
 if TYPE_CHECKING:
@@ -44,12 +44,13 @@ def inspect(
 def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None:
     from merge_rl.storage.checkpoints import open_checkpoints
 
-    opened = open_checkpoints(path, track=track)
+    opened = open_checkpoints(path, track=track, distinct=False)  # every file is checked
     checks = [] if quick else list(opened.verify())
     failed = [check for check in checks if not check.ok]
     if json:
         print_json(_set_document(opened, {c.name: str(c.error) for c in failed}))
     else:
+        note_all(opened.notes)
         status = {check.name: "ok" if check.ok else "FAILED" for check in checks}
         rows = [
             [
@@ -77,6 +78,7 @@ def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None
 
 
 def _set_document(opened: CheckpointSet, failed: dict[str, str]) -> dict[str, Any]:
+    newest = opened.names[opened.newest]
     return {
         "kind": "checkpoint set",
         "folder": str(opened.folder),
@@ -87,7 +89,8 @@ def _set_document(opened: CheckpointSet, failed: dict[str, str]) -> dict[str, An
         "licence": opened.licence,
         "bytes": opened.total_bytes,
         "tracks": opened.tracks,
-        "newest": opened.names[opened.newest],
+        "newest": opened.duplicates.get(newest, newest),
+        "duplicates": dict(opened.duplicates),
         "checkpoints": [
             {
                 "name": name,

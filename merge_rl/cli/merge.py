@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from merge_rl.cli.output import JsonFlag, print_json, print_table
+from merge_rl.cli.output import JsonFlag, note_all, print_json, print_table
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,15 +79,18 @@ def merge(
     require_new(out)
     limit = parse_size(max_shard_size) if max_shard_size else None
     stds = parse_std_list(ema_std) if ema_std else []
-    opened = open_checkpoints(checkpoints, track=track)
     known = Recipe(recipe) if recipe else None
+    # A recipe may name a checkpoint and a copy of it; it makes the same file again.
+    opened = open_checkpoints(checkpoints, track=track, distinct=known is None)
     if known and set(known.names) < set(opened.names):
-        opened = open_checkpoints(checkpoints, track=track, select=known.names)
+        opened = open_checkpoints(checkpoints, track=track, select=known.names, distinct=False)
     if stds and track is None and None in opened.ema_std:
         # A profile is rebuilt from profiles; raw snapshots of the same set have no part in it.
         pairs = zip(opened.names, opened.ema_std, strict=True)
         profiles = [name for name, width in pairs if width is not None]
         opened = open_checkpoints(checkpoints, select=profiles) if profiles else opened
+    if known is None:
+        note_all(opened.notes)
     terms = merged_licence(opened, licence or (known.licence if known else None))
     if len(stds) > 1:
         _merge_profiles(opened, out, stds, base, dtype or "float32", terms, json=json)

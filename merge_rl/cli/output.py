@@ -51,6 +51,12 @@ def note_unused_gpu(device: str) -> None:
         say(f"[yellow]note:[/] {escape(note)}")
 
 
+def note_all(sentences: Sequence[str]) -> None:
+    """A line on stderr for each."""
+    for sentence in sentences:
+        say(f"[yellow]note:[/] {escape(sentence)}")
+
+
 def say(text: str) -> None:
     """A line of information on stderr, with rich markup, by rank 0."""
     if not leads():

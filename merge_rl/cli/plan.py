@@ -38,6 +38,8 @@ def show_plan(
     resolved = resolve_config(settings, opened)
     check_names(resolved)
     with _Steps(quiet=json) as tracker:
+        for text in opened.notes:
+            tracker.say(text)
         size = None if memory is None else round(memory * 2**30)
         fitted = fit_batch(resolved, opened, size, tracker.say)
         found = plan(fitted, opened, out=out, devices=counts, tracker=tracker, memory=size)

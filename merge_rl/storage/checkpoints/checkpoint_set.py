@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_rl.errors import CheckpointError, MergeRLError
+from merge_rl.storage.checkpoints.duplicates import find_duplicates, without
 from merge_rl.storage.checkpoints.listing import (
     Listing,
     list_folder,
@@ -71,13 +72,18 @@ class CheckpointSet:
     """
 
     def __init__(
-        self, listing: Listing, headers: Sequence[Header], config: dict[str, Any] | None
+        self,
+        listing: Listing,
+        headers: Sequence[Header],
+        config: dict[str, Any] | None,
+        duplicates: Mapping[str, str] | None = None,
     ) -> None:
         self.folder: Path = listing.folder
         self.manifest: Manifest | None = listing.manifest
         self.entries: tuple[CheckpointEntry, ...] = listing.entries
         self.names: tuple[str, ...] = listing.names
         self.config = config
+        self.duplicates: Mapping[str, str] = duplicates or {}  # name -> the name it repeats
         self._headers = tuple(headers)
         # Hash by index, with the size and time of change it belongs to.
         self._hashes: dict[int, tuple[tuple[int, int], str]] = {}
@@ -125,6 +131,14 @@ class CheckpointSet:
         if any(nimg is None for nimg in self.nimg):
             return indices[-1]
         return max(indices, key=lambda i: (self.nimg[i] or 0, self.ema_std[i] or 0.0, i))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should hear of the set, a sentence each."""
+        return [
+            f"{self.folder}: {name} and {kept} are the same weights and count once, as {kept}"
+            for name, kept in self.duplicates.items()
+        ]
 
     @property
     def total_bytes(self) -> int:
@@ -254,14 +268,21 @@ def open_checkpoints(
     *,
     track: str | None = None,
     select: Sequence[str] | None = None,
+    distinct: bool = True,
 ) -> CheckpointSet:
-    """Open a folder of `.safetensors`, with or without a manifest, reading headers only.
+    """Open a folder of `.safetensors`, with or without a manifest, reading headers and samples.
 
     `track` keeps one series of a manifest, `select` the checkpoints of these names. Order: by
     (nimg, ema_std) if a manifest gives every nimg, else by the numbers in names (step_750 before
     step_2000), else the manifest's. Every file must agree with the first in tensor names, shapes
-    and dtypes.
+    and dtypes. Links to a file, and copies of it, count once where `distinct`; `duplicates` names
+    them either way.
     """
     listing = select_entries(list_folder(Path(path)), track=track, select=select)
     headers = read_headers(listing)
-    return CheckpointSet(listing, headers, set_config(listing, headers[0]))
+    config = set_config(listing, headers[0])
+    repeated = find_duplicates(listing, headers)
+    duplicates = {listing.names[i]: listing.names[kept] for i, kept in repeated.items()}
+    if distinct:
+        listing, headers = without(listing, headers, repeated)
+    return CheckpointSet(listing, headers, config, duplicates)

@@ -44,6 +44,10 @@ class Listing:
     entries: tuple[CheckpointEntry, ...]
     names: tuple[str, ...]
 
+    def path(self, index: int) -> Path:
+        """Where a checkpoint lies."""
+        return self.folder / self.entries[index].file
+
 
 def list_folder(folder: Path) -> Listing:
     """All checkpoints of a folder: those of its manifest, or its `.safetensors` files."""

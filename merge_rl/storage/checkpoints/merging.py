@@ -126,8 +126,9 @@ def require_fit(checkpoints: CheckpointSet, model: nn.Module) -> None:
 
 def base_index(checkpoints: CheckpointSet, start: str) -> int:
     """The checkpoint that coefficients start from and buffers are carried from."""
-    if start in checkpoints.names:
-        return checkpoints.names.index(start)
+    named = start if start in checkpoints.names else checkpoints.duplicates.get(start)
+    if named is not None:
+        return checkpoints.names.index(named)
     if start not in ("auto", "newest", "uniform"):
         known = ("auto", "newest", "uniform", *checkpoints.names)
         raise UnknownNameError("checkpoint", start, known)

@@ -50,7 +50,9 @@ def list_files(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
             within = [item]
         else:
             raise CheckpointError(f"{item}: no such file or folder")
-        files |= {file.resolve(): file for file in within}
+        for file in within:  # a link is another name for its file: the file's own counts
+            known = files.get(file.resolve(), file)
+            files[file.resolve()] = file if known.is_symlink() else known
     if not files:
         raise ConfigError("expected at least one file or folder to convert, got none")
     return list(files.values())

@@ -75,6 +75,8 @@ def compare_searchers(
     base = dataclasses.replace(config, search=dataclasses.replace(config.search, name=_PLAIN))
     require_device(base.device)
     opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
+    for text in opened.notes:
+        tracker.event({"kind": "note", "text": text})
     folder = RunDir(out)
     _require_ours(folder)
     jobs = Jobs(opened, lambda text: tracker.event({"kind": "note", "text": text}))

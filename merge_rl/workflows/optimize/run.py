@@ -115,6 +115,8 @@ def optimize(
         if group.leads and not goes_on(out, group.place):
             require_new(out)
         opened = open_checkpoints(checkpoints, track=base.track, select=base.select or None)
+        for text in opened.notes:
+            tracker.event({"kind": "note", "text": text})
         resolved = resolve_config(base, opened)
         check_names(resolved)
         merged_licence(opened, resolved.licence)  # refused before the search, not after it

@@ -130,8 +130,8 @@ def test_a_manifest_orders_by_progress_and_width(listed: Path) -> None:
 
 
 def test_one_unknown_progress_keeps_the_order_of_the_manifest(tmp_path: Path) -> None:
-    for name in "cab":
-        save_tensors(tmp_path / f"{name}.safetensors", weights())
+    for seed, name in enumerate("cab"):
+        save_tensors(tmp_path / f"{name}.safetensors", weights(seed))
     entries = tuple(
         CheckpointEntry(file=f"{name}.safetensors", nimg=nimg)
         for name, nimg in [("c", 3072), ("a", None), ("b", 1024)]
@@ -146,8 +146,8 @@ STEPS = ["step_250", "step_500", "step_750", "step_2000", "step_20000"]
 
 
 def test_numbers_in_names_count_as_numbers(tmp_path: Path) -> None:
-    for name in reversed(STEPS):
-        save_tensors(tmp_path / f"{name}.safetensors", weights())
+    for seed, name in enumerate(reversed(STEPS)):
+        save_tensors(tmp_path / f"{name}.safetensors", weights(seed))
     opened = open_checkpoints(tmp_path)
     assert opened.names == tuple(STEPS)
     assert opened.names[opened.newest] == "step_20000"
@@ -160,8 +160,8 @@ def test_a_series_in_a_manifest_goes_by_its_numbers(
 ) -> None:
     # In the order of text, as a list of files was written down.
     files = [f"{place}{name}.safetensors" for name in sorted(STEPS) for place in folders]
-    for file in files:
-        save_checkpoint(tmp_path / file, weights())
+    for seed, file in enumerate(files):
+        save_checkpoint(tmp_path / file, weights(seed))
     entries = tuple(
         CheckpointEntry(file=file, track=file.partition("/")[0] if "/" in file else None)
         for file in files

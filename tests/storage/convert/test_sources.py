@@ -16,3 +16,13 @@ def test_files_of_a_folder_come_in_natural_order(tmp_path: Path, ending: str) ->
         (tmp_path / name).touch()
     expected = [f"step_{step}{ending}" for step in (500, 750, 2000, 20000)]
     assert [path.name for path in list_files(tmp_path)] == expected
+
+
+@pytest.mark.parametrize("link", ["last.pt", "zlast.pt"])
+def test_a_link_to_a_file_beside_it_is_no_file_of_its_own(tmp_path: Path, link: str) -> None:
+    for step in (500, 2000):
+        (tmp_path / f"step_{step}.pt").touch()
+    (tmp_path / link).symlink_to("step_2000.pt")
+    found = {path.name for path in list_files(tmp_path)}
+    assert found == {"step_500.pt", "step_2000.pt"}
+    assert list_files(tmp_path / link) == [tmp_path / link]

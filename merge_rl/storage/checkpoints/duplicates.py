@@ -1,0 +1,109 @@
+"""Checkpoints that a folder holds twice: a link `last`, a copy, a file written under two names."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from merge_rl.storage.checkpoints.listing import Listing
+from merge_rl.storage.files import Header, TensorReader, tensor_bytes
+
+SAMPLES: Final = 64
+SAMPLE_BYTES: Final = 4096
+CHUNK: Final = 2**20  # elements compared at a time
+
+
+def find_duplicates(listing: Listing, headers: Sequence[Header]) -> dict[int, int]:
+    """Index -> index of the checkpoint that it repeats: one file, or tensors of equal bytes.
+
+    Of a group the one stays whose name tells most: no link, a known progress, a number in its
+    name, the first. From files that differ, samples of 256 KiB are read at most.
+    """
+    groups: list[list[int]] = []
+    for alike in _alike(listing, headers):
+        groups += _equal(alike, listing, headers)
+    found = {}
+    for group in groups:
+        kept = min(group, key=lambda index: _rank(listing, index))
+        found |= {index: kept for index in group if index != kept}
+    return found
+
+
+def without(
+    listing: Listing, headers: Sequence[Header], repeated: dict[int, int]
+) -> tuple[Listing, list[Header]]:
+    """The listing, and its headers, without the checkpoints that repeat others."""
+    keep = [index for index in range(len(listing.names)) if index not in repeated]
+    entries = tuple(listing.entries[index] for index in keep)
+    names = tuple(listing.names[index] for index in keep)
+    return replace(listing, entries=entries, names=names), [headers[index] for index in keep]
+
+
+def _rank(listing: Listing, index: int) -> tuple[bool, bool, bool, int]:
+    path, entry = listing.path(index), listing.entries[index]
+    return path.is_symlink(), entry.nimg is None, not re.search("[0-9]", path.stem), index
+
+
+def _alike(listing: Listing, headers: Sequence[Header]) -> list[list[int]]:
+    """Groups of two and more whose samples agree."""
+    groups: dict[str, list[int]] = {}
+    if len(headers) > 1:
+        for index, header in enumerate(headers):
+            names = list(headers[0].tensors)
+            groups.setdefault(_digest(listing.path(index), header, names), []).append(index)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _digest(path: Path, header: Header, names: Sequence[str]) -> str:
+    """Hash of samples that are spread evenly over the values, tensor after tensor of `names`."""
+    total = sum(info.nbytes for info in header.tensors.values())
+    targets = [total * i // SAMPLES for i in range(SAMPLES)]
+    digest, begin = hashlib.sha256(), 0
+    with TensorReader(path, header) as reader:
+        for name in names:
+            info = header.tensors[name]
+            for target in (t for t in targets if begin <= t < begin + info.nbytes):
+                start = (target - begin) // info.dtype.itemsize
+                most = max(1, SAMPLE_BYTES // info.dtype.itemsize)
+                count = min(most, info.nbytes // info.dtype.itemsize - start)
+                values = torch.empty(count, dtype=info.dtype)
+                reader.read_into(name, start, values)
+                digest.update(tensor_bytes(values))
+            begin += info.nbytes
+    return digest.hexdigest()
+
+
+def _equal(alike: Sequence[int], listing: Listing, headers: Sequence[Header]) -> list[list[int]]:
+    """Of checkpoints that may be equal, the groups of those that are."""
+    groups: list[list[int]] = []
+    for index in alike:
+        for group in groups:
+            first = group[0]
+            if listing.path(index).samefile(listing.path(first)) or _same_bytes(
+                (listing.path(index), headers[index]), (listing.path(first), headers[first])
+            ):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return [group for group in groups if len(group) > 1]
+
+
+def _same_bytes(one: tuple[Path, Header], other: tuple[Path, Header]) -> bool:
+    with TensorReader(*one) as first, TensorReader(*other) as second:
+        for name, info in one[1].tensors.items():
+            count = info.nbytes // info.dtype.itemsize
+            for start in range(0, count, CHUNK):
+                size = min(CHUNK, count - start)
+                pair = [torch.empty(size, dtype=info.dtype) for _ in range(2)]
+                for reader, values in zip((first, second), pair, strict=True):
+                    reader.read_into(name, start, values)
+                if tensor_bytes(pair[0]) != tensor_bytes(pair[1]):
+                    return False
+    return True
