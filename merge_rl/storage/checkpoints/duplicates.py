@@ -28,7 +28,7 @@ def find_duplicates(listing: Listing, headers: Sequence[Header]) -> dict[int, in
     groups: list[list[int]] = []
     for alike in _alike(listing, headers):
         groups += _equal(alike, listing, headers)
-    found = {}
+    found: dict[int, int] = {}
     for group in groups:
         kept = min(group, key=lambda index: _rank(listing, index))
         found |= {index: kept for index in group if index != kept}
