@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,9 @@ MAX_DOCUMENT_BYTES = 4 * 2**20
 MAX_DEPTH: Final = 100  # of nesting
 _USUAL_DEPTH: Final = 20
 _MAX_PIECES: Final = 10_000  # of a sparse file that are counted
+_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+_POINTER_SIZE: Final = re.compile(rb"^size (\d{1,20})$", re.MULTILINE)
+_MAX_POINTER_BYTES: Final = 1024  # as its specification says
 # PyYAML lets these escape for scalars that do not fit their tag, such as 2024-99-99 or !!int ''.
 _ESCAPING: Final = (ValueError, LookupError, AttributeError, TypeError)
 
@@ -40,8 +44,8 @@ Refusal = type[MergeRLError]
 def open_file(path: str | os.PathLike[str], refusal: Refusal = CheckpointError) -> BinaryIO:
     """A regular file, opened for reading bytes; `refusal` where it cannot be read as one.
 
-    Folders, pipes, sockets and devices are refused, be it behind a link, and so is a file of more
-    than 256 MiB of which less than a hundredth is stored.
+    Folders, pipes, sockets and devices are refused, be it behind a link, and so are a file of more
+    than 256 MiB of which less than a hundredth is stored, and a pointer of Git LFS to a file.
     """
     try:
         _require_regular(Path(path).stat(), path, refusal)
@@ -58,10 +62,25 @@ def open_file(path: str | os.PathLike[str], refusal: Refusal = CheckpointError) 
         size = status.st_size
         if size > FREE_BYTES and (stored := _stored(file.fileno(), size)) * MAX_EXPANSION < size:
             raise refusal(f"{path}: {size} bytes of which {stored} are stored, the rest are holes")
+        if size <= _MAX_POINTER_BYTES:
+            if problem := pointer_problem(file.read(_MAX_POINTER_BYTES)):
+                raise refusal(f"{path}: {problem}")
+            file.seek(0)
     except BaseException:
         file.close()
         raise
     return file
+
+
+def pointer_problem(content: bytes) -> str | None:
+    """What to say of content that is a pointer of Git LFS, and what to do; None if it is none."""
+    if not content.startswith(_POINTER):
+        return None
+    size = _POINTER_SIZE.search(content[:_MAX_POINTER_BYTES])
+    meant = f"a file of {int(size[1]):,} bytes" if size else "a file"
+    return (
+        f"a Git LFS pointer to {meant}, which was not fetched; run `git lfs pull` in its repository"
+    )
 
 
 def reason(error: BaseException) -> str:

@@ -26,13 +26,7 @@ from merge_rl.storage.checkpoints.model_file import (
     open_model_file,
     safetensors_in,
 )
-from merge_rl.storage.files import (
-    Header,
-    TensorInfo,
-    natural_key,
-    read_header,
-    without_numbers,
-)
+from merge_rl.storage.files import Header, natural_key, read_header, without_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +100,8 @@ def require_same(path: Path, header: Header, first_path: Path, first: Header) ->
     names = list(dict.fromkeys([*first.tensors, *header.tensors]))
     differing = [name for name in names if header.tensors.get(name) != first.tensors.get(name)]
     if differing:
-        found = _form(header.tensors.get(differing[0]), "missing")
-        expected = _form(first.tensors.get(differing[0]), "no such tensor")
+        found = header.tensors.get(differing[0], "missing")
+        expected = first.tensors.get(differing[0], "no such tensor")
         more = f"; {len(differing) - 1} more tensors differ" if len(differing) > 1 else ""
         raise IncompatibleCheckpointError(
             f"{path}: tensor {differing[0]!r} is {found}, "
@@ -159,12 +153,6 @@ def _unique_names(entries: Sequence[CheckpointEntry]) -> tuple[str, ...]:
     return tuple(
         path.stem if count[path.stem] == 1 else str(path.with_suffix("")) for path in paths
     )
-
-
-def _form(info: TensorInfo | None, absent: str) -> str:
-    if info is None:
-        return absent
-    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"
 
 
 @dataclass(frozen=True, kw_only=True)

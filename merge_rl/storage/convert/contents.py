@@ -101,15 +101,9 @@ def require_same(found: Extracted, expected: Mapping[str, TensorInfo], name: str
     forms = infos_of(found.tensors)
     odd = [key for key in {**expected, **forms} if forms.get(key) != expected.get(key)]
     if odd:
-        have, want = (_form(forms.get(odd[0])), _form(expected.get(odd[0])))
+        have, want = (form.get(odd[0], "missing") for form in (forms, expected))
         raise IncompatibleCheckpointError(
             f"{found.path}: not the same network as {name}: tensor {odd[0]} is {have} here and"
             f" {want} there ({len(odd)} of {len(forms)} tensors differ); convert different"
             " networks or types into different folders"
         )
-
-
-def _form(info: TensorInfo | None) -> str:
-    if info is None:
-        return "missing"
-    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -266,13 +267,20 @@ _FORMATS: Final[Mapping[torch.dtype, tuple[npt.DTypeLike, int, int]]] = {
     torch.float32: (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
     torch.float64: (np.uint64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
     torch.complex64: (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
-    torch.float8_e5m2: (np.uint8, 0x7F, 0x7C),
-    torch.float8_e4m3fn: (np.uint8, 0x7F, 0x7F),
 }
+
+
+@functools.cache
+def _odd_bytes(dtype: torch.dtype) -> npt.NDArray[np.bool_]:
+    """Which of the 256 numbers of an 8-bit floating type are not finite."""
+    numbers = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(dtype)
+    return (~torch.isfinite(numbers.float())).numpy()
 
 
 def count_nonfinite(data: bytes, dtype: torch.dtype) -> int:
     """How many of the numbers in little-endian `data` are NaN or infinite; 0 for whole numbers."""
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        return int(_odd_bytes(dtype)[np.frombuffer(data, dtype=np.uint8)].sum())
     if dtype not in _FORMATS or not data:
         return 0
     word, magnitude, limit = _FORMATS[dtype]

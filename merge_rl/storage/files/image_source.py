@@ -22,6 +22,7 @@ from merge_rl.storage.files.images import ImageFiles
 from merge_rl.storage.files.npz import npz_arrays, read_array, read_rows
 from merge_rl.storage.files.safetensors_file import read_one
 from merge_rl.storage.files.safetensors_header import read_header
+from merge_rl.untrusted import open_file
 
 WORKERS: Final = max(2, min(16, os.cpu_count() or 2))  # decoding threads
 MAX_AHEAD: Final = 256  # images decoded before they are asked for
@@ -115,6 +116,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
         return ImageFiles(place)
     if not place.is_file():
         raise ImageError(f"{place}: no such file or folder")
+    open_file(place, ImageError).close()
     kind = place.suffix.lower()
     if kind == ".zip":
         return ImageFiles(place)

@@ -25,7 +25,7 @@ from torch import Tensor
 from merge_rl.errors import ConfigError, ImageError
 from merge_rl.storage.files.atomic import atomic_path
 from merge_rl.storage.files.naming import natural_key
-from merge_rl.untrusted import load_json_mapping
+from merge_rl.untrusted import load_json_mapping, pointer_problem
 
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP")
@@ -144,6 +144,8 @@ def decode_image(data: bytes, name: str) -> Pixels:
     except ImageError:
         raise
     except UnidentifiedImageError:  # whose own text is the address of a buffer
+        if problem := pointer_problem(data):
+            raise ImageError(f"{name}: {problem}") from None
         formats = ", ".join(FORMATS)
         raise ImageError(f"{name} is broken: no image, expected one of {formats}") from None
     except Exception as error:  # noqa: BLE001 (decoders raise what they like on broken data)

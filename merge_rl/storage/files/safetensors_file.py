@@ -1,7 +1,8 @@
 """Tensors of a safetensors file: read all, read one, write.
 
-Written here rather than with the safetensors library because that one orders the metadata at
-random: equal input must give equal bytes, so that hashes of runs can be compared.
+Headers are read by the safetensors library, tensors here: each into aligned memory of its own, in
+one pass that hashes them. Written here because the library orders the metadata at random: equal
+input must give equal bytes, so that hashes of runs can be compared.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from merge_rl.storage.files.safetensors_header import (
     METADATA_KEY,
     Header,
     TensorInfo,
-    header_bytes,
-    parse_header,
+    read_header,
 )
 from merge_rl.untrusted import open_file
 
@@ -46,10 +46,11 @@ def read_file(path: Path, *, hashed: bool) -> tuple[Header, dict[str, Tensor], s
     digest = hashlib.sha256()
     try:
         with open_file(path) as file:
-            size = path.stat().st_size
-            text = header_bytes(file, size, path)
-            header = parse_header(text, size, path)
-            digest.update(len(text).to_bytes(8, "little") + text)
+            opened = _stamp(os.fstat(file.fileno()))
+            header = read_header(path)
+            if _stamp(path.stat()) != opened:
+                raise CheckpointError(f"{path}: the file was replaced while it was read")
+            digest.update(file.read(header.file_bytes - header.tensor_bytes))
             tensors = {n: torch.empty(i.shape, dtype=i.dtype) for n, i in header.tensors.items()}
             # In the order of the file, in which one follows the other.
             for piece in _pieces(file, [tensor_bytes(t) for t in tensors.values()], path):
@@ -183,6 +184,10 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
         tensor = tensor.to("cpu").contiguous()
     flat = tensor.detach().reshape(-1)
     return flat.view(torch.uint8).numpy().data
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _pieces(file: BinaryIO, targets: Sequence[memoryview], path: Path) -> Iterator[memoryview]:
