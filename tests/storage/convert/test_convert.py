@@ -29,8 +29,8 @@ from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME, read_manifest
 from merge_rl.storage.checkpoints.model_file import open_model_file
 from merge_rl.storage.convert.edm2 import OPTIONS
 from merge_rl.storage.convert.edm2_shapes import DEFAULTS, edm2_config_from_shapes
-from merge_rl.storage.convert.run import convert
-from merge_rl.storage.files.safetensors_header import read_header
+from merge_rl.storage.convert.run import convert, count_nonfinite
+from merge_rl.storage.files.safetensors_header import DTYPES, read_header
 from tests.conftest import TINY_MODEL
 from tests.snapshots import write_sit, write_snapshot, write_training_state
 
@@ -401,8 +401,12 @@ def test_sound_outputs_are_kept(tmp_path: Path) -> None:
 
 def test_outputs_of_other_sources_are_not_overwritten(tmp_path: Path) -> None:
     name = "network-snapshot-0000102-0.050.pkl"
-    ours, other = snapshot(tmp_path / "a", name, 1), snapshot(tmp_path / "b", name, 2)
-    assert ours.stat().st_size == other.stat().st_size
+    ours, other = snapshot(tmp_path / "a", name, 1), tmp_path / "b" / name
+    # Of the same size, which two pickles need not be: torch writes addresses of memory in digits.
+    data = bytearray(ours.read_bytes())
+    data[data.index(tiny_weights(1)["unet.out_conv.weight"].numpy().tobytes())] ^= 1
+    other.parent.mkdir()
+    other.write_bytes(data)
     convert(ours, tmp_path / "out")
     before = sha256(tmp_path / "out/network-snapshot-0000102-0.050.safetensors")
     with pytest.raises(CheckpointError, match="exists already and was not made from this"):
@@ -569,3 +573,19 @@ def test_memory_is_a_few_pieces_whatever_the_size(tmp_path: Path) -> None:
     assert peak < 10e6
     header = read_header(tmp_path / "out/network-snapshot-0000001-0.050.safetensors")
     assert {info.dtype for info in header.tensors.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [d for d in DTYPES.values() if d.is_floating_point or d.is_complex],
+    ids=str,
+)
+def test_numbers_that_are_not_finite_are_counted_in_every_type(dtype: torch.dtype) -> None:
+    # All 16-bit patterns, in an order in which wider types see many of theirs.
+    words = torch.arange(2**16, dtype=torch.int32)
+    pattern = torch.cat([words, words.flip(0), words * 40503 % 2**16]).to(torch.int16)
+    values = pattern.view(torch.uint8).view(dtype)
+    wide = values if dtype.is_complex or dtype.itemsize > 1 else values.float()
+    parts = torch.view_as_real(wide) if dtype.is_complex else wide
+    expected = int((~torch.isfinite(parts)).sum())
+    assert count_nonfinite(values.view(torch.uint8).numpy().tobytes(), dtype) == expected > 0
