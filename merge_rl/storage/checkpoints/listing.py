@@ -26,7 +26,14 @@ from merge_rl.storage.checkpoints.model_file import (
     open_model_file,
     safetensors_in,
 )
-from merge_rl.storage.files import Header, natural_key, read_header, without_numbers
+from merge_rl.storage.files import (
+    Header,
+    absolute,
+    natural_key,
+    read_header,
+    spellings,
+    without_numbers,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +181,7 @@ def find_origin(path: str | os.PathLike[str]) -> Origin:
         raise CheckpointError(f"{path}: the model config is not known; expected a config.json")
     manifest, entry = _listing(Path(path)) or (_nearest(Path(path)), None)
     return Origin(
-        name=(manifest.name if manifest else None) or Path(path).resolve().stem,
+        name=(manifest.name if manifest else None) or absolute(path).stem,
         config=file.config,
         licence=(entry.licence if entry else None) or (manifest.licence if manifest else None),
         source=entry.source if entry else None,
@@ -199,9 +206,10 @@ def newest_model(path: str | os.PathLike[str], track: str | None = None) -> Path
 
 def _nearest(path: Path) -> Manifest | None:
     """The manifest of the set or run that a model lies in without being one of its files."""
-    for folder in list(path.resolve().parents)[:2]:
-        if has_manifest(folder):
-            return read_manifest(folder)
+    for place in spellings(path):
+        for folder in list(place.parents)[:2]:
+            if has_manifest(folder):
+                return read_manifest(folder)
     return None
 
 

@@ -1,7 +1,7 @@
 """`checkpoints_manifest.yaml`: what the files of a folder are, and where they came from.
 
-A manifest comes with files from anywhere, so it is checked in full: plain data only, no path that
-leaves its folder, one sentence for whatever does not fit.
+A manifest comes with files from anywhere, so it is checked in full: plain data only, no name that
+leads out of its folder, one sentence for whatever does not fit.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class SetDefaults:
         sampler = dict(self.sampler)
         if isinstance(sampler.get("guide"), str):
             where = f"{folder / MANIFEST_NAME}, defaults.sampler.guide"
-            sampler["guide"] = str(folder / relative_inside(folder, sampler["guide"], where))
+            sampler["guide"] = str(folder / relative_name(sampler["guide"], where))
         found = {key: folder / path for key, path in paths.items() if path}
         return replace(self, sampler=sampler, **found)
 
@@ -80,7 +80,7 @@ _ENTRY_OPTIONS: Final = [item.name for item in fields(CheckpointEntry) if item.n
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Manifest at `path`, a file or the folder that holds one; ManifestError if malformed.
 
-    The files it names need not exist; where they do, links may not lead out of the folder.
+    The files it names need not exist.
     """
     file = Path(path)
     file = file / MANIFEST_NAME if file.is_dir() else file
@@ -103,21 +103,31 @@ def has_manifest(folder: Path) -> bool:
     return os.path.lexists(file) and not _CATALOGUE.search(read_bounded(file))
 
 
-def relative_inside(folder: Path, text: str, where: str) -> str:
-    """A relative path in normal form; refused if absolute, climbing, or linked out of `folder`."""
+def relative_name(text: str, where: str) -> str:
+    """A relative path in normal form; refused if absolute or climbing.
+
+    Links are not looked at: what a folder links to is its owner's choice (the Hub's cache keeps
+    all files elsewhere), no file's.
+    """
     pure, foreign = PurePosixPath(text), PureWindowsPath(text)
     if pure.is_absolute() or foreign.drive or foreign.root:
         raise ManifestError(f"{where}: expected a path relative to the folder, found {text!r}")
     if ".." in pure.parts or "\\" in text or "\0" in text or not pure.parts:
         problem = "without '..' or backslashes"
         raise ManifestError(f"{where}: expected a path inside the folder {problem}, found {text!r}")
+    return str(pure)
+
+
+def relative_inside(folder: Path, text: str, where: str) -> str:
+    """The same for what is to be written: refused as well if linked out of `folder`."""
+    name = relative_name(text, where)
     try:
-        inside = (folder / pure).resolve().is_relative_to(folder.resolve())
+        inside = (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # a link that leads to itself
         inside = False
     if not inside:
         raise ManifestError(f"{where}: {text!r} is a link that leaves the folder {folder}")
-    return str(pure)
+    return name
 
 
 def _parse(document: object, file: Path) -> Manifest:
@@ -151,15 +161,15 @@ def _parse_entries(top: Fields, file: Path) -> tuple[CheckpointEntry, ...]:
     entries: dict[str, CheckpointEntry] = {}
     for index, value in enumerate(values):
         where = f"{file}, checkpoints[{index}]"
-        entry = _parse_entry(Fields(value, where, required=["file"], optional=_ENTRY_OPTIONS), file)
+        entry = _parse_entry(Fields(value, where, required=["file"], optional=_ENTRY_OPTIONS))
         if entry.file in entries:
             raise ManifestError(f"{where}, file: {entry.file!r} is listed twice")
         entries[entry.file] = entry
     return tuple(entries.values())
 
 
-def _parse_entry(item: Fields, file: Path) -> CheckpointEntry:
-    name = relative_inside(file.parent, item.needed_text("file"), f"{item.where}, file")
+def _parse_entry(item: Fields) -> CheckpointEntry:
+    name = relative_name(item.needed_text("file"), f"{item.where}, file")
     if not name.endswith(".safetensors"):
         raise item.refuse("file", "a .safetensors file")
     ema_std = item.number("ema_std")
@@ -188,7 +198,7 @@ def _parse_defaults(top: Fields, file: Path) -> SetDefaults:
     for key in _DEFAULT_PATHS:
         if key in section:
             where = f"{section.where}, {key}"
-            paths[key] = Path(relative_inside(file.parent, section.needed_text(key), where))
+            paths[key] = Path(relative_name(section.needed_text(key), where))
     return SetDefaults(
         extractor=_parse_name(section, "extractor"),
         autoencoder=_parse_name(section, "autoencoder"),

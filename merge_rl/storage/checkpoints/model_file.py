@@ -28,6 +28,7 @@ from merge_rl.storage.files import (
     require_hash,
     save_tensors,
     sha256_file,
+    spellings,
 )
 from merge_rl.untrusted import load_json_mapping, read_bounded
 
@@ -169,12 +170,12 @@ def _first_config(
 
 def find_listing(file: Path) -> tuple[Manifest, CheckpointEntry] | None:
     """The nearest manifest that lists `file`, and its entry."""
-    absolute = file.parent.resolve() / file.name
-    for folder in list(absolute.parents)[:_PARENTS]:
-        if has_manifest(folder):
-            manifest = read_manifest(folder / MANIFEST_NAME)
-            name = absolute.relative_to(folder).as_posix()
-            for entry in manifest.checkpoints:
-                if entry.file == name:
-                    return manifest, entry
+    for place in spellings(file):
+        for folder in list(place.parents)[:_PARENTS]:
+            if has_manifest(folder):
+                manifest = read_manifest(folder / MANIFEST_NAME)
+                name = place.relative_to(folder).as_posix()
+                for entry in manifest.checkpoints:
+                    if entry.file == name:
+                        return manifest, entry
     return None

@@ -24,7 +24,7 @@ from merge_rl.storage.files.image_source import (
     open_images,
 )
 from merge_rl.storage.files.images import decode_image, enlarge, image_grid, write_png
-from merge_rl.storage.files.naming import natural_key, without_numbers
+from merge_rl.storage.files.naming import absolute, natural_key, spellings, without_numbers
 from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, read_array
 from merge_rl.storage.files.safetensors_file import (
     TensorReader,
@@ -65,6 +65,7 @@ __all__ = [
     "TensorReader",
     "WeightStream",
     "WorkFolder",
+    "absolute",
     "atomic_path",
     "below",
     "decode_image",
@@ -87,6 +88,7 @@ __all__ = [
     "require_new",
     "save_tensors",
     "sha256_file",
+    "spellings",
     "tensor_bytes",
     "tensor_file",
     "without_numbers",

@@ -157,8 +157,8 @@ def list_model(folder: Path) -> list[FolderFile]:
     """The files of a model folder that are published, checked; weights first.
 
     Needs weights (model.safetensors, or shards and their index) and README.md. Everything else in
-    the folder is left out; a link that leads out of it is refused, since what it leads to would be
-    published.
+    the folder is left out; a link that leads out of it, or out of the repository in the Hub's cache
+    that it belongs to, is refused, since what it leads to would be published.
     """
     names = [*_weights(folder), *_companions(folder)]
     return [FolderFile(name=name, size=_size(folder, name)) for name in names]
@@ -195,6 +195,10 @@ def _companions(folder: Path) -> Iterator[str]:
 
 def _size(folder: Path, name: str) -> int:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    # The Hub's cache keeps snapshots/COMMIT/NAME as links into the same repository's blobs/.
+    cached = folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
+    own = folder.parents[1] / "blobs" if cached else folder
+    homes = (folder.resolve(), own.resolve())
+    if not any(path.resolve().is_relative_to(home) for home in homes):
         raise CheckpointError(f"{path}: a link that leaves the folder is not published")
     return path.stat().st_size

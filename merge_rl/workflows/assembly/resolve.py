@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from merge_rl.config import (
 from merge_rl.core.merging.groups import grouping
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet, has_manifest, read_manifest
+from merge_rl.storage.files import absolute, spellings
 from merge_rl.workflows.assembly.networks import is_public
 
 _PARENTS = 3  # how far above a model its set or run is looked for
@@ -40,8 +42,8 @@ class Surroundings:
 
 def find_surroundings(model: str | Path) -> Surroundings:
     """Settings of the run directory or checkpoint set that the model lies in."""
-    path = Path(model).resolve()
-    for folder in [path, *path.parents][: _PARENTS + 1]:
+    near = ([path, *path.parents][: _PARENTS + 1] for path in spellings(model))
+    for folder in itertools.chain.from_iterable(near):
         if (folder / "config.yaml").is_file() and (folder / "inputs.json").is_file():
             return _from_run(load_config(OptimizeConfig, folder / "config.yaml"))
         if folder.is_dir() and has_manifest(folder):
@@ -149,7 +151,7 @@ def resolve_reward(config: OptimizeConfig) -> RewardConfig:
 
 
 def _absolute(path: str | Path) -> str:
-    return str(Path(path).resolve())
+    return str(absolute(path))
 
 
 def _weights(source: str | Path) -> str:

@@ -19,7 +19,7 @@ from merge_rl.interfaces import FeatureExtractor
 from merge_rl.models import add_adapters
 from merge_rl.rng import stream
 from merge_rl.storage.checkpoints import Origin, find_origin, model_sha256
-from merge_rl.storage.files import sha256_file
+from merge_rl.storage.files import absolute, sha256_file
 from merge_rl.workflows.assembly import (
     Announce,
     Target,
@@ -193,7 +193,7 @@ def _hashes(config: FinetuneConfig, digest: str | None, decoder: str | None) -> 
 
 
 def _absolute(path: str | Path) -> str:
-    return str(Path(path).resolve())
+    return str(absolute(path))
 
 
 def _weights(source: str | Path) -> str:

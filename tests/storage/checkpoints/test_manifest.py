@@ -14,6 +14,7 @@ from merge_rl.storage.checkpoints.manifest import (
     SetDefaults,
     has_manifest,
     read_manifest,
+    relative_inside,
     write_manifest,
 )
 
@@ -171,8 +172,6 @@ def test_malformed_manifests_are_refused_with_place_and_expectation(
         ("C:x.safetensors", "expected a path relative to the folder"),
         ("raw\\x.safetensors", "backslashes"),
         ("\\\\host\\share\\x.safetensors", "relative to the folder"),
-        ("link/x.safetensors", "a link that leaves the folder"),
-        ("out.safetensors", "a link that leaves the folder"),
         (".", "expected a path inside the folder"),
     ],
 )
@@ -181,18 +180,29 @@ def test_no_path_leaves_its_folder(tmp_path: Path, text: str, message: str, plac
     folder = tmp_path / "set"
     folder.mkdir()
     (tmp_path / "x.safetensors").write_bytes(b"")
-    (folder / "link").symlink_to(tmp_path)
-    (folder / "out.safetensors").symlink_to(tmp_path / "x.safetensors")
     listed = ENTRY if place == "reference" else f"checkpoints: [{{file: '{text}'}}]\n"
     defaults = f"defaults: {{reference: '{text}'}}\n" if place == "reference" else ""
     with pytest.raises(ManifestError, match=message):
         read_manifest(write(folder, HEAD + listed + defaults))
 
 
-def test_links_inside_the_folder_are_fine(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "raw").symlink_to(tmp_path / "real")
-    assert read_manifest(write(tmp_path, HEAD + ENTRY)).checkpoints[0].file == "raw/a.safetensors"
+@pytest.mark.parametrize("inside", [True, False])
+def test_links_are_the_users_own(tmp_path: Path, inside: bool) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    home = folder if inside else tmp_path
+    (home / "real").mkdir()
+    (folder / "raw").symlink_to(home / "real")
+    assert read_manifest(write(folder, HEAD + ENTRY)).checkpoints[0].file == "raw/a.safetensors"
+
+
+def test_nothing_is_written_through_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "raw").symlink_to(tmp_path)
+    (tmp_path / "set" / "ema").symlink_to(tmp_path / "set")
+    with pytest.raises(ManifestError, match="'raw/x' is a link that leaves the folder"):
+        relative_inside(tmp_path / "set", "raw/x", "here")
+    assert relative_inside(tmp_path / "set", "ema/x", "here") == "ema/x"
 
 
 @pytest.mark.parametrize(
