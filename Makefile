@@ -25,7 +25,7 @@ demo: $(READY)
 	rm -rf build/demo
 	$(BIN)/mergerl demo build/demo
 	$(BIN)/mergerl optimize build/demo/edm2 --config examples/digits.yaml --out build/demo/run
-	$(BIN)/mergerl sample build/demo/run/merged --num 100 --out build/demo/samples.png
+	$(BIN)/mergerl sample build/demo/run/merged --num-images 100 --out build/demo/samples.png
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS)

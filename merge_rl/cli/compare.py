@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.markup import escape
 
-from merge_rl.cli import options
-from merge_rl.cli.options import FINAL, MODEL, SEARCH
+from merge_rl.cli.optimize import NO_SDE, Checkpoints
+from merge_rl.cli.options import build_for_set, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -19,12 +20,11 @@ from merge_rl.cli.output import (
     say,
     stoppable,
 )
+from merge_rl.config import SCORES, SEARCH, OptimizeConfig
 from merge_rl.errors import ConfigError
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from merge_rl.config import OptimizeConfig
+# What searchers differ in is said with each of them; the others are of one search.
+WITHOUT: Final = (*NO_SDE, "search", "merge", "reward", "select", "weights_device", "licence")
 
 
 def register(app: typer.Typer) -> None:
@@ -33,83 +33,48 @@ def register(app: typer.Typer) -> None:
     app.command()(report)
 
 
+@with_settings(OptimizeConfig, without=WITHOUT)
 def compare(
-    checkpoints: options.Checkpoints,
+    checkpoints: Checkpoints,
+    *,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the comparison. \\[default: runs/NAME-compare]"),
+        typer.Option(help="Folder of the comparison.", show_default="runs/NAME-compare"),
     ] = None,
-    config: options.Config = None,
-    setting: options.Setting = None,
-    track: options.Track = None,
+    settings: Mapping[str, Any],
     searcher: Annotated[
         list[str] | None,
         typer.Option(
             metavar="'NAME [KEY=VALUE ...]'",
             help="Repeatable. Settings of its own are search.*, merge.* and reward.*, and "
-            "label=TEXT names it in tables. \\[default: policy-gradient, nevergrad:TBPSA, "
-            "nevergrad:CMA, lcsc, greedy-soup, ema-grid, best-checkpoint, uniform]",
+            "label=TEXT names it in tables.",
+            show_default="policy-gradient, nevergrad:TBPSA, nevergrad:CMA, lcsc, greedy-soup, "
+            "ema-grid, best-checkpoint, uniform",
             rich_help_panel=SEARCH,
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Of the searches.", rich_help_panel=SEARCH)] = "0,1,2",
-    budget: options.Budget = None,
-    extractor: options.Extractor = None,
-    extractor_weights: options.ExtractorWeights = None,
-    reference: options.Reference = None,
-    heldout: options.Heldout = None,
-    autoencoder: options.Autoencoder = None,
-    autoencoder_weights: options.AutoencoderWeights = None,
-    solver: options.Solver = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    guide: options.Guide = None,
-    fast: options.Fast = False,
-    batch: Annotated[
-        int | None, typer.Option(help="Images in one forward pass.", rich_help_panel=MODEL)
-    ] = None,
-    device: options.Device = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Of the fresh images all results are scored on. \\[default: 0]",
-            rich_help_panel=FINAL,
-        ),
-    ] = None,
-    final_images: options.FinalImages = None,
-    repeats: options.Repeats = None,
     curve_images: Annotated[
         int | None,
         typer.Option(
-            help="N of the six scores along each search, 0 for none. \\[default: N, 2000 at most]",
-            rich_help_panel=FINAL,
+            help="N of the six scores along each search, 0 for none.",
+            show_default="N, 2000 at most",
+            rich_help_panel=SCORES,
         ),
     ] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Compare searchers: all with the same budget, scored on the same fresh seeds.
 
-    Every searcher searches with every seed. The table tells the FID of what they found, the images
-    and the time they took, and how much their coefficients differ between seeds; the plot how FID
-    falls with the images generated. Ctrl-C keeps what is done: the same command goes on.
+    Every searcher searches with every seed of --seeds; --seed is that of the fresh images. The
+    table tells the FID of what they found, the images and the time they took, and how much their
+    coefficients differ between seeds; the plot how FID falls with the images generated. Ctrl-C
+    keeps what is done: the same command goes on.
     """
-    from merge_rl.cli.options import build_config
-    from merge_rl.storage.checkpoints import open_checkpoints
-
-    given = options.shared_settings(
-        track=track, budget=budget, seed=seed, extractor=extractor,
-        extractor_weights=extractor_weights, reference=reference, heldout=heldout,
-        autoencoder=autoencoder, autoencoder_weights=autoencoder_weights, solver=solver,
-        steps=steps, guidance=guidance, guide=guide, fast=fast, batch=batch, device=device,
-        final_images=final_images, repeats=repeats,
-    )  # fmt: skip
-    defaults = open_checkpoints(checkpoints, track=track).defaults
-    settings = build_config(
-        checkpoints, config, given, overrides=setting or [], sampler=defaults.sampler
-    )
+    config = build_for_set(settings, checkpoints)
     folder = out or Path("runs") / f"{checkpoints.resolve().name}-compare"
-    note_unused_gpu(settings.device)
-    document = _run(settings, folder, searcher, parse_seeds(seeds), curve_images, json=json)
+    note_unused_gpu(config.device)
+    document = _run(config, folder, searcher, parse_seeds(seeds), curve_images, json=json)
     if json:
         print_json({"out": str(folder), **document})
     else:

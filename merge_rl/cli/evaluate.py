@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from merge_rl.cli import options, ranks
+from merge_rl.cli import ranks
+from merge_rl.cli.options import with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -19,14 +21,14 @@ from merge_rl.cli.output import (
     print_table,
     say,
 )
-from merge_rl.cli.sample import find_autoencoder, find_sampler
+from merge_rl.cli.sample import find_autoencoder, generation_settings
+from merge_rl.config import MODEL_IMAGES, EvaluateConfig, SamplerConfig
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from merge_rl.workflows.assembly import Surroundings
 
 
-NUM_IMAGES: Final = 5000
 HIGHER_IS_BETTER: Final = ("precision", "recall", "density", "coverage")
 
 
@@ -35,6 +37,7 @@ def register(app: typer.Typer) -> None:
     app.command()(evaluate)
 
 
+@with_settings(EvaluateConfig)
 def evaluate(
     model: Annotated[
         Path,
@@ -44,136 +47,92 @@ def evaluate(
             "features.",
         ),
     ],
-    num_images: Annotated[
-        int | None,
-        typer.Option(
-            "--num-images",
-            help="N of one repeat; papers use 50000. \\[default: 5000; of images, all there are]",
-        ),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Disjoint blocks of seeds, or of images.")] = 3,
-    metrics: Annotated[
-        str, typer.Option(help="Comma-separated: fid, kid, mmd, prdc, fid-infinity.")
-    ] = "fid",
-    seed: Annotated[int, typer.Option(help="First image seed.")] = 0,
-    extractor: Annotated[
-        str | None, typer.Option(help="Feature extractor, or package.module:factory.")
-    ] = None,
-    extractor_weights: Annotated[
-        str | None, typer.Option(help="Its weights: file, folder, or public name.")
-    ] = None,
-    reference: Annotated[
-        Path | None, typer.Option(help="Statistics of real data, of any known format.")
-    ] = None,
-    heldout: Annotated[Path | None, typer.Option(help="Statistics of held-out data.")] = None,
-    under: Annotated[
-        str | None, typer.Option(help="ode, sde or both. \\[default: both for SiT, ode for EDM2]")
-    ] = None,
-    solver: options.SamplingSolver = None,
-    steps: options.SamplingSteps = None,
-    guidance: options.SamplingGuidance = None,
-    guide: options.SamplingGuide = None,
-    diffusion: options.Diffusion = None,
-    last_step: options.LastStep = None,
-    low_memory: options.LowMemory = False,
-    fast: options.SamplingFast = False,
-    sampler_setting: options.Other = None,
-    autoencoder: options.SamplingAutoencoder = None,
-    autoencoder_weights: options.SamplingAutoencoderWeights = None,
-    max_rows: Annotated[
-        int, typer.Option(min=2, help="Rows of either set that kid, mmd and prdc compare.")
-    ] = 10_000,
-    save_features: Annotated[
-        Path | None, typer.Option(help="Folder to keep features in, and to go on from.")
-    ] = None,
-    skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Leave out unreadable images, and count them.")
-    ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 250,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    settings: Mapping[str, Any],
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Score a model: FID and others, several repeats, mean, 95 % interval and minimum.
 
     What is not said comes from the run or the checkpoint set that the model lies in.
     """
-    from merge_rl.workflows.assembly import build_extractor, find_surroundings, load_model
+    from merge_rl.workflows.assembly import build_extractor, find_surroundings
     from merge_rl.workflows.evaluate import evaluate as score
-    from merge_rl.workflows.evaluate import require_scorable, samplers_of
     from merge_rl.workflows.reference import kind_of
 
     near, kind = find_surroundings(model), kind_of(model)
-    device = ranks.own_device(device)
-    note_unused_gpu(device)
-    target = str(reference or near.reference or "")
+    config, sampler = generation_settings(EvaluateConfig, settings, model)
+    config = replace(config, device=ranks.own_device(config.device), sampler=sampler)
+    note_unused_gpu(config.device)
+    target = config.reference or near.reference or ""
     if not target:
         raise ConfigError(f"no run or manifest near {model} names a reference; pass --reference")
-    target_heldout = str(heldout) if heldout else None if reference else near.heldout
-    wanted = [m.strip() for m in metrics.split(",")]
-    given: dict[str, Any] = {"model": model}
+    heldout = config.heldout or (None if config.reference else near.heldout)
+    config = replace(config, reference=target, heldout=heldout)
+    what: dict[str, Any] = {"model": model, "extractor": config.extractor}
     if kind != "features":
-        name, weights = _extractor(model, target, near, extractor, extractor_weights)
-        targets = {"reference": target, "heldout": target_heldout}
-        require_scorable(name, weights, targets, wanted)  # before anything is fetched
-    if kind == "model":
-        settings = find_sampler(
-            model, solver=solver, num_steps=steps, guidance=guidance, guide=guide,
-            diffusion=diffusion, last_step=last_step, low_memory=low_memory or None, fast=fast,
-            other=sampler_setting,
-        )  # fmt: skip
-        network = load_model(model)
-        # A solver that is named is the one that is meant.
-        which = under or (None if solver is None else "sde" if settings.is_sde else "ode")
-        given = {
-            "model": network,
-            "sampler": samplers_of(network, settings, which),
-            "autoencoder": find_autoencoder(model, network, autoencoder, autoencoder_weights),
-        }
-    if kind == "features":
-        given["extractor"] = extractor
-    else:
-        given["extractor"], given["extractor_sha256"] = build_extractor(name, weights, device, say)
+        name, weights = _extractor(model, config, near)
+        if kind == "model":
+            what |= _generated(model, config, named="solver" in settings.get("sampler", {}))
+        built, digest = build_extractor(name, weights, config.device, say)
+        what |= {"extractor": built, "extractor_sha256": digest}
+    number = config.num_images
+    if number is None and kind == "model":
+        number = MODEL_IMAGES
     with ProgressTracker(quiet=json) as tracker:
         document = score(
-            given.pop("model"),
-            **given,
-            reference=target,
-            heldout=target_heldout,
-            metrics=wanted,
-            num_images=NUM_IMAGES if num_images is None and kind == "model" else num_images,
-            repeats=repeats,
-            batch=batch,
-            device=device,
-            seed=seed,
-            max_rows=max_rows,
-            save_features=save_features,
-            skip_broken=skip_broken,
-            tracker=tracker,
-        )
+            **what, reference=target, heldout=heldout, metrics=_metrics(config),
+            num_images=number, repeats=config.repeats, batch=config.batch,
+            device=config.device, seed=config.seed, max_rows=config.max_rows,
+            save_features=config.save_features, skip_broken=config.skip_broken, tracker=tracker,
+        )  # fmt: skip
     if json:
         print_json({"model": str(model), **document})
     else:
         _show(document)
 
 
-def _extractor(
-    model: Path, target: str, near: Surroundings, name: str | None, weights: str | None
-) -> tuple[str, str | None]:
-    """Name and weights: as said, else as the run or set says, else as the reference does."""
+def _metrics(config: EvaluateConfig) -> list[str]:
+    return [name.strip() for name in config.metrics.split(",")]
+
+
+def _generated(model: Path, config: EvaluateConfig, *, named: bool) -> dict[str, Any]:
+    """The network, and how its images are made; `named`: the solver was said."""
+    from merge_rl.workflows.assembly import load_model
+    from merge_rl.workflows.evaluate import samplers_of
+
+    network, sampler = load_model(model), config.sampler or SamplerConfig()
+    # A solver that is named is the one that is meant.
+    which = config.under or (None if not named else "sde" if sampler.is_sde else "ode")
+    return {
+        "model": network,
+        "sampler": samplers_of(network, sampler, which),
+        "autoencoder": find_autoencoder(model, network, config),
+    }
+
+
+def _extractor(model: Path, config: EvaluateConfig, near: Surroundings) -> tuple[str, str | None]:
+    """Name and weights: as said, else as the run or set says, else as the reference does.
+
+    Refuses what cannot be scored with it, before anything is fetched.
+    """
     from merge_rl.workflows.assembly import is_user_module
+    from merge_rl.workflows.evaluate import require_scorable
     from merge_rl.workflows.reference import load_reference
 
-    found = name or near.extractor or load_reference(target).extractor
+    found = config.extractor or near.extractor
+    found = found or load_reference(str(config.reference)).extractor
     if not found:
         raise ConfigError(f"no run or manifest near {model} names an extractor; pass --extractor")
-    if name is None and is_user_module(found):
+    if config.extractor is None and is_user_module(found):
         # The run may come from somebody else: its word alone does not make us run code.
         raise ConfigError(
             f"the run near {model} used the extractor {found!r}, a module of its own; "
             f"pass --extractor {found} to import it here"
         )
     own = found == near.extractor
-    return found, weights or (near.extractor_weights if own else None)
+    weights = config.extractor_weights or (near.extractor_weights if own else None)
+    targets = {"reference": config.reference, "heldout": config.heldout}
+    require_scorable(found, weights, targets, _metrics(config))
+    return found, weights
 
 
 def _show(document: Mapping[str, Any]) -> None:

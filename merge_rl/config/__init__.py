@@ -1,5 +1,11 @@
 """Settings: dataclasses that are checked once, here, and their way to and from YAML."""
 
+from merge_rl.config.evaluate import (
+    MODEL_IMAGES,
+    EvaluateConfig,
+    GenerationConfig,
+    SampleConfig,
+)
 from merge_rl.config.finetune import (
     CURVES,
     FREE_ON_RESUME,
@@ -18,15 +24,13 @@ from merge_rl.config.mapping import (
 )
 from merge_rl.config.optimize import (
     AUTO_BATCH,
-    SUBSET_SIZE,
+    PRESETS,
     EvaluationConfig,
-    MergeConfig,
     OptimizeConfig,
-    RewardConfig,
-    SearchConfig,
     preset,
 )
 from merge_rl.config.overrides import overlaid, override, set_dotted, split_pair
+from merge_rl.config.reward import SUBSET_SIZE, RewardConfig
 from merge_rl.config.sampler import (
     DIFFUSIONS,
     FIXED_SOLVERS,
@@ -36,6 +40,8 @@ from merge_rl.config.sampler import (
     SamplerConfig,
     sde_counterpart,
 )
+from merge_rl.config.search import MergeConfig, SearchConfig
+from merge_rl.config.setting import MODEL, PANELS, SCORES, SEARCH, About, Setting, settings_of
 
 __all__ = [
     "AUTO_BATCH",
@@ -44,17 +50,28 @@ __all__ = [
     "FIXED_SOLVERS",
     "FREE_ON_RESUME",
     "LAST_STEPS",
+    "MODEL",
+    "MODEL_IMAGES",
+    "PANELS",
     "PAPER_REWARD",
+    "PRESETS",
+    "SCORES",
     "SDE_SOLVERS",
+    "SEARCH",
     "SOLVERS",
     "SUBSET_SIZE",
+    "About",
+    "EvaluateConfig",
     "EvaluationConfig",
     "FinetuneConfig",
+    "GenerationConfig",
     "MergeConfig",
     "OptimizeConfig",
     "RewardConfig",
+    "SampleConfig",
     "SamplerConfig",
     "SearchConfig",
+    "Setting",
     "UpdateConfig",
     "differing_keys",
     "dump_config",
@@ -66,6 +83,7 @@ __all__ = [
     "preset",
     "sde_counterpart",
     "set_dotted",
+    "settings_of",
     "split_pair",
     "to_mapping",
     "without_nan",

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.config.setting import MODEL, require_choices, setting
+from merge_rl.errors import ConfigError
 
 FIXED_SOLVERS: Final = ("euler", "heun", "midpoint", "heun3", "rk4")
 ADAPTIVE_SOLVERS: Final = ("dopri5",)
@@ -29,29 +30,49 @@ class SamplerConfig:
     `merge_rl.core.sampling.compatibility`.
     """
 
-    solver: str = "heun"
-    num_steps: int = 32  # intervals; those of an SDE include the last one, without noise
-    # Noise levels of networks that denoise (EDM2).
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    # The path of networks that predict velocities (SiT).
-    path: str = "linear"
-    # SDE solvers. EDM2 has the form sigma and ends in the denoised sample.
-    diffusion: str = "sigma"
-    diffusion_norm: float = 1.0
-    last_step: str = "mean"
-    last_step_size: float = 0.04
-    sde_num_steps: int = 250  # num_steps where an SDE is scored beside the ODE
-    # dopri5.
-    rtol: float = 1e-3
-    atol: float = 1e-6
-    guidance: float = 1.0  # 1 is off
-    guide: str | None = None  # model file or folder of the weaker network
-    guidance_channels: int | None = 3  # guided by the null class; None: all
-    low_memory: bool = False  # guidance by the null class in two forward passes
-    precision: str = "float32"  # of the network's forward pass; the state stays float32
-    compile: bool = False  # torch.compile, on accelerators
+    solver: str = setting(
+        "heun", f"{', '.join(SOLVERS)}; dopri5 depends on the batch, a search refuses it.",
+        MODEL, "--solver",
+    )  # fmt: skip
+    num_steps: int = setting(
+        32, "Solver intervals; those of an SDE include the last one, without noise.",
+        MODEL, "--num-steps",
+    )  # fmt: skip
+    sigma_min: float = setting(0.002, "Lowest noise level of networks that denoise (EDM2).", MODEL)
+    sigma_max: float = setting(80.0, "Highest noise level of networks that denoise (EDM2).", MODEL)
+    rho: float = setting(7.0, "How noise levels crowd at the lowest one (EDM2).", MODEL)
+    path: str = setting(
+        "linear", "Path of networks that predict velocities (SiT).", MODEL, choices=PATH_NAMES
+    )
+    diffusion: str = setting(
+        "sigma", "Noise of an SDE; EDM2 has sigma alone, and ends in the denoised sample.",
+        MODEL, "--diffusion", choices=DIFFUSIONS,
+    )  # fmt: skip
+    diffusion_norm: float = setting(1.0, "Factor of an SDE's noise.", MODEL)
+    last_step: str = setting(
+        "mean", "End of a path's SDE.", MODEL, "--last-step", choices=LAST_STEPS
+    )
+    last_step_size: float = setting(0.04, "Time that the end of a path's SDE takes.", MODEL)
+    sde_num_steps: int = setting(250, "num_steps where an SDE is scored beside the ODE.", MODEL)
+    rtol: float = setting(1e-3, "Relative tolerance of dopri5.", MODEL)
+    atol: float = setting(1e-6, "Absolute tolerance of dopri5.", MODEL)
+    guidance: float = setting(1.0, "Strength; 1 is off.", MODEL, "--guidance")
+    guide: str | None = setting(
+        None, "Model file or folder of the weaker network; none: the null class.",
+        MODEL, "--guide", path=True,
+    )  # fmt: skip
+    guidance_channels: int | None = setting(
+        3, "Channels guided by the null class; null: all.", MODEL
+    )
+    low_memory: bool = setting(
+        False, "Guidance by the null class in two forward passes instead of a doubled batch.",
+        MODEL, "--low-memory",
+    )  # fmt: skip
+    precision: str = setting(
+        "float32", "Of the network's forward pass; the state stays float32.",
+        MODEL, "--precision", choices=PRECISIONS,
+    )  # fmt: skip
+    compile: bool = setting(False, "torch.compile, on accelerators.", MODEL)
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, "num_steps", ">= 1", self.num_steps)
@@ -66,12 +87,7 @@ class SamplerConfig:
         if self.guidance_channels is not None:
             require(self.guidance_channels >= 1, "guidance_channels", ">= 1 or null (all)",
                      self.guidance_channels)  # fmt: skip
-        for name, known in (
-            ("path", PATH_NAMES), ("diffusion", DIFFUSIONS), ("last_step", LAST_STEPS),
-            ("precision", PRECISIONS),
-        ):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, getattr(self, name), known)
+        require_choices(self)
 
     @property
     def is_sde(self) -> bool:

@@ -308,7 +308,7 @@ def test_merge_prints_a_table(tiny: Path, mergerl: Mergerl, tmp_path: Path) -> N
 
 def test_samples_are_a_picture(tiny: Path, mergerl: Mergerl, tmp_path: Path) -> None:
     model = tiny / "raw/tiny-0000400.safetensors"
-    code, out, _ = mergerl("sample", model, "--num", 20, "--out", "a.png", "--zoom", 3)
+    code, out, _ = mergerl("sample", model, "--num-images", 20, "--out", "a.png", "--zoom", 3)
     assert code == 0
     assert out == "wrote 20 images, seeds 0-19, to a.png\n"
     # Two rows of ten 8-pixel images with a pixel between and around: 91 x 19, enlarged.
@@ -318,9 +318,11 @@ def test_samples_are_a_picture(tiny: Path, mergerl: Mergerl, tmp_path: Path) -> 
     assert len(set(pixels)) > 5
     # Other pictures of the same seeds: the batch plays no part, the column count moves images.
     for batch in (1, 7, 20):
-        mergerl("sample", model, "--num", 20, "--out", "b.png", "--zoom", 3, "--batch", batch)
+        mergerl(
+            "sample", model, "--num-images", 20, "--out", "b.png", "--zoom", 3, "--batch", batch
+        )
         assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
-    mergerl("sample", model, "--num", 20, "--out", "b.png", "--columns", 4, "--zoom", 1)
+    mergerl("sample", model, "--num-images", 20, "--out", "b.png", "--columns", 4, "--zoom", 1)
     assert png_size((tmp_path / "b.png").read_bytes())[:2] == (37, 46)
 
 
@@ -337,15 +339,15 @@ def test_seeds_and_classes_choose_the_images(tiny: Path, mergerl: Mergerl, tmp_p
         return document["labels"], png_size((tmp_path / "a.png").read_bytes())[2]
 
     row = 9 * 11  # nine lines of a filter byte and ten pixels
-    labels, three = sample("--num", 3, "--seed", 5)
+    labels, three = sample("--num-images", 3, "--seed", 5)
     assert labels == [0, 1, 2]
-    labels, last = sample("--num", 1, "--seed", 7, "--class", 2)
+    labels, last = sample("--num-images", 1, "--seed", 7, "--class", 2)
     assert labels == [2]
     assert three[2 * row :] == last
-    assert sample("--num", 1, "--seed", 8, "--class", 2)[1] != last
-    assert sample("--num", 1, "--seed", 7, "--class", 3)[1] != last
-    assert sample("--num", 1, "--seed", 7, "--class", 2, "--steps", 3)[1] != last
-    assert sample("--num", 1, "--seed", 7, "--class", 2, "--solver", "euler")[1] != last
+    assert sample("--num-images", 1, "--seed", 8, "--class", 2)[1] != last
+    assert sample("--num-images", 1, "--seed", 7, "--class", 3)[1] != last
+    assert sample("--num-images", 1, "--seed", 7, "--class", 2, "--num-steps", 3)[1] != last
+    assert sample("--num-images", 1, "--seed", 7, "--class", 2, "--solver", "euler")[1] != last
 
 
 def test_a_guided_run_is_sampled_and_scored_with_its_guide(
@@ -355,13 +357,13 @@ def test_a_guided_run_is_sampled_and_scored_with_its_guide(
     guided = ["--guidance", 1.5, "--guide", guide]
     code, out, err = mergerl("optimize", tiny, "--out", "run", "--json", *SMALL, *guided)
     assert code == 0, err
-    code, _, err = mergerl("sample", "run/merged", "--num", 4, "--out", "guided.png")
+    code, _, err = mergerl("sample", "run/merged", "--num-images", 4, "--out", "guided.png")
     assert code == 0, err
     code, out, err = mergerl("evaluate", "run/merged", "--num-images", 10, "--json")
     assert code == 0, err
     assert json.loads(out)["sampler"]["guidance"] == 1.5
     mergerl("merge", tiny, "plain", "--recipe", "run/merged/merge.yaml")
-    mergerl("sample", "plain", "--num", 4, "--out", "plain.png", "--steps", 2)
+    mergerl("sample", "plain", "--num-images", 4, "--out", "plain.png", "--num-steps", 2)
     pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("guided", "plain")]
     assert pictures[0] != pictures[1]
 

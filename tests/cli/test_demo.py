@@ -20,7 +20,7 @@ Mergerl = Callable[..., Any]
 SMALL: list[object] = [
     "--track", "raw", "--budget", 140, "--pool", 40, "--subset", 10, "--population", 4,
     "--final-images", 10, "--repeats", 3, "--set", "evaluation.selection_images=10",
-    "--set", "reward.refresh_size=10", "--set", "reward.max_gap=1e9", "--steps", 2,
+    "--set", "reward.refresh_size=10", "--set", "reward.max_gap=1e9", "--num-steps", 2,
 ]  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_the_sit_run_is_searched_and_scored_under_both_samplers(
     assert len(values) == 3
     assert values != comparison["entries"]["start"]["heldout"]["values"]
     assert "| result (sde-euler, 3 steps) | " in Path("run/merged/README.md").read_text()
-    code, _, err = mergerl("sample", "run/merged", "--num", 10, "--guidance", 1.5)
+    code, _, err = mergerl("sample", "run/merged", "--num-images", 10, "--guidance", 1.5)
     assert code == 0, err
     assert Path("samples.png").is_file()
 
@@ -190,7 +190,7 @@ def test_guidance_without_a_null_class_is_refused(mergerl: Mergerl) -> None:
         "class_dropout_prob": 0.0, "num_classes": 10,
     }  # fmt: skip
     out = mrl.save_model("plain", SiT(**config).state_dict(), {"model": "sit", **config})
-    assert mergerl("sample", out, "--num", 2, "--steps", 2).code == 0
-    code, _, err = mergerl("sample", out, "--num", 2, "--guidance", 1.5)
+    assert mergerl("sample", out, "--num-images", 2, "--num-steps", 2).code == 0
+    code, _, err = mergerl("sample", out, "--num-images", 2, "--guidance", 1.5)
     assert code == 1
     assert err.startswith("error: guidance 1.5 needs a network with a null class, or a guide ")

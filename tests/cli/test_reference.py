@@ -155,7 +155,7 @@ def test_pairs_need_kept_features(tiny: Path, mergerl: Mergerl) -> None:
 
 def test_both_samplers(tiny: Path, mergerl: Mergerl) -> None:
     model = tiny / "raw/tiny-0000400.safetensors"
-    arguments = ["evaluate", model, "--num-images", 10, "--sampler", "sde_num_steps=3"]
+    arguments = ["evaluate", model, "--num-images", 10, "--set", "sampler.sde_num_steps=3"]
     code, out, err = mergerl(*arguments, "--under", "both")
     assert code == 0, err
     assert "seeds 0-29, heun with 2 steps" in out

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from merge_rl.cli.options import build_config, split_named
+from merge_rl.cli.options import build, layered, split_named
+from merge_rl.config import OptimizeConfig
 from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.errors import ConfigError
 from merge_rl.workflows.reference.file import save_reference
@@ -42,9 +43,12 @@ def test_options_add_to_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("extra_references: {a: 1.npz, b: 2.npz}\n")
     given = {"extra_references": {"b": "3.npz", "a.b:c": "4.npz"}}
-    config = build_config(tmp_path, file, given)
-    assert config.extra_references == {"a": "1.npz", "b": "3.npz", "a.b:c": "4.npz"}
-    assert build_config(tmp_path, None, given).extra_references == given["extra_references"]
+
+    def references(file: Path | None) -> object:
+        return build(OptimizeConfig, layered(given, file=file), checkpoints="x").extra_references
+
+    assert references(file) == {"a": "1.npz", "b": "3.npz", "a.b:c": "4.npz"}
+    assert references(None) == given["extra_references"]
 
 
 def test_a_sum_over_two_extractors(mergerl: Mergerl, tiny: Path, tmp_path: Path) -> None:

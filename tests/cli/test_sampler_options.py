@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from merge_rl.cli.options import choose_sampler
-from merge_rl.config.sampler import SamplerConfig
-from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.cli.options import build, layered
+from merge_rl.cli.options.shorthands import fast
+from merge_rl.config import SampleConfig, SamplerConfig, to_mapping
 
 Mergerl = Callable[..., Any]
 MODEL = "tiny/raw/tiny-0000400.safetensors"
@@ -19,23 +17,15 @@ MODEL = "tiny/raw/tiny-0000400.safetensors"
 
 def test_the_command_line_goes_on_top_of_what_is_near() -> None:
     near = SamplerConfig(solver="euler", num_steps=9, guide="g", rho=5.0, guidance_channels=2)
-    given = {"solver": "sde-euler", "num_steps": None, "guide": None, "guidance": 1.5}
-    found = choose_sampler(
-        near, given, fast=True, other=["path=gvp", "guidance_channels=null", "rtol=1e-4"]
+    said = layered(
+        {**fast(True), "sampler.solver": "sde-euler", "sampler.guidance": 1.5},
+        overrides=["sampler.path=gvp", "sampler.guidance_channels=null", "sampler.rtol=1e-4"],
     )
-    assert found == SamplerConfig(
+    assert build(SampleConfig, said, near=to_mapping(near)).sampler == SamplerConfig(
         solver="sde-euler", num_steps=9, guide="g", rho=5.0, guidance=1.5, guidance_channels=None,
         path="gvp", rtol=1e-4, precision="bfloat16", compile=True,
     )  # fmt: skip
-    assert choose_sampler(None, {}) == SamplerConfig()
-    for other, message in (
-        ("path", "expected NAME=VALUE"), ("rho=x", "expected float, found str"),
-        ("a=[", "not readable YAML"),
-    ):  # fmt: skip
-        with pytest.raises(ConfigError, match=message):
-            choose_sampler(None, {}, other=[other])
-    with pytest.raises(UnknownNameError, match="unknown solver 'rk45'; did you mean 'rk4'"):
-        choose_sampler(None, {"solver": "rk45"})
+    assert build(SampleConfig, {}, near=to_mapping(near)).sampler is None
 
 
 def test_sample_takes_every_kind_of_solver(mergerl: Mergerl, tiny: Path, tmp_path: Path) -> None:
@@ -43,10 +33,12 @@ def test_sample_takes_every_kind_of_solver(mergerl: Mergerl, tiny: Path, tmp_pat
     options: list[list[str]] = [
         ["--solver", name] for name in ("heun", "midpoint", "rk4", "dopri5", "sde-euler")
     ]
-    options.append(["--solver", "sde-euler", "--sampler", "diffusion_norm=0.5"])
+    options.append(["--solver", "sde-euler", "--set", "sampler.diffusion_norm=0.5"])
     options.append(["--guidance", "2", "--guide", str(tiny / "raw/tiny-0000100.safetensors")])
     for extra in options:
-        ended = mergerl("sample", MODEL, "--num", 4, "--steps", 4, "--out", "s.png", *extra)
+        ended = mergerl(
+            "sample", MODEL, "--num-images", 4, "--num-steps", 4, "--out", "s.png", *extra
+        )
         assert ended.code == 0, ended.err
         pictures.add((tmp_path / "s.png").read_bytes())
     assert len(pictures) == len(options)
@@ -54,7 +46,7 @@ def test_sample_takes_every_kind_of_solver(mergerl: Mergerl, tiny: Path, tmp_pat
 
 def test_evaluate_records_the_sampler(mergerl: Mergerl, tiny: Path) -> None:
     small = ["--num-images", 8, "--repeats", 2, "--json"]
-    ended = mergerl("evaluate", MODEL, *small, "--solver", "sde-heun", "--steps", 3)
+    ended = mergerl("evaluate", MODEL, *small, "--solver", "sde-heun", "--num-steps", 3)
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["sampler"] == {
         "solver": "sde-heun", "num_steps": 3, "guidance": 1.0, "sigma_min": 0.002,

@@ -199,7 +199,7 @@ def test_two_rounds_of_search_and_the_export(
     assert all(torch.equal(exported[name], t) for name, t in by_coefficients.items())
     for command in (
         ("inspect", folder), ("inspect", merged), ("inspect", "run"),
-        ("sample", merged, "--num", 4, "--out", "grid.png"),
+        ("sample", merged, "--num-images", 4, "--out", "grid.png"),
         ("evaluate", merged, "--num-images", 20, "--repeats", 2),
         ("merge", folder, "again", "--recipe", merged / "merge.yaml"),
     ):  # fmt: skip

@@ -221,7 +221,7 @@ def test_a_search_on_latents_with_an_extractor_of_the_users(
     assert resume(tmp_path / "run").final == result.final
     # The run says what decodes its samples; its word alone imports no module.
     merged = tmp_path / "run/merged"
-    drawn = mergerl("sample", merged, "--num", 4, "--out", "a.png")
+    drawn = mergerl("sample", merged, "--num-images", 4, "--out", "a.png")
     assert (drawn.code, drawn.err) == (0, "sample (4 images)\n")
     refused = mergerl("evaluate", merged, "--num-images", 4, "--repeats", 2)
     assert refused.code == 1

@@ -1,0 +1,19 @@
+"""Options that follow from the settings of `merge_rl.config`, and what was said by them."""
+
+from merge_rl.cli.options.former import FORMER, Former
+from merge_rl.cli.options.layers import build, build_for_set, layered, split_named
+from merge_rl.cli.options.shorthands import SHORTHANDS
+from merge_rl.cli.options.signature import COMMANDS, Offer, with_settings
+
+__all__ = [
+    "COMMANDS",
+    "FORMER",
+    "SHORTHANDS",
+    "Former",
+    "Offer",
+    "build",
+    "build_for_set",
+    "layered",
+    "split_named",
+    "with_settings",
+]

@@ -1,0 +1,106 @@
+"""Settings in layers: a preset, the file, options, --set; each says over the ones before it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from merge_rl.config import (
+    AUTO_BATCH,
+    OptimizeConfig,
+    Setting,
+    from_mapping,
+    load_mapping,
+    overlaid,
+    override,
+    preset,
+    set_dotted,
+    split_pair,
+)
+from merge_rl.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def values_of(setting: Setting, given: Any) -> dict[str, Any]:
+    """What the value of a setting's option says, by dotted key."""
+    about, key = setting.about, setting.key
+    if about.named is not None:
+        path, named = split_named(str(about.flag), given)
+        above = key.rpartition(".")[0]
+        said = {key: path, f"{above}.{about.named}" if above else about.named: named}
+        return {name: value for name, value in said.items() if value is not None}
+    if setting.type_name == "mapping":
+        return {key: dict(split_pair(pair) for pair in given)}
+    return {key: str(given) if isinstance(given, Path) else given}
+
+
+def layered(
+    given: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    under: str | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What was said in all, nested as in files.
+
+    `given` has the values of options by dotted key, `under` is the name of a preset, `overrides`
+    are KEY=VALUE.
+    """
+    options: dict[str, Any] = {}
+    for key, value in given.items():
+        set_dotted(options, key, value)
+    said = overlaid(preset(under) if under else {}, load_mapping(file) if file else {})
+    said = overlaid(said, options)  # pairs of an option add to those of the file
+    for pair in overrides:
+        override(said, pair)
+    return said
+
+
+def build(
+    cls: type[T],
+    said: Mapping[str, Any],
+    *,
+    near: Mapping[str, Any] | None = None,
+    **own: Any,
+) -> T:
+    """The settings of a command: what was said, over the sampler that the set near it has.
+
+    `own` are fields that the command's arguments say.
+    """
+    values = {**said, **own}
+    if isinstance(values.get("sampler"), Mapping):
+        values["sampler"] = {**(near or {}), **values["sampler"]}
+    if values.get("batch") == "auto":
+        values["batch"] = AUTO_BATCH
+    return from_mapping(cls, values)
+
+
+def split_named(option: str, given: Sequence[str]) -> tuple[str | None, dict[str, str] | None]:
+    """Values of a repeatable option, PATH or NAME=PATH: the one path, and the paths by name.
+
+    Nothing given is None. A path that exists is a path, whatever characters it has.
+    """
+    plain, named = [], {}
+    for text in given:
+        name, separator, path = text.partition("=")
+        if separator and path and re.fullmatch(r"[\w.:-]+", name) and not Path(text).exists():
+            named[name] = path
+        else:
+            plain.append(text)
+    if len(plain) > 1:
+        raise ConfigError(
+            f"expected one {option} without NAME=, got {len(plain)}: {', '.join(plain)}"
+        )
+    return plain[0] if plain else None, named or None
+
+
+def build_for_set(said: Mapping[str, Any], checkpoints: Path) -> OptimizeConfig:
+    """The settings of a search in a checkpoint set; refuses a series or name that it lacks."""
+    from merge_rl.storage.checkpoints import open_checkpoints
+
+    found = build(OptimizeConfig, said, checkpoints=str(checkpoints))
+    opened = open_checkpoints(checkpoints, track=found.track, select=found.select or None)
+    return build(OptimizeConfig, said, near=opened.defaults.sampler, checkpoints=str(checkpoints))

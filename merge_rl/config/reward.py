@@ -1,0 +1,99 @@
+"""Settings of the reward and its pool of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from merge_rl.config.sampler import require
+from merge_rl.config.setting import REWARD, setting
+from merge_rl.errors import ConfigError
+
+SUBSET_SIZE: Final = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """The reward and its pool."""
+
+    name: str | None = setting(
+        None,
+        "fid-, kid- or mmd- with subset or full, fid-influence (first order, faster), on another "
+        "extractor as fd-NAME-subset, or a sum: 'fid-subset + 0.2 * fd-dinov2-subset'.",
+        REWARD, "--reward",
+        unset="fid-subset, or fid-full for searchers that remember rewards",
+    )  # fmt: skip
+    pool_size: int = setting(5000, "N, images in the pool.", REWARD, "--pool")
+    subset_size: int | None = setting(
+        None, "n, images a candidate replaces, or all it is scored on.", REWARD, "--subset",
+        unset="what suits reward and budget",
+    )  # fmt: skip
+    num_subsets: int = setting(1, "Ns, different subsets a candidate is scored on.", REWARD)
+    num_replacements: int = setting(1, "Nr, fresh sets of images for each subset.", REWARD)
+    # The result of a search is the policy mean of the last refresh, the last one whose samples
+    # were seen to be sound.
+    refresh: str = setting(
+        "rolling", "rolling: some rows of the pool every round; K: all rows, every K rounds.",
+        REWARD, "--refresh", metavar="rolling|K",
+    )  # fmt: skip
+    # A pool that is renewed more slowly than the policy moves makes it overshoot.
+    refresh_size: int | None = setting(
+        None, "Rows that a rolling refresh renews.", REWARD,
+        unset="a tenth of the pool, or what four candidates replace if that is more",
+    )  # fmt: skip
+    max_gap: float = setting(
+        0.20, "Running mean of the relative gap above which the loop acts.", REWARD
+    )
+
+    def __post_init__(self) -> None:
+        require(self.pool_size >= 2, "pool_size", ">= 2", self.pool_size)
+        if self.subset_size is not None:
+            require(self.subset_size >= 1, "subset_size", ">= 1", self.subset_size)
+        if self.pooled and self.images_per_subset > self.pool_size:
+            raise ConfigError(
+                f"the subset of {self.images_per_subset} images is larger than the pool of "
+                f"{self.pool_size}; expected subset_size <= pool_size"
+            )
+        require(self.num_subsets >= 1, "num_subsets", ">= 1", self.num_subsets)
+        require(self.num_replacements >= 1, "num_replacements", ">= 1", self.num_replacements)
+        require(self.max_gap > 0, "max_gap", "> 0", self.max_gap)
+        if self.refresh != "rolling":
+            require(
+                self.refresh.isdecimal() and int(self.refresh) >= 1,
+                "refresh", '"rolling" or a number of rounds >= 1', self.refresh,
+            )  # fmt: skip
+        if self.refresh_size is not None:
+            inside = 1 <= self.refresh_size <= self.pool_size
+            require(inside, "refresh_size", f"in 1..{self.pool_size}", self.refresh_size)
+
+    @property
+    def text(self) -> str:
+        """The reward: `name`, or the subset-replace FID."""
+        return self.name or "fid-subset"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a term replaces part of a pool; the others score a candidate's own images."""
+        return not all(term.strip().endswith("-full") for term in self.text.split("+"))
+
+    @property
+    def images_per_subset(self) -> int:
+        """n: `subset_size`, or what is usual."""
+        return self.subset_size or SUBSET_SIZE
+
+    @property
+    def images_per_candidate(self) -> int:
+        """Images a candidate costs: Ns Nr n."""
+        return self.num_subsets * self.num_replacements * self.images_per_subset
+
+    @property
+    def rolling_size(self) -> int:
+        """Rows that a rolling refresh renews."""
+        share = max(1, self.pool_size // 10, 4 * self.images_per_candidate)
+        return self.refresh_size or min(share, self.pool_size)
+
+    def refresh_images(self, round_index: int) -> int:
+        """Rows that are renewed after a round, counted from 0."""
+        if self.refresh == "rolling":
+            return self.rolling_size
+        return self.pool_size if (round_index + 1) % int(self.refresh) == 0 else 0
