@@ -25,7 +25,11 @@ class Denoiser(Protocol):
 
 
 class Autoencoder(Protocol):
-    """From the samples of a network to images."""
+    """From the samples of a network to images.
+
+    One that has a derivative offers it as `levels`: the same images as whole numbers of float32,
+    differentiable straight through the rounding.
+    """
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) float32 -> images (B, 1 or 3, H, W) uint8."""
@@ -33,7 +37,11 @@ class Autoencoder(Protocol):
 
 
 class FeatureExtractor(Protocol):
-    """From images to the features whose distribution is compared."""
+    """From images to the features whose distribution is compared.
+
+    One that has a derivative also takes whole numbers on 0..255 of float32 that require a gradient,
+    and gives the same features.
+    """
 
     name: str
     dim: int

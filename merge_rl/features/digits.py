@@ -37,7 +37,7 @@ class DigitsNet(nn.Module):
 
     def pooled(self, images: Tensor) -> Tensor:
         """Features before whitening, all >= 0: what heads are trained on."""
-        x = images.float() / 127.5 - 1
+        x = images.float() / 127.5 - 1  # bytes, or whole numbers with a gradient
         for layer in (self.conv0, self.conv1, self.conv2):
             x = F.relu(layer(x))
         return x.mean((2, 3))

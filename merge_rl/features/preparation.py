@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from merge_rl.core.sampling.rounding import rounded_down
 from merge_rl.errors import StatisticsError
 
 
@@ -42,11 +43,12 @@ def resize_bicubic(images: Tensor, size: int) -> Tensor:
 def resize_bicubic_bytes(images: Tensor, size: int) -> Tensor:
     """What Pillow's bicubic gives for 8-bit images on the scale 0..255: whole numbers.
 
-    Pillow rounds and clips twice, after resampling along x and again after y.
+    Pillow rounds and clips twice, after resampling along x and again after y. Derivatives go
+    straight through the rounding.
     """
     for shape in ((images.shape[2], size), (size, size)):
         images = F.interpolate(images, shape, mode="bicubic", align_corners=False, antialias=True)
-        images = (images + 0.5).floor().clamp(0, 255)
+        images = rounded_down(images + 0.5).clamp(0, 255)
     return images
 
 
@@ -103,8 +105,15 @@ class ImageFeatures(nn.Module):
 
 
 def require_images(images: Tensor, name: str) -> None:
-    """Raise StatisticsError unless `images` are uint8 (B, 1 or 3, H, W)."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+    """Raise StatisticsError unless `images` are uint8 (B, 1 or 3, H, W).
+
+    Where a gradient is wanted, which bytes cannot have, they are whole numbers of a floating dtype.
+    """
+    if (
+        (images.dtype != torch.uint8 and not images.requires_grad)
+        or images.ndim != 4
+        or images.shape[1] not in (1, 3)
+    ):
         kind = str(images.dtype).removeprefix("torch.")
         raise StatisticsError(
             f"extractor {name!r}: expected uint8 images (B, 1 or 3, H, W), "

@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from merge_rl.core.sampling.rounding import signed_levels, unit_levels
 from merge_rl.core.state_dicts import load_exactly
 from merge_rl.errors import ConfigError
 
@@ -57,21 +58,11 @@ class PixelEncoder:
 
     def decode(self, latents: Tensor) -> Tensor:
         """float32 (B, C, H, W) -> uint8."""
-        return signed_to_bytes(latents)
+        return self.levels(latents).to(torch.uint8)
 
-
-def signed_to_bytes(x: Tensor) -> Tensor:
-    """Images in [-1, 1] -> uint8: 127.5 x + 128, clipped, rounded down.
-
-    Rounding down after adding 128 makes encoding followed by decoding the identity. NaN is mapped
-    to 0: what yields it is caught where it is made, not here.
-    """
-    return (x.float() * 127.5 + 128).nan_to_num().clip(0, 255).to(torch.uint8)
-
-
-def unit_to_bytes(x: Tensor) -> Tensor:
-    """Images in [0, 1] -> uint8: 255 x, clipped, rounded down; NaN is mapped to 0."""
-    return (x.float().nan_to_num().clip(0, 1) * 255).to(torch.uint8)
+    def levels(self, latents: Tensor) -> Tensor:
+        """The same numbers as float32, with a derivative."""
+        return signed_levels(latents)
 
 
 class Decoder(Protocol):
@@ -89,7 +80,7 @@ class LatentDecoder(nn.Module):
         vae: decodes raw latents (B, C, h, w) to (B, 3, H, W); a module is moved along.
         scale, bias: one number a channel, or one for all channels.
         channels: C.
-        to_bytes: what the VAE returns, float32 -> uint8.
+        to_levels: what the VAE returns, float32 -> whole numbers on 0..255, float32.
         chunk: images decoded at once; bounds memory.
         dtype: what the VAE computes in; scaling and rounding are float32 always.
     """
@@ -104,14 +95,14 @@ class LatentDecoder(nn.Module):
         scale: Sequence[float],
         bias: Sequence[float] = (0.0,),
         channels: int = 4,
-        to_bytes: Callable[[Tensor], Tensor] = signed_to_bytes,
+        to_levels: Callable[[Tensor], Tensor] = signed_levels,
         chunk: int = CHUNK,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         # diffusers' own `to` warns about a cast that is meant.
         self.vae = nn.Module.to(vae, dtype) if isinstance(vae, nn.Module) else vae
-        self.channels, self.to_bytes, self.chunk, self.dtype = (channels,), to_bytes, chunk, dtype
+        self.channels, self.to_levels, self.chunk, self.dtype = (channels,), to_levels, chunk, dtype
         for name, values in (("scale", scale), ("bias", bias)):
             row = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, row)
@@ -125,17 +116,20 @@ class LatentDecoder(nn.Module):
 
         Raises ConfigError for latents of another number of channels.
         """
+        with torch.no_grad():
+            return self.levels(latents).to(torch.uint8)
+
+    def levels(self, latents: Tensor) -> Tensor:
+        """The same numbers as float32, with a derivative; `decode` says what is refused."""
         if latents.ndim != 4 or latents.shape[1] not in self.channels:
             expected = f"(B, {self.channels[0]}, h, w)"
             raise ConfigError(f"expected latents {expected}, got {tuple(latents.shape)}")
-        with torch.no_grad():
-            parts = [self._decode(part) for part in torch.split(latents, self.chunk)]
-        return torch.cat(parts)
+        return torch.cat([self._decode(part) for part in torch.split(latents, self.chunk)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         out = self.vae.decode(self.raw(latents).to(self.dtype))
         images: Tensor = getattr(out, "sample", out)
-        return self.to_bytes(images.float())
+        return self.to_levels(images.float())
 
 
 def load_edm2_vae(
@@ -157,7 +151,7 @@ def load_edm2_vae(
         stability_vae(weights, config),
         scale=scale.tolist(),
         bias=(-mean * scale).tolist(),
-        to_bytes=unit_to_bytes,
+        to_levels=unit_levels,
         chunk=chunk,
         dtype=require_dtype(dtype),
     )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from merge_rl.core.sampling.rounding import signed_levels, unit_levels
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.models.autoencoder import (
     RENAMED,
@@ -21,9 +22,7 @@ from merge_rl.models.autoencoder import (
     PixelEncoder,
     load_edm2_vae,
     load_sit_vae,
-    signed_to_bytes,
     stability_vae,
-    unit_to_bytes,
 )
 from merge_rl.registry import AUTOENCODERS, build_autoencoder
 
@@ -71,7 +70,7 @@ def _with_stand_in(decoder: LatentDecoder, vae: _Recorded) -> LatentDecoder:
         vae,
         scale=decoder.scale.flatten().tolist(),
         bias=decoder.bias.flatten().tolist(),
-        to_bytes=decoder.to_bytes,
+        to_levels=decoder.to_levels,
         chunk=1,
     )
 
@@ -89,20 +88,20 @@ def test_pixels_are_rounded_as_the_official_encoder_rounds(numbers: dict[str, Te
 
 
 @pytest.mark.parametrize(
-    ("to_bytes", "values", "expected"),
+    ("to_levels", "values", "expected"),
     [
         # 127.5 x + 128, down: -1 -> 0.5, 0 -> 128, 1 -> 255.5; beyond that clipped.
-        (signed_to_bytes, [-9.0, -1.0, 0.0, 0.007, 1.0, 9.0], [0, 0, 128, 128, 255, 255]),
+        (signed_levels, [-9.0, -1.0, 0.0, 0.007, 1.0, 9.0], [0, 0, 128, 128, 255, 255]),
         # 255 x, down: 1/2 -> 127.5.
-        (unit_to_bytes, [-9.0, 0.0, 0.5, 0.999, 1.0, 9.0], [0, 0, 127, 254, 255, 255]),
+        (unit_levels, [-9.0, 0.0, 0.5, 0.999, 1.0, 9.0], [0, 0, 127, 254, 255, 255]),
     ],
 )
 def test_bytes_by_hand(
-    to_bytes: Callable[[Tensor], Tensor], values: list[float], expected: list[int]
+    to_levels: Callable[[Tensor], Tensor], values: list[float], expected: list[int]
 ) -> None:
-    assert to_bytes(torch.tensor(values)).tolist() == expected
+    assert to_levels(torch.tensor(values)).tolist() == expected
     odd = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    assert to_bytes(odd).tolist() == [0, 255, 0]
+    assert to_levels(odd).tolist() == [0, 255, 0]
 
 
 # ------------------------------------------------------------------------------------ latents
@@ -150,7 +149,7 @@ def test_sit_divides_by_its_constant_and_works_in_minus_one_to_one(
 
 
 @pytest.mark.parametrize(
-    ("name", "finish"), [("sd-vae-edm2", unit_to_bytes), ("sd-vae-sit", signed_to_bytes)]
+    ("name", "finish"), [("sd-vae-edm2", unit_levels), ("sd-vae-sit", signed_levels)]
 )
 def test_decoding_is_diffusers_own(
     name: str,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class LiveModel:
     def __init__(self, model: nn.Module, checkpoints: Checkpoints) -> None:
         state = model.state_dict()
         device = next((tensor.device for tensor in state.values()), checkpoints.device)
-        self.model, self._checkpoints = model, checkpoints
+        self.model, self.checkpoints = model, checkpoints
         self._flat = torch.empty(checkpoints.layout.size, device=device)
         views = checkpoints.layout.views(self._flat)
         expected = {name: tensor.shape for name, tensor in state.items()}
@@ -40,7 +41,7 @@ class LiveModel:
                 # A parameter made of a view shares its version counter: caches of derived weights
                 # notice every merge.
                 setattr(owner, leaf, nn.Parameter(view, requires_grad=False))
-            for name, tensor in self._checkpoints.fixed.items():
+            for name, tensor in self.checkpoints.fixed.items():
                 owner, leaf = self._owner(name)
                 current = getattr(owner, leaf)
                 value = as_float32(tensor).to(self._flat.device)
@@ -56,4 +57,22 @@ class LiveModel:
     def set_coefficients(self, coefficients: Tensor) -> None:
         """Turn the network into the merge with these coefficients (G, K)."""
         with torch.no_grad():
-            self._checkpoints.merge(coefficients, out=self._flat)
+            self.checkpoints.merge(coefficients, out=self._flat)
+
+    @contextmanager
+    def gradients(self) -> Iterator[Tensor]:
+        """Inside, backward passes add the gradient of the flat weights up in the tensor (size,).
+
+        Parameters outside the merge have none, and afterwards none has.
+        """
+        total = torch.zeros_like(self._flat)
+        views = self.checkpoints.layout.views(total)
+        try:
+            for name, view in views.items():
+                parameter = self.model.get_parameter(name)
+                parameter.requires_grad_(True).grad = view
+            yield total
+        finally:
+            for name in views:
+                parameter = self.model.get_parameter(name)
+                parameter.requires_grad_(False).grad = None

@@ -90,9 +90,11 @@ class BoundedMap:
     def __call__(self, theta: Tensor) -> Tensor:
         start = self.inner(torch.zeros_like(theta))
         moves = self.inner(theta) - start
-        # How far each coefficient may go in the direction it takes.
-        room = (self.limit - start * moves.sign()) / moves.abs()
-        share = torch.where(moves == 0, torch.inf, room).amin(1, keepdim=True).clamp(max=1)
+        # How far each coefficient may go in the direction it takes. One that does not move is
+        # not divided by: its derivative would be 0 / 0.
+        still = moves == 0
+        room = (self.limit - start * moves.sign()) / moves.abs().masked_fill(still, 1.0)
+        share = room.masked_fill(still, torch.inf).amin(1, keepdim=True).clamp(max=1)
         return start + share * moves
 
     def theta_of(self, coefficients: Tensor) -> Tensor:

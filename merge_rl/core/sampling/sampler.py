@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -111,8 +112,15 @@ def sample_with(
     draw: Draw | None = None,
     dtype: torch.dtype = torch.float32,
     check_finite: bool = False,
+    through: Callable[[Velocity], Velocity] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
-    """`sample` with its settings in one object; `settings.guide`, a file, is not looked at."""
+    """`sample` with its settings in one object; `settings.guide`, a file, is not looked at.
+
+    With `through` the samples of a fixed-step ODE keep what backpropagation needs, and each
+    evaluation of the guided network goes through it; `on_step` hears of the steps instead of
+    `check_finite`.
+    """
     require_sampler(settings, model, guide)
     require_labels(labels, model, len(noise))
     if churn is not None and (
@@ -121,16 +129,18 @@ def sample_with(
         raise ConfigError("churn is for the fixed-step ODE solvers of networks that denoise (EDM2)")
     scale = 1.0 if prediction_of(model) == VELOCITY else settings.sigma_max
     watch = NormWatch(noise * scale) if check_finite else None
-    with torch.no_grad():
+    heard = on_step or watch
+    with torch.set_grad_enabled(through is not None):
         if settings.is_sde:
             sde = make_sde(settings, model, labels, guide=guide, dtype=dtype)
-            samples = solve_sde(sde, noise, draw or following(noise), on_step=watch)
+            samples = solve_sde(sde, noise, draw or following(noise), on_step=heard)
         else:
             evaluate = _network(settings, model, labels, guide, dtype)
+            evaluate = through(evaluate) if through is not None else evaluate
             if prediction_of(model) == VELOCITY:
-                samples = _solve_path(settings, evaluate, noise.to(dtype), watch)
+                samples = _solve_path(settings, evaluate, noise.to(dtype), heard)
             else:
-                samples = _solve_denoiser(settings, evaluate, noise.to(dtype), churn, draw, watch)
+                samples = _solve_denoiser(settings, evaluate, noise.to(dtype), churn, draw, heard)
     if watch is not None:
         watch.check()
     return samples

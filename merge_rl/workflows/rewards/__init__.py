@@ -1,6 +1,7 @@
 """Distribution-wise rewards of a pool of features, alone and as weighted sums."""
 
 from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource
+from merge_rl.workflows.rewards.gradient import RewardGradient, require_gradient, surprise_of
 from merge_rl.workflows.rewards.pool import Pool, pool_gap
 from merge_rl.workflows.rewards.sum import (
     KEY,
@@ -20,6 +21,7 @@ __all__ = [
     "FirstOrderWatch",
     "InfluenceFrechet",
     "Pool",
+    "RewardGradient",
     "RewardSource",
     "RewardSum",
     "Scores",
@@ -27,5 +29,7 @@ __all__ = [
     "first_order_line",
     "first_order_warnings",
     "pool_gap",
+    "require_gradient",
+    "surprise_of",
     "term_means",
 ]

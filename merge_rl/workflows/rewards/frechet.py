@@ -66,6 +66,16 @@ class FrechetReward:
         """FID of the pool itself."""
         return self.prepared(pool).distance
 
+    def bias(self, pool: Pool, half: Tensor) -> float:
+        """About how much too large the distance of the pool is, from that of its halves.
+
+        The bias falls as 1 / N: that of a half, rows `half` or the others, is twice the pool's.
+        """
+        others = torch.ones(len(pool), dtype=torch.bool).index_fill(0, half, False)
+        halves = (pool.features[half], pool.features[others])
+        sizes = [self.reference.distance_of(rows.to(self.device)) for rows in halves]
+        return sum(sizes) / 2 - self.pool_distance(pool)
+
     def state_dict(self, _pool: Pool) -> dict[str, Tensor]:
         """Nothing: all follows from the pool's moments."""
         return {}
@@ -79,6 +89,7 @@ class SubsetFrechet(FrechetReward):
 
     def __init__(self, source: RewardSource) -> None:
         super().__init__(source)
+        self.influence = PoolCache(lambda pool: Influence.of(self.prepared(pool)))
         self.by_eigenvalues = self._checked = False
 
     def rewards(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
@@ -122,10 +133,6 @@ class InfluenceFrechet(SubsetFrechet):
     `merge_rl.core.distances.frechet_pool` has IF. A candidate costs one product of its features
     with a matrix, and every image has a reward of its own.
     """
-
-    def __init__(self, source: RewardSource) -> None:
-        super().__init__(source)
-        self.influence = PoolCache(lambda pool: Influence.of(self.prepared(pool)))
 
     def exact(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
         """What these are the first order of, (P,) float64 on the CPU."""

@@ -19,6 +19,7 @@ from merge_rl.core.distances.kernels import (
     cubic_kernel,
     median_bandwidth,
 )
+from merge_rl.core.distances.witness import Witness
 from merge_rl.workflows.rewards.frechet import Draw, RewardSource, own_rewards
 from merge_rl.workflows.rewards.pool import Pool
 
@@ -52,6 +53,10 @@ class KernelReward:
         """Unbiased squared MMD of the pool to the reference; may be negative."""
         return self.prepared(pool).distance
 
+    def bias(self, _pool: Pool, _half: Tensor) -> float:
+        """0: the estimate is unbiased."""
+        return 0.0
+
     def state_dict(self, pool: Pool) -> dict[str, Tensor]:
         """The kernel sums of the pool, if there are some yet."""
         if self._last is None or self._last[0] is not pool:
@@ -69,6 +74,10 @@ class KernelReward:
 
 class SubsetKernel(KernelReward):
     """R = - MMD²[(pool without the subset) + fresh images, reference], unbiased, all pairs."""
+
+    def influence(self, pool: Pool) -> Witness:
+        """What an image changes the pool's distance by, times N, to first order."""
+        return Witness(self.prepared(pool))
 
     def rewards(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
         """Mean over draws, (P,) float64 on the CPU; NaN where a feature is not finite."""

@@ -58,7 +58,8 @@ class RewardSum:
         # Terms of one extractor are given one object, which they recognise.
         self._views = PoolCache(lambda pool: {span: pool.columns(*span) for span in spans})
 
-    def _view(self, pool: Pool | None, term: WeightedReward) -> Pool:
+    def view(self, pool: Pool | None, term: WeightedReward) -> Pool:
+        """The pool with the features alone that a term reads."""
         if pool is None:
             # Rewards of a candidate's own images do not look at it.
             return None  # type: ignore[return-value]
@@ -67,7 +68,7 @@ class RewardSum:
     def pool_distance(self, pool: Pool) -> float:
         """Σ weight_t times the distance of the pool in term t."""
         return sum(
-            term.weight * term.reward.pool_distance(self._view(pool, term)) for term in self.terms
+            term.weight * term.reward.pool_distance(self.view(pool, term)) for term in self.terms
         )
 
     def scores(self, pool: Pool | None, draws: Sequence[Draw]) -> Scores:
@@ -78,7 +79,7 @@ class RewardSum:
         terms = {}
         for term in self.terms:
             own = [(rows, features[..., term.start : term.stop]) for rows, features in draws]
-            terms[term.name] = term.reward.rewards(self._view(pool, term), own)
+            terms[term.name] = term.reward.rewards(self.view(pool, term), own)
         weighted = [term.weight * terms[term.name] for term in self.terms]
         ratio = self._first_order(pool, draws, terms) if pool is not None else None
         return Scores(torch.stack(weighted).sum(0), terms, ratio)
@@ -95,7 +96,7 @@ class RewardSum:
             parts = []
             for term, reward in near:
                 own = [(rows, made[pair, :, term.start : term.stop]) for rows, made in draws]
-                parts.append(term.weight * reward.exact(self._view(pool, term), own))
+                parts.append(term.weight * reward.exact(self.view(pool, term), own))
             return torch.stack(parts).sum(0)
 
         found = torch.stack([term.weight * terms[term.name] for term, _ in near]).sum(0)
@@ -107,14 +108,14 @@ class RewardSum:
 
     def state_dict(self, pool: Pool) -> dict[str, Tensor]:
         """What the terms need to go on exactly, by the number of the term."""
-        states = (term.reward.state_dict(self._view(pool, term)) for term in self.terms)
+        states = (term.reward.state_dict(self.view(pool, term)) for term in self.terms)
         return {f"{i}.{key}": v for i, state in enumerate(states) for key, v in state.items()}
 
     def load_state_dict(self, pool: Pool, state: Mapping[str, Tensor]) -> None:
         """Continue from a saved state."""
         for i, term in enumerate(self.terms):
             own = {k.removeprefix(f"{i}."): v for k, v in state.items() if k.startswith(f"{i}.")}
-            term.reward.load_state_dict(self._view(pool, term), own)
+            term.reward.load_state_dict(self.view(pool, term), own)
 
 
 class CombinedExtractor:

@@ -12,6 +12,10 @@ from merge_rl.workflows.rollout.device import (
     require_device,
     unused_gpu,
 )
+from merge_rl.workflows.rollout.differentiable import (
+    DifferentiableRollout,
+    Differentiated,
+)
 from merge_rl.workflows.rollout.distributed import Crew, require_agreement, require_same_everywhere
 from merge_rl.workflows.rollout.execution import (
     exact_products,
@@ -20,11 +24,15 @@ from merge_rl.workflows.rollout.execution import (
     prepare_network,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
+from merge_rl.workflows.rollout.room import Room
 
 __all__ = [
     "Crew",
+    "DifferentiableRollout",
+    "Differentiated",
     "MergedRollout",
     "Rollout",
+    "Room",
     "WorkItem",
     "choose_place",
     "cpu_workers",

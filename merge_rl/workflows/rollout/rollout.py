@@ -230,7 +230,7 @@ class MergedRollout:
 
     def features(self, coefficients: Tensor | None, noise: Tensor, labels: Tensor) -> Tensor:
         """Features (N, D) of images that the merge (G, K) makes of noise and labels, made here."""
-        self._merge(coefficients)
+        self.merge(coefficients)
         return self.rollout.features(noise, labels)
 
     def features_of(self, items: Sequence[WorkItem], phase: str = "") -> list[Tensor]:
@@ -273,7 +273,7 @@ class MergedRollout:
         def begin(index: int) -> None:
             nonlocal begun
             if begun != index:
-                self._merge(items[index].coefficients)
+                self.merge(items[index].coefficients)
                 begun = index
 
         def inputs(block: Block) -> Inputs:
@@ -291,7 +291,7 @@ class MergedRollout:
             return [list(blocks)] if blocks else []
         return [list(group) for _, group in groupby(blocks, key=lambda block: block.item)]
 
-    def _merge(self, coefficients: Tensor | None) -> None:
+    def merge(self, coefficients: Tensor | None) -> None:
         if self.live is not None and coefficients is not None:
             began = time.monotonic()
             self.live.set_coefficients(coefficients)

@@ -1,0 +1,114 @@
+"""The gradient of a reward by the features of fresh images, at the pool of the present policy.
+
+The influence function IF of a distance says what an image changes the pool's distance by, to first
+order; for the gradient of the distance of the policy's own distribution first order is exact:
+
+    d distance / d theta = E[d IF(features(theta)) / d theta],    IF held at the pool
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from merge_rl.errors import ConfigError
+from merge_rl.rng import draw_subset
+from merge_rl.workflows.rewards.pool import Pool
+from merge_rl.workflows.rewards.sum import RewardSum
+
+Influence = Callable[[Tensor], Tensor]
+"""Features (n, D) -> (n,) float64, differentiable."""
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """A reward with a derivative."""
+
+    device: str
+
+    def pool_distance(self, pool: Pool, /) -> float:
+        """Distance of the pool to the real data."""
+        ...
+
+    def influence(self, pool: Pool, /) -> Influence:
+        """What an image changes the pool's distance by, times N, to first order."""
+        ...
+
+    def bias(self, pool: Pool, half: Tensor, /) -> float:
+        """About how much too large the pool's distance is; `half` are rows of one half."""
+        ...
+
+
+class RewardGradient:
+    """A sum of rewards with derivatives, at one pool.
+
+    Raises ConfigError for a term without a derivative, by its name.
+    """
+
+    def __init__(self, reward: RewardSum, pool: Pool) -> None:
+        self.pool = pool
+        require_gradient(reward)
+        self._terms = [
+            (term, term.reward, reward.view(pool, term))
+            for term in reward.terms
+            if isinstance(term.reward, Differentiable)
+        ]
+
+    def influence(self, features: Tensor) -> Tensor:
+        """Σ weight_t IF_t of features (n, D): (n,) float64 on the CPU, differentiable."""
+        total = torch.zeros(len(features), dtype=torch.float64)
+        for term, reward, view in self._terms:
+            own = features[:, term.start : term.stop].to(reward.device)
+            total = total + term.weight * reward.influence(view)(own).cpu()
+        return total
+
+    def cotangents(self, features: Tensor) -> Tensor:
+        """The gradient of the mean influence of features (n, D) by each of them, (n, D)."""
+        with torch.enable_grad():
+            leaf = features.detach().clone().requires_grad_(True)
+            (found,) = torch.autograd.grad(self.influence(leaf).mean(), leaf)
+        return found
+
+    def bias(self, generator: torch.Generator) -> float:
+        """Σ weight_t of about how much too large each term's distance is, from two halves."""
+        half = draw_subset(self.pool.labels, len(self.pool) // 2, generator)
+        return sum(term.weight * reward.bias(view, half) for term, reward, view in self._terms)
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """Fresh images against the pool that stands for them."""
+
+    mean: float  # influence of the fresh images
+    lag: float  # how many standard errors it is above what images of the pool's policy would have
+
+
+def surprise_of(influences: Tensor, bias: float) -> Surprise:
+    """Whether fresh images (influences (n,), NaN left out) are of the pool's distribution.
+
+        lag = (mean + 2 bias) / (std / sqrt(n))
+
+    Fresh images of the policy that made the pool have a mean influence of about -2 bias, as the
+    pool's distance is too large by its bias and theirs would be by none. Above: they are worse
+    than the pool promised, and steps were too long. 0 where fewer than two are finite.
+    """
+    sound = influences[influences.isfinite()]
+    if len(sound) < 2:
+        return Surprise(math.nan, 0.0)
+    mean, error = float(sound.mean()), float(sound.std()) / math.sqrt(len(sound))
+    return Surprise(mean, (mean + 2 * bias) / error if error > 0 else 0.0)
+
+
+def require_gradient(reward: RewardSum) -> None:
+    """Raise ConfigError for a term without a derivative, by its name."""
+    for term in reward.terms:
+        if not isinstance(term.reward, Differentiable):
+            raise ConfigError(
+                f"the searcher pathwise needs rewards with a derivative, got {term.name!r}; "
+                "expected fid-subset, kid-subset or mmd-subset, or the searcher auto"
+            )

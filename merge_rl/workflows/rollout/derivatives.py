@@ -1,0 +1,120 @@
+"""Derivatives of decoder and extractor, and images whose way there or back is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from merge_rl.errors import ConfigError
+from merge_rl.workflows.rollout.rollout import Rollout
+
+ALIKE = 1e-3  # of a feature vector's norm: how near those of bytes and of whole numbers must be
+
+
+def require_derivative(rollout: Rollout) -> None:
+    """Raise ConfigError, naming the part, unless features of samples have a derivative.
+
+    Tried on two samples: the decoder must offer `levels`, and every extractor must take them with
+    a gradient and give what it gives for bytes.
+    """
+    samples = rollout.noise([0, 1]).to(rollout.device) / 4
+    levels = getattr(rollout.autoencoder, "levels", None)
+    if levels is None:
+        name = type(rollout.autoencoder).__name__
+        raise ConfigError(f"the decoder {name} has no derivative: it has no method `levels`")
+    images: Tensor = levels(samples).detach().requires_grad_(True)
+    for extractor in getattr(rollout.extractor, "extractors", (rollout.extractor,)):
+        with torch.no_grad():
+            expected = extractor(rollout.autoencoder.decode(samples)).float()
+        try:
+            with torch.enable_grad():
+                found = extractor(images).float()
+        except Exception as error:  # noqa: BLE001  (whatever a user's extractor raises)
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(_without(extractor, f"it takes bytes alone ({reason})")) from None
+        if not found.requires_grad:
+            raise ConfigError(_without(extractor, "its features do not depend on a gradient"))
+        if float((found.detach() - expected).norm()) > ALIKE * float(expected.norm()):
+            raise ConfigError(_without(extractor, "it reads whole numbers unlike the same bytes"))
+
+
+def _without(extractor: object, why: str) -> str:
+    name = getattr(extractor, "name", type(extractor).__name__)
+    return (
+        f"the extractor {name!r} has no derivative: {why}; "
+        "the searcher auto takes one that needs none"
+    )
+
+
+def pull_back(rollout: Rollout, latents: Tensor, cotangents: Tensor) -> Tensor:
+    """The gradient of <features, cotangents> by the latents (B, C, h, w), rows (B, D) each.
+
+    Decoder and extractor are differentiated for a few images at a time: a quarter of what they take
+    at once without a gradient.
+    """
+    levels = rollout.autoencoder.levels  # type: ignore[attr-defined]
+    chunks = [getattr(part, "chunk", None) for part in (rollout.autoencoder, rollout.extractor)]
+    size = min([max(1, chunk // 4) for chunk in chunks if chunk], default=len(latents))
+    parts = list[Tensor]()
+    for x, rows in zip(
+        torch.split(latents.detach(), size), torch.split(cotangents, size), strict=True
+    ):
+        x.requires_grad_(True)
+        with torch.enable_grad():
+            features = rollout.extractor(levels(x)).float()
+        parts += torch.autograd.grad(features, x, rows.to(features))
+    return torch.cat(parts)
+
+
+class StepWatch:
+    """Which images of a batch are finite after every step, and their gradients before it.
+
+    Use as the `on_step` of a solver. What it notes stays on the device until it is asked.
+    """
+
+    def __init__(self) -> None:
+        self._there: list[Tensor] = []  # (B,) bool a step
+        self._back: list[tuple[int, Tensor]] = []
+
+    def __call__(self, index: int, x: Tensor) -> None:
+        """Note which of x (B, ...) are finite after step `index`, and listen for gradients."""
+        self._there.append(_finite(x))
+        x.register_hook(partial(self._note, index))  # type: ignore[no-untyped-call]
+
+    def _note(self, index: int, gradient: Tensor) -> None:
+        self._back.append((index, _finite(gradient)))
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return len(self._there[0]) if self._there else 0
+
+    def problems(self) -> dict[int, str]:
+        """Image -> the first step at which it, or else its gradient, ceased to be finite."""
+        steps, found = len(self._there), dict[int, str]()
+        looks = [(i, sound, "sample") for i, sound in enumerate(self._there)]
+        looks += [(i, sound, "gradient") for i, sound in self._back]
+        if not looks or bool(torch.stack([sound for _, sound, _ in looks]).all()):
+            return found
+        for index, sound, what in looks:
+            for image in (~sound).nonzero()[:, 0].tolist():
+                found.setdefault(image, f"{what} not finite after step {index + 1} of {steps}")
+        return found
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.detach().flatten(1).isfinite().all(1)
+
+
+def problems_of(watches: Sequence[StepWatch], features: Tensor) -> dict[int, str]:
+    """Those of the parts that features (N, D) were made in, by the number of the image."""
+    start, found = 0, dict[int, str]()
+    for watch in watches:
+        found |= {start + i: why for i, why in watch.problems().items()}
+        start += watch.images
+    for image in (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
+        found.setdefault(image, "features not finite")
+    return found
