@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	rm -rf build/demo
 	$(BIN)/mergerl demo build/demo
-	$(BIN)/mergerl optimize build/demo/edm2 --config examples/digits.yaml --out build/demo/run
+	$(BIN)/mergerl optimize build/demo/edm2 --config digits --out build/demo/run
 	$(BIN)/mergerl sample build/demo/run/merged --num-images 100 --out build/demo/samples.png
 
 test: $(READY)

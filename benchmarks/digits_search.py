@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Search quality on the embedded digits run.")
     parser.add_argument("--budget", type=int, default=90_000)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--config", type=Path, default=Path("examples/digits.yaml"))
+    parser.add_argument("--config", type=Path, default=Path("digits"))
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--out", type=Path)

@@ -8,7 +8,7 @@ quality   SiT, policy gradient, both credits, three seeds: held-out FID under th
           more than 0.03, at most 0.7 of the steps.
 memory    peak memory of a process that makes training steps with 5 and with 50 solver steps.
           Goal: within 10 %.
-recipes   the four recipes of examples/, one seed: FID at start and end with intervals, seconds.
+recipes   the four recipes of the package, one seed: FID at start and end with intervals, seconds.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ RECIPES: Final = ("sit", "sit-rs", "edm2", "edm2-rs")
 
 
 def recipe(name: str, model: Path, **changes: Any) -> FinetuneConfig:
-    """A recipe of examples/ for a model that lies elsewhere."""
-    config = load_config(FinetuneConfig, Path("examples") / f"finetune-digits-{name}.yaml")
+    """A recipe of the package for a model that lies elsewhere."""
+    config = load_config(FinetuneConfig, Path(f"finetune-digits-{name}"))
     return replace(config, model=str(model), **changes)
 
 

@@ -214,7 +214,7 @@ def digits(rounds: int) -> dict[str, Any]:
     """Rank correlation of both forms over candidates around the newest raw checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         write_demo(Path(folder))
-        config = load_config(OptimizeConfig, Path("examples/digits.yaml"))
+        config = load_config(OptimizeConfig, Path("digits"))
         opened = open_checkpoints(Path(folder) / "edm2", track=config.track)
         config = resolve_config(config, opened)
         job = build_job(config, opened)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from merge_rl.config.recipes import find_settings
 from merge_rl.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
@@ -58,11 +59,11 @@ def from_mapping(cls: type[T], values: object, where: str = "config") -> T:
 
 
 def load_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file that must hold a mapping with text keys."""
+    """A YAML file, or the recipe of that name, that must hold a mapping with text keys."""
     # Help texts need the settings' names, and must not wait for what reads YAML.
     from merge_rl.untrusted import load_yaml
 
-    values = load_yaml(path, ConfigError)
+    values = load_yaml(find_settings(path), ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping, found {type(values).__name__}")
     return {str(key): value for key, value in values.items()}

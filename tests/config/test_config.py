@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from merge_rl.config.finetune import FinetuneConfig
 from merge_rl.config.mapping import dump_config, from_mapping, load_config, to_mapping
 from merge_rl.config.optimize import (
     EvaluationConfig,
@@ -17,6 +18,7 @@ from merge_rl.config.optimize import (
     RewardConfig,
     SearchConfig,
 )
+from merge_rl.config.recipes import recipe_names
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 
@@ -267,6 +269,19 @@ def test_yaml_that_is_no_mapping(text: str, tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"run.yaml: expected a mapping, found"):
         load_config(OptimizeConfig, path)
+
+
+def test_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert {"digits", "digits-sit", "finetune-digits-sit"} <= set(recipe_names())
+    for name in recipe_names():
+        kind: type[Any] = FinetuneConfig if name.startswith("finetune") else OptimizeConfig
+        assert load_config(kind, Path(name)).seed == 0, name
+    with pytest.raises(UnknownNameError, match="'digit'; did you mean 'digits'"):
+        load_config(OptimizeConfig, Path("digit"))
+    # A file of that name is meant, where there is one.
+    (tmp_path / "digits").write_text("checkpoints: mine\n", encoding="utf-8")
+    assert str(load_config(OptimizeConfig, Path("digits")).checkpoints) == "mine"
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
