@@ -122,6 +122,14 @@ def build_model(config: Mapping[str, Any]) -> Any:
     return model.eval()
 
 
+def build_on_meta(config: Mapping[str, Any]) -> Any:
+    """The same network on the meta device: names, shapes and types of its tensors, no memory."""
+    import torch
+
+    with torch.device("meta"):
+        return build_model(config)
+
+
 def build_autoencoder(
     name: str = "pixel",
     weights: Mapping[str, Any] | None = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_rl.cli.output import JsonFlag, interval_text, note_all, print_json, print_table
-from merge_rl.errors import CheckpointError, MergeRLError
+from merge_rl.errors import CheckpointError, IncompatibleCheckpointError, MergeRLError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,16 +42,21 @@ def inspect(
 
 
 def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None:
-    from merge_rl.storage.checkpoints import open_checkpoints
+    from merge_rl.storage.checkpoints import open_checkpoints, require_network
 
     opened = open_checkpoints(path, track=track, distinct=False)  # every file is checked
     checks = [] if quick else list(opened.verify())
-    failed = [check for check in checks if not check.ok]
+    failed = {check.name: str(check.error) for check in checks if not check.ok}
+    try:
+        require_network(opened.tensors, opened.config, str(path))
+    except IncompatibleCheckpointError as error:  # of the set: all have the same tensors
+        failed = {name: failed.get(name, str(error)) for name in opened.names}
     if json:
-        print_json(_set_document(opened, {c.name: str(c.error) for c in failed}))
+        print_json(_set_document(opened, failed))
     else:
         note_all(opened.notes)
-        status = {check.name: "ok" if check.ok else "FAILED" for check in checks}
+        status = dict.fromkeys((check.name for check in checks), "ok")
+        status |= dict.fromkeys(failed, "FAILED")
         rows = [
             [
                 name,
@@ -73,7 +78,8 @@ def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None
         print_table(title, ["checkpoint", "track", "nimg", "ema_std", "check"], rows)
     if failed:
         raise CheckpointError(
-            f"{len(failed)} of {len(checks)} checkpoints are not sound; first: {failed[0].error}"
+            f"{len(failed)} of {len(opened)} checkpoints are not sound; "
+            f"first: {next(iter(failed.values()))}"
         )
 
 
@@ -139,7 +145,8 @@ def _show_run(path: Path, *, json: bool) -> None:
 
 
 def _show_file(path: Path, *, json: bool) -> None:
-    from merge_rl.storage.checkpoints import open_model_file
+    from merge_rl.storage.checkpoints import open_model_file, require_network
+    from merge_rl.storage.files import WeightStream
 
     file = open_model_file(path)
     document: dict[str, Any] = {
@@ -157,6 +164,7 @@ def _show_file(path: Path, *, json: bool) -> None:
     else:
         rows = [[key, str(value)] for key, value in document.items() if value is not None]
         print_table(str(path), ["file", ""], rows)
+    require_network(WeightStream.of(file.weights).infos, file.config, str(path))
 
 
 def _holds_statistics(path: Path) -> bool:

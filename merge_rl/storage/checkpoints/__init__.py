@@ -33,6 +33,7 @@ from merge_rl.storage.checkpoints.model_file import (
     safetensors_in,
     save_checkpoint,
 )
+from merge_rl.storage.checkpoints.network import require_network
 
 __all__ = [
     "CONFIG_KEY",
@@ -62,6 +63,7 @@ __all__ = [
     "plan_merge",
     "read_manifest",
     "relative_inside",
+    "require_network",
     "safetensors_in",
     "save_checkpoint",
     "stream_merge",

@@ -22,10 +22,9 @@ from merge_rl.storage.convert.contents import (
     MAX_TENSORS,
     Extracted,
     plain,
-    shapes_of,
     state_dict,
 )
-from merge_rl.storage.convert.edm2_shapes import DEFAULTS, require_config
+from merge_rl.storage.convert.edm2_shapes import DEFAULTS
 from merge_rl.storage.pickles import Record, kind_of, shown
 
 _NETWORK: Final = "persistent:Precond"
@@ -60,10 +59,6 @@ def read_snapshot(data: Mapping[str, object], path: Path) -> Extracted:
         raise CheckpointError(f"{path}: expected an EDM2 network ({_NETWORK}), found {found}")
     tensors = state_dict(dict(islice(_walk(network, "", path), MAX_TENSORS + 1)), str(path))
     config = _config(network, path)
-    try:
-        require_config(config, shapes_of(tensors))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
     nimg, ema_std = parse_stem(path.stem)
     encoder = _encoder(data.get("encoder"))
     official = encoder["kind"] == "vae" and _is_official(encoder)

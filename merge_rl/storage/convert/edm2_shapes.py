@@ -64,20 +64,6 @@ def edm2_config_from_shapes(shapes: Shapes) -> dict[str, Any]:
     return found
 
 
-def require_config(config: Mapping[str, Any], shapes: Shapes) -> None:
-    """Refuse a config that its own file's tensors contradict."""
-    stated, found = {**DEFAULTS, **config}, _sizes(shapes)
-    for sizes in (stated, found):
-        sizes["widths"] = [sizes["model_channels"] * mult for mult in sizes["channel_mult"]]
-    keys = ("img_resolution", "img_channels", "label_dim", "logvar_channels", "num_blocks")
-    for key in (*keys, "widths"):
-        if stated.get(key) != found[key]:
-            raise CheckpointError(
-                f"the network is described with {key} {stated.get(key)}, but its tensors are"
-                f" those of {found[key]}"
-            )
-
-
 def _sizes(shapes: Shapes) -> dict[str, Any]:
     first = [match for match in map(_FIRST.fullmatch, shapes) if match]
     blocks = [match for match in map(_BLOCK.fullmatch, shapes) if match]

@@ -21,6 +21,7 @@ from merge_rl.storage.checkpoints import (
     load_catalogue,
     read_manifest,
     relative_inside,
+    require_network,
 )
 from merge_rl.storage.convert.contents import Extracted, infos_of, plain, require_same, shapes_of
 from merge_rl.storage.convert.edm2_shapes import ASSUMED, DEFAULTS, edm2_config_from_shapes
@@ -97,6 +98,7 @@ def make_plan(
     found = [item for path in paths for item in extract(path, weights, num_heads)]
     _require_one_network(found, folder, existing)
     config, notes = _network(found, existing, folder)
+    require_network(infos_of(found[0].tensors), config, str(found[0].path))
     known = {path: _known_set(path.name) for path in paths}
     origins = {path: fingerprint(path) for path in paths}
     jobs = tuple(

@@ -27,6 +27,9 @@ _DTYPES: Final = (
 )
 
 
+PERSISTENT_VERSION: Final = 6  # of the records that the official EDM2 programs write
+
+
 def _mapping(args: tuple[object, ...], m: Machine) -> dict[object, object]:
     """A dict or one of its subclasses: empty, or from a list of pairs."""
     pairs = args[0] if args else []
@@ -52,6 +55,13 @@ def _persistent(args: tuple[object, ...], m: Machine) -> object:
         raise m.refuse("an object with its own source that does not say its class")
     if not is_one_of(facts.get("type"), "class"):
         raise m.refuse("an object with its own source that is not an instance of a class")
+    version = facts.get("version")
+    if type(version) is not int or version != PERSISTENT_VERSION:
+        found = version if type(version) is int else kind_of(version)
+        raise m.refuse(
+            f"an object with its own source in version {found} of its format, "
+            f"expected {PERSISTENT_VERSION}"
+        )
     return Record(f"persistent:{shown(name)}", (), facts.get("state"))
 
 

@@ -264,7 +264,8 @@ def test_the_shapes_of_a_training_state_say_most(golden: Path, tmp_path: Path) -
         "attn_resolutions": [8],
     }
     weights = tiny_weights(0, **options)
-    write_training_state(tmp_path / "training-state-0000100.pt", weights, {0.05: weights}, None)
+    ema = {name: tensor + 1 for name, tensor in weights.items()}
+    write_training_state(tmp_path / "training-state-0000100.pt", weights, {0.05: ema}, None)
     heard: list[Mapping[str, Any]] = []
 
     class Ear:
@@ -514,9 +515,10 @@ def test_other_content_is_refused(content: Any, message: str, tmp_path: Path) ->
 
 def test_snapshots_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"label_dim": 11}, "label_dim 11, but its tensors are those of 10"),
-        ({"img_resolution": 16}, "img_resolution 16, but"),
-        ({"model_channels": 16}, r"widths \[16\], but"),
+        ({"label_dim": 11}, r"1 differ, first 'unet.emb_label.weight': .* \[8, 10\], .* \[8, 11\]"),
+        ({"img_resolution": 16}, r"first 'unet.enc.16x16_conv.weight': found missing"),
+        ({"model_channels": 16}, r"'unet.emb_fourier.freqs': found float16 \[8\], .* \[16\]"),
+        ({"num_blocks": 2**20}, "tensors, but its config describes a network of 1048576 parts"),
         ({"evil": 1}, "no option evil"),
         ({"dropout": float("nan")}, "option dropout is 'float'"),
         ({"img_resolution": 2**40}, "option img_resolution is a whole number"),
@@ -529,6 +531,22 @@ def test_snapshots_that_contradict_themselves_are_refused(tmp_path: Path) -> Non
             convert(tmp_path / "a.pkl", tmp_path / "out")
     with pytest.raises(CheckpointError, match="holds an EMA, no raw weights"):
         convert(snapshot(tmp_path, "b.pkl"), tmp_path / "out", weights="model")
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "found"),
+    [(b"K\x06", b"K\x07", "version 7 of its"), (b"version", b"Version", "version nothing of its")],
+)
+def test_records_of_another_version_are_refused(
+    written: bytes, instead: bytes, found: str, tmp_path: Path
+) -> None:
+    path = snapshot(tmp_path, "a.pkl")
+    mark = b"\x8c\x07version\x94K\x06"
+    data = path.read_bytes()
+    assert mark in data
+    path.write_bytes(data.replace(mark, mark.replace(written, instead), 1))
+    with pytest.raises(CheckpointError, match=f"a.pkl: .*{found} format, expected 6"):
+        convert(path, tmp_path / "out")
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:
