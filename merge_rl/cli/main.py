@@ -17,6 +17,7 @@ from merge_rl.cli import inspect as inspection
 from merge_rl.cli import merge as merging
 from merge_rl.cli import optimize as search
 from merge_rl.cli import sample as evaluation
+from merge_rl.cli import settings as listing
 from merge_rl.cli.output import complain
 from merge_rl.errors import MergeRLError
 from merge_rl.version import __version__
@@ -59,7 +60,7 @@ search.register(app)
 compare.register(app)
 search.register_plan(app)
 for module in (
-    conversion, merging, finetune, evaluation, scoring, reference, inspection, hub,
+    conversion, merging, finetune, evaluation, scoring, reference, inspection, listing, hub,
 ):  # fmt: skip
     module.register(app)
 

@@ -81,11 +81,13 @@ def print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2, allow_nan=False, default=str) + "\n")
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is left-aligned, the others right."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False
+) -> None:
+    """A table on stdout; the first column is left-aligned, the others right unless of words."""
     table = Table(title=escape(title), title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        side: JustifyMethod = "left" if index == 0 else "right"
+        side: JustifyMethod = "left" if words or index == 0 else "right"
         table.add_column(column, justify=side, no_wrap=index == 0, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))

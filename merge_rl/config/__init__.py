@@ -7,11 +7,10 @@ from merge_rl.config.evaluate import (
     SampleConfig,
 )
 from merge_rl.config.finetune import (
-    CURVES,
     FREE_ON_RESUME,
     PAPER_REWARD,
+    TRACKERS,
     FinetuneConfig,
-    UpdateConfig,
     differing_keys,
 )
 from merge_rl.config.mapping import (
@@ -41,7 +40,17 @@ from merge_rl.config.sampler import (
     sde_counterpart,
 )
 from merge_rl.config.search import MergeConfig, SearchConfig
-from merge_rl.config.setting import MODEL, PANELS, SCORES, SEARCH, About, Setting, settings_of
+from merge_rl.config.setting import (
+    LEARN,
+    MODEL,
+    PANELS,
+    SCORES,
+    SEARCH,
+    About,
+    Setting,
+    settings_of,
+)
+from merge_rl.config.training import CURVES, UpdateConfig
 
 __all__ = [
     "AUTO_BATCH",
@@ -50,6 +59,7 @@ __all__ = [
     "FIXED_SOLVERS",
     "FREE_ON_RESUME",
     "LAST_STEPS",
+    "LEARN",
     "MODEL",
     "MODEL_IMAGES",
     "PANELS",
@@ -60,6 +70,7 @@ __all__ = [
     "SEARCH",
     "SOLVERS",
     "SUBSET_SIZE",
+    "TRACKERS",
     "About",
     "EvaluateConfig",
     "EvaluationConfig",

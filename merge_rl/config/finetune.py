@@ -6,22 +6,31 @@ Every default is what `mergerl finetune` does when nothing is said.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from merge_rl.config.mapping import to_mapping
-from merge_rl.config.optimize import OptimizeConfig, RewardConfig
+from merge_rl.config.optimize import OF_SET, OptimizeConfig
+from merge_rl.config.reward import RewardConfig
 from merge_rl.config.sampler import SDE_SOLVERS, SamplerConfig, require
+from merge_rl.config.setting import (
+    DATA,
+    LEARN,
+    MODEL,
+    RUN,
+    about,
+    require_choices,
+    setting,
+)
+from merge_rl.config.training import CURVES as CURVES
+from merge_rl.config.training import CurveConfig as CurveConfig
+from merge_rl.config.training import LoraConfig as LoraConfig
+from merge_rl.config.training import RolloutConfig as RolloutConfig
+from merge_rl.config.training import UpdateConfig as UpdateConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 
-ALGORITHMS: Final = ("pg", "rs")
-CREDITS: Final = ("set", "per-image")
-UNDER: Final = ("sde", "ode")
-PARALLEL: Final = ("ddp", "fsdp")
 TRACKERS: Final = ("tensorboard", "wandb", "trackio")
-CURVES: Final = ("ode-train", "ode-eval", "sde-train", "sde-eval")
 # N = 5,000, n = 50, a new pool every 10 steps (arXiv:2607.02291).
 PAPER_REWARD: Final = RewardConfig(pool_size=5000, subset_size=50, refresh="10")
 # What may differ when a run goes on: how far, what is kept of it, who is told, how processes share.
@@ -29,151 +38,87 @@ FREE_ON_RESUME: Final = ("steps", "save_every", "keep_last", "track", "parallel"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """The images that a step learns from, made with few solver steps."""
-
-    # sde or ode; None: the SDE for pg, whose steps need densities, and the ODE for rs. Samples of
-    # an SDE with few steps carry its discretisation error, which rs would teach the network.
-    under: str | None = None
-    subsets: int = 16  # B: sets of images that are compared with each other
-    train_steps: int = 50  # solver intervals of rollouts ("denoising reduction")
-    window_size: int | None = None  # noise in so many steps alone, an ODE elsewhere; None: in all
-    window_start: int | None = None  # its first step; None: drawn anew every step
-    # RewardConfig has the rest: pool, images of a subset, refresh.
-
-    def __post_init__(self) -> None:
-        if self.under not in (None, *UNDER):
-            raise UnknownNameError("kind of rollouts", str(self.under), UNDER)
-        require(self.subsets >= 2, "subsets", ">= 2", self.subsets)
-        require(self.train_steps >= 2, "train_steps", ">= 2", self.train_steps)
-        if self.window_size is None:
-            if self.window_start is not None:
-                raise ConfigError("window_start needs window_size, the number of noisy steps")
-            return
-        require(self.window_size >= 1, "window_size", ">= 1", self.window_size)
-        count, start = self.train_steps - 1, self.window_start or 0  # the last one adds no noise
-        require(0 <= start <= count - self.window_size, "a window",
-                f"within the noisy steps 0..{count - 1}",
-                f"{self.window_size} steps from step {start}")  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateConfig:
-    """What a step does with its rollouts."""
-
-    top_fraction: float = 0.25  # of all rollouts, by advantage
-    epochs: int = 1  # updates from one batch of rollouts
-    clip: float = 0.2  # of the ratio of a step's probabilities
-    # Ratios of D values each: the D-th root, the scale that published clips of 1e-4 belong to.
-    per_dimension: bool = False
-    kl_weight: float = 0.0  # to the frozen start
-    learning_rate: float = 1e-5  # Adam's
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.9  # of weights, an update; 0: none
-    micro_batch: int = 64  # images in one forward and backward pass: bounds memory
-    # Rejection sampling: noise draws of every kept image in an update, and EDM2's noise levels.
-    noise_draws: int = 4
-    level_mean: float = -0.4
-    level_std: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(0 < self.top_fraction <= 1, "top_fraction", "in (0, 1]", self.top_fraction)
-        for name in ("epochs", "micro_batch", "noise_draws"):
-            require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        for name in ("clip", "learning_rate", "max_grad_norm", "level_std"):
-            require(0 < getattr(self, name) < math.inf, name, "finite and > 0", getattr(self, name))
-        for name in ("kl_weight", "weight_decay"):
-            good = 0 <= getattr(self, name) < math.inf
-            require(good, name, "finite and >= 0", getattr(self, name))
-        require(self.warmup_steps >= 0, "warmup_steps", ">= 0", self.warmup_steps)
-        require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
-        good = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
-        require(good, "betas", "two numbers in [0, 1)", self.betas)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank adapters instead of all weights (extra `lora`)."""
-
-    rank: int = 0  # 0: all weights are trained
-    alpha: float | None = None  # scale of the update is alpha / rank; None: twice the rank
-    targets: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2")  # ends of the names of linear layers
-
-    def __post_init__(self) -> None:
-        require(self.rank >= 0, "lora.rank", ">= 0", self.rank)
-        if self.alpha is not None:
-            require(0 < self.alpha < math.inf, "lora.alpha", "finite and > 0", self.alpha)
-        require(bool(self.targets), "lora.targets", "at least one name", self.targets)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveConfig:
-    """Scores along the run and at its end: under ODE and SDE, at both numbers of steps."""
-
-    eval_steps: int = 250
-    ode_solver: str = "heun"
-    every: int = 50  # steps between scores
-    num_images: int = 2000  # of a point of a curve: all points have the same seeds
-    final_images: int = 5000  # of start and result at the end, on fresh seeds
-    repeats: int = 3
-    stop_on: str | None = None  # curve whose best point ends the run
-    patience: int = 3  # points that may pass without a better one
-
-    def __post_init__(self) -> None:
-        require(self.eval_steps >= 2, "eval_steps", ">= 2", self.eval_steps)
-        require(self.every >= 1, "every", ">= 1", self.every)
-        for name in ("num_images", "final_images"):
-            require(getattr(self, name) >= 2, name, ">= 2", getattr(self, name))
-        require(self.repeats >= 2, "repeats", ">= 2", self.repeats)
-        require(self.patience >= 1, "patience", ">= 1", self.patience)
-        if self.stop_on is not None and self.stop_on not in CURVES:
-            raise UnknownNameError("curve", self.stop_on, CURVES)
-
-
-@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """Everything that fixes the outcome of `mergerl finetune`, and where its inputs lie."""
 
     model: str
-    algorithm: str = "pg"  # pg: policy gradient; rs: rejection sampling
-    credit: str = "set"  # set: one reward for the images of a subset; per-image: one each
-    steps: int = 100
-    extractor: str | None = None  # None here and below: what the run or set of the model says
-    extractor_weights: str | None = None
-    reference: str | None = None
-    heldout: str | None = None
-    extra_references: Mapping[str, str] = field(default_factory=dict)
-    extra_weights: Mapping[str, str] = field(default_factory=dict)
-    autoencoder: str | None = None
-    autoencoder_weights: str | None = None
-    autoencoder_dtype: str = "float32"
-    seed: int = 0
-    batch: int = 250  # images in one forward pass without gradients
-    device: str = "cpu"
-    # With several processes: ddp, all weights in each; fsdp, gradients and averages in shards.
-    parallel: str = "ddp"
-    licence: str | None = None  # of the result; None: that of the model
-    save_every: int = 10  # steps between resume points
-    keep_last: int = 2  # resume points
-    snapshot_every: int = 25  # steps between snapshots of the weights
-    track: tuple[str, ...] = ()
+    algorithm: str = setting(
+        "pg", "pg: policy gradient; rs: rejection sampling.", LEARN, "--algorithm",
+        choices=("pg", "rs"),
+    )  # fmt: skip
+    credit: str = setting(
+        "set", "set: one reward for the images of a subset; per-image: one each.",
+        LEARN, "--credit", choices=("set", "per-image"),
+    )  # fmt: skip
+    steps: int = setting(100, "Steps of the training.", LEARN, "--steps")
+    # None here and below: what the run or set of the model says.
+    extractor: str | None = setting(None, "Feature extractor.", DATA, "--extractor", unset=OF_SET)
+    extractor_weights: str | None = setting(
+        None, "Its weights; with NAME those of another extractor of the reward.",
+        DATA, "--extractor-weights", metavar="[NAME=]PATH", unset=OF_SET, named="extra_weights",
+    )  # fmt: skip
+    reference: str | None = setting(
+        None,
+        "Statistics of real data to train against; with NAME for another extractor of the reward.",
+        DATA, "--reference", metavar="[NAME=]PATH", unset=OF_SET, named="extra_references",
+    )  # fmt: skip
+    heldout: str | None = setting(
+        None, "Statistics of real data kept for the scores.",
+        DATA, "--heldout", path=True, unset=OF_SET,
+    )  # fmt: skip
+    extra_references: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata=about(help="Statistics for other extractors of the reward, by name.", panel=DATA),
+    )
+    extra_weights: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata=about(help="Weights of other extractors of the reward, by name.", panel=DATA),
+    )
+    autoencoder: str | None = setting(
+        None, "What makes images of latents: sd-vae-edm2 or sd-vae-sit.",
+        MODEL, "--autoencoder", unset=f"{OF_SET}, or the samples if they can be images",
+    )  # fmt: skip
+    autoencoder_weights: str | None = setting(
+        None, "Its weights: file, folder, or public name.",
+        MODEL, "--autoencoder-weights", unset=OF_SET,
+    )  # fmt: skip
+    autoencoder_dtype: str = setting(
+        "float32", "Of a latent decoder; bfloat16 halves its time and memory.", MODEL
+    )
+    seed: int = setting(0, "Fixes every draw.", RUN, "--seed")
+    batch: int = setting(250, "Images in one forward pass without gradients.", MODEL, "--batch")
+    device: str = setting("cpu", "cpu, cuda, ...", MODEL, "--device")
+    parallel: str = setting(
+        "ddp",
+        "Under torchrun: all weights in every process (ddp), or gradients and averages in shards "
+        "(fsdp).",
+        MODEL, "--parallel", choices=("ddp", "fsdp"),
+    )  # fmt: skip
+    licence: str | None = setting(
+        None, "Of the result.", RUN, "--license", unset="that of the model"
+    )
+    save_every: int = setting(10, "Steps between resume points.", RUN, "--save-every")
+    keep_last: int = setting(2, "Resume points that are kept.", RUN, "--keep-last")
+    snapshot_every: int = setting(
+        25, "Steps between snapshots of the weights.", RUN, "--snapshot-every"
+    )
+    track: tuple[str, ...] = setting(
+        (),
+        f"{', '.join(TRACKERS[:-1])} or {TRACKERS[-1]} (extras of those names), repeatable; "
+        "events.jsonl is always there.",
+        RUN, "--log-to",
+    )  # fmt: skip
     sampler: SamplerConfig | None = None
     reward: RewardConfig = PAPER_REWARD
-    rollout: RolloutConfig = RolloutConfig()
-    update: UpdateConfig = UpdateConfig()
-    lora: LoraConfig = LoraConfig()
-    curves: CurveConfig = CurveConfig()
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    curves: CurveConfig = field(default_factory=CurveConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "save_every", "keep_last", "snapshot_every"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        named = (("algorithm", ALGORITHMS), ("credit", CREDITS), ("parallel", PARALLEL))
-        for kind, known in named:
-            if getattr(self, kind) not in known:
-                raise UnknownNameError(kind, getattr(self, kind), known)
+        require_choices(self)
         for name in self.track:
             if name not in TRACKERS:
                 raise UnknownNameError("tracker", name, TRACKERS)

@@ -64,7 +64,7 @@ def test_options_and_files_reach_the_settings(
     recipe.write_text("reward: {pool_size: 30}\nupdate: {clip: 0.3}\nsteps: 7\n")
     ended = mergerl(
         "finetune", small, *SMALL[2:], "--config", recipe, "--out", tmp_path / "r", "--steps", 1,
-        "--window", "1+1", "--ema", 0, "--kl", 0.1, "--guidance", 1, "--from-track", "raw",
+        "--window", "1+1", "--ema", 0, "--kl", 0.1, "--guidance", 1, "--track", "raw",
     )  # fmt: skip
     assert ended.code == 0, ended.err
     config = FinetuneRun.open(tmp_path / "r").config()
@@ -79,9 +79,12 @@ def test_options_and_files_reach_the_settings(
     [
         (["--window", "a"], "expected --window N or S+N, got 'a'"),
         (["--credit", "imge"], "did you mean 'per-image'"),
-        (["--track", "tensorbord"], "did you mean 'tensorboard'"),
+        (["--log-to", "tensorbord"], "did you mean 'tensorboard'"),
         (["--set", "update.lr=1"], "unknown setting in config.update 'lr'"),
+        (["--track", "ema"], "unknown track 'ema'"),
         (["--from-track", "ema"], "unknown track 'ema'"),
+        (["--track", "tensorbord"], "unknown track 'tensorbord'"),
+        (["--track", "raw", "--track", "ema"], "expected one --track, got 2: raw, ema"),
         (["--extractor", "inception"], "inception"),
         (["--resume"], "no such run directory"),
     ],

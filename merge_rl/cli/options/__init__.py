@@ -1,6 +1,6 @@
 """Options that follow from the settings of `merge_rl.config`, and what was said by them."""
 
-from merge_rl.cli.options.former import FORMER, Former
+from merge_rl.cli.options.former import FORMER, Former, split_tracks
 from merge_rl.cli.options.layers import build, build_for_set, layered, split_named
 from merge_rl.cli.options.shorthands import SHORTHANDS
 from merge_rl.cli.options.signature import COMMANDS, Offer, with_settings
@@ -15,5 +15,6 @@ __all__ = [
     "build_for_set",
     "layered",
     "split_named",
+    "split_tracks",
     "with_settings",
 ]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from merge_rl.cli.output import say
+from merge_rl.config import TRACKERS
+from merge_rl.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ FORMER: Final = (
     Former(
         commands=("evaluate", "sample"), old="--sampler", new="--set", prefix="sampler."
     ),
+    Former(commands=("finetune",), old="--from-track", new="--track"),
 )  # fmt: skip
 
 
@@ -47,3 +50,14 @@ def former_names(command: str) -> Sequence[Former]:
 def note_former(old: str, new: str) -> None:
     """One line on stderr."""
     say(f"[yellow]note:[/] {old} is {new} now; the next release does not know the old name")
+
+
+def split_tracks(given: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The series that `finetune --track` names, and the trackers that it named formerly."""
+    trackers = [name for name in given if name in TRACKERS]
+    series = [name for name in given if name not in TRACKERS]
+    for name in trackers:
+        note_former(f"--track {name}", f"--log-to {name}")
+    if len(series) > 1:
+        raise ConfigError(f"expected one --track, got {len(series)}: {', '.join(series)}")
+    return (series[0] if series else None), trackers

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 import merge_rl.cli.main as command_line
-from merge_rl.cli.options import COMMANDS, FORMER, Former, signature, with_settings
+from merge_rl.cli.options import COMMANDS, FORMER, Former, signature, split_tracks, with_settings
 from merge_rl.cli.options import former as former_module
 from merge_rl.config.setting import DATA, REWARD, about, setting
 from merge_rl.errors import ConfigError, UnknownNameError
@@ -137,6 +137,17 @@ def test_former_names_work_and_are_told(run: Run, capsys: pytest.CaptureFixture[
     assert capsys.readouterr() == ("", note)
 
 
+def test_trackers_that_a_track_named_formerly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert split_tracks(["wandb", "raw", "tensorboard"]) == ("raw", ["wandb", "tensorboard"])
+    err = capsys.readouterr().err
+    assert "note: --track wandb is --log-to wandb now" in err
+    assert "note: --track tensorboard is --log-to tensorboard now" in err
+    assert split_tracks([]) == (None, [])
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ConfigError, match="expected one --track, got 2: raw, ema"):
+        split_tracks(["raw", "ema"])
+
+
 def test_the_table_of_former_names_fits_the_commands() -> None:
     assert command_line.app is not None  # all commands are there
     assert len({(name, former.old) for former in FORMER for name in former.commands}) == sum(
@@ -147,7 +158,7 @@ def test_the_table_of_former_names_fits_the_commands() -> None:
             offer = COMMANDS[name]
             flags = {offer.flag(setting) for setting in offer.settings()}
             assert former.old not in flags
-            assert former.new in flags | {"--set"}
+            assert former.new in flags | {"--set", "--track"}
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
