@@ -30,6 +30,7 @@ FREE_BYTES: Final = 256 * 2**20  # what any file may hold, or expand to
 MAX_EXPANSION: Final = 100  # times what is stored of it, beyond that
 MAX_DOCUMENT_BYTES = 4 * 2**20
 MAX_DEPTH: Final = 100  # of nesting
+MAX_REASON: Final = 300  # characters: some quote the file
 _USUAL_DEPTH: Final = 20
 _MAX_PIECES: Final = 10_000  # of a sparse file that are counted
 _POINTER: Final = b"version https://git-lfs.github.com/spec/"
@@ -84,9 +85,9 @@ def pointer_problem(content: bytes) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of the system or of a library says, in one line."""
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split()) or type(error).__name__
+    """What an error of the system or of a library says, in one line of moderate length."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return text[:MAX_REASON] + "..." if len(text) > MAX_REASON else text or type(error).__name__
 
 
 def _require_regular(

@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 def reference(
     images: Annotated[
-        Path, typer.Argument(metavar="IMAGES", help="Folder, .zip, .npz or .safetensors of images.")
+        Path, typer.Argument(metavar="IMAGES", help="Folder, .zip or .npz of images.")
     ],
     out: Annotated[Path, typer.Option(help="The .safetensors to write.")],
     extractor: Annotated[str, typer.Option(help="Feature extractor, or package.module:factory.")],

@@ -1,5 +1,6 @@
 """Files of every kind, read within bounds and written whole or not at all."""
 
+from merge_rl.storage.files.archives import Archive
 from merge_rl.storage.files.atomic import (
     State,
     WorkFolder,
@@ -17,15 +18,16 @@ from merge_rl.storage.files.atomic import (
 from merge_rl.storage.files.documents import Fields, nearest
 from merge_rl.storage.files.hashing import Progress, require_hash, sha256_file
 from merge_rl.storage.files.image_source import (
-    IMAGE_KEYS,
     ImageKind,
     ImageSource,
     ImageStream,
+    image_key,
     open_images,
 )
 from merge_rl.storage.files.images import decode_image, enlarge, image_grid, write_png
+from merge_rl.storage.files.labels import parse_labels
 from merge_rl.storage.files.naming import absolute, natural_key, spellings, without_numbers
-from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, read_array
+from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_array, read_npy
 from merge_rl.storage.files.safetensors_file import (
     TensorReader,
     map_file,
@@ -48,11 +50,11 @@ from merge_rl.storage.files.shards import (
 )
 
 __all__ = [
-    "IMAGE_KEYS",
     "INDEX_NAME",
     "MAX_SHARD_BYTES",
     "MODEL_NAME",
     "SHARD_PATTERN",
+    "Archive",
     "ArrayInfo",
     "Fields",
     "Header",
@@ -71,16 +73,20 @@ __all__ = [
     "decode_image",
     "enlarge",
     "image_grid",
+    "image_key",
     "map_file",
     "natural_key",
     "nearest",
     "new_folder",
     "npz_arrays",
+    "npz_labels",
     "open_images",
+    "parse_labels",
     "read_array",
     "read_file",
     "read_header",
     "read_index",
+    "read_npy",
     "read_one",
     "read_state",
     "require_finite",

@@ -1,4 +1,4 @@
-"""Images of a folder, a zip, a .npz or a .safetensors file, streamed as uniform batches."""
+"""Images of a folder, a zip or a .npz file, streamed as uniform batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from merge_rl.errors import ImageError
-from merge_rl.storage.files.images import ImageFiles
-from merge_rl.storage.files.npz import npz_arrays, read_array, read_rows
-from merge_rl.storage.files.safetensors_file import read_one
-from merge_rl.storage.files.safetensors_header import read_header
+from merge_rl.storage.files.image_files import ImageFiles
+from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_rows
 from merge_rl.untrusted import open_file
 
 WORKERS: Final = max(2, min(16, os.cpu_count() or 2))  # decoding threads
@@ -29,35 +27,34 @@ MAX_AHEAD: Final = 256  # images decoded before they are asked for
 
 
 class ImageArray:
-    """Images (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W), uint8, of one array of a file."""
+    """Images (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W), uint8, of one array of a .npz."""
+
+    left_out_text = ""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._npz = path.suffix.lower() == ".npz"
-        if self._npz:
-            arrays = {
-                name: (info.shape, str(info.dtype)) for name, info in npz_arrays(path).items()
-            }
-        else:
-            self._header = read_header(path)
-            arrays = {
-                name: (info.shape, str(info.dtype).removeprefix("torch."))
-                for name, info in self._header.tensors.items()
-            }
-        self.key = next((key for key in IMAGE_KEYS if key in arrays), "")
+        arrays = npz_arrays(path)
+        self.key = image_key(arrays)
         if not self.key:
+            listed = ", ".join(f"{name!r} {info}" for name, info in arrays.items())
             raise ImageError(
-                f"{path}: expected images as {' or '.join(map(repr, IMAGE_KEYS))}, "
-                f"found {', '.join(map(repr, arrays)) or 'nothing'}"
+                f"{path}: expected images as {' or '.join(map(repr, IMAGE_KEYS))}, or one array "
+                f"of images alone, found {listed}"
             )
-        self.shape, dtype = arrays[self.key]
+        info = arrays[self.key]
+        self.shape = info.shape
         self._channels_last = _channels_last(self.shape)
-        if dtype != "uint8" or self._channels_last is None or 0 in self.shape:
+        if info.dtype != np.uint8 or self._channels_last is None or 0 in self.shape:
             raise ImageError(
                 f"{path}: expected {self.key!r} as images (N, H, W, 3) or (N, 3, H, W) of type "
-                f"uint8, found {self.shape} of type {dtype}"
+                f"uint8, found {info}"
             )
-        self.labels = self._read_labels({name: shape for name, (shape, _) in arrays.items()})
+        if len(self.shape) == 3 and (self.shape[0] == 3 or self.shape[2] in (1, 3)):
+            raise ImageError(
+                f"{path}: {self.key!r} {self.shape} may be one image or {self.shape[0]} grey ones; "
+                "expected four axes: (N, H, W, channels)"
+            )
+        self.labels, self.label_problem = npz_labels(path, arrays, len(self))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -75,56 +72,37 @@ class ImageArray:
 
     def read(self, rows: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
         """Images (H, W, 1 or 3) of ascending rows."""
-        for image in self._rows(rows):
+        for image in read_rows(self.path, self.key, rows):
             if image.ndim == 2:
                 yield image[:, :, None]
             else:
                 yield image if self._channels_last else image.transpose(1, 2, 0)
 
-    def _rows(self, rows: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
-        if self._npz:
-            yield from read_rows(self.path, self.key, rows)
-        else:
-            begin = self._header.begins[self.key]
-            stored = np.memmap(self.path, np.uint8, "r", begin, self.shape)
-            for row in rows:
-                yield stored[row]
-
-    def _read_labels(self, shapes: dict[str, tuple[int, ...]]) -> Tensor | None:
-        fitting = [key for key in LABEL_KEYS if shapes.get(key) == (len(self),)]
-        if not fitting:
-            return None
-        if self._npz:
-            values = read_array(self.path, fitting[0])
-            return torch.from_numpy(values.astype(np.int64)) if values.dtype.kind in "iu" else None
-        tensor = read_one(self.path, self._header, fitting[0])
-        return None if tensor.is_floating_point() or tensor.is_complex() else tensor.long()
-
 
 ImageSource = ImageFiles | ImageArray
-"""len, name(row), labels (N,) int64 or None, fingerprint."""
+"""len, name(row), labels (N,) int64 or None and why, fingerprint, what was left out."""
 
 
 def open_images(path: str | os.PathLike[str]) -> ImageSource:
     """The images at `path`; ImageError if there are none.
 
-    A folder (with subfolders) or a zip of PNG, JPEG, WebP or BMP files, a `.npz` with "images" or
-    "arr_0", or a `.safetensors` with "images". Nothing is decoded yet.
+    A folder (with subfolders) or a zip of image files, or a `.npz` with "images", "arr_0" or a
+    single array of images. Nothing is decoded yet.
     """
     place = Path(path)
     if place.is_dir():
         return ImageFiles(place)
-    if not place.is_file():
+    if not place.exists():
         raise ImageError(f"{place}: no such file or folder")
     open_file(place, ImageError).close()
     kind = place.suffix.lower()
     if kind == ".zip":
         return ImageFiles(place)
-    if kind in (".npz", ".safetensors"):
+    if kind == ".npz":
         return ImageArray(place)
     raise ImageError(
-        f"{place}: expected a folder, a .zip, a .npz or a .safetensors file of images, "
-        f"found a file with the ending {place.suffix!r}"
+        f"{place}: expected a folder, a .zip or a .npz of images, found a file with the ending "
+        f"{place.suffix!r}"
     )
 
 
@@ -242,7 +220,17 @@ def _stack(images: list[npt.NDArray[np.uint8]]) -> Tensor:
 
 
 IMAGE_KEYS: Final = ("images", "arr_0")  # arr_0: what ADM's sampling scripts write
-LABEL_KEYS: Final = ("labels", "label", "arr_1")
+
+
+def image_key(arrays: Mapping[str, ArrayInfo]) -> str:
+    """The name of the array that holds the images: a usual one, or the only one that can; or ""."""
+    usual = next((key for key in IMAGE_KEYS if key in arrays), "")
+    alike = [
+        key
+        for key, info in arrays.items()
+        if info.dtype == np.uint8 and _channels_last(info.shape) is not None
+    ]
+    return usual or (alike[0] if len(alike) == 1 else "")
 
 
 def _channels_last(shape: tuple[int, ...]) -> bool | None:

@@ -18,7 +18,7 @@ from merge_rl.interfaces import Autoencoder, FeatureExtractor, Tracker
 from merge_rl.rng import stream
 from merge_rl.storage.files import WorkFolder, open_images
 from merge_rl.workflows.assembly import load_autoencoder, load_guide
-from merge_rl.workflows.reference import FeatureStore, Plan, collect, kept_features
+from merge_rl.workflows.reference import FeatureStore, Plan, collect, kept_features, source_notes
 from merge_rl.workflows.rollout import (
     MergedRollout,
     Rollout,
@@ -140,16 +140,17 @@ def image_features(
     skip_broken: bool,
     store: FeatureStore | None,
     tracker: Tracker,
-) -> tuple[Tensor, list[str]]:
-    """Features (N, D) of all images of a source, and the reasons of those that were skipped."""
+) -> tuple[Tensor, list[str], list[str]]:
+    """Features (N, D) of all images of a source, why some were skipped, and what else to know."""
     source = open_images(images)
+    notes = source_notes(source)
     name, key = "images", {"images": source.fingerprint, "skip_broken": skip_broken}
     tracker.phase("extract", len(source))
     if store is not None:
         done = store.load(name, key)
         if done is not None:
             tracker.advance(len(source))
-            return done, []
+            return done, [], notes
     plan = Plan(
         rows=torch.arange(len(source)),
         parts=torch.zeros(len(source), dtype=torch.int64),
@@ -171,7 +172,7 @@ def image_features(
     if store is not None:
         labels = None if source.labels is None else source.labels[kept[0]]
         store.save(name, key, kept[1], labels)
-    return kept[1], list(found.broken)
+    return kept[1], list(found.broken), notes
 
 
 def blocks_of(

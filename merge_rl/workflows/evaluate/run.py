@@ -205,10 +205,11 @@ class _Job:
 def _of_images(
     job: _Job, images: str, extractor: FeatureExtractor, skip_broken: bool
 ) -> dict[str, Any]:
-    features, broken = image_features(
+    features, broken, notes = image_features(
         images, extractor, batch=job.batch, device=job.device, skip_broken=skip_broken,
         store=job.store({}), tracker=job.tracker,
     )  # fmt: skip
+    job.notes.extend(notes)
     document = job.score_blocks(features, images)
     return {**document, "broken": len(broken), "first_broken": broken[:10]}
 

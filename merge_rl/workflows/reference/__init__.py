@@ -1,7 +1,6 @@
 """Statistics and features of real images: made, stored, read in every known format."""
 
-from merge_rl.workflows.reference.build import build_reference
-from merge_rl.workflows.reference.collect import Plan, collect, kept_features
+from merge_rl.workflows.reference.build import build_reference, source_notes
 from merge_rl.workflows.reference.features import (
     FeatureStore,
     SavedFeatures,
@@ -15,6 +14,7 @@ from merge_rl.workflows.reference.file import (
     reference_file,
 )
 from merge_rl.workflows.reference.formats import Reference
+from merge_rl.workflows.reference.moments import Plan, collect, kept_features
 
 __all__ = [
     "FeatureStore",
@@ -29,5 +29,6 @@ __all__ = [
     "load_features",
     "load_reference",
     "reference_file",
+    "source_notes",
     "weights_digest",
 ]

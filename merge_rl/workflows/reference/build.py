@@ -18,14 +18,14 @@ from merge_rl.parallel import joined
 from merge_rl.rng import draw_subset, stream
 from merge_rl.storage.files import ImageSource, WorkFolder, open_images, require_new
 from merge_rl.version import __version__
-from merge_rl.workflows.reference.collect import (
+from merge_rl.workflows.reference.file import save_reference
+from merge_rl.workflows.reference.moments import (
     Collected,
     Plan,
     collect,
     help_collect,
     kept_features,
 )
-from merge_rl.workflows.reference.file import save_reference
 from merge_rl.workflows.rollout import device_facts, own_device, require_agreement
 
 
@@ -45,7 +45,7 @@ def build_reference(
     seed: int = 0,
     tracker: Tracker | None = None,
 ) -> dict[str, Any]:
-    """Write statistics of a folder, zip, .npz or .safetensors of images; say what was made.
+    """Write statistics of a folder, zip or .npz of images; say what was made.
 
     Images stream through the extractor; beside the moments nothing grows with their number. An
     interrupted call leaves its work in a hidden folder beside `out`, and the same call goes on from
@@ -105,7 +105,7 @@ def build_reference(
             on_images=tracker.advance, group=group,
         )  # fmt: skip
         document = _write(outs, source, plan, found, work, extractor, extractor_sha256)
-        for text in _warnings(document):
+        for text in [*source_notes(source), *_warnings(document)]:
             tracker.event({"kind": "warning", "text": text})
         work.remove()
         group.broadcast(document, phase="end")
@@ -146,6 +146,7 @@ def _write(
         "extractor_sha256": sha256,
         "dim": extractor.dim,
         "resolution": resolution,
+        "left_out": source.left_out_text or None,
         "broken": len(found.broken),
         "first_broken": list(found.broken[:10]),
     }
@@ -163,6 +164,14 @@ def _enough(stats: FeatureStats | None, source: ImageSource, found: Collected) -
 def _source_text(source: ImageSource, num_parts: int, part: int) -> str:
     half = f", half {'ab'[part]}" if num_parts > 1 else ""
     return f"{source.path.name}{half}"
+
+
+def source_notes(source: ImageSource) -> list[str]:
+    """What of a source is not used, and why."""
+    notes = [source.left_out_text] if source.left_out_text else []
+    if source.labels is None and source.label_problem:
+        notes.append(f"labels left aside: {source.label_problem}")
+    return notes
 
 
 def _warnings(document: dict[str, Any]) -> list[str]:
@@ -208,9 +217,12 @@ def choose_rows(source: ImageSource, limit: int | None, *, balanced: bool, seed:
     if limit is not None and limit < 2:
         raise ConfigError(f"expected a limit of at least 2 images, got {limit}")
     if balanced and labels is None:
+        expected = (
+            'expected a dataset.json with "labels" beside the images, or an array "labels" in '
+            "their file"
+        )
         raise ImageError(
-            f"{source.path}: class-balanced subsets need labels; expected a dataset.json with "
-            '"labels" beside the images, or an array "labels" in their file'
+            f"{source.path}: class-balanced subsets need labels; {source.label_problem or expected}"
         )
     generator = stream(seed, "images")
     if balanced and labels is not None:

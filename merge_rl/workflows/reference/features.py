@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,19 @@ from merge_rl.errors import RunError, StatisticsError
 from merge_rl.storage.files import (
     WorkFolder,
     npz_arrays,
+    npz_labels,
+    parse_labels,
     read_array,
     read_file,
+    read_npy,
     save_tensors,
     tensor_bytes,
 )
+from merge_rl.storage.pickles import TensorRef, read_data
 
 FEATURES_FORMAT: Final = "merge_rl.features.v1"
+TORCH_SUFFIXES: Final = (".pt", ".pth")
+T = TypeVar("T")
 FEATURE_KEYS: Final = ("features", "reps")  # reps: what dgm-eval writes
 
 
@@ -58,16 +64,22 @@ def save_features(path: str | os.PathLike[str], saved: SavedFeatures) -> None:
 
 
 def load_features(path: str | os.PathLike[str]) -> SavedFeatures:
-    """Features of a `.safetensors` or `.npz` with "features" or "reps" (N, D).
+    """Features (N, D) of a `.safetensors`, `.npz`, `.npy`, `.pt` or `.pth` file.
 
-    StatisticsError for another shape or type. Rows that are not finite are left to what computes
-    with them.
+    They are named "features" or "reps"; a file of one tensor or array alone needs no name.
+    StatisticsError for another shape or type. Labels that are no whole numbers are left aside, rows
+    that are not finite to what computes with them.
     """
     file = Path(path)
-    if file.suffix.lower() == ".npz":
+    suffix = file.suffix.lower()
+    if suffix == ".npz":
         return _from_npz(file)
+    if suffix == ".npy":
+        return SavedFeatures(features=_checked(torch.tensor(read_npy(file)), file))
+    if suffix in TORCH_SUFFIXES:
+        return _from_torch(file)
     header, tensors, _ = read_file(file, hashed=False)
-    features = _checked(next((tensors[k] for k in FEATURE_KEYS if k in tensors), None), file)
+    features = _checked(_named(tensors), file)
     settings = dict(header.metadata)
     settings.pop("format", None)
     extractor, digest = settings.pop("extractor", ""), settings.pop("extractor_sha256", "")
@@ -80,13 +92,33 @@ def load_features(path: str | os.PathLike[str]) -> SavedFeatures:
     )
 
 
+def torch_features(value: object) -> tuple[TensorRef | None, TensorRef | None]:
+    """Features and labels in what torch.save wrote: a matrix alone, or tensors by name."""
+    found = {"features": value} if isinstance(value, TensorRef) else value
+    if not isinstance(found, dict):
+        return None, None
+    named, labels = _named(found), found.get("labels")
+    fits = isinstance(named, TensorRef) and len(named.shape) == 2 and named.dtype.is_floating_point
+    return (named if fits else None), (labels if isinstance(labels, TensorRef) else None)
+
+
+def _from_torch(file: Path) -> SavedFeatures:
+    found, labels = torch_features(read_data(file))
+    features = _checked(None if found is None else found.load(), file)
+    given = None if labels is None else _labels(labels.load(), len(features))
+    return SavedFeatures(features=features, labels=given)
+
+
 def _from_npz(file: Path) -> SavedFeatures:
     arrays = npz_arrays(file)
     key = next((key for key in FEATURE_KEYS if key in arrays), None)
     found = torch.tensor(read_array(file, key)) if key else None  # aligned memory, unlike numpy's
     features = _checked(found, file)
-    labels = torch.from_numpy(read_array(file, "labels")) if "labels" in arrays else None
-    return SavedFeatures(features=features, labels=_labels(labels, len(features)))
+    return SavedFeatures(features=features, labels=npz_labels(file, arrays, len(features)).values)
+
+
+def _named(tensors: Mapping[Any, T]) -> T | None:
+    return next((tensors[key] for key in FEATURE_KEYS if key in tensors), None)
 
 
 def _checked(found: Tensor | None, file: Path) -> Tensor:
@@ -102,9 +134,9 @@ def _checked(found: Tensor | None, file: Path) -> Tensor:
 
 
 def _labels(found: Tensor | None, count: int) -> Tensor | None:
-    if found is None or found.shape != (count,) or found.is_floating_point():
+    if found is None or found.shape != (count,):
         return None
-    return found.long()
+    return parse_labels(found.tolist(), lambda row: f"row {row}").values
 
 
 class FeatureStore:

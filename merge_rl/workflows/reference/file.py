@@ -16,8 +16,15 @@ from torch import Tensor
 from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.errors import StatisticsError
 from merge_rl.storage.checkpoints import CONFIG_NAME, ModelFile, open_model_file
-from merge_rl.storage.files import IMAGE_KEYS, npz_arrays, read_header, save_tensors
-from merge_rl.workflows.reference.features import FEATURE_KEYS, FEATURES_FORMAT, load_features
+from merge_rl.storage.files import ArrayInfo, image_key, npz_arrays, read_header, save_tensors
+from merge_rl.storage.pickles import read_data
+from merge_rl.workflows.reference.features import (
+    FEATURE_KEYS,
+    FEATURES_FORMAT,
+    TORCH_SUFFIXES,
+    load_features,
+    torch_features,
+)
 from merge_rl.workflows.reference.formats import (
     Reference,
     edm2_entries,
@@ -77,8 +84,9 @@ def load_reference(
     """Statistics from a file of any known format, checked.
 
     Args:
-        path: `.safetensors` of ours (statistics or saved features), EDM2 `.pkl`, or `.npz` with mu
-            and sigma (pytorch-fid, clean-fid, ADM) or reps (dgm-eval).
+        path: `.safetensors` of ours (statistics or saved features), EDM2 `.pkl`, `.npz` with mu
+            and sigma (pytorch-fid, clean-fid, ADM) or reps (dgm-eval), or other features that
+            `load_features` takes.
         entry: of an EDM2 file with several, "fid" or "fd_dinov2"; PATH#ENTRY says the same.
         extractor, sha256, dim: name, weights' hash and dimension of the extractor in use; the
             statistics must be of the same, as far as the file says.
@@ -91,6 +99,8 @@ def load_reference(
         loaded = read_edm2(file, entry=entry or named, extractor=extractor, dim=dim)
     elif file.suffix.lower() == ".npz":
         loaded = read_npz(file)
+    elif file.suffix.lower() in (".npy", *TORCH_SUFFIXES):
+        loaded = from_features(load_features(file), file)
     else:
         loaded = _from_safetensors(file)
     if extractor is not None:
@@ -173,9 +183,13 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
         return "reference"
     suffix = file.suffix.lower()
     if suffix == ".npz":
-        return _of_names(set(npz_arrays(file))) or "reference"
+        return _of_arrays(npz_arrays(file), file)
     if suffix == ".safetensors" and file.is_file():
         return _of_names(set(read_header(file).tensors)) or "model"
+    if suffix == ".npy":
+        return "features"
+    if suffix in TORCH_SUFFIXES and file.is_file():
+        return "model" if torch_features(read_data(file))[0] is None else "features"
     return "images" if suffix == ".zip" else "model"
 
 
@@ -183,6 +197,15 @@ def _of_names(names: set[str]) -> Kind | None:
     # ADM's statistics come with images, and ours may come with features.
     if names >= _MOMENTS:
         return "reference"
-    if names & set(FEATURE_KEYS):
-        return "features"
-    return "images" if names & set(IMAGE_KEYS) else None
+    return "features" if names & set(FEATURE_KEYS) else None
+
+
+def _of_arrays(arrays: Mapping[str, ArrayInfo], file: Path) -> Kind:
+    named = _of_names(set(arrays))
+    if named is None and not image_key(arrays):
+        listed = ", ".join(f"{name!r} {info}" for name, info in arrays.items())
+        raise StatisticsError(
+            f"{file}: expected images ('images' or 'arr_0'), features ('features' or 'reps') or "
+            f"statistics ('mu' and 'sigma'), found {listed}"
+        )
+    return named or "images"

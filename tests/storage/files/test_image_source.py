@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from merge_rl.errors import CheckpointError, DataFileError, ImageError
-from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.storage.files.image_source import ImageStream, open_images
 
 
@@ -56,7 +56,9 @@ def read_all(path: Path, size: int = 5, skip_broken: bool = False) -> tuple[Tens
 
 
 @pytest.mark.parametrize("size", [1, 5, 12, 100])
-@pytest.mark.parametrize("kind", ["folder", "zip", "npz", "npz channels first", "safetensors"])
+@pytest.mark.parametrize(
+    "kind", ["folder", "zip", "npz", "npz channels first", "npz under another name"]
+)
 def test_every_source_gives_the_same_images(kind: str, size: int, tmp_path: Path) -> None:
     path = tmp_path / "images"
     if kind in ("folder", "zip"):
@@ -66,10 +68,10 @@ def test_every_source_gives_the_same_images(kind: str, size: int, tmp_path: Path
     if kind.startswith("npz"):
         path = tmp_path / "a.npz"
         last = IMAGES if "first" in kind else IMAGES.permute(0, 2, 3, 1)
-        np.savez(path, arr_0=last.numpy())
-    if kind == "safetensors":
-        path = tmp_path / "a.safetensors"
-        save_tensors(path, {"images": IMAGES})
+        if "another" in kind:
+            np.savez(path, x_test=last.numpy(), more=np.zeros((12, 5, 4, 3)))
+        else:
+            np.savez(path, arr_0=last.numpy())
     images, stream = read_all(path, size)
     assert images.dtype == torch.uint8
     assert torch.equal(images, IMAGES)
@@ -80,12 +82,12 @@ def test_every_source_gives_the_same_images(kind: str, size: int, tmp_path: Path
 
 
 def test_grey_images_have_one_channel(tmp_path: Path) -> None:
-    grey = draw(4, 1, 6, 3)
+    grey = draw(4, 1, 6, 5)
     assert torch.equal(read_all(write_folder(tmp_path / "g", grey))[0], grey)
     np.savez(tmp_path / "a.npz", images=grey[:, 0].numpy())
     images, stream = read_all(tmp_path / "a.npz")
     assert torch.equal(images, grey)
-    assert str(stream.kind) == "3x6 grey"
+    assert str(stream.kind) == "5x6 grey"
 
 
 def test_other_files_and_hidden_ones_are_left_alone(tmp_path: Path) -> None:
@@ -95,6 +97,66 @@ def test_other_files_and_hidden_ones_are_left_alone(tmp_path: Path) -> None:
         (folder / name).write_bytes(b"?")
     assert len(open_images(folder)) == 12
     assert len(open_images(write_zip(tmp_path / "a.zip", folder))) == 12
+
+
+def test_content_tells_what_names_do_not(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    written = {
+        "a": "PNG", "b.data": "JPEG", "c.gif": "GIF", "d.TIFF": "TIFF", "e.jfif": "JPEG",
+        "f.bin": "WEBP", "g.tif": "TIFF", "h.ppm": "PPM", "i.png": "TIFF",
+    }  # fmt: skip
+    for name, kind in written.items():
+        picture(torch.full((3, 8, 8), 100, dtype=torch.uint8)).save(folder / name, kind)
+    for name in ("notes.txt", "more.TXT", "Python", "P6", "BM.doc", ".DS_Store"):
+        (folder / name).write_text("Python is no portable pixmap")
+    for path in (folder, write_zip(tmp_path / "a.zip", folder)):
+        source = open_images(path)
+        assert [source.name(row) for row in range(len(source))] == list(written)
+        images, _ = read_all(path)
+        assert bool(((images.int() - 100).abs() <= 2).all())
+        text = source.left_out_text
+        assert text.startswith(f"6 left out of {path}: 2 no images (")
+        for part in ("2 no images (.txt)", "2 no images (without ending)", "1 hidden"):
+            assert part in text
+        assert "1 no images (.doc)" in text
+    for name in written:
+        (folder / name).unlink()
+    with pytest.raises(ImageError, match=r"found none; 6 left out of .*2 no images \(.txt\)"):
+        open_images(folder)
+
+
+def test_links_to_folders_are_followed_once_each(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set/images", IMAGES[:3])
+    write_folder(tmp_path / "elsewhere/deep", IMAGES[3:5])
+    (tmp_path / "elsewhere/again").symlink_to(tmp_path / "elsewhere")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "twice").symlink_to(tmp_path / "elsewhere/deep")
+    (folder / "here").symlink_to(folder)
+    (folder / "above").symlink_to(tmp_path)
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "nothing").symlink_to(tmp_path / "nowhere")
+    source = open_images(folder)
+    assert [source.name(row) for row in range(len(source))] == [
+        "00000/img_0.png", "00000/img_1.png", "00000/img_2.png",
+        "link/deep/00000/img_0.png", "link/deep/00000/img_1.png",
+    ]  # fmt: skip
+    assert torch.equal(read_all(folder)[0], IMAGES[:5])
+    assert source.left_out_text == (
+        f"6 left out of {folder}: 4 links to folders that are read already, 2 links to nothing"
+    )
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ImageError, match=r"gone\.png: cannot be read: No such file"):
+        open_images(folder)
+
+
+def test_pipes_are_left_out(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images")
+    os.mkfifo(folder / "pipe.png")
+    os.mkfifo(folder / "other")
+    source = open_images(folder)
+    assert len(source) == 12
+    assert source.left_out_text.endswith(": 2 no files (pipes, sockets, devices)")
 
 
 def test_lossy_formats_are_read(tmp_path: Path) -> None:
@@ -122,24 +184,93 @@ def test_labels_of_a_data_set(tmp_path: Path) -> None:
     (folder / "dataset.json").write_text(json.dumps({"labels": [3, 4]}))
     with pytest.raises(ImageError, match=r"expected labels as a list of \[name, label\]"):
         open_images(folder)
-    vectors = [[name, [0.5, 1.0]] for name, _ in pairs]
-    (folder / "dataset.json").write_text(json.dumps({"labels": vectors}))
-    assert open_images(folder).labels is None
+    (folder / "dataset.json").write_text(json.dumps({"labels": pairs[1:]}))
+    with pytest.raises(ImageError, match=r"00001/img_11.png has no label"):
+        open_images(folder)
     (folder / "dataset.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"dataset\.json: not readable JSON"):
         open_images(folder)
 
 
+@pytest.mark.parametrize("folder", ["", "imgs/"])
+@pytest.mark.parametrize("names", ["", "imgs/"])
+@pytest.mark.parametrize("as_written", [int, float, str, lambda label: f"{label}.0"])
+def test_labels_in_any_dress_and_place(
+    folder: str, names: str, as_written: Callable[[int], object], tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "set/imgs")
+    names = names if folder else "imgs/"  # relative to the file, or to the top
+    pairs = [[f"{names}{i // 6:05d}/img_{i}.png", as_written(i % 3)] for i in range(12)]
+    (tmp_path / "set" / folder / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    for path in (tmp_path / "set", write_zip(tmp_path / "a.zip", tmp_path / "set")):
+        labels = open_images(path).labels
+        assert labels is not None
+        assert labels.tolist() == [0, 1, 2] * 4
+
+
+def test_every_folder_may_have_labels_of_its_own(tmp_path: Path) -> None:
+    for folder, label in (("a", 1), ("b", 2)):
+        write_folder(tmp_path / folder, IMAGES[:2])
+        pairs = [[f"00000/img_{i}.png", label] for i in range(2)]
+        (tmp_path / folder / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    labels = open_images(tmp_path).labels
+    assert labels is not None
+    assert labels.tolist() == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("odd", "problem"),
+    [
+        (None, "the label of img_1.png is nothing, expected a whole number from 0"),
+        ("dog", "the label of img_1.png is the text 'dog'"),
+        (True, "the label of img_1.png is True"),
+        (1.5, "the label of img_1.png is 1.5"),
+        (-1, "the label of img_1.png is -1"),
+        ([0.5, 1.0], "the label of img_1.png is a list of 2"),
+    ],
+)
+def test_why_labels_are_left_aside(odd: object, problem: str, tmp_path: Path) -> None:
+    for i in range(2):
+        picture(IMAGES[i]).save(tmp_path / f"img_{i}.png")
+    pairs = [["img_0.png", 0], ["img_1.png", odd]]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    found = open_images(tmp_path)
+    assert found.labels is None
+    assert found.label_problem.startswith(problem)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": []}))
+    assert open_images(tmp_path).label_problem.endswith("dataset.json holds no labels")
+
+
 def test_labels_of_arrays(tmp_path: Path) -> None:
-    last = IMAGES.permute(0, 2, 3, 1).numpy()
-    np.savez(tmp_path / "a.npz", arr_0=last, arr_1=np.arange(12))
-    save_tensors(tmp_path / "a.safetensors", {"images": IMAGES, "labels": torch.arange(12)})
-    for name in ("a.npz", "a.safetensors"):
-        labels = open_images(tmp_path / name).labels
+    last, path = IMAGES.permute(0, 2, 3, 1).numpy(), tmp_path / "a.npz"
+    for kind in ("<i8", ">i4", "u1", "<f4", ">f8", "U3", "S3"):
+        np.savez(path, arr_0=last, arr_1=np.arange(12).astype(kind))
+        labels = open_images(path).labels
         assert labels is not None
         assert labels.tolist() == list(range(12))
-    np.savez(tmp_path / "b.npz", arr_0=last, labels=np.ones((12, 2)), arr_1=np.ones(12))
-    assert open_images(tmp_path / "b.npz").labels is None
+    np.savez(path, arr_0=last, labels=np.ones((12, 2)), arr_1=np.arange(12))
+    assert open_images(path).labels is not None
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        (np.arange(12) + 0.5, "the label of row 0 is 0.5, expected a whole number from 0"),
+        (np.array([0] * 11 + [np.nan]), "the label of row 11 is nan"),
+        (np.array(["cat"] * 12), "the label of row 0 is the text 'cat'"),
+        (np.arange(12) - 1, "the label of row 0 is -1"),
+        (np.full(12, 2**40), "the label of row 0 is 1099511627776"),
+        (np.array([None] * 12), "'labels' is of type object, expected whole numbers"),
+        (np.zeros((12, 2)), r"'labels' is (12, 2) of type float64, expected (12,)"),
+    ],
+)
+def test_why_labels_of_arrays_are_left_aside(
+    labels: np.ndarray, problem: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=IMAGES.permute(0, 2, 3, 1).numpy(), labels=labels)
+    found = open_images(tmp_path / "a.npz")
+    assert found.labels is None
+    assert found.label_problem.startswith(problem)
 
 
 # --------------------------------------------------------------------------------- what is refused
@@ -157,10 +288,31 @@ def test_the_first_odd_image_is_named(tmp_path: Path) -> None:
         read_all(folder, skip_broken=True)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK", "1", "I;16", "LA"])
+@pytest.mark.parametrize("mode", ["RGBA", "CMYK", "1", "I;16", "LA"])
 def test_modes_without_one_meaning_are_refused(mode: str, tmp_path: Path) -> None:
     Image.new(mode, (4, 4)).save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
     with pytest.raises(ImageError, match=rf"a\.\w+ is of mode {mode}, expected RGB or grey"):
+        read_all(tmp_path)
+
+
+def test_palettes_are_looked_up_unless_something_shines_through(tmp_path: Path) -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([1, 2, 3, 250, 120, 7])
+    palette.putdata([1, 0])
+    for name in ("a.png", "b.gif", "c.tif"):
+        palette.save(tmp_path / name)
+    images, _ = read_all(tmp_path)
+    assert images.tolist() == [[[[250, 1]], [[120, 2]], [[7, 3]]]] * 3
+    palette.save(tmp_path / "d.png", transparency=0)
+    with pytest.raises(ImageError, match=r"d\.png is of mode P with transparency, expected RGB"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "webp", "png"])
+def test_several_frames_are_no_single_image(suffix: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 5), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match=rf"a\.{suffix} has 2 frames, expected a single image"):
         read_all(tmp_path)
 
 
@@ -201,7 +353,7 @@ def test_huge_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_large_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merge_rl.storage.files.images.ImageFiles._bytes.__defaults__", (30,))
+    monkeypatch.setattr("merge_rl.storage.files.image_files.ImageFiles._bytes.__defaults__", (30,))
     with pytest.raises(ImageError, match=r"img_0\.png: larger than 30 bytes"):
         read_all(write_folder(tmp_path / "images"))
 
@@ -222,7 +374,11 @@ def test_damaged_zip_members_are_named(tmp_path: Path) -> None:
     [
         ("none", None, "no such file or folder"),
         ("a.zip", b"PK", "not a readable zip file"),
-        ("a.png", b"x", "expected a folder, a .zip, a .npz .* found a file with the ending '.png'"),
+        (
+            "a.png",
+            b"x",
+            "expected a folder, a .zip or a .npz .* found a file with the ending '.png'",
+        ),
         ("a.npz", b"PK", "not a readable .npz file"),
     ],
 )
@@ -248,14 +404,21 @@ def test_empty_folders_and_zips_are_refused(tmp_path: Path) -> None:
         (np.zeros((4, 5, 5, 2), np.uint8), r"found \(4, 5, 5, 2\) of type uint8"),
         (np.zeros((4, 5), np.uint8), r"found \(4, 5\)"),
         (np.zeros((0, 5, 5, 3), np.uint8), r"found \(0, 5, 5, 3\)"),
+        (np.zeros((8, 8, 3), np.uint8), r"'arr_0' \(8, 8, 3\) may be one image or 8 grey ones"),
+        (np.zeros((3, 8, 8), np.uint8), r"'arr_0' \(3, 8, 8\) may be one image or 3 grey ones"),
     ],
 )
 def test_arrays_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=array)
     with pytest.raises(ImageError, match=message):
         open_images(tmp_path / "a.npz")
-    np.savez(tmp_path / "a.npz", other=array)
-    with pytest.raises(ImageError, match="expected images as 'images' or 'arr_0', found 'other'"):
+
+
+def test_arrays_that_may_all_be_images_are_refused(tmp_path: Path) -> None:
+    array = np.zeros((4, 5, 5, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", one=array, two=array)
+    message = "expected images as 'images' or 'arr_0', or one array of images alone, found 'one' "
+    with pytest.raises(ImageError, match=message):
         open_images(tmp_path / "a.npz")
 
 

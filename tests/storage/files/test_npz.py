@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from merge_rl.errors import DataFileError
-from merge_rl.storage.files.npz import npz_arrays, read_array, read_rows
+from merge_rl.storage.files.npz import npz_arrays, npz_labels, read_array, read_npy, read_rows
 
 
 def npy(shape: tuple[int, ...], data: bytes, version: int = 1) -> bytes:
@@ -74,7 +75,7 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not a readable .npz file: File is not a zip file"),
+        (b"", "not a readable .npz file: no table of contents"),
         (b"PK\x03\x04" + bytes(50), "not a readable .npz file: "),
     ],
 )
@@ -110,3 +111,146 @@ def test_structured_arrays_are_refused(tmp_path: Path) -> None:
     pack(path, x=buffer.getvalue())
     with pytest.raises(DataFileError, match="expected numbers"):
         read_array(path, "x")
+
+
+# ------------------------------------------------------------------------------- types of numbers
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8", "i2", "u4", "i8", "c8"])
+def test_byte_orders_make_no_difference(order: str, kind: str, tmp_path: Path) -> None:
+    whole = np.arange(6).reshape(2, 3)
+    np.savez(tmp_path / "a.npz", x=whole.astype(order + kind))
+    np.save(tmp_path / "a.npy", np.asfortranarray(whole.astype(order + kind)))
+    for found in (
+        read_array(tmp_path / "a.npz", "x"), read_npy(tmp_path / "a.npy"),
+        np.stack(list(read_rows(tmp_path / "a.npz", "x", [0, 1]))),
+    ):  # fmt: skip
+        assert found.dtype == np.dtype(kind)
+        assert found.dtype.isnative
+        assert np.array_equal(found, whole)
+
+
+def test_numbers_wider_than_64_bits_are_rounded(tmp_path: Path) -> None:
+    third = np.longdouble(1) / 3
+    np.savez(tmp_path / "a.npz", x=np.array([third, np.longdouble("1e400")]))
+    found = read_array(tmp_path / "a.npz", "x")
+    assert found.dtype == np.float64
+    assert found.tolist() == [1 / 3, np.inf]
+
+
+@pytest.mark.parametrize("kind", ["U4", "S4", "M8[s]", "m8[s]", "V3"])
+def test_what_is_no_number_is_refused(kind: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros(3, kind))
+    with pytest.raises(DataFileError, match="array 'x' is of type .*, expected numbers"):
+        read_array(tmp_path / "a.npz", "x")
+
+
+# ------------------------------------------------------------------------------ made to do harm
+
+
+def raw_npy(header: bytes, length: int | None = None, version: int = 1) -> bytes:
+    size = (len(header) if length is None else length).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + size + header
+
+
+def test_only_what_unpacks_in_pieces_is_unpacked(tmp_path: Path) -> None:
+    # bzip2 makes gigabytes out of a kilobyte, in one piece.
+    data = npy((1000,), bytes(8000))
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        path = pack(tmp_path / "a.npz", method, x=data)
+        with pytest.raises(
+            DataFileError, match=r"'x\.npy' is packed by method \d+, expected stored"
+        ):
+            npz_arrays(path)
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (raw_npy(b"", 2**31, version=2), "a header of 2147483648 bytes, at most 10000"),
+        (raw_npy(b"[" * 5000), "an unreadable header: "),
+        (
+            raw_npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (-1,), }\n"),
+            r"\(-1,\) and t",
+        ),
+        (
+            raw_npy(b"{'descr': 5, 'fortran_order': False, 'shape': (1,), }\n"),
+            "an unreadable header",
+        ),
+        (
+            raw_npy(b"{'descr': '<f8', 'fortran_order': 1, 'shape': (0,), }\n"),
+            "an unreadable header",
+        ),
+        (raw_npy(b"{[]: 1}\n"), "an unreadable header: "),
+        (b"\x93NUMPY\x01", "not a readable"),
+        (b"", "not a readable"),
+    ],
+)
+def test_hostile_headers(member: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataFileError, match=message):
+        npz_arrays(pack(tmp_path / "a.npz", x=member))
+    (tmp_path / "a.npy").write_bytes(member)
+    with pytest.raises(DataFileError, match=message):
+        read_npy(tmp_path / "a.npy")
+
+
+def test_archives_that_readers_would_disagree_on(tmp_path: Path) -> None:
+    path, data = tmp_path / "a.npz", npy((1,), bytes(8))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", data)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("x.npy", npy((1,), b"12345678"))
+    with pytest.raises(
+        DataFileError, match=r"not a readable .npz file: the entry 'x.npy' is there tw"
+    ):
+        npz_arrays(path)
+    pack(path, zipfile.ZIP_STORED, xyz=data, zyx=data)
+    whole = path.read_bytes()
+    at = whole.index(b"PK\x01\x02")
+    second = whole.index(b"PK\x01\x02", at + 4)
+    nul = whole[:at] + whole[at:].replace(b"xyz.npy", b"\0yz.npy")
+    newer = whole[: at + 6] + b"\xff" + whole[at + 7 :]  # the version that is needed to extract
+    same = whole[: second + 42] + bytes(4) + whole[second + 46 :]  # both at the same place
+    large = whole[: at + 20] + b"\xff\xff\0\0" * 2 + whole[at + 28 :]
+    for changed, message in (
+        (nul, r"an entry has the impossible name '\\x00yz.npy'"),
+        (newer, "zip file version 25.5"),
+        (same, "the entry 'xyz.npy' is not where the table|the entry 'zyx.npy' is not where"),
+        (large, "the entry 'xyz.npy' is not where the table of contents says"),
+        (whole[:-1], "no table of contents at its end: another kind of file, or truncated"),
+    ):
+        path.write_bytes(changed)
+        with pytest.raises(DataFileError, match=message):
+            npz_arrays(path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mutated_archives_are_read_or_refused(seed: int, tmp_path: Path) -> None:
+    rng, path = random.Random(seed), tmp_path / "a.npz"
+    save = np.savez if seed % 2 else np.savez_compressed
+    save(
+        path,
+        x=np.arange(40.0).reshape(8, 5),
+        labels=np.array(["1"] * 8),
+        y=np.arange(3, dtype=">i2"),
+    )
+    whole, refusals = path.read_bytes(), []
+    for _ in range(400):
+        data, at = bytearray(whole), rng.randrange(len(whole))
+        width = rng.choice([1, 1, 2, 4])
+        data[at : at + width] = rng.choice(
+            [rng.randbytes(width), b"", b"\xff" * width, bytes(width)]
+        )
+        path.write_bytes(data)
+        try:
+            arrays = npz_arrays(path)
+            for name in arrays:
+                read_array(path, name, "biufcUS")
+            npz_labels(path, arrays, 8)
+            if "x" in arrays and arrays["x"].shape:
+                list(read_rows(path, "x", [0, 1]))
+        except DataFileError as error:
+            refusals.append(str(error))
+    assert 100 < len(refusals) < 400
+    assert all(why.startswith(str(path)) and len(why) < 1000 for why in refusals)

@@ -18,7 +18,7 @@ from merge_rl.features.digits import DigitsNet, load_digits_extractor
 from merge_rl.rng import stream
 from merge_rl.storage.checkpoints.model_file import open_model_file
 from merge_rl.storage.files.images import write_png
-from merge_rl.workflows.reference import collect as collecting
+from merge_rl.workflows.reference import moments as collecting
 from merge_rl.workflows.reference.features import SavedFeatures, load_features, save_features
 from merge_rl.workflows.reference.file import load_reference
 
@@ -128,11 +128,13 @@ def test_broken_images(
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "img_4.png").write_bytes(b"?")
+    (tmp_path / "notes.txt").write_bytes(b"?")
     settings: dict[str, Any] = {"reference": reference, "extractor": extractor}
     with pytest.raises(ImageError, match=r"img_4\.png is broken"):
         mrl.evaluate(tmp_path, **settings)
     found = mrl.evaluate(tmp_path, skip_broken=True, **settings)
     assert (found["broken"], found["num_images"]) == (1, COUNT - 1)
+    assert found["notes"] == [f"1 left out of {tmp_path}: 1 no images (.txt)"]
     good = [i for i in range(COUNT) if i != 4]
     expected = pytest.approx(score(features[good], reference), rel=1e-5)
     assert found["fid"]["reference"]["mean"] == expected

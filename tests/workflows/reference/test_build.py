@@ -17,7 +17,7 @@ from merge_rl.errors import ConfigError, ImageError, RunError, StatisticsError, 
 from merge_rl.features.digits import DigitsNet, load_digits_extractor
 from merge_rl.storage.checkpoints.model_file import open_model_file
 from merge_rl.storage.files.images import write_png
-from merge_rl.workflows.reference import collect as collecting
+from merge_rl.workflows.reference import moments as collecting
 from merge_rl.workflows.reference.build import build_reference
 from merge_rl.workflows.reference.file import load_reference
 
@@ -290,6 +290,25 @@ def test_balanced_subsets_need_labels(extractor: DigitsNet, tmp_path: Path) -> N
         build_reference(
             tmp_path / "a.npz", tmp_path / "r.safetensors", extractor=extractor, balanced=True
         )
+
+
+def test_what_is_not_used_is_told(folder: Path, extractor: DigitsNet, tmp_path: Path) -> None:
+    images, notes = tmp_path / "images", Notes()
+    images.mkdir()
+    for i in range(3):
+        (images / f"img_{i}.png").write_bytes((folder / f"img_{i}.png").read_bytes())
+    (images / "notes.txt").write_text("no image")
+    pairs = [["img_0.png", 0], ["img_1.png", 1], ["img_2.png", None]]
+    (images / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    out = tmp_path / "r.safetensors"
+    document = build_reference(images, out, extractor=extractor, tracker=notes)
+    left_out = f"1 left out of {images}: 1 no images (.txt)"
+    problem = "the label of img_2.png is nothing, expected a whole number from 0"
+    assert document["left_out"] == left_out
+    assert notes.texts[:2] == [left_out, f"labels left aside: {problem}"]
+    assert load_reference(out).count == 3
+    with pytest.raises(ImageError, match=f"class-balanced subsets need labels; {problem}"):
+        build_reference(images, tmp_path / "s.safetensors", extractor=extractor, balanced=True)
 
 
 def test_failures_are_no_statistics(folder: Path, extractor: DigitsNet, tmp_path: Path) -> None:

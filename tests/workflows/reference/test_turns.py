@@ -13,7 +13,7 @@ from torch import Tensor
 from merge_rl.errors import ParallelError
 from merge_rl.parallel.group import Group
 from merge_rl.storage.files.image_source import ImageSource, open_images
-from merge_rl.workflows.reference.collect import Plan, collect, help_collect, kept_features
+from merge_rl.workflows.reference.moments import Plan, collect, help_collect, kept_features
 from tests.ranks import on_ranks
 from tests.workflows.rollout.test_rollout import Pixels
 

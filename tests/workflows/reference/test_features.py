@@ -1,0 +1,107 @@
+"""Saved features: what is read, in whatever file and dress, and what a path is taken for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from merge_rl.errors import MergeRLError, StatisticsError
+from merge_rl.workflows.reference import kind_of, load_features, load_reference
+
+
+def draw() -> Tensor:
+    return torch.randn(7, 3, generator=torch.Generator().manual_seed(3))
+
+
+FEATURES = draw()
+
+
+@pytest.mark.parametrize("kind", ["<f4", ">f4", "<f8", ">f8", "longdouble", "f2"])
+@pytest.mark.parametrize("suffix", ["npz", "npy"])
+def test_features_in_every_dress(kind: str, suffix: str, tmp_path: Path) -> None:
+    path, array = tmp_path / f"a.{suffix}", FEATURES.numpy().astype(kind)
+    if suffix == "npz":
+        np.savez(path, reps=array, labels=np.array([str(i) for i in range(7)]))
+    else:
+        np.save(path, array)
+    found = load_features(path)
+    expected = FEATURES.half().float() if kind == "f2" else FEATURES
+    assert found.features.dtype == torch.float32
+    assert torch.equal(found.features, expected)
+    assert (found.labels is None) == (suffix == "npy")
+    if found.labels is not None:
+        assert found.labels.tolist() == [*range(7)]
+    assert kind_of(path) == "features"
+    assert load_reference(path).count == 7
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_features_that_torch_saved(named: bool, legacy: bool, tmp_path: Path) -> None:
+    path, labels = tmp_path / "a.pt", torch.arange(7)
+    value = {"features": FEATURES, "labels": labels} if named else FEATURES
+    torch.save(value, path, _use_new_zipfile_serialization=not legacy)
+    found = load_features(path)
+    assert torch.equal(found.features, FEATURES)
+    assert (None if found.labels is None else found.labels.tolist()) == (
+        [*range(7)] if named else None
+    )
+    assert kind_of(path) == "features"
+    assert load_reference(path).dim == 3
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([None] * 7), np.array(["cat"] * 7), np.arange(3), np.arange(7) + 0.5,
+        np.zeros((7, 2)), np.zeros(7, "M8[s]"),
+    ],
+)  # fmt: skip
+def test_features_do_not_need_labels(labels: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", features=FEATURES.numpy(), labels=labels)
+    found = load_features(tmp_path / "a.npz")
+    assert found.labels is None
+    assert torch.equal(found.features, FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([["a"]]), "'reps' is of type <U1, expected numbers"),
+        (np.array([[None]]), "'reps' is of type object, expected numbers"),
+        (np.zeros((2, 3), int), r"expected features \(N, D\) of a floating type, found \(2, 3\)"),
+        (np.zeros((2, 3), complex), "of a floating type, found .* of type complex128"),
+        (np.zeros(3), r"of a floating type, found \(3,\)"),
+        (np.zeros((2, 3), "M8[s]"), "of type datetime64.s., expected numbers"),
+        (np.zeros((2, 3), bool), "of type bool"),
+    ],
+)
+def test_what_features_cannot_be(array: np.ndarray, message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", reps=array)
+    with pytest.raises(MergeRLError, match=message):
+        load_features(tmp_path / "a.npz")
+
+
+def test_what_a_file_of_arrays_is_taken_for(tmp_path: Path) -> None:
+    path, images = tmp_path / "a.npz", np.zeros((4, 8, 8, 3), np.uint8)
+    for arrays, kind in (
+        ({"arr_0": images}, "images"),
+        ({"x_test": images, "y_test": np.arange(4)}, "images"),
+        ({"reps": FEATURES.numpy(), "arr_0": images}, "features"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "arr_0": images}, "reference"),
+    ):
+        np.savez(path, **arrays)
+        assert kind_of(path) == kind
+    np.savez(path, weights=np.zeros((2, 2)), one=images, two=images)
+    message = (
+        r"expected images \('images' or 'arr_0'\), features \('features' or 'reps'\) or statistics "
+        r"\('mu' and 'sigma'\), found 'weights' \(2, 2\) of type float64, 'one' \(4, 8, 8, 3\)"
+    )
+    with pytest.raises(StatisticsError, match=message):
+        kind_of(path)
+    torch.save({"net": torch.zeros(2, 2)}, tmp_path / "a.pt")
+    assert kind_of(tmp_path / "a.pt") == "model"
