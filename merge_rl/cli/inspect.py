@@ -35,10 +35,17 @@ def inspect(
         _show_run(path, json=json)
     elif _holds_statistics(path):
         _show_references(path, json=json)
-    elif path.is_file() or (path / "model.safetensors").is_file():
+    elif path.is_file() or _is_model(path):
         _show_file(path, json=json)
     else:
         _show_set(path, track=track, quick=quick, json=json)
+
+
+def _is_model(folder: Path) -> bool:
+    from merge_rl.storage.checkpoints import has_manifest
+    from merge_rl.storage.files import weights_in
+
+    return folder.is_dir() and not has_manifest(folder) and len(weights_in(folder)) == 1
 
 
 def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None:

@@ -30,7 +30,6 @@ from merge_rl.storage.checkpoints.model_file import (
     metadata_config,
     model_sha256,
     open_model_file,
-    safetensors_in,
     save_checkpoint,
 )
 from merge_rl.storage.checkpoints.network import require_network
@@ -64,7 +63,6 @@ __all__ = [
     "read_manifest",
     "relative_inside",
     "require_network",
-    "safetensors_in",
     "save_checkpoint",
     "stream_merge",
     "write_manifest",

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from merge_rl.errors import CheckpointError, MergeRLError
@@ -23,17 +24,13 @@ from merge_rl.storage.checkpoints.listing import (
 from merge_rl.storage.checkpoints.manifest import CheckpointEntry, Manifest, SetDefaults
 from merge_rl.storage.checkpoints.model_file import ModelFile, open_model_file, save_checkpoint
 from merge_rl.storage.files import (
-    Header,
     Progress,
+    StoredWeights,
     TensorInfo,
-    TensorReader,
-    map_file,
+    WeightsReader,
     nearest,
-    read_file,
-    read_one,
     require_finite,
     require_hash,
-    sha256_file,
 )
 
 __all__ = [
@@ -74,7 +71,7 @@ class CheckpointSet:
     def __init__(
         self,
         listing: Listing,
-        headers: Sequence[Header],
+        headers: Sequence[StoredWeights],
         config: dict[str, Any] | None,
         duplicates: Mapping[str, str] | None = None,
     ) -> None:
@@ -86,7 +83,7 @@ class CheckpointSet:
         self.duplicates: Mapping[str, str] = duplicates or {}  # name -> the name it repeats
         self._headers = tuple(headers)
         # Hash by index, with the size and time of change it belongs to.
-        self._hashes: dict[int, tuple[tuple[int, int], str]] = {}
+        self._hashes: dict[int, tuple[tuple[tuple[int, int], ...], str]] = {}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -173,13 +170,16 @@ class CheckpointSet:
         if name not in self.tensors:
             hint = nearest(name, self.tensors)
             raise CheckpointError(f"{self.paths[index]}: no tensor {name!r}{hint}")
-        tensor = read_one(self.paths[index], self._headers[index], name)
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        with self.reader(index) as reader:
+            reader.read_into(name, 0, tensor)
         require_finite(self.paths[index], name, tensor)
         return tensor
 
-    def reader(self, index: int) -> TensorReader:
+    def reader(self, index: int) -> WeightsReader:
         """One file opened to read parts of its tensors; neither hash nor values are checked."""
-        return TensorReader(self.paths[index], self._headers[index])
+        return self._headers[index].reader()
 
     def mapped(self, index: int) -> dict[str, Tensor]:
         """All tensors of one checkpoint as views of the file, which stays on disk.
@@ -188,7 +188,7 @@ class CheckpointSet:
         """
         if self._needs_hash(index):
             require_hash(self.paths[index], self.sha256(index), self.entries[index].sha256)
-        weights = map_file(self.paths[index], self._headers[index])
+        weights = self._headers[index].mapped()
         for name, tensor in weights.items():
             require_finite(self.paths[index], name, tensor)
         return weights
@@ -215,7 +215,7 @@ class CheckpointSet:
         stamp = self._stamp(index)
         kept = self._hashes.get(index)
         if kept is None or kept[0] != stamp:
-            kept = (stamp, sha256_file(self.paths[index], progress))
+            kept = (stamp, self._headers[index].sha256(progress))
             self._hashes[index] = kept
         return kept[1]
 
@@ -240,12 +240,10 @@ class CheckpointSet:
 
     def _load(self, index: int, *, hashed: bool) -> dict[str, Tensor]:
         path, stamp = self.paths[index], self._stamp(index)
-        header, weights, digest = read_file(path, hashed=hashed)
+        weights, digest = self._headers[index].read(hashed=hashed)
         if digest is not None:
             self._hashes[index] = (stamp, digest)
             require_hash(path, digest, self.entries[index].sha256)
-        if header.tensors != self._headers[index].tensors:
-            raise CheckpointError(f"{path}: the file has changed since the set was opened")
         for name, tensor in weights.items():
             require_finite(path, name, tensor)
         return weights
@@ -254,13 +252,8 @@ class CheckpointSet:
         expected = self.entries[index].sha256
         return expected is not None and self._hashes.get(index) != (self._stamp(index), expected)
 
-    def _stamp(self, index: int) -> tuple[int, int]:
-        try:
-            status = self.paths[index].stat()
-        except OSError as error:
-            reason = error.strerror or error
-            raise CheckpointError(f"{self.paths[index]}: cannot be read: {reason}") from None
-        return status.st_size, status.st_mtime_ns
+    def _stamp(self, index: int) -> tuple[tuple[int, int], ...]:
+        return self._headers[index].stamp()
 
 
 def open_checkpoints(

@@ -6,27 +6,26 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 import torch
 
 from merge_rl.storage.checkpoints.listing import Listing
-from merge_rl.storage.files import Header, TensorReader, tensor_bytes
+from merge_rl.storage.files import StoredWeights, tensor_bytes
 
 SAMPLES: Final = 64
 SAMPLE_BYTES: Final = 4096
 CHUNK: Final = 2**20  # elements compared at a time
 
 
-def find_duplicates(listing: Listing, headers: Sequence[Header]) -> dict[int, int]:
+def find_duplicates(listing: Listing, headers: Sequence[StoredWeights]) -> dict[int, int]:
     """Index -> index of the checkpoint that it repeats: one file, or tensors of equal bytes.
 
     Of a group the one stays whose name tells most: no link, a known progress, a number in its
     name, the first. From files that differ, samples of 256 KiB are read at most.
     """
     groups: list[list[int]] = []
-    for alike in _alike(listing, headers):
+    for alike in _alike(headers):
         groups += _equal(alike, listing, headers)
     found: dict[int, int] = {}
     for group in groups:
@@ -36,8 +35,8 @@ def find_duplicates(listing: Listing, headers: Sequence[Header]) -> dict[int, in
 
 
 def without(
-    listing: Listing, headers: Sequence[Header], repeated: dict[int, int]
-) -> tuple[Listing, list[Header]]:
+    listing: Listing, headers: Sequence[StoredWeights], repeated: dict[int, int]
+) -> tuple[Listing, list[StoredWeights]]:
     """The listing, and its headers, without the checkpoints that repeat others."""
     keep = [index for index in range(len(listing.names)) if index not in repeated]
     entries = tuple(listing.entries[index] for index in keep)
@@ -50,24 +49,24 @@ def _rank(listing: Listing, index: int) -> tuple[bool, bool, bool, int]:
     return path.is_symlink(), entry.nimg is None, not re.search("[0-9]", path.stem), index
 
 
-def _alike(listing: Listing, headers: Sequence[Header]) -> list[list[int]]:
+def _alike(headers: Sequence[StoredWeights]) -> list[list[int]]:
     """Groups of two and more whose samples agree."""
     groups: dict[str, list[int]] = {}
     if len(headers) > 1:
         for index, header in enumerate(headers):
             names = list(headers[0].tensors)
-            groups.setdefault(_digest(listing.path(index), header, names), []).append(index)
+            groups.setdefault(_digest(header, names), []).append(index)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _digest(path: Path, header: Header, names: Sequence[str]) -> str:
+def _digest(stored: StoredWeights, names: Sequence[str]) -> str:
     """Hash of samples that are spread evenly over the values, tensor after tensor of `names`."""
-    total = sum(info.nbytes for info in header.tensors.values())
+    total = sum(info.nbytes for info in stored.tensors.values())
     targets = [total * i // SAMPLES for i in range(SAMPLES)]
     digest, begin = hashlib.sha256(), 0
-    with TensorReader(path, header) as reader:
+    with stored.reader() as reader:
         for name in names:
-            info = header.tensors[name]
+            info = stored.tensors[name]
             for target in (t for t in targets if begin <= t < begin + info.nbytes):
                 start = (target - begin) // info.dtype.itemsize
                 most = max(1, SAMPLE_BYTES // info.dtype.itemsize)
@@ -79,15 +78,16 @@ def _digest(path: Path, header: Header, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _equal(alike: Sequence[int], listing: Listing, headers: Sequence[Header]) -> list[list[int]]:
+def _equal(
+    alike: Sequence[int], listing: Listing, headers: Sequence[StoredWeights]
+) -> list[list[int]]:
     """Of checkpoints that may be equal, the groups of those that are."""
     groups: list[list[int]] = []
     for index in alike:
         for group in groups:
             first = group[0]
-            if listing.path(index).samefile(listing.path(first)) or _same_bytes(
-                (listing.path(index), headers[index]), (listing.path(first), headers[first])
-            ):
+            one_file = listing.path(index).samefile(listing.path(first))
+            if one_file or _same_bytes(headers[index], headers[first]):
                 group.append(index)
                 break
         else:
@@ -95,9 +95,9 @@ def _equal(alike: Sequence[int], listing: Listing, headers: Sequence[Header]) ->
     return [group for group in groups if len(group) > 1]
 
 
-def _same_bytes(one: tuple[Path, Header], other: tuple[Path, Header]) -> bool:
-    with TensorReader(*one) as first, TensorReader(*other) as second:
-        for name, info in one[1].tensors.items():
+def _same_bytes(one: StoredWeights, other: StoredWeights) -> bool:
+    with one.reader() as first, other.reader() as second:
+        for name, info in one.tensors.items():
             count = info.nbytes // info.dtype.itemsize
             for start in range(0, count, CHUNK):
                 size = min(CHUNK, count - start)

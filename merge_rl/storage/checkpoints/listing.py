@@ -24,14 +24,15 @@ from merge_rl.storage.checkpoints.model_file import (
     metadata_config,
     model_file_path,
     open_model_file,
-    safetensors_in,
 )
 from merge_rl.storage.files import (
-    Header,
+    StoredWeights,
     absolute,
     natural_key,
-    read_header,
+    open_weights,
     spellings,
+    weights_in,
+    weights_stem,
     without_numbers,
 )
 
@@ -88,13 +89,13 @@ def select_entries(listing: Listing, *, track: str | None, select: Sequence[str]
     )
 
 
-def read_headers(listing: Listing) -> list[Header]:
-    """Headers of all files, each in agreement with the first."""
+def read_headers(listing: Listing) -> list[StoredWeights]:
+    """What all files hold, each in agreement with the first."""
     paths = [listing.folder / entry.file for entry in listing.entries]
     for path in paths:
         if not path.is_file():
             raise CheckpointError(f"{path}: listed in {MANIFEST_NAME}, but there is no such file")
-    headers = [read_header(path) for path in paths]
+    headers = [open_weights(path) for path in paths]
     if not headers[0].tensors:
         raise CheckpointError(f"{paths[0]}: holds no tensors")
     for path, header in zip(paths[1:], headers[1:], strict=True):
@@ -102,7 +103,7 @@ def read_headers(listing: Listing) -> list[Header]:
     return headers
 
 
-def require_same(path: Path, header: Header, first_path: Path, first: Header) -> None:
+def require_same(path: Path, header: StoredWeights, first_path: Path, first: StoredWeights) -> None:
     """Refuse a file whose tensors differ from the first file's, naming the first difference."""
     names = list(dict.fromkeys([*first.tensors, *header.tensors]))
     differing = [name for name in names if header.tensors.get(name) != first.tensors.get(name)]
@@ -116,7 +117,7 @@ def require_same(path: Path, header: Header, first_path: Path, first: Header) ->
         )
 
 
-def set_config(listing: Listing, first: Header) -> dict[str, Any] | None:
+def set_config(listing: Listing, first: StoredWeights) -> dict[str, Any] | None:
     """Model config: the manifest's, else the folder's `config.json`, else the first file's own."""
     if listing.manifest is not None:
         return dict(listing.manifest.model)
@@ -127,12 +128,12 @@ def set_config(listing: Listing, first: Header) -> dict[str, Any] | None:
 
 
 def _entries_by_name(folder: Path) -> tuple[CheckpointEntry, ...]:
-    files = safetensors_in(folder)
+    files = weights_in(folder)
     if not files:
         foreign = sum(1 for file in folder.iterdir() if file.suffix in (".pkl", ".pt", ".pth"))
         hint = f"; `mergerl convert` makes them from the {foreign} .pkl or .pt files there"
         raise CheckpointError(f"{folder}: no .safetensors files{hint if foreign else ''}")
-    progress = [parse_stem(file.stem) for file in files]
+    progress = [parse_stem(weights_stem(file.name)) for file in files]
     return tuple(
         CheckpointEntry(file=file.name, nimg=nimg, ema_std=ema_std)
         for file, (nimg, ema_std) in zip(files, progress, strict=True)
@@ -147,7 +148,7 @@ def _by_progress(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry,
 
 def _by_numbers(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, ...]:
     """Names that differ in numbers alone are a series: by those, else the order of the manifest."""
-    stems = [PurePosixPath(entry.file).stem for entry in entries]
+    stems = [weights_stem(PurePosixPath(entry.file).name) for entry in entries]
     if len({without_numbers(stem) for stem in stems}) > 1:
         return entries
     return tuple(sorted(entries, key=lambda entry: natural_key(PurePosixPath(entry.file).stem)))
@@ -156,9 +157,11 @@ def _by_numbers(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, 
 def _unique_names(entries: Sequence[CheckpointEntry]) -> tuple[str, ...]:
     """File stems; with their folder where a stem occurs twice (raw/a and ema/a)."""
     paths = [PurePosixPath(entry.file) for entry in entries]
-    count = Counter(path.stem for path in paths)
+    stems = [weights_stem(path.name) for path in paths]
+    count = Counter(stems)
     return tuple(
-        path.stem if count[path.stem] == 1 else str(path.with_suffix("")) for path in paths
+        stem if count[stem] == 1 else str(path.with_name(stem))
+        for path, stem in zip(paths, stems, strict=True)
     )
 
 

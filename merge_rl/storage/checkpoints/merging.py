@@ -32,7 +32,7 @@ from merge_rl.errors import (
 )
 from merge_rl.parallel.blocks import single_threaded
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet
-from merge_rl.storage.files import TensorReader
+from merge_rl.storage.files import WeightsReader
 
 DISK = "disk"
 
@@ -220,7 +220,7 @@ class _Summer:
     """Sums tensors from pieces of open files; each thread has buffers of its own."""
 
     def __init__(
-        self, checkpoints: CheckpointSet, readers: Sequence[TensorReader], used: Sequence[int]
+        self, checkpoints: CheckpointSet, readers: Sequence[WeightsReader], used: Sequence[int]
     ) -> None:
         self._checkpoints, self._readers, self._used = checkpoints, readers, used
         self._own = threading.local()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -20,15 +19,14 @@ from merge_rl.storage.checkpoints.manifest import (
     read_manifest,
 )
 from merge_rl.storage.files import (
-    INDEX_NAME,
-    natural_key,
-    read_file,
-    read_index,
+    INDEX_SUFFIX,
+    hash_weights,
+    open_weights,
     require_finite,
     require_hash,
     save_tensors,
-    sha256_file,
     spellings,
+    weights_in,
 )
 from merge_rl.untrusted import load_json_mapping, read_bounded
 
@@ -48,42 +46,36 @@ class ModelFile(NamedTuple):
 def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
     """Weights and config from a folder of one model, or from one `.safetensors`.
 
-    The folder holds one `.safetensors`, or shards with an index.
+    The folder holds one `.safetensors`, or shards with an index; the index itself will do.
     The config comes from the folder's `config.json`; for a file, from its own metadata first, then
     the `config.json` beside it, then a manifest that lists it, up to two folders higher. Weights
     are checked to be finite, and against the manifest's hash where there is one.
     """
-    homes = read_index(Path(path)) if Path(path).is_dir() else None
-    if homes is not None:
-        return _read_shards(Path(path), homes)
     file = model_file_path(path)
     listed = find_listing(file)
     recorded = listed[1].sha256 if listed else None
-    header, weights, digest = read_file(file, hashed=recorded is not None)
+    stored = open_weights(file)
+    weights, digest = stored.read(hashed=recorded is not None)
     if digest is not None:
         require_hash(file, digest, recorded)
     for name, tensor in weights.items():
-        require_finite(file, name, tensor)
-    config = _first_config(file, header.metadata, listed[0] if listed else None)
-    return ModelFile(weights, config, dict(header.metadata))
+        require_finite(stored.homes[name], name, tensor)
+    config = _first_config(file, stored.metadata, listed[0] if listed else None)
+    return ModelFile(weights, config, dict(stored.metadata))
 
 
 def model_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a model's file; of shards, that of their hashes in name order."""
-    homes = read_index(Path(path)) if Path(path).is_dir() else None
-    if homes is None:
-        return sha256_file(model_file_path(path))
-    digests = [sha256_file(file) for file in sorted(set(homes.values()))]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return hash_weights(model_file_path(path))
 
 
 def model_file_path(path: str | os.PathLike[str]) -> Path:
-    """The `.safetensors` that `path` means: itself, or the only one of a folder."""
+    """The `.safetensors`, or the index of shards, that `path` means: itself, or a folder's only."""
     given = Path(path)
     file = _only_file(given) if given.is_dir() else given
     if not file.exists():
         raise CheckpointError(f"{given}: no such file or folder")
-    if file.suffix != ".safetensors":
+    if not file.name.endswith((".safetensors", INDEX_SUFFIX)):
         hint = "expected a .safetensors file; `mergerl convert` makes one from .pkl and .pt"
         raise CheckpointError(f"{file}: {hint}")
     return file
@@ -120,41 +112,13 @@ def metadata_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] |
     return None if text is None else load_json_mapping(text, f"{path}, metadata {CONFIG_KEY!r}")
 
 
-def safetensors_in(folder: Path) -> list[Path]:
-    """Its `.safetensors` files in natural order, without hidden ones (unfinished writes)."""
-    found = (f for f in folder.glob("*.safetensors") if f.is_file() and f.name[0] != ".")
-    return sorted(found, key=lambda file: natural_key(file.stem))
-
-
 def _only_file(folder: Path) -> Path:
-    files = safetensors_in(folder)
+    files = weights_in(folder)
     if len(files) != 1:
         found = f"{len(files)} .safetensors files" if files else "no .safetensors file"
         hint = "; name one of them, or merge them first" if files else ""
         raise CheckpointError(f"{folder}: expected the folder of one model, found {found}{hint}")
     return files[0]
-
-
-def _read_shards(folder: Path, homes: Mapping[str, Path]) -> ModelFile:
-    weights: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    for file in sorted(set(homes.values())):
-        header, tensors, _ = read_file(file, hashed=False)
-        metadata |= header.metadata
-        for name, tensor in tensors.items():
-            if homes.get(name) != file:
-                raise CheckpointError(
-                    f"{file}: holds tensor {name!r}, which the index does not say"
-                )
-            require_finite(file, name, tensor)
-            weights[name] = tensor
-    lacking = [name for name in homes if name not in weights]
-    if lacking:
-        where = homes[lacking[0]]
-        raise CheckpointError(f"{where}: expected tensor {lacking[0]!r}, as the index says")
-    # The index keeps the order of the whole model, the shards only their own.
-    ordered = {name: weights[name] for name in homes}
-    return ModelFile(ordered, _first_config(folder / INDEX_NAME, metadata, None), metadata)
 
 
 def _first_config(

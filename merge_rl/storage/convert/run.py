@@ -22,7 +22,7 @@ from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import MANIFEST_NAME, write_manifest
 from merge_rl.storage.convert.contents import infos_of
 from merge_rl.storage.convert.plan import ORIGIN_KEY, Job, Plan, make_plan
-from merge_rl.storage.convert.sources import WEIGHTS, list_files
+from merge_rl.storage.convert.sources import WEIGHTS, files_of, list_files
 from merge_rl.storage.files import atomic_path, read_header, require_hash, sha256_file, write_header
 from merge_rl.storage.pickles import TensorRef
 
@@ -176,7 +176,7 @@ def _is_done(job: Job, path: Path, recorded: str | None) -> bool:
 def _delete(plan: Plan) -> tuple[Path, ...]:
     outputs = {(plan.folder / job.file).resolve() for job in plan.jobs}
     removed = []
-    for path in dict.fromkeys(job.found.path for job in plan.jobs):
+    for path in dict.fromkeys(part for job in plan.jobs for part in files_of(job.found.path)):
         if path.resolve() not in outputs:
             try:
                 path.unlink()

@@ -6,16 +6,24 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from merge_rl.errors import CheckpointError, ConfigError
-from merge_rl.storage.checkpoints import metadata_config, parse_stem, safetensors_in
+from merge_rl.storage.checkpoints import metadata_config, parse_stem
 from merge_rl.storage.convert import edm2 as edm2_source
 from merge_rl.storage.convert import sit as sit_source
 from merge_rl.storage.convert.contents import Extracted, require_size, shapes_of, state_dict
 from merge_rl.storage.convert.edm2_shapes import is_edm2
-from merge_rl.storage.files import natural_key, read_header
+from merge_rl.storage.files import (
+    INDEX_SUFFIX,
+    natural_key,
+    open_weights,
+    parse_index,
+    weights_in,
+    weights_stem,
+)
 from merge_rl.storage.pickles import (
     ByteSource,
     Span,
@@ -43,7 +51,7 @@ def list_files(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     files: dict[Path, Path] = {}
     for item in map(Path, given):
         if item.is_dir():
-            within = _convertible(item) or safetensors_in(item)
+            within = _convertible(item) or weights_in(item)
             if not within:
                 raise CheckpointError(f"{item}: holds no .pkl or .pt files to convert")
         elif item.is_file():
@@ -68,25 +76,32 @@ def _convertible(folder: Path) -> list[Path]:
 
 def extract(path: Path, weights: str = "auto", num_heads: int | None = None) -> list[Extracted]:
     """The weights in a file, one result a track; CheckpointError if it is of no known kind."""
-    if path.suffix == ".safetensors":
+    if path.name.endswith((".safetensors", INDEX_SUFFIX)):
         found = [_read_safetensors(path, num_heads)]
     else:
         found = _read_pickled(path, weights, num_heads)
     for item in found:
-        require_size(item, path.stat().st_size)
+        require_size(item, sum(part.stat().st_size for part in files_of(path)))
     return found
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that a source consists of: itself, and the shards of an index."""
+    shards = parse_index(path).values() if path.name.endswith(INDEX_SUFFIX) else ()
+    return [path, *sorted(set(shards))]
+
+
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file's size and of 64 samples of 4 KiB, evenly spaced from start to end.
+    """SHA-256 of each file's size and of 64 samples of 4 KiB, evenly spaced from start to end.
 
     Tells apart files of the same name and size without reading gigabytes; no proof of equality.
     """
-    source, digest = ByteSource(path), hashlib.sha256()
-    digest.update(source.size.to_bytes(8, "little"))
-    length = min(_SAMPLE_BYTES, source.size)
-    for i in range(_SAMPLES):
-        digest.update(source.read((source.size - length) * i // (_SAMPLES - 1), length))
+    digest = hashlib.sha256()
+    for source in map(ByteSource, files_of(path)):
+        digest.update(source.size.to_bytes(8, "little"))
+        length = min(_SAMPLE_BYTES, source.size)
+        for i in range(_SAMPLES):
+            digest.update(source.read((source.size - length) * i // (_SAMPLES - 1), length))
     return digest.hexdigest()
 
 
@@ -133,14 +148,23 @@ def _bare_edm2(
 
 
 def _read_safetensors(path: Path, num_heads: int | None) -> Extracted:
-    """Weights that have the right form already."""
-    header, source = read_header(path), ByteSource(path)
+    """Weights that have the right form already, be it in shards; what they say of themselves."""
+    stored = open_weights(path)
+    sources = {file: ByteSource(file) for file in stored.parts}
     tensors = {}
-    for name, info in header.tensors.items():
-        span = Span(source, header.begins[name], info.nbytes)
+    for name, info in stored.tensors.items():
+        home = stored.homes[name]
+        span = Span(sources[home], stored.parts[home].begins[name], info.nbytes)
         storage = StorageRef(info.dtype, math.prod(info.shape), span)
         tensors[name] = TensorRef(storage, 0, info.shape, tuple(row_major(info.shape)))
     state_dict(tensors, str(path))
+    config = metadata_config(path, stored.metadata)
     if is_edm2(shapes_of(tensors)):
-        return _bare_edm2(tensors, path, metadata_config(path, header.metadata))
-    return sit_source.read_bare(tensors, path, num_heads)
+        found = _bare_edm2(tensors, path, config)
+    else:
+        own = config if config is not None and config.get("model") == "sit" else {}
+        heads = own.get("num_heads")
+        known = heads if isinstance(heads, int) else None
+        found = sit_source.read_bare(tensors, path, num_heads or known)
+        found = replace(found, config=own or found.config)
+    return replace(found, stem=weights_stem(path.name))

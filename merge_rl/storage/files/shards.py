@@ -20,6 +20,7 @@ from merge_rl.untrusted import load_json_mapping, read_bounded
 
 MODEL_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
+INDEX_SUFFIX: Final = ".safetensors.index.json"
 MAX_SHARD_BYTES: Final = 5 * 10**9  # what the Hub's own libraries split at
 
 
@@ -138,13 +139,16 @@ def tensor_file(
 
 
 def read_index(folder: Path) -> dict[str, Path] | None:
-    """Tensor name -> shard, as a folder's index says; None if there is no index.
+    """Tensor name -> shard, as a model folder's index says; None if there is no index."""
+    path = folder / INDEX_NAME
+    return parse_index(path) if os.path.lexists(path) else None
+
+
+def parse_index(path: Path) -> dict[str, Path]:
+    """Tensor name -> shard, as an index says.
 
     An index is data from anywhere: a shard outside of its folder is refused.
     """
-    path = folder / INDEX_NAME
-    if not os.path.lexists(path):
-        return None
     homes = load_json_mapping(read_bounded(path), str(path)).get("weight_map")
     if not isinstance(homes, dict) or not homes:
         raise CheckpointError(f"{path}: expected a weight_map of tensors to files")
@@ -152,7 +156,7 @@ def read_index(folder: Path) -> dict[str, Path] | None:
         plain = isinstance(file, str) and PurePosixPath(file).name == file and "\\" not in file
         if not plain or not file.endswith(".safetensors"):
             raise CheckpointError(f"{path}: expected names of .safetensors beside it, got {file!r}")
-    return {name: folder / file for name, file in homes.items()}
+    return {name: path.parent / file for name, file in homes.items()}
 
 
 SHARD_PATTERN: Final = "model-*-of-*.safetensors"

@@ -283,9 +283,7 @@ def test_a_hash_is_computed_once_and_again_after_a_change(
     assert first == digest(opened.paths[0])
     assert steps == [(size, size)]
     calls: list[bool] = []
-    monkeypatch.setattr(
-        "merge_rl.storage.checkpoints.checkpoint_set.sha256_file", lambda *_: calls.append(True)
-    )
+    monkeypatch.setattr("merge_rl.storage.files.stored.sha256_file", lambda *_: calls.append(True))
     assert opened.sha256(0) == first
     assert calls == []
 

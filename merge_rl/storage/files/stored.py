@@ -1,0 +1,155 @@
+"""Weights of one network on disk: a `.safetensors`, or shards behind an index, read alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from merge_rl.errors import CheckpointError
+from merge_rl.storage.files.hashing import Progress, sha256_file
+from merge_rl.storage.files.naming import natural_key
+from merge_rl.storage.files.safetensors_file import TensorReader, map_file, read_file
+from merge_rl.storage.files.safetensors_header import Header, TensorInfo, read_header
+from merge_rl.storage.files.shards import INDEX_SUFFIX, parse_index
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredWeights:
+    """What files hold of one network, its tensors not read yet. Made by `open_weights`."""
+
+    path: Path  # the file, or the index of the shards
+    parts: Mapping[Path, Header]
+    homes: Mapping[str, Path]  # tensor -> the file it is in
+    tensors: Mapping[str, TensorInfo]  # in the order of the file, or of the index
+    metadata: Mapping[str, str]
+
+    @property
+    def file_bytes(self) -> int:
+        """Of all files that hold tensors."""
+        return sum(header.file_bytes for header in self.parts.values())
+
+    def read(self, *, hashed: bool) -> tuple[dict[str, Tensor], str | None]:
+        """(tensors on the CPU as stored, SHA-256 or None), read once; see `read_file`."""
+        tensors: dict[str, Tensor] = {}
+        digests = []
+        for file, known in self.parts.items():
+            header, found, digest = read_file(file, hashed=hashed)
+            if header.tensors != known.tensors:
+                raise CheckpointError(f"{file}: the file has changed since the set was opened")
+            tensors |= found
+            digests.append(digest or "")
+        return {name: tensors[name] for name in self.tensors}, _joined(digests) if hashed else None
+
+    def reader(self) -> WeightsReader:
+        """The files opened to read parts of tensors; neither hashes nor values are checked."""
+        return WeightsReader(self)
+
+    def mapped(self) -> dict[str, Tensor]:
+        """All tensors as views of the files, which stay on disk; see `map_file`."""
+        views: dict[str, Tensor] = {}
+        for file, header in self.parts.items():
+            views |= map_file(file, header)
+        return {name: views[name] for name in self.tensors}
+
+    def sha256(self, progress: Progress | None = None) -> str:
+        """Of the file; of shards, that of their hashes in the order of their names."""
+        return _joined([sha256_file(file, progress) for file in self.parts])
+
+    def stamp(self) -> tuple[tuple[int, int], ...]:
+        """Size and time of change of every file: another value after a change."""
+        try:
+            found = [file.stat() for file in self.parts]
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{self.path}: cannot be read: {reason}") from None
+        return tuple((status.st_size, status.st_mtime_ns) for status in found)
+
+
+class WeightsReader:
+    """Open files from which parts of tensors are read; several threads may share it."""
+
+    def __init__(self, weights: StoredWeights) -> None:
+        self._homes = weights.homes
+        with ExitStack() as stack:
+            self._readers = {
+                file: stack.enter_context(TensorReader(file, header))
+                for file, header in weights.parts.items()
+            }
+            self._files = stack.pop_all()
+
+    def __enter__(self) -> WeightsReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def read_into(self, name: str, start: int, values: Tensor) -> None:
+        """Fill `values` (contiguous, of the tensor's dtype) with its elements from `start` on."""
+        self._readers[self._homes[name]].read_into(name, start, values)
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """What holds the weights of a network each, in natural order: `.safetensors`, and indexes.
+
+    Shards are left to their index, hidden files (unfinished writes) aside.
+    """
+    indexes = [file for file in folder.glob(f"*{INDEX_SUFFIX}") if file.name[0] != "."]
+    shards = {shard for index in indexes for shard in parse_index(index).values()}
+    whole = (f for f in folder.glob("*.safetensors") if f.is_file() and f.name[0] != ".")
+    found = [*indexes, *(file for file in whole if file not in shards)]
+    return sorted(found, key=lambda file: natural_key(weights_stem(file.name)))
+
+
+def weights_stem(name: str) -> str:
+    """A name without the ending of a `.safetensors` or of an index."""
+    return name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
+
+
+def open_weights(path: Path) -> StoredWeights:
+    """Headers of a `.safetensors`, or of the shards of an index; CheckpointError if damaged.
+
+    Raises CheckpointError too where an index and its shards disagree.
+    """
+    if not path.name.endswith(INDEX_SUFFIX):
+        header = read_header(path)
+        homes = dict.fromkeys(header.tensors, path)
+        return StoredWeights(
+            path=path, parts={path: header}, homes=homes, tensors=header.tensors,
+            metadata=header.metadata,
+        )  # fmt: skip
+    homes = parse_index(path)
+    parts = {file: read_header(file) for file in sorted(set(homes.values()))}
+    found: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for file, header in parts.items():
+        metadata |= header.metadata
+        for name, info in header.tensors.items():
+            if homes.get(name) != file:
+                raise CheckpointError(
+                    f"{file}: holds tensor {name!r}, which the index does not say"
+                )
+            found[name] = info
+    for name, file in homes.items():
+        if name not in found:
+            raise CheckpointError(f"{file}: expected tensor {name!r}, as the index says")
+    # The index keeps the order of the whole model, the shards only their own.
+    tensors = {name: found[name] for name in homes}
+    return StoredWeights(path=path, parts=parts, homes=homes, tensors=tensors, metadata=metadata)
+
+
+def hash_weights(path: Path) -> str:
+    """`StoredWeights.sha256` of a file or index, without a look at what it holds."""
+    whole = not path.name.endswith(INDEX_SUFFIX)
+    files = [path] if whole else sorted(set(parse_index(path).values()))
+    return _joined([sha256_file(file) for file in files])
+
+
+def _joined(digests: list[str]) -> str:
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
