@@ -101,6 +101,7 @@ def train(images: Tensor, labels: Tensor, folder: Path) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = build_model(CONFIG).train()
+    assert isinstance(model, EDM2)
     Block._attention = plain_attention  # type: ignore[method-assign]
     latents = PixelEncoder().encode(images)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))

@@ -60,6 +60,7 @@ def train(images: Tensor, labels: Tensor, folder: Path) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = build_model(CONFIG).train()
+    assert isinstance(model, SiT)
     latents = PixelEncoder().encode(images)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], weight_decay=0.0

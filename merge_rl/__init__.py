@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from merge_rl.core.distances.statistics import FeatureStats, feature_stats
     from merge_rl.core.sampling.sampler import sample
     from merge_rl.errors import MergeRLError
+    from merge_rl.interfaces import Network
     from merge_rl.registry import build_model
     from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
     from merge_rl.storage.convert import ConvertResult, convert
@@ -38,6 +39,7 @@ _HOMES: Final = {
     "FeatureStats": "core.distances.statistics",
     "feature_stats": "core.distances.statistics",
     "MergeRLError": "errors",
+    "Network": "interfaces",
     "build_model": "registry",
     "CheckpointSet": "storage.checkpoints",
     "open_checkpoints": "storage.checkpoints",
@@ -62,6 +64,7 @@ __all__ = [
     "FeatureStats",
     "FinetuneResult",
     "MergeRLError",
+    "Network",
     "OptimizeResult",
     "__version__",
     "build_model",

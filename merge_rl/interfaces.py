@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 PoolT = TypeVar("PoolT", contravariant=True)
 """What holds the generated images that rewards are measured in."""
@@ -22,6 +23,15 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
         """x (B, C, h, w) at noise level sigma (0-dim or (B,)) -> D of the shape of x, float32."""
         ...
+
+
+class Network(nn.Module, ABC):
+    """A denoising network with weights: a `Denoiser` that says what its samples look like."""
+
+    @property
+    @abstractmethod
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
 
 
 class Autoencoder(Protocol):

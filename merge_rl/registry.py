@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from merge_rl.config import SearchConfig
 from merge_rl.errors import ConfigError, UnknownNameError
-from merge_rl.interfaces import Autoencoder
+from merge_rl.interfaces import Autoencoder, Network
 
 MODELS: Final[Mapping[str, str]] = {
     "edm2": "merge_rl.models.edm2:EDM2",
@@ -104,7 +104,7 @@ def default_reward(searcher: str) -> str:
     return "fid-subset" if searcher == "policy-gradient" else "fid-full"
 
 
-def build_model(config: Mapping[str, Any]) -> Any:
+def build_model(config: Mapping[str, Any]) -> Network:
     """A network in evaluation mode with random weights.
 
     `config` has "model" ("edm2", "sit") and the network's constructor options. Raises
@@ -116,13 +116,13 @@ def build_model(config: Mapping[str, Any]) -> Any:
         raise ConfigError(f'expected "model" in the model config, found keys {sorted(options)}')
     factory = resolve("model", MODELS, str(name))
     try:
-        model = factory(**options)
+        model: Network = factory(**options)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(f"the {name} network does not take this config: {error}") from None
     return model.eval()
 
 
-def build_on_meta(config: Mapping[str, Any]) -> Any:
+def build_on_meta(config: Mapping[str, Any]) -> Network:
     """The same network on the meta device: names, shapes and types of its tensors, no memory."""
     import torch
 

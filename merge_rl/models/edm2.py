@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merge_rl.core.sampling.compatibility import require_class_ids
+from merge_rl.interfaces import Network
 from merge_rl.models.edm2_layers import (
     Block,
     BlockConfig,
@@ -142,7 +143,7 @@ class UNet(nn.Module):
         return out
 
 
-class EDM2(nn.Module):
+class EDM2(Network):
     """Preconditioned denoiser D(x; sigma, labels) (arXiv:2312.02696, equation 1 and table 1).
 
         D = c_skip x + c_out F(c_in x, ln(sigma) / 4, labels)

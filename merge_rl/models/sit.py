@@ -1,8 +1,7 @@
 """SiT: the transformer that predicts velocities of Ma et al., 2024 (arXiv:2401.08740).
 
 The backbone is that of DiT (Peebles & Xie, 2023, arXiv:2212.09748). Written from the papers and
-from published facts about the released networks; state-dict names, order and shapes equal those of
-the official checkpoints, so that files travel both ways.
+from published facts; names, order and shapes of the state dict are the official checkpoints'.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from merge_rl.core.sampling.compatibility import require_class_ids
 from merge_rl.errors import ConfigError
+from merge_rl.interfaces import Network
 from merge_rl.storage.convert import FREQUENCIES
 
 
@@ -172,7 +172,7 @@ class FinalLayer(nn.Module):
         return out
 
 
-class SiT(nn.Module):
+class SiT(Network):
     """Velocity v(x, t, labels) of the path from noise (t = 0) to data (t = 1).
 
     Args:

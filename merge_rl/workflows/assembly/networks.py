@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from merge_rl import registry
 from merge_rl.config import SamplerConfig
 from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
-from merge_rl.interfaces import Autoencoder
+from merge_rl.interfaces import Autoencoder, Network
 from merge_rl.storage.checkpoints import model_sha256, open_model_file
 from merge_rl.storage.files import sha256_file
 from merge_rl.storage.hub import Downloaded, download, local_model
@@ -216,7 +216,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_model(path: str | os.PathLike[str]) -> nn.Module:
+def load_model(path: str | os.PathLike[str]) -> Network:
     """The network of a model folder or of one .safetensors of a set, float32, evaluation mode.
 
     The text "user/repo" or "user/repo@revision" means a model of the Hub, unless there is such a
@@ -225,17 +225,17 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
     return load_network(local_model(path))
 
 
-def load_guide(sampler: SamplerConfig, device: str) -> nn.Module | None:
+def load_guide(sampler: SamplerConfig, device: str) -> Network | None:
     """The weaker network that the sampler names, on a device; None without guidance."""
     return load_network(sampler.guide).to(device) if sampler.guide else None
 
 
-def load_network(path: str | Path) -> nn.Module:
+def load_network(path: str | Path) -> Network:
     """A network with the weights of a file or folder, float32, in evaluation mode."""
     file = open_model_file(path)
     if file.config is None:
         raise CheckpointError(f"{path}: the model config is not known; expected a config.json")
-    model: nn.Module = registry.build_model(file.config)
+    model = registry.build_model(file.config)
     try:
         model.load_state_dict(file.weights)
     except RuntimeError as error:

@@ -141,7 +141,7 @@ def build_finetune(
         extractor=extractor, reference=references["reference"], path=config.reference or ""
     )
     built = build_reward(settings, own, announce)
-    shape = [int(n) for n in network.sample_shape]  # type: ignore[union-attr]
+    shape = network.sample_shape
     decoder, decoder_digest = load_autoencoder(
         config.autoencoder, config.autoencoder_weights, shape=shape,
         dtype=config.autoencoder_dtype, device=device, announce=announce,

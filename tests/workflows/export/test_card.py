@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from torch import Tensor
 
 import merge_rl as mrl
 from merge_rl.errors import ConfigError
@@ -70,6 +72,23 @@ def test_the_header_is_the_hubs() -> None:
     assert name is not None
     assert "N = 1,000, mean of 3 repeats, 95 % interval 0.516 to 5.484" in name
     assert data.eval_results[1].metric_type == "fid"
+
+
+def snippet(path: str) -> Tensor:
+    """What a card tells its readers to write; checked by the type checker with these tests."""
+    model = mrl.load_model(path)  # or "user/repo"
+    noise = torch.randn(4, *model.sample_shape)
+    samples = mrl.sample(model, noise, torch.arange(4))
+    return samples
+
+
+def test_the_snippet_of_a_card_is_typed_and_runs(tiny: Path) -> None:
+    code = model_card(facts()).split("```python\n")[1].split("```")[0]
+    lines = [line.strip().replace('"path/to/this/folder"', "path") for line in code.splitlines()]
+    own = [line.strip() for line in inspect.getsource(snippet).splitlines()]
+    assert [line for line in lines if line and not line.startswith("import")] == own[2:5]
+    file = tiny / "raw" / "tiny-0000400.safetensors"
+    assert snippet(str(file)).shape == (4, 1, 8, 8)
 
 
 def test_the_text_has_scores_coefficients_and_a_snippet() -> None:
