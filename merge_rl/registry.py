@@ -5,7 +5,7 @@ To extend the package, write one file and add one line here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, Final
 
@@ -70,11 +70,27 @@ def resolve(kind: str, table: Mapping[str, str], name: str) -> Callable[..., Any
 
 
 def resolve_searcher(name: str) -> Callable[..., Any]:
-    """The factory of a searcher; of "nevergrad:CMA", that of the family "nevergrad"."""
+    """The factory of a searcher; of "nevergrad:CMA", that of the family "nevergrad".
+
+    A method without its family is not known, but UnknownNameError says where it belongs.
+    """
     family, colon, method = name.partition(":")
     if colon and method and f"{family}:" in SEARCHERS:
         return resolve("searcher", SEARCHERS, f"{family}:")
+    if name not in SEARCHERS:
+        members = sorted(_members(name), key=lambda member: member[1] != name)
+        homes = ["".join(member) for member in members]
+        raise UnknownNameError("searcher", name, SEARCHERS, nearest=homes or None)
     return resolve("searcher", SEARCHERS, name)
+
+
+def _members(method: str) -> Iterator[tuple[str, str]]:
+    """Families of searchers that have a method of this name, whatever its case, and its name."""
+    for family in SEARCHERS:
+        if family.endswith(":"):
+            for known in resolve("searcher", SEARCHERS, family).methods():  # type: ignore[attr-defined]
+                if known.lower() == method.lower():
+                    yield family, known
 
 
 def population_of(search: SearchConfig) -> int:

@@ -76,6 +76,11 @@ def test_members_of_a_family_resolve_to_it() -> None:
         registry.resolve_searcher("nevergrad")
     with pytest.raises(UnknownNameError, match=r"unknown searcher 'lcsc:x'; did you mean 'lcsc'"):
         registry.resolve_searcher("lcsc:x")
+    for name, home in (
+        ("CMA", "nevergrad:CMA"), ("tbpsa", "nevergrad:TBPSA"), ("powell", "scipy:powell"),
+    ):  # fmt: skip
+        with pytest.raises(UnknownNameError, match=f"searcher '{name}'; did you mean '{home}'"):
+            registry.resolve_searcher(name)
 
 
 @pytest.mark.parametrize(

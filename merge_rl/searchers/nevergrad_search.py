@@ -37,6 +37,11 @@ class Nevergrad(Replayed):
         self._begin()
 
     @staticmethod
+    def methods() -> list[str]:
+        """All names after the colon."""
+        return sorted(_library().optimizers.registry)
+
+    @staticmethod
     def population_of(config: SearchConfig) -> int:
         """Candidates a round; refuses unknown names, and populations of serial optimisers."""
         method = find_optimizer(method_name(config))

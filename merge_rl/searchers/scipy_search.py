@@ -46,6 +46,11 @@ class Scipy(Replayed):
         self._begin()
 
     @staticmethod
+    def methods() -> list[str]:
+        """All names after the colon."""
+        return [*SERIAL, EVOLUTION]
+
+    @staticmethod
     def population_of(config: SearchConfig) -> int:
         """Candidates a round: 1, or those of a generation of differential evolution."""
         if method_of(config) == EVOLUTION:
