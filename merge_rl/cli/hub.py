@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from merge_rl.cli.options import build, with_settings
 from merge_rl.cli.output import ByteTracker, JsonFlag, byte_text, print_json, print_table, say
+from merge_rl.config import FetchConfig
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from merge_rl.storage.hub import FetchPlan, FetchResult
-
-
-CHOICE = "Which files"
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command()(push)
 
 
+@with_settings(FetchConfig)
 def fetch(
     name: Annotated[
         str,
@@ -36,37 +37,7 @@ def fetch(
         Path,
         typer.Argument(metavar="DIR", help="New folder, or one fetched into before."),
     ],
-    last: Annotated[
-        int | None,
-        typer.Option(help="The newest so many training times.", rich_help_panel=CHOICE),
-    ] = None,
-    every: Annotated[
-        str | None,
-        typer.Option(
-            metavar="IMAGES",
-            help="Training images between two times, counted back from the newest: 192Mi.",
-            rich_help_panel=CHOICE,
-        ),
-    ] = None,
-    track: Annotated[
-        str | None, typer.Option(help="One series: raw, ema-0.050.", rich_help_panel=CHOICE)
-    ] = None,
-    ema_std: Annotated[
-        list[float] | None,
-        typer.Option(help="An EMA width; repeatable.", rich_help_panel=CHOICE),
-    ] = None,
-    file: Annotated[
-        list[str] | None, typer.Option(help="A file by name; repeatable.", rich_help_panel=CHOICE)
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a repository.")
-    ] = None,
-    sha256: Annotated[
-        str | None, typer.Option(metavar="HEX", help="Hash of the file at an address.")
-    ] = None,
-    delete_original: Annotated[
-        bool, typer.Option("--delete-original", help="Remove each .pkl or .pt once converted.")
-    ] = False,
+    settings: Mapping[str, Any],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what it takes, no more.")
     ] = False,
@@ -81,16 +52,17 @@ def fetch(
     """
     from merge_rl.storage.hub import Selection, parse_count, plan_fetch, run_fetch
 
+    config = build(FetchConfig, settings)
     selection = Selection(
-        last=last,
-        every=parse_count(every) if every is not None else None,
-        track=track,
-        ema_std=tuple(ema_std or ()),
-        files=tuple(file or ()),
+        last=config.last,
+        every=parse_count(config.every) if config.every is not None else None,
+        track=config.track,
+        ema_std=config.ema_std,
+        files=config.files,
     )
     plan = plan_fetch(
-        name, folder, selection=selection, revision=revision, sha256=sha256,
-        delete_original=delete_original,
+        name, folder, selection=selection, revision=config.revision, sha256=config.sha256,
+        delete_original=config.delete_original,
     )  # fmt: skip
     if not json:
         _show_plan(plan)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from merge_rl.cli.options import build, with_settings
 from merge_rl.cli.output import JsonFlag, note_all, print_json, print_table
+from merge_rl.config import SingleMergeConfig
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from merge_rl.storage.checkpoints import CheckpointSet
+    from merge_rl.workflows.export import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -23,41 +26,11 @@ def register(app: typer.Typer) -> None:
     app.command()(merge)
 
 
+@with_settings(SingleMergeConfig)
 def merge(
     checkpoints: Annotated[Path, typer.Argument(metavar="CKPTS", help="Folder of checkpoints.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Model folder to write.")],
-    coefficients: Annotated[
-        str | None,
-        typer.Option(help='One number a checkpoint, in the set\'s order: "0.2,-0.1,0.9".'),
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A merge.yaml; hashes of the sources are checked.")
-    ] = None,
-    ema_std: Annotated[
-        str | None,
-        typer.Option(
-            help="Rebuild the power-function EMA of this relative width; several, such as "
-            '"0.05,0.10" or "0.010,0.015,...,0.250", become a new set of checkpoints in OUT, '
-            "made in one pass over the files."
-        ),
-    ] = None,
-    uniform: Annotated[bool, typer.Option("--uniform", help="The plain average.")] = False,
-    track: Annotated[str | None, typer.Option(help="Series of the manifest to use.")] = None,
-    base: Annotated[
-        str, typer.Option(help="Checkpoint whose buffers are carried; by name.")
-    ] = "newest",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16. \\[default: float32, or the recipe's]"),
-    ] = None,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(help="Above it the weights are split, such as 500MB. \\[default: 5GB]"),
-    ] = None,
-    licence: Annotated[
-        str | None,
-        typer.Option("--license", help="Of the merge. \\[default: that of the checkpoints]"),
-    ] = None,
+    settings: Mapping[str, Any],
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Merge once, with given coefficients, a recipe, an EMA profile or the plain average.
@@ -66,47 +39,23 @@ def merge(
     [bold]--recipe[/bold] makes the same file again, bit for bit.
     """
     from merge_rl.core.merging.ema_profiles import parse_std_list
-    from merge_rl.storage.checkpoints import open_checkpoints, plan_merge
-    from merge_rl.storage.files import MAX_SHARD_BYTES, require_new
-    from merge_rl.workflows.export import TOOL, Recipe, merged_licence, save_merge
+    from merge_rl.storage.files import require_new
+    from merge_rl.workflows.export import Recipe, merged_licence
 
-    ways = [coefficients is not None, recipe is not None, ema_std is not None, uniform]
-    if sum(ways) != 1:
-        raise ConfigError(
-            "expected exactly one of --coefficients, --recipe, --ema-std and --uniform, "
-            f"got {sum(ways)}"
-        )
+    config = build(SingleMergeConfig, settings)
     require_new(out)
-    limit = parse_size(max_shard_size) if max_shard_size else None
-    stds = parse_std_list(ema_std) if ema_std else []
-    known = Recipe(recipe) if recipe else None
-    # A recipe may name a checkpoint and a copy of it; it makes the same file again.
-    opened = open_checkpoints(checkpoints, track=track, distinct=known is None)
-    if known and set(known.names) < set(opened.names):
-        opened = open_checkpoints(checkpoints, track=track, select=known.names, distinct=False)
-    if stds and track is None and None in opened.ema_std:
-        # A profile is rebuilt from profiles; raw snapshots of the same set have no part in it.
-        pairs = zip(opened.names, opened.ema_std, strict=True)
-        profiles = [name for name, width in pairs if width is not None]
-        opened = open_checkpoints(checkpoints, select=profiles) if profiles else opened
-    if known is None:
-        note_all(opened.notes)
-    terms = merged_licence(opened, licence or (known.licence if known else None))
+    if config.max_shard_size:
+        parse_size(config.max_shard_size)
+    stds = parse_std_list(config.ema_std) if config.ema_std else []
+    known = Recipe(config.recipe) if config.recipe else None
+    opened = _open(checkpoints, config, known)
+    terms = merged_licence(opened, config.licence or (known.licence if known else None))
     if len(stds) > 1:
-        _merge_profiles(opened, out, stds, base, dtype or "float32", terms, json=json)
+        dtype = config.dtype or "float32"
+        _merge_profiles(opened, out, stds, config.base, dtype, terms, json=json)
         return
-    groups, start = (known.groups, known.base) if known else ({}, base)
-    values = known.coefficients(opened) if known else _coefficients(opened, coefficients, stds)
-    save_merge(
-        out, opened, values,
-        plan=plan_merge(opened, groups=groups, base=start),
-        groups=groups,
-        dtype=dtype or (known.dtype if known else "float32"),
-        max_shard_bytes=limit or (known.max_shard_bytes if known else MAX_SHARD_BYTES),
-        licence=terms,
-        tool=known.tool if known else TOOL,
-        how=_how(coefficients, stds, recipe),
-    )  # fmt: skip
+    values = known.coefficients(opened) if known else _coefficients(opened, config, stds)
+    _save(out, opened, values, config, known, terms)
     rows = values.reshape(-1, len(opened)).T.tolist()
     if json:
         print_json({"out": str(out), "coefficients": dict(zip(opened.names, rows, strict=True))})
@@ -121,12 +70,61 @@ def merge(
     )
 
 
-def _how(coefficients: str | None, stds: Sequence[float], recipe: Path | None) -> str:
-    if recipe is not None:
+def _open(checkpoints: Path, config: SingleMergeConfig, known: Recipe | None) -> CheckpointSet:
+    """The checkpoints that are merged: those of the recipe, or of the series."""
+    from merge_rl.storage.checkpoints import open_checkpoints
+
+    # A recipe may name a checkpoint and a copy of it; it makes the same file again.
+    track = config.track
+    opened = open_checkpoints(checkpoints, track=track, distinct=known is None)
+    if known and set(known.names) < set(opened.names):
+        opened = open_checkpoints(checkpoints, track=track, select=known.names, distinct=False)
+    if config.ema_std and track is None and None in opened.ema_std:
+        # A profile is rebuilt from profiles; raw snapshots of the same set have no part in it.
+        pairs = zip(opened.names, opened.ema_std, strict=True)
+        profiles = [name for name, width in pairs if width is not None]
+        opened = open_checkpoints(checkpoints, select=profiles) if profiles else opened
+    if known is None:
+        note_all(opened.notes)
+    return opened
+
+
+def _save(
+    out: Path,
+    opened: CheckpointSet,
+    values: Tensor,
+    config: SingleMergeConfig,
+    known: Recipe | None,
+    licence: str | None,
+) -> None:
+    """Write the model folder; what is not said is the recipe's."""
+    from merge_rl.storage.checkpoints import plan_merge
+    from merge_rl.storage.files import MAX_SHARD_BYTES
+    from merge_rl.workflows.export import TOOL, save_merge
+
+    groups, start = (known.groups, known.base) if known else ({}, config.base)
+    limit = parse_size(config.max_shard_size) if config.max_shard_size else None
+    save_merge(
+        out, opened, values,
+        plan=plan_merge(opened, groups=groups, base=start),
+        groups=groups,
+        dtype=config.dtype or (known.dtype if known else "float32"),
+        max_shard_bytes=limit or (known.max_shard_bytes if known else MAX_SHARD_BYTES),
+        licence=licence,
+        tool=known.tool if known else TOOL,
+        how=_how(config),
+    )  # fmt: skip
+
+
+def _how(config: SingleMergeConfig) -> str:
+    if config.recipe is not None:
         return "Made again from a recipe."
-    if stds:
-        return f"The power-function EMA of relative width {stds[0]:.3f}, rebuilt after training."
-    if coefficients is None:
+    if config.ema_std:
+        from merge_rl.core.merging.ema_profiles import parse_std_list
+
+        width = parse_std_list(config.ema_std)[0]
+        return f"The power-function EMA of relative width {width:.3f}, rebuilt after training."
+    if config.coefficients is None:
         return "The plain average."
     return "Merged with coefficients that were given."
 
@@ -163,14 +161,16 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _coefficients(opened: CheckpointSet, text: str | None, stds: Sequence[float]) -> Tensor:
+def _coefficients(
+    opened: CheckpointSet, config: SingleMergeConfig, stds: Sequence[float]
+) -> Tensor:
     import torch
 
     from merge_rl.workflows.export import ema_coefficients
 
     if stds:
         return ema_coefficients(opened, stds[0])
-    count = len(opened)
+    count, text = len(opened), config.coefficients
     if text is None:
         return torch.full((count,), 1 / count, dtype=torch.float64)
     try:

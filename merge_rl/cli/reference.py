@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from merge_rl.cli import ranks
+from merge_rl.cli.options import build, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -16,6 +18,7 @@ from merge_rl.cli.output import (
     print_table,
     say,
 )
+from merge_rl.config import ReferenceConfig
 from merge_rl.errors import ConfigError
 
 
@@ -24,35 +27,17 @@ def register(app: typer.Typer) -> None:
     app.command()(reference)
 
 
+@with_settings(ReferenceConfig)
 def reference(
     images: Annotated[
         Path, typer.Argument(metavar="IMAGES", help="Folder, .zip or .npz of images.")
     ],
+    settings: Mapping[str, Any],
     out: Annotated[Path, typer.Option(help="The .safetensors to write.")],
     extractor: Annotated[str, typer.Option(help="Feature extractor, or package.module:factory.")],
     extractor_weights: Annotated[
         str | None, typer.Option(help="Its weights: file, folder, or public name.")
     ] = None,
-    keep_features: Annotated[
-        bool, typer.Option("--keep-features", help="Store features too: KID, MMD, precision.")
-    ] = False,
-    max_features: Annotated[
-        int, typer.Option(min=2, help="Rows of features to store at most, spread evenly.")
-    ] = 50_000,
-    split: Annotated[
-        bool,
-        typer.Option("--split", help="Two halves, OUT-a and OUT-b: optimise by one, report both."),
-    ] = False,
-    skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Leave out unreadable images, and count them.")
-    ] = False,
-    limit: Annotated[int | None, typer.Option(help="A subset of this many images.")] = None,
-    balanced: Annotated[
-        bool, typer.Option("--balanced", help="The same number of each class; needs labels.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the subset and of the halves.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Reference statistics of real images, to optimise against and to report.
@@ -63,36 +48,32 @@ def reference(
     from merge_rl.workflows.assembly import build_extractor
     from merge_rl.workflows.reference import build_reference
 
+    config = build(ReferenceConfig, settings)
     if not images.exists():
         raise ConfigError(f"{images}: no such file or folder")
-    device = ranks.own_device(device)
+    device = ranks.own_device(config.device)
     note_unused_gpu(device)
     built, digest = build_extractor(extractor, extractor_weights, device, say)
     with ProgressTracker(quiet=json) as tracker:
         document = build_reference(
-            images,
-            out,
-            extractor=built,
-            extractor_sha256=digest,
-            batch=batch,
-            device=device,
-            keep_features=max_features if keep_features else 0,
-            split=split,
-            skip_broken=skip_broken,
-            limit=limit,
-            balanced=balanced,
-            seed=seed,
-            tracker=tracker,
-        )
+            images, out, extractor=built, extractor_sha256=digest, batch=config.batch,
+            device=device, keep_features=config.max_features if config.keep_features else 0,
+            split=config.split, skip_broken=config.skip_broken, limit=config.limit,
+            balanced=config.balanced, seed=config.seed, tracker=tracker,
+        )  # fmt: skip
     if json:
         print_json(document)
-        return
-    size = (
-        f", {document['resolution']} x {document['resolution']}" if document["resolution"] else ""
-    )
+    else:
+        _show(document)
+
+
+def _show(document: Mapping[str, Any]) -> None:
+    """A line for each file of statistics."""
+    size = document["resolution"]
     rows = [
         [file["out"], f"{file['images']:,}", f"{file['features_kept']:,}"]
         for file in document["files"]
     ]
-    title = f"{document['dim']} features of {document['extractor']}{size}"
+    title = f"{document['dim']} features of {document['extractor']}"
+    title += f", {size} x {size}" if size else ""
     print_table(title, ["statistics", "images", "features kept"], rows)

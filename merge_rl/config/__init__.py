@@ -13,6 +13,7 @@ from merge_rl.config.finetune import (
     FinetuneConfig,
     differing_keys,
 )
+from merge_rl.config.inputs import FetchConfig, ReferenceConfig, SingleMergeConfig
 from merge_rl.config.mapping import (
     dump_config,
     from_mapping,
@@ -74,15 +75,18 @@ __all__ = [
     "About",
     "EvaluateConfig",
     "EvaluationConfig",
+    "FetchConfig",
     "FinetuneConfig",
     "GenerationConfig",
     "MergeConfig",
     "OptimizeConfig",
+    "ReferenceConfig",
     "RewardConfig",
     "SampleConfig",
     "SamplerConfig",
     "SearchConfig",
     "Setting",
+    "SingleMergeConfig",
     "UpdateConfig",
     "differing_keys",
     "dump_config",

@@ -1,0 +1,110 @@
+"""Settings of commands that make inputs: `mergerl reference`, `fetch` and `merge`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from merge_rl.config.sampler import require
+from merge_rl.config.setting import setting
+from merge_rl.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """How `mergerl reference` makes statistics of images."""
+
+    keep_features: bool = setting(
+        False, "Store features too: KID, MMD, precision.", flag="--keep-features"
+    )
+    max_features: int = setting(
+        50_000, "Rows of features to store at most, spread evenly.", flag="--max-features"
+    )
+    split: bool = setting(
+        False, "Two halves, OUT-a and OUT-b: optimise by one, report both.", flag="--split"
+    )
+    skip_broken: bool = setting(
+        False, "Leave out unreadable images, and count them.", flag="--skip-broken"
+    )
+    limit: int | None = setting(
+        None, "A subset of this many images.", flag="--limit", unset="all of them"
+    )
+    balanced: bool = setting(
+        False, "The same number of each class; needs labels.", flag="--balanced"
+    )
+    seed: int = setting(0, "Of the subset and of the halves.", flag="--seed")
+    batch: int = setting(64, "Images in one forward pass.", flag="--batch")
+    device: str = setting("cpu", "cpu, cuda, ...", flag="--device")
+
+    def __post_init__(self) -> None:
+        require(self.max_features >= 2, "max_features", ">= 2", self.max_features)
+        require(self.batch >= 1, "batch", ">= 1", self.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """Which files `mergerl fetch` takes, and what becomes of them."""
+
+    last: int | None = setting(
+        None, "The newest so many training times.", flag="--last", unset="all"
+    )
+    every: str | None = setting(
+        None, "Training images between two times, counted back from the newest: 192Mi.",
+        flag="--every", metavar="IMAGES", unset="all",
+    )  # fmt: skip
+    track: str | None = setting(None, "One series: raw, ema-0.050.", flag="--track", unset="all")
+    ema_std: tuple[float, ...] = setting(
+        (), "An EMA width; repeatable.", flag="--ema-std", metavar="WIDTH", unset="all"
+    )
+    files: tuple[str, ...] = setting(
+        (), "A file by name; repeatable.", flag="--file", metavar="NAME", unset="all"
+    )
+    revision: str | None = setting(
+        None, "Branch, tag or commit of a repository.", flag="--revision", unset="the newest"
+    )
+    sha256: str | None = setting(
+        None, "Hash of the file at an address.", flag="--sha256", metavar="HEX"
+    )
+    delete_original: bool = setting(
+        False, "Remove each .pkl or .pt once converted.", flag="--delete-original"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleMergeConfig:
+    """What `mergerl merge` makes: by coefficients, a recipe, an EMA profile, or the average."""
+
+    coefficients: str | None = setting(
+        None, 'One number a checkpoint, in the set\'s order: "0.2,-0.1,0.9".', flag="--coefficients"
+    )
+    recipe: str | None = setting(
+        None, "A merge.yaml; hashes of the sources are checked.", flag="--recipe", path=True
+    )
+    ema_std: str | None = setting(
+        None,
+        "Rebuild the power-function EMA of this relative width; several, such as "
+        '"0.05,0.10" or "0.010,0.015,...,0.250", become a new set of checkpoints in OUT, made in '
+        "one pass over the files.",
+        flag="--ema-std",
+    )  # fmt: skip
+    uniform: bool = setting(False, "The plain average.", flag="--uniform")
+    track: str | None = setting(None, "Series of the manifest to use.", flag="--track", unset="all")
+    base: str = setting("newest", "Checkpoint whose buffers are carried; by name.", flag="--base")
+    dtype: str | None = setting(
+        None, "float32, float16 or bfloat16.", flag="--dtype", unset="float32, or the recipe's"
+    )
+    max_shard_size: str | None = setting(
+        None, "Above it the weights are split, such as 500MB.", flag="--max-shard-size",
+        unset="5GB, or the recipe's",
+    )  # fmt: skip
+    licence: str | None = setting(
+        None, "Of the merge.", flag="--license", unset="that of the checkpoints"
+    )
+
+    def __post_init__(self) -> None:
+        named = (self.coefficients, self.recipe, self.ema_std)
+        ways = sum(value is not None for value in named) + self.uniform
+        if ways != 1:
+            raise ConfigError(
+                "expected exactly one of --coefficients, --recipe, --ema-std and --uniform, "
+                f"got {ways}"
+            )
