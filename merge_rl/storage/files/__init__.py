@@ -1,6 +1,6 @@
 """Files of every kind, read within bounds and written whole or not at all."""
 
-from merge_rl.storage.files.archives import Archive
+from merge_rl.storage.files.archives import LOCAL_HEADER, Archive
 from merge_rl.storage.files.atomic import (
     State,
     WorkFolder,
@@ -62,6 +62,7 @@ from merge_rl.storage.files.stored import (
 __all__ = [
     "INDEX_NAME",
     "INDEX_SUFFIX",
+    "LOCAL_HEADER",
     "MAX_SHARD_BYTES",
     "MODEL_NAME",
     "SHARD_PATTERN",

@@ -131,11 +131,14 @@ ONE = saved(torch.arange(6.0))
         ),
         (ONE[:-1], "cut short|truncated"),
         (ONE[:-30], "truncated|not where|cut short"),
-        (ONE[: len(ONE) // 2], "truncated: no table of contents"),
+        (
+            ONE[: len(ONE) // 2],
+            "no table of contents at its end: another kind of file, or truncated",
+        ),
         (ONE[100:], "not readable as data"),
         (b"PK\x03\x04", "truncated|no table of contents"),
-        (b"PK\x03\x04" + b"PK\x05\x06" + b"\xff" * 18, "no second table"),
-        (b"PK\x03\x04" + bytes(40) + b"PK\x05\x06" + b"\xfe" * 18, "truncated|entries in"),
+        (b"PK\x03\x04" + b"PK\x05\x06" + b"\xff" * 18, "not a readable archive: "),
+        (b"PK\x03\x04" + bytes(40) + b"PK\x05\x06" + b"\xfe" * 18, "not a readable archive: "),
     ],
 )
 def test_damaged_archives_say_why(data: bytes, message: str) -> None:
@@ -152,6 +155,38 @@ def test_encrypted_and_moved_entries_are_refused() -> None:
         moved = ONE[: at + 42] + struct.pack("<L", offset) + ONE[at + 46 :]
         with pytest.raises(CheckpointError, match="truncated|not where the table"):
             read_data(moved)
+
+
+def test_entries_that_overlap_or_repeat_are_refused() -> None:
+    # A few stored bytes that stand for many tensors, and names that readers would disagree on.
+    first = ONE.index(b"PK\x01\x02")
+    second = ONE.index(b"PK\x01\x02", first + 4)
+    same = ONE[: second + 42] + ONE[first + 42 : first + 46] + ONE[second + 46 :]
+    with pytest.raises(CheckpointError, match="is not where the table of contents says"):
+        read_data(same)
+    # One entry that reaches into the next by what only its own header tells.
+    member = next(m for m in zipfile.ZipFile(io.BytesIO(ONE)).infolist() if "data/0" in m.filename)
+    at = member.header_offset + 28
+    longer = ONE[:at] + b"\xff\xff" + ONE[at + 2 :]
+    with pytest.raises(CheckpointError, match="'[^']*/data/0' is not where the table of contents"):
+        read_data(longer)
+    name = first + 46
+    nul = ONE[:name] + b"\0" + ONE[name + 1 :]
+    with pytest.raises(CheckpointError, match="an entry has the impossible name"):
+        read_data(nul)
+    twice = io.BytesIO(ONE)
+    with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(archive.namelist()[0], b"N.")
+    with pytest.raises(CheckpointError, match="the entry '.*' is there twice"):
+        read_data(twice.getvalue())
+
+
+def test_a_table_of_contents_is_no_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merge_rl.storage.pickles.reading._MAX_DIRECTORY", 100)
+    with pytest.raises(
+        CheckpointError, match=r"its table of contents takes \d+ bytes, at most 100"
+    ):
+        read_data(ONE)
 
 
 def test_archives_whose_sizes_need_64_bits() -> None:
