@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -34,32 +35,21 @@ from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Denoiser
 from merge_rl.rng import ImageStreams
 
+# What commands make of a network before it comes here, and score beside it.
+FOR_RUNS: Final = frozenset({"precision", "compile", "sde_num_steps"})
+
 
 def sample(
     model: Denoiser,
     noise: Tensor,
     labels: Tensor | None = None,
     *,
-    solver: str = "heun",
-    num_steps: int = 32,
-    guidance: float = 1.0,
     guide: Denoiser | None = None,
-    guidance_channels: int | None = 3,
-    low_memory: bool = False,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
-    path: str = "linear",
-    diffusion: str = "sigma",
-    diffusion_norm: float = 1.0,
-    last_step: str = "mean",
-    last_step_size: float = 0.04,
-    rtol: float = 1e-3,
-    atol: float = 1e-6,
     churn: Churn | None = None,
     draw: Draw | None = None,
     dtype: torch.dtype = torch.float32,
     check_finite: bool = False,
+    **settings: Any,
 ) -> Tensor:
     """Samples (B, C, h, w) of `dtype` from noise of unit variance.
 
@@ -68,36 +58,33 @@ def sample(
             "velocity", a velocity v(x, t, labels) such as SiT.
         noise: (B, C, h, w).
         labels: (B,) int64 class ids, (B, K) float rows (denoisers), or None.
-        solver: ODE: "euler", "heun", "midpoint", "heun3", "rk4" (the 3/8 rule), each with fixed
-            steps, or "dopri5", which is adaptive and depends on the whole batch. SDE:
+        guide: the weaker network. A velocity network can do without, by its null class.
+        churn: see `solve_edm`; denoisers with a fixed-step ODE solver only.
+        draw: noise of the state's shape for churn, which needs it, or for an SDE; by default an
+            SDE's noise follows from the starting noise of each image (`ImageStreams.following`).
+        dtype: of the solver's state; the network gets float32.
+        check_finite: raise NonFiniteSamplesError with the step where samples cease to be finite.
+        solver: ODE: "euler", "heun" (the default), "midpoint", "heun3", "rk4" (the 3/8 rule), each
+            with fixed steps, or "dopri5", which is adaptive and depends on the whole batch. SDE:
             "sde-euler" (Euler-Maruyama), "sde-heun".
         num_steps: solver intervals. `count_network_calls` says what they cost.
         guidance: strength; 1 is off and then `guide` is not called.
-        guide: the weaker network. A velocity network can do without, by its null class.
         guidance_channels, low_memory: see `classifier_free`.
         sigma_min, sigma_max, rho: noise levels of denoisers, see `edm_noise_levels`.
         path: "linear", "gvp" or "vp": what a velocity network was trained on.
         diffusion, diffusion_norm: noise of an SDE, see `merge_rl.core.diffusions.diffusion`.
         last_step, last_step_size: end of the SDE of a path, see `PathSDE`.
         rtol, atol: of dopri5.
-        churn: see `solve_edm`; denoisers with a fixed-step ODE solver only.
-        draw: noise of the state's shape for churn, which needs it, or for an SDE; by default an
-            SDE's noise follows from the starting noise of each image (`ImageStreams.following`).
-        dtype: of the solver's state; the network gets float32.
-        check_finite: raise NonFiniteSamplesError with the step where samples cease to be finite.
 
+    Settings and their defaults are those of `SamplerConfig`, without what is for whole runs.
     An image is a function of its noise and label, whatever the batch, but for dopri5 and `draw`.
     Raises ConfigError for settings that cannot work, UnknownNameError for an unknown solver.
     """
-    settings = SamplerConfig(
-        solver=solver, num_steps=num_steps, guidance=guidance, guidance_channels=guidance_channels,
-        low_memory=low_memory, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, path=path,
-        diffusion=diffusion, diffusion_norm=diffusion_norm, last_step=last_step,
-        last_step_size=last_step_size, rtol=rtol, atol=atol,
-    )  # fmt: skip
+    for name in sorted(FOR_RUNS & settings.keys()):
+        raise TypeError(f"sample() takes the network as it is, and no setting {name!r}")
     return sample_with(
-        settings, model, noise, labels, guide=guide, churn=churn, draw=draw, dtype=dtype,
-        check_finite=check_finite,
+        SamplerConfig(**settings), model, noise, labels, guide=guide, churn=churn, draw=draw,
+        dtype=dtype, check_finite=check_finite,
     )  # fmt: skip
 
 

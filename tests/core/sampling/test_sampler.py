@@ -285,3 +285,11 @@ def test_refusals(nets: dict[str, SiT], model: Counted, inputs: dict[str, Tensor
     )  # fmt: skip
     assert model.times == []
     assert bool(sample(model, noise, y, num_steps=1).isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["precision", "compile", "sde_num_steps", "num_stps"])
+def test_settings_that_sampling_does_not_read_are_refused(name: str, nets: dict[str, SiT]) -> None:
+    noise = torch.zeros(1, *nets["a"].sample_shape)
+    unread: dict[str, Any] = {name: 3}
+    with pytest.raises(TypeError, match=name):
+        sample(nets["a"], noise, **unread)
