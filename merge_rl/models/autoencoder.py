@@ -51,6 +51,7 @@ class PixelEncoder:
     """Images are the samples: uint8 / 127.5 - 1 and back, as in the official EDM2 pixel models."""
 
     channels: tuple[int, ...] = (1, 3)
+    upscale = 1  # pixels of an image per sample's, along an axis
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> float32 in [-1, 1]."""
@@ -103,6 +104,8 @@ class LatentDecoder(nn.Module):
         # diffusers' own `to` warns about a cast that is meant.
         self.vae = nn.Module.to(vae, dtype) if isinstance(vae, nn.Module) else vae
         self.channels, self.to_levels, self.chunk, self.dtype = (channels,), to_levels, chunk, dtype
+        levels = getattr(getattr(vae, "config", None), "block_out_channels", None)
+        self.upscale = 2 ** (len(levels) - 1) if levels else None  # None where it is not known
         for name, values in (("scale", scale), ("bias", bias)):
             row = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, row)

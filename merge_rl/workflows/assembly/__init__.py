@@ -31,9 +31,12 @@ from merge_rl.workflows.assembly.references import (
     expected_maker,
     find_extractor,
     find_references,
+    image_size,
     maker_of,
     name_extractor,
     notes_of,
+    other_resolutions,
+    search_doubts,
 )
 from merge_rl.workflows.assembly.resolve import Surroundings, find_surroundings, resolve_config
 from merge_rl.workflows.assembly.reward import (
@@ -66,6 +69,7 @@ __all__ = [
     "find_surroundings",
     "fit_batch",
     "gib",
+    "image_size",
     "is_public",
     "is_user_module",
     "load_autoencoder",
@@ -77,6 +81,7 @@ __all__ = [
     "name_extractor",
     "named_by_file",
     "notes_of",
+    "other_resolutions",
     "parse_reward",
     "peak_memory",
     "plan_memory",
@@ -85,4 +90,5 @@ __all__ = [
     "require_parts",
     "require_targets",
     "resolve_config",
+    "search_doubts",
 ]

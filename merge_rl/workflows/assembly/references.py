@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -23,9 +23,11 @@ from merge_rl.workflows.assembly.networks import PUBLIC_FILES, is_public
 from merge_rl.workflows.reference import (
     Reference,
     SavedFeatures,
+    few_images,
     load_all_references,
     load_reference,
 )
+from merge_rl.workflows.rollout import Rollout
 
 Statistics = Reference | FeatureStats | str | os.PathLike[str]
 
@@ -121,6 +123,36 @@ def notes_of(references: Mapping[str, tuple[Reference, str]], maker: Maker) -> l
     if not maker.name:
         notes.append("the features do not say which extractor made them")
     return notes
+
+
+def image_size(shape: Sequence[int], decoder: object) -> int | None:
+    """Side of the square images that samples (C, h, w) become; None where it is not known."""
+    upscale = getattr(decoder, "upscale", None)
+    return int(shape[-1]) * upscale if upscale and shape[-1] == shape[-2] else None
+
+
+def other_resolutions(
+    references: Mapping[str, tuple[Reference, str]], resolution: int | None
+) -> list[str]:
+    """A sentence for statistics that record another side of their images than `resolution`."""
+    return [
+        f"{path}: statistics of images of {found.resolution} x {found.resolution}, compared with "
+        f"images of {resolution} x {resolution}"
+        for found, path in references.values()
+        if resolution and found.resolution and found.resolution != resolution
+    ]
+
+
+def search_doubts(
+    config: OptimizeConfig, references: Mapping[str, Reference], rollout: Rollout
+) -> list[str]:
+    """What makes the scores of a search doubtful, a sentence each."""
+    named = {name: (reference, name) for name, reference in references.items()}
+    doubts = other_resolutions(named, image_size(rollout.shape, rollout.autoencoder))
+    reward, dim = config.reward, rollout.extractor.dim
+    if reward.pooled and "fid" in (reward.name or ""):
+        doubts += [f"the pool has {text}" for text in few_images(reward.pool_size, dim)]
+    return doubts
 
 
 def _open(statistics: Statistics, maker: Maker | None = None) -> Reference:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,15 @@ def sampler_summary(sampler: SamplerConfig, prediction: str = DENOISED) -> dict[
     return {name: getattr(sampler, name) for name in names}
 
 
+class ImageFeatures(NamedTuple):
+    """Features (N, D), why images were skipped, what else to know, the side of square images."""
+
+    features: Tensor
+    broken: list[str]
+    notes: list[str]
+    resolution: int | None = None
+
+
 def image_features(
     images: str | os.PathLike[str],
     extractor: FeatureExtractor,
@@ -140,8 +149,8 @@ def image_features(
     skip_broken: bool,
     store: FeatureStore | None,
     tracker: Tracker,
-) -> tuple[Tensor, list[str], list[str]]:
-    """Features (N, D) of all images of a source, why some were skipped, and what else to know."""
+) -> ImageFeatures:
+    """Features of all images of a source; finished ones are taken from the store."""
     source = open_images(images)
     notes = source_notes(source)
     name, key = "images", {"images": source.fingerprint, "skip_broken": skip_broken}
@@ -150,7 +159,7 @@ def image_features(
         done = store.load(name, key)
         if done is not None:
             tracker.advance(len(source))
-            return done, [], notes
+            return ImageFeatures(done, [], notes)
     plan = Plan(
         rows=torch.arange(len(source)),
         parts=torch.zeros(len(source), dtype=torch.int64),
@@ -172,7 +181,9 @@ def image_features(
     if store is not None:
         labels = None if source.labels is None else source.labels[kept[0]]
         store.save(name, key, kept[1], labels)
-    return kept[1], list(found.broken), notes
+    kind = found.kind
+    side = kind.width if kind is not None and kind.width == kind.height else None
+    return ImageFeatures(kept[1], list(found.broken), notes, side)
 
 
 def blocks_of(

@@ -24,10 +24,12 @@ from merge_rl.workflows.assembly import (
     expected_maker,
     find_extractor,
     find_references,
+    image_size,
     load_model,
     maker_of,
     name_extractor,
     notes_of,
+    other_resolutions,
 )
 from merge_rl.workflows.evaluate.features import (
     block_features,
@@ -38,7 +40,14 @@ from merge_rl.workflows.evaluate.features import (
     samplers_of,
 )
 from merge_rl.workflows.evaluate.metrics import MAX_ROWS, Scores, require_metrics
-from merge_rl.workflows.reference import FeatureStore, kind_of, load_features, weights_digest
+from merge_rl.workflows.reference import (
+    FeatureStore,
+    Reference,
+    few_images,
+    kind_of,
+    load_features,
+    weights_digest,
+)
 from merge_rl.workflows.rollout import (
     Crew,
     MergedRollout,
@@ -49,6 +58,7 @@ from merge_rl.workflows.rollout import (
 )
 
 NUM_IMAGES: Final = 50_000
+FRECHET: Final = ("fid", "fid-infinity")
 
 
 def evaluate(
@@ -116,7 +126,8 @@ def evaluate(
         scores = Scores(metrics, references, device=device, max_rows=max_rows, seed=seed)
         return _Job(
             group, scores, maker, batch, device, seed, repeats, num_images,
-            tracker or NullTracker(), save_features, notes_of(references, maker),
+            tracker or NullTracker(), save_features, notes_of(references, maker), references,
+            set(metrics),
         )  # fmt: skip
 
     with joined() as group:
@@ -165,6 +176,8 @@ class _Job:
     tracker: Tracker
     folder: str | os.PathLike[str] | None
     notes: list[str]
+    references: Mapping[str, tuple[Reference, str]]
+    metrics: set[str]
 
     def document(self, kind: str, found: dict[str, Any]) -> dict[str, Any]:
         """What was found, with what to know about it."""
@@ -175,6 +188,12 @@ class _Job:
             **({} if rows is None else {"max_rows": rows}),
             **({"notes": self.notes} if self.notes else {}),
         }
+
+    def note_doubts(self, count: int, resolution: int | None = None) -> None:
+        """Note what makes scores of blocks of `count` images, of this side, doubtful."""
+        self.notes.extend(other_resolutions(self.references, resolution))
+        if not self.metrics.isdisjoint(FRECHET):
+            self.notes.extend(few_images(count, self.maker.dim))
 
     def alone(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What rank 0 does by itself; the others get its result."""
@@ -192,9 +211,12 @@ class _Job:
         name, sha256, _ = self.maker
         return FeatureStore(Path(self.folder), extractor=name, sha256=sha256, key=key)
 
-    def score_blocks(self, features: Tensor, path: str) -> dict[str, Any]:
-        """Scores of disjoint blocks of what there is."""
+    def score_blocks(
+        self, features: Tensor, path: str, resolution: int | None = None
+    ) -> dict[str, Any]:
+        """Scores of disjoint blocks of what there is, of images of this side."""
         blocks = blocks_of(features, self.num_images, self.repeats, self.seed, path)
+        self.note_doubts(len(blocks[0]), resolution)
         found = [self.scores.of(block) for block in blocks]
         return {
             "num_images": len(blocks[0]), "repeats": len(blocks), "available": len(features),
@@ -205,13 +227,13 @@ class _Job:
 def _of_images(
     job: _Job, images: str, extractor: FeatureExtractor, skip_broken: bool
 ) -> dict[str, Any]:
-    features, broken, notes = image_features(
+    found = image_features(
         images, extractor, batch=job.batch, device=job.device, skip_broken=skip_broken,
         store=job.store({}), tracker=job.tracker,
     )  # fmt: skip
-    job.notes.extend(notes)
-    document = job.score_blocks(features, images)
-    return {**document, "broken": len(broken), "first_broken": broken[:10]}
+    job.notes.extend(found.notes)
+    document = job.score_blocks(found.features, images, found.resolution)
+    return {**document, "broken": len(found.broken), "first_broken": found.broken[:10]}
 
 
 def _of_network(
@@ -246,6 +268,7 @@ def _of_network(
     crew = Crew(job.group, (made,), lambda text: job.tracker.event({"kind": "note", "text": text}))
     if not job.group.leads:
         return dict(crew.follow())
+    job.note_doubts(count, image_size(rollout.shape, rollout.autoencoder))
     job.tracker.phase("evaluate", count * job.repeats * len(settings))
     found = {
         name: _section(job, made.with_sampler(chosen), name, count, job.store(key))

@@ -31,6 +31,7 @@ from merge_rl.workflows.assembly import (
     fit_batch,
     require_known,
     resolve_config,
+    search_doubts,
 )
 from merge_rl.workflows.evaluate import Comparison, ScoreStore, compare, comparison_from
 from merge_rl.workflows.export import (
@@ -169,6 +170,9 @@ def _gather(
     """The job of this process, and all processes that help with it."""
     placed, announce = on_device(config, group), _announce(tracker)
     job = build_job(placed, opened, announce)
+    if group.leads:
+        for text in search_doubts(config, job.references, job.final_rollout.rollout):
+            announce(text)
     return gather_crew(group, config, job, placed.device, announce), job
 
 

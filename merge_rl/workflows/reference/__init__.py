@@ -1,6 +1,6 @@
 """Statistics and features of real images: made, stored, read in every known format."""
 
-from merge_rl.workflows.reference.build import build_reference, source_notes
+from merge_rl.workflows.reference.build import build_reference, few_images, source_notes
 from merge_rl.workflows.reference.features import (
     FeatureStore,
     SavedFeatures,
@@ -23,6 +23,7 @@ __all__ = [
     "SavedFeatures",
     "build_reference",
     "collect",
+    "few_images",
     "kept_features",
     "kind_of",
     "load_all_references",

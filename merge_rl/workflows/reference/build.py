@@ -180,12 +180,17 @@ def _warnings(document: dict[str, Any]) -> list[str]:
         first = document["first_broken"][0]
         texts.append(f"{document['broken']} broken images skipped; first: {first}")
     fewest = min(file["images"] for file in document["files"])
-    if fewest <= document["dim"]:
-        texts.append(
-            f"{fewest} images for {document['dim']} features: the covariance is singular, and a "
-            "distance to it says little"
-        )
-    return texts
+    return [*texts, *few_images(fewest, document["dim"])]
+
+
+def few_images(count: int, dim: int) -> list[str]:
+    """A sentence where N images of D features have a singular covariance: N <= D."""
+    if count > dim:
+        return []
+    return [
+        f"{count} images for {dim} features: the covariance is singular, and a Fréchet distance "
+        "says little"
+    ]
 
 
 def _outputs(out: Path, split: bool) -> list[Path]:

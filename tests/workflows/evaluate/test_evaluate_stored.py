@@ -20,7 +20,7 @@ from merge_rl.storage.checkpoints.model_file import open_model_file
 from merge_rl.storage.files.images import write_png
 from merge_rl.workflows.reference import moments as collecting
 from merge_rl.workflows.reference.features import SavedFeatures, load_features, save_features
-from merge_rl.workflows.reference.file import load_reference
+from merge_rl.workflows.reference.file import load_reference, save_reference
 
 COUNT = 30
 
@@ -134,10 +134,36 @@ def test_broken_images(
         mrl.evaluate(tmp_path, **settings)
     found = mrl.evaluate(tmp_path, skip_broken=True, **settings)
     assert (found["broken"], found["num_images"]) == (1, COUNT - 1)
-    assert found["notes"] == [f"1 left out of {tmp_path}: 1 no images (.txt)"]
+    left_out = f"1 left out of {tmp_path}: 1 no images (.txt)"
+    assert found["notes"] == [left_out, singular(COUNT - 1)]
     good = [i for i in range(COUNT) if i != 4]
     expected = pytest.approx(score(features[good], reference), rel=1e-5)
     assert found["fid"]["reference"]["mean"] == expected
+
+
+def singular(count: int) -> str:
+    return (
+        f"{count} images for 64 features: the covariance is singular, and a Fréchet distance says "
+        "little"
+    )
+
+
+def test_doubts_are_noted(
+    folder: Path, extractor: DigitsNet, features: Tensor, reference: Path, tmp_path: Path
+) -> None:
+    moments = load_reference(reference)
+    other, many = tmp_path / "other.safetensors", tmp_path / "many"
+    save_reference(other, moments.stats, extractor="digits", resolution=32)
+    for i in range(65):
+        write_png(many / f"{i}.png", draw()[i % COUNT])
+    found = mrl.evaluate(folder, reference=other, heldout=reference, extractor=extractor)
+    resolution = f"{other}: statistics of images of 32 x 32, compared with images of 8 x 8"
+    assert found["notes"] == [resolution, singular(COUNT)]
+    assert mrl.evaluate(many, reference=other, extractor=extractor)["notes"] == [resolution]
+    assert "notes" not in mrl.evaluate(many, reference=reference, extractor=extractor)
+    save_features(tmp_path / "a.safetensors", SavedFeatures(features=features, extractor="digits"))
+    found = mrl.evaluate(tmp_path / "a.safetensors", reference=reference, num_images=15)
+    assert found["notes"] == [singular(15)]
 
 
 # -------------------------------------------------------------------------------- saved features
@@ -153,13 +179,13 @@ def test_saved_features_need_no_extractor(
     assert found["kind"] == "features"
     expected = pytest.approx(score(features, reference), rel=1e-6)
     assert found["fid"]["reference"]["mean"] == expected
-    assert "notes" not in found
+    assert found["notes"] == [singular(COUNT)]
     np.savez(tmp_path / "a.npz", reps=features.numpy())
     found = mrl.evaluate(tmp_path / "a.npz", reference=reference)
     assert found["fid"]["reference"]["mean"] == expected
-    assert found["notes"] == ["the features do not say which extractor made them"]
+    assert found["notes"] == ["the features do not say which extractor made them", singular(COUNT)]
     named = mrl.evaluate(tmp_path / "a.npz", reference=reference, extractor="digits")
-    assert "notes" not in named
+    assert named["notes"] == [singular(COUNT)]
 
 
 def test_features_of_others_are_refused(features: Tensor, reference: Path, tmp_path: Path) -> None:

@@ -501,13 +501,18 @@ def test_resuming_with_another_version_warns(
     class Heard(NullTracker):
         def __init__(self) -> None:
             self.warnings: list[str] = []
+            self.notes: list[str] = []
 
         def event(self, event: Mapping[str, Any]) -> None:
-            if event["kind"] == "warning":
-                self.warnings.append(event["text"])
+            if event["kind"] in ("warning", "note"):
+                {"warning": self.warnings, "note": self.notes}[event["kind"]].append(event["text"])
 
     run, heard = tmp_path / "run", Heard()
-    optimize(shared_tiny, out=run, config=tiny_config(shared_tiny))
+    optimize(shared_tiny, out=run, config=tiny_config(shared_tiny), tracker=heard)
+    assert heard.notes == [
+        "the pool has 40 images for 64 features: the covariance is singular, and a Fréchet "
+        "distance says little"
+    ]
     resume(run, tracker=heard)
     assert heard.warnings == []
     inputs = json.loads((run / "inputs.json").read_text())
