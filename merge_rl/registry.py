@@ -32,6 +32,7 @@ EXTRACTORS: Final[Mapping[str, str]] = {
 }
 SEARCHERS: Final[Mapping[str, str]] = {
     "policy-gradient": "merge_rl.searchers.policy_gradient:policy_gradient",
+    "pathwise": "merge_rl.searchers.pathwise:Pathwise",
     "nevergrad:": "merge_rl.searchers.nevergrad_search:Nevergrad",  # "nevergrad:CMA" and others
     "scipy:": "merge_rl.searchers.scipy_search:Scipy",  # "scipy:nelder-mead"
     "lr-cma": "merge_rl.searchers.lr_cma:LearningRateCMA",
@@ -117,7 +118,7 @@ def default_reward(searcher: str) -> str:
     moves on: "fid-subset" suits methods that rank the candidates of a round. Methods that remember
     rewards from one round to the next need those of a candidate's own images: "fid-full".
     """
-    return "fid-subset" if searcher == "policy-gradient" else "fid-full"
+    return "fid-subset" if searcher in ("policy-gradient", "pathwise") else "fid-full"
 
 
 def build_model(config: Mapping[str, Any]) -> Network:

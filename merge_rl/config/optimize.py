@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from merge_rl.config.reward import GRADIENT_COST
 from merge_rl.config.reward import SUBSET_SIZE as SUBSET_SIZE
 from merge_rl.config.reward import RewardConfig as RewardConfig
 from merge_rl.config.sampler import SamplerConfig as SamplerConfig
@@ -112,6 +113,14 @@ class OptimizeConfig:
         require(self.batch >= 1 or self.batch == AUTO_BATCH, "batch", ">= 1", self.batch)
         require(self.autoencoder_dtype in DTYPES, "autoencoder_dtype", f"in {DTYPES}",
                 self.autoencoder_dtype)  # fmt: skip
+
+    def round_images(self, candidates: int, round_index: int) -> int:
+        """What a round of so many candidates costs, in images, with what it renews of the pool."""
+        reward = self.reward
+        if self.search.takes_gradients:
+            return GRADIENT_COST * reward.images_per_subset
+        refresh = reward.refresh_images(round_index) if reward.pooled else 0
+        return candidates * reward.images_per_candidate + refresh
 
 
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {

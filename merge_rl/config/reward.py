@@ -10,6 +10,8 @@ from merge_rl.config.setting import REWARD, setting
 from merge_rl.errors import ConfigError
 
 SUBSET_SIZE: Final = 100
+GRADIENT_COST: Final = 3
+"""Images that one with its gradient counts as: the way there, and twice as much back."""
 
 
 @dataclass(frozen=True, kw_only=True)

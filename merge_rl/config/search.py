@@ -77,8 +77,9 @@ class SearchConfig:
 
     name: str = setting(
         "policy-gradient",
-        "policy-gradient, nevergrad:NAME, scipy:METHOD, lcsc, lr-cma, ema-grid, uniform, "
-        "greedy-soup, best-checkpoint, random.",
+        "pathwise (the gradient through the rollout), policy-gradient, auto (the first where all "
+        "has a derivative, else the second), nevergrad:NAME, scipy:METHOD, lcsc, lr-cma, "
+        "ema-grid, uniform, greedy-soup, best-checkpoint, random.",
         SEARCH, "--searcher",
     )  # fmt: skip
     policy: str = setting("direct", "direct (a free mean), or mlp (EMANet).", SEARCH, "--policy")
@@ -99,7 +100,7 @@ class SearchConfig:
         None,
         "natural: the step in units of std along a gradient without noise; adam: Adam's, in theta "
         "units, about the step of one round.",
-        SEARCH, unset="1 for natural, 0.7 for adam",
+        SEARCH, unset="1 for natural, 0.7 for adam; 0.12 for pathwise, which changes it on its way",
     )  # fmt: skip
     momentum: float = setting(0.7, "Of the natural gradient.", SEARCH)
     width_rate: float = setting(
@@ -128,6 +129,11 @@ class SearchConfig:
         SEARCH,
     )  # fmt: skip
     incumbents: int = setting(4, "Of the best candidates, scored again at the end.", SEARCH)
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether a round makes images with their gradient instead of candidates."""
+        return self.name == "pathwise"
 
     def __post_init__(self) -> None:
         if self.population is not None:

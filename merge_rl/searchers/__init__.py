@@ -1,5 +1,6 @@
 """Searchers: ask for candidates, tell rewards; state that resumes to the bit."""
 
 from merge_rl.searchers.base import SearchSpace
+from merge_rl.searchers.pathwise import Pathwise
 
-__all__ = ["SearchSpace"]
+__all__ = ["Pathwise", "SearchSpace"]

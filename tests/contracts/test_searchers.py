@@ -57,6 +57,8 @@ CASES = [
         gradient=True,
         restarts=True,
     ),
+    # What it learns from, gradients, no black box has: see tests/searchers/test_pathwise.py.
+    Case("pathwise", population=None, climbs=None, draws=False),
     Case("nevergrad:CMA", restarts=True, keeps=True),
     Case("nevergrad:TBPSA", restarts=True),
     Case("nevergrad:OnePlusOne", population=1, restarts=True, keeps=True),

@@ -38,7 +38,12 @@ from merge_rl.workflows.assembly.references import (
     other_resolutions,
     search_doubts,
 )
-from merge_rl.workflows.assembly.resolve import Surroundings, find_surroundings, resolve_config
+from merge_rl.workflows.assembly.resolve import (
+    Surroundings,
+    find_surroundings,
+    resolve_config,
+    searcher_note,
+)
 from merge_rl.workflows.assembly.reward import (
     Target,
     build_reward,
@@ -91,4 +96,5 @@ __all__ = [
     "require_targets",
     "resolve_config",
     "search_doubts",
+    "searcher_note",
 ]

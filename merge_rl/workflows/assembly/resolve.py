@@ -9,6 +9,7 @@ from pathlib import Path
 
 from merge_rl import registry
 from merge_rl.config import (
+    FIXED_SOLVERS,
     SUBSET_SIZE,
     MergeConfig,
     OptimizeConfig,
@@ -85,6 +86,11 @@ def _from_set(folder: Path) -> Surroundings:
 
 
 LEAST_IMAGES, LOOKS = 250, 200  # of a candidate that is scored on its own images alone
+GRADIENTS = (100, 250)  # images of a round that takes gradients, from small budgets to large ones
+STEPS = 360  # such rounds a budget would pay for, if it paid for nothing else and they cost 1
+LEAST_POOL, POOLS = 400, 20  # smallest pool, and parts of the budget that it is one of at most
+AUTO_SEARCHER = "auto"
+DIFFERENTIABLE = frozenset(registry.EXTRACTORS)  # of the package, as it is imported
 
 
 def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfig:
@@ -107,6 +113,7 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
     heldout = config.heldout or (None if config.reference else defaults.heldout)
     own = config.autoencoder in (None, defaults.autoencoder)
     decoder = config.autoencoder_weights or (defaults.autoencoder_weights if own else None)
+    config = resolve_search(dataclasses.replace(config, sampler=sampler, extractor=extractor))
     return dataclasses.replace(
         config,
         merge=resolve_merge(config, checkpoints),
@@ -122,6 +129,47 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
         autoencoder=config.autoencoder or defaults.autoencoder,
         autoencoder_weights=_weights(decoder) if decoder else None,
     )
+
+
+def resolve_search(config: OptimizeConfig) -> OptimizeConfig:
+    """The config with a searcher for "auto", and what the searcher has no use for left out.
+
+    Its own best mean is the incumbent of one that takes gradients.
+    """
+    search = config.search
+    if search.name == AUTO_SEARCHER:
+        name = "pathwise" if why_no_gradient(config) is None else "policy-gradient"
+        search = dataclasses.replace(search, name=name)
+    if search.takes_gradients:
+        search = dataclasses.replace(search, incumbents=min(search.incumbents, 1))
+    return dataclasses.replace(config, search=search)
+
+
+def searcher_note(asked: OptimizeConfig, resolved: OptimizeConfig) -> str | None:
+    """Which searcher "auto" is, and why where it is not the gradient's; None for another name."""
+    if asked.search.name == resolved.search.name:
+        return None
+    why = why_no_gradient(dataclasses.replace(resolved, search=asked.search))
+    return f"searcher auto: {resolved.search.name}" + (f", as {why}" if why else "")
+
+
+def why_no_gradient(config: OptimizeConfig) -> str | None:
+    """Why "auto" takes the policy gradient, whose sampler and extractor are known; None: no reason.
+
+    Told by names alone: extractors of the package have derivatives, others are not looked at.
+    """
+    solver, search = (config.sampler or SamplerConfig()).solver, config.search
+    extractors = [config.extractor or "", *config.extra_references]
+    foreign = [name for name in extractors if name not in DIFFERENTIABLE]
+    if solver not in FIXED_SOLVERS:
+        return f"the solver {solver} has no gradient"
+    if foreign:
+        return f"whether the extractor {foreign[0]} has a gradient is not known"
+    if any(term.strip().endswith("-full") for term in config.reward.text.split("+")):
+        return f"the reward {config.reward.text} has no gradient"
+    if search.population is not None or search.update is not None or search.policy != "direct":
+        return "the settings are those of the policy gradient"
+    return None
 
 
 def resolve_merge(config: OptimizeConfig, checkpoints: CheckpointSet) -> MergeConfig:
@@ -144,10 +192,23 @@ def resolve_reward(config: OptimizeConfig) -> RewardConfig:
     """
     name = config.reward.name or registry.default_reward(config.search.name)
     reward = dataclasses.replace(config.reward, name=name)
+    if config.search.takes_gradients:
+        return _for_gradients(reward, config.budget)
     if reward.subset_size is not None:
         return reward
     own = max(LEAST_IMAGES, config.budget // LOOKS)
     return dataclasses.replace(reward, subset_size=SUBSET_SIZE if reward.pooled else own)
+
+
+def _for_gradients(reward: RewardConfig, budget: int) -> RewardConfig:
+    """A pool that ten rounds renew at most: one that lags behind leads the search astray."""
+    low, high = GRADIENTS
+    own = min(max(low, min(high, budget // STEPS)), reward.pool_size)
+    count = reward.subset_size or own
+    size = max(LEAST_POOL, min(10 * count, budget // POOLS), count)
+    return dataclasses.replace(
+        reward, subset_size=count, pool_size=min(reward.pool_size, size), refresh="rolling"
+    )
 
 
 def _absolute(path: str | Path) -> str:

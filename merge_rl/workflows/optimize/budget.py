@@ -48,19 +48,21 @@ def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
     final = int(config.budget * search.final_share) if shared else 0
     final = final if halving_plan(entries, final, LEAST) else 0
     pool = reward.pool_size if reward.pooled else 0
-    refresh = reward.refresh_images(0) if reward.pooled else 0
     candidates = registry.population_of(search)
     plan = BudgetPlan(
         start=start,
         pool=pool,
         candidates=candidates,
-        round=candidates * reward.images_per_candidate + refresh,
+        round=config.round_images(candidates, 0),
         limit=config.budget - final,
         final=final,
     )
     needed = cost(start) + pool + plan.round
     if plan.limit < needed:
         parts = [f"{candidates} candidates of {reward.images_per_candidate} images"]
+        refresh = plan.round - candidates * reward.images_per_candidate
+        if search.takes_gradients:
+            parts, refresh = [f"{reward.images_per_subset} images with their gradient"], 0
         parts += [f"the pool of {pool}"] * bool(pool) + [f"a refresh of {refresh}"] * bool(refresh)
         kept = cost(start) + final
         parts += [f"{kept} to choose start and result"] * bool(kept)

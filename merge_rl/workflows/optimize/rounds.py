@@ -102,9 +102,7 @@ class SearchLoop:
             )
 
     def _round_cost(self, candidates: int) -> int:
-        reward = self.config.reward
-        refresh = reward.refresh_images(self.round_index) if reward.pooled else 0
-        return candidates * reward.images_per_candidate + refresh
+        return self.config.round_images(candidates, self.round_index)
 
     def _generate(self, theta: Tensor, labels: Tensor, *names: str | int) -> Tensor:
         """Features of images at theta; the noise comes from the stream called `names`."""

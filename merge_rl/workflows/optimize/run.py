@@ -32,6 +32,7 @@ from merge_rl.workflows.assembly import (
     require_known,
     resolve_config,
     search_doubts,
+    searcher_note,
 )
 from merge_rl.workflows.evaluate import Comparison, ScoreStore, compare, comparison_from
 from merge_rl.workflows.export import (
@@ -93,7 +94,7 @@ def optimize(
         out: run directory; must not exist.
         reward: name of the reward, or a weighted sum: "fid-subset + 0.2 * kid-subset"; see
             `merge_rl.workflows.assembly.reward`.
-        searcher: name of the searcher; "policy-gradient".
+        searcher: name of the searcher; "policy-gradient", "pathwise", "auto", ...
         budget: images the search may generate: pool, candidates, refreshes.
         seed: fixes every draw of the run.
         config: all other settings.
@@ -120,6 +121,9 @@ def optimize(
             tracker.event({"kind": "note", "text": text})
         resolved = resolve_config(base, opened)
         check_names(resolved)
+        note = searcher_note(base, resolved)
+        if note and group.leads:
+            _announce(tracker)(note)
         merged_licence(opened, resolved.licence)  # refused before the search, not after it
         resolved = common_batch(resolved, opened, group, out, _announce(tracker))
         crew, job = _gather(group, resolved, opened, tracker)

@@ -31,6 +31,7 @@ from merge_rl.workflows.optimize.budget import (
     most_entries,
     plan_budget,
 )
+from merge_rl.workflows.optimize.pathwise import loop_of, require_gradients
 from merge_rl.workflows.optimize.rounds import SearchLoop
 
 
@@ -100,8 +101,9 @@ def search(
         tracker.phase("start", sum(rung.entries * rung.images for rung in plan.start))
     beginning = hold("start", starts, plan.start, store)
     theta = job.map.theta_of(starts[beginning.label]) if len(starts) > 1 else None
-    loop = SearchLoop(
-        config, job, make_searcher(config, job), run, tracker,
+    searcher = make_searcher(config, job)
+    loop = loop_of(searcher)(
+        config, job, searcher, run, tracker,
         start=theta, spent=beginning.images, limit=plan.limit,
     )  # fmt: skip
     loop.run()
@@ -136,6 +138,7 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
     searcher: Searcher = registry.resolve_searcher(config.search.name)(
         config.search, space, config.seed
     )
+    require_gradients(config, job, searcher)
     return searcher
 
 

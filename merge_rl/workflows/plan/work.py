@@ -211,8 +211,8 @@ def _rounds(config: OptimizeConfig, budget: BudgetPlan) -> tuple[int, list[Stage
     left = budget.limit - sum(rung.entries * rung.images for rung in budget.start) - budget.pool
     rounds, refreshes = 0, dict[int, int]()
     while True:
-        refresh = reward.refresh_images(rounds) if reward.pooled else 0
-        cost = budget.candidates * reward.images_per_candidate + refresh
+        cost = config.round_images(budget.candidates, rounds)
+        refresh = cost - budget.candidates * reward.images_per_candidate
         if cost > left:
             break
         left, rounds = left - cost, rounds + 1

@@ -1,7 +1,7 @@
 """Distribution-wise rewards of a pool of features, alone and as weighted sums."""
 
 from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource
-from merge_rl.workflows.rewards.gradient import RewardGradient, require_gradient, surprise_of
+from merge_rl.workflows.rewards.gradient import Level, RewardGradient, require_gradient, surprise_of
 from merge_rl.workflows.rewards.pool import Pool, pool_gap
 from merge_rl.workflows.rewards.sum import (
     KEY,
@@ -20,6 +20,7 @@ __all__ = [
     "CombinedExtractor",
     "FirstOrderWatch",
     "InfluenceFrechet",
+    "Level",
     "Pool",
     "RewardGradient",
     "RewardSource",

@@ -66,15 +66,9 @@ class FrechetReward:
         """FID of the pool itself."""
         return self.prepared(pool).distance
 
-    def bias(self, pool: Pool, half: Tensor) -> float:
-        """About how much too large the distance of the pool is, from that of its halves.
-
-        The bias falls as 1 / N: that of a half, rows `half` or the others, is twice the pool's.
-        """
-        others = torch.ones(len(pool), dtype=torch.bool).index_fill(0, half, False)
-        halves = (pool.features[half], pool.features[others])
-        sizes = [self.reference.distance_of(rows.to(self.device)) for rows in halves]
-        return sum(sizes) / 2 - self.pool_distance(pool)
+    def distance_of(self, features: Tensor) -> float:
+        """FID of features (n, D) on their own."""
+        return self.reference.distance_of(features.to(self.device))
 
     def state_dict(self, _pool: Pool) -> dict[str, Tensor]:
         """Nothing: all follows from the pool's moments."""

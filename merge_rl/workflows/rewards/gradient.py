@@ -39,8 +39,8 @@ class Differentiable(Protocol):
         """What an image changes the pool's distance by, times N, to first order."""
         ...
 
-    def bias(self, pool: Pool, half: Tensor, /) -> float:
-        """About how much too large the pool's distance is; `half` are rows of one half."""
+    def distance_of(self, features: Tensor, /) -> float:
+        """Distance of features (n, D) on their own."""
         ...
 
 
@@ -74,10 +74,35 @@ class RewardGradient:
             (found,) = torch.autograd.grad(self.influence(leaf).mean(), leaf)
         return found
 
-    def bias(self, generator: torch.Generator) -> float:
-        """Σ weight_t of about how much too large each term's distance is, from two halves."""
+    def level(self, generator: torch.Generator) -> Level:
+        """The distance of the pool, and from two random halves what is wrong with it.
+
+        A bias that falls as 1 / N is as large as what the halves' mean lies above the whole; for
+        an unbiased distance both agree but for chance.
+        """
         half = draw_subset(self.pool.labels, len(self.pool) // 2, generator)
-        return sum(term.weight * reward.bias(view, half) for term, reward, view in self._terms)
+        other = torch.ones(len(self.pool), dtype=torch.bool).index_fill(0, half, False)
+        whole, first, second = 0.0, 0.0, 0.0
+        for term, reward, view in self._terms:
+            whole += term.weight * reward.pool_distance(view)
+            first += term.weight * reward.distance_of(view.features[half])
+            second += term.weight * reward.distance_of(view.features[other])
+        bias = (first + second) / 2 - whole
+        return Level(whole, bias, abs(first - second) / 2)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A distance of a pool, about how much too large it is, and about how much of it is chance."""
+
+    distance: float
+    bias: float
+    noise: float
+
+    @property
+    def unbiased(self) -> float:
+        """The distance without its bias."""
+        return self.distance - self.bias
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,9 @@ class KernelReward:
         """Unbiased squared MMD of the pool to the reference; may be negative."""
         return self.prepared(pool).distance
 
-    def bias(self, _pool: Pool, _half: Tensor) -> float:
-        """0: the estimate is unbiased."""
-        return 0.0
+    def distance_of(self, features: Tensor) -> float:
+        """Unbiased squared MMD of features (n, D) on their own."""
+        return self.reference.pool(features.to(self.device)).distance
 
     def state_dict(self, pool: Pool) -> dict[str, Tensor]:
         """The kernel sums of the pool, if there are some yet."""

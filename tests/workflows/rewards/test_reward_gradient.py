@@ -115,7 +115,7 @@ def test_images_of_the_pools_policy_are_no_surprise() -> None:
     for seed in range(12):
         pool = pool_of(images(POOL, 10 + seed, 0.8))
         gradient = RewardGradient(reward, pool)
-        bias = gradient.bias(torch.Generator().manual_seed(seed))
+        bias = gradient.level(torch.Generator().manual_seed(seed)).bias
         for shift, found in lags.items():
             fresh = images(100, 100 + seed, 0.8 + shift)
             found.append(surprise_of(gradient.influence(fresh), bias).lag)
@@ -126,16 +126,25 @@ def test_images_of_the_pools_policy_are_no_surprise() -> None:
 
 def test_the_bias_of_a_distance_is_found_from_halves() -> None:
     # Of the distribution of the real data itself, what is left of the distance is bias.
-    reward = RewardSum([term("fid-subset", 1.0, 0, DIM), term("kid-subset", 9.0, 0, DIM)])
-    only = RewardSum(reward.terms[:1])
-    values, biases = [], []
+    reward, levels = RewardSum([term("fid-subset", 1.0, 0, DIM)]), []
     for seed in range(20):
         pool = pool_of(images(POOL, 1000 + seed))
-        values.append(only.pool_distance(pool))
-        generator = torch.Generator().manual_seed(seed)
-        biases.append(RewardGradient(reward, pool).bias(generator))
-    mean, bias = sum(values) / 20, sum(biases) / 20
-    assert 0.4 * mean < bias < 1.2 * mean
+        levels.append(RewardGradient(reward, pool).level(torch.Generator().manual_seed(seed)))
+        assert levels[-1].distance == reward.pool_distance(pool)
+    found = torch.tensor([[at.distance, at.unbiased, at.noise] for at in levels]).double()
+    mean, unbiased, noise = found.mean(0).tolist()
+    assert abs(unbiased) < 0.6 * mean
+    # The typical size of what chance does to the distance.
+    assert 0.4 * float(found[:, 0].std()) < noise < 2.5 * float(found[:, 0].std())
+
+
+def test_an_unbiased_distance_has_no_bias() -> None:
+    reward, biases = RewardSum([term("kid-subset", 1.0, 0, DIM)]), []
+    for seed in range(40):
+        pool = pool_of(images(POOL, 2000 + seed))
+        biases.append(RewardGradient(reward, pool).level(torch.Generator().manual_seed(seed)).bias)
+    found = torch.tensor(biases)
+    assert abs(float(found.mean())) < 3 * float(found.std()) / math.sqrt(40)
 
 
 def test_surprise_of_nothing() -> None:

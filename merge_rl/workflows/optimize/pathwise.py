@@ -1,0 +1,161 @@
+"""Rounds that take the reward's gradient at the mean instead of the rewards of candidates."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_rl.config import OptimizeConfig
+from merge_rl.core.merging.gradient import theta_gradient
+from merge_rl.errors import ConfigError
+from merge_rl.interfaces import Searcher
+from merge_rl.rng import image_seeds, stream
+from merge_rl.searchers import Pathwise
+from merge_rl.workflows.assembly import Job
+from merge_rl.workflows.optimize.rounds import SearchLoop
+from merge_rl.workflows.rewards import (
+    Level,
+    RewardGradient,
+    pool_gap,
+    require_gradient,
+    surprise_of,
+)
+from merge_rl.workflows.rollout import DifferentiableRollout, WorkItem
+
+
+class PathwiseLoop(SearchLoop):
+    """A search whose rounds make images at the mean, with their gradient.
+
+    A round's images take the place of the oldest of the pool, so that none is paid for twice. An
+    image with its gradient counts as `GRADIENT_COST` images.
+    """
+
+    def _round(self, thetas: Tensor) -> None:
+        began, sampled, theta = time.monotonic(), self.job.rollout.seconds, thetas[0]
+        at = RewardGradient(self.reward, self._pool)
+        level = at.level(stream(self.config.seed, "halves", self.round_index))
+        before, share = level.distance, self._count / len(self._pool)
+        found = self._gradient(theta, at, level)
+        searcher = self._pathwise
+        step, returns = searcher.step, searcher.returns
+        searcher.tell(thetas, found["rewards"], found["gradients"], found["lag"], level.noise)
+        self._note_failures(found["rewards"])
+        if self.failed_rounds:
+            searcher.recenter(self.result_theta)
+        else:
+            self.result_theta = theta
+        after = self.reward.pool_distance(self._pool)
+        event = {
+            "kind": "round",
+            "round": self.round_index,
+            "theta": searcher.mean.tolist(),
+            "coefficients": self.job.map(searcher.mean).tolist(),
+            "candidates": thetas.tolist(),
+            "rewards": [None if math.isnan(r) else r for r in found["rewards"].tolist()],
+            "failed": self._count if self.failed_rounds else len(found["dropped"]),
+            "pool_before": before,
+            "pool_after": after,
+            "refreshed": self._count,
+            "gap": pool_gap(before, after, share),
+            "lag": found["lag"],
+            "step_length": step,
+            "images": self.images,
+            "seconds": time.monotonic() - began,
+            "rollout_seconds": self.job.rollout.seconds - sampled,
+        }
+        self.run_dir.append_event(event)
+        self.round_index += 1
+        self._save()
+        self.tracker.event(event)
+        self._speak(found["dropped"], went_back=searcher.returns > returns)
+
+    def _speak(self, dropped: tuple[str, ...], *, went_back: bool) -> None:
+        texts = []
+        if dropped:
+            more = f" ({len(dropped)} in this round)" if len(dropped) > 1 else ""
+            texts.append(f"round {self.round_index}: left out the image of {dropped[0]}{more}")
+        if went_back:
+            level = -self._pathwise.best
+            stopped = ": the search ends early" if self.searcher.done else " with half the step"
+            texts.append(
+                f"round {self.round_index}: clearly worse for several rounds: back to the best "
+                f"mean so far, distance {level:.3g}{stopped}"
+            )
+        for text in texts:
+            self.tracker.event({"kind": "warning", "text": text})
+
+    def _gradient(self, theta: Tensor, at: RewardGradient, level: Level) -> dict[str, Any]:
+        """What the searcher is told of theta (D,); the images made for it go into the pool."""
+        seed, index, pool = self.config.seed, self.round_index, self._pool
+        rows = (torch.arange(self._count) + self.cursor) % len(pool)
+        coefficients = self.job.map(theta)
+        item = WorkItem(
+            coefficients, image_seeds(self._count, seed, "gradient", index), pool.labels[rows]
+        )
+        made = self._differentiable(item, at.cotangents)
+        cost = self._round_cost(1)
+        self.images += cost
+        self.job.rollout.rollout.on_images(cost)
+        sound = made.features.isfinite().all(1)
+        lag = surprise_of(at.influence(made.features[sound]), level.bias).lag
+        if bool(sound.any()):
+            self.pool = pool.replaced(rows[sound], made.features[sound])
+            self.cursor = (self.cursor + self._count) % len(pool)
+        pull = made.gradient + self._penalty(coefficients)
+        gradient = theta_gradient(self.job.map, theta, pull)
+        reward = -level.unbiased if bool(gradient.isfinite().all()) else math.nan
+        return {
+            "rewards": torch.tensor([reward], dtype=torch.float64),
+            "gradients": -gradient[None],
+            "lag": lag,
+            "dropped": made.dropped,
+        }
+
+    def _penalty(self, coefficients: Tensor) -> Tensor:
+        """The gradient (G, K) of what large coefficients cost."""
+        return 2 * self.config.merge.l2 * coefficients / len(coefficients)
+
+    @property
+    def _count(self) -> int:
+        """Images of a round."""
+        return self.config.reward.images_per_subset
+
+    @property
+    def _pathwise(self) -> Pathwise:
+        if not isinstance(self.searcher, Pathwise):  # pragma: no cover (`loop_of` has seen to it)
+            raise TypeError(f"no gradients for {type(self.searcher).__name__}")
+        return self.searcher
+
+    @property
+    def _differentiable(self) -> DifferentiableRollout:
+        if self._rollout is None:
+            self._rollout = DifferentiableRollout(self.job.rollout, announce=self._announce)
+        return self._rollout
+
+    _rollout: DifferentiableRollout | None = None
+
+    def _announce(self, text: str) -> None:
+        self.tracker.event({"kind": "warning", "text": text})
+
+
+def require_gradients(config: OptimizeConfig, job: Job, searcher: Searcher) -> None:
+    """Raise ConfigError, for a searcher that takes gradients, where there are none."""
+    if not isinstance(searcher, Pathwise):
+        return
+    require_gradient(job.reward)
+    DifferentiableRollout(job.rollout)
+    if config.reward.num_subsets * config.reward.num_replacements != 1:
+        raise ConfigError(
+            "the searcher pathwise makes one set of images a round: expected num_subsets and "
+            f"num_replacements of 1, got {config.reward.num_subsets} and "
+            f"{config.reward.num_replacements}"
+        )
+
+
+def loop_of(searcher: Searcher) -> type[SearchLoop]:
+    """The loop that tells a searcher what it learns from."""
+    return PathwiseLoop if isinstance(searcher, Pathwise) else SearchLoop

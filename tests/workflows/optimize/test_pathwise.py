@@ -1,0 +1,172 @@
+"""Searches along the gradient: their cost, what they write, how they go on, what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import merge_rl as mrl
+from merge_rl.config.optimize import OptimizeConfig
+from merge_rl.config.sampler import SamplerConfig
+from merge_rl.errors import BudgetError, ConfigError
+from merge_rl.features.digits import DigitsNet
+from merge_rl.interfaces import NullTracker
+from merge_rl.storage.checkpoints import open_checkpoints
+from merge_rl.workflows.assembly import resolve_config
+from merge_rl.workflows.assembly.resolve import searcher_note, why_no_gradient
+from merge_rl.workflows.rollout import DifferentiableRollout
+
+TinyConfig = Callable[..., OptimizeConfig]
+Outcome = Callable[[Path], dict[str, object]]
+
+
+class Heard(NullTracker):
+    """Keeps warnings and notes; Ctrl-C once so many rounds are done."""
+
+    def __init__(self, rounds: int = 10**9) -> None:
+        self.left, self.said = rounds, list[str]()
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if event.get("kind") in ("warning", "note"):
+            self.said.append(str(event["text"]))
+        self.left -= event.get("kind") == "round"
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def config(shared_tiny: Path, tiny_config: TinyConfig) -> OptimizeConfig:
+    return tiny_config(
+        shared_tiny, budget=400, search={"name": "pathwise", "population": None},
+        merge={"scale": 0.2},
+    )  # fmt: skip
+
+
+def rounds_of(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "events.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["kind"] == "round"]
+
+
+def test_a_run(config: OptimizeConfig, tmp_path: Path) -> None:
+    result = mrl.optimize(config.checkpoints, out=tmp_path / "run", config=config)
+    rounds = rounds_of(tmp_path / "run")
+    # A pool of 40, then 30 images a round: 10 with their gradient, which cost three each.
+    assert [e["images"] for e in rounds] == [40 + 30 * (i + 1) for i in range(len(rounds))]
+    assert len(rounds) == (400 - 40) // 30
+    assert result.images <= 400
+    assert all(e["failed"] == 0 and e["refreshed"] == 10 for e in rounds)
+    # A round's images take the place of the oldest, and the next round finds them there.
+    pools = [(e["pool_before"], e["pool_after"]) for e in rounds]
+    assert [before for before, _ in pools[1:]] == [after for _, after in pools[:-1]]
+    assert rounds[0]["theta"] != rounds[1]["theta"]
+
+
+@pytest.mark.parametrize("reward", ["fid-subset", "2 * fid-influence"])
+def test_interrupted_and_resumed(
+    reward: str, config: OptimizeConfig, tmp_path: Path, outcome: Outcome
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    mrl.optimize(config.checkpoints, out=whole, config=config, reward=reward)
+    begun = {"out": run, "config": config, "reward": reward}
+    with pytest.raises(KeyboardInterrupt):
+        mrl.optimize(config.checkpoints, **begun, tracker=Heard(3))  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        mrl.resume(run, tracker=Heard(4))
+    mrl.resume(run)
+    assert outcome(run) == outcome(whole)
+
+
+def test_too_small_a_budget_is_refused(config: OptimizeConfig, tmp_path: Path) -> None:
+    message = r"does not pay for one round: 10 images with their gradient.* at least 70"
+    with pytest.raises(BudgetError, match=message):
+        mrl.optimize(config.checkpoints, out=tmp_path / "run", config=config, budget=60)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_gradient_is_refused(
+    config: OptimizeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(ConfigError, match=message):
+            mrl.optimize(config.checkpoints, out=tmp_path / "run", config=config, **changes)
+        assert not (tmp_path / "run").exists()
+
+    refused("needs rewards with a derivative, got 'fid-full'.*auto", reward="fid-full")
+    taken = DigitsNet.forward
+    monkeypatch.setattr(DigitsNet, "forward", lambda net, images: taken(net, images.detach()))
+    refused("the extractor 'digits' has no derivative: its features do not depend")
+
+
+def test_three_rounds_without_a_gradient_end_the_search(
+    config: OptimizeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, rounds = DifferentiableRollout.__call__, 0
+
+    def spoilt(self: DifferentiableRollout, *given: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        made = found(self, *given)
+        if rounds > 2:
+            made.gradient.fill_(torch.nan)
+        return made
+
+    monkeypatch.setattr(DifferentiableRollout, "__call__", spoilt)
+    heard = Heard()
+    mrl.optimize(config.checkpoints, out=tmp_path / "run", config=config, tracker=heard)
+    events = rounds_of(tmp_path / "run")
+    assert [e["failed"] for e in events] == [0, 0, 10, 10, 10]
+    assert events[-1]["theta"] == events[1]["candidates"][0]  # the last that had a gradient
+    assert any("all candidates failed in 3 rounds running" in text for text in heard.said)
+
+
+def test_auto_takes_the_gradient_where_there_is_one(
+    config: OptimizeConfig, shared_tiny: Path, tiny_config: TinyConfig
+) -> None:
+    opened = open_checkpoints(shared_tiny, track="raw")
+
+    def resolved(**changes: Any) -> OptimizeConfig:
+        search = {"name": "auto", "population": None, **changes.pop("search", {})}
+        return resolve_config(tiny_config(shared_tiny, search=search, **changes), opened)
+
+    assert resolved().search.name == "pathwise"
+    assert resolved().search.incumbents == 1
+    policy = [
+        resolved(reward={"name": "fid-full"}),
+        resolved(sampler=SamplerConfig(solver="sde-euler", num_steps=4)),
+        resolved(search={"population": 6}),
+        resolved(search={"policy": "mlp"}),
+    ]
+    assert [found.search.name for found in policy] == ["policy-gradient"] * 4
+    asked = tiny_config(shared_tiny, search={"name": "auto", "population": None})
+    assert searcher_note(asked, resolved()) == "searcher auto: pathwise"
+    assert searcher_note(resolved(), resolved()) is None
+    why = "the reward fid-full has no gradient"
+    assert searcher_note(asked, policy[0]) == f"searcher auto: policy-gradient, as {why}"
+    foreign = tiny_config(
+        shared_tiny, extractor="mine", search={"name": "auto", "population": None}
+    )
+    assert why_no_gradient(foreign) == "whether the extractor mine has a gradient is not known"
+
+
+def test_pools_are_no_larger_than_a_budget_renews(
+    shared_tiny: Path, tiny_config: TinyConfig
+) -> None:
+    opened = open_checkpoints(shared_tiny, track="raw")
+
+    def sizes(budget: int, pool: int = 5000) -> tuple[int, int | None]:
+        given = tiny_config(
+            shared_tiny, budget=budget, search={"name": "pathwise", "population": None},
+            reward={"pool_size": pool, "subset_size": None, "refresh_size": None},
+        )  # fmt: skip
+        reward = resolve_config(given, opened).reward
+        return reward.pool_size, reward.subset_size
+
+    assert sizes(10_000) == (500, 100)
+    assert sizes(20_000) == (1000, 100)
+    assert sizes(90_000) == (2500, 250)
+    assert sizes(90_000, pool=1000) == (1000, 250)
