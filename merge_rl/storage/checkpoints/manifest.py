@@ -170,7 +170,7 @@ def _parse_entries(top: Fields, file: Path) -> tuple[CheckpointEntry, ...]:
 
 def _parse_entry(item: Fields) -> CheckpointEntry:
     name = relative_name(item.needed_text("file"), f"{item.where}, file")
-    if not name.endswith(".safetensors"):
+    if not name.lower().endswith(".safetensors"):
         raise item.refuse("file", "a .safetensors file")
     ema_std = item.number("ema_std")
     if ema_std is not None and not 0 < ema_std < MAX_EMA_STD:

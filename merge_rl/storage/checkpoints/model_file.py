@@ -19,8 +19,8 @@ from merge_rl.storage.checkpoints.manifest import (
     read_manifest,
 )
 from merge_rl.storage.files import (
-    INDEX_SUFFIX,
     hash_weights,
+    is_weights_name,
     open_weights,
     require_finite,
     require_hash,
@@ -75,7 +75,7 @@ def model_file_path(path: str | os.PathLike[str]) -> Path:
     file = _only_file(given) if given.is_dir() else given
     if not file.exists():
         raise CheckpointError(f"{given}: no such file or folder")
-    if not file.name.endswith((".safetensors", INDEX_SUFFIX)):
+    if not is_weights_name(file.name):
         hint = "expected a .safetensors file; `mergerl convert` makes one from .pkl and .pt"
         raise CheckpointError(f"{file}: {hint}")
     return file

@@ -18,6 +18,7 @@ from merge_rl.storage.convert.contents import Extracted, require_size, shapes_of
 from merge_rl.storage.convert.edm2_shapes import is_edm2
 from merge_rl.storage.files import (
     INDEX_SUFFIX,
+    is_weights_name,
     natural_key,
     open_weights,
     parse_index,
@@ -67,16 +68,18 @@ def list_files(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 
 def _convertible(folder: Path) -> list[Path]:
-    found = (file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    found = (
+        file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()
+    )
     files = sorted(found, key=lambda file: natural_key(file.name))
     states = [file for file in files if file.name.startswith("training-state-")]
-    snapshots = any(file.suffix == ".pkl" for file in files)
+    snapshots = any(file.suffix.lower() == ".pkl" for file in files)
     return [file for file in files if file not in states] if snapshots else files
 
 
 def extract(path: Path, weights: str = "auto", num_heads: int | None = None) -> list[Extracted]:
     """The weights in a file, one result a track; CheckpointError if it is of no known kind."""
-    if path.name.endswith((".safetensors", INDEX_SUFFIX)):
+    if is_weights_name(path.name):
         found = [_read_safetensors(path, num_heads)]
     else:
         found = _read_pickled(path, weights, num_heads)

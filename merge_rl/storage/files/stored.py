@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from merge_rl.storage.files.naming import natural_key
 from merge_rl.storage.files.safetensors_file import TensorReader, map_file, read_file
 from merge_rl.storage.files.safetensors_header import Header, TensorInfo, read_header
 from merge_rl.storage.files.shards import INDEX_SUFFIX, parse_index
+
+SUFFIX: Final = ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,14 +103,25 @@ def weights_in(folder: Path) -> list[Path]:
     """
     indexes = [file for file in folder.glob(f"*{INDEX_SUFFIX}") if file.name[0] != "."]
     shards = {shard for index in indexes for shard in parse_index(index).values()}
-    whole = (f for f in folder.glob("*.safetensors") if f.is_file() and f.name[0] != ".")
+    whole = (
+        file
+        for file in folder.iterdir()
+        if is_weights_name(file.name) and file not in indexes
+        if file.is_file() and file.name[0] != "."
+    )
     found = [*indexes, *(file for file in whole if file not in shards)]
     return sorted(found, key=lambda file: natural_key(weights_stem(file.name)))
 
 
+def is_weights_name(name: str) -> bool:
+    """Whether a name is that of a `.safetensors`, in letters of either case, or of an index."""
+    return name.endswith(INDEX_SUFFIX) or name.lower().endswith(SUFFIX)
+
+
 def weights_stem(name: str) -> str:
     """A name without the ending of a `.safetensors` or of an index."""
-    return name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
+    plain = name.removesuffix(INDEX_SUFFIX)
+    return plain[: -len(SUFFIX)] if plain.lower().endswith(SUFFIX) else plain
 
 
 def open_weights(path: Path) -> StoredWeights:

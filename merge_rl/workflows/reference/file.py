@@ -177,7 +177,7 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
     """
     file, entry = reference_file(path)
     if file.is_dir():
-        weights = any(item.suffix == ".safetensors" for item in file.iterdir())
+        weights = any(item.suffix.lower() == ".safetensors" for item in file.iterdir())
         return "model" if weights or (file / CONFIG_NAME).is_file() else "images"
     if entry is not None:
         return "reference"

@@ -334,6 +334,14 @@ def test_unfinished_writes_are_no_checkpoints(folder: Path) -> None:
     assert len(open_checkpoints(folder)) == 3
 
 
+def test_letters_of_either_case_end_a_name(folder: Path) -> None:
+    names = open_checkpoints(folder).names
+    first = next(file for file in sorted(folder.glob("*.safetensors")))
+    first.rename(first.with_suffix(".SAFETENSORS"))
+    assert open_checkpoints(folder).names == names
+    assert open_checkpoints(folder).paths[0].suffix == ".SAFETENSORS"
+
+
 def test_a_listed_file_must_exist(listed: Path) -> None:
     (listed / "raw/a.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"raw/a\.safetensors: listed in .* no such file"):
