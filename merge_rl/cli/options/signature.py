@@ -36,7 +36,7 @@ class Offer:
 
     def settings(self) -> list[Setting]:
         """All of them; those without an option are reached by --set and files."""
-        return list(settings_of(self.cls))
+        return list(_all_settings(self.cls))
 
     def flag(self, setting: Setting) -> str | None:
         """The option of a setting, if this command has it."""
@@ -55,6 +55,11 @@ class Offer:
         """Options for several settings at once."""
         keys = {setting.key for setting in self.settings()}
         return [short for short in SHORTHANDS if short.key in keys and self.offers(short.key)]
+
+
+@functools.cache
+def _all_settings(cls: type) -> tuple[Setting, ...]:
+    return tuple(settings_of(cls))
 
 
 COMMANDS: Final[dict[str, Offer]] = {}  # filled by `with_settings`
