@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -434,3 +435,23 @@ def test_fingerprints_change_with_the_images(tmp_path: Path) -> None:
         found = open_images(tmp_path / "a.npz").fingerprint
         assert found != first
         first = found
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged metadata
+def test_mutated_zips_of_images_are_read_or_refused(seed: int, tmp_path: Path) -> None:
+    folder, rng, refusals = tmp_path / "images", random.Random(seed), []
+    folder.mkdir()
+    for i, kind in enumerate(["PNG", "GIF", "TIFF", "WEBP", "BMP", "JPEG"]):
+        picture(IMAGES[i]).save(folder / (f"{i}.{kind.lower()}" if i % 2 else str(i)), kind)
+    whole = write_zip(tmp_path / "a.zip", folder).read_bytes()
+    for _ in range(100):
+        data, at, width = bytearray(whole), rng.randrange(len(whole)), rng.choice([1, 2, 4])
+        data[at : at + width] = rng.choice([rng.randbytes(width), b"", b"\xff" * width])
+        (tmp_path / "a.zip").write_bytes(data)
+        try:
+            read_all(tmp_path / "a.zip")
+        except DataFileError as error:
+            refusals.append(str(error))
+    assert 10 < len(refusals) < 100
+    assert all(len(why) < 1000 for why in refusals)
