@@ -50,6 +50,12 @@ def convert(
     num_heads: Annotated[
         int | None, typer.Option(help="Attention heads of a SiT of none of the published sizes.")
     ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes of a SiT, the null class not counted.")
+    ] = None,
+    null_class: Annotated[
+        bool | None, typer.Option(help="Whether a SiT's last label row is a null class.")
+    ] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Turn EDM2 and SiT files into safetensors with a manifest, without running them.
@@ -83,6 +89,8 @@ def convert(
             name=name,
             licence=licence,
             num_heads=num_heads,
+            num_classes=num_classes,
+            null_class=null_class,
             tracker=tracker,
         )
     _show(result, json=json)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_rl import registry
+from merge_rl.core.wrapped import unwrapped
 from merge_rl.errors import ConfigError, IncompatibleCheckpointError
 from merge_rl.storage.files import TensorInfo
 
@@ -29,9 +30,11 @@ def require_network(tensors: Mapping[str, TensorInfo], config: Config | None, wh
         found, want = tensors.get(odd[0], "missing"), "no such tensor"
         if wanted:
             want = f"{kind} {list(wanted.shape)}"
+        wrapped = unwrapped(tensors).keys() == expected.keys() != tensors.keys()
+        hint = "; `mergerl convert` takes what wraps their names off" if wrapped else ""
         raise IncompatibleCheckpointError(
             f"{where}: not the tensors of the {config['model']} network that its config describes: "
-            f"{len(odd)} differ, first {odd[0]!r}: found {found}, expected {want}"
+            f"{len(odd)} differ, first {odd[0]!r}: found {found}, expected {want}{hint}"
         )
 
 

@@ -34,6 +34,8 @@ class Extracted:
     track: str | None = None
     autoencoder: str | None = None  # registered name of what makes images of the samples
     facts: Mapping[str, Any] = field(default_factory=dict)  # kept as JSON in the output
+    assumed: Mapping[str, str] = field(default_factory=dict)  # option of the config -> what and why
+    notes: tuple[str, ...] = ()  # what else the user should hear of
 
     @property
     def nbytes(self) -> int:

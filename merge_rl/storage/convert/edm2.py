@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from merge_rl.core.wrapped import unwrapped
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.checkpoints import MAX_EMA_STD, parse_stem
 from merge_rl.storage.convert.contents import (
@@ -48,7 +49,8 @@ def is_snapshot(data: object) -> bool:
 
 def is_training_state(data: object) -> bool:
     """Whether data is that of a training state."""
-    return isinstance(data, dict) and "net" in data and isinstance(data.get("ema"), dict)
+    ema = data.get("ema") if isinstance(data, dict) and "net" in data else None
+    return isinstance(ema, dict) and ("stds" in ema or "emas" in ema)
 
 
 def read_snapshot(data: Mapping[str, object], path: Path) -> Extracted:
@@ -90,7 +92,7 @@ def read_training_state(data: Mapping[str, object], path: Path, weights: str) ->
         found.append(
             Extracted(
                 path=path,
-                tensors=state_dict(state, f"{path}, {track}"),
+                tensors=unwrapped(state_dict(state, f"{path}, {track}")),
                 config=None,
                 stem=path.stem if ema_std is None else f"{path.stem}-{ema_std:.3f}",
                 folder=track,

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
-from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
+from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from merge_rl.storage.checkpoints import (
     CONFIG_KEY,
     MANIFEST_NAME,
@@ -25,6 +25,7 @@ from merge_rl.storage.checkpoints import (
 )
 from merge_rl.storage.convert.contents import Extracted, infos_of, plain, require_same, shapes_of
 from merge_rl.storage.convert.edm2_shapes import ASSUMED, DEFAULTS, edm2_config_from_shapes
+from merge_rl.storage.convert.said import NO_HINTS, Hints
 from merge_rl.storage.convert.sources import extract, fingerprint
 from merge_rl.storage.files import TensorInfo, read_header
 
@@ -51,7 +52,8 @@ class Plan:
     folder: Path
     jobs: tuple[Job, ...]
     base: Manifest  # of what is in the folder already, or an empty one
-    notes: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()  # of the network, in sentences
+    notes: tuple[str, ...] = ()  # what else the user should hear of
     existing: Mapping[str, CheckpointEntry] = field(default_factory=dict)
 
     def recorded(self, job: Job) -> str | None:
@@ -87,7 +89,7 @@ def make_plan(
     *,
     name: str | None = None,
     licence: str | None = None,
-    num_heads: int | None = None,
+    hints: Hints = NO_HINTS,
 ) -> Plan:
     """Read what the sources hold, and settle outputs, network and manifest.
 
@@ -95,9 +97,12 @@ def make_plan(
     different networks, also than the one whose checkpoints are in the folder already.
     """
     existing = _existing(folder)
-    found = [item for path in paths for item in extract(path, weights, num_heads)]
+    found = [item for path in paths for item in extract(path, weights, hints)]
     _require_one_network(found, folder, existing)
-    config, notes = _network(found, existing, folder)
+    config, assumed = _network(found, existing, folder)
+    told = hints.num_classes not in (None, config.get("label_dim")) or hints.null_class is not None
+    if config["model"] == "edm2" and told:
+        raise ConfigError("an EDM2 network says its classes itself; expected no word of them")
     require_network(infos_of(found[0].tensors), config, str(found[0].path))
     known = {path: _known_set(path.name) for path in paths}
     origins = {path: fingerprint(path) for path in paths}
@@ -122,7 +127,8 @@ def make_plan(
         folder=folder,
         jobs=jobs,
         base=replace(base, name=name or base.name),
-        notes=notes,
+        assumed=assumed,
+        notes=_notes((item.path.name, text) for item in found for text in item.notes),
         existing={entry.file: entry for entry in existing.checkpoints} if existing else {},
     )
 
@@ -160,20 +166,38 @@ def _network(
 
     The config is that of the folder, else what a file states, else what the shapes say.
     """
-    stated = [(str(item.path), item.config) for item in found if item.config is not None]
+    # Whoever assumes least describes the network; what another one assumed gives way to it.
+    told = sorted((i for i in found if i.config is not None), key=lambda item: len(item.assumed))
+    notes: tuple[str, ...] = ()
     if existing is not None:
-        stated.insert(0, (str(folder / MANIFEST_NAME), existing.model))
-    if not stated:
+        first, config = str(folder / MANIFEST_NAME), existing.model
+    elif told:
+        first, config = str(told[0].path), told[0].config or {}
+        same = [(item, text) for text in told[0].assumed.values() for item in told]
+        notes = _notes((i.path.name, text) for i, text in same if text in i.assumed.values())
+    else:
         path = found[0].path
         try:
             inferred = edm2_config_from_shapes(shapes_of(found[0].tensors))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         return inferred, (f"{path.name} does not say its network's options; taken: {ASSUMED}",)
-    first, config = stated[0]
-    for where, other in stated[1:]:
-        _require_same_config(where, other, first, config)
-    return config, ()
+    for item in told:
+        other = {k: v for k, v in (item.config or {}).items() if k not in item.assumed}
+        known = {k: v for k, v in config.items() if k not in item.assumed}
+        _require_same_config(str(item.path), other, first, known)
+    return config, notes
+
+
+def _notes(said: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """One line for each text, with the first file that it is said of."""
+    files: dict[str, dict[str, None]] = {}
+    for name, text in said:
+        files.setdefault(text, {})[name] = None
+    return tuple(
+        f"{next(iter(names))}{f' and {len(names) - 1} more' * (len(names) > 1)}: {text}"
+        for text, names in files.items()
+    )
 
 
 def _require_same_config(

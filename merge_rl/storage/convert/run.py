@@ -22,6 +22,7 @@ from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import MANIFEST_NAME, write_manifest
 from merge_rl.storage.convert.contents import infos_of
 from merge_rl.storage.convert.plan import ORIGIN_KEY, Job, Plan, make_plan
+from merge_rl.storage.convert.said import Hints
 from merge_rl.storage.convert.sources import WEIGHTS, files_of, list_files
 from merge_rl.storage.files import atomic_path, read_header, require_hash, sha256_file, write_header
 from merge_rl.storage.pickles import TensorRef
@@ -49,6 +50,8 @@ def convert(
     name: str | None = None,
     licence: str | None = None,
     num_heads: int | None = None,
+    num_classes: int | None = None,
+    null_class: bool | None = None,
     tracker: Tracker | None = None,
 ) -> ConvertResult:
     """EDM2 `.pkl` and `.pt`, SiT `.pt` -> safetensors and `checkpoints_manifest.yaml` in `folder`.
@@ -68,6 +71,8 @@ def convert(
         delete_source: remove each source after its outputs have been read back and compared.
         name, licence: of the set, for the manifest; those of published files are known.
         num_heads: attention heads of a SiT of an unknown size.
+        num_classes, null_class: of a SiT whose file says neither, or something else: classes
+            without the null class, and whether the last row of the label table is one.
         tracker: hears of bytes written.
 
     Raises CheckpointError for files that are no such checkpoints, are damaged or hostile, hold
@@ -80,10 +85,11 @@ def convert(
     tracker = tracker or NullTracker()
     plan = make_plan(
         list_files(sources), Path(folder), weights, name=name, licence=licence,
-        num_heads=num_heads,
+        hints=Hints(num_heads=num_heads, num_classes=num_classes, null_class=null_class),
     )  # fmt: skip
-    for note in plan.notes:
-        tracker.event({"kind": "warning", "text": note})
+    for kind, texts in (("warning", plan.assumed), ("note", plan.notes)):
+        for text in texts:
+            tracker.event({"kind": kind, "text": text})
     tracker.phase("convert", sum(job.found.nbytes for job in plan.jobs))
     done = _run(plan, workers or min(MAX_WORKERS, os.cpu_count() or 1), tracker, delete_source)
     target = {job: plan.folder / job.file for job in plan.jobs}
@@ -144,6 +150,10 @@ def _do(plan: Plan, job: Job, progress: Callable[[int], None], verify: bool) -> 
     path, source = plan.folder / job.file, job.found.path
     recorded = plan.recorded(job)
     if path.exists() and path.samefile(source):  # a .safetensors in its place already
+        if read_header(path).tensors.keys() != job.found.tensors.keys():
+            raise CheckpointError(
+                f"{path}: its tensors are to get other names; convert it into another folder"
+            )
         check_finite(job.found.tensors, progress, source)
         return _Done(sha256_file(path), written=False)
     if path.exists() and _is_done(job, path, recorded):

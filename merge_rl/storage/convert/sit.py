@@ -7,14 +7,11 @@ tensors tell (Ma et al., 2024, arXiv:2401.08740; sizes as in Peebles & Xie, 2023
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
-from merge_rl.errors import CheckpointError, ConfigError, MergeRLError
-from merge_rl.storage.convert.contents import Extracted, plain, shapes_of, state_dict
-from merge_rl.storage.pickles import Record, TensorRef
+from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.storage.convert.said import Hints, Said
 
 SIZES: Final[Mapping[str, tuple[int, int, int]]] = {  # letter -> (depth, hidden size, heads)
     "S": (12, 384, 6),
@@ -86,6 +83,50 @@ def sit_config_from_shapes(
     }
     _require_same(shapes, sit_shapes(config))
     return config
+
+
+def describe_sit(shapes: Shapes, said: Said, hints: Hints) -> tuple[dict[str, Any], dict[str, str]]:
+    """(constructor options, what was assumed by option) of a SiT.
+
+    The user's word counts first, then the checkpoint's own, then what most networks are like:
+    what neither says is told.
+    """
+    rows = _shape(shapes, "y_embedder.embedding_table.weight", 2)[0]
+    classes, heads = _told_classes(rows, said, hints), hints.num_heads or said.num_heads
+    config = sit_config_from_shapes(shapes, heads, classes)
+    found = config["num_classes"]
+    if config["class_dropout_prob"] and said.class_dropout:
+        config["class_dropout_prob"] = said.class_dropout
+    assumed = {}
+    if classes is None:
+        null = "a null class" if found < rows else "no null class"
+        assumed["num_classes"] = (
+            f"no number of classes said; taken: {found} and {null} for a label table of {rows} "
+            "rows (--num-classes, --null-class or --no-null-class say otherwise)"
+        )
+    if heads is None and sit_size_name(config) == "custom":
+        assumed["num_heads"] = (
+            f"no attention heads said; taken: {config['num_heads']} (--num-heads says otherwise)"
+        )
+    return config, assumed
+
+
+def _told_classes(rows: int, said: Said, hints: Hints) -> int | None:
+    """The number of classes as the user or the checkpoint says it; None if neither does."""
+    null = hints.null_class
+    if hints.num_classes is not None:
+        told = hints.num_classes
+        if null is not None and told + null != rows:
+            raise ConfigError(
+                f"{told} classes {'and a' if null else 'without a'} null class need a label table "
+                f"of {told + null} rows, found {rows}"
+            )
+        return told
+    if null is not None:
+        return rows - null
+    if said.num_classes is not None or said.class_dropout is None:
+        return said.num_classes
+    return rows - (said.class_dropout > 0)
 
 
 def sit_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -164,7 +205,7 @@ def _num_classes(rows: int, hint: int | None) -> int:
         if hint < 1 or hint not in (rows, rows - 1):
             raise ConfigError(
                 f"expected num_classes {rows} (no null class) or {rows - 1} (with one) for a "
-                f"label table of {rows} rows, got {hint}"
+                f"label table of {rows} rows, got {hint}; --num-classes says it otherwise"
             )
         return hint
     return rows if rows == 1 or rows % 10 == 0 else rows - 1
@@ -187,84 +228,3 @@ def _require_same(found: Shapes, expected: Shapes) -> None:
             f"not a consistent SiT: {len(odd)} tensors do not fit the others, first {name!r}: "
             f"found {have}, expected {want}"
         )
-
-
-DEFAULT_BATCH: Final = 256  # images a step, in the public training
-_STEP: Final = re.compile(r"(?:.*[-_.])?(\d{7,9})")
-_TRACKS: Final = {"model": "raw", "ema": "ema"}
-
-
-def is_training_checkpoint(data: object) -> bool:
-    """Whether data is that of a training checkpoint, with state dicts as "model" or "ema"."""
-    return isinstance(data, dict) and any(isinstance(data.get(key), dict) for key in _TRACKS)
-
-
-def read_training_checkpoint(
-    data: Mapping[str, object], path: Path, weights: str, num_heads: int | None
-) -> list[Extracted]:
-    """Raw weights and their EMA as tracks; "auto" takes the EMA if there is one.
-
-    The step number in the name gives nimg = step * global batch size, which is read from the
-    checkpoint's arguments and is 256 by default. The optimizer is left alone.
-    """
-    args = data.get("args")
-    settings = args.state if isinstance(args, Record) and isinstance(args.state, dict) else {}
-    held = [key for key in _TRACKS if data.get(key) is not None]
-    wanted = {"auto": held[-1:], "both": held}.get(weights, [weights])
-    step = _STEP.fullmatch(path.stem)
-    batch = settings.get("global_batch_size", DEFAULT_BATCH)
-    fits = type(batch) is int and 0 < batch < 2**30
-    found = []
-    for key in wanted:
-        if key not in held:
-            raise CheckpointError(f"{path}: holds no {key!r}, only {' and '.join(held)}")
-        tensors = _without_wrapper(state_dict(data[key], f"{path}, {key}"))
-        config = _config(tensors, path, num_heads, settings.get("num_classes"))
-        found.append(
-            Extracted(
-                path=path,
-                tensors=tensors,
-                config=config,
-                stem=path.stem,
-                folder=_TRACKS[key],
-                nimg=int(step[1]) * batch if step and fits else None,
-                track=_TRACKS[key],
-                autoencoder=_autoencoder(config),
-                facts={"training": plain(settings)} if settings else {},
-            )
-        )
-    return found
-
-
-def read_bare(tensors: Mapping[str, TensorRef], path: Path, num_heads: int | None) -> Extracted:
-    """Released weights: one state dict and nothing else."""
-    tensors = _without_wrapper(tensors)
-    config = _config(tensors, path, num_heads)
-    return Extracted(
-        path=path,
-        tensors=tensors,
-        config=config,
-        stem=path.stem,
-        autoencoder=_autoencoder(config),
-    )
-
-
-def _without_wrapper(tensors: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:
-    """Names without the "module." that a wrapper for several devices adds to each."""
-    if all(name.startswith("module.") for name in tensors):
-        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors
-
-
-def _autoencoder(config: Mapping[str, Any]) -> str | None:
-    return "sd-vae-sit" if config["in_channels"] == 4 else None
-
-
-def _config(
-    tensors: Mapping[str, TensorRef], path: Path, num_heads: int | None, classes: object = None
-) -> dict[str, Any]:
-    known = classes if type(classes) is int else None
-    try:
-        return sit_config_from_shapes(shapes_of(tensors), num_heads, known)
-    except MergeRLError as error:
-        raise CheckpointError(f"{path}: {error}") from None

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from merge_rl.errors import CheckpointError, ConfigError
-from merge_rl.storage.checkpoints import metadata_config, parse_stem
+from merge_rl.storage.checkpoints import metadata_config
 from merge_rl.storage.convert import edm2 as edm2_source
-from merge_rl.storage.convert import sit as sit_source
-from merge_rl.storage.convert.contents import Extracted, require_size, shapes_of, state_dict
-from merge_rl.storage.convert.edm2_shapes import is_edm2
+from merge_rl.storage.convert.contents import Extracted, require_size, state_dict
+from merge_rl.storage.convert.said import NO_HINTS, Hints
+from merge_rl.storage.convert.states import holds_states, read_states
 from merge_rl.storage.files import (
     INDEX_SUFFIX,
     is_weights_name,
@@ -77,12 +77,12 @@ def _convertible(folder: Path) -> list[Path]:
     return [file for file in files if file not in states] if snapshots else files
 
 
-def extract(path: Path, weights: str = "auto", num_heads: int | None = None) -> list[Extracted]:
+def extract(path: Path, weights: str = "auto", hints: Hints = NO_HINTS) -> list[Extracted]:
     """The weights in a file, one result a track; CheckpointError if it is of no known kind."""
     if is_weights_name(path.name):
-        found = [_read_safetensors(path, num_heads)]
+        found = _read_safetensors(path, weights, hints)
     else:
-        found = _read_pickled(path, weights, num_heads)
+        found = _read_pickled(path, weights, hints)
     for item in found:
         require_size(item, sum(part.stat().st_size for part in files_of(path)))
     return found
@@ -108,7 +108,7 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_pickled(path: Path, weights: str, num_heads: int | None) -> list[Extracted]:
+def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
     data = read_data(path)
     if not isinstance(data, dict):
         raise _unknown(path, kind_of(data))
@@ -118,13 +118,8 @@ def _read_pickled(path: Path, weights: str, num_heads: int | None) -> list[Extra
         return [edm2_source.read_snapshot(data, path)]
     if edm2_source.is_training_state(data):
         return edm2_source.read_training_state(data, path, weights)
-    if sit_source.is_training_checkpoint(data):
-        return sit_source.read_training_checkpoint(data, path, weights, num_heads)
-    if data and all(isinstance(item, TensorRef) for item in data.values()):
-        tensors = state_dict(data, str(path))
-        if is_edm2(shapes_of(tensors)):
-            return [_bare_edm2(tensors, path, None)]
-        return [sit_source.read_bare(tensors, path, num_heads)]
+    if holds_states(data):
+        return read_states(data, path, weights, hints)
     keys = [shown(key, 30) for key in data if isinstance(key, str)][:8]
     raise _unknown(path, f"a mapping with the keys {', '.join(keys) or '(none)'}")
 
@@ -134,23 +129,7 @@ def _unknown(path: Path, found: str) -> CheckpointError:
     return CheckpointError(f"{path}: expected {expected}, found {found}")
 
 
-def _bare_edm2(
-    tensors: Mapping[str, TensorRef], path: Path, config: Mapping[str, object] | None
-) -> Extracted:
-    """A state dict of EDM2 without anything around it."""
-    nimg, ema_std = parse_stem(path.stem)
-    return Extracted(
-        path=path,
-        tensors=tensors,
-        config=config,
-        stem=path.stem,
-        nimg=nimg,
-        ema_std=ema_std,
-        track=None if ema_std is None else f"ema-{ema_std:.3f}",
-    )
-
-
-def _read_safetensors(path: Path, num_heads: int | None) -> Extracted:
+def _read_safetensors(path: Path, weights: str, hints: Hints) -> list[Extracted]:
     """Weights that have the right form already, be it in shards; what they say of themselves."""
     stored = open_weights(path)
     sources = {file: ByteSource(file) for file in stored.parts}
@@ -160,14 +139,6 @@ def _read_safetensors(path: Path, num_heads: int | None) -> Extracted:
         span = Span(sources[home], stored.parts[home].begins[name], info.nbytes)
         storage = StorageRef(info.dtype, math.prod(info.shape), span)
         tensors[name] = TensorRef(storage, 0, info.shape, tuple(row_major(info.shape)))
-    state_dict(tensors, str(path))
     config = metadata_config(path, stored.metadata)
-    if is_edm2(shapes_of(tensors)):
-        found = _bare_edm2(tensors, path, config)
-    else:
-        own = config if config is not None and config.get("model") == "sit" else {}
-        heads = own.get("num_heads")
-        known = heads if isinstance(heads, int) else None
-        found = sit_source.read_bare(tensors, path, num_heads or known)
-        found = replace(found, config=own or found.config)
-    return replace(found, stem=weights_stem(path.name))
+    found = read_states(state_dict(tensors, str(path)), path, weights, hints, config)
+    return [replace(item, stem=weights_stem(path.name)) for item in found]

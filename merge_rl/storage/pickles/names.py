@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 import numpy as np
@@ -19,8 +20,20 @@ from merge_rl.storage.pickles.values import Global, is_one_of, kind_of, shown, w
 
 _CLASSES: Final = (
     "argparse.Namespace",
+    "types.SimpleNamespace",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "ml_collections.config_dict.config_dict.ConfigDict",
+    "ml_collections.config_dict.config_dict.FieldReference",
     *(f"torch.nn.modules.container.{name}" for name in ("ModuleDict", "ModuleList", "Sequential")),
 )
+_SETTINGS: Final = (
+    *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"),
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Float", "Integer", "String")),
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Bytes", "Path", "Enum")),
+)
+_PATHS: Final = ("pathlib", "pathlib._local")  # of Python 3.13
+_TYPES: Final = ("dict", "list", "tuple", "int", "long", "float", "bool", "str")
 _DTYPES: Final = (
     *("float16", "float32", "float64", "bfloat16", "bool", "complex64"),
     *("int8", "int16", "int32", "int64", "uint8"),
@@ -45,6 +58,35 @@ def _mapping(args: tuple[object, ...], m: Machine) -> dict[object, object]:
 def _record(kind: str) -> Handler:
     """Instances of a class, as a record without state yet."""
     return lambda args, _: Record(kind, args)
+
+
+class _Setting(Record):
+    """A node of OmegaConf: its content alone, without its parent, in which it lies itself."""
+
+    def build(self, state: object, machine: Machine) -> object:
+        if not isinstance(state, dict):
+            raise machine.refuse(f"the state of a {self.kind} is {kind_of(state)}")
+        content = {key: state[key] for key in ("_content", "_val") if key in state}
+        return super().build(content, machine)
+
+
+def _setting(kind: str) -> Handler:
+    return lambda args, _: _Setting(kind, args)
+
+
+def _default_mapping(args: tuple[object, ...], m: Machine) -> dict[object, object]:
+    """A defaultdict: its default is left out, its items follow."""
+    if len(args) > 1 or not (not args or args[0] is None or isinstance(args[0], Global)):
+        raise m.refuse("a mapping with a default that is not a class")
+    return {}
+
+
+def _path(args: tuple[object, ...], m: Machine) -> str:
+    """A path as text; nothing is looked up."""
+    if not all(isinstance(part, str) for part in args):
+        raise m.refuse("a path of parts that are not text")
+    m.budget.spend(sum(len(str(part)) for part in args))
+    return str(PurePosixPath(*map(str, args)))
 
 
 def _persistent(args: tuple[object, ...], m: Machine) -> object:
@@ -153,9 +195,15 @@ PERMITTED: Final[Mapping[str, Handler | None]] = {
     **NUMPY_NAMES,
     "dnnlib.util.EasyDict": _mapping,
     "collections.OrderedDict": _mapping,
+    "collections.defaultdict": _default_mapping,
+    "easydict.EasyDict": _mapping,
+    "typing.Any": None,
+    **{f"{module}.{kind}Path": _path for module in _PATHS for kind in ("Posix", "Windows")},
+    **{f"{module}.Pure{kind}Path": _path for module in _PATHS for kind in ("Posix", "Windows")},
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "torch.storage._load_from_bytes": load_from_bytes,
     **{name: _record(name) for name in _CLASSES},
+    **{name: _setting(name) for name in _SETTINGS},
     "torch.Size": _size,
     "torch.device": _device,
     **dict.fromkeys(f"torch.{dtype}" for dtype in _DTYPES),
@@ -164,6 +212,8 @@ PERMITTED: Final[Mapping[str, Handler | None]] = {
     **{f"{builtins}.set": _set for builtins in ("builtins", "__builtin__")},
     **{f"{builtins}.frozenset": _frozenset for builtins in ("builtins", "__builtin__")},
     **{f"{builtins}.bytes": _no_bytes for builtins in ("builtins", "__builtin__")},
+    # Types of settings, which are named and never made.
+    **{f"{b}.{kind}": None for b in ("builtins", "__builtin__") for kind in _TYPES},
 }
 
 _CODES: Final = frozenset(

@@ -58,7 +58,7 @@ def build_extractor(
     require_device(device)
     source = weights_source(name, weights)
     if is_user_module(name):
-        loaded = load_weights(source, announce) if source else None
+        loaded = load_weights(source, announce, as_stored=True) if source else None
         with _current_folder_importable():
             built = _call(name, _user_factory(name), loaded)
         _require_attributes(built, name)

@@ -6,18 +6,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from merge_rl import registry
 from merge_rl.config import SamplerConfig
+from merge_rl.core.wrapped import Held, hold, unwrapped
 from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.interfaces import Autoencoder, Network
 from merge_rl.storage.checkpoints import model_sha256, open_model_file
 from merge_rl.storage.files import sha256_file
 from merge_rl.storage.hub import Downloaded, download, local_model
 from merge_rl.storage.pickles import TensorRef, read_data
+
+T = TypeVar("T")
 
 DEFAULT_WEIGHTS: Final = {
     "sd-vae-edm2": "stabilityai/sd-vae-ft-mse",
@@ -178,16 +181,20 @@ class Weights(NamedTuple):
     sha256: str
 
 
-def load_weights(source: str, announce: Announce = lambda _text: None) -> Weights:
+def load_weights(
+    source: str, announce: Announce = lambda _text: None, *, as_stored: bool = False
+) -> Weights:
     """Weights from `source`: a path, or a name of `PUBLIC_FILES` where no such path exists.
 
-    Takes what `open_model_file` takes, and state dicts that torch.save wrote, of which data alone
-    is read. Raises CheckpointError for anything else.
+    Takes what `open_model_file` takes, and what torch.save wrote, of which data alone is read: a
+    state dict, wrapped or not, or one beside others; of raw weights and their average the average,
+    and `announce` hears what was left. `as_stored` wants one state dict and keeps all its names.
+    Raises CheckpointError for anything else.
     """
     if is_public(source):
         fetched = fetch_public(source, announce=announce)
-        return _read(fetched.path)._replace(sha256=fetched.sha256)
-    return _read(Path(source))
+        return _read(fetched.path, announce, as_stored)._replace(sha256=fetched.sha256)
+    return _read(Path(source), announce, as_stored)
 
 
 def is_public(source: str) -> bool:
@@ -195,25 +202,48 @@ def is_public(source: str) -> bool:
     return source in PUBLIC_FILES and not Path(source).exists()
 
 
-def _read(path: Path) -> Weights:
+def _read(path: Path, announce: Announce, as_stored: bool) -> Weights:
     if path.suffix.lower() in TORCH_SUFFIXES and path.is_file():
-        return Weights(_state_dict(path), None, sha256_file(path))
-    file = open_model_file(path)
-    return Weights(file.weights, file.config, model_sha256(path))
+        state = (
+            _state_dict(path)
+            if as_stored
+            else _chosen(hold(_mapping(path), TensorRef), path, announce)
+        )
+        tensors = {name: item.load() for name, item in state.items()}
+        return Weights(tensors, None, sha256_file(path))
+    file, digest = open_model_file(path), model_sha256(path)
+    if as_stored:
+        return Weights(file.weights, file.config, digest)
+    return Weights(_chosen(hold(file.weights, Tensor), path, announce), file.config, digest)
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    value = read_data(path)
-    if not isinstance(value, dict) or not value:
-        kind = "nothing" if value == {} else type(value).__name__
-        raise CheckpointError(f"{path}: expected a state dict, found {kind}")
-    tensors = {}
+def _state_dict(path: Path) -> dict[str, TensorRef]:
+    value = _mapping(path)
     for name, item in value.items():
         if not isinstance(name, str) or not isinstance(item, TensorRef):
             found = f"{type(item).__name__} at {str(name)[:60]!r}"
             raise CheckpointError(f"{path}: expected a state dict of tensors alone, found {found}")
-        tensors[name] = item.load()
-    return tensors
+    return value
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    value = read_data(path)
+    if not isinstance(value, dict) or not value:
+        kind = "nothing" if value == {} else type(value).__name__
+        raise CheckpointError(f"{path}: expected a state dict, found {kind}")
+    return value
+
+
+def _chosen(held: Held[T], path: Path, announce: Announce) -> dict[str, T]:
+    """The average, or else the only state dict."""
+    places = held.among(averaged=True) or held.among(averaged=False)
+    if len(places) != 1:
+        found = ", ".join(place or "its own tensors" for place in places) or ", ".join(held.others)
+        raise CheckpointError(f"{path}: expected the state dict of one network, found {found}")
+    others = [*(other for other in held.states if other != places[0]), *held.others]
+    if others:
+        announce(f"{path}: took {places[0] or 'its tensors'}, left {', '.join(others[:8])}")
+    return held.states[places[0]]
 
 
 def load_model(path: str | os.PathLike[str]) -> Network:
@@ -237,7 +267,7 @@ def load_network(path: str | Path) -> Network:
         raise CheckpointError(f"{path}: the model config is not known; expected a config.json")
     model = registry.build_model(file.config)
     try:
-        model.load_state_dict(file.weights)
+        model.load_state_dict(unwrapped(file.weights))
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise CheckpointError(f"{path}: does not fit its model config: {lines[-1]}") from None

@@ -152,8 +152,8 @@ def test_the_defaults_are_public_files() -> None:
     [
         ([1, 2], "expected a state dict, found list"),
         ({}, "expected a state dict, found nothing"),
-        ({"model": {"a": torch.ones(1)}}, "state dict of tensors alone, found dict at 'model'"),
-        ({3: torch.ones(1)}, "tensors alone, found TensorRef at '3'"),
+        ({"model": {"a": torch.ones(1)}}, "not weights of extractor 'digits': 9 tensors do"),
+        ({3: torch.ones(1)}, "expected the state dict of one network, found 3"),
         ({"conv0.weight": torch.ones(1)}, "w.pt: not weights of extractor 'digits': 8 tensors do"),
     ],
 )

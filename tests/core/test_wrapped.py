@@ -1,0 +1,105 @@
+"""Names that wrappers grow, and state dicts beside one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from merge_rl.core.wrapped import hold, is_average, unwrapped
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 3)
+        self.blocks = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+
+def plain() -> Mapping[str, Tensor]:
+    return Net().state_dict()
+
+
+class Attribute(nn.Module):
+    """A program's own module around the network."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, module)
+
+
+WRAPPERS = {
+    "compiled": lambda net: Attribute("_orig_mod", net),  # the attribute of torch.compile
+    "data parallel": lambda net: nn.DataParallel(net),
+    "averaged": lambda net: AveragedModel(net),
+    "net": lambda net: Attribute("net", net),
+    "model": lambda net: Attribute("model", net),
+    "compiled, then averaged": lambda net: AveragedModel(Attribute("_orig_mod", net)),
+    "parallel in a model, compiled": lambda net: Attribute(
+        "_orig_mod", Attribute("model", nn.DataParallel(net))
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_torchs_own_wrappers_are_taken_off(wrapper: str) -> None:
+    net = Net()
+    state = WRAPPERS[wrapper](net).state_dict()  # type: ignore[no-untyped-call]
+    held = hold(state, Tensor)
+    ((_, found),) = held.states.items()
+    assert list(found) == list(net.state_dict())
+    assert all(torch.equal(found[name], t) for name, t in net.state_dict().items())
+    assert held.others == (["n_averaged"] if "averaged" in wrapper else [])
+
+
+def test_parts_that_are_compiled_by_themselves() -> None:
+    net = Net()
+    expected = list(net.state_dict())
+    net.blocks[1] = Attribute("_orig_mod", net.blocks[1])
+    assert list(net.state_dict()) != expected
+    assert list(unwrapped(net.state_dict())) == expected
+
+
+def test_names_stay_where_two_would_become_one() -> None:
+    state = {"a._orig_mod.w": 1, "a.w": 2}
+    assert unwrapped(state) == state
+    # Names of networks that only resemble a wrapper's.
+    for kept in ({"model.a": 1, "modeling.b": 2}, {"nets.a": 1}, {"module": 1}, {}):
+        assert unwrapped(kept) == kept
+    assert unwrapped({"model.model.a": 1, "model.net.a": 2}) == {"model.a": 1, "net.a": 2}
+
+
+def test_raw_weights_and_their_average_are_told_apart() -> None:
+    state = dict(plain())
+    average = {name: tensor + 1 for name, tensor in state.items()}
+    flat = {f"model.{k}": t for k, t in state.items()}
+    flat |= {f"model_ema.module.{k}": t for k, t in average.items()}
+    flat |= {"model_ema.n_averaged": torch.tensor(3), "loss.scale": torch.tensor(2.0)}
+    nested = {"model": state, "model_ema": {"module": average}, "epoch": 3, "optimizer": {"a": 1}}
+    lightning = {"state_dict": flat, "hyper_parameters": {"lr": 1e-4}}
+    for data, places, others in (
+        (flat, ["model", "model_ema/module"], {"loss.scale", "model_ema/n_averaged"}),
+        (nested, ["model", "model_ema/module"], {"epoch", "optimizer"}),
+        (
+            lightning,
+            ["state_dict/model", "state_dict/model_ema/module"],
+            {"hyper_parameters", "state_dict/loss.scale", "state_dict/model_ema/n_averaged"},
+        ),
+    ):
+        held = hold(data, Tensor)
+        assert list(held.states) == places
+        assert [is_average(place) for place in places] == [False, True]
+        assert (held.among(averaged=False), held.among(averaged=True)) == (places[:1], places[1:])
+        assert set(held.others) == others
+        assert list(held.states[places[0]]) == list(held.states[places[1]]) == list(state)
+        assert torch.equal(held.states[places[1]]["first.weight"], average["first.weight"])
+
+
+def test_what_holds_no_tensors() -> None:
+    assert hold({"model": {"a": 1}, "b": 2}, Tensor).states == {}
+    endless: dict[str, object] = {}
+    endless["model"] = endless
+    assert hold(endless, Tensor).states == {}
