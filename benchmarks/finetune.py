@@ -39,8 +39,9 @@ from merge_rl.rng import image_seeds
 from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.assembly.memory import peak_memory
 from merge_rl.workflows.assembly.networks import load_model
-from merge_rl.workflows.evaluate.features import network_rollout
+from merge_rl.workflows.assembly.parts import network_rollout
 from merge_rl.workflows.finetune.run import FinetuneResult, finetune
+from merge_rl.workflows.rollout.rollout import Rollout
 
 GOAL, RECALL_GOAL, STEPS_GOAL, MEMORY_GOAL = 0.85, 0.03, 0.7, 1.10
 CURVE: Final = "sde-eval"
@@ -60,7 +61,7 @@ def recipe(name: str, model: Path, **changes: Any) -> FinetuneConfig:
 def recall_of(model: nn.Module, extractor: FeatureExtractor, held: Tensor, steps: int) -> float:
     """Recall of the held-out images under the SDE, as many generated as there are."""
     sampler = SamplerConfig(solver="sde-euler", num_steps=steps)
-    rollout = network_rollout(model, sampler, 250, "cpu", extractor=extractor)
+    rollout = network_rollout(model, sampler, 250, "cpu", Rollout, extractor=extractor)
     noise = rollout.noise(image_seeds(len(held), 0, "recall"))
     fake = rollout.features(noise, balanced_labels(len(held), 10))
     return float(prdc(held, fake, 5).recall)

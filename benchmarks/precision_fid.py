@@ -19,7 +19,7 @@ import torch
 import merge_rl as mrl
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.demo import write_demo
-from merge_rl.workflows.assembly.resolve import find_surroundings
+from merge_rl.workflows.assembly.resolve import find_defaults
 
 
 def variants(device: str) -> dict[str, dict[str, Any]]:
@@ -37,7 +37,7 @@ def newest(folder: Path) -> Path:
 
 
 def measure(model: Path, num_images: int, repeats: int, device: str) -> list[dict[str, Any]]:
-    near = find_surroundings(model)
+    near = find_defaults(model)
     base = near.sampler or SamplerConfig()
     assert near.reference is not None
     rows: list[dict[str, Any]] = []

@@ -26,7 +26,7 @@ from merge_rl.config import MODEL_IMAGES, EvaluateConfig, SamplerConfig
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from merge_rl.workflows.assembly import Surroundings
+    from merge_rl.workflows.assembly import ModelDefaults
 
 
 HIGHER_IS_BETTER: Final = ("precision", "recall", "density", "coverage")
@@ -54,11 +54,11 @@ def evaluate(
 
     What is not said comes from the run or the checkpoint set that the model lies in.
     """
-    from merge_rl.workflows.assembly import build_extractor, find_surroundings
+    from merge_rl.workflows.assembly import build_extractor, find_defaults
     from merge_rl.workflows.evaluate import evaluate as score
     from merge_rl.workflows.reference import kind_of
 
-    near, kind = find_surroundings(model), kind_of(model)
+    near, kind = find_defaults(model), kind_of(model)
     config, sampler = generation_settings(EvaluateConfig, settings, model)
     config = replace(config, device=ranks.own_device(config.device), sampler=sampler)
     note_unused_gpu(config.device)
@@ -109,7 +109,7 @@ def _generated(model: Path, config: EvaluateConfig, *, named: bool) -> dict[str,
     }
 
 
-def _extractor(model: Path, config: EvaluateConfig, near: Surroundings) -> tuple[str, str | None]:
+def _extractor(model: Path, config: EvaluateConfig, near: ModelDefaults) -> tuple[str, str | None]:
     """Name and weights: as said, else as the run or set says, else as the reference does.
 
     Refuses what cannot be scored with it, before anything is fetched.

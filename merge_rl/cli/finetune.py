@@ -78,12 +78,12 @@ def finetune(
 
 def build_settings(model: str | Path, said: Mapping[str, Any]) -> FinetuneConfig:
     """The settings of a run; what is not said of a sampler is that of the model's set or run."""
-    from merge_rl.workflows.assembly import find_surroundings
+    from merge_rl.workflows.assembly import find_defaults
 
     values = dict(said)
     if isinstance(values.get("reward"), Mapping):
         values["reward"] = {**to_mapping(PAPER_REWARD), **values["reward"]}
-    near = find_surroundings(model).sampler if "sampler" in values else None
+    near = find_defaults(model).sampler if "sampler" in values else None
     return build(FinetuneConfig, values, near=to_mapping(near) if near else None, model=str(model))
 
 

@@ -49,8 +49,8 @@ def sample(
 ) -> None:
     """Generate a grid of images. The same seed is the same image, whatever the batch."""
     from merge_rl.storage.files import enlarge, image_grid, write_png
-    from merge_rl.workflows.assembly import load_model
-    from merge_rl.workflows.evaluate import network_rollout
+    from merge_rl.workflows.assembly import load_model, network_rollout
+    from merge_rl.workflows.rollout import Rollout
 
     config, sampler = generation_settings(SampleConfig, settings, model)
     network = load_model(model)
@@ -59,8 +59,8 @@ def sample(
     decoder = find_autoencoder(model, network, config)
     with ProgressTracker(quiet=json) as tracker:
         rollout = network_rollout(
-            network, sampler, config.batch, config.device, autoencoder=decoder,
-            on_images=tracker.advance,
+            network, sampler, config.batch, config.device, Rollout,
+            autoencoder=decoder, on_images=tracker.advance,
         )  # fmt: skip
         tracker.phase("sample", num)
         seeds = range(config.seed, config.seed + num)
@@ -93,9 +93,9 @@ def generation_settings(
 ) -> tuple[Generating, SamplerConfig]:
     """What was said, and the sampler: as said one by one, else as the model's run or set says."""
     from merge_rl.core.sampling.compatibility import require_solver
-    from merge_rl.workflows.assembly import find_surroundings
+    from merge_rl.workflows.assembly import find_defaults
 
-    near = find_surroundings(model).sampler or SamplerConfig()
+    near = find_defaults(model).sampler or SamplerConfig()
     config = build(cls, settings, near=to_mapping(near))
     sampler = config.sampler or near
     require_solver(sampler.solver)
@@ -104,9 +104,9 @@ def generation_settings(
 
 def find_autoencoder(model: Path, network: nn.Module, config: GenerationConfig) -> Autoencoder:
     """What makes images of a network's samples: as said, else as its run or set says."""
-    from merge_rl.workflows.assembly import find_surroundings, load_autoencoder
+    from merge_rl.workflows.assembly import find_defaults, load_autoencoder
 
-    near = find_surroundings(model)
+    near = find_defaults(model)
     own = config.autoencoder in (None, near.autoencoder)
     built, _ = load_autoencoder(
         config.autoencoder or near.autoencoder,

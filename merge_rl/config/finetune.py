@@ -171,13 +171,15 @@ class FinetuneConfig:
             )
         }  # fmt: skip
 
-    def reward_settings(self) -> OptimizeConfig:
-        """The same inputs as a search names them, for what builds rewards."""
+    def part_settings(self) -> OptimizeConfig:
+        """The same inputs as a search names them, with the sampler of rollouts."""
         shared = (
             "extractor", "extractor_weights", "reference", "heldout", "extra_references",
-            "extra_weights", "autoencoder", "device", "seed", "reward",
+            "extra_weights", "autoencoder", "autoencoder_weights", "autoencoder_dtype", "batch",
+            "device", "seed", "reward",
         )  # fmt: skip
-        return OptimizeConfig(checkpoints=self.model, **{k: getattr(self, k) for k in shared})
+        given = {key: getattr(self, key) for key in shared}
+        return OptimizeConfig(checkpoints=self.model, sampler=self.rollout_sampler(), **given)
 
 
 def differing_keys(one: FinetuneConfig, other: FinetuneConfig) -> list[str]:

@@ -18,8 +18,8 @@ from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
 from merge_rl.storage.checkpoints.merging import load_checkpoints, plan_merge
 from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.assembly.networks import load_model
-from merge_rl.workflows.assembly.resolve import find_surroundings
-from merge_rl.workflows.evaluate.features import network_rollout
+from merge_rl.workflows.assembly.parts import network_rollout
+from merge_rl.workflows.assembly.resolve import find_defaults
 from merge_rl.workflows.rollout.execution import exact_products, matmul_precision
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 
@@ -32,11 +32,11 @@ def newest(folder: Path) -> Path:
 
 def rollout_of(folder: Path, device: str, batch: int = 64, **changes: object) -> Rollout:
     """The newest raw checkpoint of an embedded run, under the run's own sampler."""
-    near = find_surroundings(newest(folder))
+    near = find_defaults(newest(folder))
     extractor, _ = build_extractor("digits", near.extractor_weights, device)
     sampler = dataclasses.replace(near.sampler or SamplerConfig(), **changes)  # type: ignore[arg-type]
     model = load_model(newest(folder)).to(device)
-    return network_rollout(model, sampler, batch, device, extractor=extractor)
+    return network_rollout(model, sampler, batch, device, Rollout, extractor=extractor)
 
 
 def inputs(rollout: Rollout) -> tuple[Tensor, Tensor]:

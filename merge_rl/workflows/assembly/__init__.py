@@ -1,6 +1,6 @@
 """Settings into objects: networks, extractors, references, rewards; their memory and cost."""
 
-from merge_rl.workflows.assembly.costs import Parts, build_parts
+from merge_rl.workflows.assembly.costs import PartCosts, cost_parts
 from merge_rl.workflows.assembly.extractors import (
     build_extractor,
     is_user_module,
@@ -21,10 +21,10 @@ from merge_rl.workflows.assembly.networks import (
     Announce,
     is_public,
     load_autoencoder,
-    load_guide,
     load_model,
     load_network,
 )
+from merge_rl.workflows.assembly.parts import Parts, network_rollout
 from merge_rl.workflows.assembly.references import (
     Maker,
     Statistics,
@@ -39,17 +39,15 @@ from merge_rl.workflows.assembly.references import (
     search_doubts,
 )
 from merge_rl.workflows.assembly.resolve import (
-    Surroundings,
-    find_surroundings,
+    ModelDefaults,
+    find_defaults,
     resolve_config,
+    resolve_finetune,
     searcher_note,
 )
 from merge_rl.workflows.assembly.reward import (
-    Target,
-    build_reward,
     check_reward,
     parse_reward,
-    require_parts,
     require_targets,
 )
 
@@ -58,33 +56,32 @@ __all__ = [
     "Job",
     "Maker",
     "MemoryPlan",
+    "ModelDefaults",
+    "PartCosts",
     "Parts",
     "Statistics",
-    "Surroundings",
-    "Target",
     "build_extractor",
     "build_job",
     "build_map",
-    "build_parts",
-    "build_reward",
     "check_reward",
+    "cost_parts",
     "expected_maker",
+    "find_defaults",
     "find_extractor",
     "find_references",
-    "find_surroundings",
     "fit_batch",
     "gib",
     "image_size",
     "is_public",
     "is_user_module",
     "load_autoencoder",
-    "load_guide",
     "load_model",
     "load_network",
     "maker_of",
     "memory_advice",
     "name_extractor",
     "named_by_file",
+    "network_rollout",
     "notes_of",
     "other_resolutions",
     "parse_reward",
@@ -92,9 +89,9 @@ __all__ = [
     "plan_memory",
     "require_known",
     "require_memory",
-    "require_parts",
     "require_targets",
     "resolve_config",
+    "resolve_finetune",
     "search_doubts",
     "searcher_note",
 ]

@@ -17,32 +17,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from merge_rl import registry
-from merge_rl.config import OptimizeConfig, SamplerConfig
+from merge_rl.config import OptimizeConfig
 from merge_rl.core.distances.statistics import FeatureStats
-from merge_rl.errors import CheckpointError
-from merge_rl.interfaces import Autoencoder, FeatureExtractor
+from merge_rl.interfaces import Autoencoder
 from merge_rl.storage.checkpoints import CheckpointSet, plan_merge
 from merge_rl.storage.files import sha256_file
-from merge_rl.workflows.assembly.extractors import build_extractor
-from merge_rl.workflows.assembly.networks import load_autoencoder, load_guide
-from merge_rl.workflows.assembly.references import load_references
-from merge_rl.workflows.assembly.reward import Target, build_reward, require_parts
-from merge_rl.workflows.reference import Reference
-from merge_rl.workflows.rewards import RewardSum
-from merge_rl.workflows.rollout import Rollout, cpu_workers
+from merge_rl.workflows.assembly.parts import Parts, blank_network
+from merge_rl.workflows.rollout import Rollout
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Parts:
+class PartCosts:
     """The objects of a search, and what their forward passes cost."""
 
-    network: nn.Module
-    decoder: Autoencoder
-    extractor: FeatureExtractor  # of the rewards
-    guide: nn.Module | None
-    rollout: Rollout
-    reward: RewardSum
-    references: Mapping[str, Reference]
+    parts: Parts
+    rollout: Rollout  # to the features of the reward
     costs: Mapping[str, Cost]  # by part; a part that computes nothing is not in it
     size: int  # elements that are merged
     num_groups: int  # of coefficients
@@ -50,9 +39,9 @@ class Parts:
     notes: tuple[str, ...]
 
     @property
-    def num_classes(self) -> int:
-        """Classes of the network."""
-        return int(getattr(self.network, "label_dim", 0))
+    def dim(self) -> int:
+        """Features an image, of the reward."""
+        return self.rollout.extractor.dim
 
     @property
     def call_flops(self) -> float:
@@ -70,57 +59,33 @@ class Parts:
         )
 
     @property
-    def own_moments(self) -> FeatureStats:
-        """Moments of real data in the features of the set's extractor."""
-        return self.references["reference"].stats
-
-    @property
     def moments(self) -> FeatureStats:
         """Moments as wide as the features of the rewards, about as large as real ones."""
-        own = self.own_moments
-        times = -(-self.extractor.dim // own.dim)
-        mean = own.mean.repeat(times)[: self.extractor.dim]
-        spread = own.cov.diagonal().repeat(times)[: self.extractor.dim]
+        own = self.parts.references["reference"].stats
+        times = -(-self.dim // own.dim)
+        mean = own.mean.repeat(times)[: self.dim]
+        spread = own.cov.diagonal().repeat(times)[: self.dim]
         return FeatureStats(own.count, mean, torch.diag(spread))
 
 
-def build_parts(
+def cost_parts(
     config: OptimizeConfig, checkpoints: CheckpointSet, announce: Callable[[str], None]
-) -> Parts:
+) -> PartCosts:
     """Build what a resolved config names; of the checkpoints only headers are looked at."""
-    if checkpoints.config is None:
-        raise CheckpointError(
-            f"{checkpoints.folder}: the model config is not known; "
-            "expected a manifest or config.json"
-        )
-    device, sampler = config.device, config.sampler or SamplerConfig()
-    network = registry.build_model(checkpoints.config).to(device).requires_grad_(False)
-    shape = network.sample_shape
-    guide = load_guide(sampler, device)
-    require_parts(config, network, guide, [sampler])
-    decoder, _ = load_autoencoder(
-        config.autoencoder, config.autoencoder_weights, shape=shape,
-        dtype=config.autoencoder_dtype, device=device, announce=announce,
-    )  # fmt: skip
-    own, digest = build_extractor(
-        config.extractor or "", config.extractor_weights, device, announce
-    )
-    references = load_references(config, own, digest)
-    target = Target(extractor=own, reference=references["reference"], path=config.reference or "")
-    built = build_reward(config, target, announce)
-    rollout = Rollout(
-        network, shape, sampler=sampler, autoencoder=decoder, extractor=built.extractor,
-        batch=config.batch, device=device, guide=guide, workers=cpu_workers(device),
-    )  # fmt: skip
+    parts = Parts(config, blank_network(checkpoints, config.device), announce)
+    parts.require_fit([parts.sampler])
+    rollout = parts.rollout(Rollout)
     plan = plan_merge(checkpoints, groups=config.merge.groups, base=config.merge.start)
-    size = sum(_elements(checkpoints, name) for name in plan.merged)
-    costs, notes = _costs(checkpoints.config, rollout)
-    return Parts(
-        network=network, decoder=decoder, extractor=built.extractor, guide=guide, rollout=rollout,
-        reward=built.reward, references=references, costs=costs, size=size,
+    costs, notes = _costs(checkpoints.config or {}, rollout)
+    return PartCosts(
+        parts=parts,
+        rollout=rollout,
+        costs=costs,
+        size=sum(_elements(checkpoints, name) for name in plan.merged),
         num_groups=len(plan.groups.names),
-        start_seconds=_reading_seconds(checkpoints), notes=notes,
-    )  # fmt: skip
+        start_seconds=_reading_seconds(checkpoints),
+        notes=notes,
+    )
 
 
 def _elements(checkpoints: CheckpointSet, name: str) -> int:

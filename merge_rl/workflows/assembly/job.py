@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from merge_rl import registry
-from merge_rl.config import MergeConfig, OptimizeConfig, SamplerConfig
+from merge_rl.config import MergeConfig, OptimizeConfig
 from merge_rl.core.merging.buffers import Checkpoints
 from merge_rl.core.merging.linear_maps import weight_gram
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.merging.maps import BoundedMap, CoefficientMap, initial_coefficients, make_map
-from merge_rl.errors import CheckpointError
 from merge_rl.storage.checkpoints import (
     CheckpointSet,
     base_index,
     load_checkpoints,
-    model_sha256,
     plan_merge,
 )
-from merge_rl.storage.files import sha256_file
-from merge_rl.workflows.assembly.extractors import build_extractor
-from merge_rl.workflows.assembly.networks import Announce, load_autoencoder, load_guide
-from merge_rl.workflows.assembly.references import load_references
-from merge_rl.workflows.assembly.reward import Target, build_reward, require_parts
-from merge_rl.workflows.reference import Reference, reference_file
+from merge_rl.workflows.assembly.networks import Announce
+from merge_rl.workflows.assembly.parts import Parts, blank_network
+from merge_rl.workflows.reference import Reference
 from merge_rl.workflows.rewards import RewardSum
-from merge_rl.workflows.rollout import MergedRollout, Rollout, cpu_workers, place_weights
+from merge_rl.workflows.rollout import MergedRollout, Rollout, place_weights
 
 
 def build_map(
@@ -59,16 +54,41 @@ def build_map(
 class Job:
     """What a search or a comparison works with."""
 
+    parts: Parts
     checkpoints: CheckpointSet
     flat: Checkpoints
     map: CoefficientMap
     group_names: tuple[str, ...]
     rollout: MergedRollout  # to the features that the reward reads
     final_rollout: MergedRollout  # to those of the set's extractor: the comparison's
-    num_classes: int
-    reward: RewardSum
-    references: dict[str, Reference]
     hashes: dict[str, Any]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the network; 0 for one without."""
+        return self.parts.num_classes
+
+    @property
+    def reward(self) -> RewardSum:
+        """What candidates are ranked by."""
+        return self.parts.reward.reward
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        """Statistics of real data: "reference" and, if any, "heldout"."""
+        return self.parts.references
+
+    def with_reward(self, config: OptimizeConfig) -> Job:
+        """The same job with the reward of another config, fresh."""
+        parts, final = self.parts.with_reward(config), self.final_rollout
+        # Those of a reward's files have a name behind the kind.
+        hashes = {kind: value for kind, value in self.hashes.items() if " " not in kind}
+        return dataclasses.replace(
+            self,
+            parts=parts,
+            rollout=_to_reward(parts, final.live, final.rollout),
+            hashes={**hashes, **parts.reward.hashes},
+        )
 
     def coefficients(self, index: int | None) -> Tensor:
         """(G, K): checkpoint `index` alone, or the uniform average for None."""
@@ -85,68 +105,30 @@ def build_job(
     announce: Announce = lambda _text: None,
 ) -> Job:
     """Build everything a resolved config names; `announce` hears of downloads."""
-    if checkpoints.config is None:
-        raise CheckpointError(
-            f"{checkpoints.folder}: the model config is not known; "
-            "expected a manifest or config.json"
-        )
-    sampler = config.sampler or SamplerConfig()
-    model = registry.build_model(checkpoints.config).to(config.device).requires_grad_(False)
+    model = blank_network(checkpoints, config.device)
     plan = plan_merge(checkpoints, groups=config.merge.groups, base=config.merge.start, model=model)
-    guide = load_guide(sampler, config.device)
-    require_parts(config, model, guide, [sampler])
-    autoencoder, decoder_digest = load_autoencoder(
-        config.autoencoder, config.autoencoder_weights, shape=model.sample_shape,
-        dtype=config.autoencoder_dtype, device=config.device, announce=announce,
-    )  # fmt: skip
-    extractor, digest = build_extractor(
-        config.extractor or "", config.extractor_weights, config.device, announce
-    )
+    parts = Parts(config, model, announce)
+    parts.require_fit([parts.sampler])
+    # Before the checkpoints: what is free then is for them.
+    hashes = {k: v for k, v in parts.hashes().items() if v or k != "autoencoder_weights"}
     place = place_weights(checkpoints.total_bytes, config.device, config.weights_device)
     flat = load_checkpoints(checkpoints, plan, place, network=config.device)
-    references = load_references(config, extractor, digest)
-    own = Target(
-        extractor=extractor, reference=references["reference"], path=config.reference or ""
-    )
-    built = build_reward(config, own, announce)
     live = LiveModel(model, flat)
     whitened = config.merge.map == "whitened"
     gram = weight_gram(flat, torch.device(config.device)) if whitened else None
-    rollout = Rollout(
-        model,
-        model.sample_shape,
-        sampler=sampler,
-        autoencoder=autoencoder,
-        extractor=extractor,
-        batch=config.batch,
-        device=config.device,
-        guide=guide,
-        workers=cpu_workers(config.device),
-    )
+    rollout = parts.rollout(Rollout, own=True)
+    digests = {name: checkpoints.sha256(i) for i, name in enumerate(checkpoints.names)}
     return Job(
+        parts=parts,
         checkpoints=checkpoints,
         flat=flat,
         map=build_map(checkpoints, config.merge, len(plan.groups.names), gram),
         group_names=plan.groups.names,
-        rollout=MergedRollout(live, rollout.with_extractor(built.extractor), name="reward"),
+        rollout=_to_reward(parts, live, rollout),
         final_rollout=MergedRollout(live, rollout, name="final"),
-        num_classes=int(getattr(model, "label_dim", 0)),
-        reward=built.reward,
-        references=references,
-        hashes={**_hashes(config, checkpoints, digest, decoder_digest), **built.hashes},
+        hashes={"checkpoints": digests, **hashes},
     )
 
 
-def _hashes(
-    config: OptimizeConfig, checkpoints: CheckpointSet, digest: str | None, decoder: str | None
-) -> dict[str, Any]:
-    guide = config.sampler.guide if config.sampler else None
-    named = {"reference": config.reference, "heldout": config.heldout}
-    files = {k: reference_file(path)[0] if path else None for k, path in named.items()}
-    return {
-        "checkpoints": {name: checkpoints.sha256(i) for i, name in enumerate(checkpoints.names)},
-        "extractor_weights": digest,
-        **({"autoencoder_weights": decoder} if decoder else {}),
-        "guide": model_sha256(guide) if guide else None,
-        **{name: sha256_file(path) if path else None for name, path in files.items()},
-    }
+def _to_reward(parts: Parts, live: LiveModel | None, rollout: Rollout) -> MergedRollout:
+    return MergedRollout(live, rollout.with_extractor(parts.reward.extractor), name="reward")

@@ -16,7 +16,7 @@ import torch
 from merge_rl.config import AUTO_BATCH, FinetuneConfig, OptimizeConfig
 from merge_rl.errors import DeviceMemoryError, MemoryShortageError
 from merge_rl.storage.checkpoints import CheckpointSet
-from merge_rl.workflows.assembly.costs import Cost, Parts, build_parts, weight_bytes
+from merge_rl.workflows.assembly.costs import Cost, PartCosts, cost_parts, weight_bytes
 from merge_rl.workflows.rollout import choose_place, free_memory, free_on
 
 STATES: Final = 6  # of the samples that a solver holds at once
@@ -90,7 +90,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: OptimizeConfig, checkpoints: CheckpointSet, parts: Parts, memory: int | None = None
+    config: OptimizeConfig, checkpoints: CheckpointSet, costed: PartCosts, memory: int | None = None
 ) -> MemoryPlan:
     """Memory of a search on its device, which has `memory` bytes or what is free here."""
     device, kind = config.device, torch.device(config.device).type
@@ -99,29 +99,29 @@ def plan_memory(
         checkpoints.total_bytes, device, free_device=capacity if kind == "cuda" else None,
         free_memory=capacity if kind == "cpu" else free_memory(), given=config.weights_device,
     )  # fmt: skip
-    dim = parts.extractor.dim
+    dim, rollout = costed.dim, costed.rollout
     weights = {
         "checkpoints": checkpoints.total_bytes if place == device else 0,
-        "merged weights": 4 * parts.size,
-        "guide": weight_bytes(parts.guide),
-        "decoder": weight_bytes(parts.decoder),
-        "extractor": weight_bytes(parts.extractor),
+        "merged weights": 4 * costed.size,
+        "guide": weight_bytes(rollout.guide),
+        "decoder": weight_bytes(rollout.autoencoder),
+        "extractor": weight_bytes(rollout.extractor),
         "rewards": SQUARES * 8 * dim * dim,
     }
     none = Cost(0.0, 0, 0.0)
-    network = parts.costs["network"]
-    twice = config.sampler is not None and config.sampler.guidance != 1 and not parts.guide
+    network = costed.costs["network"]
+    twice = config.sampler is not None and config.sampler.guidance != 1 and not rollout.guide
     if twice and not config.sampler.low_memory:  # type: ignore[union-attr]
         network = Cost(network.flops, network.fixed, 2 * network.per_image)
     return MemoryPlan(
         weights={name: size for name, size in weights.items() if size},
         sampling=network,
         finishing=max(
-            (parts.costs.get(name, none) for name in ("decoder", "extractor")),
+            (costed.costs.get(name, none) for name in ("decoder", "extractor")),
             key=lambda cost: cost.peak(config.batch),
         ),
-        sample_bytes=4 * math.prod(parts.rollout.shape),
-        side_by_side=parts.rollout.workers,
+        sample_bytes=4 * math.prod(rollout.shape),
+        side_by_side=rollout.workers,
         overlapped=kind == "cuda",
         capacity=capacity,
         device=device,
@@ -156,8 +156,8 @@ def fit_batch(
         return config
     trial = dataclasses.replace(config, batch=1)
     free = require_free(config.device) if memory is None else memory
-    parts = build_parts(trial, checkpoints, announce)
-    found = plan_memory(trial, checkpoints, parts, round(SHARE * free))
+    costed = cost_parts(trial, checkpoints, announce)
+    found = plan_memory(trial, checkpoints, costed, round(SHARE * free))
     found.require_fit(1)
     most = MOST_ON_CPU if torch.device(config.device).type == "cpu" else MOST
     batch = min(found.largest_batch, most)

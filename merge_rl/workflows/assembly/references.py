@@ -163,17 +163,3 @@ def _open(statistics: Statistics, maker: Maker | None = None) -> Reference:
     # The dimension tells which entry of a file with several is meant, the name as well.
     name, dim = (maker.name or None, maker.dim) if maker else (None, None)
     return load_reference(statistics, extractor=name, dim=dim)
-
-
-def load_references(
-    config: OptimizeConfig, extractor: FeatureExtractor, digest: str | None
-) -> dict[str, Reference]:
-    """The statistics of real data that a config names: "reference" and, if any, "heldout"."""
-    named = {"reference": config.reference, "heldout": config.heldout}
-    references = {}
-    for name, path in named.items():
-        if path is not None:
-            references[name] = load_reference(
-                path, extractor=extractor.name, sha256=digest, dim=extractor.dim
-            )
-    return references

@@ -6,11 +6,13 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from merge_rl import registry
 from merge_rl.config import (
     FIXED_SOLVERS,
     SUBSET_SIZE,
+    FinetuneConfig,
     MergeConfig,
     OptimizeConfig,
     RewardConfig,
@@ -20,16 +22,22 @@ from merge_rl.config import (
 )
 from merge_rl.core.merging.groups import grouping
 from merge_rl.errors import ConfigError
-from merge_rl.storage.checkpoints import CheckpointSet, has_manifest, read_manifest
+from merge_rl.storage.checkpoints import CheckpointSet, SetDefaults, has_manifest, read_manifest
 from merge_rl.storage.files import absolute, spellings
+from merge_rl.workflows.assembly.extractors import named_by_file
 from merge_rl.workflows.assembly.networks import is_public
 
 _PARENTS = 3  # how far above a model its set or run is looked for
 
 
+_COPIED = (
+    "extractor", "extractor_weights", "reference", "heldout", "autoencoder", "autoencoder_weights",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """Settings found near a model; None where nothing was found."""
+class ModelDefaults:
+    """Settings that a run or a set says of its models; None where it says nothing."""
 
     extractor: str | None = None
     extractor_weights: str | None = None
@@ -41,48 +49,27 @@ class Surroundings:
     sampler: SamplerConfig | None = None
 
 
-def find_surroundings(model: str | Path) -> Surroundings:
+def find_defaults(model: str | Path) -> ModelDefaults:
     """Settings of the run directory or checkpoint set that the model lies in."""
     near = ([path, *path.parents][: _PARENTS + 1] for path in spellings(model))
     for folder in itertools.chain.from_iterable(near):
         if (folder / "config.yaml").is_file() and (folder / "inputs.json").is_file():
-            return _from_run(load_config(OptimizeConfig, folder / "config.yaml"))
+            run = load_config(OptimizeConfig, folder / "config.yaml")
+            copied = {key: getattr(run, key) for key in (*_COPIED, "autoencoder_dtype", "sampler")}
+            return ModelDefaults(**copied)
         if folder.is_dir() and has_manifest(folder):
-            return _from_set(folder)
-    return Surroundings()
+            return _of_set(read_manifest(folder).defaults.resolved(folder), folder)
+    return ModelDefaults()
 
 
-def _from_run(config: OptimizeConfig) -> Surroundings:
-    return Surroundings(
-        extractor=config.extractor,
-        extractor_weights=config.extractor_weights,
-        reference=config.reference,
-        heldout=config.heldout,
-        autoencoder=config.autoencoder,
-        autoencoder_weights=config.autoencoder_weights,
-        autoencoder_dtype=config.autoencoder_dtype,
-        sampler=config.sampler,
-    )
-
-
-def _from_set(folder: Path) -> Surroundings:
-    found = read_manifest(folder).defaults.resolved(folder)
-
-    def text(path: Path | None) -> str | None:
-        return str(path) if path else None
-
+def _of_set(found: SetDefaults, folder: Path) -> ModelDefaults:
+    texts = {key: getattr(found, key) for key in _COPIED}
     sampler = None
     if found.sampler:
-        sampler = from_mapping(SamplerConfig, dict(found.sampler), f"{folder.name} manifest")
-    return Surroundings(
-        extractor=found.extractor,
-        extractor_weights=text(found.extractor_weights),
-        reference=text(found.reference),
-        heldout=text(found.heldout),
-        autoencoder=found.autoencoder,
-        autoencoder_weights=text(found.autoencoder_weights),
-        sampler=sampler,
-    )
+        where = f"{folder.name} manifest, defaults.sampler"
+        sampler = from_mapping(SamplerConfig, dict(found.sampler), where)
+    said = {key: str(value) for key, value in texts.items() if value is not None}
+    return ModelDefaults(**said, sampler=sampler)
 
 
 LEAST_IMAGES, LOOKS = 250, 200  # of a candidate that is scored on its own images alone
@@ -93,32 +80,31 @@ AUTO_SEARCHER = "auto"
 DIFFERENTIABLE = frozenset(registry.EXTRACTORS)  # of the package, as it is imported
 
 
-def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfig:
-    """The config with everything unsaid filled in from the set's manifest, and absolute paths."""
-    defaults = checkpoints.defaults
-    sampler = config.sampler
-    if sampler is None:
-        where = f"{checkpoints.folder.name} manifest, defaults.sampler"
-        sampler = from_mapping(SamplerConfig, dict(defaults.sampler), where)
-    if sampler.guide is not None:
-        sampler = dataclasses.replace(sampler, guide=_absolute(sampler.guide))
+Settings = TypeVar("Settings", OptimizeConfig, FinetuneConfig)
+
+
+def _completed(config: Settings, defaults: ModelDefaults, nothing: str) -> Settings:
+    """The inputs that settings leave open from the defaults; absolute paths.
+
+    Weights go with the part they are of, held-out statistics with the reference: a default stands
+    only where its companion is the default too. `nothing` begins the sentence of a refusal.
+    """
     extractor = config.extractor or defaults.extractor
     reference = config.reference or defaults.reference
     if extractor is None or reference is None:
         what = "an extractor" if extractor is None else "reference statistics"
         flag = "--extractor" if extractor is None else "--reference"
-        raise ConfigError(f"the checkpoint set names no default for {what}; pass {flag}")
-    own = config.extractor is None or config.extractor == defaults.extractor
+        raise ConfigError(f"{nothing} {what}; pass {flag}")
+    own = extractor == defaults.extractor
     weights = config.extractor_weights or (defaults.extractor_weights if own else None)
     heldout = config.heldout or (None if config.reference else defaults.heldout)
     own = config.autoencoder in (None, defaults.autoencoder)
     decoder = config.autoencoder_weights or (defaults.autoencoder_weights if own else None)
-    config = resolve_search(dataclasses.replace(config, sampler=sampler, extractor=extractor))
+    sampler = config.sampler or defaults.sampler or SamplerConfig()
+    if sampler.guide is not None:
+        sampler = dataclasses.replace(sampler, guide=_absolute(sampler.guide))
     return dataclasses.replace(
         config,
-        merge=resolve_merge(config, checkpoints),
-        reward=resolve_reward(config),
-        checkpoints=_absolute(config.checkpoints),
         sampler=sampler,
         extractor=extractor,
         extractor_weights=_weights(weights) if weights else None,
@@ -128,6 +114,28 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
         extra_weights={k: _weights(v) for k, v in config.extra_weights.items()},
         autoencoder=config.autoencoder or defaults.autoencoder,
         autoencoder_weights=_weights(decoder) if decoder else None,
+    )
+
+
+def resolve_finetune(config: FinetuneConfig) -> FinetuneConfig:
+    """The settings with everything unsaid filled in from the model's set or run; absolute paths."""
+    near = find_defaults(config.model)
+    if config.extractor is None and near.extractor is not None:
+        named_by_file(near.extractor, f"the run or set of {config.model}")
+    resolved = _completed(config, near, f"no run or manifest near {config.model} names")
+    return dataclasses.replace(resolved, model=_absolute(config.model))
+
+
+def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfig:
+    """The config with everything unsaid filled in from the set's manifest, and absolute paths."""
+    defaults = _of_set(checkpoints.defaults, checkpoints.folder)
+    completed = _completed(config, defaults, "the checkpoint set names no default for")
+    config = resolve_search(completed)
+    return dataclasses.replace(
+        config,
+        merge=resolve_merge(config, checkpoints),
+        reward=resolve_reward(config),
+        checkpoints=_absolute(config.checkpoints),
     )
 
 

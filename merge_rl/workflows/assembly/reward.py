@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
 import torch
-from torch import nn
 
 from merge_rl import registry
-from merge_rl.config import OptimizeConfig, SamplerConfig
-from merge_rl.core.sampling.compatibility import require_sampler
+from merge_rl.config import OptimizeConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.interfaces import FeatureExtractor, Reward
 from merge_rl.registry import REWARDS
 from merge_rl.storage.files import sha256_file
 from merge_rl.workflows.assembly.extractors import build_extractor, require_known
-from merge_rl.workflows.assembly.networks import Announce, require_autoencoder
+from merge_rl.workflows.assembly.networks import Announce
 from merge_rl.workflows.assembly.references import require_comparable
 from merge_rl.workflows.reference import Reference, load_reference, reference_file
 from merge_rl.workflows.rewards import (
@@ -69,23 +67,6 @@ def check_reward(config: OptimizeConfig) -> None:
     full = [term.name for term in terms if term.base.endswith("-full")]
     if full and config.reward.images_per_candidate < 2:
         raise ConfigError(f"{full[0]} needs at least 2 images a candidate, got 1")
-
-
-def require_parts(
-    config: OptimizeConfig,
-    network: nn.Module,
-    guide: nn.Module | None,
-    samplers: Iterable[SamplerConfig],
-) -> None:
-    """Raise for parts that do not go together, before any weights are read or fetched.
-
-    These are the samplers and the network with its guide, its samples and the autoencoder, the
-    statistics of real data and the extractors.
-    """
-    for sampler in samplers:
-        require_sampler(sampler, network, guide)
-    require_autoencoder(config.autoencoder, network.sample_shape)  # type: ignore[arg-type]
-    require_targets(config)
 
 
 def require_targets(config: OptimizeConfig) -> None:

@@ -25,10 +25,9 @@ from merge_rl.interfaces import Tracker
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.runs import RunDir, require_same
 from merge_rl.version import __version__
-from merge_rl.workflows.assembly import Announce, Job, Target, build_job, build_reward
+from merge_rl.workflows.assembly import Announce, Job, build_job
 from merge_rl.workflows.evaluate import ScoreStore
 from merge_rl.workflows.optimize import search
-from merge_rl.workflows.rollout import MergedRollout
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 """Shares of the budget at which a search is looked at."""
@@ -158,23 +157,4 @@ class Jobs:
             self._last = None  # two sets of weights might not fit
             self._last = (shared, build_job(config, self._checkpoints, self._announce))
             return self._last[1]
-        return with_reward(self._last[1], config, self._announce)
-
-
-def with_reward(job: Job, config: OptimizeConfig, announce: Announce) -> Job:
-    """The same job with the reward of another config."""
-    final = job.final_rollout
-    own = Target(
-        extractor=final.rollout.extractor,
-        reference=job.references["reference"],
-        path=config.reference or "",
-    )
-    built = build_reward(config, own, announce)
-    # Those of a reward's files have a name behind the kind.
-    hashes = {kind: value for kind, value in job.hashes.items() if " " not in kind}
-    return dataclasses.replace(
-        job,
-        rollout=MergedRollout(final.live, final.rollout.with_extractor(built.extractor)),
-        reward=built.reward,
-        hashes={**hashes, **built.hashes},
-    )
+        return self._last[1].with_reward(config)

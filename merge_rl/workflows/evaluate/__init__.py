@@ -1,6 +1,6 @@
 """Metrics of a model on fresh seeds, with intervals, and comparisons of models."""
 
-from merge_rl.workflows.evaluate.features import network_rollout, sampler_summary, samplers_of
+from merge_rl.workflows.evaluate.features import sampler_summary, samplers_of
 from merge_rl.workflows.evaluate.final_scores import (
     ENTRIES,
     Comparison,
@@ -23,7 +23,6 @@ __all__ = [
     "compare",
     "comparison_from",
     "evaluate",
-    "network_rollout",
     "require_scorable",
     "sampler_summary",
     "samplers_of",

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from merge_rl.config import SamplerConfig, sde_counterpart
 from merge_rl.core.sampling.compatibility import DENOISED, VELOCITY, balanced_labels, prediction_of
 from merge_rl.errors import NonFiniteSamplesError, TooFewSamplesError, UnknownNameError
-from merge_rl.interfaces import Autoencoder, FeatureExtractor, Tracker
+from merge_rl.interfaces import FeatureExtractor, Tracker
 from merge_rl.rng import stream
 from merge_rl.storage.files import WorkFolder, open_images
-from merge_rl.workflows.assembly import load_autoencoder, load_guide
 from merge_rl.workflows.reference import FeatureStore, Plan, collect, kept_features, source_notes
 from merge_rl.workflows.rollout import (
     MergedRollout,
     Rollout,
     WorkItem,
-    cpu_workers,
     matmul_precision,
-    require_device,
 )
 
 PIECE_ROWS: Final = 1000  # images whose noise is held, and whose features are written, at once
@@ -227,43 +224,3 @@ def samplers_of(
     ode = dataclasses.replace(base, solver="heun") if base.is_sde else base
     named = {"ode": ode, "sde": sde_counterpart(base)}
     return named if which == "both" else {which: named[which]}
-
-
-def network_rollout(
-    model: nn.Module,
-    sampler: SamplerConfig,
-    batch: int,
-    device: str,
-    *,
-    extractor: FeatureExtractor | None = None,
-    autoencoder: Autoencoder | None = None,
-    on_images: Callable[[int], None] | None = None,
-) -> Rollout:
-    """A rollout of one network with its guide; without an extractor it is for images alone."""
-    require_device(device)
-    shape = [int(n) for n in model.sample_shape]  # type: ignore[union-attr]
-    decoder = autoencoder or load_autoencoder(None, shape=shape)[0]
-    if isinstance(decoder, nn.Module):
-        decoder.to(device)
-    return Rollout(
-        model.to(device),
-        shape,
-        sampler=sampler,
-        autoencoder=decoder,
-        extractor=extractor or _NoFeatures(),
-        batch=batch,
-        device=device,
-        workers=cpu_workers(device),
-        guide=load_guide(sampler, device),
-        on_images=on_images,
-    )
-
-
-class _NoFeatures:
-    """Stands where an extractor would, for images alone."""
-
-    name, dim = "none", 0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(B, ...) -> (B, 0)."""
-        return images.new_zeros(len(images), 0)

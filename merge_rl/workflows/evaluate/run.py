@@ -28,6 +28,7 @@ from merge_rl.workflows.assembly import (
     load_model,
     maker_of,
     name_extractor,
+    network_rollout,
     notes_of,
     other_resolutions,
 )
@@ -35,7 +36,6 @@ from merge_rl.workflows.evaluate.features import (
     block_features,
     blocks_of,
     image_features,
-    network_rollout,
     sampler_summary,
     samplers_of,
 )
@@ -51,6 +51,7 @@ from merge_rl.workflows.reference import (
 from merge_rl.workflows.rollout import (
     Crew,
     MergedRollout,
+    Rollout,
     device_facts,
     own_device,
     require_agreement,
@@ -253,7 +254,7 @@ def _of_network(
     settings = dict(sampler or samplers_of(network))
     rollout = network_rollout(
         network, next(iter(settings.values())), job.batch, own_device(job.device, job.group.place),
-        extractor=extractor, autoencoder=autoencoder, on_images=job.tracker.advance,
+        Rollout, extractor=extractor, autoencoder=autoencoder, on_images=job.tracker.advance,
     )  # fmt: skip
     parts = (network, rollout.guide, rollout.autoencoder, extractor)
     keyed = job.folder is not None or job.group.size > 1

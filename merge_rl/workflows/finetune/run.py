@@ -30,14 +30,13 @@ from merge_rl.storage.runs import (
     require_same_inputs,
 )
 from merge_rl.version import __version__
-from merge_rl.workflows.assembly import load_network
+from merge_rl.workflows.assembly import load_network, resolve_finetune
 from merge_rl.workflows.export import save_model
 from merge_rl.workflows.finetune.job import (
     FinetuneJob,
     build_finetune,
     check_finetune,
     check_names,
-    resolve_finetune,
 )
 from merge_rl.workflows.finetune.learner import Learner, Wrap
 from merge_rl.workflows.finetune.loop import FinetuneLoop

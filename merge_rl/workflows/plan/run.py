@@ -16,7 +16,7 @@ from merge_rl.errors import RunError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.parallel.blocks import block_size
 from merge_rl.storage.checkpoints import CheckpointSet
-from merge_rl.workflows.assembly import MemoryPlan, Parts, build_parts, gib, plan_memory
+from merge_rl.workflows.assembly import MemoryPlan, PartCosts, cost_parts, gib, plan_memory
 from merge_rl.workflows.evaluate import Scorer
 from merge_rl.workflows.plan import calibration
 from merge_rl.workflows.plan.work import (
@@ -116,30 +116,30 @@ def plan(
     """
     tracker = tracker or NullTracker()
     require_device(config.device)
-    parts = build_parts(config, checkpoints, lambda text: tracker.event(_note(text)))
+    costed = cost_parts(config, checkpoints, lambda text: tracker.event(_note(text)))
     sampler = config.sampler or SamplerConfig()
-    also_sde = prediction_of(parts.network) == VELOCITY and not sampler.is_sde
-    workload = search_workload(config, checkpoints, parts.num_groups, also_sde=also_sde)
-    calls = {"reward": _calls(sampler, parts), SDE: 0}
+    also_sde = prediction_of(costed.rollout.model) == VELOCITY and not sampler.is_sde
+    workload = search_workload(config, checkpoints, costed.num_groups, also_sde=also_sde)
+    calls = {"reward": _calls(sampler, costed), SDE: 0}
     if also_sde:
-        calls[SDE] = _calls(sde_counterpart(sampler), parts)
-    found = plan_memory(config, checkpoints, parts, memory)
+        calls[SDE] = _calls(sde_counterpart(sampler), costed)
+    found = plan_memory(config, checkpoints, costed, memory)
     found.require_fit(config.batch)
-    dim = parts.extractor.dim
-    disk, free = _disk(config, parts, dim), shutil.disk_usage(_existing(Path(out))).free
+    dim = costed.dim
+    disk, free = _disk(config, costed, dim), shutil.disk_usage(_existing(Path(out))).free
     if disk > free:
         raise RunError(f"{out}: the run needs {gib(disk)} on disk, {gib(free)} are free")
-    speeds = _measure(config, checkpoints, parts, calls, Path(out), tracker)
+    speeds = _measure(config, checkpoints, costed, calls, Path(out), tracker)
     image_bytes = 4 * dim
     flops = sum(
-        stage.total * (calls[stage.sampler] * parts.call_flops + parts.finishing_flops)
+        stage.total * (calls[stage.sampler] * costed.call_flops + costed.finishing_flops)
         for stage in workload.stages
     )
-    merge_bytes = workload.merges * (checkpoints.total_bytes + 4 * parts.size)
+    merge_bytes = workload.merges * (checkpoints.total_bytes + 4 * costed.size)
     estimates = estimate(workload, devices, config.batch, speeds, image_bytes)
     return Plan(
         config, workload, calls, flops, merge_bytes, workload.images * image_bytes, found, disk,
-        free, dim, speeds, tuple(estimates), (*parts.notes, *_advice(config, workload, devices)),
+        free, dim, speeds, tuple(estimates), (*costed.notes, *_advice(config, workload, devices)),
     )  # fmt: skip
 
 
@@ -147,9 +147,9 @@ def _note(text: str) -> dict[str, str]:
     return {"kind": "note", "text": text}
 
 
-def _calls(sampler: SamplerConfig, parts: Parts) -> int:
+def _calls(sampler: SamplerConfig, costed: PartCosts) -> int:
     return count_network_calls(
-        sampler.solver, sampler.num_steps, prediction=prediction_of(parts.network),
+        sampler.solver, sampler.num_steps, prediction=prediction_of(costed.rollout.model),
         last_step=sampler.last_step,
     )  # fmt: skip
 
@@ -166,46 +166,46 @@ def _state_bytes(config: OptimizeConfig, dim: int) -> int:
     return config.reward.pool_size * (4 * dim + 8) + 8 * dim * (dim + 1)
 
 
-def _disk(config: OptimizeConfig, parts: Parts, dim: int) -> int:
+def _disk(config: OptimizeConfig, costed: PartCosts, dim: int) -> int:
     """Bytes of the run directory at its largest: a file is written beside the one it replaces."""
-    return 2 * _state_bytes(config, dim) + 2 * 4 * parts.size
+    return 2 * _state_bytes(config, dim) + 2 * 4 * costed.size
 
 
 def _measure(
     config: OptimizeConfig,
     checkpoints: CheckpointSet,
-    parts: Parts,
+    costed: PartCosts,
     calls: Mapping[str, int],
     out: Path,
     tracker: Tracker,
 ) -> Speeds:
     """Seconds of each part on this machine; a few seconds of each."""
     tracker.phase("calibration", 5)
-    reward, final = config.reward, config.evaluation
+    parts, reward, final = costed.parts, config.reward, config.evaluation
     longest = max(reward.images_per_subset, min(4 * config.batch, final.num_images))
-    images = calibration.time_images(parts.rollout, parts.num_classes, longest)
+    images = calibration.time_images(costed.rollout, parts.num_classes, longest)
     block, image = images.of(calls["reward"])
     sde = images.of(calls[SDE])
     tracker.advance(1)
     dtype = next(i.dtype for i in checkpoints.tensors.values() if i.dtype.is_floating_point)
-    merge = calibration.time_merge(len(checkpoints), parts.size, dtype, config.device)
+    merge = calibration.time_merge(len(checkpoints), costed.size, dtype, config.device)
     tracker.advance(1)
     draws = reward.num_subsets * reward.num_replacements
     scored = calibration.time_reward(
-        parts.reward, parts.moments, reward.pool_size, draws, reward.images_per_subset,
+        parts.reward.reward, costed.moments, reward.pool_size, draws, reward.images_per_subset,
         registry.population_of(config.search), pooled=reward.pooled,
     )  # fmt: skip
     tracker.advance(1)
-    scorer = Scorer({name: ref.stats for name, ref in parts.references.items()})
-    score = calibration.time_score(scorer, parts.own_moments, final.num_images)
+    moments = {name: reference.stats for name, reference in parts.references.items()}
+    score = calibration.time_score(Scorer(moments), moments["reference"], final.num_images)
     tracker.advance(1)
-    state = _state_bytes(config, parts.extractor.dim)
+    state = _state_bytes(config, costed.dim)
     write = calibration.time_write(state, out.resolve().parent)
     tracker.advance(1)
     return Speeds(
         block=block, image=image, merge=merge, reward=scored + write, score=score,
         sde=(sde[0] + sde[1] * config.batch) / (block + image * config.batch),
-        request=REQUEST_SECONDS, byte=1 / NETWORK_BYTES, start=parts.start_seconds,
+        request=REQUEST_SECONDS, byte=1 / NETWORK_BYTES, start=costed.start_seconds,
     )  # fmt: skip
 
 

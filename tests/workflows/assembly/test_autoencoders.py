@@ -32,11 +32,12 @@ from merge_rl.storage.files.hashing import sha256_file
 from merge_rl.storage.files.safetensors_file import read_file
 from merge_rl.workflows.assembly.job import build_job
 from merge_rl.workflows.assembly.networks import DEFAULT_WEIGHTS, PUBLIC_FILES, load_autoencoder
-from merge_rl.workflows.assembly.resolve import find_surroundings, resolve_config
-from merge_rl.workflows.evaluate.features import network_rollout
+from merge_rl.workflows.assembly.parts import network_rollout
+from merge_rl.workflows.assembly.resolve import find_defaults, resolve_config
 from merge_rl.workflows.evaluate.run import evaluate
 from merge_rl.workflows.optimize.run import optimize, resume
 from merge_rl.workflows.reference.file import save_reference
+from merge_rl.workflows.rollout.rollout import Rollout
 
 TinyConfig = Callable[..., OptimizeConfig]
 LATENT: dict[str, Any] = {
@@ -131,7 +132,8 @@ def test_a_latent_network_is_scored_through_its_decoder(vae: Path) -> None:
     decoder, _ = load_autoencoder("sd-vae-edm2", str(vae), shape=network.sample_shape)
     found = evaluate(network, autoencoder=decoder, **given)
     assert found["fid"]["reference"]["mean"] > 0
-    rollout = network_rollout(network, SamplerConfig(num_steps=2), 4, "cpu", autoencoder=decoder)
+    sampler = SamplerConfig(num_steps=2)
+    rollout = network_rollout(network, sampler, 4, "cpu", Rollout, autoencoder=decoder)
     images = rollout.images(rollout.noise(range(6)), torch.zeros(6, dtype=torch.int64))
     assert images.shape == (6, 3, 32, 32)
     assert images.dtype == torch.uint8
@@ -149,7 +151,7 @@ def test_the_set_says_what_decodes_it(
     folder = str(tiny / "vae")
     resolved = resolve_config(tiny_config(tiny), opened)
     assert (resolved.autoencoder, resolved.autoencoder_weights) == ("sd-vae-sit", folder)
-    near = find_surroundings(tiny / "raw")
+    near = find_defaults(tiny / "raw")
     assert (near.autoencoder, near.autoencoder_weights) == ("sd-vae-sit", folder)
     # Another autoencoder does not take the weights of the set's own; public names stay names.
     changed = resolve_config(tiny_config(tiny, autoencoder="pixel"), opened)

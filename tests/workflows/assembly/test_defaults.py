@@ -15,7 +15,7 @@ from merge_rl.errors import MergeRLError
 from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
 from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME
 from merge_rl.storage.runs.run_dir import RunDir
-from merge_rl.workflows.assembly.resolve import Surroundings, find_surroundings, resolve_config
+from merge_rl.workflows.assembly.resolve import ModelDefaults, find_defaults, resolve_config
 
 TinyConfig = Callable[..., OptimizeConfig]
 
@@ -32,9 +32,9 @@ def run(tiny: Path, tiny_config: TinyConfig, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("model", [".", "merged", "merged/model.safetensors", "a/b/model"])
 def test_from_a_run(model: str, run: Path, tiny: Path) -> None:
     # The run is nearer than the set that it lies in.
-    found = find_surroundings(run / model)
+    found = find_defaults(run / model)
     evaluation = tiny.resolve() / "evaluation"
-    assert found == Surroundings(
+    assert found == ModelDefaults(
         extractor="digits",
         extractor_weights=str(evaluation / "extractor.safetensors"),
         reference=str(evaluation / "reference.safetensors"),
@@ -45,45 +45,45 @@ def test_from_a_run(model: str, run: Path, tiny: Path) -> None:
 
 @pytest.mark.parametrize("model", [".", "raw", "raw/tiny-0000100.safetensors"])
 def test_from_a_set(model: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = find_surroundings(tiny)
+    expected = find_defaults(tiny)
     assert expected.sampler == SamplerConfig(num_steps=2)
     assert expected.heldout == str(tiny.resolve() / "evaluation/heldout.safetensors")
     assert expected.extractor == "digits"
     monkeypatch.chdir(tiny)
     for path in (tiny / model, Path(model), str(tiny / model)):
-        assert find_surroundings(path) == expected
+        assert find_defaults(path) == expected
 
 
 def test_a_link_is_followed(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(tiny / "raw/tiny-0000100.safetensors")
-    assert find_surroundings(tmp_path / "model.safetensors") == find_surroundings(tiny)
+    assert find_defaults(tmp_path / "model.safetensors") == find_defaults(tiny)
 
 
 def test_from_nowhere(tiny: Path, tmp_path: Path) -> None:
     shutil.copy(tiny / "raw/tiny-0000100.safetensors", tmp_path / "a.safetensors")
-    assert find_surroundings(tmp_path / "a.safetensors") == Surroundings()
-    assert find_surroundings(tmp_path / "missing") == Surroundings()
+    assert find_defaults(tmp_path / "a.safetensors") == ModelDefaults()
+    assert find_defaults(tmp_path / "missing") == ModelDefaults()
     # What lies far above a model has nothing to do with it.
     deep = tiny / "a/b/c/d"
     deep.mkdir(parents=True)
-    assert find_surroundings(deep) == Surroundings()
+    assert find_defaults(deep) == ModelDefaults()
 
 
 def test_half_a_run_is_no_run(run: Path, tiny: Path) -> None:
     (run / "inputs.json").unlink()
-    assert find_surroundings(run / "merged") == find_surroundings(tiny)
+    assert find_defaults(run / "merged") == find_defaults(tiny)
 
 
 def test_a_catalogue_is_not_the_manifest_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_text("version: 1\nsets: []\n")
-    assert find_surroundings(tmp_path) == Surroundings()
+    assert find_defaults(tmp_path) == ModelDefaults()
 
 
 def test_a_malformed_manifest_is_refused(tiny: Path) -> None:
     manifest = tiny / MANIFEST_NAME
     manifest.write_text(manifest.read_text().replace("num_steps: 2", "num_step: 2"))
     with pytest.raises(MergeRLError, match="'num_step'; did you mean 'num_steps'"):
-        find_surroundings(tiny / "raw")
+        find_defaults(tiny / "raw")
     manifest.write_text("version: 1\n")
     with pytest.raises(MergeRLError, match="the key 'model' is missing"):
-        find_surroundings(tiny / "raw")
+        find_defaults(tiny / "raw")

@@ -11,7 +11,7 @@ import torch
 
 from merge_rl.storage.checkpoints import find_origin, open_checkpoints, open_model_file
 from merge_rl.storage.hub.upload import list_model
-from merge_rl.workflows.assembly import find_surroundings, resolve_config
+from merge_rl.workflows.assembly import find_defaults, resolve_config
 from merge_rl.workflows.export import save_model
 from tests.conftest import TinyConfig
 
@@ -55,7 +55,7 @@ def test_a_set_of_links_is_the_set(linked: Path, tiny: Path, tiny_config: TinyCo
     assert resolved.reference == str(linked / "evaluation/reference.safetensors")
     assert resolved.checkpoints == str(linked)
     model = opened.paths[0]
-    assert find_surroundings(model).reference == resolved.reference
+    assert find_defaults(model).reference == resolved.reference
     assert open_model_file(model).config == plain.config
     assert find_origin(model).nimg == plain.nimg[0]
 

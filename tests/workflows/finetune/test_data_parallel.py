@@ -18,8 +18,9 @@ from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.storage.runs.lifecycle import StopSignals
 from merge_rl.workflows.assembly.networks import load_model
+from merge_rl.workflows.assembly.resolve import resolve_finetune
 from merge_rl.workflows.finetune.distributed import SharedParts
-from merge_rl.workflows.finetune.job import build_finetune, resolve_finetune
+from merge_rl.workflows.finetune.job import build_finetune
 from merge_rl.workflows.finetune.learner import Learner, trainable
 from merge_rl.workflows.finetune.sharded import process_group
 from merge_rl.workflows.finetune.step import StepParts

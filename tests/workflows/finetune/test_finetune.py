@@ -26,6 +26,7 @@ from merge_rl.storage.checkpoints.manifest import read_manifest
 from merge_rl.storage.checkpoints.model_file import save_checkpoint
 from merge_rl.workflows.assembly import memory as finetune_memory
 from merge_rl.workflows.assembly.memory import memory_advice, training_bytes
+from merge_rl.workflows.assembly.resolve import resolve_finetune
 from merge_rl.workflows.finetune import job as finetune_job
 from merge_rl.workflows.finetune.updates import PolicyGradient
 from merge_rl.workflows.reference.file import load_reference, save_reference
@@ -199,10 +200,10 @@ def test_the_trajectory_can_be_searched(small: Path, tmp_path: Path, tiny_config
 
 
 def test_the_run_scores_its_own_model(small: Path, tmp_path: Path) -> None:
-    from merge_rl.workflows.assembly.resolve import find_surroundings
+    from merge_rl.workflows.assembly.resolve import find_defaults
 
     result = run_of(small, tmp_path / "run")
-    near = find_surroundings(result.model_path)
+    near = find_defaults(result.model_path)
     assert (near.extractor, near.sampler and near.sampler.sde_num_steps) == ("digits", 4)
     assert near.heldout == str(result.run_dir.resolve() / "evaluation/heldout.safetensors")
     # Fine-tuning goes on from a fine-tuned model.
@@ -345,7 +346,7 @@ def test_too_little_memory_is_told_before(
     assert training_bytes(config, 1000) == 5 * 4 * 1000
     monkeypatch.setattr(finetune_memory, "free_memory", lambda: 10_000)
     with pytest.raises(MemoryShortageError, match=r"--lora-rank 8 .* or --ema 0"):
-        finetune_job.build_finetune(finetune_job.resolve_finetune(
+        finetune_job.build_finetune(resolve_finetune(
             small_config(small / "raw/sit-2.safetensors")
         ))  # fmt: skip
 

@@ -147,7 +147,8 @@ def build(
         config = resolve_config(tiny_config(shared_tiny, reward=reward, **changes), opened)
         job = build_job(config, opened)
         if distances is not None:
-            job = dataclasses.replace(job, reward=Script(distances))  # type: ignore[arg-type]
+            built = dataclasses.replace(job.parts.reward, reward=Script(distances))  # type: ignore[arg-type]
+            vars(job.parts)["reward"] = built
         calls: list[int] = []
         original = MergedRollout.features
 

@@ -15,7 +15,7 @@ import merge_rl as mrl
 from merge_rl.config.optimize import AUTO_BATCH, OptimizeConfig
 from merge_rl.errors import BudgetError, DeviceMemoryError
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
-from merge_rl.workflows.assembly.costs import build_parts
+from merge_rl.workflows.assembly.costs import cost_parts
 from merge_rl.workflows.assembly.memory import MOST_ON_CPU, fit_batch, plan_memory
 from merge_rl.workflows.assembly.resolve import resolve_config
 from merge_rl.workflows.plan import calibration
@@ -112,9 +112,9 @@ def test_a_plan_by_hand(resolved: OptimizeConfig, opened: CheckpointSet, tmp_pat
 
 
 def test_memory_is_that_of_the_parts(resolved: OptimizeConfig, opened: CheckpointSet) -> None:
-    parts = build_parts(resolved, opened, lambda _text: None)
+    parts = cost_parts(resolved, opened, lambda _text: None)
     found = plan_memory(resolved, opened, parts, 1 << 40)
-    network = sum(p.numel() for p in parts.network.parameters())
+    network = sum(p.numel() for p in parts.parts.network.parameters())
     assert found.weights["checkpoints"] == opened.total_bytes
     assert found.weights["merged weights"] <= 4 * network
     assert found.needed(20) - found.needed(10) == pytest.approx(
@@ -137,7 +137,7 @@ def test_a_batch_chosen_by_memory(resolved: OptimizeConfig, opened: CheckpointSe
     told: list[str] = []
     assert fit_batch(auto, opened, 1 << 40, told.append).batch == MOST_ON_CPU
     assert "batch 250: of 1.02e+03 GiB free" in told[0]
-    parts = build_parts(resolved, opened, lambda _text: None)
+    parts = cost_parts(resolved, opened, lambda _text: None)
     room = plan_memory(resolved, opened, parts).needed(20)
     assert fit_batch(auto, opened, round(room / 0.8)).batch == pytest.approx(20, abs=1)
     with pytest.raises(DeviceMemoryError, match="not even one image"):
@@ -154,7 +154,7 @@ def test_what_cannot_work_is_refused(resolved: OptimizeConfig, opened: Checkpoin
 def test_times_are_a_line_of_blocks_and_images(
     resolved: OptimizeConfig, opened: CheckpointSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = build_parts(dataclasses.replace(resolved, batch=8), opened, lambda _text: None)
+    parts = cost_parts(dataclasses.replace(resolved, batch=8), opened, lambda _text: None)
     seen: list[tuple[int, int]] = []
 
     def seconds(rollout: Rollout, count: int, _classes: int) -> float:
