@@ -36,7 +36,7 @@ from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
 from merge_rl.workflows.assembly.job import build_job
 from merge_rl.workflows.assembly.resolve import resolve_config
 from merge_rl.workflows.optimize.search import make_searcher
-from merge_rl.workflows.rollout.distributed import Crew
+from merge_rl.workflows.rollout.distributed import DistributedRollout
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 
 POPULATION, IMAGES = 16, 100
@@ -97,10 +97,10 @@ def work(group: Group, folder: Path, repeats: int) -> dict[str, Any] | None:
     config = resolve_config(config, opened)
     job = build_job(config, opened)
     empty = empty_rollout(job.rollout.rollout)
-    crew = Crew(group, (job.rollout, empty))
+    ranks = DistributedRollout(group, (job.rollout, empty))
     floor = transfers(group, 2 * repeats)
     if not group.leads:
-        crew.follow()
+        ranks.follow()
         return None
     coefficients = job.coefficients(None)
     made = items(coefficients, POPULATION, IMAGES)
@@ -122,7 +122,7 @@ def work(group: Group, folder: Path, repeats: int) -> dict[str, Any] | None:
 
     round_of_nothing()
     overheads = [seconds(round_of_nothing) for _ in range(2 * repeats)]
-    crew.end()
+    ranks.end()
     images = POPULATION * IMAGES
     return {
         "ranks": group.size, "repeats": repeats, "images": images,

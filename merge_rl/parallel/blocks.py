@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -151,6 +151,81 @@ def _aligned(memory: np.ndarray[Any, np.dtype[np.float32]], size: int) -> Tensor
     """
     skipped = -memory.ctypes.data % ALIGNED // 4
     return torch.from_numpy(memory[skipped : skipped + size])
+
+
+class SharedWork:
+    """What rank 0 asks all ranks for, until it ends it; blocks of rows are shared out.
+
+    Requests are plain data. Rank 0 asks, the others are in `follow`.
+
+    Args:
+        group: the ranks.
+        announce: hears once, on rank 0, if there is less work than there are ranks.
+    """
+
+    def __init__(self, group: Group, announce: Callable[[str], None] = lambda _text: None) -> None:
+        self.group, self._announce, self._told = group, announce, False
+        self._buffers = Buffers()
+
+    def ask(self, do: str, phase: str = "", **asked: Any) -> None:
+        """On rank 0: what the others do now, at the same time as this one."""
+        self.group.broadcast({"do": do, "phase": phase, **asked}, phase=phase or do)
+
+    def end(self, result: Any = None) -> None:
+        """On rank 0: dismiss the others; `result`, plain data, is what `follow` returns there."""
+        self.ask("end", result=result)
+
+    def follow(self, act: Callable[[Mapping[str, Any]], None]) -> Any:
+        """On the other ranks: do what is asked for until rank 0 ends it; its result."""
+        while True:
+            asked = self.group.broadcast(phase="waiting for rank 0")
+            if asked["do"] == "end":
+                return asked["result"]
+            act(asked)
+
+    def rows(
+        self,
+        blocks: Sequence[Block],
+        dim: int,
+        make: Callable[[Sequence[Block]], Iterable[Tensor]],
+        phase: str,
+        on_rows: Callable[[int], None] = lambda _count: None,
+    ) -> Tensor:
+        """The rows of all blocks in order, (N, dim) float32, on rank 0; on the others no row.
+
+        Every rank calls it with the same blocks and makes its share: `make` gives the rows
+        (B, dim) of one of them after the other. `on_rows` hears of those that others have made.
+        """
+        shares = share_blocks(blocks, self.group.size)
+        mine = [blocks[i] for i in shares[self.group.rank]]
+        self.group.note(f"{phase}: {_described(mine)}")
+        sizes = [[blocks[i].size for i in share] for share in shares]
+        counts = [sum(own) for own in sizes]
+        found = self._buffers.take(sum(counts) if self.group.leads else 0, dim)
+        into = torch.split(found, counts) if self.group.leads else ()
+        gather_rows(self.group, make(mine), sizes, into, phase)
+        if self.group.leads:
+            on_rows(sum(counts[1:]))
+        return found
+
+    def tell_idle(self, blocks: Sequence[Block]) -> None:
+        """On rank 0: say once if some ranks have none of these blocks."""
+        shares = share_blocks(blocks, self.group.size)
+        idle = sum(len(share) == 0 for share in shares)
+        if idle and self.group.leads and not self._told:
+            self._told = True
+            self._announce(
+                f"{idle} of {len(shares)} ranks are idle at times: the work has {len(blocks)} "
+                f"blocks of up to {max(block.size for block in blocks)} images; a smaller --batch "
+                "makes more of them"
+            )
+
+
+def _described(blocks: Sequence[Block]) -> str:
+    if not blocks:
+        return "no block"
+    images = sum(block.size for block in blocks)
+    return f"{images} images in {len(blocks)} blocks, first of item {blocks[0].item}"
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ from merge_rl.workflows.reference import (
     weights_digest,
 )
 from merge_rl.workflows.rollout import (
-    Crew,
+    DistributedRollout,
     MergedRollout,
     Rollout,
     device_facts,
@@ -180,6 +180,10 @@ class _Job:
     references: Mapping[str, tuple[Reference, str]]
     metrics: set[str]
 
+    def note(self, text: str) -> None:
+        """Tell a sentence."""
+        self.tracker.event({"kind": "note", "text": text})
+
     def document(self, kind: str, found: dict[str, Any]) -> dict[str, Any]:
         """What was found, with what to know about it."""
         rows = self.scores.rows_used
@@ -198,11 +202,11 @@ class _Job:
 
     def alone(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What rank 0 does by itself; the others get its result."""
-        crew = Crew(self.group, ())
+        ranks = DistributedRollout(self.group, ())
         if not self.group.leads:
-            return dict(crew.follow())
+            return dict(ranks.follow())
         document = work()
-        crew.end(document)
+        ranks.end(document)
         return document
 
     def store(self, key: Mapping[str, Any]) -> FeatureStore | None:
@@ -266,9 +270,9 @@ def _of_network(
             "device": device_facts(str(rollout.device)),
         })  # fmt: skip
     made = MergedRollout(None, rollout, name="network")
-    crew = Crew(job.group, (made,), lambda text: job.tracker.event({"kind": "note", "text": text}))
+    ranks = DistributedRollout(job.group, (made,), job.note)
     if not job.group.leads:
-        return dict(crew.follow())
+        return dict(ranks.follow())
     job.note_doubts(count, image_size(rollout.shape, rollout.autoencoder))
     job.tracker.phase("evaluate", count * job.repeats * len(settings))
     found = {
@@ -278,7 +282,7 @@ def _of_network(
     common = {"num_images": count, "repeats": job.repeats, "first_seed": job.seed}
     shown = next(iter(found.values())) if len(found) == 1 else {"samplers": found}
     document = job.document("model", {**common, **shown})
-    crew.end(document)
+    ranks.end(document)
     return document
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from merge_rl.config import SamplerConfig, from_mapping, to_mapping
-from merge_rl.parallel.blocks import Block, blocks_of_sizes, gather_rows, share_blocks, split_blocks
+from merge_rl.parallel.blocks import Block, SharedWork, blocks_of_sizes, split_blocks
 from merge_rl.parallel.group import Group
 from merge_rl.rng import image_seeds
 from merge_rl.storage.runs import StopSignals
@@ -31,7 +31,7 @@ from merge_rl.workflows.finetune.updates import Kept, Share, Watched, read_kept,
 from merge_rl.workflows.rollout import Rollout
 
 
-class SharedParts(StepParts):
+class DistributedStep(StepParts):
     """The parts of a step, made by all processes of a launch; torch's default group is open.
 
     The first process calls them, the others are in `follow`. A signal to stop interrupts the first
@@ -43,7 +43,8 @@ class SharedParts(StepParts):
         self, job: FinetuneJob, group: Group, signals: StopSignals,
         announce: Callable[[str], None] = lambda _text: None,
     ) -> None:  # fmt: skip
-        self.group, self.signals, self._announce = group, signals, announce
+        self.group, self.signals = group, signals
+        self._work = SharedWork(group, announce)
         self.sharded = job.config.parallel == "fsdp"
         learner: Learner
         if self.sharded:
@@ -57,16 +58,15 @@ class SharedParts(StepParts):
         self.update.share = Share(group.rank, group.size)
         self.update.means = self._means
         self._kept: Kept | None = None
-        self._told = False
 
     # ------------------------------------------------------------------ what the first one calls
 
     def features(
-        self, rollout: Rollout, seeds: Sequence[int], labels: Tensor, phase: str = ""
+        self, rollout: Rollout, seeds: Sequence[int], labels: Tensor, phase: str = "features"
     ) -> Tensor:
         """Features (N, D) of the images of these seeds and labels, the same whoever makes which."""
         blocks = split_blocks([max(len(seeds), 1)], rollout.batch)
-        self._tell_idle(blocks)
+        self._work.tell_idle(blocks)
         asked = self._named(rollout)
         # In shards a stop has to wait for all: work is asked for a block or so a process.
         few = self.group.size * max(rollout.workers, 1) if self.sharded else len(blocks)
@@ -110,7 +110,7 @@ class SharedParts(StepParts):
 
     def end(self, result: Any = None) -> None:
         """Dismiss the others; `result`, plain data, is what `follow` returns there."""
-        self.group.broadcast({"do": "end", "result": result}, phase="end")
+        self._work.end(result)
 
     # ------------------------------------------------------------------ what the others do
 
@@ -120,16 +120,19 @@ class SharedParts(StepParts):
         Signals are passed on to it, which decides and has what is to be saved.
         """
         with self.signals, self.signals.noted():
-            while True:
-                if self.signals.pending:
-                    self.group.ask_to_stop()
-                asked = self.group.broadcast(phase="waiting for rank 0")
-                if asked["do"] == "end":
-                    return asked["result"]
-                with self._links(asked["do"]), memory_advice(self.config):
-                    self._follow(asked)
+            self._pass_on()
+            return self._work.follow(self._follow)
+
+    def _pass_on(self) -> None:
+        if self.signals.pending:
+            self.group.ask_to_stop()
 
     def _follow(self, asked: Mapping[str, Any]) -> None:
+        with self._links(asked["do"]), memory_advice(self.config):
+            self._act(asked)
+        self._pass_on()
+
+    def _act(self, asked: Mapping[str, Any]) -> None:
         match asked["do"]:
             case "features":
                 self._make(self._rollout(asked), asked)
@@ -186,7 +189,7 @@ class SharedParts(StepParts):
                 if self.group.leads:
                     if may_stop and self.group.asked_to_stop:
                         raise KeyboardInterrupt
-                    self.group.broadcast({"do": do, **asked}, phase=asked.get("phase", do))
+                    self._work.ask(do, **asked)
                 yield
         except _LeftError:
             raise KeyboardInterrupt from None
@@ -226,21 +229,16 @@ class SharedParts(StepParts):
         """This process's blocks; on the first the features of all images, in order."""
         blocks, seeds = blocks_of_sizes(asked["sizes"]), asked["seeds"]
         labels = torch.tensor(asked["labels"], dtype=torch.int64)
-        shares = share_blocks(blocks, self.group.size)
 
         def inputs(block: Block) -> tuple[Tensor, Tensor]:
             part = slice(block.start, block.stop)
             return rollout.noise(seeds[part]), labels[part]
 
-        mine = [partial(inputs, blocks[i]) for i in shares[self.group.rank]]
-        sizes = [[blocks[i].size for i in share] for share in shares]
-        counts = [sum(own) for own in sizes]
-        found = torch.empty(sum(counts) if self.group.leads else 0, rollout.extractor.dim)
-        into = torch.split(found, counts) if self.group.leads else ()
-        gather_rows(self.group, rollout.features_of(mine), sizes, into, asked["phase"])
-        if self.group.leads:
-            rollout.on_images(sum(counts[1:]))
-        return found
+        def made(mine: Sequence[Block]) -> Iterator[Tensor]:
+            return rollout.features_of([partial(inputs, block) for block in mine])
+
+        dim, phase = rollout.extractor.dim, asked["phase"]
+        return self._work.rows(blocks, dim, made, phase, rollout.on_images)
 
     def _may_leave(self, epoch: int) -> None:
         """Let all leave an update together at a stop, in shards and before any weight has moved."""
@@ -257,16 +255,6 @@ class SharedParts(StepParts):
         told = {"sums": watched.sums, "count": watched.count}
         found = self.group.collect(told, phase="what an update did")
         return {} if found is None else Watched.together(found).means()
-
-    def _tell_idle(self, blocks: Sequence[Block]) -> None:
-        idle = self.group.size - len(blocks)
-        if idle > 0 and not self._told:
-            self._told = True
-            self._announce(
-                f"{idle} of {self.group.size} processes are idle at times: some work has "
-                f"{len(blocks)} blocks of up to {max(block.size for block in blocks)} images; a "
-                "smaller --batch makes more of them"
-            )
 
 
 class _LeftError(Exception):

@@ -182,11 +182,11 @@ def _work(
         learner = Learner(job.network, job.config.update, wrap or (lambda network: network))
         return _lead(begin(), StepParts(job, learner), signals, tracker)
     # What shards need takes longer to import than all else, and a process alone has none.
-    from merge_rl.workflows.finetune.distributed import SharedParts
+    from merge_rl.workflows.finetune.distributed import DistributedStep
     from merge_rl.workflows.finetune.sharded import process_group
 
     with process_group(job.config.device, group):
-        parts = SharedParts(job, group, signals, _announce(tracker))
+        parts = DistributedStep(job, group, signals, _announce(tracker))
         if not group.leads:
             return _from_plain(parts.follow())
         result = _lead(begin(), parts, signals, tracker)

@@ -44,7 +44,7 @@ from merge_rl.workflows.export import (
     set_facts,
 )
 from merge_rl.workflows.optimize.search import Found, make_searcher, search
-from merge_rl.workflows.rollout import Crew, on_device, require_same_everywhere
+from merge_rl.workflows.rollout import DistributedRollout, on_device, require_same_everywhere
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ def optimize(
             _announce(tracker)(note)
         merged_licence(opened, resolved.licence)  # refused before the search, not after it
         resolved = common_batch(resolved, opened, group, out, _announce(tracker))
-        crew, job = _gather(group, resolved, opened, tracker)
+        ranks, job = _gather(group, resolved, opened, tracker)
         if not group.leads:
-            return _from_plain(crew.follow())
+            return _from_plain(ranks.follow())
         make_searcher(resolved, job)  # refuses before anything is written
         inputs = {"hashes": job.hashes, "version": __version__}
         run = begin_run(out, resolved, inputs, group.place)
@@ -138,7 +138,7 @@ def optimize(
             if not run.state_path.exists():  # nothing to resume: be out of the next try's way
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
-        crew.end(_to_plain(result))
+        ranks.end(_to_plain(result))
         return result
 
 
@@ -154,9 +154,9 @@ def resume(run_dir: str | os.PathLike[str], *, tracker: Tracker | None = None) -
         opened = open_checkpoints(
             config.checkpoints, track=config.track, select=config.select or None
         )
-        crew, job = _gather(group, config, opened, tracker)
+        ranks, job = _gather(group, config, opened, tracker)
         if not group.leads:
-            return _from_plain(crew.follow())
+            return _from_plain(ranks.follow())
         began = (run.read("inputs.json") or {}).get("version")
         if began != __version__:
             versions = f"began with merge_rl {began}, this is {__version__}"
@@ -164,20 +164,20 @@ def resume(run_dir: str | os.PathLike[str], *, tracker: Tracker | None = None) -
             tracker.event({"kind": "warning", "text": text})
         require_same_inputs(run, job.hashes)
         result = _drive(run, config, job, tracker)
-        crew.end(_to_plain(result))
+        ranks.end(_to_plain(result))
         return result
 
 
 def _gather(
     group: Group, config: OptimizeConfig, opened: CheckpointSet, tracker: Tracker
-) -> tuple[Crew, Job]:
+) -> tuple[DistributedRollout, Job]:
     """The job of this process, and all processes that help with it."""
     placed, announce = on_device(config, group), _announce(tracker)
     job = build_job(placed, opened, announce)
     if group.leads:
         for text in search_doubts(config, job.references, job.final_rollout.rollout):
             announce(text)
-    return gather_crew(group, config, job, placed.device, announce), job
+    return distribute(group, config, job, placed.device, announce), job
 
 
 def _to_plain(result: OptimizeResult) -> dict[str, Any]:
@@ -228,20 +228,20 @@ def check_names(config: OptimizeConfig) -> None:
     require_reward_solver(sampler)
 
 
-def gather_crew(
+def distribute(
     group: Group,
     config: OptimizeConfig,
     job: Job,
     device: str,
     announce: Callable[[str], None],
-) -> Crew:
-    """The crew of a search, after all ranks were seen to have the same of everything.
+) -> DistributedRollout:
+    """The rollouts of a search on all ranks, which were seen to have the same of everything.
 
     Raises ParallelError for ranks of another version, other settings or inputs, or unequal
     devices.
     """
     require_same_everywhere(group, to_mapping(config), job.hashes, device)
-    return Crew(group, (job.rollout, job.final_rollout), announce)
+    return DistributedRollout(group, (job.rollout, job.final_rollout), announce)
 
 
 def common_batch(

@@ -16,7 +16,7 @@ from merge_rl.storage.files import ImageKind, ImageSource, ImageStream
 from merge_rl.workflows.rollout import exact_products
 
 
-class Turns:
+class SharedExtraction:
     """Batch b of some rows is made by process b mod W; process 0 gets all of them, in order.
 
     Batches are those of one process, so that neither features nor what is summed of them depend on

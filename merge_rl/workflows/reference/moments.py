@@ -18,7 +18,7 @@ from merge_rl.interfaces import FeatureExtractor
 from merge_rl.parallel.group import Group
 from merge_rl.parallel.rendezvous import Place
 from merge_rl.storage.files import ImageKind, ImageSource, WorkFolder
-from merge_rl.workflows.reference.extract import Turns
+from merge_rl.workflows.reference.extract import SharedExtraction
 
 BLOCK_ROWS: Final = 256  # images whose features enter the moments together, in whole batches
 SAVE_SECONDS: Final = 20.0  # how often the state is saved
@@ -55,7 +55,7 @@ class Collected:
     kind: ImageKind | None = None
     broken: tuple[str, ...] = ()
 
-    def extended(self, plan: Plan, block: Sequence[Found], images: Turns) -> Collected:
+    def extended(self, plan: Plan, block: Sequence[Found], images: SharedExtraction) -> Collected:
         """After the next block; what is there is left as it is."""
         positions = torch.cat([found for found, _ in block])
         features = torch.cat([features for _, features in block])
@@ -97,7 +97,7 @@ def collect(
     on_images(state.done)
     group.broadcast(state.done, phase="images")
     left, saved = plan.rows[state.done :].tolist(), time.monotonic()
-    images = Turns(
+    images = SharedExtraction(
         group, source, extractor, batch=plan.batch, device=device, skip_broken=skip_broken,
         kind=state.kind, broken=state.broken,
     )  # fmt: skip
@@ -131,7 +131,7 @@ def help_collect(
 ) -> None:
     """What `collect` of rank 0 needs of the others."""
     done = group.broadcast(phase="images")
-    images = Turns(
+    images = SharedExtraction(
         group, source, extractor, batch=plan.batch, device=device, skip_broken=skip_broken
     )
     for _ in images.batches(plan.rows[done:].tolist()):

@@ -16,7 +16,11 @@ from merge_rl.workflows.rollout.differentiable import (
     DifferentiableRollout,
     Differentiated,
 )
-from merge_rl.workflows.rollout.distributed import Crew, require_agreement, require_same_everywhere
+from merge_rl.workflows.rollout.distributed import (
+    DistributedRollout,
+    require_agreement,
+    require_same_everywhere,
+)
 from merge_rl.workflows.rollout.execution import (
     exact_products,
     fast_hint,
@@ -27,9 +31,9 @@ from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 from merge_rl.workflows.rollout.room import Room
 
 __all__ = [
-    "Crew",
     "DifferentiableRollout",
     "Differentiated",
+    "DistributedRollout",
     "MergedRollout",
     "Rollout",
     "Room",

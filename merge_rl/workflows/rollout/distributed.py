@@ -7,6 +7,7 @@ search. So nothing can drift apart, and a rank that is lost takes no state with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -14,19 +15,19 @@ from torch import Tensor
 
 from merge_rl.config import SamplerConfig, from_mapping, to_mapping
 from merge_rl.errors import ParallelError
-from merge_rl.parallel.blocks import Block, Buffers, gather_rows, share_blocks, split_blocks
+from merge_rl.parallel.blocks import SharedWork, split_blocks
 from merge_rl.parallel.group import Group
 from merge_rl.version import __version__
 from merge_rl.workflows.rollout.device import device_facts
 from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
 
 
-class Crew:
-    """The processes of a launch, for rollouts that all of them hold under the same names.
+class DistributedRollout:
+    """The ranks of a launch, for rollouts that all of them hold under the same names.
 
     Args:
-        group: the processes.
-        rollouts: what this process holds; on rank 0 they spread their work from now on.
+        group: the ranks.
+        rollouts: what this rank holds; on rank 0 they spread their work from now on.
         announce: hears once if there is less work than there are ranks.
     """
 
@@ -36,8 +37,7 @@ class Crew:
         rollouts: Iterable[MergedRollout],
         announce: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        self.group, self._announce, self._told = group, announce, False
-        self._buffers = Buffers()
+        self._work = SharedWork(group, announce)
         self._rollouts = {rollout.name: rollout for rollout in rollouts}
         if group.leads and group.size > 1:
             for rollout in self._rollouts.values():
@@ -45,65 +45,35 @@ class Crew:
 
     def end(self, result: Any = None) -> None:
         """On rank 0: dismiss the others; `result`, plain data, is what `follow` returns there."""
-        self.group.broadcast({"end": result}, phase="end")
+        self._work.end(result)
 
     def follow(self) -> Any:
         """On the other ranks: make what is asked for until rank 0 ends it; its result."""
-        while True:
-            asked = self.group.broadcast(phase="waiting for rank 0")
-            if "end" in asked:
-                return asked["end"]
-            rollout = self._rollouts[asked["rollout"]]
-            sampler = from_mapping(SamplerConfig, asked["sampler"])
-            if sampler != rollout.rollout.sampler:
-                rollout = rollout.with_sampler(sampler)
-            self._make(rollout, read_items(asked), asked["phase"])
+        return self._work.follow(self._act)
+
+    def _act(self, asked: Mapping[str, Any]) -> None:
+        rollout = self._rollouts[asked["do"]]
+        sampler = from_mapping(SamplerConfig, asked["sampler"])
+        if sampler != rollout.rollout.sampler:
+            rollout = rollout.with_sampler(sampler)
+        self._make(rollout, read_items(asked), asked["phase"])
 
     def _spread(
         self, rollout: MergedRollout, items: Sequence[WorkItem], phase: str
     ) -> list[Tensor]:
-        asked = {
-            "rollout": rollout.name,
-            "sampler": to_mapping(rollout.rollout.sampler),
-            "phase": phase,
-            **write_items(items),
-        }
-        self.group.broadcast(asked, phase=phase)
+        sampler = to_mapping(rollout.rollout.sampler)
+        self._work.ask(rollout.name, phase, sampler=sampler, **write_items(items))
         made = self._make(rollout, items, phase)
         return list(torch.split(made, [len(item.labels) for item in items]))
 
     def _make(self, rollout: MergedRollout, items: Sequence[WorkItem], phase: str) -> Tensor:
         """This rank's blocks; on rank 0 the features of all images, in order."""
-        blocks = split_blocks([len(item.labels) for item in items], rollout.rollout.batch)
-        shares = share_blocks(blocks, self.group.size)
-        mine = [blocks[i] for i in shares[self.group.rank]]
-        self._tell_idle(shares, blocks)
-        self.group.note(f"{phase}: {_described(mine)}")
-        sizes = [[blocks[i].size for i in share] for share in shares]
-        counts, dim = [sum(own) for own in sizes], rollout.rollout.extractor.dim
-        found = self._buffers.take(sum(counts) if self.group.leads else 0, dim)
-        into = torch.split(found, counts) if self.group.leads else ()
-        gather_rows(self.group, rollout.parts(items, mine), sizes, into, phase)
-        if self.group.leads:
-            rollout.rollout.on_images(sum(counts[1:]))
-        return found
-
-    def _tell_idle(self, shares: Sequence[range], blocks: Sequence[Block]) -> None:
-        idle = sum(len(share) == 0 for share in shares)
-        if idle and self.group.leads and not self._told:
-            self._told = True
-            self._announce(
-                f"{idle} of {len(shares)} ranks are idle at times: the work has {len(blocks)} "
-                f"blocks of up to {max(block.size for block in blocks)} images; a smaller --batch "
-                "makes more of them"
-            )
-
-
-def _described(blocks: Sequence[Block]) -> str:
-    if not blocks:
-        return "no block"
-    images = sum(block.size for block in blocks)
-    return f"{images} images in {len(blocks)} blocks, first of item {blocks[0].item}"
+        inner = rollout.rollout
+        blocks = split_blocks([len(item.labels) for item in items], inner.batch)
+        self._work.tell_idle(blocks)
+        return self._work.rows(
+            blocks, inner.extractor.dim, partial(rollout.parts, items), phase, inner.on_images
+        )
 
 
 def write_items(items: Sequence[WorkItem]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from merge_rl.parallel.group import Group
 from merge_rl.storage.runs.lifecycle import StopSignals
 from merge_rl.workflows.assembly.networks import load_model
 from merge_rl.workflows.assembly.resolve import resolve_finetune
-from merge_rl.workflows.finetune.distributed import SharedParts
+from merge_rl.workflows.finetune.distributed import DistributedStep
 from merge_rl.workflows.finetune.job import build_finetune
 from merge_rl.workflows.finetune.learner import Learner, trainable
 from merge_rl.workflows.finetune.sharded import process_group
@@ -69,7 +69,7 @@ def update_of(model: Path, algorithm: str, kind: str, kept_rows: int, group: Gro
     parts = (
         StepParts(job, Learner(job.network, update))
         if group is None
-        else SharedParts(job, group, StopSignals())
+        else DistributedStep(job, group, StopSignals())
     )
     noise = job.rollout.noise(range(kept_rows))
     advantages = torch.linspace(0.5, 2, kept_rows, dtype=torch.float64)

@@ -16,7 +16,12 @@ from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.errors import ParallelError, StoppedError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.parallel.group import Group
-from merge_rl.workflows.rollout.distributed import Crew, read_items, require_agreement, write_items
+from merge_rl.workflows.rollout.distributed import (
+    DistributedRollout,
+    read_items,
+    require_agreement,
+    write_items,
+)
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 from tests.ranks import on_ranks
 from tests.workflows.rollout.test_rollout import Bytes, Pixels
@@ -63,12 +68,12 @@ def test_features_do_not_depend_on_the_number_of_ranks(size: int) -> None:
 
     def work(group: Group) -> Any:
         rollout = make_rollout()
-        crew = Crew(group, [rollout])
+        ranks = DistributedRollout(group, [rollout])
         if not group.leads:
-            return crew.follow()
+            return ranks.follow()
         first = rollout.features_of(items(), "round 0")
         second = rollout.with_sampler(other).features_of(items()[:1], "end")
-        crew.end({"coefficients": [0.1, 1 / 3]})
+        ranks.end({"coefficients": [0.1, 1 / 3]})
         return first, second
 
     found = on_ranks(size, work)
@@ -86,12 +91,12 @@ def test_idle_ranks_are_told_once_and_images_counted() -> None:
     def work(group: Group) -> Any:
         rollout = make_rollout()
         rollout.rollout.on_images = counted.append if group.leads else lambda _count: None
-        crew = Crew(group, [rollout], told.append)
+        ranks = DistributedRollout(group, [rollout], told.append)
         if not group.leads:
-            return crew.follow()
+            return ranks.follow()
         for _ in range(2):
             rollout.features_of([WorkItem(None, [1, 2, 3], torch.zeros(3, dtype=torch.int64))])
-        return crew.end()
+        return ranks.end()
 
     assert on_ranks(3, work) == [None] * 3
     assert told == [
@@ -118,12 +123,12 @@ def test_items_survive_the_journey() -> None:
 def test_a_rank_that_fails_in_a_round_ends_all() -> None:
     def work(group: Group) -> Any:
         rollout = make_rollout()
-        crew = Crew(group, [rollout])
+        ranks = DistributedRollout(group, [rollout])
         if group.leads:
             return rollout.features_of(items(), "round 2")
         if group.rank == 2:
             rollout.rollout.extractor = Broken()
-        return crew.follow()
+        return ranks.follow()
 
     found = on_ranks(3, work)
     assert type(found[0]) is ParallelError
