@@ -25,7 +25,7 @@ ORDER = (  # noqa: SIM905
     "errors version untrusted config rng interfaces parallel core registry "
     "files pickles checkpoints convert runs hub "
     "models features searchers demo "
-    "rollout reference rewards assembly evaluate export optimize compare report plan finetune "
+    "rollout reference rewards report assembly evaluate export optimize compare plan finetune "
     "cli"
 ).split()
 # Their sub-packages are units of their own.

@@ -155,7 +155,8 @@ def print_finetuned(result: FinetuneResult) -> None:
     """The table of the final scores, and where everything lies."""
     from merge_rl.config import CURVES
     from merge_rl.storage.runs import FinetuneRun
-    from merge_rl.workflows.finetune import curve_label, interval
+    from merge_rl.workflows.finetune import curve_label
+    from merge_rl.workflows.report import interval
 
     config, comparison = FinetuneRun.open(result.run_dir).config(), result.comparison
     head = comparison["headline"]
@@ -168,7 +169,7 @@ def print_finetuned(result: FinetuneResult) -> None:
         verdict = "not finite" if low is None else "better" if low > 0 else "worse"
         if low is not None and low <= 0 <= high:
             verdict = "no clear difference"
-        rows.append([curve_label(config, curve), *cells, interval(gain, sign="+"), verdict])
+        rows.append([curve_label(config, curve), *cells, interval(gain, "+.3f"), verdict])
     title = (
         f"{head} FID, N = {comparison['num_images']:,}, {comparison['repeats']} repeats on fresh "
         "seeds, mean [95 % interval]"

@@ -23,6 +23,7 @@ from merge_rl.interfaces import Tracker
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.evaluate.features import sampler_summary
 from merge_rl.workflows.evaluate.score_store import NAME, Request, ScoreStore
+from merge_rl.workflows.report import interval
 from merge_rl.workflows.rollout import MergedRollout
 
 ENTRIES = ("start", "uniform", "best single", "result")
@@ -98,8 +99,8 @@ class Comparison(_Table):
         if self.second is not None:
             others.append((f"{self.second.name.upper()} to the reference", self.second.gain()))
         return [
-            f"FID to the reference improved by {_signed(gained)}, but {what} did not, "
-            f"{_signed(gain)}: the gain may be one of what was optimised alone"
+            f"FID to the reference improved by {interval(gained, '+.4g')}, but {what} did not, "
+            f"{interval(gain, '+.4g')}: the gain may be one of what was optimised alone"
             for what, gain in others
             if not gain.low > 0
         ]
@@ -133,10 +134,6 @@ def comparison_from(values: Mapping[str, Any]) -> Comparison:
     second = values["second"]
     second = SecondScores(**second) if second is not None else None
     return Comparison(**{**values, "sde": sde, "second": second})
-
-
-def _signed(gain: Interval) -> str:
-    return f"{gain.mean:+.4g} [{gain.low:+.4g}, {gain.high:+.4g}]"
 
 
 def compare(

@@ -9,6 +9,7 @@ from typing import Final
 
 from torch import Tensor
 
+from merge_rl.config import without_nan
 from merge_rl.core.distances.frechet import FrechetReference
 from merge_rl.core.distances.statistics import FeatureStats, check_features, feature_stats
 from merge_rl.core.sampling.compatibility import balanced_labels
@@ -80,9 +81,9 @@ class ScoreStore:
         ]
         made = merged.features_of(items, f"score {requests[0].key}")
         for request, features in zip(requests, made, strict=True):
-            self.known[request.key] = _plain(self.scorer.score(features))
+            self.known[request.key] = without_nan(self.scorer.score(features))
             for key in self._keys(request)[1:]:
-                self.known[key] = _plain({"reference": self._second_metric().score(features)})
+                self.known[key] = without_nan({"reference": self._second_metric().score(features)})
         self.run.write("scores.json", self.known)
 
     def second(self, key: str) -> float | None:
@@ -103,11 +104,6 @@ class ScoreStore:
 
     def _read(self, key: str) -> dict[str, float]:
         return {k: math.nan if v is None else v for k, v in self.known[key].items()}
-
-
-def _plain(score: dict[str, float]) -> dict[str, float | None]:
-    """NaN has no place in JSON."""
-    return {k: None if math.isnan(v) else v for k, v in score.items()}
 
 
 FeaturesOf = Callable[[int], Tensor]

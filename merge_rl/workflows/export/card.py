@@ -13,6 +13,7 @@ from torch import Tensor
 
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows.evaluate import ENTRIES, Comparison
+from merge_rl.workflows.report import interval, markdown_table
 
 TASK: Final = "unconditional-image-generation"  # the Hub's nearest name, with classes or without
 
@@ -51,7 +52,7 @@ def model_card(facts: CardFacts) -> str:
             *scores,
             "## Coefficients",
             "",
-            *coefficient_table(facts),
+            coefficient_table(facts),
             "",
             *_loading(facts),
         ]
@@ -101,11 +102,9 @@ def evaluation_results(facts: CardFacts) -> list[dict[str, Any]]:
     return found
 
 
-def score_table(comparison: Comparison) -> list[str]:
-    """Lines of a Markdown table: one row an entry and sampler, one column a reference."""
+def score_table(comparison: Comparison) -> str:
+    """A Markdown table: one row an entry and sampler, one column a reference."""
     names = comparison.references
-    lines = ["| model | " + " | ".join(f"FID, {name}" for name in names) + " |"]
-    lines.append("| --- |" + " --- |" * len(names))
     rows = [
         (f"{entry} ({comparison.best_single})" if entry == "best single" else entry,
          comparison.summary(entry))
@@ -115,31 +114,25 @@ def score_table(comparison: Comparison) -> list[str]:
         sde = comparison.sde
         under = f"{sde.sampler.solver}, {sde.sampler.num_steps} steps"
         rows += [(f"{entry} ({under})", sde.summary(entry)) for entry in sde.scores]
-    for label, summary in rows:
-        cells = [
-            f"{summary[n]['mean']:.3f} [{summary[n]['low']:.3f}, {summary[n]['high']:.3f}]"
-            for n in names
-        ]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return lines
+    cells = [[label, *(interval(summary[name]) for name in names)] for label, summary in rows]
+    return markdown_table(["model", *(f"FID, {name}" for name in names)], cells)
 
 
-def coefficient_table(facts: CardFacts) -> list[str]:
-    """Lines of a Markdown table: one row a checkpoint, one column a group of tensors."""
-    lines = ["| checkpoint | " + " | ".join(facts.group_names) + " |"]
-    lines.append("| --- |" + " --- |" * len(facts.group_names))
-    rows = facts.coefficients.reshape(-1, len(facts.checkpoints))
-    for i, name in enumerate(facts.checkpoints):
-        cells = [f"{value:+.4f}" for value in rows[:, i].tolist()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+def coefficient_table(facts: CardFacts) -> str:
+    """A Markdown table: one row a checkpoint, one column a group of tensors."""
+    columns = facts.coefficients.reshape(-1, len(facts.checkpoints)).T.tolist()
+    rows = [
+        [name, *(f"{value:+.4f}" for value in own)]
+        for name, own in zip(facts.checkpoints, columns, strict=True)
+    ]
+    return markdown_table(["checkpoint", *facts.group_names], rows)
 
 
 def _scores(facts: CardFacts, comparison: Comparison) -> list[str]:
     return [
         "## Scores",
         "",
-        *score_table(comparison),
+        score_table(comparison),
         "",
         f"FID of features from the extractor `{facts.extractor}` at N = "
         f"{comparison.num_images:,} images, {len(comparison.scores['result'])} repeats on fresh "

@@ -1,6 +1,6 @@
 """Fine-tuning of all weights, or of adapters, against the same rewards."""
 
-from merge_rl.workflows.finetune.page import curve_label, interval
+from merge_rl.workflows.finetune.page import curve_label
 from merge_rl.workflows.finetune.run import FinetuneResult, finetune, resume_finetune
 
-__all__ = ["FinetuneResult", "curve_label", "finetune", "interval", "resume_finetune"]
+__all__ = ["FinetuneResult", "curve_label", "finetune", "resume_finetune"]

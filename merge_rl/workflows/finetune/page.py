@@ -14,7 +14,14 @@ from merge_rl.storage.files import write_text
 from merge_rl.storage.runs import FinetuneRun
 from merge_rl.version import __version__
 from merge_rl.workflows.export import TASK, hub_licence, hub_repositories
-from merge_rl.workflows.report import can_draw, drawing, steps_axis
+from merge_rl.workflows.report import (
+    can_draw,
+    drawing,
+    interval,
+    markdown_table,
+    number,
+    steps_axis,
+)
 
 Points = Mapping[int, Mapping[str, Mapping[str, float | None]]]
 LABELS: Final = {
@@ -44,7 +51,7 @@ def write_report(
         "",
         "## Start and result on fresh seeds",
         "",
-        *final_table(config, comparison),
+        final_table(config, comparison),
         "",
         f"FID to {head}, N = {comparison['num_images']:,}, {comparison['repeats']} repeats, mean "
         "[95 % interval]; gain is start - result on the same seeds.",
@@ -52,7 +59,7 @@ def write_report(
         "## Along the run",
         "",
         *(["![curves](curves.png)", ""] if picture else []),
-        *curve_table(config, points, head),
+        curve_table(config, points, head),
         "",
         f"FID to {head}, N = {config.curves.num_images:,}, the same seeds at every step; the "
         "moving average of the weights is scored.",
@@ -69,37 +76,23 @@ def curve_label(config: FinetuneConfig, curve: str) -> str:
     return f"{label} (rollouts)" if curve == f"{config.rollout_kind}-train" else label
 
 
-def final_table(config: FinetuneConfig, comparison: Mapping[str, Any]) -> list[str]:
-    """Lines of a Markdown table: one row a curve."""
-    head = comparison["headline"]
-    lines = ["| sampler | start | result | gain |", "| --- | --- | --- | --- |"]
+def final_table(config: FinetuneConfig, comparison: Mapping[str, Any]) -> str:
+    """A Markdown table: one row a curve."""
+    head, rows = comparison["headline"], []
     for curve in CURVES:
         section = comparison["curves"][curve]
         cells = [interval(section["entries"][entry][head]) for entry in ("start", "result")]
-        gain = interval(section["gain"], sign="+")
-        lines.append(f"| {curve_label(config, curve)} | {' | '.join(cells)} | {gain} |")
-    return lines
+        rows.append([curve_label(config, curve), *cells, interval(section["gain"], "+.3f")])
+    return markdown_table(["sampler", "start", "result", "gain"], rows)
 
 
-def curve_table(config: FinetuneConfig, points: Points, head: str) -> list[str]:
-    """Lines of a Markdown table: one row a scored step, one column a curve."""
-    lines = ["| step | " + " | ".join(curve_label(config, curve) for curve in CURVES) + " |"]
-    lines.append("| --- |" + " --- |" * len(CURVES))
-    for step in sorted(points):
-        cells = [number(points[step][curve][head]) for curve in CURVES]
-        lines.append(f"| {step} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def interval(summary: Mapping[str, float | None], *, sign: str = "") -> str:
-    """mean [low, high]."""
-    mean, low, high = (number(summary[key], sign) for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def number(value: float | None, sign: str = "") -> str:
-    """Three decimals, or that it is none."""
-    return "not finite" if value is None else f"{value:{sign}.3f}"
+def curve_table(config: FinetuneConfig, points: Points, head: str) -> str:
+    """A Markdown table: one row a scored step, one column a curve."""
+    rows = [
+        [str(step), *(number(points[step][curve][head]) for curve in CURVES)]
+        for step in sorted(points)
+    ]
+    return markdown_table(["step", *(curve_label(config, curve) for curve in CURVES)], rows)
 
 
 def draw_curves(path: Path, config: FinetuneConfig, points: Points, head: str) -> bool:
@@ -152,7 +145,7 @@ def finetune_card(
             "",
             "## Scores",
             "",
-            *final_table(config, comparison),
+            final_table(config, comparison),
             "",
             f"FID of features from the extractor `{config.extractor}` to "
             f"{comparison['headline']} data, N = {comparison['num_images']:,}, "

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from merge_rl.config import CURVES, FinetuneConfig
+from merge_rl.config import CURVES, FinetuneConfig, without_nan
 from merge_rl.core.distances.intervals import improvement, summarize
 from merge_rl.core.sampling.compatibility import balanced_labels, prediction_of
 from merge_rl.errors import NonFiniteSamplesError
@@ -94,11 +94,6 @@ class Curves:
     def _write(self) -> None:
         document = {str(step): self.points[step] for step in sorted(self.points)}
         self.run.files.write(CURVES_FILE, document)
-
-
-def without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """Scores as JSON has them."""
-    return {name: None if math.isnan(value) else value for name, value in scores.items()}
 
 
 def write_grid(job: FinetuneJob, run: FinetuneRun, step: int, network: nn.Module) -> str | None:
@@ -184,13 +179,5 @@ def _document(
         "headline": headline,
         "curves": curves,
     }
-    cleaned: dict[str, Any] = _cleaned(document)
+    cleaned: dict[str, Any] = without_nan(document)
     return cleaned
-
-
-def _cleaned(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _cleaned(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_cleaned(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

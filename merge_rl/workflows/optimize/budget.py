@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from merge_rl import registry
-from merge_rl.config import OptimizeConfig
+from merge_rl.config import OptimizeConfig, without_nan
 from merge_rl.errors import BudgetError
 from merge_rl.workflows.evaluate import Request, ScoreStore
 
@@ -85,13 +85,9 @@ class Winner:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with None for what could not be scored."""
-        rungs = [
-            {label: None if math.isnan(v) else v for label, v in rung.items()}
-            for rung in self.rungs
-        ]
         return {
             "chosen": self.label, "score": self.score, "images_each": self.images_each,
-            "images": self.images, "rungs": rungs,
+            "images": self.images, "rungs": without_nan([dict(rung) for rung in self.rungs]),
         }  # fmt: skip
 
 
@@ -119,7 +115,7 @@ def hold(
     last = played[-1][best] if played else math.nan
     return Winner(
         label=best,
-        score=None if math.isnan(last) else last,
+        score=without_nan(last),
         images_each=rungs[-1].images if rungs else 0,
         images=cost(rungs),
         rungs=played,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from merge_rl.config import OptimizeConfig, RewardConfig
+from merge_rl.config import OptimizeConfig, RewardConfig, without_nan
 from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.errors import BudgetError, NonFiniteWeightsError, RunError
 from merge_rl.interfaces import Searcher, Tracker
@@ -138,7 +137,7 @@ class SearchLoop:
             "theta": self.searcher.mean.tolist(),
             "coefficients": self.job.map(self.searcher.mean).tolist(),
             "candidates": thetas.tolist(),
-            "rewards": [None if math.isnan(r) else r for r in rewards.tolist()],
+            "rewards": without_nan(rewards.tolist()),
             **({"terms": term_means(terms)} if len(terms) > 1 else {}),
             **({FIRST_ORDER: first_order} if self.reward.has_first_order else {}),
             "failed": int(rewards.isnan().sum()),

@@ -9,7 +9,7 @@ from typing import Any
 from merge_rl.errors import ConfigError
 from merge_rl.storage.files import write_text
 from merge_rl.workflows.report.plots import draw_comparison
-from merge_rl.workflows.report.text import NAMES, Row, _number, interval, markdown_table
+from merge_rl.workflows.report.text import NAMES, Row, interval, markdown_table, number
 
 
 def quality_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
@@ -19,8 +19,8 @@ def quality_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
         [
             line["searcher"],
             *(_ranged(line["fid"][name]) for name in names),
-            _number(line["ratio"], ".3f"),
-            _number(line["optimism"], "+.3f"),
+            _shown(line["ratio"], ".3f"),
+            _shown(line["optimism"], "+.3f"),
         ]
         for line in document["searchers"]
     ]
@@ -38,10 +38,10 @@ def cost_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
         [
             line["searcher"],
             f"{line['images']:,}",
-            _number(line["seconds"], ".0f"),
-            _number(line["overhead"], ".1%"),
-            _number(line["coefficient_spread"], ".3f"),
-            _number(line["largest_coefficient"], ".2f"),
+            _shown(line["seconds"], ".0f"),
+            _shown(line["overhead"], ".1%"),
+            _shown(line["coefficient_spread"], ".3f"),
+            _shown(line["largest_coefficient"], ".2f"),
         ]
         for line in document["searchers"]
     ]
@@ -100,14 +100,14 @@ def markdown(document: Mapping[str, Any], picture: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
 def _ranged(value: Mapping[str, Any]) -> str:
-    if value["median"] is None:
-        return "not finite"
-    middle = f"{value['median']:.3f}"
     if len(value["values"]) == 1:
-        return middle
-    high = "not finite" if value["high"] is None else f"{value['high']:.3f}"
-    return f"{middle} [{value['low']:.3f}, {high}]"
+        return number(value["median"])
+    return interval(value, middle="median")
 
 
 def write_comparison(document: Mapping[str, Any], folder: Path) -> str | None:

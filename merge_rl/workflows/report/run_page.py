@@ -20,7 +20,6 @@ from merge_rl.workflows.report.text import (
     interval,
     markdown_table,
     number,
-    signed_interval,
 )
 from merge_rl.workflows.rewards import first_order_line, first_order_warnings
 
@@ -79,7 +78,7 @@ def _comparison(comparison: Mapping[str, Any]) -> list[str]:
         f"N = {comparison['num_images']:,}, {comparison['repeats']} repeats, mean [95 % interval].",
         markdown_table(columns, rows),
         "\n".join(
-            f"- result against {other}: {signed_interval(gain)} {head} FID gained"
+            f"- result against {other}: {interval(gain, '+.3f')} {head} FID gained"
             for other, gain in comparison["gain_over"].items()
         ),
     ]
@@ -88,7 +87,7 @@ def _comparison(comparison: Mapping[str, Any]) -> list[str]:
         entries = {name: interval(value, ".4g") for name, value in second["entries"].items()}
         parts.append(
             f"{second['metric'].upper()} to the reference: start {entries['start']}, result "
-            f"{entries['result']}, gained {signed_interval(second['gain_over_start'], '+.4g')}."
+            f"{entries['result']}, gained {interval(second['gain_over_start'], '+.4g')}."
         )
     sde = comparison.get("sde")
     if sde is not None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-
-def number(value: float | None) -> str:
-    """Three decimals."""
-    return "not finite" if value is None else f"{value:.3f}"
-
+from merge_rl.core.distances.intervals import Interval
 
 Row = list[str]
 NAMES: Final = {"heldout": "held-out", "reference": "reference"}
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """Three decimals, or as a format says; words for None and NaN."""
+    return "not finite" if value is None or math.isnan(value) else format(value, form)
+
+
+def interval(
+    value: Mapping[str, Any] | Interval, form: str = ".3f", *, middle: str = "mean"
+) -> str:
+    """Mean [low, high], or another `middle`; "+.3f" shows the sign of a difference."""
+    found = vars(value) if isinstance(value, Interval) else value
+    mean, low, high = (number(found[key], form) for key in (middle, "low", "high"))
+    return mean if mean == number(None) else f"{mean} [{low}, {high}]"
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -21,20 +32,3 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
     )
-
-
-def interval(value: Mapping[str, Any], form: str = ".3f") -> str:
-    """Mean [low, high]."""
-    if value["mean"] is None:
-        return "not finite"
-    mean, low, high = (format(value[key], form) for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def signed_interval(value: Mapping[str, Any], form: str = "+.3f") -> str:
-    """The same of a difference."""
-    return interval(value, form)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from merge_rl.config import without_nan
 from merge_rl.interfaces import FeatureExtractor, Reward
 from merge_rl.workflows.rewards.frechet import Draw, InfluenceFrechet, PoolCache
 from merge_rl.workflows.rewards.pool import Pool
@@ -40,8 +41,7 @@ class Scores(NamedTuple):
 
 def term_means(terms: Mapping[str, Tensor]) -> dict[str, float | None]:
     """Mean of each term over the candidates that did not fail, None if all did."""
-    means = {name: float(values.nanmean()) for name, values in terms.items()}
-    return {name: None if math.isnan(mean) else mean for name, mean in means.items()}
+    return {name: without_nan(float(values.nanmean())) for name, values in terms.items()}
 
 
 class RewardSum:
