@@ -31,6 +31,7 @@ from merge_rl.config.optimize import (
 )
 from merge_rl.config.overrides import overlaid, override, set_dotted, split_pair
 from merge_rl.config.reward import SUBSET_SIZE, RewardConfig
+from merge_rl.config.reward_terms import RewardTerm
 from merge_rl.config.sampler import (
     DIFFUSIONS,
     FIXED_SOLVERS,
@@ -82,6 +83,7 @@ __all__ = [
     "OptimizeConfig",
     "ReferenceConfig",
     "RewardConfig",
+    "RewardTerm",
     "SampleConfig",
     "SamplerConfig",
     "SearchConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from merge_rl.config.reward_terms import RewardTerm, parse_reward
 from merge_rl.config.sampler import require
 from merge_rl.config.setting import REWARD, setting
 from merge_rl.errors import ConfigError
@@ -74,9 +75,14 @@ class RewardConfig:
         return self.name or "fid-subset"
 
     @property
+    def terms(self) -> tuple[RewardTerm, ...]:
+        """What the reward is the weighted sum of."""
+        return parse_reward(self.text)
+
+    @property
     def pooled(self) -> bool:
         """Whether a term replaces part of a pool; the others score a candidate's own images."""
-        return not all(term.strip().endswith("-full") for term in self.text.split("+"))
+        return not all(term.base.endswith("-full") for term in self.terms)
 
     @property
     def images_per_subset(self) -> int:

@@ -47,7 +47,7 @@ from merge_rl.workflows.assembly.resolve import (
 )
 from merge_rl.workflows.assembly.reward import (
     check_reward,
-    parse_reward,
+    known_terms,
     require_targets,
 )
 
@@ -74,6 +74,7 @@ __all__ = [
     "image_size",
     "is_public",
     "is_user_module",
+    "known_terms",
     "load_autoencoder",
     "load_model",
     "load_network",
@@ -84,7 +85,6 @@ __all__ = [
     "network_rollout",
     "notes_of",
     "other_resolutions",
-    "parse_reward",
     "peak_memory",
     "plan_memory",
     "require_known",

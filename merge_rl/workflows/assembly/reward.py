@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, NoReturn
 
 import torch
 
 from merge_rl import registry
-from merge_rl.config import OptimizeConfig
+from merge_rl.config import OptimizeConfig, RewardConfig, RewardTerm
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.interfaces import FeatureExtractor, Reward
 from merge_rl.registry import REWARDS
@@ -47,9 +44,19 @@ class BuiltReward:
     hashes: Mapping[str, str | None]
 
 
+def known_terms(reward: RewardConfig) -> tuple[RewardTerm, ...]:
+    """The terms; UnknownNameError for one whose reward or extractor is not registered."""
+    for term in reward.terms:
+        if term.base not in REWARDS:
+            raise UnknownNameError("reward", term.name, REWARDS)
+        if term.extractor:
+            require_known(term.extractor)
+    return reward.terms
+
+
 def check_reward(config: OptimizeConfig) -> None:
     """Raise before any work for a reward that is not known, or that lacks statistics."""
-    terms = parse_reward(config.reward.text)
+    terms = known_terms(config.reward)
     for name in _others(terms, config.extractor):
         if name not in config.extra_references:
             raise ConfigError(
@@ -76,7 +83,7 @@ def require_targets(config: OptimizeConfig) -> None:
     """
     own = (config.reference, config.heldout)
     require_comparable(config.extractor or "", config.extractor_weights, own)
-    for name in _others(parse_reward(config.reward.text), config.extractor):
+    for name in _others(known_terms(config.reward), config.extractor):
         require_comparable(name, config.extra_weights.get(name), [config.extra_references[name]])
 
 
@@ -87,7 +94,7 @@ def build_reward(
 
     `announce` hears of downloads.
     """
-    terms = parse_reward(config.reward.text)
+    terms = known_terms(config.reward)
     targets: dict[str | None, Target] = {}
     hashes: dict[str, str | None] = {}
     for name in dict.fromkeys(_extractor_of(term, config.extractor) for term in terms):
@@ -141,65 +148,3 @@ def _extractor_of(term: RewardTerm, own: str | None) -> str | None:
 def _others(terms: tuple[RewardTerm, ...], own: str | None) -> list[str]:
     names = (_extractor_of(term, own) for term in terms)
     return [name for name in dict.fromkeys(names) if name is not None]
-
-
-_NUMBER: Final = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_NAME: Final = r"[A-Za-z](?:[\w.:-]*\w)?"
-_TERM: Final = re.compile(rf"\s*(?:({_NUMBER})\s*\*\s*)?({_NAME})\s*")
-
-
-@dataclass(frozen=True)
-class RewardTerm:
-    """One term of a reward."""
-
-    name: str  # as written
-    base: str  # the registered reward
-    extractor: str | None  # None: the checkpoint set's
-    weight: float = 1.0
-
-
-def parse_reward(text: str) -> tuple[RewardTerm, ...]:
-    """The terms of a reward, in order.
-
-    Raises UnknownNameError for a reward or extractor that is not registered, ConfigError for what
-    is no sum of terms, for weights that are not above 0, and for a term that comes twice.
-    """
-    terms, position = [], 0
-    while True:
-        found = _TERM.match(text, position)
-        if found is None:
-            _refuse(text, position)
-        weight = float(found[1]) if found[1] else 1.0
-        if not 0 < weight < math.inf:
-            raise ConfigError(f"reward {text!r}: expected weights above 0, got {found[1]}")
-        terms.append(_named(found[2], weight))
-        position = found.end()
-        if position == len(text):
-            break
-        if text[position] != "+":
-            _refuse(text, position)
-        position += 1
-    seen = [(term.base, term.extractor) for term in terms]
-    twice = [term.name for term, key in zip(terms, seen, strict=True) if seen.count(key) > 1]
-    if twice:
-        raise ConfigError(f"reward {text!r}: {twice[0]!r} comes twice; give it one weight")
-    return tuple(terms)
-
-
-def _named(name: str, weight: float) -> RewardTerm:
-    metric, _, rest = name.partition("-")
-    extractor, _, form = rest.rpartition("-")
-    base = f"{'fid' if metric == 'fd' else metric}-{form}"
-    if base not in REWARDS:
-        raise UnknownNameError("reward", name, REWARDS)
-    if extractor:
-        require_known(extractor)
-    return RewardTerm(name, base, extractor or None, weight)
-
-
-def _refuse(text: str, position: int) -> NoReturn:
-    found = repr(text[position:].strip()) if text[position:].strip() else "nothing"
-    raise ConfigError(
-        f"reward {text!r}: expected NAME or NUMBER * NAME, joined by +, found {found} "
-        f"after {text[:position].strip()!r}"
-    )

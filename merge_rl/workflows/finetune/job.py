@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from merge_rl import registry
-from merge_rl.config import FinetuneConfig, OptimizeConfig
+from merge_rl.config import FinetuneConfig, OptimizeConfig, RewardConfig
 from merge_rl.core.sampling.compatibility import require_reward_solver
 from merge_rl.errors import ConfigError
 from merge_rl.models import add_adapters
@@ -21,8 +21,8 @@ from merge_rl.workflows.assembly import (
     Announce,
     Parts,
     check_reward,
+    known_terms,
     load_network,
-    parse_reward,
     require_known,
     require_memory,
 )
@@ -68,7 +68,7 @@ class FinetuneJob:
 
 def check_names(config: FinetuneConfig) -> None:
     """Raise for names that are not known, of what settings say before the model is there."""
-    parse_reward(config.reward.text)
+    known_terms(config.reward)
     if config.extractor is not None:
         require_known(config.extractor)
     if config.autoencoder is not None:
@@ -115,14 +115,14 @@ def build_finetune(
     )
 
 
-def influence_name(name: str) -> str:
+def influence_name(reward: RewardConfig) -> str:
     """The first-order form of a reward, which has a reward for every image.
 
     "fid-subset + 0.2 * fd-dinov2-subset" -> "fid-influence + 0.2 * fd-dinov2-influence".
     Raises ConfigError for a term that has no such form.
     """
     parts = []
-    for term in parse_reward(name):
+    for term in reward.terms:
         if term.base not in ("fid-subset", "fid-influence"):
             raise ConfigError(
                 f"the reward {term.name} has none for single images; expected terms of "
@@ -137,5 +137,5 @@ def with_reward(settings: OptimizeConfig, credit: str) -> OptimizeConfig:
     """The settings with the form of the reward that the credit needs."""
     if credit == "set":
         return settings
-    named = dataclasses.replace(settings.reward, name=influence_name(settings.reward.text))
+    named = dataclasses.replace(settings.reward, name=influence_name(settings.reward))
     return dataclasses.replace(settings, reward=named)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from merge_rl.config.optimize import RewardConfig
+from merge_rl.config.reward_terms import RewardTerm, parse_reward
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.registry import REWARDS
-from merge_rl.workflows.assembly.reward import RewardTerm, parse_reward
+from merge_rl.workflows.assembly.reward import known_terms
 
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_registered_names_are_rewards(name: str) -> None:
-    assert parse_reward(name) == (RewardTerm(name, name, None, 1.0),)
+    assert known_terms(RewardConfig(name=name)) == (RewardTerm(name, name, None, 1.0),)
 
 
 @pytest.mark.parametrize(
@@ -72,4 +74,4 @@ def test_what_is_no_sum_is_refused(text: str, message: str) -> None:
 )
 def test_unknown_names_are_answered_with_the_nearest(text: str, message: str) -> None:
     with pytest.raises(UnknownNameError, match=message):
-        parse_reward(text)
+        known_terms(RewardConfig(name=text))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from merge_rl.config.optimize import RewardConfig
 from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.errors import ConfigError
 from merge_rl.workflows.finetune.job import influence_name
@@ -105,13 +106,13 @@ def test_rewards_that_are_not_finite_are_told(
     ],
 )
 def test_first_order_names(name: str, expected: str) -> None:
-    assert influence_name(name) == expected
+    assert influence_name(RewardConfig(name=name)) == expected
 
 
 @pytest.mark.parametrize("name", ["kid-subset", "fid-full", "fid-subset + 0.1 * mmd-subset"])
 def test_rewards_of_sets_alone_have_none_for_images(name: str) -> None:
     with pytest.raises(ConfigError, match="has none for single images"):
-        influence_name(name)
+        influence_name(RewardConfig(name=name))
 
 
 def test_gap_by_hand() -> None:
