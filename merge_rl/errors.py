@@ -80,8 +80,8 @@ class TooFewSamplesError(StatisticsError):
     """Fewer samples than an estimator needs."""
 
 
-class MemoryShortageError(MergeRLError):
-    """Too little memory for what was asked; the message says what to lower."""
+class OutOfMemoryError(MergeRLError):
+    """More memory than the device, or the machine, has."""
 
 
 class TrainingError(MergeRLError):
@@ -98,10 +98,6 @@ class DownloadError(MergeRLError):
 
 class HubError(MergeRLError):
     """The Hub refused, cannot be reached, or sent something that cannot be used."""
-
-
-class DeviceMemoryError(MergeRLError):
-    """More memory than the device, or the machine, has."""
 
 
 class ParallelError(MergeRLError):

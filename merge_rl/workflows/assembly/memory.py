@@ -14,10 +14,10 @@ from typing import Any, Final
 import torch
 
 from merge_rl.config import AUTO_BATCH, FinetuneConfig, OptimizeConfig
-from merge_rl.errors import DeviceMemoryError, MemoryShortageError
+from merge_rl.errors import OutOfMemoryError
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows.assembly.costs import Cost, PartCosts, cost_parts, weight_bytes
-from merge_rl.workflows.rollout import choose_place, free_memory, free_on
+from merge_rl.workflows.rollout import choose_place, free_memory, free_on, is_out_of_memory
 
 STATES: Final = 6  # of the samples that a solver holds at once
 SQUARES: Final = 6  # float64 matrices (D, D) that a distance works with
@@ -64,18 +64,18 @@ class MemoryPlan:
         return low
 
     def require_fit(self, batch: int) -> None:
-        """Raise DeviceMemoryError unless a batch fits."""
+        """Raise OutOfMemoryError unless a batch fits."""
         if self.needed(batch) <= self.capacity:
             return
         has = f"{self.device} has {gib(self.capacity)}"
         best = self.largest_batch
         if best == 0:
-            raise DeviceMemoryError(
+            raise OutOfMemoryError(
                 f"not even one image at a time fits: {gib(self.needed(1))} are needed, {has}"
                 + ("; --weights-device cpu or disk takes the checkpoints off it"
                    if self.weights.get("checkpoints") and self.device != "cpu" else "")
             )  # fmt: skip
-        raise DeviceMemoryError(
+        raise OutOfMemoryError(
             f"a batch of {batch} needs {gib(self.needed(batch))}, {has}; the largest batch that "
             f"fits is {best}"
         )
@@ -94,7 +94,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Memory of a search on its device, which has `memory` bytes or what is free here."""
     device, kind = config.device, torch.device(config.device).type
-    capacity = require_free(device) if memory is None else memory
+    capacity = _free_for(device) if memory is None else memory
     place = choose_place(
         checkpoints.total_bytes, device, free_device=capacity if kind == "cuda" else None,
         free_memory=capacity if kind == "cpu" else free_memory(), given=config.weights_device,
@@ -129,11 +129,10 @@ def plan_memory(
     )
 
 
-def require_free(device: str) -> int:
-    """Bytes free on an accelerator, or in memory."""
-    if torch.device(device).type == "cuda":  # pragma: no cover (needs a GPU)
-        return int(torch.cuda.mem_get_info(device)[0])
-    return free_memory()
+def _free_for(device: str) -> int:
+    """Bytes free on a device, or in memory where a device does not tell."""
+    found = free_on(device)
+    return free_memory() if found is None else found
 
 
 def gib(size: int) -> str:
@@ -155,7 +154,7 @@ def fit_batch(
     if config.batch != AUTO_BATCH:
         return config
     trial = dataclasses.replace(config, batch=1)
-    free = require_free(config.device) if memory is None else memory
+    free = _free_for(config.device) if memory is None else memory
     costed = cost_parts(trial, checkpoints, announce)
     found = plan_memory(trial, checkpoints, costed, round(SHARE * free))
     found.require_fit(1)
@@ -166,8 +165,6 @@ def fit_batch(
 
 
 FLOAT_BYTES = 4
-# What allocators say differs between devices and versions.
-_SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "alloc_cpu")
 
 
 def training_bytes(config: FinetuneConfig, num_weights: int, processes: int = 1) -> int:
@@ -187,12 +184,12 @@ def training_bytes(config: FinetuneConfig, num_weights: int, processes: int = 1)
 
 
 def require_memory(config: FinetuneConfig, num_weights: int, processes: int = 1) -> None:
-    """Raise MemoryShortageError if the copies of the weights alone exceed what is free.
+    """Raise OutOfMemoryError if the copies of the weights alone exceed what is free.
 
     Of one process, of so many: those of one machine share its memory where they are on the CPU.
     """
     needed = training_bytes(config, num_weights, processes)
-    free = free_memory() if config.device == "cpu" else free_on(config.device)
+    free = free_on(config.device)
     if free is None or needed <= free:
         return
     hints = ["--lora-rank 8 (adapters in place of all weights)"] if config.lora.rank == 0 else []
@@ -200,9 +197,9 @@ def require_memory(config: FinetuneConfig, num_weights: int, processes: int = 1)
     if processes > 1 and config.parallel == "ddp":
         hints += ["--parallel fsdp (shards in place of copies)"]
     hints += ["--kl 0 (no frozen reference)"] if config.update.kl_weight else []
-    raise MemoryShortageError(
-        f"training {num_weights:,} weights takes {_gib(needed)} for weights, gradients and "
-        f"averages, but {_gib(free)} are free on {config.device}; lower it with "
+    raise OutOfMemoryError(
+        f"training {num_weights:,} weights takes {gib(needed)} for weights, gradients and "
+        f"averages, but {gib(free)} are free on {config.device}; lower it with "
         f"{' or '.join(hints) or 'a smaller network'}"
     )
 
@@ -212,17 +209,15 @@ def memory_advice(config: FinetuneConfig) -> Iterator[None]:
     """Turn what the libraries say when memory runs out into a sentence on what to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _shortage(config, error) from None
-    except RuntimeError as error:
-        if not any(sign in str(error).lower() for sign in _SIGNS):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         raise _shortage(config, error) from None
 
 
-def _shortage(config: FinetuneConfig, error: BaseException) -> MemoryShortageError:
+def _shortage(config: FinetuneConfig, error: BaseException) -> OutOfMemoryError:
     said = " ".join(str(error).split())[:120]
-    return MemoryShortageError(
+    return OutOfMemoryError(
         f"too little memory on {config.device} for this step; lower --micro-batch "
         f"({config.update.micro_batch} images with gradients at a time), --batch "
         f"({config.batch} without), or train adapters with --lora-rank ({said or 'no details'})"
@@ -235,7 +230,3 @@ def peak_memory(device: str) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

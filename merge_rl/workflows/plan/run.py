@@ -111,7 +111,7 @@ def plan(
         memory: bytes that a device has; by default what is free on this machine's.
         tracker: hears of progress.
 
-    Raises DeviceMemoryError, with the largest batch that fits, if the batch does not, and
+    Raises OutOfMemoryError, with the largest batch that fits, if the batch does not, and
     RunError if the disk has no room.
     """
     tracker = tracker or NullTracker()

@@ -13,7 +13,7 @@ from merge_rl.errors import ImageError, StatisticsError
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.parallel.group import Group
 from merge_rl.storage.files import ImageKind, ImageSource, ImageStream
-from merge_rl.workflows.rollout import exact_products
+from merge_rl.workflows.rollout import exact_products, is_out_of_memory
 
 
 class SharedExtraction:
@@ -125,9 +125,9 @@ def _features(extractor: FeatureExtractor, images: Tensor) -> Tensor:
     try:
         with torch.no_grad(), exact_products():
             return extractor(images).float()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise StatisticsError(
             f"the extractor {extractor.name!r} does not take images of shape "

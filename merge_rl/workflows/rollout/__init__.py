@@ -24,6 +24,7 @@ from merge_rl.workflows.rollout.distributed import (
 from merge_rl.workflows.rollout.execution import (
     exact_products,
     fast_hint,
+    is_out_of_memory,
     matmul_precision,
     prepare_network,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "fast_hint",
     "free_memory",
     "free_on",
+    "is_out_of_memory",
     "matmul_precision",
     "on_device",
     "own_device",

@@ -104,10 +104,11 @@ def place_weights(needed: int, device: str, given: str | None) -> str:
 
 
 def free_on(device: str) -> int | None:
-    """Bytes free on a GPU; None for any other device."""
-    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
-        return None
-    return int(torch.cuda.mem_get_info(device)[0])
+    """Bytes free on a GPU, or in memory for the CPU; None for any other device."""
+    kind = torch.device(device).type
+    if kind == "cuda" and torch.cuda.is_available():  # pragma: no cover (needs a GPU)
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_memory() if kind == "cpu" else None
 
 
 def free_memory(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -9,14 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
 from merge_rl.core.sampling.compatibility import prediction_of
-from merge_rl.errors import ConfigError, DeviceMemoryError
+from merge_rl.errors import ConfigError, OutOfMemoryError
 from merge_rl.interfaces import Denoiser
 from merge_rl.parallel.blocks import single_threaded
 
@@ -203,7 +203,7 @@ class Halving:
         self.announce = announce
 
     def __call__(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-        """function(*rows), rows (B, ...) each; DeviceMemoryError if one row is too many."""
+        """function(*rows), rows (B, ...) each; OutOfMemoryError if one row is too many."""
         count, parts, start = len(rows[0]), list[Tensor](), 0
         while start < count or not parts:
             size = min(self.limit or count, count - start)
@@ -219,7 +219,7 @@ class Halving:
 
     def _halve(self, size: int) -> None:
         if size <= 1:
-            raise DeviceMemoryError("out of memory with one image at a time") from None
+            raise OutOfMemoryError("out of memory with one image at a time") from None
         # Threads may meet the same limit at the same time: one of them lowers it.
         self.limit = min(self.limit or size, math.ceil(size / 2))
         if torch.cuda.is_available():
@@ -227,8 +227,12 @@ class Halving:
         self.announce(f"out of memory with {size} images at once: {self.limit} from now on")
 
 
+# What allocators say differs between devices and versions.
+_SIGNS: Final = ("can't allocate memory", "not enough memory", "out of memory", "alloc_cpu")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an accelerator, or the machine, had no room for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _SIGNS)

@@ -16,8 +16,8 @@ from merge_rl.config.optimize import RewardConfig
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import (
     ConfigError,
-    MemoryShortageError,
     NonFiniteWeightsError,
+    OutOfMemoryError,
     RunError,
     StatisticsError,
     UnknownNameError,
@@ -344,8 +344,8 @@ def test_too_little_memory_is_told_before(
     config = small_config(small)
     # Weights, gradients, two moments and the average.
     assert training_bytes(config, 1000) == 5 * 4 * 1000
-    monkeypatch.setattr(finetune_memory, "free_memory", lambda: 10_000)
-    with pytest.raises(MemoryShortageError, match=r"--lora-rank 8 .* or --ema 0"):
+    monkeypatch.setattr(finetune_memory, "free_on", lambda _device: 10_000)
+    with pytest.raises(OutOfMemoryError, match=r"--lora-rank 8 .* or --ema 0"):
         finetune_job.build_finetune(resolve_finetune(
             small_config(small / "raw/sit-2.safetensors")
         ))  # fmt: skip
@@ -361,7 +361,7 @@ def test_too_little_memory_is_told_before(
 )
 def test_memory_that_runs_out_says_what_to_lower(error: Exception, small: Path) -> None:
     message = r"lower --micro-batch \(3 images.*--batch \(250"
-    with pytest.raises(MemoryShortageError, match=message), memory_advice(small_config(small)):
+    with pytest.raises(OutOfMemoryError, match=message), memory_advice(small_config(small)):
         raise error
 
 
@@ -382,7 +382,7 @@ def test_a_run_that_runs_out_of_memory_can_go_on(
         return real(self, *arguments)
 
     monkeypatch.setattr(PolicyGradient, "gradients", scarce)
-    with pytest.raises(MemoryShortageError):
+    with pytest.raises(OutOfMemoryError):
         run_of(small, tmp_path / "run")
     from merge_rl.workflows.finetune.run import resume_finetune
 

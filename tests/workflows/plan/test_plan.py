@@ -13,7 +13,7 @@ from torch import Tensor
 
 import merge_rl as mrl
 from merge_rl.config.optimize import AUTO_BATCH, OptimizeConfig
-from merge_rl.errors import BudgetError, DeviceMemoryError
+from merge_rl.errors import BudgetError, OutOfMemoryError
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
 from merge_rl.workflows.assembly.costs import cost_parts
 from merge_rl.workflows.assembly.memory import MOST_ON_CPU, fit_batch, plan_memory
@@ -124,10 +124,10 @@ def test_memory_is_that_of_the_parts(resolved: OptimizeConfig, opened: Checkpoin
     tight = dataclasses.replace(found, capacity=found.needed(37))
     assert tight.largest_batch == 37
     tight.require_fit(37)
-    with pytest.raises(DeviceMemoryError, match=r"a batch of 38 needs .* fits is 37$"):
+    with pytest.raises(OutOfMemoryError, match=r"a batch of 38 needs .* fits is 37$"):
         tight.require_fit(38)
     none = dataclasses.replace(found, capacity=found.needed(0))
-    with pytest.raises(DeviceMemoryError, match="not even one image at a time fits"):
+    with pytest.raises(OutOfMemoryError, match="not even one image at a time fits"):
         none.require_fit(1)
 
 
@@ -140,12 +140,12 @@ def test_a_batch_chosen_by_memory(resolved: OptimizeConfig, opened: CheckpointSe
     parts = cost_parts(resolved, opened, lambda _text: None)
     room = plan_memory(resolved, opened, parts).needed(20)
     assert fit_batch(auto, opened, round(room / 0.8)).batch == pytest.approx(20, abs=1)
-    with pytest.raises(DeviceMemoryError, match="not even one image"):
+    with pytest.raises(OutOfMemoryError, match="not even one image"):
         fit_batch(auto, opened, 1000)
 
 
 def test_what_cannot_work_is_refused(resolved: OptimizeConfig, opened: CheckpointSet) -> None:
-    with pytest.raises(DeviceMemoryError, match="the largest batch that fits is"):
+    with pytest.raises(OutOfMemoryError, match="the largest batch that fits is"):
         plan(resolved, opened, memory=2_000_000)
     with pytest.raises(BudgetError, match="does not pay for one round"):
         plan(dataclasses.replace(resolved, budget=60), opened)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config.sampler import SamplerConfig
-from merge_rl.errors import DeviceMemoryError
+from merge_rl.errors import OutOfMemoryError
 from merge_rl.interfaces import Denoiser
 from merge_rl.workflows.rollout.execution import Halving, is_out_of_memory
 from merge_rl.workflows.rollout.rollout import Rollout
@@ -45,7 +45,7 @@ def test_halves_until_it_fits_and_remembers() -> None:
 
 
 def test_one_image_that_is_too_large_is_told() -> None:
-    with pytest.raises(DeviceMemoryError, match="out of memory with one image at a time"):
+    with pytest.raises(OutOfMemoryError, match="out of memory with one image at a time"):
         Halving()(Small(0), torch.zeros(5, 1))
 
 
