@@ -191,6 +191,20 @@ def exported(source: str) -> list[str] | None:
     return None
 
 
+def check_hidden(sources: Sources) -> list[str]:
+    """A line for every name that a face offers in place of the file of that name.
+
+    The file could then be imported by its full name alone.
+    """
+    problems = []
+    for module, source in sources.items():
+        for node in ast.parse(source).body if exported(source) else ():
+            if isinstance(node, ast.ImportFrom) and node.module != module:
+                names = {alias.asname or alias.name for alias in node.names}
+                problems += [f"{module} hides {n}" for n in names if f"{module}.{n}" in sources]
+    return problems
+
+
 def offered(face: str, sources: Sources) -> set[str]:
     """Modules that a package offers whole: those that its `__all__` names."""
     return {f"{face}.{name}" for name in exported(sources[face]) or []} & set(sources)
@@ -301,6 +315,17 @@ def test_packages_import_only_earlier_ones(sources: dict[str, str]) -> None:
 
 def test_packages_are_imported_by_their_faces(sources: dict[str, str]) -> None:
     assert check_faces(sources) == []
+
+
+def test_no_name_hides_a_file(sources: dict[str, str]) -> None:
+    assert check_hidden(sources) == []
+    face = '__all__ = ["a"]\nfrom merge_rl.config.{} import a'
+    inner = {"merge_rl.config.a": "", "merge_rl.config.b": ""}
+    for name in "ab":
+        found = check_hidden({"merge_rl.config": face.format(name), **inner})
+        assert found == ["merge_rl.config hides a"]
+    whole = '__all__ = ["a"]\nfrom merge_rl.config import a'
+    assert check_hidden({"merge_rl.config": whole, **inner}) == []
 
 
 def test_folders_and_files_are_of_a_size_to_read(sources: dict[str, str]) -> None:

@@ -1,6 +1,6 @@
 """Downloads and uploads: the Hub, the catalogue, plain addresses."""
 
-from merge_rl.storage.hub.download import Downloaded, download
+from merge_rl.storage.hub.download import Downloaded, fetch_url
 from merge_rl.storage.hub.fetch import FetchResult, run_fetch
 from merge_rl.storage.hub.fetch_plan import FetchPlan, plan_fetch
 from merge_rl.storage.hub.fetch_sources import Selection, parse_count
@@ -12,7 +12,7 @@ __all__ = [
     "FetchPlan",
     "FetchResult",
     "Selection",
-    "download",
+    "fetch_url",
     "local_model",
     "parse_count",
     "plan_fetch",

@@ -42,7 +42,7 @@ class Downloaded:
     resumed: int  # bytes that an earlier call had fetched
 
 
-def download(
+def fetch_url(
     url: str,
     target: Path,
     *,

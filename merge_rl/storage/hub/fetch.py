@@ -16,7 +16,7 @@ from merge_rl.errors import ConfigError, DownloadError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import MANIFEST_NAME, relative_inside, write_manifest
 from merge_rl.storage.files import Progress, sha256_file
-from merge_rl.storage.hub.download import download
+from merge_rl.storage.hub.download import fetch_url
 from merge_rl.storage.hub.fetch_plan import (
     ORIGINALS,
     FetchedFile,
@@ -116,7 +116,7 @@ def _download(
         known = record.files.get(file.name)
         same = known is not None and (known.size, known.version) == (file.size, file.version)
         expected = file.sha256 or (known.sha256 if known is not None and same else None)
-        found = download(file.url, target, size=file.size, sha256=expected, progress=progress)
+        found = fetch_url(file.url, target, size=file.size, sha256=expected, progress=progress)
         return found.sha256
     if plan.source.repository is None:
         raise ConfigError(f"{file.name}: expected an address or a repository, found neither")

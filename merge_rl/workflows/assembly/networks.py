@@ -17,7 +17,7 @@ from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.interfaces import Autoencoder, Network
 from merge_rl.storage.checkpoints import model_sha256, open_model_file
 from merge_rl.storage.files import sha256_file
-from merge_rl.storage.hub import Downloaded, download, local_model
+from merge_rl.storage.hub import Downloaded, fetch_url, local_model
 from merge_rl.storage.pickles import TensorRef, read_data
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ def fetch_public(
         return Downloaded(path=target, size=file.size, sha256=sha256_file(target), resumed=0)
     if not present:
         announce(f"downloading {name} ({file.size / 1e6:,.0f} MB) to {target}")
-    return download(file.url, target, size=file.size, sha256=file.sha256)
+    return fetch_url(file.url, target, size=file.size, sha256=file.sha256)
 
 
 def cache_folder() -> Path:

@@ -173,7 +173,7 @@ def why_no_gradient(config: OptimizeConfig) -> str | None:
         return f"the solver {solver} has no gradient"
     if foreign:
         return f"whether the extractor {foreign[0]} has a gradient is not known"
-    if any(term.strip().endswith("-full") for term in config.reward.text.split("+")):
+    if any(term.base.endswith("-full") for term in config.reward.terms):
         return f"the reward {config.reward.text} has no gradient"
     if search.population is not None or search.update is not None or search.policy != "direct":
         return "the settings are those of the policy gradient"

@@ -27,7 +27,7 @@ from merge_rl.storage.runs import RunDir, require_same
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import Announce, Job, build_job
 from merge_rl.workflows.evaluate import ScoreStore
-from merge_rl.workflows.optimize import search
+from merge_rl.workflows.optimize import run_search
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 """Shares of the budget at which a search is looked at."""
@@ -102,7 +102,7 @@ def _search(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> 
     before = run.read("clock.json") or {"seconds": 0.0, "rollout_seconds": 0.0}
     began, began_sampling = time.monotonic(), sampled()
     try:
-        found = search(config, job, run, tracker, ScoreStore(job, run, config.seed))
+        found = run_search(config, job, run, tracker, ScoreStore(job, run, config.seed))
     finally:  # a search that is gone on with takes the sum
         clock = {
             "seconds": before["seconds"] + time.monotonic() - began,

@@ -9,7 +9,7 @@ from merge_rl.workflows.optimize.budget import (
     plan_budget,
 )
 from merge_rl.workflows.optimize.run import OptimizeResult, check_names, optimize, resume
-from merge_rl.workflows.optimize.search import Found, make_searcher, search, starts_of
+from merge_rl.workflows.optimize.search import Found, make_searcher, run_search, starts_of
 
 __all__ = [
     "FINALISTS",
@@ -24,6 +24,6 @@ __all__ = [
     "optimize",
     "plan_budget",
     "resume",
-    "search",
+    "run_search",
     "starts_of",
 ]

@@ -43,7 +43,7 @@ from merge_rl.workflows.export import (
     save_model,
     set_facts,
 )
-from merge_rl.workflows.optimize.search import Found, make_searcher, search
+from merge_rl.workflows.optimize.search import Found, make_searcher, run_search
 from merge_rl.workflows.rollout import DistributedRollout, on_device, require_same_everywhere
 
 
@@ -200,7 +200,7 @@ def _announce(tracker: Tracker) -> Callable[[str], None]:
 def _drive(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> OptimizeResult:
     began = time.monotonic()
     store = ScoreStore(job, run, config.seed)
-    found = search(config, job, run, tracker, store)
+    found = run_search(config, job, run, tracker, store)
     comparison = compare(config, job, found.start, found.coefficients, store, tracker)
     write_merged(run.merged_path, job, config, found.coefficients, comparison)
     result = {

@@ -90,7 +90,7 @@ class Found:
         return cls(**{**values, **tensors, **winners})
 
 
-def search(
+def run_search(
     config: OptimizeConfig, job: Job, run: RunDir, tracker: Tracker, store: ScoreStore
 ) -> Found:
     """From the resume point, or the beginning, to the coefficients that are reported."""

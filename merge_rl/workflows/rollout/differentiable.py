@@ -22,7 +22,7 @@ from merge_rl.core.merging.gradient import coefficient_gradient
 from merge_rl.core.sampling.compatibility import count_network_calls, prediction_of
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.solvers import Velocity
-from merge_rl.errors import ConfigError, DeviceMemoryError
+from merge_rl.errors import ConfigError, OutOfMemoryError
 from merge_rl.workflows.rollout.derivatives import (
     StepWatch,
     problems_of,
@@ -100,7 +100,7 @@ class DifferentiableRollout:
         """Features of the item's images, and d(sum of <features, cotangents>) / d coefficients.
 
         Images whose sample or gradient is not finite are left out, and their rows are NaN. Out of
-        memory halves the images that are worked on at once; DeviceMemoryError if one is too many.
+        memory halves the images that are worked on at once; OutOfMemoryError if one is too many.
         """
         while True:
             try:
@@ -114,7 +114,7 @@ class DifferentiableRollout:
     def _halve(self, count: int) -> None:
         size = min(self.room.images, count)
         if size <= 1:
-            raise DeviceMemoryError("out of memory with the gradient of one image at a time")
+            raise OutOfMemoryError("out of memory with the gradient of one image at a time")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._room = Room(images=math.ceil(size / 2), kept=0)

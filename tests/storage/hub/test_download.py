@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from merge_rl.errors import DownloadError, HashMismatchError
-from merge_rl.storage.hub.download import ATTEMPTS, download, probe_file
+from merge_rl.storage.hub.download import ATTEMPTS, fetch_url, probe_file
 from merge_rl.storage.hub.web import is_loopback, require_safe, shown
 from tests.hub_server import Cut, FileServer
 
@@ -36,7 +36,7 @@ def left_in(folder: Path) -> list[str]:
 def test_a_file_arrives_whole_with_its_hash(web: FileServer, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     url = web.put("/a.pkl", DATA)
-    found = download(
+    found = fetch_url(
         url, tmp_path / "deep" / "a.pkl", size=len(DATA), sha256=SHA.upper(),
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
@@ -47,7 +47,7 @@ def test_a_file_arrives_whole_with_its_hash(web: FileServer, tmp_path: Path) -> 
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert ranges(web) == [None]
     # The hash is right already: nothing is asked.
-    download(url, found.path, sha256=SHA)
+    fetch_url(url, found.path, sha256=SHA)
     assert len(web.requests) == 1
 
 
@@ -56,7 +56,7 @@ def test_a_connection_cut_in_mid_file_is_resumed_at_the_byte(
 ) -> None:
     url, waits = web.put("/a.pkl", DATA), Waits()
     web.fail("GET", "a.pkl", Cut(300_000), Cut(200_000))
-    found = download(url, tmp_path / "a.pkl", size=len(DATA), sha256=SHA, wait=waits)
+    found = fetch_url(url, tmp_path / "a.pkl", size=len(DATA), sha256=SHA, wait=waits)
     assert found.path.read_bytes() == DATA
     assert ranges(web) == [None, "bytes=300000-", "bytes=500000-"]
     assert [r.headers.get("If-Range") for r in web.asked("GET")] == [None, '"one"', '"one"']
@@ -67,12 +67,12 @@ def test_what_came_outlives_the_program(web: FileServer, tmp_path: Path) -> None
     url, waits = web.put("/a.pkl", DATA), Waits()
     web.fail("GET", "a.pkl", Cut(400_000), *[503] * (ATTEMPTS - 1))
     with pytest.raises(DownloadError, match=r"answered 503 .*tried 6 times"):
-        download(url, tmp_path / "a.pkl", wait=waits)
+        fetch_url(url, tmp_path / "a.pkl", wait=waits)
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0]
     assert left_in(tmp_path) == ["a.pkl.part", "a.pkl.part.json"]
     assert (tmp_path / "a.pkl.part").stat().st_size == 400_000
 
-    found = download(url, tmp_path / "a.pkl", sha256=SHA)
+    found = fetch_url(url, tmp_path / "a.pkl", sha256=SHA)
     assert (found.resumed, ranges(web)[-1]) == (400_000, "bytes=400000-")
     assert left_in(tmp_path) == ["a.pkl"]
 
@@ -82,10 +82,10 @@ def test_a_changed_file_is_begun_anew(web: FileServer, tmp_path: Path) -> None:
     url = web.put("/a.pkl", DATA)
     web.fail("GET", "a.pkl", Cut(300_000), *[503] * ATTEMPTS)
     with pytest.raises(DownloadError):
-        download(url, tmp_path / "a.pkl", wait=Waits())
+        fetch_url(url, tmp_path / "a.pkl", wait=Waits())
     web.faults.clear()
     web.put("/a.pkl", OTHER, etag='"two"')
-    assert download(url, tmp_path / "a.pkl").path.read_bytes() == OTHER
+    assert fetch_url(url, tmp_path / "a.pkl").path.read_bytes() == OTHER
 
 
 def test_parts_of_two_files_are_never_glued(web: FileServer, tmp_path: Path) -> None:
@@ -93,10 +93,10 @@ def test_parts_of_two_files_are_never_glued(web: FileServer, tmp_path: Path) -> 
     url = web.put("/a.pkl", DATA)
     web.fail("GET", "a.pkl", Cut(300_000), *[503] * ATTEMPTS)
     with pytest.raises(DownloadError):
-        download(url, tmp_path / "a.pkl", wait=Waits())
+        fetch_url(url, tmp_path / "a.pkl", wait=Waits())
     web.faults.clear()
     web.put("/a.pkl", OTHER, etag='"two"', heeds_if_range=False)
-    assert download(url, tmp_path / "a.pkl", wait=Waits()).path.read_bytes() == OTHER
+    assert fetch_url(url, tmp_path / "a.pkl", wait=Waits()).path.read_bytes() == OTHER
     assert ranges(web)[-2:] == ["bytes=300000-", None]
 
 
@@ -110,7 +110,7 @@ def test_without_means_to_resume_the_file_comes_again(
 ) -> None:
     url = web.put("/a.pkl", DATA, **options)
     web.fail("GET", "a.pkl", Cut(300_000))
-    found = download(url, tmp_path / "a.pkl", wait=Waits())
+    found = fetch_url(url, tmp_path / "a.pkl", wait=Waits())
     assert found.path.read_bytes() == DATA
 
 
@@ -118,7 +118,7 @@ def test_a_date_serves_where_the_etag_is_weak(web: FileServer, tmp_path: Path) -
     date = "Wed, 21 Oct 2015 07:28:00 GMT"
     url = web.put("/a.pkl", DATA, etag='W/"weak"', modified=date)
     web.fail("GET", "a.pkl", Cut(300_000))
-    assert download(url, tmp_path / "a.pkl", wait=Waits()).path.read_bytes() == DATA
+    assert fetch_url(url, tmp_path / "a.pkl", wait=Waits()).path.read_bytes() == DATA
     assert web.asked("GET")[-1].headers["If-Range"] == date
 
 
@@ -127,26 +127,26 @@ def test_a_damaged_note_is_no_reason_to_fail(web: FileServer, tmp_path: Path) ->
     for note in ("", "[]", '{"url": 3}', json.dumps({"url": shown(url), "size": "x"})):
         (tmp_path / "a.pkl.part").write_bytes(b"rubbish")
         (tmp_path / "a.pkl.part.json").write_text(note)
-        assert download(url, tmp_path / "a.pkl").path.read_bytes() == DATA
+        assert fetch_url(url, tmp_path / "a.pkl").path.read_bytes() == DATA
 
 
 def test_a_wrong_hash_leaves_nothing(web: FileServer, tmp_path: Path) -> None:
     url = web.put("/a.pkl", OTHER)
     with pytest.raises(HashMismatchError, match=rf"has the SHA-256 [0-9a-f]{{64}}, expected {SHA}"):
-        download(url, tmp_path / "a.pkl", sha256=SHA)
+        fetch_url(url, tmp_path / "a.pkl", sha256=SHA)
     assert left_in(tmp_path) == []
 
 
 def test_a_wrong_length_is_refused_before_the_body(web: FileServer, tmp_path: Path) -> None:
     url = web.put("/a.pkl", DATA)
     with pytest.raises(DownloadError, match="announces 1024000 bytes, expected 999"):
-        download(url, tmp_path / "a.pkl", size=999)
+        fetch_url(url, tmp_path / "a.pkl", size=999)
     assert left_in(tmp_path) == []
 
 
 def test_a_body_beyond_its_length_is_not_read(web: FileServer, tmp_path: Path) -> None:
     url = web.put("/a.pkl", DATA, announced=len(DATA), extra=b"x" * 100_000)
-    assert download(url, tmp_path / "a.pkl", sha256=SHA).size == len(DATA)
+    assert fetch_url(url, tmp_path / "a.pkl", sha256=SHA).size == len(DATA)
     # In pieces without an end, the length is known from the range alone.
     web.put("/b.pkl", DATA)
     web.fail("GET", "b.pkl", Cut(1000))
@@ -158,40 +158,40 @@ def test_a_body_beyond_its_length_is_not_read(web: FileServer, tmp_path: Path) -
         web.pages["/b.pkl"].chunked, web.pages["/b.pkl"].extra = True, b"x" * 100_000
 
     with pytest.raises(DownloadError, match="sends more than its 1024000 bytes"):
-        download(url, tmp_path / "b.pkl", wait=grow)
+        fetch_url(url, tmp_path / "b.pkl", wait=grow)
     assert left_in(tmp_path) == ["a.pkl"]
 
 
 def test_a_file_without_a_length_is_refused(web: FileServer, tmp_path: Path) -> None:
     url = web.put("/a.pkl", DATA, chunked=True)
     with pytest.raises(DownloadError, match="does not say how large the file is"):
-        download(url, tmp_path / "a.pkl")
+        fetch_url(url, tmp_path / "a.pkl")
 
 
 def test_a_short_body_is_a_cut_connection(web: FileServer, tmp_path: Path) -> None:
     url = web.put("/a.pkl", DATA, announced=len(DATA) + 7, ranges=False)
     with pytest.raises(DownloadError, match="broke after 1,024,000 of 1,024,007 bytes: closed by"):
-        download(url, tmp_path / "a.pkl", wait=Waits())
+        fetch_url(url, tmp_path / "a.pkl", wait=Waits())
     assert len(web.requests) == ATTEMPTS
 
 
 def test_a_compressed_body_is_refused(web: FileServer, tmp_path: Path) -> None:
     url = web.put("/a.pkl", DATA, headers={"Content-Encoding": "gzip"})
     with pytest.raises(DownloadError, match="expected the file as it is, found it gzip-encoded"):
-        download(url, tmp_path / "a.pkl")
+        fetch_url(url, tmp_path / "a.pkl")
     assert web.requests[0].headers["Accept-Encoding"] == "identity"
 
 
 def test_busy_servers_are_tried_again_and_others_are_not(web: FileServer, tmp_path: Path) -> None:
     url, waits = web.put("/a.pkl", DATA), Waits()
     web.fail("GET", "a.pkl", 503, 429, 500)
-    assert download(url, tmp_path / "a.pkl", wait=waits).sha256 == SHA
+    assert fetch_url(url, tmp_path / "a.pkl", wait=waits).sha256 == SHA
     assert waits == [1.0, 2.0, 4.0]
     for status in (401, 403, 404, 410):
         web.requests.clear()
         web.fail("GET", "b.pkl", status)
         with pytest.raises(DownloadError, match=rf"b\.pkl: the server answered {status} \("):
-            download(web.url + "/b.pkl", tmp_path / "b.pkl")
+            fetch_url(web.url + "/b.pkl", tmp_path / "b.pkl")
         assert len(web.requests) == 1
 
 
@@ -199,7 +199,7 @@ def test_no_server_is_one_sentence(tmp_path: Path, web: FileServer) -> None:
     url = web.put("/a.pkl?rlkey=secret", DATA)
     web.stop()
     with pytest.raises(DownloadError, match=r"a\.pkl: no connection: .*refused") as caught:
-        download(url, tmp_path / "a.pkl", wait=Waits())
+        fetch_url(url, tmp_path / "a.pkl", wait=Waits())
     assert "secret" not in str(caught.value)
 
 
@@ -214,10 +214,10 @@ def test_a_probe_asks_for_one_byte(web: FileServer) -> None:
 def test_redirects_are_followed_within_reason(web: FileServer, tmp_path: Path) -> None:
     web.put("/real.pkl", DATA)
     url = web.put("/a.pkl", b"", location="/real.pkl")
-    assert download(url, tmp_path / "a.pkl").sha256 == SHA
+    assert fetch_url(url, tmp_path / "a.pkl").sha256 == SHA
     url = web.put("/loop.pkl", b"", location="/loop.pkl")
     with pytest.raises(DownloadError, match="redirected more than 5 times"):
-        download(url, tmp_path / "loop.pkl")
+        fetch_url(url, tmp_path / "loop.pkl")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_redirects_to_other_schemes_are_refused(
 ) -> None:
     url = web.put("/a.pkl", b"", location=target)
     with pytest.raises(DownloadError, match="expected an https address|not an address"):
-        download(url, tmp_path / "a.pkl")
+        fetch_url(url, tmp_path / "a.pkl")
     assert left_in(tmp_path) == []
 
 

@@ -24,7 +24,7 @@ from merge_rl.workflows.compare.run import compare_searchers
 from merge_rl.workflows.compare.searchers import check_seeds, parse_contender, parse_contenders
 from merge_rl.workflows.compare.trials import Jobs, Trial
 from merge_rl.workflows.evaluate.score_store import ScoreStore
-from merge_rl.workflows.optimize.search import search
+from merge_rl.workflows.optimize.search import run_search
 from merge_rl.workflows.report.compare_page import write_comparison
 from merge_rl.workflows.report.plots import window
 
@@ -148,7 +148,7 @@ def test_a_search_is_that_of_a_run_of_its_own(compared: Compared, tmp_path: Path
     resolved = resolve_config(config, opened)
     job = build_job(resolved, opened)
     run = RunDir.create(tmp_path / "alone", resolved, {})
-    found = search(resolved, job, run, NullTracker(), ScoreStore(job, run, 4))
+    found = run_search(resolved, job, run, NullTracker(), ScoreStore(job, run, 4))
     of_compare = line(compared.document, "policy-gradient")["runs"][1]
     assert of_compare["seed"] == 4
     assert of_compare["coefficients"] == found.coefficients.tolist()

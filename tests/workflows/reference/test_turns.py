@@ -46,8 +46,9 @@ def test_moments_do_not_depend_on_the_number_of_ranks(source: ImageSource, size:
 
     def read(group: Group, log: list[int]) -> Any:
         if group.leads:
-            return collect(source, plan, Pixels(), None, on_images=log.append, group=group,
-                           **options)  # fmt: skip
+            return collect(
+                source, plan, Pixels(), None, on_images=log.append, group=group, **options
+            )
         return help_collect(source, plan, Pixels(), group, **options)
 
     alone = on_ranks(1, lambda group: read(group, []))[0]
@@ -79,8 +80,9 @@ def test_a_broken_image_is_refused_on_all(source: ImageSource) -> None:
 
     def read(group: Group) -> Any:
         if group.leads:
-            return collect(source, plan, Pixels(), None, on_images=lambda _: None, group=group,
-                           **options)  # fmt: skip
+            return collect(
+                source, plan, Pixels(), None, on_images=lambda _: None, group=group, **options
+            )
         return help_collect(source, plan, Pixels(), group, **options)
 
     found = on_ranks(2, read)

@@ -16,7 +16,7 @@ from merge_rl.core.merging.groups import assign_groups
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.sampling.rounding import signed_levels
 from merge_rl.core.sampling.sampler import sample_with
-from merge_rl.errors import ConfigError, DeviceMemoryError
+from merge_rl.errors import ConfigError, OutOfMemoryError
 from merge_rl.features.preparation import ImageFeatures, require_images
 from merge_rl.interfaces import Denoiser
 from merge_rl.models.autoencoder import PixelEncoder
@@ -322,7 +322,7 @@ def test_out_of_memory_halves_the_images(monkeypatch: pytest.MonkeyPatch) -> Non
         "out of memory with the gradients of 3 images: 2 now",
     ]
     monkeypatch.setattr(made, "_latents", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
-    with pytest.raises(DeviceMemoryError, match="one image at a time"):
+    with pytest.raises(OutOfMemoryError, match="one image at a time"):
         made(item(), weighing)
 
 
