@@ -21,7 +21,7 @@ from merge_rl.cli.output import (
     print_table,
     say,
 )
-from merge_rl.cli.sample import find_autoencoder, generation_settings
+from merge_rl.cli.sample import find_autoencoder, generation_settings, meant
 from merge_rl.config import MODEL_IMAGES, EvaluateConfig, SamplerConfig
 from merge_rl.errors import ConfigError
 
@@ -58,7 +58,10 @@ def evaluate(
     from merge_rl.workflows.evaluate import evaluate as score
     from merge_rl.workflows.reference import kind_of
 
-    near, kind = find_defaults(model), kind_of(model)
+    kind = kind_of(model)
+    if kind == "model" and model.exists():  # one of the Hub is fetched when all else is known
+        model = meant(model)
+    near = find_defaults(model)
     config, sampler = generation_settings(EvaluateConfig, settings, model)
     config = replace(config, device=ranks.own_device(config.device), sampler=sampler)
     note_unused_gpu(config.device)
@@ -96,10 +99,10 @@ def _metrics(config: EvaluateConfig) -> list[str]:
 
 def _generated(model: Path, config: EvaluateConfig, *, named: bool) -> dict[str, Any]:
     """The network, and how its images are made; `named`: the solver was said."""
-    from merge_rl.workflows.assembly import load_model
+    from merge_rl.workflows.assembly import load_network
     from merge_rl.workflows.evaluate import samplers_of
 
-    network, sampler = load_model(model), config.sampler or SamplerConfig()
+    network, sampler = load_network(meant(model)), config.sampler or SamplerConfig()
     # A solver that is named is the one that is meant.
     which = config.under or (None if not named else "sde" if sampler.is_sde else "ode")
     return {

@@ -12,6 +12,7 @@ import typer
 from merge_rl.cli.options import build, split_tracks, with_settings
 from merge_rl.cli.output import JsonFlag, ProgressTracker, note_unused_gpu, print_json, stoppable
 from merge_rl.cli.results import FinetuneTracker, finetuned_document, print_finetuned
+from merge_rl.cli.sample import meant
 from merge_rl.config import PAPER_REWARD, FinetuneConfig, to_mapping
 
 if TYPE_CHECKING:
@@ -62,14 +63,10 @@ def finetune(
     checkpoint set of its snapshots: [bold]mergerl optimize RUN[/bold] merges the trajectory.
     Ctrl-C and SIGTERM save; [bold]mergerl resume RUN[/bold] goes on.
     """
-    from merge_rl.storage.checkpoints import newest_model
-
     series, trackers = split_tracks(track or [])
     if trackers:
         settings = {**settings, "track": [*settings.get("track", ()), *trackers]}
-    source: str | Path = model
-    if model.exists() or series:
-        source = newest_model(model, series)
+    source: str | Path = meant(model, series) if model.exists() or series else model
     config = build_settings(source, settings)
     run_dir = out or Path("runs") / f"{_name(Path(source))}-finetune-seed{config.seed}"
     note_unused_gpu(config.device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from merge_rl.cli.options import build, with_settings
-from merge_rl.cli.output import JsonFlag, ProgressTracker, print_json, say
+from merge_rl.cli.output import JsonFlag, ProgressTracker, note_all, print_json, say
 from merge_rl.config import GenerationConfig, SampleConfig, SamplerConfig, to_mapping
 from merge_rl.errors import ConfigError
 
@@ -49,11 +49,12 @@ def sample(
 ) -> None:
     """Generate a grid of images. The same seed is the same image, whatever the batch."""
     from merge_rl.storage.files import enlarge, image_grid, write_png
-    from merge_rl.workflows.assembly import load_model, network_rollout
+    from merge_rl.workflows.assembly import load_network, network_rollout
     from merge_rl.workflows.rollout import Rollout
 
+    model = meant(model)
     config, sampler = generation_settings(SampleConfig, settings, model)
-    network = load_model(model)
+    network = load_network(model)
     classes = int(getattr(network, "label_dim", 0))
     num, labels = config.num_images, labels_of(config.num_images, classes, label)
     decoder = find_autoencoder(model, network, config)
@@ -100,6 +101,15 @@ def generation_settings(
     sampler = config.sampler or near
     require_solver(sampler.solver)
     return config, sampler
+
+
+def meant(model: Path, track: str | None = None) -> Path:
+    """The model that a run, a set, a folder or a name of the Hub means, with a note of which."""
+    from merge_rl.workflows.assembly import find_model
+
+    found = find_model(model, track)
+    note_all([found.note] if found.note else [])
+    return found.path
 
 
 def find_autoencoder(model: Path, network: nn.Module, config: GenerationConfig) -> Autoencoder:

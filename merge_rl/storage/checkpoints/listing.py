@@ -199,12 +199,13 @@ def newest_model(path: str | os.PathLike[str], track: str | None = None) -> Path
     "Newest" is the largest (nimg, ema_std), the last one of those equal.
     """
     folder = Path(path)
-    if not (folder.is_dir() and has_manifest(folder)):
+    several = folder.is_dir() and (has_manifest(folder) or len(weights_in(folder)) > 1)
+    if not several:
         if track is not None:
             raise CheckpointError(f"{path}: a track is a series of a set; expected its folder")
         return folder
-    chosen = select_entries(list_folder(folder), track=track, select=None)
-    return folder / chosen.entries[-1].file
+    opened = select_entries(list_folder(folder), track=track, select=None)
+    return opened.path(-1)
 
 
 def _nearest(path: Path) -> Manifest | None:

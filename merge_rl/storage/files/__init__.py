@@ -24,7 +24,13 @@ from merge_rl.storage.files.image_source import (
     image_key,
     open_images,
 )
-from merge_rl.storage.files.images import decode_image, enlarge, image_grid, write_png
+from merge_rl.storage.files.images import (
+    decode_image,
+    enlarge,
+    image_grid,
+    is_image_name,
+    write_png,
+)
 from merge_rl.storage.files.labels import parse_labels
 from merge_rl.storage.files.naming import absolute, natural_key, spellings, without_numbers
 from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_array, read_npy
@@ -90,6 +96,7 @@ __all__ = [
     "hash_weights",
     "image_grid",
     "image_key",
+    "is_image_name",
     "is_weights_name",
     "map_file",
     "natural_key",

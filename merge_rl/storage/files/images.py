@@ -51,6 +51,11 @@ def known_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file, by its name alone, is an image that is not hidden."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
 def is_image(stream: IO[bytes]) -> bool:
     """Whether the content, not the name, is that of an image; only its header is read."""
     from PIL import Image

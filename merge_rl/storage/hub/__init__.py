@@ -5,7 +5,7 @@ from merge_rl.storage.hub.fetch import FetchResult, run_fetch
 from merge_rl.storage.hub.fetch_plan import FetchPlan, plan_fetch
 from merge_rl.storage.hub.fetch_sources import Selection, parse_count
 from merge_rl.storage.hub.repository import local_model
-from merge_rl.storage.hub.upload import push
+from merge_rl.storage.hub.upload import model_folder, push
 
 __all__ = [
     "Downloaded",
@@ -14,6 +14,7 @@ __all__ = [
     "Selection",
     "fetch_url",
     "local_model",
+    "model_folder",
     "parse_count",
     "plan_fetch",
     "push",

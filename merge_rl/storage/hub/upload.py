@@ -16,7 +16,7 @@ from merge_rl.storage.checkpoints import CONFIG_NAME
 from merge_rl.storage.files import INDEX_NAME, MODEL_NAME, SHARD_PATTERN, read_header, read_index
 from merge_rl.storage.hub.client import call_hub, client, endpoint, quiet_client
 from merge_rl.storage.hub.repository import open_repository, split_repo
-from merge_rl.storage.runs import RunDir
+from merge_rl.storage.runs import FinetuneRun, RunDir, contents, folder_kind, only_inside
 
 DEFAULT_MESSAGE: Final = "Upload a merged model"
 
@@ -136,21 +136,32 @@ class FolderFile:
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path:
-    """The model folder that `path` means: itself, or `merged` of a finished run.
+    """The model folder that `path` means.
 
-    RunError for a run that is not finished, CheckpointError where there is no folder.
+    Itself, or `merged` of a finished run, `final` of a finished fine-tuning run, the folder of its
+    file, or of the only run or model in it. RunError for a run that is not finished,
+    CheckpointError for a set, of which one model has to be named or made, and for anything else.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: expected a run or a model folder, found none")
-    run = RunDir(folder)
-    if not (run.config_path.is_file() and (folder / "inputs.json").is_file()):
+    given = Path(path)
+    if given.is_file() and given.name in (MODEL_NAME, INDEX_NAME):
+        given = given.parent
+    if not given.is_dir():
+        raise CheckpointError(f"{given}: expected a run or a model folder, found none")
+    folder = only_inside(given)
+    kind = folder_kind(folder)
+    if kind == "model":
         return folder
+    if kind not in ("run", "fine-tuning run"):
+        what = {"set": "a set of checkpoints; merge it first", "comparison": "a comparison"}
+        found = what.get(kind, f"{kind} ({contents(folder)})")
+        raise CheckpointError(f"{folder}: expected a run or a model folder, found {found}")
+    run = RunDir(folder)
     if run.read("result.json") is None:
         raise RunError(f"{folder}: the run is not finished; go on with: mergerl resume {folder}")
-    if not run.merged_path.is_dir():
-        raise RunError(f"{folder}: the run has no merged model, expected the folder merged/")
-    return run.merged_path
+    result = run.merged_path if kind == "run" else FinetuneRun(folder).final_path
+    if not result.is_dir():
+        raise RunError(f"{folder}: the run has no model, expected the folder {result.name}/")
+    return result
 
 
 def list_model(folder: Path) -> list[FolderFile]:

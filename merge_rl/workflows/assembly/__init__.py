@@ -8,6 +8,7 @@ from merge_rl.workflows.assembly.extractors import (
     require_known,
 )
 from merge_rl.workflows.assembly.job import Job, build_job, build_map
+from merge_rl.workflows.assembly.meaning import Meant, find_model, load_model
 from merge_rl.workflows.assembly.memory import (
     MemoryPlan,
     fit_batch,
@@ -21,7 +22,6 @@ from merge_rl.workflows.assembly.networks import (
     Announce,
     is_public,
     load_autoencoder,
-    load_model,
     load_network,
 )
 from merge_rl.workflows.assembly.parts import Parts, network_rollout
@@ -55,6 +55,7 @@ __all__ = [
     "Announce",
     "Job",
     "Maker",
+    "Meant",
     "MemoryPlan",
     "ModelDefaults",
     "PartCosts",
@@ -68,6 +69,7 @@ __all__ = [
     "expected_maker",
     "find_defaults",
     "find_extractor",
+    "find_model",
     "find_references",
     "fit_batch",
     "gib",

@@ -17,7 +17,7 @@ from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.interfaces import Autoencoder, Network
 from merge_rl.storage.checkpoints import model_sha256, open_model_file
 from merge_rl.storage.files import sha256_file
-from merge_rl.storage.hub import Downloaded, fetch_url, local_model
+from merge_rl.storage.hub import Downloaded, fetch_url
 from merge_rl.storage.pickles import TensorRef, read_data
 
 T = TypeVar("T")
@@ -244,15 +244,6 @@ def _chosen(held: Held[T], path: Path, announce: Announce) -> dict[str, T]:
     if others:
         announce(f"{path}: took {places[0] or 'its tensors'}, left {', '.join(others[:8])}")
     return held.states[places[0]]
-
-
-def load_model(path: str | os.PathLike[str]) -> Network:
-    """The network of a model folder or of one .safetensors of a set, float32, evaluation mode.
-
-    The text "user/repo" or "user/repo@revision" means a model of the Hub, unless there is such a
-    path here; it is downloaded to the cache of the Hub's client.
-    """
-    return load_network(local_model(path))
 
 
 def load_guide(sampler: SamplerConfig, device: str) -> Network | None:

@@ -16,9 +16,8 @@ from merge_rl.errors import ConfigError, MergeRLError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
-from merge_rl.storage.checkpoints import newest_model, open_model_file
+from merge_rl.storage.checkpoints import open_model_file
 from merge_rl.storage.files import require_new
-from merge_rl.storage.hub import local_model
 from merge_rl.storage.runs import (
     Boards,
     FinetuneRun,
@@ -30,7 +29,7 @@ from merge_rl.storage.runs import (
     require_same_inputs,
 )
 from merge_rl.version import __version__
-from merge_rl.workflows.assembly import load_network, resolve_finetune
+from merge_rl.workflows.assembly import find_model, load_network, resolve_finetune
 from merge_rl.workflows.export import save_model
 from merge_rl.workflows.finetune.job import (
     FinetuneJob,
@@ -103,7 +102,7 @@ def finetune(
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )  # fmt: skip
     check_names(chosen)  # before a model is fetched from the Hub
-    source = newest_model(local_model(model))
+    source = find_model(model).path
     resolved = resolve_finetune(dataclasses.replace(chosen, model=str(source)))
     tracker = tracker or NullTracker()
     if resume:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.errors import StatisticsError
-from merge_rl.storage.checkpoints import CONFIG_NAME, ModelFile, open_model_file
+from merge_rl.storage.checkpoints import ModelFile, open_model_file
 from merge_rl.storage.files import ArrayInfo, image_key, npz_arrays, read_header, save_tensors
 from merge_rl.storage.pickles import read_data
+from merge_rl.storage.runs import folder_kind, only_inside
 from merge_rl.workflows.reference.features import (
     FEATURE_KEYS,
     FEATURES_FORMAT,
@@ -173,12 +174,11 @@ _MOMENTS: Final = {"mu", "sigma"}
 def kind_of(path: str | os.PathLike[str]) -> Kind:
     """The most likely kind of a path; whoever reads it checks and says what is wrong.
 
-    A folder is a model if it holds weights or a config, else images.
+    See `folder_kind` for folders: all but pictures stands for a model.
     """
     file, entry = reference_file(path)
     if file.is_dir():
-        weights = any(item.suffix.lower() == ".safetensors" for item in file.iterdir())
-        return "model" if weights or (file / CONFIG_NAME).is_file() else "images"
+        return "images" if folder_kind(only_inside(file)) in ("images", "nothing") else "model"
     if entry is not None:
         return "reference"
     suffix = file.suffix.lower()

@@ -1,0 +1,77 @@
+"""What a folder is: the one place that decides it, and says what was found."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Final, Literal
+
+from merge_rl.errors import CheckpointError
+from merge_rl.storage.checkpoints import CONFIG_NAME, has_manifest
+from merge_rl.storage.files import is_image_name, read_header, weights_in
+from merge_rl.storage.runs.run_dir import SETTINGS, is_finetune_run
+
+FolderKind = Literal["run", "fine-tuning run", "comparison", "set", "model", "images", "nothing"]
+_DATA: Final = frozenset({"features", "reps", "images"})  # tensors that no network has
+_MOMENTS: Final = frozenset({"mu", "sigma"})
+
+
+def folder_kind(folder: Path) -> FolderKind:
+    """What a folder is, by the files in it.
+
+    Weights go before pictures, which a model may come with; a `.safetensors` of statistics,
+    features or pictures is none of weights. A config.json alone makes a model of a folder only
+    where there are no pictures: "model", whose weights are missing.
+    """
+    if (folder / SETTINGS).is_file():
+        return "comparison"
+    if (folder / "config.yaml").is_file() and (folder / "inputs.json").is_file():
+        return "run"
+    if is_finetune_run(folder):
+        return "fine-tuning run"
+    if has_manifest(folder):
+        return "set"
+    weights = [file for file in weights_in(folder) if _holds_weights(file)]
+    if weights:
+        return "model" if len(weights) == 1 else "set"
+    if _has_pictures(folder):
+        return "images"
+    return "model" if (folder / CONFIG_NAME).is_file() else "nothing"
+
+
+def only_inside(folder: Path) -> Path:
+    """The folder itself, or where it is nothing by itself the one run, set or model right in it.
+
+    Raises CheckpointError, naming them, where there are several.
+    """
+    kind = folder_kind(folder)
+    if kind not in ("nothing", "images") or any(is_image_name(i.name) for i in folder.iterdir()):
+        return folder
+    known = {inner: folder_kind(inner) for inner in sorted(folder.iterdir()) if inner.is_dir()}
+    found = [inner for inner, kind in known.items() if kind not in ("nothing", "images")]
+    if len(found) > 1:
+        listed = ", ".join(f"{inner.name} ({known[inner]})" for inner in found)
+        raise CheckpointError(f"{folder}: holds several, name one of them: {listed}")
+    return found[0] if found else folder
+
+
+def contents(folder: Path) -> str:
+    """A few words for what lies in a folder."""
+    items = list(folder.iterdir())
+    counts = Counter("folders" if item.is_dir() else item.suffix or "files" for item in items)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common(4)) or "nothing"
+
+
+def _holds_weights(file: Path) -> bool:
+    if file.suffix != ".safetensors":
+        return True  # the index of a model's shards
+    try:
+        names = read_header(file).tensors.keys()
+    except CheckpointError:
+        return True  # damaged: whoever reads it says so
+    return not (names >= _MOMENTS or names & _DATA)
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(is_image_name(name) for _, _, names in os.walk(folder) for name in names)

@@ -1,0 +1,60 @@
+"""Which model is meant by a run, a set, a folder, a file, or a name of the Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from merge_rl.errors import CheckpointError
+from merge_rl.interfaces import Network
+from merge_rl.storage.checkpoints import newest_model
+from merge_rl.storage.hub import local_model, model_folder
+from merge_rl.storage.runs import contents, folder_kind, only_inside
+from merge_rl.workflows.assembly.networks import load_network
+
+
+class Meant(NamedTuple):
+    """The model that was meant, and a sentence that says so where it is not what was named."""
+
+    path: Path
+    note: str | None
+
+
+def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
+    """The one model that `path` means.
+
+    A run means its merged model, a fine-tuning run its result, a set its newest checkpoint (of the
+    `track`, where one is named), "user/repo" the model of the Hub, a folder of none of these the
+    only one of them in it; a model folder and a single file mean themselves.
+
+    Raises CheckpointError that says what was found for anything else, RunError for a run that is
+    not finished.
+    """
+    place = local_model(os.fspath(path))
+    if not place.is_dir():
+        note = f"{path}: took the model of the Hub" if not os.path.lexists(path) else None
+        return Meant(place, note if place.exists() else None)
+    folder = only_inside(place)
+    kind = folder_kind(folder)
+    if track is not None or kind == "set":
+        chosen = newest_model(folder, track)
+        name = chosen.relative_to(folder) if chosen != folder else chosen
+        return Meant(chosen, f"{path}: took {name}, the newest of the set {folder}")
+    if kind in ("run", "fine-tuning run"):
+        chosen = model_folder(folder)
+        return Meant(chosen, f"{path}: took {chosen}, the result of the {kind}")
+    if kind != "model":
+        what = "a comparison" if kind == "comparison" else f"{kind} ({contents(folder)})"
+        raise CheckpointError(f"{folder}: expected a model, a set or a run, found {what}")
+    return Meant(folder, None if folder == Path(path) else f"{path}: took the model {folder}")
+
+
+def load_model(path: str | os.PathLike[str]) -> Network:
+    """The network of a model folder, a .safetensors, a run or a set, float32, evaluation mode.
+
+    See `find_model` for which one is meant. The text "user/repo" or "user/repo@revision" means a
+    model of the Hub, unless there is such a path here; it is downloaded to the cache of the Hub's
+    client.
+    """
+    return load_network(find_model(path).path)
