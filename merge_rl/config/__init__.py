@@ -22,6 +22,7 @@ from merge_rl.config.mapping import (
     to_mapping,
     without_nan,
 )
+from merge_rl.config.numbers import EXAMPLES, real_number, whole_number
 from merge_rl.config.optimize import (
     AUTO_BATCH,
     PRESETS,
@@ -58,6 +59,7 @@ __all__ = [
     "AUTO_BATCH",
     "CURVES",
     "DIFFUSIONS",
+    "EXAMPLES",
     "FIXED_SOLVERS",
     "FREE_ON_RESUME",
     "LAST_STEPS",
@@ -98,10 +100,12 @@ __all__ = [
     "overlaid",
     "override",
     "preset",
+    "real_number",
     "sde_counterpart",
     "set_dotted",
     "settings_of",
     "split_pair",
     "to_mapping",
+    "whole_number",
     "without_nan",
 ]

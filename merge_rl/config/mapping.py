@@ -6,7 +6,6 @@ said.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import types
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from merge_rl.config.numbers import real_number, whole_number
 from merge_rl.config.recipes import find_settings
 from merge_rl.errors import ConfigError, UnknownNameError
 
@@ -94,20 +94,19 @@ def _convert(kind: Any, value: object, where: str) -> Any:
         return tuple(_convert(parts[0], item, where) for item in value)
     if origin is not None and isinstance(value, Mapping):
         return {str(k): _convert(parts[1], v, f"{where}.{k}") for k, v in value.items()}
-    if kind is float and type(value) in (int, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
-            return float(str(value))
-    if kind is int and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            number = float(value)
-            if number.is_integer():
-                return int(number)
+    number = {int: whole_number, float: real_number}.get(kind, _no_number)(value)
+    if number is not None:
+        return number
     if kind is str and type(value) is int:
         return str(value)
     if isinstance(kind, type) and type(value) is kind:
         return value
     name = getattr(kind, "__name__", str(kind)) if origin is None else "list or mapping"
     raise ConfigError(f"{where}: expected {name}, found {type(value).__name__} {value!r}")
+
+
+def _no_number(_value: object) -> None:
+    return None
 
 
 def without_nan(value: Any) -> Any:

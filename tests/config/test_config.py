@@ -125,7 +125,7 @@ def test_forms_that_yaml_reads_otherwise_are_taken() -> None:
     ("values", "message"),
     [
         ({"budget": "many"}, r"config.budget: expected int, found str 'many'"),
-        ({"budget": 2.0}, r"config.budget: expected int, found float 2.0"),
+        ({"budget": 2.5}, r"config.budget: expected int, found float 2.5"),
         ({"budget": True}, r"config.budget: expected int, found bool True"),
         ({"budget": None}, r"config.budget: expected int, found NoneType None"),
         ({"device": 0.5}, r"config.device: expected str, found float 0.5"),

@@ -16,7 +16,15 @@ from rich.markup import escape
 from merge_rl.cli.options.former import Former, former_names
 from merge_rl.cli.options.layers import layered, values_of
 from merge_rl.cli.options.shorthands import SHORTHANDS, Shorthand
-from merge_rl.config import PANELS, PRESETS, Setting, settings_of
+from merge_rl.config import (
+    EXAMPLES,
+    PANELS,
+    PRESETS,
+    Setting,
+    real_number,
+    settings_of,
+    whole_number,
+)
 from merge_rl.errors import ConfigError
 
 # The parameter of a command's function that receives what was said about settings.
@@ -146,11 +154,30 @@ def _parameter(setting: Setting) -> Parameter:
             text += f" One of {', '.join(about.choices)}."
     option = typer.Option(
         about.flag, help=escape(text), metavar=metavar, rich_help_panel=about.panel or None,
-        show_default=default is not None or setting.shown or False,
+        show_default=default is not None or setting.shown or False, parser=NUMBERS.get(kind),
     )  # fmt: skip
     if kind is bool:
         return _keyword(_name(setting.key), Annotated[bool, option], False)
     return _keyword(_name(setting.key), Annotated[kind | None, option], default)
+
+
+def integer(text: object) -> int:
+    """The number of an option."""
+    number = whole_number(text)
+    if number is None:
+        raise typer.BadParameter(f"{text!r} is not a valid integer, such as {EXAMPLES}.")
+    return number
+
+
+def decimal(text: object) -> float:
+    """The number of an option."""
+    number = real_number(text)
+    if number is None:
+        raise typer.BadParameter(f"{text!r} is not a valid float, such as 0.05 or 5e-2.")
+    return number
+
+
+NUMBERS: Final[dict[Any, Callable[[object], Any]]] = {int: integer, float: decimal}
 
 
 def _short(short: Shorthand) -> Parameter:
@@ -164,7 +191,7 @@ def _short(short: Shorthand) -> Parameter:
 
 def _hidden(former: Former, parameters: Iterable[Parameter]) -> Parameter:
     kind = get_args(_having(former.new, parameters).annotation)[0]
-    option = typer.Option(former.old, hidden=True)
+    option = typer.Option(former.old, hidden=True, parser=NUMBERS.get(_without_none(kind)))
     return _keyword(_name(former.old), Annotated[kind, option], False if kind is bool else None)
 
 
@@ -182,6 +209,10 @@ def _renew(names: Iterable[Former], typed: dict[str, Any], parameters: Iterable[
             typed[present] = [*value, *typed[present]]
         else:
             raise ConfigError(f"{former.old} is {former.new} now; expected one of the two")
+
+
+def _without_none(kind: Any) -> Any:
+    return next((part for part in get_args(kind) if part is not type(None)), kind)
 
 
 def _having(flag: str, parameters: Iterable[Parameter]) -> Parameter:

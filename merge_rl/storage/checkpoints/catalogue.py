@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from merge_rl.config import real_number, whole_number
 from merge_rl.errors import ManifestError, UnknownNameError
 from merge_rl.storage.files import Fields
 from merge_rl.untrusted import load_yaml
@@ -167,15 +168,16 @@ def _parse_nimg(item: Fields) -> tuple[int, ...]:
         if every == 0:
             raise span.refuse("every", "a positive whole number")
         return tuple(range(first, last + 1, every))
-    values = item.entries("nimg")
-    if not all(type(nimg) is int and nimg >= 0 for nimg in values):
+    counts = [whole_number(nimg) for nimg in item.entries("nimg")]
+    if not all(nimg is not None and nimg >= 0 for nimg in counts):
         raise item.refuse("nimg", "whole numbers")
-    return tuple(nimg for nimg in values if isinstance(nimg, int))
+    return tuple(nimg for nimg in counts if nimg is not None)
 
 
 def _parse_widths(item: Fields) -> tuple[float, ...]:
     values = item.entries("ema_std")
-    widths = tuple(width for width in values if isinstance(width, float))
+    found = (real_number(width) for width in values)
+    widths = tuple(width for width in found if width is not None)
     if len(widths) < len(values):
         raise item.refuse("ema_std", "numbers")
     return widths

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from merge_rl.config import real_number, whole_number
 from merge_rl.errors import ManifestError
 from merge_rl.untrusted import describe
 
@@ -89,18 +90,19 @@ class Fields:
         value = self.raw(key)
         if value is None:
             return None
-        # bool is a subclass of int: "nimg: yes" is no count.
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        number = whole_number(value)
+        if number is None or number < 0:
             raise self.refuse(key, "a whole number of at least 0")
-        return value
+        return number
 
     def number(self, key: str) -> float | None:
         value = self.raw(key)
         if value is None:
             return None
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        number = real_number(value)
+        if number is None:
             raise self.refuse(key, "a number")
-        return float(value)
+        return number
 
     def entries(self, key: str) -> list[object]:
         value = self.raw(key)

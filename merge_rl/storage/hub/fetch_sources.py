@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from merge_rl.config import EXAMPLES, whole_number
 from merge_rl.errors import ConfigError, DownloadError, HubError, UnknownNameError
 from merge_rl.storage.checkpoints import (
     CONFIG_NAME,
@@ -165,8 +166,6 @@ def _converted_set(
     )
 
 
-UNITS: Final = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-_COUNT = re.compile(r"([0-9][0-9_,]*)\s*(Ki|Mi|Gi)?", re.IGNORECASE)
 _STD_TOLERANCE: Final = 5e-4  # names have three decimals
 
 
@@ -207,12 +206,11 @@ class Selection:
 
 
 def parse_count(text: str) -> int:
-    """A number of images: "8388608", "8_388_608", "192Mi" (Ki, Mi, Gi: powers of 1024)."""
-    match = _COUNT.fullmatch(text.strip())
-    if match is None:
-        raise ConfigError(f"expected a number of images such as 8388608 or 192Mi, got {text!r}")
-    digits = match[1].replace("_", "").replace(",", "")
-    return int(digits) * UNITS[(match[2] or "").capitalize()]
+    """A number of images, in any of the ways that numbers are written here."""
+    count = whole_number(text)
+    if count is None or count < 0:
+        raise ConfigError(f"expected a number of images such as {EXAMPLES}, got {text!r}")
+    return count
 
 
 def remote_file(name: str, **known: object) -> RemoteFile:

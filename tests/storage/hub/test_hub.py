@@ -361,7 +361,7 @@ def test_unfinished_runs_and_other_folders_are_refused(tmp_path: Path, model: Pa
     with pytest.raises(RunError, match="the run is not finished; go on with: mergerl resume"):
         model_folder(run)
     write_text(run / "result.json", "{}")
-    with pytest.raises(RunError, match="the run has no merged model"):
+    with pytest.raises(RunError, match="the run has no model, expected the folder merged/"):
         model_folder(run)
     model.rename(run / "merged")
     assert model_folder(run) == run / "merged"

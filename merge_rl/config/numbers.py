@@ -1,0 +1,60 @@
+"""Numbers as people write them: the one parser for manifests, settings and options."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Final
+
+UNITS: Final = {
+    "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30,
+}  # fmt: skip
+EXAMPLES: Final = "50000, 5e4, 50k or 192Mi"
+
+_NUMBER = re.compile(
+    r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,3})?)"
+    r"\s*([A-Za-z]{0,2})"
+)
+_MOST_CHARACTERS: Final = 400
+
+
+def whole_number(value: object) -> int | None:
+    """A whole number: itself, or text such as "1e6", "8_388_608", "1,024", "50k", "192Mi".
+
+    None for anything else: true and false, fractions, other units.
+    """
+    found = _exact(value)
+    return int(found) if found is not None and found == found.to_integral_value() else None
+
+
+def real_number(value: object) -> float | None:
+    """A number: itself, or text such as "5e-2", "50k", "inf"; None for anything else."""
+    found = _exact(value)
+    if found is not None:
+        return float(found)
+    if isinstance(value, float):  # not finite
+        return value
+    plain = isinstance(value, str) and value.strip().lstrip("+-").lower() in ("inf", "nan")
+    return float(str(value)) if plain else None
+
+
+def _exact(value: object) -> Decimal | None:
+    if type(value) is int:
+        return Decimal(value)
+    if isinstance(value, float):
+        found = Decimal(repr(float(value)))
+        return found if found.is_finite() else None
+    if not isinstance(value, str) or len(value) > _MOST_CHARACTERS:
+        return None
+    match = _NUMBER.fullmatch(value.strip())
+    unit = _unit(match[2]) if match else None
+    if match is None or unit is None or not re.search("^[+-]?[.]?[0-9]", match[1]):
+        return None
+    return Decimal(match[1].replace("_", "").replace(",", "")) * unit
+
+
+def _unit(text: str) -> int | None:
+    """Of thousands in either case, but for M, where a small letter is a thousandth's."""
+    if text in UNITS:
+        return UNITS[text]
+    return UNITS.get("k" if text == "K" else text.capitalize() if len(text) == 2 else text)

@@ -1,0 +1,73 @@
+"""Numbers mean the same in manifests, settings and options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from merge_rl.cli.options.signature import decimal, integer
+from merge_rl.config import OptimizeConfig, from_mapping, real_number, whole_number
+from merge_rl.storage.checkpoints import MANIFEST_NAME, read_manifest
+from merge_rl.storage.hub import parse_count
+
+WHOLE = [
+    ("50000", 50_000), (50_000, 50_000), (5e4, 50_000), ("5e4", 50_000), ("50k", 50_000),
+    ("50K", 50_000), ("1e6", 1_000_000), ("1.5M", 1_500_000), ("1,024", 1024), ("8_388_608", 2**23),
+    ("192Mi", 192 * 2**20), ("3 ki", 3072), ("2Gi", 2**31), ("2G", 2 * 10**9), ("0", 0),
+    ("0.5k", 500), ("12345678901234567890", 12345678901234567890),
+]  # fmt: skip
+NOT_WHOLE = ["", "Mi", "k", "1.5", 1.5, "5e-2", "1e9999999", "192MB", "50m", "1,5", "x", True, None,
+             "0x10", "1 2", "--3", "1e", math.inf, math.nan, [1], "9" * 500]  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "number"), WHOLE)
+def test_whole_numbers(written: object, number: int) -> None:
+    found = whole_number(written)
+    assert found == number
+    assert type(found) is int
+    assert real_number(written) == float(number)
+    assert integer(written) == number
+
+
+@pytest.mark.parametrize("written", NOT_WHOLE)
+def test_what_is_no_whole_number(written: object) -> None:
+    assert whole_number(written) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("5e-2", 0.05), ("0.05", 0.05), (".5", 0.5), ("-1E-3", -0.001), ("1.", 1.0), (2, 2.0),
+     ("inf", math.inf), ("-inf", -math.inf), (math.inf, math.inf), ("0.05k", 50.0)],
+)  # fmt: skip
+def test_real_numbers(written: object, number: float) -> None:
+    assert real_number(written) == number
+    assert type(real_number(written)) is float
+    assert decimal(written) == number
+
+
+@pytest.mark.parametrize("written", ["", "x7", "5e", True, None, ".", "e5", "k", "1..2"])
+def test_what_is_no_number(written: object) -> None:
+    assert real_number(written) is None
+
+
+@pytest.mark.parametrize("text", ["50k", "5e4", "50000", "50_000"])
+def test_one_number_everywhere(
+    text: str, tmp_path: Path, tiny: Path, mergerl: Callable[..., Any]
+) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(
+        "version: 1\nmodel: {model: edm2}\n"
+        f"checkpoints: [{{file: a.safetensors, nimg: {text}, ema_std: 5e-2}}]\n"
+    )
+    (entry,) = read_manifest(tmp_path).checkpoints
+    assert (entry.nimg, entry.ema_std) == (50_000, 0.05)
+    assert from_mapping(OptimizeConfig, {"checkpoints": "x", "budget": text}).budget == 50_000
+    assert parse_count(text) == 50_000
+    plan = mergerl("optimize", tiny, "--budget", text, "--set", "budget=x")
+    assert "config.budget: expected int, found str 'x'" in plan.err  # the option itself was read
+    refused = mergerl("optimize", tiny, "--budget", "many")
+    assert refused.code == 1
+    assert "'many' is not a valid integer, such as 50000, 5e4, 50k or 192Mi" in refused.err
