@@ -16,7 +16,7 @@ from merge_rl.storage.checkpoints import CONFIG_NAME
 from merge_rl.storage.files import INDEX_NAME, MODEL_NAME, SHARD_PATTERN, read_header, read_index
 from merge_rl.storage.hub.client import call_hub, client, endpoint, quiet_client
 from merge_rl.storage.hub.repository import open_repository, split_repo
-from merge_rl.storage.runs import FinetuneRun, RunDir, contents, folder_kind, only_inside
+from merge_rl.storage.runs import FinetuneRun, RunDir, described, folder_kind, only_inside
 
 DEFAULT_MESSAGE: Final = "Upload a merged model"
 
@@ -153,7 +153,7 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
         return folder
     if kind not in ("run", "fine-tuning run"):
         what = {"set": "a set of checkpoints; merge it first", "comparison": "a comparison"}
-        found = what.get(kind, f"{kind} ({contents(folder)})")
+        found = what.get(kind, described(folder))
         raise CheckpointError(f"{folder}: expected a run or a model folder, found {found}")
     run = RunDir(folder)
     if run.read("result.json") is None:

@@ -9,7 +9,7 @@ from merge_rl.storage.runs.lifecycle import (
     require_same,
     require_same_inputs,
 )
-from merge_rl.storage.runs.places import contents, folder_kind, only_inside
+from merge_rl.storage.runs.places import described, folder_kind, only_inside
 from merge_rl.storage.runs.run_dir import SETTINGS, FinetuneRun, RunDir, is_finetune_run
 from merge_rl.storage.runs.trackers import Boards, require_extras
 
@@ -21,8 +21,8 @@ __all__ = [
     "StopSignals",
     "begin_finetune",
     "begin_run",
-    "contents",
     "continued",
+    "described",
     "folder_kind",
     "goes_on",
     "is_finetune_run",

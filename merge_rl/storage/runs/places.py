@@ -56,11 +56,13 @@ def only_inside(folder: Path) -> Path:
     return found[0] if found else folder
 
 
-def contents(folder: Path) -> str:
-    """A few words for what lies in a folder."""
+def described(folder: Path) -> str:
+    """What a folder is, in a few words with what lies in it: for refusals."""
+    kind = folder_kind(folder)
     items = list(folder.iterdir())
     counts = Counter("folders" if item.is_dir() else item.suffix or "files" for item in items)
-    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common(4)) or "nothing"
+    inside = ", ".join(f"{count} {name}" for name, count in counts.most_common(4)) or "nothing"
+    return inside if kind == "nothing" else f"{kind} ({inside})"
 
 
 def _holds_weights(file: Path) -> bool:

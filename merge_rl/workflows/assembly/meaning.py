@@ -10,7 +10,7 @@ from merge_rl.errors import CheckpointError
 from merge_rl.interfaces import Network
 from merge_rl.storage.checkpoints import newest_model
 from merge_rl.storage.hub import local_model, model_folder
-from merge_rl.storage.runs import contents, folder_kind, only_inside
+from merge_rl.storage.runs import described, folder_kind, only_inside
 from merge_rl.workflows.assembly.networks import load_network
 
 
@@ -45,7 +45,7 @@ def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
         chosen = model_folder(folder)
         return Meant(chosen, f"{path}: took {chosen}, the result of the {kind}")
     if kind != "model":
-        what = "a comparison" if kind == "comparison" else f"{kind} ({contents(folder)})"
+        what = "a comparison" if kind == "comparison" else described(folder)
         raise CheckpointError(f"{folder}: expected a model, a set or a run, found {what}")
     return Meant(folder, None if folder == Path(path) else f"{path}: took the model {folder}")
 
