@@ -114,7 +114,7 @@ def test_fetch_goes_on_in_another_process(
     [
         (["edm2-img512-xs-raws"], "unknown checkpoint set 'edm2-img512-xs-raws'; did you mean"),
         (["digits-edm2"], "digits-edm2 comes with the package; write it with: mergerl demo DIR"),
-        (["edm2-img512-xs-raw", "--every", "1.5Mi"], "expected a number of images such as"),
+        (["edm2-img512-xs-raw", "--every", "1.5"], "expected a number of images such as"),
         (["edm2-img512-xs-raw", "--last", "0"], "expected last of at least 1, got 0"),
         (["edm2-img512-xs-raw", "--ema-std", "0.2"], "no file has ema_std 0.2"),
         (["http://example.org/a.pkl"], "expected an https address, found 'http'"),
