@@ -22,7 +22,8 @@ def find_duplicates(listing: Listing, headers: Sequence[StoredWeights]) -> dict[
     """Index -> index of the checkpoint that it repeats: one file, or tensors of equal bytes.
 
     Of a group the one stays whose name tells most: no link, a known progress, a number in its
-    name, the first. From files that differ, samples of 256 KiB are read at most.
+    name, the first. From files that differ, samples of 256 KiB are read at most. What is not the
+    file that its manifest records repeats nothing: it stays, to be refused.
     """
     groups: list[list[int]] = []
     for alike in _alike(headers):
@@ -30,7 +31,11 @@ def find_duplicates(listing: Listing, headers: Sequence[StoredWeights]) -> dict[
     found: dict[int, int] = {}
     for group in groups:
         kept = min(group, key=lambda index: _rank(listing, index))
-        found |= {index: kept for index in group if index != kept}
+        recorded = listing.entries[kept].sha256
+        for index in group:
+            own = listing.entries[index].sha256
+            if index != kept and (own in (None, recorded) or own == headers[index].sha256()):
+                found[index] = kept
     return found
 
 
