@@ -10,7 +10,7 @@ from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from merge_rl.config import OptimizeConfig
-    from merge_rl.workflows.plan import Plan
+    from merge_rl.workflows.plan import SearchPlan
 
 UNITS: Final = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -67,7 +67,7 @@ class _Steps(BarTracker):
         return f"{total} parts of the work, some seconds each"
 
 
-def _print(found: Plan) -> None:
+def _print(found: SearchPlan) -> None:
     from merge_rl.workflows.assembly import gib
 
     load, memory, batch = found.workload, found.memory, found.config.batch
@@ -95,7 +95,7 @@ def _print(found: Plan) -> None:
         say(f"[yellow]note:[/] {note}")
 
 
-def _memory_text(found: Plan) -> str:
+def _memory_text(found: SearchPlan) -> str:
     from merge_rl.workflows.assembly import gib
 
     memory, batch = found.memory, found.config.batch

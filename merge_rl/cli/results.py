@@ -14,7 +14,7 @@ from merge_rl.cli.output import ProgressTracker, interval_text, print_table, say
 if TYPE_CHECKING:
     from merge_rl.workflows.evaluate import Comparison, SamplerComparison, SecondScores
     from merge_rl.workflows.finetune import FinetuneResult
-    from merge_rl.workflows.optimize import Found, OptimizeResult
+    from merge_rl.workflows.optimize import OptimizeResult, SearchResult
 
 
 def result_document(result: OptimizeResult) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _print_second(second: SecondScores) -> None:
     )
 
 
-def _print_search(found: Found) -> None:
+def _print_search(found: SearchResult) -> None:
     """Where it began, what was chosen at the end, and how much that flattered itself."""
     from merge_rl.workflows.report import search_lines
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_rl.core.policy import clipped_policy_loss
 from merge_rl.core.sampling.paths import Path
-from merge_rl.core.sampling.sde import SDE, Draw, Gaussian, noisy_step, step_log_prob
+from merge_rl.core.sampling.sde import SDE, Gaussian, NoiseSource, noisy_step, step_log_prob
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Denoiser
 
@@ -79,7 +79,7 @@ class Action(NamedTuple):
     log_prob: Tensor  # (B,) float64, log density of the draw at the weights that drew it
 
 
-def replay(sde: SDE, noise: Tensor, draw: Draw) -> list[Action]:
+def replay(sde: SDE, noise: Tensor, draw: NoiseSource) -> list[Action]:
     """The actions of the rollout that `solve_sde` makes of the same arguments, in order.
 
     Steps that add no noise have no density and are left out. Without gradients.

@@ -20,14 +20,14 @@ from merge_rl.searchers import base as population
 from merge_rl.searchers.base import AskTell, SearchSpace
 
 
-class Stage(NamedTuple):
+class HalvingRound(NamedTuple):
     """`rounds` rounds of `size` candidates, of which the better half climbs on."""
 
     size: int
     rounds: int
 
 
-def plan_rounds(count: int, evaluations: int) -> list[Stage]:
+def halving_rounds(count: int, evaluations: int) -> list[HalvingRound]:
     """The rungs for `count` candidates: sizes n, ceil(n/2), ..., 2; none for a single candidate.
 
     Every rung gets an equal share of the evaluations, in whole rounds but at least one; what the
@@ -40,7 +40,7 @@ def plan_rounds(count: int, evaluations: int) -> list[Stage]:
     plan, left = [], evaluations
     for i, size in enumerate(sizes):
         rounds = max(1, left // ((len(sizes) - i) * size))
-        plan.append(Stage(size, rounds))
+        plan.append(HalvingRound(size, rounds))
         left -= rounds * size
     return plan
 
@@ -50,7 +50,7 @@ class Halving:
 
     def __init__(self, count: int, evaluations: int) -> None:
         self.count = count
-        self.plan = plan_rounds(count, evaluations)
+        self.plan = halving_rounds(count, evaluations)
         self.rung = self.rounds = 0  # rounds told on this rung
         self.alive = torch.arange(count)
         self.sums = torch.zeros(count, dtype=torch.float64)  # NaN once failed

@@ -14,7 +14,7 @@ from merge_rl.core.merging.maps import EmaMap, SoftmaxMap, make_map
 from merge_rl.errors import ConfigError
 from merge_rl.searchers.base import SearchSpace
 from merge_rl.searchers.baselines import BestCheckpoint, Uniform
-from merge_rl.searchers.halving import Halving, Stage, plan_rounds
+from merge_rl.searchers.halving import Halving, HalvingRound, halving_rounds
 
 NAN = math.nan
 
@@ -37,15 +37,15 @@ def vector(*values: float) -> Tensor:
     ],
 )
 def test_halving_plan(count: int, evaluations: int, plan: list[tuple[int, int]]) -> None:
-    found = plan_rounds(count, evaluations)
-    assert found == [Stage(*rung) for rung in plan]
+    found = halving_rounds(count, evaluations)
+    assert found == [HalvingRound(*rung) for rung in plan]
     if evaluations >= 2 * count * max(1, len(plan)):
         assert sum(size * rounds for size, rounds in plan) <= evaluations
 
 
 def test_the_better_half_climbs_by_mean_reward() -> None:
     halving = Halving(4, 16)
-    assert halving.plan == [Stage(4, 2), Stage(2, 4)]
+    assert halving.plan == [HalvingRound(4, 2), HalvingRound(2, 4)]
     halving.tell(vector(1.0, 9.0, 4.0, 0.0))
     assert halving.ranking == [1, 2, 0, 3]
     assert halving.alive.tolist() == [0, 1, 2, 3]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
-from merge_rl.core.sampling.sde import Draw, Gaussian
+from merge_rl.core.sampling.sde import Gaussian, NoiseSource
 from merge_rl.core.sampling.solvers import OnStep, Velocity, find_tableau, runge_kutta_step
 from merge_rl.errors import ConfigError
 
@@ -47,7 +47,7 @@ def solve_edm(
     *,
     solver: str = "heun",
     churn: Churn | None = None,
-    draw: Draw | None = None,
+    draw: NoiseSource | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Integrate dx/dsigma over decreasing noise levels.

@@ -21,7 +21,7 @@ from merge_rl.core.sampling.edm import Churn as Churn
 from merge_rl.core.sampling.edm import solve_edm as solve_edm
 from merge_rl.core.sampling.guidance import autoguided, classifier_free
 from merge_rl.core.sampling.paths import make_path, time_grid
-from merge_rl.core.sampling.sde import SDE, Draw, PathSDE, solve_sde
+from merge_rl.core.sampling.sde import SDE, NoiseSource, PathSDE, solve_sde
 from merge_rl.core.sampling.solvers import (
     NormWatch,
     OnStep,
@@ -46,7 +46,7 @@ def sample(
     *,
     guide: Denoiser | None = None,
     churn: Churn | None = None,
-    draw: Draw | None = None,
+    draw: NoiseSource | None = None,
     dtype: torch.dtype = torch.float32,
     check_finite: bool = False,
     **settings: Any,
@@ -96,7 +96,7 @@ def sample_with(
     *,
     guide: Denoiser | None = None,
     churn: Churn | None = None,
-    draw: Draw | None = None,
+    draw: NoiseSource | None = None,
     dtype: torch.dtype = torch.float32,
     check_finite: bool = False,
     through: Callable[[Velocity], Velocity] | None = None,
@@ -165,7 +165,7 @@ def without_noise(sde: SDE) -> SDE:
     raise ConfigError(f"expected an SDE of a network, got {type(sde).__name__}")
 
 
-def following(noise: Tensor) -> Draw:
+def following(noise: Tensor) -> NoiseSource:
     """What `sample` draws the noise of an SDE's steps from: each image's own, by its start."""
     streams, shape = ImageStreams.following(noise), noise.shape[1:]
     return lambda: streams.randn(shape)
@@ -214,7 +214,7 @@ def _solve_denoiser(
     denoise: Velocity,
     noise: Tensor,
     churn: Churn | None,
-    draw: Draw | None,
+    draw: NoiseSource | None,
     on_step: OnStep | None,
 ) -> Tensor:
     velocity, levels = edm_velocity(denoise), levels_of(settings, noise.dtype)

@@ -96,7 +96,9 @@ def noisy_step(sde: SDE, index: int, x: Tensor, noise: Tensor) -> NoisyStep:
     return NoisyStep(sde.advance(index, drawn), mean, std, drawn)
 
 
-def solve_sde(sde: SDE, noise: Tensor, draw: Draw, *, on_step: OnStep | None = None) -> Tensor:
+def solve_sde(
+    sde: SDE, noise: Tensor, draw: NoiseSource, *, on_step: OnStep | None = None
+) -> Tensor:
     """Samples (B, ...) from unit noise; `draw` is called once for each noisy step."""
     x = sde.start(noise)
     for i in range(sde.num_noisy):
@@ -281,5 +283,5 @@ def require_finite_diffusion(name: str, path: Path, times: Tensor, *, norm: floa
     return values
 
 
-Draw: TypeAlias = Callable[[], Tensor]
+NoiseSource: TypeAlias = Callable[[], Tensor]
 """A source of unit normal noise of the shape of the state."""

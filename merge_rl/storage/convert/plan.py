@@ -36,7 +36,7 @@ _FREE: Final = frozenset({"use_fp16", "dropout", "class_dropout_prob"})
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class ConversionFile:
     """One output file: what goes into it."""
 
     found: Extracted
@@ -46,22 +46,22 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ConversionPlan:
     """All outputs of a conversion, and the manifest they belong to."""
 
     folder: Path
-    jobs: tuple[Job, ...]
+    jobs: tuple[ConversionFile, ...]
     base: Manifest  # of what is in the folder already, or an empty one
     assumed: tuple[str, ...] = ()  # of the network, in sentences
     notes: tuple[str, ...] = ()  # what else the user should hear of
     existing: Mapping[str, CheckpointEntry] = field(default_factory=dict)
 
-    def recorded(self, job: Job) -> str | None:
+    def recorded(self, job: ConversionFile) -> str | None:
         """The hash that the folder's manifest has for this output."""
         entry = self.existing.get(job.file)
         return entry.sha256 if entry else None
 
-    def manifest(self, hashes: Mapping[Job, str]) -> Manifest:
+    def manifest(self, hashes: Mapping[ConversionFile, str]) -> Manifest:
         """The manifest once these outputs, and their hashes, are there."""
         entries = dict(self.existing)
         for job in self.jobs:
@@ -69,7 +69,7 @@ class Plan:
                 entries[job.file] = self._entry(job, hashes[job])
         return replace(self.base, checkpoints=tuple(entries.values()))
 
-    def _entry(self, job: Job, sha256: str) -> CheckpointEntry:
+    def _entry(self, job: ConversionFile, sha256: str) -> CheckpointEntry:
         found = job.found
         return CheckpointEntry(
             file=job.file,
@@ -90,7 +90,7 @@ def make_plan(
     name: str | None = None,
     licence: str | None = None,
     hints: Hints = NO_HINTS,
-) -> Plan:
+) -> ConversionPlan:
     """Read what the sources hold, and settle outputs, network and manifest.
 
     Raises CheckpointError for sources that cannot be read as data, IncompatibleCheckpointError for
@@ -107,7 +107,7 @@ def make_plan(
     known = {path: _known_set(path.name) for path in paths}
     origins = {path: fingerprint(path) for path in paths}
     jobs = tuple(
-        Job(
+        ConversionFile(
             found=item,
             file=_file_name(item, folder),
             metadata=_metadata(item, config, origins[item.path]),
@@ -123,7 +123,7 @@ def make_plan(
         licence=_common(job.licence for job in jobs),
         defaults=SetDefaults(autoencoder=_common(item.autoencoder for item in found)),
     )
-    return Plan(
+    return ConversionPlan(
         folder=folder,
         jobs=jobs,
         base=replace(base, name=name or base.name),
@@ -236,9 +236,9 @@ def _metadata(found: Extracted, config: Mapping[str, Any], samples: str) -> dict
     }
 
 
-def _require_distinct(jobs: Sequence[Job]) -> None:
+def _require_distinct(jobs: Sequence[ConversionFile]) -> None:
     # Some file systems do not tell capitals from small letters.
-    homes: dict[str, Job] = {}
+    homes: dict[str, ConversionFile] = {}
     for job in jobs:
         other = homes.setdefault(job.file.casefold(), job)
         if other is not job:

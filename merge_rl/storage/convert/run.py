@@ -21,7 +21,7 @@ from merge_rl.errors import CheckpointError, ConfigError, NonFiniteWeightsError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import MANIFEST_NAME, write_manifest
 from merge_rl.storage.convert.contents import infos_of
-from merge_rl.storage.convert.plan import ORIGIN_KEY, Job, Plan, make_plan
+from merge_rl.storage.convert.plan import ORIGIN_KEY, ConversionFile, ConversionPlan, make_plan
 from merge_rl.storage.convert.said import Hints
 from merge_rl.storage.convert.sources import WEIGHTS, files_of, list_files
 from merge_rl.storage.files import atomic_path, read_header, require_hash, sha256_file, write_header
@@ -120,17 +120,18 @@ class _Progress:
             self._tracker.advance(count)
 
 
-def _run(plan: Plan, workers: int, tracker: Tracker, verify: bool) -> dict[Job, _Done]:
+def _run(
+    plan: ConversionPlan, workers: int, tracker: Tracker, verify: bool
+) -> dict[ConversionFile, _Done]:
     """Do all jobs; the manifest grows with every finished one, so that they can be taken up."""
-    done: dict[Job, _Done] = {}
+    done: dict[ConversionFile, _Done] = {}
     progress = _Progress(tracker)
     with ThreadPoolExecutor(max(1, min(workers, len(plan.jobs)))) as pool:
         futures = {pool.submit(_do, plan, job, progress, verify): job for job in plan.jobs}
         try:
             for future in as_completed(futures):
                 done[futures[future]] = future.result()
-                hashes = {job: item.sha256 for job, item in done.items()}
-                _write_manifest(plan, hashes)
+                _write_manifest(plan, {job: item.sha256 for job, item in done.items()})
         except BaseException:
             progress.stopped = True
             pool.shutdown(wait=True, cancel_futures=True)
@@ -138,7 +139,7 @@ def _run(plan: Plan, workers: int, tracker: Tracker, verify: bool) -> dict[Job, 
     return done
 
 
-def _write_manifest(plan: Plan, hashes: Mapping[Job, str]) -> None:
+def _write_manifest(plan: ConversionPlan, hashes: Mapping[ConversionFile, str]) -> None:
     path = plan.folder / MANIFEST_NAME
     try:
         write_manifest(path, plan.manifest(hashes))
@@ -146,7 +147,7 @@ def _write_manifest(plan: Plan, hashes: Mapping[Job, str]) -> None:
         raise unwritable(path, error) from None
 
 
-def _do(plan: Plan, job: Job, progress: Callable[[int], None], verify: bool) -> _Done:
+def _do(plan: ConversionPlan, job: ConversionFile, progress: _Progress, verify: bool) -> _Done:
     path, source = plan.folder / job.file, job.found.path
     recorded = plan.recorded(job)
     if path.exists() and path.samefile(source):  # a .safetensors in its place already
@@ -165,7 +166,7 @@ def _do(plan: Plan, job: Job, progress: Callable[[int], None], verify: bool) -> 
     return _Done(sha256, written=True)
 
 
-def _is_done(job: Job, path: Path, recorded: str | None) -> bool:
+def _is_done(job: ConversionFile, path: Path, recorded: str | None) -> bool:
     """Whether an output is whole and what would be written; CheckpointError if it is not ours."""
     try:
         metadata = read_header(path).metadata
@@ -183,7 +184,7 @@ def _is_done(job: Job, path: Path, recorded: str | None) -> bool:
     return sound and dict(metadata) == dict(job.metadata)
 
 
-def _delete(plan: Plan) -> tuple[Path, ...]:
+def _delete(plan: ConversionPlan) -> tuple[Path, ...]:
     outputs = {(plan.folder / job.file).resolve() for job in plan.jobs}
     removed = []
     for path in dict.fromkeys(part for job in plan.jobs for part in files_of(job.found.path)):

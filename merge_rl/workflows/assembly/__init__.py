@@ -26,13 +26,13 @@ from merge_rl.workflows.assembly.networks import (
 )
 from merge_rl.workflows.assembly.parts import Parts, network_rollout
 from merge_rl.workflows.assembly.references import (
-    Maker,
+    ExtractorId,
     Statistics,
-    expected_maker,
+    expected_extractor,
+    extractor_of,
     find_extractor,
     find_references,
     image_size,
-    maker_of,
     name_extractor,
     notes_of,
     other_resolutions,
@@ -53,8 +53,8 @@ from merge_rl.workflows.assembly.reward import (
 
 __all__ = [
     "Announce",
+    "ExtractorId",
     "Job",
-    "Maker",
     "Meant",
     "MemoryPlan",
     "ModelDefaults",
@@ -66,7 +66,8 @@ __all__ = [
     "build_map",
     "check_reward",
     "cost_parts",
-    "expected_maker",
+    "expected_extractor",
+    "extractor_of",
     "find_defaults",
     "find_extractor",
     "find_model",
@@ -80,7 +81,6 @@ __all__ = [
     "load_autoencoder",
     "load_model",
     "load_network",
-    "maker_of",
     "memory_advice",
     "name_extractor",
     "named_by_file",

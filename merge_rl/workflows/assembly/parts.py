@@ -23,7 +23,12 @@ from merge_rl.workflows.assembly.networks import (
     load_guide,
     require_autoencoder,
 )
-from merge_rl.workflows.assembly.reward import BuiltReward, Target, build_reward, require_targets
+from merge_rl.workflows.assembly.reward import (
+    BuiltReward,
+    ExtractorReference,
+    build_reward,
+    require_targets,
+)
 from merge_rl.workflows.reference import Reference, load_reference, reference_file
 from merge_rl.workflows.rollout import Rollout, cpu_workers, require_device
 
@@ -118,7 +123,7 @@ class Parts:
     def reward(self) -> BuiltReward:
         """The reward and the extractor of the features that it reads."""
         reference, path = self.references["reference"], self.settings.reference or ""
-        own = Target(extractor=self.extractor, reference=reference, path=path)
+        own = ExtractorReference(extractor=self.extractor, reference=reference, path=path)
         return build_reward(self.settings, own, self.announce)
 
     def with_reward(self, settings: OptimizeConfig) -> Parts:

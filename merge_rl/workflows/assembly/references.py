@@ -32,7 +32,7 @@ from merge_rl.workflows.rollout import Rollout
 Statistics = Reference | FeatureStats | str | os.PathLike[str]
 
 
-class Maker(NamedTuple):
+class ExtractorId(NamedTuple):
     """What made features: the extractor's name, "" if unknown, its weights' hash, its dimension."""
 
     name: str
@@ -40,7 +40,7 @@ class Maker(NamedTuple):
     dim: int
 
 
-def expected_maker(name: str, weights: str | None) -> Maker | None:
+def expected_extractor(name: str, weights: str | None) -> ExtractorId | None:
     """What an extractor is known to be before its weights are; None for a module of the user's.
 
     The hash is that of pinned public weights. Raises as `build_extractor` does for names.
@@ -49,7 +49,7 @@ def expected_maker(name: str, weights: str | None) -> Maker | None:
     if is_user_module(name):
         return None
     pinned = PUBLIC_FILES[source].sha256 if source and is_public(source) else None
-    return Maker(name, pinned, DIMS[name])
+    return ExtractorId(name, pinned, DIMS[name])
 
 
 def require_comparable(
@@ -59,7 +59,7 @@ def require_comparable(
 
     A module of the user's is known when it is called: for it the files are read, no more.
     """
-    maker = expected_maker(name, weights)
+    maker = expected_extractor(name, weights)
     for path in [given for given in statistics if given is not None]:
         if maker is None:
             load_all_references(path)
@@ -81,24 +81,24 @@ def name_extractor(
 
 def find_extractor(
     extractor: FeatureExtractor | str, weights: str | None, sha256: str | None, device: str
-) -> tuple[FeatureExtractor, Maker]:
+) -> tuple[FeatureExtractor, ExtractorId]:
     """The extractor on a device: the object given, or built by name."""
     if isinstance(extractor, str):
         built, digest = build_extractor(extractor, weights, device)
-        return built, Maker(built.name, digest, built.dim)
+        return built, ExtractorId(built.name, digest, built.dim)
     if isinstance(extractor, nn.Module):
         extractor.to(device)
-    return extractor, Maker(extractor.name, sha256, extractor.dim)
+    return extractor, ExtractorId(extractor.name, sha256, extractor.dim)
 
 
-def maker_of(saved: SavedFeatures, extractor: FeatureExtractor | str | None) -> Maker:
+def extractor_of(saved: SavedFeatures, extractor: FeatureExtractor | str | None) -> ExtractorId:
     """What made saved features: what their file says, else the extractor that the caller names."""
     named = "" if extractor is None else extractor if isinstance(extractor, str) else extractor.name
-    return Maker(saved.extractor or named, saved.extractor_sha256, saved.features.shape[1])
+    return ExtractorId(saved.extractor or named, saved.extractor_sha256, saved.features.shape[1])
 
 
 def find_references(
-    given: Mapping[str, Statistics | None], maker: Maker
+    given: Mapping[str, Statistics | None], maker: ExtractorId
 ) -> dict[str, tuple[Reference, str]]:
     """Name -> (statistics, what messages call them), each fit to compare the maker's features with.
 
@@ -117,7 +117,7 @@ def find_references(
     return found
 
 
-def notes_of(references: Mapping[str, tuple[Reference, str]], maker: Maker) -> list[str]:
+def notes_of(references: Mapping[str, tuple[Reference, str]], maker: ExtractorId) -> list[str]:
     """What was assumed, a sentence each."""
     notes = [f"{path}: {found.assumed}" for found, path in references.values() if found.assumed]
     if not maker.name:
@@ -155,7 +155,7 @@ def search_doubts(
     return doubts
 
 
-def _open(statistics: Statistics, maker: Maker | None = None) -> Reference:
+def _open(statistics: Statistics, maker: ExtractorId | None = None) -> Reference:
     if isinstance(statistics, FeatureStats):
         return Reference(stats=statistics)
     if isinstance(statistics, Reference):

@@ -27,7 +27,7 @@ from merge_rl.workflows.rewards import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class ExtractorReference:
     """An extractor and the statistics of real data that its features are compared with."""
 
     extractor: FeatureExtractor
@@ -88,14 +88,14 @@ def require_targets(config: OptimizeConfig) -> None:
 
 
 def build_reward(
-    config: OptimizeConfig, own: Target, announce: Announce = lambda _text: None
+    config: OptimizeConfig, own: ExtractorReference, announce: Announce = lambda _text: None
 ) -> BuiltReward:
     """The reward of a resolved config; `own` is what the checkpoint set's extractor compares.
 
     `announce` hears of downloads.
     """
     terms = known_terms(config.reward)
-    targets: dict[str | None, Target] = {}
+    targets: dict[str | None, ExtractorReference] = {}
     hashes: dict[str, str | None] = {}
     for name in dict.fromkeys(_extractor_of(term, config.extractor) for term in terms):
         if name is None:
@@ -118,7 +118,7 @@ def build_reward(
     return BuiltReward(RewardSum(weighted), combined, hashes)
 
 
-def _make(term: RewardTerm, target: Target, device: str) -> Reward[Pool]:
+def _make(term: RewardTerm, target: ExtractorReference, device: str) -> Reward[Pool]:
     # Moments are in float64, which Apple's GPUs do not have.
     place = "cpu" if torch.device(device).type == "mps" else device
     factory: Callable[[RewardSource], Reward[Pool]] = registry.resolve(
@@ -132,12 +132,12 @@ def _make(term: RewardTerm, target: Target, device: str) -> Reward[Pool]:
 
 def _load_target(
     config: OptimizeConfig, name: str, announce: Announce
-) -> tuple[Target, str | None]:
+) -> tuple[ExtractorReference, str | None]:
     weights = config.extra_weights.get(name)
     extractor, digest = build_extractor(name, weights, config.device, announce)
     path = config.extra_references[name]
     reference = load_reference(path, extractor=extractor.name, sha256=digest, dim=extractor.dim)
-    return Target(extractor=extractor, reference=reference, path=path), digest
+    return ExtractorReference(extractor=extractor, reference=reference, path=path), digest
 
 
 def _extractor_of(term: RewardTerm, own: str | None) -> str | None:

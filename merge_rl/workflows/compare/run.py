@@ -32,7 +32,12 @@ from merge_rl.workflows.compare.scores import (
     fixed_merges,
     standing,
 )
-from merge_rl.workflows.compare.searchers import DEFAULT, Contender, check_seeds, parse_contenders
+from merge_rl.workflows.compare.searchers import (
+    DEFAULT,
+    SearcherSpec,
+    check_seeds,
+    parse_contenders,
+)
 from merge_rl.workflows.compare.trials import Jobs, run_trial
 from merge_rl.workflows.optimize import check_names, make_searcher
 from merge_rl.workflows.rollout import require_device
@@ -99,14 +104,14 @@ _PLAIN = SearchConfig().name
 
 
 def _check(
-    contenders: Sequence[Contender],
+    contenders: Sequence[SearcherSpec],
     base: OptimizeConfig,
     seed: int,
     opened: CheckpointSet,
     jobs: Jobs,
     *,
     lenient: bool,
-) -> tuple[list[Contender], list[str]]:
+) -> tuple[list[SearcherSpec], list[str]]:
     """The contenders that can work, and a sentence for each that cannot, if that is allowed."""
 
     def fits(settings: OptimizeConfig) -> None:
@@ -174,7 +179,7 @@ class _Match:
     scores: FreshScores
     curve_images: int
 
-    def play(self, contenders: Sequence[Contender], seeds: Sequence[int]) -> dict[str, Any]:
+    def play(self, contenders: Sequence[SearcherSpec], seeds: Sequence[int]) -> dict[str, Any]:
         """All searches, one after the other, and what they come to."""
         shared = resolve_config(self.base, self.opened)
         job = self.jobs.of(shared)
@@ -187,7 +192,7 @@ class _Match:
         ratios = add_ratios(lines, document["fixed"], document["headline"])
         return {**document, **ratios, "searchers": lines}
 
-    def _search(self, contender: Contender, seed: int) -> ScoredTrial:
+    def _search(self, contender: SearcherSpec, seed: int) -> ScoredTrial:
         settings = resolve_config(contender.config(self.base, seed), self.opened)
         name = f"{contender.label} seed {seed}"
         job = self.jobs.of(settings)

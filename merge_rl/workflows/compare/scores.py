@@ -18,7 +18,7 @@ from merge_rl.core.distances.intervals import summarize
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
-from merge_rl.workflows.compare.searchers import BASELINES, Contender
+from merge_rl.workflows.compare.searchers import BASELINES, SearcherSpec
 from merge_rl.workflows.compare.trials import Trial
 from merge_rl.workflows.evaluate import ScoreStore
 
@@ -89,7 +89,7 @@ def coefficient_spread(trials: Sequence[Trial]) -> float | None:
 
 
 def standing(
-    contender: Contender, trials: Sequence[ScoredTrial], names: Sequence[str]
+    contender: SearcherSpec, trials: Sequence[ScoredTrial], names: Sequence[str]
 ) -> dict[str, Any]:
     """A line of the table, for JSON; `names` are those of the references."""
     plain = [scored.trial for scored in trials]

@@ -23,7 +23,7 @@ SECTIONS: Final = ("search", "merge", "reward")
 
 
 @dataclass(frozen=True)
-class Contender:
+class SearcherSpec:
     """One searcher with its settings."""
 
     label: str  # what tables call it
@@ -48,7 +48,7 @@ class Contender:
         return from_mapping(OptimizeConfig, values)
 
 
-def parse_contender(text: str) -> Contender:
+def parse_contender(text: str) -> SearcherSpec:
     """NAME [label=LABEL] [preset=NAME] [KEY=VALUE ...], with keys such as search.std or merge.map.
 
     Raises ConfigError for what does not read so, and for settings that all must share.
@@ -78,7 +78,7 @@ def parse_contender(text: str) -> Contender:
                 f"search.*, merge.* or reward.*"
             )
         settings[key] = _value(name, pair, value)
-    return Contender(label, name, settings)
+    return SearcherSpec(label, name, settings)
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _value(name: str, pair: str, text: str) -> Any:
     return parse_yaml(text, f"searcher {name}: {pair}", ConfigError)
 
 
-def parse_contenders(texts: Sequence[str]) -> tuple[Contender, ...]:
+def parse_contenders(texts: Sequence[str]) -> tuple[SearcherSpec, ...]:
     """All of them, in order; ConfigError where two could not be told apart."""
     found = tuple(parse_contender(text) for text in texts)
     slugs = [contender.slug for contender in found]

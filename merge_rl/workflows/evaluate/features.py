@@ -17,7 +17,13 @@ from merge_rl.errors import NonFiniteSamplesError, TooFewSamplesError, UnknownNa
 from merge_rl.interfaces import FeatureExtractor, Tracker
 from merge_rl.rng import stream
 from merge_rl.storage.files import WorkFolder, open_images
-from merge_rl.workflows.reference import FeatureStore, Plan, collect, kept_features, source_notes
+from merge_rl.workflows.reference import (
+    CollectPlan,
+    FeatureStore,
+    collect,
+    kept_features,
+    source_notes,
+)
 from merge_rl.workflows.rollout import (
     MergedRollout,
     Rollout,
@@ -157,7 +163,7 @@ def image_features(
         if done is not None:
             tracker.advance(len(source))
             return ImageFeatures(done, [], notes)
-    plan = Plan(
+    plan = CollectPlan(
         rows=torch.arange(len(source)),
         parts=torch.zeros(len(source), dtype=torch.int64),
         keep=torch.ones(len(source), dtype=torch.bool),

@@ -167,7 +167,7 @@ def require_metrics(
                 reference.require_features(name, path)
 
 
-class Scores:
+class MetricScores:
     """The metrics for each reference, and what they found in every repeat.
 
     Args:

@@ -19,14 +19,14 @@ from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
-    Maker,
+    ExtractorId,
     Statistics,
-    expected_maker,
+    expected_extractor,
+    extractor_of,
     find_extractor,
     find_references,
     image_size,
     load_model,
-    maker_of,
     name_extractor,
     network_rollout,
     notes_of,
@@ -39,7 +39,7 @@ from merge_rl.workflows.evaluate.features import (
     sampler_summary,
     samplers_of,
 )
-from merge_rl.workflows.evaluate.metrics import MAX_ROWS, Scores, require_metrics
+from merge_rl.workflows.evaluate.metrics import MAX_ROWS, MetricScores, require_metrics
 from merge_rl.workflows.reference import (
     FeatureStore,
     Reference,
@@ -122,10 +122,10 @@ def evaluate(
             f"{path} holds statistics; expected a model, images, or features to compare"
         )
 
-    def begin(maker: Maker, group: Group) -> _Job:
+    def begin(maker: ExtractorId, group: Group) -> EvaluationContext:
         references = find_references({"reference": reference, "heldout": heldout}, maker)
-        scores = Scores(metrics, references, device=device, max_rows=max_rows, seed=seed)
-        return _Job(
+        scores = MetricScores(metrics, references, device=device, max_rows=max_rows, seed=seed)
+        return EvaluationContext(
             group, scores, maker, batch, device, seed, repeats, num_images,
             tracker or NullTracker(), save_features, notes_of(references, maker), references,
             set(metrics),
@@ -134,7 +134,7 @@ def evaluate(
     with joined() as group:
         if kind == "features":
             saved = load_features(path)
-            job = begin(maker_of(saved, extractor), group)
+            job = begin(extractor_of(saved, extractor), group)
             return job.alone(lambda: job.document(kind, job.score_blocks(saved.features, path)))
         chosen = name_extractor(extractor, reference)
         if isinstance(chosen, str):
@@ -158,17 +158,17 @@ def require_scorable(
 
     A module of the user's is known when it is called: for it names of metrics are looked at.
     """
-    maker = expected_maker(name, weights)
+    maker = expected_extractor(name, weights)
     require_metrics(metrics, find_references(references, maker) if maker else {})
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class EvaluationContext:
     """What all ways of evaluating share."""
 
     group: Group
-    scores: Scores
-    maker: Maker
+    scores: MetricScores
+    maker: ExtractorId
     batch: int
     device: str
     seed: int
@@ -230,7 +230,7 @@ class _Job:
 
 
 def _of_images(
-    job: _Job, images: str, extractor: FeatureExtractor, skip_broken: bool
+    job: EvaluationContext, images: str, extractor: FeatureExtractor, skip_broken: bool
 ) -> dict[str, Any]:
     found = image_features(
         images, extractor, batch=job.batch, device=job.device, skip_broken=skip_broken,
@@ -242,7 +242,7 @@ def _of_images(
 
 
 def _of_network(
-    job: _Job,
+    job: EvaluationContext,
     network: nn.Module,
     extractor: FeatureExtractor,
     sampler: SamplerConfig | Mapping[str, SamplerConfig] | None,
@@ -287,7 +287,7 @@ def _of_network(
 
 
 def _section(
-    job: _Job, made: MergedRollout, name: str, count: int, store: FeatureStore | None
+    job: EvaluationContext, made: MergedRollout, name: str, count: int, store: FeatureStore | None
 ) -> dict[str, Any]:
     """Scores under one sampler."""
     network, rows = made.rollout.model, []

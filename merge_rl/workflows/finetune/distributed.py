@@ -27,7 +27,13 @@ from merge_rl.workflows.finetune.learner import Learner
 from merge_rl.workflows.finetune.rollout import PolicyRollout
 from merge_rl.workflows.finetune.sharded import ShardedLearner, is_broken_link, replicated
 from merge_rl.workflows.finetune.step import StepParts
-from merge_rl.workflows.finetune.updates import Kept, Share, Watched, read_kept, write_kept
+from merge_rl.workflows.finetune.updates import (
+    KeptRollouts,
+    ProcessShare,
+    UpdateStats,
+    read_kept,
+    write_kept,
+)
 from merge_rl.workflows.rollout import Rollout
 
 
@@ -55,9 +61,9 @@ class DistributedStep(StepParts):
         self.networks: dict[str, nn.Module] = {"network": job.network}
         if learner.average is not job.network:
             self.networks["average"] = learner.average
-        self.update.share = Share(group.rank, group.size)
+        self.update.share = ProcessShare(group.rank, group.size)
         self.update.means = self._means
-        self._kept: Kept | None = None
+        self._kept: KeptRollouts | None = None
 
     # ------------------------------------------------------------------ what the first one calls
 
@@ -81,7 +87,7 @@ class DistributedStep(StepParts):
                 found.append(self._make(rollout, asked))
         return torch.cat(found)
 
-    def gradients(self, kept: Kept, epoch: int) -> dict[str, float]:
+    def gradients(self, kept: KeptRollouts, epoch: int) -> dict[str, float]:
         """Gradients of the loss in the learner; what was seen, nothing if it is not finite."""
         asked: dict[str, Any] = {"epoch": epoch, "window": self.job.rollout.window}
         if epoch == 0:
@@ -250,11 +256,11 @@ class DistributedStep(StepParts):
         if float(stop):
             raise _LeftError
 
-    def _means(self, watched: Watched) -> dict[str, float]:
+    def _means(self, watched: UpdateStats) -> dict[str, float]:
         """Over all processes, on the first; nothing on the others."""
         told = {"sums": watched.sums, "count": watched.count}
         found = self.group.collect(told, phase="what an update did")
-        return {} if found is None else Watched.together(found).means()
+        return {} if found is None else UpdateStats.together(found).means()
 
 
 class _LeftError(Exception):

@@ -16,7 +16,7 @@ from merge_rl.workflows.finetune.scores import Curves, write_grid
 from merge_rl.workflows.finetune.snapshots import Snapshots
 from merge_rl.workflows.finetune.state import LoopState, pack_state, unpack_state
 from merge_rl.workflows.finetune.step import Credit, StepParts, require_pool
-from merge_rl.workflows.finetune.updates import Kept
+from merge_rl.workflows.finetune.updates import KeptRollouts
 
 MAX_FAILURES: Final = 3  # steps in a row without a finite reward and loss
 
@@ -124,7 +124,7 @@ class FinetuneLoop:
             self._report(credit, found, began)
         return None
 
-    def _update(self, kept: Kept, found: dict[str, float]) -> None:
+    def _update(self, kept: KeptRollouts, found: dict[str, float]) -> None:
         """The epochs of a step, whose first gradients are there; `found` becomes the last one's."""
         self.parts.apply()
         for epoch in range(1, self.config.update.epochs):

@@ -18,7 +18,7 @@ from merge_rl.workflows.finetune.job import FinetuneJob
 from merge_rl.workflows.finetune.learner import Learner
 from merge_rl.workflows.finetune.rollout import Window
 from merge_rl.workflows.finetune.state import LoopState
-from merge_rl.workflows.finetune.updates import Kept, PolicyGradient, RejectionSampling
+from merge_rl.workflows.finetune.updates import KeptRollouts, PolicyGradient, RejectionSampling
 from merge_rl.workflows.rewards import InfluenceFrechet, Pool, RewardSum
 from merge_rl.workflows.rollout import Rollout, matmul_precision
 
@@ -80,7 +80,7 @@ class StepParts:
         pool = Pool.of(features, labels) if old is None else old.replaced(rows, features)
         return dataclasses.replace(state, pool=pool, pool_step=step, images=state.images + count)
 
-    def collect(self, pool: Pool, step: int) -> tuple[Credit, Kept]:
+    def collect(self, pool: Pool, step: int) -> tuple[Credit, KeptRollouts]:
         """B sets of n images in the same rows of the pool: what they earned, and the best."""
         config = self.config
         size, sets = config.reward.images_per_subset, config.rollout.subsets
@@ -95,10 +95,10 @@ class StepParts:
         )  # fmt: skip
         chosen = credit.kept.nonzero()[:, 0]
         noise = self.job.rollout.noise([seeds[i] for i in chosen.tolist()])
-        kept = Kept(noise, labels[chosen], credit.advantages[chosen], chosen, step)
+        kept = KeptRollouts(noise, labels[chosen], credit.advantages[chosen], chosen, step)
         return credit, kept
 
-    def gradients(self, kept: Kept, epoch: int) -> dict[str, float]:
+    def gradients(self, kept: KeptRollouts, epoch: int) -> dict[str, float]:
         """Gradients of the loss in the learner; what was seen, nothing if it is not finite."""
         with matmul_precision(self.job.rollout.sampler):  # the rollouts', or ratios are off
             if epoch == 0:

@@ -28,12 +28,12 @@ from merge_rl.workflows.finetune.rollout import PolicyRollout
 from merge_rl.workflows.rollout import prepare_network
 
 
-def _alone(watched: Watched) -> dict[str, float]:
+def _alone(watched: UpdateStats) -> dict[str, float]:
     return watched.means()
 
 
 @dataclass(frozen=True)
-class Share:
+class ProcessShare:
     """What one of `size` processes has of an update's rollouts: about as many as any other.
 
     Every process passes through equally many micro-batches, as exchanges of gradients need: one
@@ -43,7 +43,7 @@ class Share:
     rank: int = 0
     size: int = 1
 
-    def parts(self, kept: Kept, limit: int) -> list[tuple[Kept, int]]:
+    def parts(self, kept: KeptRollouts, limit: int) -> list[tuple[KeptRollouts, int]]:
         """Micro-batches of at most `limit` rollouts, with how many each counts for.
 
         For `size` times its own, or for none: the mean over processes of sums is then the sum.
@@ -59,8 +59,8 @@ class Share:
 class Update:
     """What both kinds of updates have of the other processes: by default there are none."""
 
-    share = Share()
-    means: Callable[[Watched], dict[str, float]] = staticmethod(_alone)  # over all processes
+    share = ProcessShare()
+    means: Callable[[UpdateStats], dict[str, float]] = staticmethod(_alone)  # over all processes
     between: Callable[[], None] = staticmethod(lambda: None)  # before each pass; may raise
 
 
@@ -81,7 +81,7 @@ class PolicyGradient(Update):
         self.reference = reference and prepare_network(reference, rollout.sampler, rollout.device)
         self._stored: list[list[Action]] = []
 
-    def begin(self, kept: Kept) -> None:
+    def begin(self, kept: KeptRollouts) -> None:
         """Before the epochs of a step: go through the rollouts at the weights that made them."""
         self._stored = []
         if self.settings.epochs == 1:
@@ -90,9 +90,9 @@ class PolicyGradient(Update):
             actions = self.rollout.replay(part.noise, part.labels)
             self._stored.append([_moved(action, "cpu") for action in actions])
 
-    def gradients(self, kept: Kept, _epoch: int) -> dict[str, float]:
+    def gradients(self, kept: KeptRollouts, _epoch: int) -> dict[str, float]:
         """Add the gradients of the loss over all kept rollouts; its means."""
-        watched = Watched()
+        watched = UpdateStats()
         parts = self.share.parts(kept, self.settings.micro_batch)
         for i, (part, count) in enumerate(parts):
             stored = self._stored[i] if self._stored else None
@@ -105,7 +105,7 @@ class PolicyGradient(Update):
                     self._step(part, action, share, watched)
         return self.means(watched)
 
-    def _step(self, part: Kept, action: Action, share: float, watched: Watched) -> None:
+    def _step(self, part: KeptRollouts, action: Action, share: float, watched: UpdateStats) -> None:
         settings, device = self.settings, self.rollout.device
         anchor = self.rollout.sde(part.labels, self.reference) if self.reference else None
         found = step_loss(
@@ -139,7 +139,7 @@ class RejectionSampling(Update):
         self.policy = prepare_network(learner.policy, rollout.sampler, rollout.device)
         self._samples: list[Tensor] = []
 
-    def begin(self, kept: Kept) -> None:
+    def begin(self, kept: KeptRollouts) -> None:
         """Make the samples again, at the weights that made them."""
         with torch.no_grad():
             self._samples = [
@@ -147,9 +147,9 @@ class RejectionSampling(Update):
                 for part, _ in self.share.parts(kept, self.settings.micro_batch)
             ]
 
-    def gradients(self, kept: Kept, epoch: int) -> dict[str, float]:
+    def gradients(self, kept: KeptRollouts, epoch: int) -> dict[str, float]:
         """Add the gradients of the loss over all kept samples; its mean."""
-        watched, draws = Watched(), self.settings.noise_draws
+        watched, draws = UpdateStats(), self.settings.noise_draws
         parts = self.share.parts(kept, self.settings.micro_batch)
         for i, (part, count) in enumerate(parts):
             for draw in range(draws):
@@ -161,7 +161,7 @@ class RejectionSampling(Update):
                 watched.add(len(part) if count else 0, loss=float(loss.detach()))
         return self.means(watched)
 
-    def _loss(self, samples: Tensor, part: Kept, names: tuple[str | int, ...]) -> Tensor:
+    def _loss(self, samples: Tensor, part: KeptRollouts, names: tuple[str | int, ...]) -> Tensor:
         device, sampler = self.rollout.device, self.rollout.sampler
         noise, normal, uniform, drop = _draws(samples.shape[1:], part.rows, self.seed, names)
         network, labels, data = self.learner.network, part.labels, samples.to(device)
@@ -206,7 +206,7 @@ def _moved(action: Action, device: str | torch.device) -> Action:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class KeptRollouts:
     """Rollouts that an update learns from."""
 
     noise: Tensor  # (M, C, h, w)
@@ -218,20 +218,20 @@ class Kept:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def rows_of(self, start: int, stop: int) -> Kept:
+    def rows_of(self, start: int, stop: int) -> KeptRollouts:
         """Those at start..stop-1."""
         part = slice(start, stop)
-        return Kept(
+        return KeptRollouts(
             self.noise[part], self.labels[part], self.advantages[part], self.rows[part], self.step
         )
 
-    def parts(self, size: int) -> Iterator[Kept]:
+    def parts(self, size: int) -> Iterator[KeptRollouts]:
         """Micro-batches."""
         for start in range(0, len(self), size):
             yield self.rows_of(start, start + size)
 
 
-def write_kept(kept: Kept) -> dict[str, Any]:
+def write_kept(kept: KeptRollouts) -> dict[str, Any]:
     """All but the noise as plain data."""
     return {
         "labels": kept.labels.tolist(), "advantages": kept.advantages.double().tolist(),
@@ -239,9 +239,9 @@ def write_kept(kept: Kept) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_kept(document: Mapping[str, Any], noise: Tensor) -> Kept:
+def read_kept(document: Mapping[str, Any], noise: Tensor) -> KeptRollouts:
     """What `write_kept` wrote; numbers are the same to the last bit."""
-    return Kept(
+    return KeptRollouts(
         noise,
         torch.tensor(document["labels"], dtype=torch.int64),
         torch.tensor(document["advantages"], dtype=torch.float64),
@@ -251,14 +251,14 @@ def read_kept(document: Mapping[str, Any], noise: Tensor) -> Kept:
 
 
 @dataclass
-class Watched:
+class UpdateStats:
     """Means over images and steps of what an update did."""
 
     sums: dict[str, float] = field(default_factory=dict)
     count: float = 0.0
 
     @classmethod
-    def together(cls, found: Iterable[Mapping[str, Any]]) -> Watched:
+    def together(cls, found: Iterable[Mapping[str, Any]]) -> UpdateStats:
         """What several processes have seen, of their fields."""
         whole = cls()
         for part in found:

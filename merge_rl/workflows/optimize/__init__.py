@@ -5,25 +5,25 @@ from merge_rl.workflows.optimize.budget import (
     LEAST,
     BudgetPlan,
     Rung,
-    halving_plan,
     plan_budget,
+    tournament_rounds,
 )
 from merge_rl.workflows.optimize.run import OptimizeResult, check_names, optimize, resume
-from merge_rl.workflows.optimize.search import Found, make_searcher, run_search, starts_of
+from merge_rl.workflows.optimize.search import SearchResult, make_searcher, run_search, starts_of
 
 __all__ = [
     "FINALISTS",
     "LEAST",
     "BudgetPlan",
-    "Found",
     "OptimizeResult",
     "Rung",
+    "SearchResult",
     "check_names",
-    "halving_plan",
     "make_searcher",
     "optimize",
     "plan_budget",
     "resume",
     "run_search",
     "starts_of",
+    "tournament_rounds",
 ]

@@ -44,9 +44,11 @@ def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
     reward, search = config.reward, config.search
     entries = FINALISTS + search.incumbents
     shared = not registry.chooses_itself(search.name)
-    start = halving_plan(starts, int(config.budget * search.start_share), LEAST) if shared else ()
+    start = (
+        tournament_rounds(starts, int(config.budget * search.start_share), LEAST) if shared else ()
+    )
     final = int(config.budget * search.final_share) if shared else 0
-    final = final if halving_plan(entries, final, LEAST) else 0
+    final = final if tournament_rounds(entries, final, LEAST) else 0
     pool = reward.pool_size if reward.pooled else 0
     candidates = registry.population_of(search)
     plan = BudgetPlan(
@@ -91,7 +93,7 @@ class Winner:
         }  # fmt: skip
 
 
-def hold(
+def run_tournament(
     name: str, entries: Mapping[str, Tensor], rungs: tuple[Rung, ...], store: ScoreStore
 ) -> Winner:
     """Let entries, coefficients (G, K) by label, compete for the lowest FID to the reference.
@@ -129,7 +131,7 @@ class Rung(NamedTuple):
     images: int
 
 
-def halving_plan(entries: int, images: int, least: int = 1) -> tuple[Rung, ...]:
+def tournament_rounds(entries: int, images: int, least: int = 1) -> tuple[Rung, ...]:
     """The rungs of a tournament of so many entries that costs at most `images`.
 
     Every rung costs about the same: E entries and r rungs give images / (r E) to each entry of the
@@ -153,7 +155,7 @@ def most_entries(images: int, least: int) -> int:
     The largest E with E * ceil(log2 E) * least <= images; 1 where not even two can be compared.
     """
     entries = 1
-    while halving_plan(entries + 1, images, least):
+    while tournament_rounds(entries + 1, images, least):
         entries += 1
     return entries
 

@@ -15,9 +15,9 @@ from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
-from merge_rl.workflows.optimize.state import Incumbents, ResumePoint
+from merge_rl.workflows.optimize.state import BestSoFar, SearchState
 from merge_rl.workflows.rewards import KEY as FIRST_ORDER
-from merge_rl.workflows.rewards import FirstOrderWatch, Pool, Scores, pool_gap, term_means
+from merge_rl.workflows.rewards import FirstOrderWatch, Pool, RewardScores, pool_gap, term_means
 from merge_rl.workflows.rollout import WorkItem
 
 DAMP, RECOVER = 0.7, 1.15  # what a gap does to the step, and how it comes back
@@ -58,7 +58,7 @@ class SearchLoop:
         if start is not None:
             searcher.recenter(start)
         self.result_theta = searcher.mean  # the last policy mean whose samples were finite
-        self.incumbents = Incumbents.empty(job.map.dim, config.search.incumbents)
+        self.incumbents = BestSoFar.empty(job.map.dim, config.search.incumbents)
         self.pool: Pool | None = None
         job.rollout.rollout.on_images = tracker.advance
 
@@ -155,7 +155,7 @@ class SearchLoop:
         if doubt is not None:
             self.tracker.event({"kind": "warning", "text": doubt})
 
-    def _evaluate(self, thetas: Tensor) -> Scores:
+    def _evaluate(self, thetas: Tensor) -> RewardScores:
         """Scores of thetas (P, D), before penalties."""
         reward, seed, index = self.config.reward, self.config.seed, self.round_index
         scores = score_candidates(self.job, self.pool, thetas, reward, seed=seed, index=index)
@@ -224,7 +224,7 @@ class SearchLoop:
         return self.reward.pool_distance(self.pool)
 
     def _save(self) -> None:
-        ResumePoint(
+        SearchState(
             round_index=self.round_index,
             images=self.images,
             cursor=self.cursor,
@@ -240,7 +240,7 @@ class SearchLoop:
     def _restore(self) -> bool:
         """Whether there was a resume point to go on from."""
         pooled = self.config.reward.pooled
-        saved = ResumePoint.load(self.run_dir, self.incumbents, pooled=pooled)
+        saved = SearchState.load(self.run_dir, self.incumbents, pooled=pooled)
         if saved is None:
             self.run_dir.keep_events_before(0)
             return False
@@ -259,7 +259,7 @@ class SearchLoop:
 
 def score_candidates(
     job: Job, pool: Pool | None, thetas: Tensor, reward: RewardConfig, *, seed: int, index: int
-) -> Scores:
+) -> RewardScores:
     """Rewards (P,) of thetas (P, D) in round `index`, higher is better, NaN for those that failed.
 
     P `reward.images_per_candidate` images are made.

@@ -43,7 +43,7 @@ from merge_rl.workflows.export import (
     save_model,
     set_facts,
 )
-from merge_rl.workflows.optimize.search import Found, make_searcher, run_search
+from merge_rl.workflows.optimize.search import SearchResult, make_searcher, run_search
 from merge_rl.workflows.rollout import DistributedRollout, on_device, require_same_everywhere
 
 
@@ -52,7 +52,7 @@ class OptimizeResult:
     """What a finished run found."""
 
     run_dir: Path
-    found: Found
+    found: SearchResult
     comparison: Comparison
 
     @property
@@ -190,7 +190,8 @@ def _to_plain(result: OptimizeResult) -> dict[str, Any]:
 
 def _from_plain(values: Mapping[str, Any]) -> OptimizeResult:
     comparison = comparison_from(values["comparison"])
-    return OptimizeResult(Path(values["run_dir"]), Found.from_plain(values["found"]), comparison)
+    found = SearchResult.from_plain(values["found"])
+    return OptimizeResult(Path(values["run_dir"]), found, comparison)
 
 
 def _announce(tracker: Tracker) -> Callable[[str], None]:

@@ -26,17 +26,17 @@ from merge_rl.workflows.optimize.budget import (
     LEAST,
     BudgetPlan,
     Winner,
-    halving_plan,
-    hold,
     most_entries,
     plan_budget,
+    run_tournament,
+    tournament_rounds,
 )
 from merge_rl.workflows.optimize.pathwise import loop_of, require_gradients
 from merge_rl.workflows.optimize.rounds import SearchLoop
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search came to."""
 
     coefficients: Tensor  # (G, K) float64
@@ -80,7 +80,7 @@ class Found:
         return {**dataclasses.asdict(self), **tensors}
 
     @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> Found:
+    def from_plain(cls, values: Mapping[str, Any]) -> SearchResult:
         """What `to_plain` gave."""
         tensors = {
             name: torch.tensor(values[name], dtype=torch.float64)
@@ -92,14 +92,14 @@ class Found:
 
 def run_search(
     config: OptimizeConfig, job: Job, run: RunDir, tracker: Tracker, store: ScoreStore
-) -> Found:
+) -> SearchResult:
     """From the resume point, or the beginning, to the coefficients that are reported."""
     job.final_rollout.rollout.on_images = tracker.advance
     starts = starts_of(config, job.checkpoints, job.map)
     plan = plan_budget(config, len(starts))
     if plan.start:
         tracker.phase("start", sum(rung.entries * rung.images for rung in plan.start))
-    beginning = hold("start", starts, plan.start, store)
+    beginning = run_tournament("start", starts, plan.start, store)
     theta = job.map.theta_of(starts[beginning.label]) if len(starts) > 1 else None
     searcher = make_searcher(config, job)
     loop = loop_of(searcher)(
@@ -113,7 +113,7 @@ def run_search(
     if choice.score is not None:
         count = choice.images_each
         fresh = store.get("optimism", entries[choice.label], count, "optimism")["reference"]
-    return Found(
+    return SearchResult(
         coefficients=entries[choice.label],
         start=starts[beginning.label],
         start_label=beginning.label,
@@ -162,10 +162,10 @@ def finalists(loop: SearchLoop, start: Tensor) -> dict[str, Tensor]:
 def _choose(
     entries: Mapping[str, Tensor], plan: BudgetPlan, store: ScoreStore, tracker: Tracker
 ) -> Winner:
-    rungs = halving_plan(len(entries), plan.final, LEAST) if plan.final else ()
+    rungs = tournament_rounds(len(entries), plan.final, LEAST) if plan.final else ()
     if rungs:
         tracker.phase("finalists", sum(rung.entries * rung.images for rung in rungs))
-    return hold("final", entries, rungs, store)
+    return run_tournament("final", entries, rungs, store)
 
 
 AUTO = "auto"

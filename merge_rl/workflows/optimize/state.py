@@ -15,7 +15,7 @@ from merge_rl.workflows.rewards import Pool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ResumePoint:
+class SearchState:
     """The state of a search between two rounds."""
 
     round_index: int
@@ -24,7 +24,7 @@ class ResumePoint:
     gap_mean: float
     failed_rounds: int  # running
     result_theta: Tensor
-    incumbents: Incumbents
+    incumbents: BestSoFar
     searcher: Mapping[str, Any]  # its state_dict
     pool: Pool | None
     reward: Mapping[str, Tensor]  # its state_dict for this pool
@@ -52,7 +52,7 @@ class ResumePoint:
         run.save_state(tensors, scalars)
 
     @classmethod
-    def load(cls, run: RunDir, incumbents: Incumbents, *, pooled: bool) -> ResumePoint | None:
+    def load(cls, run: RunDir, incumbents: BestSoFar, *, pooled: bool) -> SearchState | None:
         """That of a run; None if there is none yet.
 
         `incumbents` are those of a search that begins. Raises RunError for a file that cannot be
@@ -89,7 +89,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Incumbents:
+class BestSoFar:
     """At most `limit` candidates with the best scores, best first.
 
     A score is what a candidate's reward says of its own distance, to first order: where its images
@@ -106,13 +106,13 @@ class Incumbents:
     limit: int
 
     @classmethod
-    def empty(cls, dim: int, limit: int) -> Incumbents:
+    def empty(cls, dim: int, limit: int) -> BestSoFar:
         """None yet."""
         return cls(torch.zeros(0, dim, dtype=torch.float64), torch.zeros(0).double(), limit)
 
     def with_round(
         self, thetas: Tensor, rewards: Tensor, pool_distance: float | None, share: float
-    ) -> Incumbents:
+    ) -> BestSoFar:
         """After a round of thetas (P, D) with rewards (P,); failed ones (NaN) never enter."""
         level = 0.0 if pool_distance is None else pool_distance
         scores = -(level + (-rewards - level) / share)
@@ -120,12 +120,12 @@ class Incumbents:
         merged = torch.cat([self.thetas, thetas[sound]])
         values = torch.cat([self.scores, scores[sound]])
         order = torch.argsort(values, descending=True, stable=True)[: self.limit]
-        return Incumbents(merged[order], values[order], self.limit)
+        return BestSoFar(merged[order], values[order], self.limit)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors by name."""
         return {"incumbents.thetas": self.thetas, "incumbents.scores": self.scores}
 
-    def restored(self, tensors: Mapping[str, Tensor]) -> Incumbents:
+    def restored(self, tensors: Mapping[str, Tensor]) -> BestSoFar:
         """Those of a saved state."""
-        return Incumbents(tensors["incumbents.thetas"], tensors["incumbents.scores"], self.limit)
+        return BestSoFar(tensors["incumbents.thetas"], tensors["incumbents.scores"], self.limit)

@@ -1,5 +1,5 @@
 """What a search will cost: images, calls, operations, memory, time."""
 
-from merge_rl.workflows.plan.run import Plan, plan
+from merge_rl.workflows.plan.run import SearchPlan, plan
 
-__all__ = ["Plan", "plan"]
+__all__ = ["SearchPlan", "plan"]

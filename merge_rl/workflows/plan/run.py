@@ -36,7 +36,7 @@ NETWORK_BYTES: Final = 1e9  # a second between machines; a cautious number for a
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """The cost of a search; see `as_dict` for what of it is told."""
 
     config: OptimizeConfig
@@ -100,7 +100,7 @@ def plan(
     devices: Sequence[int] = DEVICES,
     memory: int | None = None,
     tracker: Tracker | None = None,
-) -> Plan:
+) -> SearchPlan:
     """The plan of `optimize` with a resolved config; nothing of the search runs.
 
     Args:
@@ -137,7 +137,7 @@ def plan(
     )
     merge_bytes = workload.merges * (checkpoints.total_bytes + 4 * costed.size)
     estimates = estimate(workload, devices, config.batch, speeds, image_bytes)
-    return Plan(
+    return SearchPlan(
         config, workload, calls, flops, merge_bytes, workload.images * image_bytes, found, disk,
         free, dim, speeds, tuple(estimates), (*costed.notes, *_advice(config, workload, devices)),
     )  # fmt: skip

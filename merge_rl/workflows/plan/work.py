@@ -16,16 +16,16 @@ from merge_rl.workflows.optimize import (
     LEAST,
     BudgetPlan,
     Rung,
-    halving_plan,
     plan_budget,
     starts_of,
+    tournament_rounds,
 )
 
 ODE, SDE = "reward", "sde"
 
 
 @dataclass(frozen=True)
-class Stage:
+class WorkStage:
     """Work that is handed out at once, `times` times: `items` of `images` images each."""
 
     name: str
@@ -49,7 +49,7 @@ class Stage:
 class Workload:
     """The stages of a search and of the comparison that ends it."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[WorkStage, ...]
     rounds: int
     scorings: int  # scores of whole sets of images in the comparison
 
@@ -86,7 +86,7 @@ class Speeds:
 class StageTime:
     """Seconds of a stage (all times) on some devices, by what they go to."""
 
-    stage: Stage
+    stage: WorkStage
     making: float  # the device with most to do
     merging: float
     gathering: float
@@ -98,7 +98,7 @@ class StageTime:
 
 
 def stage_time(
-    stage: Stage, devices: int, batch: int, speeds: Speeds, feature_bytes: int
+    stage: WorkStage, devices: int, batch: int, speeds: Speeds, feature_bytes: int
 ) -> StageTime:
     """How long a stage takes; it ends when the device with most to do has sent what it made."""
     blocks = split_blocks([stage.images] * stage.items, batch)
@@ -189,23 +189,23 @@ def search_workload(
     """
     budget = plan_budget(config, _count_starts(config, checkpoints, num_groups))
     final, entries = config.evaluation, FINALISTS + config.search.incumbents
-    last = halving_plan(entries, budget.final, LEAST) if budget.final else ()
+    last = tournament_rounds(entries, budget.final, LEAST) if budget.final else ()
     rounds, search = _rounds(config, budget)
     stages = [
         *_rungs("start", budget.start),
         *search,
         *_rungs("finalists", last),
-        *([Stage("finalists", 1, 1, last[-1].images)] if last else []),  # the winner once more
-        Stage("best single", 1, len(checkpoints), final.selection_images),
-        Stage("comparison", 1, len(ENTRIES) * final.repeats, final.num_images),
+        *([WorkStage("finalists", 1, 1, last[-1].images)] if last else []),  # the winner once more
+        WorkStage("best single", 1, len(checkpoints), final.selection_images),
+        WorkStage("comparison", 1, len(ENTRIES) * final.repeats, final.num_images),
     ]
     if also_sde:
-        stages.append(Stage("comparison, SDE", 1, 2 * final.repeats, final.num_images, SDE))
+        stages.append(WorkStage("comparison, SDE", 1, 2 * final.repeats, final.num_images, SDE))
     scored = [s.items for s in stages if s.name not in ("pool", "candidates", "refresh")]
     return Workload(tuple(stage for stage in stages if stage.total), rounds, sum(scored))
 
 
-def _rounds(config: OptimizeConfig, budget: BudgetPlan) -> tuple[int, list[Stage]]:
+def _rounds(config: OptimizeConfig, budget: BudgetPlan) -> tuple[int, list[WorkStage]]:
     """How many rounds the budget pays for, and the stages of all of them."""
     reward = config.reward
     left = budget.limit - sum(rung.entries * rung.images for rung in budget.start) - budget.pool
@@ -219,14 +219,14 @@ def _rounds(config: OptimizeConfig, budget: BudgetPlan) -> tuple[int, list[Stage
         refreshes[refresh] = refreshes.get(refresh, 0) + 1
     draws = reward.num_subsets * reward.num_replacements
     return rounds, [
-        Stage("pool", 1, 1, budget.pool),
-        Stage("candidates", rounds, budget.candidates * draws, reward.images_per_subset),
-        *(Stage("refresh", times, 1, images) for images, times in refreshes.items()),
+        WorkStage("pool", 1, 1, budget.pool),
+        WorkStage("candidates", rounds, budget.candidates * draws, reward.images_per_subset),
+        *(WorkStage("refresh", times, 1, images) for images, times in refreshes.items()),
     ]
 
 
-def _rungs(name: str, rungs: tuple[Rung, ...]) -> list[Stage]:
-    return [Stage(name, 1, rung.entries, rung.images) for rung in rungs]
+def _rungs(name: str, rungs: tuple[Rung, ...]) -> list[WorkStage]:
+    return [WorkStage(name, 1, rung.entries, rung.images) for rung in rungs]
 
 
 def _count_starts(config: OptimizeConfig, checkpoints: CheckpointSet, num_groups: int) -> int:

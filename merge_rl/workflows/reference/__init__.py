@@ -14,11 +14,11 @@ from merge_rl.workflows.reference.file import (
     reference_file,
 )
 from merge_rl.workflows.reference.formats import Reference
-from merge_rl.workflows.reference.moments import Plan, collect, kept_features
+from merge_rl.workflows.reference.moments import CollectPlan, collect, kept_features
 
 __all__ = [
+    "CollectPlan",
     "FeatureStore",
-    "Plan",
     "Reference",
     "SavedFeatures",
     "build_reference",

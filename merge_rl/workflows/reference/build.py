@@ -21,7 +21,7 @@ from merge_rl.version import __version__
 from merge_rl.workflows.reference.file import save_reference
 from merge_rl.workflows.reference.moments import (
     Collected,
-    Plan,
+    CollectPlan,
     collect,
     help_collect,
     kept_features,
@@ -83,7 +83,7 @@ def build_reference(
     parts = torch.zeros(len(rows), dtype=torch.int64)
     if split:
         parts[split_rows(source, rows, seed)] = 1
-    plan = Plan(rows, parts, _spread(parts, keep_features), len(outs), batch)
+    plan = CollectPlan(rows, parts, _spread(parts, keep_features), len(outs), batch)
     key = {
         "images": source.fingerprint, "extractor": extractor.name, "sha256": extractor_sha256,
         "dim": extractor.dim, "batch": batch, "keep": keep_features, "split": split,
@@ -115,7 +115,7 @@ def build_reference(
 def _write(
     outs: Sequence[Path],
     source: ImageSource,
-    plan: Plan,
+    plan: CollectPlan,
     found: Collected,
     work: WorkFolder,
     extractor: FeatureExtractor,

@@ -29,7 +29,7 @@ Found = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class CollectPlan:
     """Which images to take, and what each of them counts for."""
 
     rows: Tensor  # (N,) int64, ascending rows of the source
@@ -55,7 +55,9 @@ class Collected:
     kind: ImageKind | None = None
     broken: tuple[str, ...] = ()
 
-    def extended(self, plan: Plan, block: Sequence[Found], images: SharedExtraction) -> Collected:
+    def extended(
+        self, plan: CollectPlan, block: Sequence[Found], images: SharedExtraction
+    ) -> Collected:
         """After the next block; what is there is left as it is."""
         positions = torch.cat([found for found, _ in block])
         features = torch.cat([features for _, features in block])
@@ -79,7 +81,7 @@ class Collected:
 
 def collect(
     source: ImageSource,
-    plan: Plan,
+    plan: CollectPlan,
     extractor: FeatureExtractor,
     work: WorkFolder | None,
     *,
@@ -122,7 +124,7 @@ def collect(
 
 def help_collect(
     source: ImageSource,
-    plan: Plan,
+    plan: CollectPlan,
     extractor: FeatureExtractor,
     group: Group,
     *,
@@ -161,7 +163,7 @@ def save(work: WorkFolder | None, state: Collected) -> Collected:
     return state
 
 
-def restore(work: WorkFolder | None, plan: Plan, device: str) -> Collected:
+def restore(work: WorkFolder | None, plan: CollectPlan, device: str) -> Collected:
     """The saved state, or the first one."""
     found = work.read("state") if work is not None else None
     if found is None:

@@ -20,7 +20,7 @@ from merge_rl.workflows.reference import Reference
 from merge_rl.workflows.rewards.pool import Pool
 
 T = TypeVar("T")
-Draw = tuple[Tensor, Tensor]
+Subset = tuple[Tensor, Tensor]
 """Rows (n,) of the pool, and the features (P, n, D) that P candidates have for them."""
 
 
@@ -86,7 +86,7 @@ class SubsetFrechet(FrechetReward):
         self.influence = PoolCache(lambda pool: Influence.of(self.prepared(pool)))
         self.by_eigenvalues = self._checked = False
 
-    def rewards(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
+    def rewards(self, pool: Pool, draws: Sequence[Subset]) -> Tensor:
         """Mean over draws, Ns subsets x Nr replacements (equation 10): (P,) float64 on the CPU.
 
         NaN where a feature is not finite: a failed candidate is data, and ranks last.
@@ -128,11 +128,11 @@ class InfluenceFrechet(SubsetFrechet):
     with a matrix, and every image has a reward of its own.
     """
 
-    def exact(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
+    def exact(self, pool: Pool, draws: Sequence[Subset]) -> Tensor:
         """What these are the first order of, (P,) float64 on the CPU."""
         return super().rewards(pool, draws)
 
-    def rewards(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
+    def rewards(self, pool: Pool, draws: Sequence[Subset]) -> Tensor:
         """Mean over images and draws, (P,) float64 on the CPU; NaN where one is not finite."""
         parts = [self.per_image(pool, rows, features).mean(1) for rows, features in draws]
         return torch.stack(parts).mean(0)
@@ -155,7 +155,7 @@ class FullFrechet(FrechetReward):
     by about the same amount for all candidates: compare them, not their values with other FIDs.
     """
 
-    def rewards(self, _pool: Pool, draws: Sequence[Draw]) -> Tensor:
+    def rewards(self, _pool: Pool, draws: Sequence[Subset]) -> Tensor:
         """(P,) float64 on the CPU; NaN where a feature is not finite."""
         images = torch.cat([features for _, features in draws], 1)
         return own_rewards(images, lambda own: self.reference.distance_of(own.to(self.device)))

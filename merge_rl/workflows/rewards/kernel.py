@@ -20,7 +20,7 @@ from merge_rl.core.distances.kernels import (
     median_bandwidth,
 )
 from merge_rl.core.distances.witness import Witness
-from merge_rl.workflows.rewards.frechet import Draw, RewardSource, own_rewards
+from merge_rl.workflows.rewards.frechet import RewardSource, Subset, own_rewards
 from merge_rl.workflows.rewards.pool import Pool
 
 
@@ -79,7 +79,7 @@ class SubsetKernel(KernelReward):
         """What an image changes the pool's distance by, times N, to first order."""
         return Witness(self.prepared(pool))
 
-    def rewards(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
+    def rewards(self, pool: Pool, draws: Sequence[Subset]) -> Tensor:
         """Mean over draws, (P,) float64 on the CPU; NaN where a feature is not finite."""
         prepared = self.prepared(pool)
         parts = []
@@ -93,7 +93,7 @@ class SubsetKernel(KernelReward):
 class FullKernel(KernelReward):
     """R = - MMD²[a candidate's own images, reference], unbiased, also at few images."""
 
-    def rewards(self, _pool: Pool, draws: Sequence[Draw]) -> Tensor:
+    def rewards(self, _pool: Pool, draws: Sequence[Subset]) -> Tensor:
         """(P,) float64 on the CPU; NaN where a feature is not finite."""
         images = torch.cat([features for _, features in draws], 1)
         return own_rewards(images, lambda own: self.reference.pool(own.to(self.device)).distance)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from merge_rl.config import without_nan
 from merge_rl.interfaces import FeatureExtractor, Reward
-from merge_rl.workflows.rewards.frechet import Draw, InfluenceFrechet, PoolCache
+from merge_rl.workflows.rewards.frechet import InfluenceFrechet, PoolCache, Subset
 from merge_rl.workflows.rewards.pool import Pool
 
 
@@ -28,7 +28,7 @@ class WeightedReward:
     stop: int
 
 
-class Scores(NamedTuple):
+class RewardScores(NamedTuple):
     """Rewards (P,) float64 of candidates, and the terms (P,) they are the weighted sum of.
 
     `first_order` is the ratio of `merge_rl.workflows.rewards.sum`, where terms are to first order.
@@ -71,7 +71,7 @@ class RewardSum:
             term.weight * term.reward.pool_distance(self.view(pool, term)) for term in self.terms
         )
 
-    def scores(self, pool: Pool | None, draws: Sequence[Draw]) -> Scores:
+    def scores(self, pool: Pool | None, draws: Sequence[Subset]) -> RewardScores:
         """Rewards of candidates, NaN where a term is, and the terms by name before weighting.
 
         Without a pool every term must be one that scores a candidate's own images.
@@ -82,10 +82,10 @@ class RewardSum:
             terms[term.name] = term.reward.rewards(self.view(pool, term), own)
         weighted = [term.weight * terms[term.name] for term in self.terms]
         ratio = self._first_order(pool, draws, terms) if pool is not None else None
-        return Scores(torch.stack(weighted).sum(0), terms, ratio)
+        return RewardScores(torch.stack(weighted).sum(0), terms, ratio)
 
     def _first_order(
-        self, pool: Pool, draws: Sequence[Draw], terms: Mapping[str, Tensor]
+        self, pool: Pool, draws: Sequence[Subset], terms: Mapping[str, Tensor]
     ) -> float | None:
         """Exact against first-order differences, over the terms that are to first order."""
         near = [(t, t.reward) for t in self.terms if isinstance(t.reward, InfluenceFrechet)]
@@ -102,7 +102,7 @@ class RewardSum:
         found = torch.stack([term.weight * terms[term.name] for term, _ in near]).sum(0)
         return first_order_ratio(found, exact)
 
-    def rewards(self, pool: Pool, draws: Sequence[Draw]) -> Tensor:
+    def rewards(self, pool: Pool, draws: Sequence[Subset]) -> Tensor:
         """The sum alone: (P,) float64 on the CPU."""
         return self.scores(pool, draws).rewards
 

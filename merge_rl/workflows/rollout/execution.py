@@ -118,7 +118,7 @@ class _Float32Products:
 
 _PRODUCTS = _Float32Products()
 
-Stage = Callable[[Tensor], Tensor]
+Transform = Callable[[Tensor], Tensor]
 
 
 class Streams(Protocol):
@@ -155,7 +155,7 @@ class CudaStreams:
 
 
 def overlapped(
-    makers: Iterable[Callable[[], Tensor]], finish: Stage, streams: Streams
+    makers: Iterable[Callable[[], Tensor]], finish: Transform, streams: Streams
 ) -> Iterator[Tensor]:
     """finish(make()) for every maker, in order, on the CPU.
 
@@ -191,7 +191,7 @@ def threads(workers: int, blocks: int) -> Iterator[Callable[..., Iterable[Tensor
             pool.shutdown(cancel_futures=True)
 
 
-class Halving:
+class BatchHalving:
     """Applies a function of rows to as many rows at once as memory takes.
 
     Out of memory halves the number, from then on; rows that are done are kept. The result is that

@@ -22,9 +22,9 @@ from merge_rl.interfaces import Autoencoder, Denoiser, FeatureExtractor
 from merge_rl.parallel.blocks import Block, split_blocks
 from merge_rl.rng import ImageStreams
 from merge_rl.workflows.rollout.execution import (
+    BatchHalving,
     CudaStreams,
-    Halving,
-    Stage,
+    Transform,
     exact_products,
     matmul_precision,
     overlapped,
@@ -34,6 +34,8 @@ from merge_rl.workflows.rollout.execution import (
 
 Inputs = tuple[Tensor, Tensor]
 """Noise (B, C, h, w) and labels (B,) of one block."""
+Ask = Callable[[], Inputs]
+"""Called when the block is made."""
 
 
 class Rollout:
@@ -65,7 +67,7 @@ class Rollout:
         self.device, self.guide = torch.device(device), guide
         self.batch, self.workers = batch, workers
         self.on_images = on_images or (lambda _count: None)
-        self._sampling, self._finishing = Halving(), Halving()
+        self._sampling, self._finishing = BatchHalving(), BatchHalving()
         self._take_sampler(sampler)
 
     def _take_sampler(self, sampler: SamplerConfig) -> None:
@@ -119,7 +121,7 @@ class Rollout:
         """Features (N, D) float32 on the CPU; a row is NaN where the sample is not finite."""
         return self._in_blocks(self._extract, noise, labels)
 
-    def features_of(self, blocks: Sequence[Callable[[], Inputs]]) -> Iterator[Tensor]:
+    def features_of(self, blocks: Sequence[Ask]) -> Iterator[Tensor]:
         """Features (B, D) of each block's noise and labels, in order.
 
         On an accelerator blocks may be asked for before those in front of them are finished; what
@@ -135,7 +137,7 @@ class Rollout:
         return rows.masked_fill(failed[:, None], float("nan"))
 
     def _in_blocks(
-        self, finish: Stage, noise: Tensor, labels: Tensor, *, check_finite: bool = False
+        self, finish: Transform, noise: Tensor, labels: Tensor, *, check_finite: bool = False
     ) -> Tensor:
         """finish(latents) of every block, in order, on the CPU."""
 
@@ -147,9 +149,9 @@ class Rollout:
         return torch.cat(list(parts))
 
     def _run(
-        self, finish: Stage, blocks: Sequence[Callable[[], Inputs]], *, check_finite: bool = False
+        self, finish: Transform, blocks: Sequence[Ask], *, check_finite: bool = False
     ) -> Iterator[Tensor]:
-        def make(block: Callable[[], Inputs]) -> Tensor:
+        def make(block: Ask) -> Tensor:
             with torch.no_grad():  # a thread starts with gradients on
                 latents = partial(self.latents, check_finite=check_finite)
                 return self._sampling(latents, *block())
@@ -158,7 +160,7 @@ class Rollout:
             with torch.no_grad():
                 return self._finishing(finish, latents)
 
-        def apart(block: Callable[[], Inputs]) -> Tensor:
+        def apart(block: Ask) -> Tensor:
             with matmul_precision(self.sampler):
                 return make(block)
 

@@ -16,7 +16,7 @@ from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.errors import ConfigError, StatisticsError, TooFewSamplesError, UnknownNameError
 from merge_rl.registry import METRICS
 from merge_rl.rng import stream
-from merge_rl.workflows.evaluate.metrics import Scores, some_rows
+from merge_rl.workflows.evaluate.metrics import MetricScores, some_rows
 from merge_rl.workflows.reference.formats import Reference
 
 pytestmark = pytest.mark.numerics
@@ -35,7 +35,7 @@ def reference(*, kept: Tensor | None = REAL) -> dict[str, tuple[Reference, str]]
 
 
 def test_all_metrics_are_those_of_the_core() -> None:
-    found = Scores(list(METRICS), reference()).of(FAKE)
+    found = MetricScores(list(METRICS), reference()).of(FAKE)
     values = {name: of["reference"] for name, of in found.items()}
     rbf = RBFKernel(median_bandwidth(REAL))
     drawn = some_rows(FAKE, 60, 0, "sample")  # as many as there are real ones
@@ -54,7 +54,9 @@ def test_all_metrics_are_those_of_the_core() -> None:
 
 
 def test_rows_are_drawn_by_the_seed() -> None:
-    scores = [Scores(["kid"], reference(), max_rows=30, seed=seed).of(FAKE) for seed in (0, 0, 1)]
+    scores = [
+        MetricScores(["kid"], reference(), max_rows=30, seed=seed).of(FAKE) for seed in (0, 0, 1)
+    ]
     assert scores[0] == scores[1] != scores[2]
     real, fake = some_rows(REAL, 30, 1, "reference"), some_rows(FAKE, 30, 1, "sample")
     assert scores[2]["kid"]["reference"] == pytest.approx(kernel_distance(fake, real), rel=1e-9)
@@ -63,15 +65,15 @@ def test_rows_are_drawn_by_the_seed() -> None:
 
 
 def test_what_is_said_about_rows() -> None:
-    assert Scores(["fid", "fid-infinity"], reference()).rows_used is None
-    assert Scores(["fid", "prdc"], reference(), max_rows=7).rows_used == 7
+    assert MetricScores(["fid", "fid-infinity"], reference()).rows_used is None
+    assert MetricScores(["fid", "prdc"], reference(), max_rows=7).rows_used == 7
 
 
 @pytest.mark.parametrize("metric", ["kid", "mmd", "prdc"])
 def test_metrics_over_pairs_need_features(metric: str) -> None:
     message = rf"real\.safetensors: {metric} compares .* `mergerl reference --keep-features`"
     with pytest.raises(StatisticsError, match=message):
-        Scores(["fid", metric], reference(kept=None))
+        MetricScores(["fid", metric], reference(kept=None))
 
 
 @pytest.mark.parametrize(
@@ -86,12 +88,12 @@ def test_refused_settings(
     metrics: list[str], settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        Scores(metrics, reference(), **settings)
+        MetricScores(metrics, reference(), **settings)
 
 
 @pytest.mark.parametrize("metric", list(METRICS))
 def test_never_a_score_for_a_failure(metric: str) -> None:
-    scores = Scores([metric], reference())
+    scores = MetricScores([metric], reference())
     with pytest.raises(StatisticsError, match="finite features, got 1 of 80 rows"):
         scores.of(FAKE.index_fill(0, torch.tensor([3]), torch.nan))
     with pytest.raises(TooFewSamplesError):

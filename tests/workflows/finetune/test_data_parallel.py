@@ -24,7 +24,7 @@ from merge_rl.workflows.finetune.job import build_finetune
 from merge_rl.workflows.finetune.learner import Learner, trainable
 from merge_rl.workflows.finetune.sharded import process_group
 from merge_rl.workflows.finetune.step import StepParts
-from merge_rl.workflows.finetune.updates import Kept
+from merge_rl.workflows.finetune.updates import KeptRollouts
 from tests.gradients import (
     BATCH,
     Terms,
@@ -74,7 +74,7 @@ def update_of(model: Path, algorithm: str, kind: str, kept_rows: int, group: Gro
     noise = job.rollout.noise(range(kept_rows))
     advantages = torch.linspace(0.5, 2, kept_rows, dtype=torch.float64)
     rows = torch.arange(kept_rows)
-    seen = StepParts.gradients(parts, Kept(noise, rows % 10, advantages, rows, 3), 0)
+    seen = StepParts.gradients(parts, KeptRollouts(noise, rows % 10, advantages, rows, 3), 0)
     return Found(whole_gradients(parts.learner.policy), seen, terms)
 
 

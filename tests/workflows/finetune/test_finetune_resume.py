@@ -26,7 +26,7 @@ from merge_rl.workflows.finetune import snapshots as finetune_snapshots
 from merge_rl.workflows.finetune.learner import Learner
 from merge_rl.workflows.finetune.rollout import PolicyRollout
 from merge_rl.workflows.finetune.run import resume_finetune
-from merge_rl.workflows.finetune.updates import Kept, PolicyGradient, RejectionSampling
+from merge_rl.workflows.finetune.updates import KeptRollouts, PolicyGradient, RejectionSampling
 from tests.finetuning import events_of, outcome_of, small_config, without_waiting, write_sit_set
 
 
@@ -133,7 +133,7 @@ def test_an_interruption_saves_the_last_finished_step(
     made: list[int] = []
     real = PolicyGradient.gradients
 
-    def noted(self: PolicyGradient, kept: Kept, epoch: int) -> dict[str, float]:
+    def noted(self: PolicyGradient, kept: KeptRollouts, epoch: int) -> dict[str, float]:
         made.append(kept.step)
         return real(self, kept, epoch)
 

@@ -19,22 +19,28 @@ from merge_rl.storage.runs.lifecycle import StopSignals, begin_finetune
 from merge_rl.workflows.assembly.memory import training_bytes
 from merge_rl.workflows.finetune import run as finetune
 from merge_rl.workflows.finetune.learner import Learner
-from merge_rl.workflows.finetune.updates import Kept, Share, Watched, read_kept, write_kept
+from merge_rl.workflows.finetune.updates import (
+    KeptRollouts,
+    ProcessShare,
+    UpdateStats,
+    read_kept,
+    write_kept,
+)
 from merge_rl.workflows.rollout.distributed import require_same_everywhere
 from tests.finetuning import small_config
 from tests.ranks import on_ranks
 
 
-def kept_of(count: int) -> Kept:
+def kept_of(count: int) -> KeptRollouts:
     rows = torch.arange(count)
     noise = torch.randn(count, 1, 2, 2, generator=torch.Generator().manual_seed(1))
-    return Kept(noise, rows % 3, rows.double() / 7, rows, 5)
+    return KeptRollouts(noise, rows % 3, rows.double() / 7, rows, 5)
 
 
 @pytest.mark.parametrize(("size", "count"), [(1, 7), (2, 7), (3, 7), (4, 3), (5, 1)])
 def test_shares_are_all_rollouts_once_in_equally_many_passes(size: int, count: int) -> None:
     kept, limit = kept_of(count), 2
-    shares = [Share(rank, size).parts(kept, limit) for rank in range(size)]
+    shares = [ProcessShare(rank, size).parts(kept, limit) for rank in range(size)]
     assert len({len(parts) for parts in shares}) == 1
     weighed = [(part, weight) for parts in shares for part, weight in parts if weight]
     assert torch.cat([part.rows for part, _ in weighed]).tolist() == list(range(count))
@@ -44,7 +50,7 @@ def test_shares_are_all_rollouts_once_in_equally_many_passes(size: int, count: i
 
 def test_a_process_alone_has_the_micro_batches_of_all() -> None:
     kept = kept_of(5)
-    found = [(part.rows.tolist(), weight) for part, weight in Share().parts(kept, 2)]
+    found = [(part.rows.tolist(), weight) for part, weight in ProcessShare().parts(kept, 2)]
     assert found == [([0, 1], 2), ([2, 3], 2), ([4], 1)]
 
 
@@ -60,12 +66,12 @@ def test_kept_rollouts_survive_being_told() -> None:
 
 def test_means_over_processes_weigh_by_images() -> None:
     # 3 images of loss 1 and one of loss 5: (3 + 5) / 4.
-    one, other, none = Watched(), Watched(), Watched()
+    one, other, none = UpdateStats(), UpdateStats(), UpdateStats()
     one.add(3, loss=1.0)
     other.add(1, loss=5.0)
     none.add(0, loss=9.0)
     told = [{"sums": part.sums, "count": part.count} for part in (one, other, none)]
-    assert Watched.together(told).means() == {"loss": 2.0}
+    assert UpdateStats.together(told).means() == {"loss": 2.0}
 
 
 def test_bytes_of_one_of_many_processes(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from merge_rl.workflows.assembly.resolve import resolve_config
 from merge_rl.workflows.optimize.rounds import DAMP, GAP_MEMORY, RECOVER, SearchLoop
 from merge_rl.workflows.optimize.search import make_searcher
 from merge_rl.workflows.rewards.pool import Pool
-from merge_rl.workflows.rewards.sum import Scores
+from merge_rl.workflows.rewards.sum import RewardScores
 from merge_rl.workflows.rollout.rollout import MergedRollout
 
 TinyConfig = Callable[..., OptimizeConfig]
@@ -90,12 +90,12 @@ class Script:
     def pool_distance(self, pool: Pool) -> float:
         return self.distances.pop(0) if len(self.distances) > 1 else self.distances[0]
 
-    def scores(self, pool: Pool, draws: Sequence[tuple[Tensor, Tensor]]) -> Scores:
+    def scores(self, pool: Pool, draws: Sequence[tuple[Tensor, Tensor]]) -> RewardScores:
         # Nothing but the class a row had may come in its place.
         for rows, features in draws:
             assert bool((features[..., 1].long() == pool.labels[rows]).all())
         rewards = -torch.ones(len(draws[0][1]), dtype=torch.float64)
-        return Scores(rewards, {"script": rewards})
+        return RewardScores(rewards, {"script": rewards})
 
     def state_dict(self, pool: Pool) -> dict[str, Tensor]:
         return {}

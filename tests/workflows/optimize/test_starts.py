@@ -19,9 +19,9 @@ from merge_rl.core.merging.maps import make_map
 from merge_rl.errors import BudgetError
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
 from merge_rl.workflows.evaluate.score_store import Request
-from merge_rl.workflows.optimize.budget import Rung, hold, plan_budget
+from merge_rl.workflows.optimize.budget import Rung, plan_budget, run_tournament
 from merge_rl.workflows.optimize.search import free_starts
-from merge_rl.workflows.optimize.state import Incumbents
+from merge_rl.workflows.optimize.state import BestSoFar
 
 TinyConfig = Callable[..., OptimizeConfig]
 F64 = torch.float64
@@ -110,7 +110,7 @@ def test_the_better_half_goes_on() -> None:
     entries = {label: torch.zeros(1, 2) for label in "abc"}
     # a is best at first, and worse than c on other seeds; b fails.
     scores = Scores({"a": [1.0, 3.0], "b": [math.nan, 0.0], "c": [2.0, 2.5]})
-    winner = hold("final", entries, (Rung(3, 10), Rung(2, 15)), scores)  # type: ignore[arg-type]
+    winner = run_tournament("final", entries, (Rung(3, 10), Rung(2, 15)), scores)  # type: ignore[arg-type]
     assert (winner.label, winner.score, winner.images_each, winner.images) == ("c", 2.5, 15, 60)
     assert scores.asked == [
         ("a", 10, ("final", 0)), ("b", 10, ("final", 0)), ("c", 10, ("final", 0)),
@@ -121,7 +121,7 @@ def test_the_better_half_goes_on() -> None:
 
 def test_without_a_look_the_first_entry_wins() -> None:
     entries = {"mean": torch.zeros(1, 2), "start": torch.ones(1, 2)}
-    winner = hold("final", entries, (), Scores({}))  # type: ignore[arg-type]
+    winner = run_tournament("final", entries, (), Scores({}))  # type: ignore[arg-type]
     assert (winner.label, winner.score, winner.images) == ("mean", None, 0)
 
 
@@ -171,7 +171,7 @@ def test_the_start_is_found_and_the_result_chosen(
 
 def test_incumbents_compare_across_pools() -> None:
     # A tenth of a pool of distance 5 replaced: R = -4.9 tells of a candidate of 4, to first order.
-    kept = Incumbents.empty(1, 2)
+    kept = BestSoFar.empty(1, 2)
     thetas = torch.tensor([[1.0], [2.0], [3.0]], dtype=F64)
     kept = kept.with_round(thetas, torch.tensor([-4.9, math.nan, -5.1], dtype=F64), 5.0, 0.1)
     assert kept.thetas.flatten().tolist() == [1.0, 3.0]
@@ -181,7 +181,7 @@ def test_incumbents_compare_across_pools() -> None:
     torch.testing.assert_close(kept.scores, torch.tensor([-3.5, -4.0], dtype=F64))
     assert kept.thetas.flatten().tolist() == [3.0, 1.0]
     # Without a pool a reward is the score.
-    own = Incumbents.empty(1, 2).with_round(thetas[:1], torch.tensor([-7.0]).double(), None, 1.0)
+    own = BestSoFar.empty(1, 2).with_round(thetas[:1], torch.tensor([-7.0]).double(), None, 1.0)
     assert own.scores.tolist() == [-7.0]
     same = own.restored(kept.state_dict())
     assert torch.equal(same.thetas, kept.thetas)

@@ -6,27 +6,27 @@ import itertools
 
 import pytest
 
-from merge_rl.workflows.optimize.budget import cost, halving_plan, most_entries
+from merge_rl.workflows.optimize.budget import cost, most_entries, tournament_rounds
 
 
 def test_by_hand() -> None:
     # 7, 4, 2: three rungs of 2,100 // 3 = 700 images.
-    assert halving_plan(7, 2100) == ((7, 100), (4, 175), (2, 350))
-    assert halving_plan(2, 10) == ((2, 5),)
-    assert halving_plan(3, 13) == ((3, 2), (2, 3))
+    assert tournament_rounds(7, 2100) == ((7, 100), (4, 175), (2, 350))
+    assert tournament_rounds(2, 10) == ((2, 5),)
+    assert tournament_rounds(3, 13) == ((3, 2), (2, 3))
 
 
 def test_nothing_to_choose_and_nothing_to_pay_with() -> None:
-    assert halving_plan(1, 1000) == ()
-    assert halving_plan(0, 1000) == ()
-    assert halving_plan(7, 2099, 100) == ()
-    assert halving_plan(4, 3) == ()
+    assert tournament_rounds(1, 1000) == ()
+    assert tournament_rounds(0, 1000) == ()
+    assert tournament_rounds(7, 2099, 100) == ()
+    assert tournament_rounds(4, 3) == ()
 
 
 @pytest.mark.parametrize("entries", range(2, 20))
 @pytest.mark.parametrize("images", [100, 1234, 9000])
 def test_the_budget_holds_and_one_is_left(entries: int, images: int) -> None:
-    rungs = halving_plan(entries, images)
+    rungs = tournament_rounds(entries, images)
     if not rungs:
         return
     assert cost(rungs) <= images

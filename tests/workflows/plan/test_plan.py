@@ -21,7 +21,7 @@ from merge_rl.workflows.assembly.resolve import resolve_config
 from merge_rl.workflows.plan import calibration
 from merge_rl.workflows.plan.calibration import ImageTime
 from merge_rl.workflows.plan.run import plan
-from merge_rl.workflows.plan.work import Speeds, Stage, search_workload
+from merge_rl.workflows.plan.work import Speeds, WorkStage, search_workload
 from merge_rl.workflows.rollout.rollout import Rollout
 
 TinyConfig = Callable[..., OptimizeConfig]
@@ -91,7 +91,9 @@ def test_a_plan_by_hand(resolved: OptimizeConfig, opened: CheckpointSet, tmp_pat
     # The pool of 40, then 4 candidates of 10 images and 10 renewed a round: 29 rounds of 50.
     assert found.workload.rounds == 29
     assert found.workload.stages[:3] == (
-        Stage("pool", 1, 1, 40), Stage("candidates", 29, 4, 10), Stage("refresh", 29, 1, 10),
+        WorkStage("pool", 1, 1, 40),
+        WorkStage("candidates", 29, 4, 10),
+        WorkStage("refresh", 29, 1, 10),
     )  # fmt: skip
     images = 40 + 29 * 50 + 40 + 240
     assert found.workload.images == images

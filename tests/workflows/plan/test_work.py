@@ -7,8 +7,8 @@ import pytest
 from merge_rl.workflows.plan.work import (
     SDE,
     Speeds,
-    Stage,
     Workload,
+    WorkStage,
     estimate,
     filling_batch,
     stage_time,
@@ -24,19 +24,19 @@ def test_a_stage_ends_with_the_busiest_device() -> None:
     # 3 items of 20 images at most 10 at once: 6 blocks. On 4 devices the middles of the blocks,
     # 1/12, 3/12, ..., 11/12, fall to devices 0, 1, 1, 2, 3, 3: two blocks at most, of one item or
     # of two. 2 (0.5 + 1) s and at most two merges: blocks 1 and 2 are of items 0 and 1.
-    stage = Stage("candidates", 5, 3, 20)
+    stage = WorkStage("candidates", 5, 3, 20)
     found = stage_time(stage, 4, 10, SPEEDS, 2)
     assert found.making == pytest.approx(5 * 3.0)
     assert found.merging == pytest.approx(5 * 2 * 0.25)
     assert found.gathering == pytest.approx(5 * (0.125 + 50 * 2 * 0.001))
     alone = stage_time(stage, 1, 10, SPEEDS, 2)
     assert alone.total == pytest.approx(5 * (6 * 1.5 + 3 * 0.25))
-    slow = stage_time(Stage("x", 1, 1, 10, SDE), 1, 10, SPEEDS, 2)
+    slow = stage_time(WorkStage("x", 1, 1, 10, SDE), 1, 10, SPEEDS, 2)
     assert slow.making == pytest.approx(4 * 1.5)
 
 
 def test_efficiency_and_what_limits_it() -> None:
-    even = Workload((Stage("candidates", 10, 8, 10),), 10, 0)
+    even = Workload((WorkStage("candidates", 10, 8, 10),), 10, 0)
     quick = Speeds(
         block=0.0, image=1.0, sde=1.0, merge=0.0, request=0.0, byte=0.0, reward=0.0, score=0.0,
         start=0.0,

@@ -13,7 +13,7 @@ from torch import Tensor
 from merge_rl.errors import ParallelError
 from merge_rl.parallel.group import Group
 from merge_rl.storage.files.image_source import ImageSource, open_images
-from merge_rl.workflows.reference.moments import Plan, collect, help_collect, kept_features
+from merge_rl.workflows.reference.moments import CollectPlan, collect, help_collect, kept_features
 from tests.ranks import on_ranks
 from tests.workflows.rollout.test_rollout import Pixels
 
@@ -33,10 +33,10 @@ def source(tmp_path: Path) -> ImageSource:
     return open_images(tmp_path / "images")
 
 
-def plan_of(source: ImageSource, batch: int) -> Plan:
+def plan_of(source: ImageSource, batch: int) -> CollectPlan:
     count = len(source)
     parts = torch.arange(count) % 2
-    return Plan(torch.arange(count), parts, torch.ones(count, dtype=torch.bool), 2, batch)
+    return CollectPlan(torch.arange(count), parts, torch.ones(count, dtype=torch.bool), 2, batch)
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])

@@ -20,7 +20,7 @@ from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.reference.formats import Reference
 from merge_rl.workflows.report.run_page import write_report
 from merge_rl.workflows.rewards import sum as first_order
-from merge_rl.workflows.rewards.frechet import Draw, InfluenceFrechet, RewardSource, SubsetFrechet
+from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource, Subset, SubsetFrechet
 from merge_rl.workflows.rewards.pool import Pool
 from merge_rl.workflows.rewards.sum import (
     FirstOrderWatch,
@@ -215,7 +215,7 @@ def test_a_search_watches_itself(
 def test_rounds_without_a_ratio_say_so(
     shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def equal(_self: InfluenceFrechet, _pool: Pool, draws: Sequence[Draw]) -> Tensor:
+    def equal(_self: InfluenceFrechet, _pool: Pool, draws: Sequence[Subset]) -> Tensor:
         return torch.zeros(len(draws[0][1]), dtype=F64)
 
     monkeypatch.setattr(InfluenceFrechet, "rewards", equal)

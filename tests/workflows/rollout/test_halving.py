@@ -9,7 +9,7 @@ from torch import Tensor
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import OutOfMemoryError
 from merge_rl.interfaces import Denoiser
-from merge_rl.workflows.rollout.execution import Halving, is_out_of_memory
+from merge_rl.workflows.rollout.execution import BatchHalving, is_out_of_memory
 from merge_rl.workflows.rollout.rollout import Rollout
 from tests.workflows.rollout.test_rollout import LABELS, SEEDS, SHAPE, Bytes, KeepNoise, Pixels
 
@@ -31,7 +31,7 @@ class Small:
 
 def test_halves_until_it_fits_and_remembers() -> None:
     told: list[str] = []
-    halving, function = Halving(told.append), Small(3)
+    halving, function = BatchHalving(told.append), Small(3)
     rows = torch.arange(20.0).reshape(10, 2)
     assert torch.equal(halving(function, rows), 2 * rows)
     # 10, 5 are too many; 3 fit, so 3 + 3 + 3 + 1; none of it is done twice.
@@ -46,7 +46,7 @@ def test_halves_until_it_fits_and_remembers() -> None:
 
 def test_one_image_that_is_too_large_is_told() -> None:
     with pytest.raises(OutOfMemoryError, match="out of memory with one image at a time"):
-        Halving()(Small(0), torch.zeros(5, 1))
+        BatchHalving()(Small(0), torch.zeros(5, 1))
 
 
 def test_other_errors_pass() -> None:
@@ -54,14 +54,14 @@ def test_other_errors_pass() -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        Halving()(broken, torch.zeros(5, 1))
+        BatchHalving()(broken, torch.zeros(5, 1))
     alloc = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
     assert is_out_of_memory(RuntimeError(alloc))
     assert not is_out_of_memory(ValueError(alloc))
 
 
 def test_no_rows_are_rows() -> None:
-    assert Halving()(lambda x: 2 * x, torch.zeros(0, 3)).shape == (0, 3)
+    assert BatchHalving()(lambda x: 2 * x, torch.zeros(0, 3)).shape == (0, 3)
 
 
 def build(network: Denoiser, batch: int) -> Rollout:
