@@ -16,6 +16,7 @@ from merge_rl.config.finetune import (
 from merge_rl.config.inputs import FetchConfig, ReferenceConfig, SingleMergeConfig
 from merge_rl.config.mapping import (
     dump_config,
+    flattened,
     from_mapping,
     load_config,
     load_mapping,
@@ -94,6 +95,7 @@ __all__ = [
     "UpdateConfig",
     "differing_keys",
     "dump_config",
+    "flattened",
     "from_mapping",
     "load_config",
     "load_mapping",

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
-from merge_rl.config.mapping import to_mapping
+from merge_rl.config.mapping import flattened, to_mapping
 from merge_rl.config.optimize import OF_SET, OptimizeConfig
 from merge_rl.config.reward import RewardConfig
 from merge_rl.config.sampler import SDE_SOLVERS, SamplerConfig, require
@@ -184,18 +184,8 @@ class FinetuneConfig:
 
 def differing_keys(one: FinetuneConfig, other: FinetuneConfig) -> list[str]:
     """Dotted names of settings that differ and that a run may not change as it goes on."""
-    a, b = _flat(to_mapping(one)), _flat(to_mapping(other))
+    a, b = flattened(to_mapping(one)), flattened(to_mapping(other))
     return sorted(
         key for key in a.keys() | b.keys()
         if a.get(key) != b.get(key) and key not in FREE_ON_RESUME
     )  # fmt: skip
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

@@ -12,7 +12,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, TypeVar
 
-from merge_rl.config import FREE_ON_RESUME, FinetuneConfig, OptimizeConfig, differing_keys
+from merge_rl.config import (
+    FREE_ON_RESUME,
+    FinetuneConfig,
+    OptimizeConfig,
+    differing_keys,
+    flattened,
+)
 from merge_rl.errors import RunError
 from merge_rl.parallel.rendezvous import Place
 from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir
@@ -162,7 +168,7 @@ def require_same(
     path: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, what: str = "settings"
 ) -> None:
     """Raise RunError, naming what differs, unless both are equal."""
-    old, new = _flat(before), _flat(now)
+    old, new = flattened(before), flattened(now)
     differ = [
         key
         for key in {**old, **new}
@@ -175,16 +181,6 @@ def require_same(
             f"{path} was begun with other {what}: {shown}{more}; choose another --out, or the same "
             f"{what}"
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def begin_finetune(
