@@ -142,6 +142,14 @@ def search_settings(
 
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Where its set (or the model that it fine-tunes) was moved; hashes are checked.",
+            show_default="where it was",
+        ),
+    ] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Go on with an interrupted run; it ends as if it had never been interrupted."""
@@ -150,9 +158,13 @@ def resume(
 
     if is_finetune_run(run):
         ranks.require_parallel("finetune")
-        resume_run(run, json=json)
+        resume_run(run, checkpoints, json=json)
     else:
-        _drive(run, lambda tracker: run_resume(run, tracker=tracker), json=json)
+        _drive(
+            run,
+            lambda tracker: run_resume(run, checkpoints=checkpoints, tracker=tracker),
+            json=json,
+        )
 
 
 def _drive(run_dir: Path, job: Callable[[ProgressTracker], OptimizeResult], *, json: bool) -> None:

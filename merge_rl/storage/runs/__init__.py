@@ -6,9 +6,10 @@ from merge_rl.storage.runs.lifecycle import (
     begin_run,
     continued,
     goes_on,
+    require_resumable,
     require_same,
-    require_same_inputs,
 )
+from merge_rl.storage.runs.moved import located
 from merge_rl.storage.runs.places import described, folder_kind, only_inside
 from merge_rl.storage.runs.run_dir import SETTINGS, FinetuneRun, RunDir, is_finetune_run
 from merge_rl.storage.runs.trackers import Boards, require_extras
@@ -26,8 +27,9 @@ __all__ = [
     "folder_kind",
     "goes_on",
     "is_finetune_run",
+    "located",
     "only_inside",
     "require_extras",
+    "require_resumable",
     "require_same",
-    "require_same_inputs",
 ]

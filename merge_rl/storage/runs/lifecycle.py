@@ -20,8 +20,10 @@ from merge_rl.config import (
     flattened,
 )
 from merge_rl.errors import RunError
+from merge_rl.interfaces import Tracker
 from merge_rl.parallel.rendezvous import Place
 from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir
+from merge_rl.version import __version__
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -153,6 +155,10 @@ def clear_beginnings(folder: Path) -> None:
         folder.rmdir()
 
 
+_SET: Final = {"checkpoints", "model"}
+_ELSEWHERE: Final = "; resume --checkpoints PATH takes those it began with from elsewhere"
+
+
 def require_same_inputs(run: RunDir, hashes: Mapping[str, Any]) -> None:
     """Raise RunError unless the inputs are those that a run began with."""
     recorded = (run.read("inputs.json") or {}).get("hashes")
@@ -160,8 +166,17 @@ def require_same_inputs(run: RunDir, hashes: Mapping[str, Any]) -> None:
         changed = [k for k, v in hashes.items() if (recorded or {}).get(k) != v]
         raise RunError(
             f"{run.path}: cannot resume, the inputs have changed since it began: "
-            f"{', '.join(changed)} (by SHA-256)"
+            f"{', '.join(changed)} (by SHA-256){_ELSEWHERE if _SET & set(changed) else ''}"
         )
+
+
+def require_resumable(run: RunDir, hashes: Mapping[str, Any], tracker: Tracker) -> None:
+    """Raise RunError for inputs other than a run began with; warn of another version."""
+    began = (run.read("inputs.json") or {}).get("version")
+    if began != __version__:
+        text = f"the run began with merge_rl {began}, this is {__version__}: last bits may differ"
+        tracker.event({"kind": "warning", "text": text})
+    require_same_inputs(run, hashes)
 
 
 def require_same(

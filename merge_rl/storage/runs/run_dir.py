@@ -65,6 +65,10 @@ class RunDir:
         """The resolved settings of the run."""
         return load_config(OptimizeConfig, self.config_path)
 
+    def write_config(self, config: OptimizeConfig) -> None:
+        """Settings that the run goes on with."""
+        write_text(self.config_path, dump_config(config))
+
     def write(self, name: str, value: object) -> None:
         """Write a JSON file of the run, atomically."""
         write_json(self.path / name, value)

@@ -3,7 +3,13 @@
 from merge_rl.workflows.export.card import TASK, hub_licence, hub_repositories, model_card
 from merge_rl.workflows.export.folder import carried_metadata, save_merge, save_model, set_facts
 from merge_rl.workflows.export.profiles import ema_coefficients, merge, save_profiles
-from merge_rl.workflows.export.recipe import TOOL, Recipe, merge_recipe, merged_licence
+from merge_rl.workflows.export.recipe import (
+    TOOL,
+    Recipe,
+    merge_recipe,
+    merged_licence,
+    without_places,
+)
 
 __all__ = [
     "TASK",
@@ -21,4 +27,5 @@ __all__ = [
     "save_model",
     "save_profiles",
     "set_facts",
+    "without_places",
 ]

@@ -55,6 +55,15 @@ def merge_recipe(
     }
 
 
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings without absolute paths: what was used, not where it lay."""
+    return {
+        key: without_places(value) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if not (isinstance(value, str) and Path(value).is_absolute())
+    }
+
+
 def recipe_metadata(recipe: Mapping[str, Any]) -> dict[str, str]:
     """Metadata of the merged file, text only: the tool, and the sources with their hashes.
 

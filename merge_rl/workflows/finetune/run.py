@@ -25,8 +25,9 @@ from merge_rl.storage.runs import (
     begin_finetune,
     continued,
     goes_on,
+    located,
     require_extras,
-    require_same_inputs,
+    require_resumable,
 )
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import find_model, load_network, resolve_finetune
@@ -125,25 +126,24 @@ def resume_finetune(
     run_dir: str | os.PathLike[str],
     *,
     config: FinetuneConfig | None = None,
+    checkpoints: str | os.PathLike[str] | None = None,
     wrap: Wrap | None = None,
     tracker: Tracker | None = None,
 ) -> FinetuneResult:
     """Go on with an interrupted run, from its newest resume point that is whole.
 
     A config, if given, may differ from the run's in how far it goes and in what is kept and told;
-    RunError names the keys of any other difference, and inputs that have changed.
+    RunError names the keys of any other difference, and inputs that have changed or are missing.
+    `checkpoints` is where the model lies now, if it was moved: its file, or the folder of its set.
     """
     tracker = tracker or NullTracker()
     with joined() as group:
         run = FinetuneRun.open(run_dir)
         own = continued(run, config)
-        inputs = run.files.read("inputs.json") or {}
-        if inputs.get("version") != __version__:
-            began = f"began with merge_rl {inputs.get('version')}, this is {__version__}"
-            tracker.event({"kind": "warning", "text": f"the run {began}: last bits may differ"})
+        own = located(own, run.path, checkpoints, announce=_announce(tracker))
         require_extras(own.track)
         job = _gather(group, own, wrap, tracker)
-        require_same_inputs(run.files, job.hashes)
+        require_resumable(run.files, job.hashes, tracker)
 
         def begin() -> FinetuneRun:
             run.write_config(own)

@@ -22,7 +22,7 @@ from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.storage.checkpoints import CheckpointSet, base_index, open_checkpoints
 from merge_rl.storage.files import require_new
-from merge_rl.storage.runs import RunDir, begin_run, goes_on, require_same_inputs
+from merge_rl.storage.runs import RunDir, begin_run, goes_on, located, require_resumable
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
     Job,
@@ -42,6 +42,7 @@ from merge_rl.workflows.export import (
     model_card,
     save_model,
     set_facts,
+    without_places,
 )
 from merge_rl.workflows.optimize.search import SearchResult, make_searcher, run_search
 from merge_rl.workflows.rollout import DistributedRollout, on_device, require_same_everywhere
@@ -142,27 +143,29 @@ def optimize(
         return result
 
 
-def resume(run_dir: str | os.PathLike[str], *, tracker: Tracker | None = None) -> OptimizeResult:
+def resume(
+    run_dir: str | os.PathLike[str],
+    *,
+    checkpoints: str | os.PathLike[str] | None = None,
+    tracker: Tracker | None = None,
+) -> OptimizeResult:
     """Go on with an interrupted run; it ends as if it had never been interrupted.
 
-    Raises RunError if the folder is no run or its inputs have changed since.
+    `checkpoints` is where the set lies now, if it was moved; the run keeps its new place. Raises
+    RunError if the folder is no run or its inputs have changed since, by SHA-256, or are missing.
     """
     tracker = tracker or NullTracker()
     with joined() as group:
         run = RunDir.open(run_dir)
-        config = run.config()
-        opened = open_checkpoints(
-            config.checkpoints, track=config.track, select=config.select or None
-        )
+        config = located(run.config(), run.path, checkpoints, announce=_announce(tracker))
+        select = config.select or None
+        opened = open_checkpoints(config.checkpoints, track=config.track, select=select)
         ranks, job = _gather(group, config, opened, tracker)
         if not group.leads:
             return _from_plain(ranks.follow())
-        began = (run.read("inputs.json") or {}).get("version")
-        if began != __version__:
-            versions = f"began with merge_rl {began}, this is {__version__}"
-            text = f"the run {versions}: last bits may differ"
-            tracker.event({"kind": "warning", "text": text})
-        require_same_inputs(run, job.hashes)
+        require_resumable(run, job.hashes, tracker)
+        if config != run.config():
+            run.write_config(config)
         result = _drive(run, config, job, tracker)
         ranks.end(_to_plain(result))
         return result
@@ -276,7 +279,7 @@ def write_merged(
     recipe = merge_recipe(
         checkpoints, coefficients, base=base, groups=config.merge.groups, licence=licence
     )
-    recipe["search"] = {k: v for k, v in to_mapping(config).items() if k not in _PATHS}
+    recipe["search"] = without_places(to_mapping(config))
     recipe["comparison"] = comparison.as_dict()
     weights = job.flat.weights(coefficients)
     # The official order of names, so that files compare line by line with their sources.
@@ -295,6 +298,3 @@ def write_merged(
         path, ordered, checkpoints.config, recipe=recipe, card=model_card(facts), replace=True,
         metadata=carried_metadata(checkpoints, base),
     )  # fmt: skip
-
-
-_PATHS = ("checkpoints", "extractor_weights", "reference", "heldout")

@@ -445,9 +445,6 @@ def test_inputs_that_are_gone_are_refused(stopped: Path, tiny: Path) -> None:
     (tiny / "raw/tiny-0000300.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"tiny-0000300\.safetensors: listed in"):
         mrl.resume(stopped)
-    tiny.rename(tiny.with_name("moved"))
-    with pytest.raises(CheckpointError, match="tiny: no such folder"):
-        mrl.resume(stopped)
 
 
 def cut(data: bytes) -> bytes:
