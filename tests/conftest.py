@@ -93,6 +93,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_disks() -> Iterator[None]:
+    # Nobody pulls the plug in a test, and a run forces some sixty writes to disk.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
+
+
 # ------------------------------------------------------------------------------- the tiny set
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,8 @@ SIT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody pulls the plug in a test, and one of them draws the curves: no need to in all."""
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test draws the curves: no need to in all."""
     monkeypatch.setattr(finetune_report, "draw_curves", lambda *_arguments: False)
 
 

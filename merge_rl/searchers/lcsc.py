@@ -72,7 +72,8 @@ class LCSC(AskTell):
             return self._halving.ranking
         values = (self._sums / self._tries).nan_to_num(nan=-torch.inf)
         order = torch.argsort(values, descending=True, stable=True)
-        return [int(i) for i in order if bool(values[i].isfinite())]
+        ranking: list[int] = order[values[order].isfinite()].tolist()
+        return ranking
 
     def _propose(self) -> Tensor:
         generator = self._stream(self.rounds)

@@ -35,7 +35,7 @@ from tests.finetuning import (
     outcome_of,
     sit_weights,
     small_config,
-    without_waiting,
+    without_curves,
     write_sit_set,
 )
 
@@ -48,7 +48,7 @@ RATIOS = {"ratio_mean", "clip_fraction", "approx_kl"}
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_waiting(monkeypatch)
+    without_curves(monkeypatch)
 
 
 @pytest.fixture
@@ -60,13 +60,26 @@ def run_of(model: Path, out: Path, **changes: Any) -> mrl.FinetuneResult:
     return mrl.finetune(model, out=out, config=small_config(model, **changes))
 
 
+@pytest.fixture(scope="module")
+def shared_small(tmp_path_factory: pytest.TempPathFactory, shared_tiny: Path) -> Path:
+    """The same set for all tests: to read only."""
+    return write_sit_set(tmp_path_factory.mktemp("set") / "sit", shared_tiny)
+
+
+@pytest.fixture(scope="module")
+def finished(shared_small: Path, tmp_path_factory: pytest.TempPathFactory) -> mrl.FinetuneResult:
+    """A run with the small settings: to look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_curves(patch)
+        return run_of(shared_small, tmp_path_factory.mktemp("finished") / "run")
+
+
 def weights_of(path: Path) -> dict[str, Tensor]:
     return mrl.load_model(path).state_dict()
 
 
-def test_a_run_leaves_everything(small: Path, tmp_path: Path) -> None:
-    result = run_of(small, tmp_path / "run")
-    run = result.run_dir
+def test_a_run_leaves_everything(finished: mrl.FinetuneResult) -> None:
+    result, run = finished, finished.run_dir
     steps, scores = events_of(run, "step"), events_of(run, "score")
     assert [event["step"] for event in steps] == [1, 2, 3]
     assert all(event.keys() >= WATCHED | RATIOS for event in steps)
@@ -85,15 +98,16 @@ def test_a_run_leaves_everything(small: Path, tmp_path: Path) -> None:
     assert all(f"{kind}, {n} steps" in page for kind in ("ODE", "SDE") for n in (3, 4))
 
 
-def test_the_model_is_the_average_of_the_last_step(small: Path, tmp_path: Path) -> None:
-    result = run_of(small, tmp_path / "run")
-    found = weights_of(result.model_path)
-    snapshot = weights_of(result.run_dir / "snapshots/ema-0000003.safetensors")
+def test_the_model_is_the_average_of_the_last_step(
+    finished: mrl.FinetuneResult, shared_small: Path
+) -> None:
+    found = weights_of(finished.model_path)
+    snapshot = weights_of(finished.run_dir / "snapshots/ema-0000003.safetensors")
     assert all(torch.equal(found[name], snapshot[name]) for name in snapshot)
-    start = weights_of(small / "raw/sit-2.safetensors")  # the newest of the set
+    start = weights_of(shared_small / "raw/sit-2.safetensors")  # the newest of the set
     changed = {name for name in start if not torch.equal(found[name], start[name])}
     assert changed == set(start) - {"pos_embed"}
-    assert "license: mit" in (result.model_path / "README.md").read_text()
+    assert "license: mit" in (finished.model_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -137,9 +151,11 @@ def test_an_edm2_keeps_its_weights_normalized(tiny: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.numerics
-def test_equal_settings_give_equal_bits(small: Path, tmp_path: Path) -> None:
-    outcomes = [outcome_of(run_of(small, tmp_path / name).run_dir) for name in ("a", "b")]
-    assert outcomes[0] == outcomes[1]
+def test_equal_settings_give_equal_bits(
+    finished: mrl.FinetuneResult, shared_small: Path, tmp_path: Path
+) -> None:
+    again = run_of(shared_small, tmp_path / "again")
+    assert outcome_of(again.run_dir) == outcome_of(finished.run_dir)
 
 
 @pytest.mark.numerics
@@ -180,9 +196,8 @@ def test_memory_of_a_step_does_not_grow_with_its_solver_steps(small: Path, tmp_p
 # ---------------------------------------------------------------------------- the set of snapshots
 
 
-def test_snapshots_are_a_checkpoint_set(small: Path, tmp_path: Path) -> None:
-    result = run_of(small, tmp_path / "run")
-    opened = mrl.open_checkpoints(result.run_dir)
+def test_snapshots_are_a_checkpoint_set(finished: mrl.FinetuneResult) -> None:
+    opened = mrl.open_checkpoints(finished.run_dir)
     assert opened.tracks == ["start", "raw", "ema"]
     assert opened.names[opened.newest] == "ema-0000003"
     assert opened.nimg == [2000, 2032, 2032, 2048, 2048]  # from 2000, 16 images a step
@@ -192,22 +207,23 @@ def test_snapshots_are_a_checkpoint_set(small: Path, tmp_path: Path) -> None:
     assert set(merged) == set(sit_weights())
 
 
-def test_the_trajectory_can_be_searched(small: Path, tmp_path: Path, tiny_config: Any) -> None:
-    run = run_of(small, tmp_path / "run").run_dir
+def test_the_trajectory_can_be_searched(
+    finished: mrl.FinetuneResult, tmp_path: Path, tiny_config: Any
+) -> None:
+    run = finished.run_dir
     config = tiny_config(run, track="ema", budget=90, search={"population": 2})
     found = mrl.optimize(run, out=tmp_path / "merge", config=config)
     assert found.coefficients.shape == (1, 2)
 
 
-def test_the_run_scores_its_own_model(small: Path, tmp_path: Path) -> None:
+def test_the_run_scores_its_own_model(finished: mrl.FinetuneResult, tmp_path: Path) -> None:
     from merge_rl.workflows.assembly.resolve import find_defaults
 
-    result = run_of(small, tmp_path / "run")
-    near = find_defaults(result.model_path)
+    near = find_defaults(finished.model_path)
     assert (near.extractor, near.sampler and near.sampler.sde_num_steps) == ("digits", 4)
-    assert near.heldout == str(result.run_dir.resolve() / "evaluation/heldout.safetensors")
+    assert near.heldout == str(finished.run_dir.resolve() / "evaluation/heldout.safetensors")
     # Fine-tuning goes on from a fine-tuned model.
-    again = run_of(result.model_path, tmp_path / "again", steps=1)
+    again = run_of(finished.model_path, tmp_path / "again", steps=1)
     assert read_manifest(again.run_dir).licence == "MIT"
 
 

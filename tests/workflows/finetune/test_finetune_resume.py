@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -27,12 +28,12 @@ from merge_rl.workflows.finetune.learner import Learner
 from merge_rl.workflows.finetune.rollout import PolicyRollout
 from merge_rl.workflows.finetune.run import resume_finetune
 from merge_rl.workflows.finetune.updates import KeptRollouts, PolicyGradient, RejectionSampling
-from tests.finetuning import events_of, outcome_of, small_config, without_waiting, write_sit_set
+from tests.finetuning import events_of, outcome_of, small_config, without_curves, write_sit_set
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_waiting(monkeypatch)
+    without_curves(monkeypatch)
 
 
 @pytest.fixture
@@ -272,18 +273,31 @@ def test_a_run_that_never_learned_is_not_told_to_learn_slower(
 # ---------------------------------------------------------------------------- resuming
 
 
-@pytest.fixture
-def stopped(small: Path, tmp_path: Path) -> Path:
-    """A run of three steps that was stopped after two."""
+@pytest.fixture(scope="module")
+def stopped_template(shared_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set, "sit", and a run of three steps on it, "run", that was stopped after two."""
 
     class Stop(NullTracker):
         def event(self, event: Mapping[str, Any]) -> None:
             if event["kind"] == "step" and event["step"] == 2:
                 raise KeyboardInterrupt
 
+    folder = tmp_path_factory.mktemp("stopped")
+    model = write_sit_set(folder / "sit", shared_tiny)
     with pytest.raises(KeyboardInterrupt):
-        mrl.finetune(small, out=tmp_path / "run", config=small_config(small), tracker=Stop())
-    return tmp_path / "run"
+        mrl.finetune(model, out=folder / "run", config=small_config(model), tracker=Stop())
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_template: Path, small: Path, tmp_path: Path) -> Path:
+    """The same on a set of the test's own."""
+    run = tmp_path / "run"
+    shutil.copytree(stopped_template / "run", run)
+    settings = (run / "finetune.yaml").read_text()
+    assert str(stopped_template / "sit") in settings
+    (run / "finetune.yaml").write_text(settings.replace(str(stopped_template / "sit"), str(small)))
+    return run
 
 
 def test_another_configuration_is_refused(stopped: Path, small: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -95,17 +96,36 @@ def settings(
     return make(folder, **given)
 
 
+Whole = tuple[OptimizeConfig, mrl.OptimizeResult]
+
+
+@pytest.fixture(scope="module")
+def whole_of(
+    shared_tiny: Path, files: dict[str, str], tiny_config: TinyConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Whole]:  # fmt: skip
+    """reward -> settings, and a run under it that nothing interrupted: to look at."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def under(reward: str) -> Whole:
+        config = settings(tiny_config, shared_tiny, files, reward)
+        name = f"run{len(list(folder.iterdir()))}"
+        return config, mrl.optimize(shared_tiny, out=folder / name, config=config)
+
+    return under
+
+
 TWO = f"0.5 * fid-subset + fd-{TONE}-subset"
 SUMS = [TWO, f"fd-{TONE}-influence", f"fid-influence + 3 * kid-{TONE}-subset + mmd-full"]
 
 
 @pytest.mark.parametrize("reward", [*REWARDS, *SUMS])
 def test_every_reward_searches_and_resumes(
-    reward: str, shared_tiny: Path, files: dict[str, str], tiny_config: TinyConfig, tmp_path: Path,
+    reward: str, whole_of: Callable[[str], Whole], shared_tiny: Path, tmp_path: Path,
     outcome: Outcome, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    config = settings(tiny_config, shared_tiny, files, reward)
-    whole = mrl.optimize(shared_tiny, out=tmp_path / "whole", config=config)
+    config, whole = whole_of(reward)
     events = RunDir.open(whole.run_dir).events()
     # 110 images: a pool of 20 and rounds of 2 x 10 with a refresh of 10; or rounds of 20 alone.
     pooled = config.reward.pooled
@@ -131,14 +151,11 @@ def test_every_reward_searches_and_resumes(
     with pytest.raises(KeyboardInterrupt):
         mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
     mrl.resume(tmp_path / "run")
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(whole.run_dir)
 
 
-def test_events_tell_the_terms_of_a_sum(
-    shared_tiny: Path, files: dict[str, str], tiny_config: TinyConfig, tmp_path: Path
-) -> None:
-    config = settings(tiny_config, shared_tiny, files, TWO)
-    run = mrl.optimize(shared_tiny, out=tmp_path / "sum", config=config).run_dir
+def test_events_tell_the_terms_of_a_sum(whole_of: Callable[[str], Whole]) -> None:
+    run = whole_of(TWO)[1].run_dir
     for event in RunDir.open(run).events():
         assert list(event["terms"]) == ["fid-subset", f"fd-{TONE}-subset"]
         own, other = event["terms"].values()
@@ -148,20 +165,15 @@ def test_events_tell_the_terms_of_a_sum(
     hashes = json.loads((run / "inputs.json").read_text())["hashes"]
     assert {f"extractor_weights {TONE}", f"reference {TONE}"} < set(hashes)
     # One name is not a sum.
-    config = settings(tiny_config, shared_tiny, files, "fid-subset")
-    run = mrl.optimize(shared_tiny, out=tmp_path / "one", config=config).run_dir
+    run = whole_of("fid-subset")[1].run_dir
     assert not any("terms" in event for event in RunDir.open(run).events())
 
 
 def test_the_sets_extractor_by_its_own_name_is_the_same_reward(
-    shared_tiny: Path, files: dict[str, str], tiny_config: TinyConfig, tmp_path: Path,
-    outcome: Outcome,
-) -> None:  # fmt: skip
-    found = []
-    for number, reward in enumerate(("fid-subset", "fd-digits-subset")):
-        config = settings(tiny_config, shared_tiny, files, reward)
-        result = mrl.optimize(shared_tiny, out=tmp_path / str(number), config=config)
-        found.append(outcome(result.run_dir)["state.safetensors"])
+    whole_of: Callable[[str], Whole], outcome: Outcome
+) -> None:
+    runs = [whole_of(reward)[1].run_dir for reward in ("fid-subset", "fd-digits-subset")]
+    found = [outcome(run)["state.safetensors"] for run in runs]
     assert found[0] == found[1]
 
 

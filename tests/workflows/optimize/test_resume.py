@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,12 +72,6 @@ class Tripwire:
                 yield
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Nobody pulls the plug here, and a run forces some sixty writes to disk.
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
-
-
 @pytest.fixture
 def tripwire(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
     return watching(monkeypatch)
@@ -142,17 +135,14 @@ Make = Callable[[Path, OptimizeConfig], Whole]
 
 
 @pytest.fixture(scope="module")
-def run_whole(outcome: Outcome) -> Iterator[Make]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _descriptor: None)
+def run_whole(outcome: Outcome) -> Make:
+    def make(run: Path, config: OptimizeConfig) -> Whole:
+        with pytest.MonkeyPatch.context() as patch:
+            wire = watching(patch)
+            result = drive(run, config)
+        return Whole(config, list(wire.passed), result, outcome(run))
 
-        def make(run: Path, config: OptimizeConfig) -> Whole:
-            with pytest.MonkeyPatch.context() as wired:
-                wire = watching(wired)
-                result = drive(run, config)
-            return Whole(config, list(wire.passed), result, outcome(run))
-
-        yield make
+    return make
 
 
 @pytest.fixture(scope="module")
