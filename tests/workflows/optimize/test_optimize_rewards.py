@@ -228,9 +228,12 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     reward: str, changes: dict[str, Any], error: type[MergeRLError], message: str,
     shared_tiny: Path, files: dict[str, str], tiny_config: TinyConfig, tmp_path: Path,
 ) -> None:  # fmt: skip
-    config = settings(tiny_config, shared_tiny, files, reward, **changes)
-    with pytest.raises(error, match=message):
+    def search() -> None:
+        config = settings(tiny_config, shared_tiny, files, reward, **changes)
         mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
+
+    with pytest.raises(error, match=message):
+        search()
     assert list(tmp_path.iterdir()) == []
 
 
