@@ -29,6 +29,23 @@ def run_command(*arguments: str) -> None:
     main()
 
 
+def launch_ranks(ranks: int, restarts: int, work: Callable[..., None], *arguments: object) -> None:
+    """The agent of torchrun in this process: `work` on so many ranks, begun again if one is lost.
+
+    They are forked from here, so that what they need is imported here, once.
+    """
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    import merge_rl.workflows.finetune.distributed  # noqa: F401
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id="test", rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0", max_restarts=restarts, monitor_interval=0.1,
+        start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, work)(*arguments)
+
+
 class Child:
     """What `subprocess.Popen` is, for a function called in a forked process.
 
@@ -36,7 +53,11 @@ class Child:
     """
 
     def __init__(
-        self, work: Callable[..., None], *arguments: str, folder: Path, environment: dict[str, str]
+        self,
+        work: Callable[..., None],
+        *arguments: object,
+        folder: Path,
+        environment: dict[str, str],
     ) -> None:
         folder.mkdir(parents=True)
         self._outputs = [folder / name for name in ("out", "err")]
@@ -74,7 +95,7 @@ class Child:
 
 
 def _begin(
-    work: Callable[..., None], arguments: tuple[str, ...], folder: str,
+    work: Callable[..., None], arguments: tuple[object, ...], folder: str,
     environment: dict[str, str], outputs: list[Path],
 ) -> None:  # fmt: skip
     os.setsid()

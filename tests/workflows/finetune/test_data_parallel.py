@@ -25,12 +25,12 @@ from merge_rl.workflows.finetune.learner import Learner, trainable
 from merge_rl.workflows.finetune.sharded import process_group
 from merge_rl.workflows.finetune.step import StepParts
 from merge_rl.workflows.finetune.updates import KeptRollouts
+from tests.children import Child, launch_ranks
 from tests.gradients import (
     BATCH,
     Terms,
     block_by_block,
     gradients,
-    launched,
     loss_of,
     whole_gradients,
 )
@@ -128,7 +128,13 @@ def in_a_process(folder: Path) -> None:
 
 def test_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
     write_demo(tmp_path)
-    lines = launched("tests.workflows.finetune.test_data_parallel", tmp_path, tmp_path, 2)
+    ranks = Child(
+        launch_ranks, 2, 0, in_a_process, tmp_path, folder=tmp_path / "outputs",
+        environment={**os.environ},
+    )  # fmt: skip
+    out, err = ranks.communicate(timeout=240)
+    assert ranks.returncode == 0, err
+    lines = [line.split() for line in out.splitlines()]
     updates = [f"{k}-{way}" for k in ("edm2-pg", "edm2-rs", "sit-pg") for way in ("ddp", "fsdp")]
     assert [line[0] for line in lines] == ["replicated", "sharded", *updates]
     assert all(int(line[2]) > 20 for line in lines)

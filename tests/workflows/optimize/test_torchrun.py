@@ -18,7 +18,7 @@ import merge_rl as mrl
 from merge_rl.config.mapping import dump_config
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.storage.runs.run_dir import FinetuneRun
-from tests.children import Child, run_command
+from tests.children import Child, launch_ranks, run_command
 from tests.finetuning import events_of, small_config, write_sit_set
 
 TinyConfig = Callable[..., OptimizeConfig]
@@ -33,28 +33,16 @@ def forked(tmp_path: Path) -> Iterator[Torchrun]:
 
     def start(ranks: int, *arguments: object, restarts: int = 0) -> Child:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MERGERL_TIMEOUT": "60"}
-        given = map(str, (ranks, restarts, *arguments))
         child = Child(
-            launch_ranks, *given, folder=tmp_path / f"child{len(started)}", environment=environment
-        )
+            launch_ranks, ranks, restarts, run_command, *map(str, arguments),
+            folder=tmp_path / f"child{len(started)}", environment=environment,
+        )  # fmt: skip
         started.append(child)
         return child
 
     yield start
     for child in started:
         child.kill()
-
-
-def launch_ranks(ranks: str, restarts: str, *arguments: str) -> None:
-    """The agent of torchrun, in this process."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=int(ranks), run_id="test", rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0", max_restarts=int(restarts), monitor_interval=0.1,
-        start_method="fork",
-    )  # fmt: skip
-    elastic_launch(config, run_command)(*arguments)
 
 
 @pytest.fixture
