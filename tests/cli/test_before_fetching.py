@@ -57,7 +57,7 @@ def _nothing_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         raise AssertionError("weights were to be fetched")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty-cache"))
-    monkeypatch.setattr(public_weights, "download", loudly)
+    monkeypatch.setattr(public_weights, "fetch_url", loudly)
     monkeypatch.setattr(hub, "cached_model", loudly)
 
 

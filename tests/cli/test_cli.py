@@ -227,7 +227,7 @@ def test_names_are_printed_as_they_are(tiny: Path, mergerl: Mergerl, tmp_path: P
     code, out, _ = mergerl("inspect", odd)
     assert code == 1
     code, _, err = mergerl("merge", tiny, odd / "x", "--recipe", odd)
-    assert err == f"error: {odd}: cannot be read: No such file or directory\n"
+    assert err == f"error: {odd}: no such file\n"
     code, out, err = mergerl("merge", tiny, odd.name, "--track", "raw", "--uniform")
     assert (code, err) == (0, "")
     assert odd.name in out

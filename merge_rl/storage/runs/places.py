@@ -33,8 +33,10 @@ def folder_kind(folder: Path) -> FolderKind:
     if has_manifest(folder):
         return "set"
     weights = [file for file in weights_in(folder) if _holds_weights(file)]
-    if weights:
-        return "model" if len(weights) == 1 else "set"
+    if len(weights) > 1:
+        return "set"
+    if weights and (len(weights_in(folder)) == 1 or (folder / CONFIG_NAME).is_file()):
+        return "model"
     if _has_pictures(folder):
         return "images"
     return "model" if (folder / CONFIG_NAME).is_file() else "nothing"

@@ -31,7 +31,7 @@ def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
     Raises CheckpointError that says what was found for anything else, RunError for a run that is
     not finished.
     """
-    place = local_model(os.fspath(path))
+    place = local_model(path)
     if not place.is_dir():
         note = f"{path}: took the model of the Hub" if not os.path.lexists(path) else None
         return Meant(place, note if place.exists() else None)

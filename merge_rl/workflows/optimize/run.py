@@ -177,9 +177,6 @@ def _gather(
     """The job of this process, and all processes that help with it."""
     placed, announce = on_device(config, group), _announce(tracker)
     job = build_job(placed, opened, announce)
-    if group.leads:
-        for text in search_doubts(config, job.references, job.final_rollout.rollout):
-            announce(text)
     return distribute(group, config, job, placed.device, announce), job
 
 
@@ -203,6 +200,8 @@ def _announce(tracker: Tracker) -> Callable[[str], None]:
 
 def _drive(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> OptimizeResult:
     began = time.monotonic()
+    for text in search_doubts(config, job.references, job.final_rollout.rollout):
+        _announce(tracker)(text)
     store = ScoreStore(job, run, config.seed)
     found = run_search(config, job, run, tracker, store)
     comparison = compare(config, job, found.start, found.coefficients, store, tracker)

@@ -138,8 +138,8 @@ def test_one_file_of_a_set_is_a_model(shared_tiny: Path, raw: CheckpointSet) -> 
 
 
 def test_what_is_no_model(tiny: Path, tmp_path: Path, raw: CheckpointSet) -> None:
-    with pytest.raises(CheckpointError, match="expected the folder of one model, found 4 .safe"):
-        mrl.load_model(tiny / "raw")
+    with pytest.raises(CheckpointError, match="a model, a set or a run, found 3 .safetensors"):
+        mrl.load_model(tiny / "evaluation")
     with pytest.raises(CheckpointError, match="nowhere: no such file or folder"):
         mrl.load_model(tmp_path / "nowhere")
     (tmp_path / "a.pkl").write_bytes(b"")
