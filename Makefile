@@ -28,12 +28,12 @@ demo: $(READY)
 	$(BIN)/mergerl sample build/demo/run/merged --num-images 100 --out build/demo/samples.png
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Whatever the processor has beyond these instructions is left unused.
 test-portable: $(READY)
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n $(JOBS) -m numerics
-	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n $(JOBS) -m numerics
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m numerics
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m numerics
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -503,13 +503,13 @@ def wait_for_line(path: Path, process: Child, seconds: float) -> None:
         time.sleep(0.005)
 
 
-# Long enough that a signal comes before the end: twenty rounds.
-LONG = [1040 if x == 140 else x for x in SMALL]
+# Long enough that a signal comes before the end: twelve rounds.
+LONG = [640 if x == 140 else x for x in SMALL]
 
 
 @pytest.fixture(scope="module")
 def whole(shared_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of twenty rounds that nothing has interrupted."""
+    """A run of twelve rounds that nothing has interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     child = Child(
         run_command, "optimize", str(shared_tiny), "--out", str(folder / "run"), *map(str, LONG),
@@ -537,7 +537,7 @@ def test_interrupted_runs_go_on(
     )
     assert not (tmp_path / "run/result.json").exists()
     done = len((tmp_path / "run/events.jsonl").read_text().splitlines())
-    assert 1 <= done < 20
+    assert 1 <= done < 12
     if number == signal.SIGINT:
         process = fork("resume", "run", "--json")
         out, err = process.communicate(timeout=120)

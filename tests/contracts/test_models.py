@@ -69,7 +69,8 @@ def write_set(folder: Path, config: dict[str, Any], evaluation: Path) -> Path:
         shutil.copy(evaluation / f"{file}.safetensors", folder / "evaluation")
     defaults = SetDefaults(
         extractor="digits", extractor_weights=Path("evaluation/extractor.safetensors"),
-        reference=Path("evaluation/reference.safetensors"), sampler={"num_steps": STEPS},
+        reference=Path("evaluation/reference.safetensors"),
+        sampler={"num_steps": STEPS, "sde_num_steps": STEPS},
     )  # fmt: skip
     manifest = Manifest(
         name="contract", licence="MIT", model=config, defaults=defaults, checkpoints=tuple(entries)

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -389,25 +389,58 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("stop", range(8))
-def test_a_restored_searcher_goes_on_exactly(build: Build, stop: int) -> None:
-    whole, first = build(seed=8), build(seed=8)
-    for i in range(stop):
-        disturb(whole, i)
-        disturb(first, i)
+class Moment(NamedTuple):
+    """What a searcher is before a round."""
+
+    asked: Tensor | None  # None when it is done
+    mean: Tensor
+    finalists: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, searcher: Searcher) -> Moment:
+        asked = None if searcher.done else searcher.ask()
+        return cls(asked, searcher.mean, dict(searcher.finalists))
+
+
+LIFE, STOPS = 10, 8
+
+
+@functools.cache
+def whole_life(number: int) -> list[Moment]:
+    """Of a searcher of CASES that is never saved, before each round and after the last."""
+    searcher, moments = new(CASES[number], DIM, 8), []
+    for i in range(LIFE):
+        moments.append(Moment.of(searcher))
+        disturb(searcher, i)
+    return [*moments, Moment.of(searcher)]
+
+
+@functools.cache
+def saved_states(number: int) -> list[dict[str, Any]]:
+    """Of another in the same life, before each round."""
+    searcher, states = new(CASES[number], DIM, 8), []
+    for i in range(STOPS):
+        states.append(through_files(searcher.state_dict()))
+        disturb(searcher, i)
+    return states
+
+
+@pytest.mark.parametrize("stop", range(STOPS))
+def test_a_restored_searcher_goes_on_exactly(case: Case, build: Build, stop: int) -> None:
+    whole = whole_life(CASES.index(case))
     second = build(seed=8)
     disturb(second, 0)  # what it did before does not matter
-    second.load_state_dict(through_files(first.state_dict()))
-    assert torch.equal(second.mean, whole.mean)
-    assert same(second.finalists, whole.finalists)
-    for i in range(stop, 10):
-        assert second.done == whole.done
-        if not whole.done:
-            assert torch.equal(second.ask(), whole.ask())
-        disturb(whole, i)
-        disturb(second, i)
-        assert torch.equal(second.mean, whole.mean)
-        assert same(second.finalists, whole.finalists)
+    second.load_state_dict(saved_states(CASES.index(case))[stop])
+    assert torch.equal(second.mean, whole[stop].mean)
+    for i in range(stop, LIFE + 1):
+        found, expected = Moment.of(second), whole[i]
+        assert (found.asked is None) == (expected.asked is None)
+        if found.asked is not None and expected.asked is not None:
+            assert torch.equal(found.asked, expected.asked)
+        assert torch.equal(found.mean, expected.mean)
+        assert same(found.finalists, expected.finalists)
+        if i < LIFE:
+            disturb(second, i)
 
 
 def test_a_saved_state_is_a_copy(build: Build) -> None:

@@ -132,7 +132,7 @@ def test_every_way_moves_the_weights(changes: dict[str, Any], small: Path, tmp_p
 
     if "lora" in changes:
         changes = {"lora": LoraConfig(rank=2)}
-    result = run_of(small, tmp_path / "run", **changes)
+    result = run_of(small, tmp_path / "run", **{"steps": 2, **changes})
     found, start = weights_of(result.model_path), weights_of(small / "raw/sit-2.safetensors")
     assert any(not torch.equal(found[name], start[name]) for name in start)
     assert result.skipped == 0

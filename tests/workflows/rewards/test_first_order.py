@@ -206,7 +206,7 @@ def test_a_search_watches_itself(
     assert "- exact differences between candidates over first-order ones: median " in page
     assert f"**Warning**: {first.texts[0]}." in page
     # Nothing is said of rewards that are exact.
-    plain = tiny_config(shared_tiny, budget=320, reward={"name": "fid-subset"})
+    plain = tiny_config(shared_tiny, budget=190, reward={"name": "fid-subset"})
     mrl.optimize(shared_tiny, out=tmp_path / "plain", config=plain)
     assert all("first_order" not in e for e in RunDir.open(tmp_path / "plain").events())
     assert "first-order" not in write_report(tmp_path / "plain").page.read_text()
