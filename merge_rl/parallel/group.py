@@ -48,6 +48,7 @@ class Group:
         self.rank, self.size = place.rank, place.size
         self._store = store
         self._links: Any = None  # torch's stubs know half of what it can do
+        self._begun: list[Transfer] = []  # and not settled yet
         self._abandoned = False
         self._met = False  # whether this set of processes has found itself
         self._barriers = 0
@@ -139,11 +140,13 @@ class Group:
     def send(self, rows: Tensor, tag: int) -> Transfer:
         """Begin to send rows to rank 0; they must not change before `settle`."""
         rows = rows.contiguous()
-        return Transfer(self._links.send([rows], 0, tag), rows)
+        self._begun.append(Transfer(self._links.send([rows], 0, tag), rows))
+        return self._begun[-1]
 
     def receive(self, rows: Tensor, rank: int, tag: int) -> Transfer:
         """Begin to receive into contiguous rows what another rank sends rank 0 under this tag."""
-        return Transfer(self._links.recv([rows], rank, tag), rows)
+        self._begun.append(Transfer(self._links.recv([rows], rank, tag), rows))
+        return self._begun[-1]
 
     def settle(self, transfers: Sequence[Transfer], *, phase: str = "") -> None:
         """Return when all that ranks send to rank 0 has arrived; all ranks must call it.
@@ -156,6 +159,8 @@ class Group:
                 transfer.work.wait()
             except RuntimeError:
                 self._lost(phase)
+        settled = {id(transfer) for transfer in transfers}
+        self._begun = [transfer for transfer in self._begun if id(transfer) not in settled]
 
     def collect(self, document: Any, *, phase: str = "") -> list[Any] | None:
         """Every rank's document on rank 0, in rank order; None on the others."""
@@ -186,11 +191,14 @@ class Group:
         """Let the links be until the process ends, with whatever is still on its way over them.
 
         Their destructor waits for that, up to the timeout and a minute, and no Python runs
-        meanwhile: an error would be printed at once, and its process end half an hour later.
+        meanwhile: an error would be printed at once, and its process end half an hour later. What
+        was begun stays too: rows that come for a receiver that is gone keep a thread of the links
+        busy for good.
         """
         if self._links is not None and not self._abandoned:
             self._abandoned = True
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._links))
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._begun))
 
     def failure(self) -> str | None:
         """What the failed rank of the lowest number said; None if none has failed.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -59,6 +61,23 @@ def test_a_rank_that_fails_between_its_blocks_is_named() -> None:
     assert not isinstance(lead, StoppedError)
     assert "rank 1: lost the second block" in str(lead)
     assert isinstance(other, ParallelError)
+
+
+def test_rows_on_their_way_outlive_a_group_that_failed() -> None:
+    # A thread of the links would turn for ever round rows whose receiver is gone.
+    def work(group: Group) -> weakref.ref[Tensor]:
+        rows = torch.empty(2, 4)
+        if group.leads:
+            group.receive(rows, 1, 0)
+            group.fail("gave up")
+        return weakref.ref(rows)
+
+    lead, other = on_ranks(2, work)
+    gc.collect()
+    assert isinstance(lead, weakref.ref)
+    assert isinstance(other, weakref.ref)
+    assert lead() is not None
+    assert other() is None
 
 
 def test_memory_is_used_again_when_nobody_holds_it() -> None:
