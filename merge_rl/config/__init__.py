@@ -20,6 +20,10 @@ from merge_rl.config.mapping import (
     from_mapping,
     load_config,
     load_mapping,
+    overlaid,
+    override,
+    set_dotted,
+    split_pair,
     to_mapping,
     without_nan,
 )
@@ -31,9 +35,7 @@ from merge_rl.config.optimize import (
     OptimizeConfig,
     preset,
 )
-from merge_rl.config.overrides import overlaid, override, set_dotted, split_pair
-from merge_rl.config.reward import SUBSET_SIZE, RewardConfig
-from merge_rl.config.reward_terms import RewardTerm
+from merge_rl.config.reward import SUBSET_SIZE, RewardConfig, RewardTerm
 from merge_rl.config.sampler import (
     DIFFUSIONS,
     FIXED_SOLVERS,

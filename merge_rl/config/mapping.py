@@ -1,7 +1,6 @@
 """Settings to and from plain mappings and YAML: strict about names, types and ranges.
 
-Code below this package trusts the values. Every default is what the command does when nothing is
-said.
+Mappings come in layers that lie over each other: a recipe of the package, a file, KEY=VALUE pairs.
 """
 
 from __future__ import annotations
@@ -15,10 +14,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from merge_rl.config.numbers import real_number, whole_number
-from merge_rl.config.recipes import find_settings
 from merge_rl.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
+RECIPES = Path(__file__).parents[1] / "data" / "recipes"
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the recipes, sorted."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
+def find_settings(path: Path) -> Path:
+    """The file that `path` stands for: itself, or the recipe of that name where there is no file.
+
+    A bare name without an ending can only be a recipe: UnknownNameError lists them for any other.
+    """
+    if path.exists() or path.suffix or len(path.parts) != 1:
+        return path
+    if path.name not in recipe_names():
+        raise UnknownNameError("file or recipe of settings", path.name, recipe_names())
+    return RECIPES / f"{path.name}.yaml"
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -127,3 +143,41 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def split_pair(pair: str) -> tuple[str, str]:
+    """KEY=VALUE -> (KEY, VALUE)."""
+    key, separator, value = pair.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"expected NAME=VALUE, got {pair!r}")
+    return key, value
+
+
+def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The one with all that the other says instead; mappings key by key."""
+    values = dict(under)
+    for key, value in over.items():
+        old = values.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = overlaid(old, value)
+        values[key] = value
+    return values
+
+
+def override(values: dict[str, Any], pair: str) -> None:
+    """Set what --set KEY=VALUE says, with the value read as YAML."""
+    from merge_rl.untrusted import parse_yaml  # help texts come without it
+
+    key, text = split_pair(pair)
+    set_dotted(values, key, parse_yaml(text, f"--set {pair}", ConfigError))
+
+
+def set_dotted(values: dict[str, Any], key: str, value: object) -> None:
+    """Set values["a"]["b"] for the key "a.b", making mappings on the way."""
+    *path, last = key.split(".")
+    for part in path:
+        nested = values.get(part)
+        nested = dict(nested) if isinstance(nested, Mapping) else {}
+        values[part] = nested
+        values = nested
+    values[last] = value

@@ -1,8 +1,14 @@
-"""Weights into a network, all or nothing."""
+"""State dicts: into a network, all or nothing, and under the names that wrappers give them.
+
+What compiles, spreads or averages a network holds it as a part of its own, so that names of
+tensors grow by that part's name; training programs keep raw weights and their average side by side.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -45,3 +51,113 @@ def load_exactly(
             f"found {given.get(odd[0], 'nothing')}, expected {own.get(odd[0], 'nothing')}"
         )
     network.load_state_dict({name: weights[name] for name in given}, strict=False)
+
+
+T = TypeVar("T")
+
+# Compiled modules, shards and checkpoints of activations: anywhere in a name.
+_INNER: Final = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# Data parallel and averaged models, and programs that hold the network as an attribute.
+RAW: Final = (
+    *("model", "module", "net", "network", "state_dict", "model_state_dict", "net_state_dict"),
+)
+AVERAGED: Final = (
+    *("ema", "model_ema", "ema_model", "net_ema", "ema_net", "ema_state_dict", "model_ema_state"),
+)
+_KNOWN: Final = (*RAW, *AVERAGED)
+_MOST_LEVELS: Final = 4
+
+
+def unwrapped(tensors: Mapping[str, T], known: Collection[str] = _KNOWN) -> dict[str, T]:
+    """The tensors without what wrappers added to all of their names.
+
+    `_orig_mod.` and its like go wherever they stand; `module.`, `model.`, `net.` and the other
+    `known` ones go from the front, one after another, while all names begin alike. Names stay as
+    they are where two would become one.
+    """
+    names = {name: _plain(name) for name in tensors}
+    while len(firsts := {name.partition(".")[0] for name in names.values()}) == 1:
+        wrapper = f"{firsts.pop()}."
+        alike = all(name.startswith(wrapper) for name in names.values())
+        if wrapper[:-1] not in known or not alike:
+            break
+        names = {name: short.removeprefix(wrapper) for name, short in names.items()}
+    if len(set(names.values())) < len(names):
+        return dict(tensors)
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _plain(name: str) -> str:
+    for part in _INNER:
+        name = name.replace(part, "")
+    return name
+
+
+@dataclass
+class Held(Generic[T]):
+    """What a mapping holds: state dicts by where they lie ("" is the mapping itself), and the rest.
+
+    Names within are those of the networks, without wrappers.
+    """
+
+    states: dict[str, dict[str, T]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+
+    def among(self, *, averaged: bool) -> list[str]:
+        """The places of averages, or of all else."""
+        return [place for place in self.states if is_average(place) == averaged]
+
+
+def is_average(place: str) -> bool:
+    """Whether a place is that of an average of weights: "ema", "state_dict/model_ema"."""
+    return any(part in AVERAGED for part in place.split("/"))
+
+
+def hold(data: Mapping[str, object], kind: type[T]) -> Held[T]:
+    """The state dicts of tensors of a `kind` in a mapping, and the keys that are none.
+
+    State dicts are looked for under the names that training programs use, within one another too.
+    One flat mapping may hold several, told apart by what their names begin with; what is far
+    smaller than the largest is none: a count of averages, a loss.
+    """
+    held: Held[T] = Held()
+    _collect(data, kind, "", held)
+    most = max(map(len, held.states.values()), default=0)
+    for place in [place for place, state in held.states.items() if 4 * len(state) < most]:
+        small = held.states.pop(place)
+        held.others += [_joined(place, name) for name in small][:3]
+    return held
+
+
+def _collect(data: Mapping[str, object], kind: type[T], place: str, held: Held[T]) -> None:
+    # From files of others: not every key need be text.
+    flat = {k: item for k, item in data.items() if isinstance(item, kind) and isinstance(k, str)}
+    for inner, state in _split(flat).items():
+        held.states[_joined(place, inner)] = state
+    for name, item in data.items():
+        if name in flat:
+            continue
+        deep = place.count("/") >= _MOST_LEVELS
+        if name in _KNOWN and isinstance(item, Mapping) and not deep:
+            _collect(item, kind, _joined(place, name), held)
+        else:
+            held.others.append(_joined(place, str(name)))
+
+
+def _split(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """State dicts of one flat mapping by what their names begin with; "" where nothing is known."""
+    tensors = unwrapped(tensors, RAW)
+    parts: dict[str, dict[str, T]] = {}
+    for name, tensor in tensors.items():
+        first, dot, rest = name.partition(".")
+        known = bool(dot) and first in _KNOWN
+        parts.setdefault(first if known else "", {})[rest if known else name] = tensor
+    found: dict[str, dict[str, T]] = {}
+    for part, state in parts.items():
+        inner = _split(state) if part else {"": state}
+        found |= {_joined(part, place): own for place, own in inner.items()}
+    return found
+
+
+def _joined(place: str, name: str) -> str:
+    return "/".join(part for part in (place, name) if part)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_rl.cli.options import build, layered
-from merge_rl.cli.options.shorthands import fast
+from merge_rl.cli.options.layers import fast
 from merge_rl.config import SampleConfig, SamplerConfig, to_mapping
 
 Mergerl = Callable[..., Any]

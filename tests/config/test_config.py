@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from merge_rl.config.finetune import FinetuneConfig
-from merge_rl.config.mapping import dump_config, from_mapping, load_config, to_mapping
+from merge_rl.config.mapping import dump_config, from_mapping, load_config, recipe_names, to_mapping
 from merge_rl.config.optimize import (
     EvaluationConfig,
     MergeConfig,
@@ -18,7 +18,6 @@ from merge_rl.config.optimize import (
     RewardConfig,
     SearchConfig,
 )
-from merge_rl.config.recipes import recipe_names
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 

@@ -1,14 +1,20 @@
-"""Settings in layers: a preset, the file, options, --set; each says over the ones before it."""
+"""Settings in layers: a preset, the file, options, --set; each says over the ones before it.
+
+An option is one setting, or stands for several at once.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from merge_rl.config import (
     AUTO_BATCH,
+    LEARN,
+    MODEL,
     OptimizeConfig,
     Setting,
     from_mapping,
@@ -104,3 +110,46 @@ def build_for_set(said: Mapping[str, Any], checkpoints: Path) -> OptimizeConfig:
     found = build(OptimizeConfig, said, checkpoints=str(checkpoints))
     opened = open_checkpoints(checkpoints, track=found.track, select=found.select or None)
     return build(OptimizeConfig, said, near=opened.defaults.sampler, checkpoints=str(checkpoints))
+
+
+WINDOW: Final = re.compile(r"(?:(\d+)\+)?(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shorthand:
+    """An option of the commands that offer the setting `key`."""
+
+    flag: str
+    kind: type
+    help: str
+    panel: str
+    key: str
+    meaning: Callable[[Any], Mapping[str, Any]]  # from its value to dotted keys and values
+    metavar: str | None = None
+
+
+def fast(on: bool) -> Mapping[str, Any]:
+    """What --fast sets."""
+    return {"sampler.precision": "bfloat16", "sampler.compile": True} if on else {}
+
+
+def window(text: str) -> Mapping[str, Any]:
+    """What --window [S+]N sets."""
+    found = WINDOW.fullmatch(text)
+    if found is None:
+        raise ConfigError(f"expected --window N or S+N, got {text!r}")
+    start = {} if found[1] is None else {"rollout.window_start": int(found[1])}
+    return {"rollout.window_size": int(found[2]), **start}
+
+
+SHORTHANDS: Final = (
+    Shorthand(
+        flag="--fast", kind=bool, help="On an accelerator: a compiled network in bfloat16.",
+        panel=MODEL, key="sampler.compile", meaning=fast,
+    ),
+    Shorthand(
+        flag="--window", kind=str, metavar="[S+]N", panel=LEARN, key="rollout.window_size",
+        help="Noise in N solver steps alone, an ODE elsewhere: N moves, S+N starts at S.",
+        meaning=window,
+    ),
+)  # fmt: skip

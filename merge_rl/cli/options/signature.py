@@ -14,8 +14,7 @@ import typer
 from rich.markup import escape
 
 from merge_rl.cli.options.former import Former, former_names
-from merge_rl.cli.options.layers import layered, values_of
-from merge_rl.cli.options.shorthands import SHORTHANDS, Shorthand
+from merge_rl.cli.options.layers import SHORTHANDS, Shorthand, layered, values_of
 from merge_rl.config import (
     EXAMPLES,
     PANELS,

@@ -30,9 +30,9 @@ from merge_rl.storage.checkpoints.model_file import (
     metadata_config,
     model_sha256,
     open_model_file,
+    require_network,
     save_checkpoint,
 )
-from merge_rl.storage.checkpoints.network import require_network
 
 __all__ = [
     "CONFIG_KEY",

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from merge_rl.core.wrapped import unwrapped
+from merge_rl.core.state_dicts import unwrapped
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.checkpoints import MAX_EMA_STD, parse_stem
 from merge_rl.storage.convert.contents import (

@@ -23,9 +23,16 @@ from merge_rl.storage.checkpoints import (
     relative_inside,
     require_network,
 )
-from merge_rl.storage.convert.contents import Extracted, infos_of, plain, require_same, shapes_of
+from merge_rl.storage.convert.contents import (
+    NO_HINTS,
+    Extracted,
+    Hints,
+    infos_of,
+    plain,
+    require_same,
+    shapes_of,
+)
 from merge_rl.storage.convert.edm2_shapes import ASSUMED, DEFAULTS, edm2_config_from_shapes
-from merge_rl.storage.convert.said import NO_HINTS, Hints
 from merge_rl.storage.convert.sources import extract, fingerprint
 from merge_rl.storage.files import TensorInfo, read_header
 

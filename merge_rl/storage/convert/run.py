@@ -20,9 +20,8 @@ import torch
 from merge_rl.errors import CheckpointError, ConfigError, NonFiniteWeightsError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import MANIFEST_NAME, write_manifest
-from merge_rl.storage.convert.contents import infos_of
+from merge_rl.storage.convert.contents import Hints, infos_of
 from merge_rl.storage.convert.plan import ORIGIN_KEY, ConversionFile, ConversionPlan, make_plan
-from merge_rl.storage.convert.said import Hints
 from merge_rl.storage.convert.sources import WEIGHTS, files_of, list_files
 from merge_rl.storage.files import atomic_path, read_header, require_hash, sha256_file, write_header
 from merge_rl.storage.pickles import TensorRef

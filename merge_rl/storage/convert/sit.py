@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from merge_rl.errors import CheckpointError, ConfigError
-from merge_rl.storage.convert.said import Hints, Said
+from merge_rl.storage.convert.contents import Hints, Said
 
 SIZES: Final[Mapping[str, tuple[int, int, int]]] = {  # letter -> (depth, hidden size, heads)
     "S": (12, 384, 6),

@@ -13,8 +13,7 @@ from typing import Final
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import metadata_config
 from merge_rl.storage.convert import edm2 as edm2_source
-from merge_rl.storage.convert.contents import Extracted, require_size, state_dict
-from merge_rl.storage.convert.said import NO_HINTS, Hints
+from merge_rl.storage.convert.contents import NO_HINTS, Extracted, Hints, require_size, state_dict
 from merge_rl.storage.convert.states import holds_states, read_states
 from merge_rl.storage.files import (
     INDEX_SUFFIX,

@@ -8,12 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from merge_rl.core.wrapped import Held, hold, is_average
+from merge_rl.core.state_dicts import Held, hold, is_average
 from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.storage.checkpoints import parse_stem
-from merge_rl.storage.convert.contents import Extracted, plain, shapes_of, state_dict
+from merge_rl.storage.convert.contents import (
+    Extracted,
+    Hints,
+    Said,
+    plain,
+    read_said,
+    shapes_of,
+    state_dict,
+)
 from merge_rl.storage.convert.edm2_shapes import is_edm2
-from merge_rl.storage.convert.said import Hints, Said, read_said
 from merge_rl.storage.convert.sit import describe_sit, is_sit
 from merge_rl.storage.pickles import TensorRef
 

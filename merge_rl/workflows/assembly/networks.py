@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from merge_rl import registry
 from merge_rl.config import SamplerConfig
-from merge_rl.core.wrapped import Held, hold, unwrapped
+from merge_rl.core.state_dicts import Held, hold, unwrapped
 from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.interfaces import Autoencoder, Network
 from merge_rl.storage.checkpoints import model_sha256, open_model_file

@@ -1,18 +1,24 @@
-"""The network in training: optimizer, moving average, and the one place where weights change."""
+"""The network in training: where its weights change, and its way to a resume point."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from merge_rl.config import UpdateConfig
+from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.core.sampling.compatibility import prediction_of
 from merge_rl.errors import ConfigError
 from merge_rl.models import plain_state_dict
+from merge_rl.storage.files import below
+from merge_rl.workflows.rewards import Pool, RewardSum
 
 Wrap = Callable[[nn.Module], nn.Module]
 """Puts a network into what trains it, such as one that averages gradients over processes."""
@@ -155,3 +161,73 @@ def trainable(network: nn.Module) -> nn.Module:
         apart = name in fixed or name.partition(".")[0] in spare
         parameter.requires_grad_(not apart)
     return network
+
+
+@dataclass(frozen=True, eq=False)
+class LoopState:
+    """Where a run is, beside its weights: replaced as a whole, never altered."""
+
+    step: int = 0  # finished steps, skipped ones among them
+    images: int = 0  # generated for training: rollouts and pools
+    pool: Pool | None = None
+    pool_step: int = -1  # the step that the pool was brought up to date at
+    failures: int = 0  # skipped steps in a row, up to now
+    skipped: int = 0  # skipped steps of the whole run
+
+    def advanced(self, images: int) -> LoopState:
+        """After a step that was made, of so many images."""
+        return dataclasses.replace(
+            self, step=self.step + 1, failures=0, images=self.images + images
+        )
+
+    def passed_over(self) -> LoopState:
+        """After a step that was skipped."""
+        return dataclasses.replace(
+            self, step=self.step + 1, failures=self.failures + 1, skipped=self.skipped + 1
+        )
+
+    def before_failures(self) -> LoopState:
+        """As if the skipped steps of the present row had not been tried."""
+        row = self.failures
+        return dataclasses.replace(
+            self, step=self.step - row, failures=0, skipped=self.skipped - row
+        )
+
+
+def pack_state(
+    state: LoopState, learner: Learner, reward: RewardSum
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and plain values of a resume point: with the settings all that a run depends on.
+
+    No generator is among them: every draw follows from the seed, the step and the image.
+    """
+    tensors = {f"learner.{k}": v for k, v in learner.state_dict().items()}
+    values: dict[str, Any] = {
+        item.name: getattr(state, item.name)
+        for item in dataclasses.fields(state) if item.name != "pool"
+    }  # fmt: skip
+    if state.pool is not None:
+        pool = state.pool
+        tensors |= {"pool.features": pool.features, "pool.labels": pool.labels}
+        tensors |= {"pool.mean": pool.stats.mean, "pool.cov": pool.stats.cov}
+        tensors |= {f"reward.{k}": v for k, v in reward.state_dict(pool).items()}
+    return tensors, {**values, "updates": learner.updates}
+
+
+def unpack_state(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Any], learner: Learner, reward: RewardSum
+) -> LoopState:
+    """The state of a resume point; the learner's weights and optimizer are set to it.
+
+    KeyError, TypeError or RuntimeError for a resume point of something else.
+    """
+    pool = None
+    if "pool.features" in tensors:
+        features = tensors["pool.features"]
+        # The moments as they were: recomputed, they end in other last bits.
+        stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
+        pool = Pool(features, tensors["pool.labels"], stats)
+        reward.load_state_dict(pool, below(tensors, "reward."))
+    learner.load_state_dict(below(tensors, "learner."), values["updates"])
+    known = {item.name for item in dataclasses.fields(LoopState)} - {"pool"}
+    return LoopState(pool=pool, **{name: values[name] for name in known})

@@ -15,9 +15,8 @@ from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.errors import NonFiniteWeightsError
 from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.workflows.finetune.job import FinetuneJob
-from merge_rl.workflows.finetune.learner import Learner
+from merge_rl.workflows.finetune.learner import Learner, LoopState
 from merge_rl.workflows.finetune.rollout import Window
-from merge_rl.workflows.finetune.state import LoopState
 from merge_rl.workflows.finetune.updates import KeptRollouts, PolicyGradient, RejectionSampling
 from merge_rl.workflows.rewards import InfluenceFrechet, Pool, RewardSum
 from merge_rl.workflows.rollout import Rollout, matmul_precision

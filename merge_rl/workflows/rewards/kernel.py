@@ -16,10 +16,10 @@ from merge_rl.core.distances.kernels import (
     KernelPool,
     KernelReference,
     RBFKernel,
+    Witness,
     cubic_kernel,
     median_bandwidth,
 )
-from merge_rl.core.distances.witness import Witness
 from merge_rl.workflows.rewards.frechet import RewardSource, Subset, own_rewards
 from merge_rl.workflows.rewards.pool import Pool
 

@@ -1,5 +1,6 @@
 """Weights to images to features: placement, execution, the same work on several processes."""
 
+from merge_rl.workflows.rollout.derivatives import Room
 from merge_rl.workflows.rollout.device import (
     choose_place,
     cpu_workers,
@@ -29,7 +30,6 @@ from merge_rl.workflows.rollout.execution import (
     prepare_network,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
-from merge_rl.workflows.rollout.room import Room
 
 __all__ = [
     "DifferentiableRollout",

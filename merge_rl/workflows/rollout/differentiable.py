@@ -24,10 +24,12 @@ from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.solvers import Velocity
 from merge_rl.errors import ConfigError, OutOfMemoryError
 from merge_rl.workflows.rollout.derivatives import (
+    Room,
     StepWatch,
     problems_of,
     pull_back,
     require_derivative,
+    room_for,
 )
 from merge_rl.workflows.rollout.execution import (
     exact_products,
@@ -36,7 +38,6 @@ from merge_rl.workflows.rollout.execution import (
     prepare_network,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
-from merge_rl.workflows.rollout.room import Room, room_for
 
 Cotangents = Callable[[Tensor], Tensor]
 """Features (N, D) of sound images -> the gradient of what is wanted by them, (N, D)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from merge_rl.config.optimize import RewardConfig
-from merge_rl.config.reward_terms import RewardTerm, parse_reward
+from merge_rl.config.reward import RewardTerm, parse_reward
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.registry import REWARDS
 from merge_rl.workflows.assembly.reward import known_terms

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_rl.core.distances.kernels import KernelReference, cubic_kernel
+from merge_rl.core.distances.kernels import KernelReference, Witness, cubic_kernel
 from merge_rl.core.distances.statistics import feature_stats
-from merge_rl.core.distances.witness import Witness
 from merge_rl.errors import ConfigError
 from merge_rl.registry import REWARDS, resolve
 from merge_rl.workflows.reference.formats import Reference

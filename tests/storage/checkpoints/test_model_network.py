@@ -15,8 +15,7 @@ from torch import Tensor
 import merge_rl as mrl
 from merge_rl.errors import IncompatibleCheckpointError, MergeRLError
 from merge_rl.registry import build_model
-from merge_rl.storage.checkpoints.model_file import save_checkpoint
-from merge_rl.storage.checkpoints.network import require_network
+from merge_rl.storage.checkpoints.model_file import require_network, save_checkpoint
 from merge_rl.storage.convert.run import convert
 from merge_rl.storage.files.shards import WeightStream
 from tests.conftest import TINY_MODEL

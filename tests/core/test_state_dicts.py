@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from merge_rl.core.wrapped import hold, is_average, unwrapped
+from merge_rl.core.state_dicts import hold, is_average, unwrapped
 
 
 class Net(nn.Module):
