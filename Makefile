@@ -2,6 +2,7 @@
 # make test   install, then all tests
 # make test-portable  the tests that compare bits or tolerances, again with the instructions of other processors
 # make lint   install, then format, lint and types
+# make docs   the documentation into build/docs; nothing is fetched but, on first use, what builds it
 # make bench  the benchmarks; each prints a table and writes JSON to build/bench
 
 PYTHON ?= python3
@@ -10,10 +11,10 @@ READY := .venv/.ready
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable lint format bench clean
+.PHONY: help demo test test-portable lint format docs bench clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "merge_rl needs Python >= 3.10")'
@@ -43,6 +44,13 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+BUILT := build/docs
+
+docs: $(READY)
+	$(BIN)/python -c 'import furo, myst_parser, sphinx_copybutton' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs $(BUILT)
 
 BENCHES := moments merge_speed convert reward_speed sampling_speed reference_speed extractors \
 	precision_fid prdc_memory digits_search sample_efficiency ablation finetune scale simulate_cluster plan_accuracy survive_kills structure

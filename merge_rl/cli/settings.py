@@ -1,6 +1,6 @@
 """`mergerl settings`: every setting with its default and meaning, of the commands that have some.
 
-The page docs/settings.md is its output with --markdown.
+The documentation has a page with its output with --markdown.
 """
 
 from __future__ import annotations

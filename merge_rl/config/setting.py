@@ -1,6 +1,6 @@
 """What a setting says of itself, written once, where the field is: meaning, option, default.
 
-The command line, `mergerl settings` and docs/settings.md are made of it.
+The command line, `mergerl settings` and the documentation's page are made of it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,48 @@
+"""How Sphinx builds the site: `make docs`. Nothing is fetched, and a warning is an error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import generated
+
+from merge_rl.version import __version__
+
+project = "merge_rl"
+author = "The merge_rl authors"
+copyright = author
+release = version = __version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 3
+exclude_patterns = ["conf.py"]
+highlight_language = "console"
+smartquotes = False  # two dashes are an option's
+default_role = "code"  # docstrings say `name`
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+
+html_theme = "furo"
+html_title = f"merge_rl {version}"
+html_static_path = ["_static"]
+html_show_sourcelink = False
+
+generated.write(HERE / "reference")
+
+
+def setup(app: object) -> None:
+    """Docstrings are plain text with `names` and indented formulas: made reStructuredText."""
+    app.connect("autodoc-process-docstring", generated.as_restructured, priority=100)  # type: ignore[attr-defined]

@@ -1,0 +1,105 @@
+"""The pages of the reference that follow from the code: commands, settings, Python."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.text import Text
+
+import merge_rl
+from merge_rl.cli.main import app
+from merge_rl.cli.options import COMMANDS
+from merge_rl.cli.settings import page
+
+
+def write(folder: Path) -> None:
+    """commands.md, settings.md and python.rst, touched only where their content changes."""
+    offers = [COMMANDS[name] for name in sorted(COMMANDS)]
+    pages = {
+        "commands.md": "\n".join(commands()),
+        "settings.md": page(offers),
+        "python.rst": "\n".join(python()),
+    }
+    for name, text in pages.items():
+        path = folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def commands() -> Iterator[str]:
+    """Every command with its usage, arguments and options, as `--help` has them."""
+    yield "# Commands\n"
+    yield "What `mergerl COMMAND --help` says. [Settings](settings.md) has what `--set` reaches.\n"
+    group: Any = typer.main.get_command(app)
+    for name, command in sorted(group.commands.items()):
+        if command.hidden:
+            continue
+        context = group.context_class(command, info_name=f"mergerl {name}")
+        usage = " ".join(command.collect_usage_pieces(context))
+        yield f"## mergerl {name}\n\n    mergerl {name} {usage}\n\n{plain(command.help)}\n"
+        yield "| argument or option | meaning |\n| --- | --- |"
+        for parameter in command.get_params(context):
+            record = parameter.get_help_record(context)
+            if record:
+                yield f"| `{cell(record[0])}` | {cell(plain(record[1])).replace('<', '&lt;')} |"
+        yield ""
+
+
+def plain(text: str | None) -> str:
+    """Help without the markup of terminals."""
+    return Text.from_markup(inspect.cleandoc(text or "")).plain
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a table: one line, with no bars of its own."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def python() -> Iterator[str]:
+    """Every public name, functions before classes."""
+    yield "Python\n======\n\n.. currentmodule:: merge_rl\n"
+    yield "Everything here is imported from ``merge_rl``, on first use.\n"
+    names = [name for name in merge_rl.__all__ if not name.startswith("_")]
+    found = {name: getattr(merge_rl, name) for name in names}
+    for title, kind in (("Functions", "function"), ("Classes", "class")):
+        yield f"{title}\n{'-' * len(title)}\n"
+        for name, value in found.items():
+            if inspect.isclass(value) == (kind == "class"):
+                members = "\n   :members:" if kind == "class" else ""
+                yield f".. auto{kind}:: {name}{members}\n"
+
+
+def as_restructured(
+    _app: Any, _what: str, _name: str, _value: Any, _options: Any, lines: list[str]
+) -> None:
+    """Indented formulas after a blank line become literal blocks; stray markup is escaped."""
+    lines[:] = escaped(list(literal_blocks(lines)))
+
+
+def literal_blocks(lines: list[str]) -> Iterator[str]:
+    """A `::` before every indented block that follows a blank line and ordinary text."""
+    before = ""  # the last line of text
+    blank = False
+    for line in lines:
+        starts = blank and line.startswith("    ") and before and not before.startswith(" ")
+        if starts and not before.endswith("::"):
+            yield "::"
+            yield ""
+        yield line
+        blank = not line.strip()
+        before = before if blank else line
+
+
+def escaped(lines: list[str]) -> list[str]:
+    """Stars, bars and trailing underscores outside of `names` and of blocks mean themselves."""
+    parts = (re.split(r"(`[^`]*`)", line) for line in lines)
+    return ["".join(_escaped(part) for part in line) for line in parts]
+
+
+def _escaped(part: str) -> str:
+    return part if part.startswith("`") else re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", part)

@@ -1,0 +1,57 @@
+"""README, citation and site: links lead somewhere, and what they say of the code is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import merge_rl
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+# Written anew at every build.
+GENERATED = {DOCS / "reference" / name for name in ("commands.md", "settings.md", "python.rst")}
+PAGES = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted({*DOCS.glob("**/*.md")} - GENERATED),
+]  # fmt: skip
+SOURCES = "\n".join(path.read_text() for path in Path(merge_rl.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        path = (page.parent / target).resolve()
+        assert path.is_file() or path in GENERATED, target
+
+
+def test_the_readme_is_short_and_shows_a_command_first() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 180
+    assert any(line.startswith("    mergerl ") for line in lines[:40])
+
+
+def test_help_quotes_what_the_code_says() -> None:
+    table = (DOCS / "help/errors.md").read_text(encoding="utf-8")
+    quoted = [
+        re.findall(r"`([^`]+)`", row.split("|")[1]) for row in table.splitlines() if "|" in row
+    ]
+    said = [text for texts in quoted for text in texts]
+    assert len(said) > 10
+    code = re.sub(r'"\s*\n\s*f?"', "", SOURCES)  # sentences that go over several lines
+    assert [text for text in said if text not in code] == []
+
+
+def test_recipes_that_pages_name_are_there() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"--config ([a-z0-9-]+)\b(?!\.)", text))
+    assert {"digits", "digits-sit"} <= named
+    assert named <= {path.stem for path in (ROOT / "merge_rl/data/recipes").glob("*.yaml")}
+
+
+def test_citation_names_the_software_and_the_paper() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (cited["cff-version"], cited["title"]) == ("1.2.0", "merge_rl")
+    assert cited["references"][0]["url"] == "https://arxiv.org/abs/2607.02291"
