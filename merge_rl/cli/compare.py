@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from merge_rl.cli.optimize import NO_SDE, Checkpoints
-from merge_rl.cli.options import build_for_set, with_settings
+from merge_rl.cli.options import build_for_set, integer, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -20,7 +20,7 @@ from merge_rl.cli.output import (
     say,
     stoppable,
 )
-from merge_rl.config import SCORES, SEARCH, OptimizeConfig
+from merge_rl.config import SCORES, SEARCH, OptimizeConfig, numbers_in, whole_number
 from merge_rl.errors import ConfigError
 
 # What searchers differ in is said with each of them; the others are of one search.
@@ -57,6 +57,7 @@ def compare(
     curve_images: Annotated[
         int | None,
         typer.Option(
+            parser=integer,
             help="N of the six scores along each search, 0 for none.",
             show_default="N, 2000 at most",
             rich_help_panel=SCORES,
@@ -144,7 +145,7 @@ def report(
 
 def parse_seeds(text: str) -> list[int]:
     """Seeds from "0,1,2"; ConfigError for what is no whole number."""
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(f"expected --seeds such as 0,1,2, got {text!r}") from None
+    seeds = numbers_in(text, whole_number)
+    if seeds is None:
+        raise ConfigError(f"expected --seeds such as 0,1,2, got {text!r}")
+    return seeds

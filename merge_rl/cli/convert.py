@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from merge_rl.cli.options import integer
 from merge_rl.cli.output import ByteTracker, JsonFlag, print_json, print_table
 from merge_rl.errors import ConfigError
 
@@ -32,7 +33,8 @@ def convert(
         ),
     ] = "auto",
     workers: Annotated[
-        int | None, typer.Option(help="Files at once; by default one a core, at most 4.")
+        int | None,
+        typer.Option(help="Files at once; by default one a core, at most 4.", parser=integer),
     ] = None,
     delete_source: Annotated[
         bool,
@@ -48,10 +50,14 @@ def convert(
         typer.Option("--license", help="Of the weights; that of published files is known."),
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(help="Attention heads of a SiT of none of the published sizes.")
+        int | None,
+        typer.Option(
+            help="Attention heads of a SiT of none of the published sizes.", parser=integer
+        ),
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="Classes of a SiT, the null class not counted.")
+        int | None,
+        typer.Option(help="Classes of a SiT, the null class not counted.", parser=integer),
     ] = None,
     null_class: Annotated[
         bool | None, typer.Option(help="Whether a SiT's last label row is a null class.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 
 from merge_rl.cli.options import build, with_settings
 from merge_rl.cli.output import JsonFlag, note_all, print_json, print_table
-from merge_rl.config import SingleMergeConfig
+from merge_rl.config import SingleMergeConfig, byte_count, numbers_in, real_number
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -151,12 +150,8 @@ def _merge_profiles(
 
 def parse_size(text: str) -> int:
     """Bytes of "500MB", "5GB", "2GiB" or a plain number."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = units.get(match.group(2).upper()) if match else None
-    size = int(float(match.group(1)) * unit) if match and unit else 0
-    if size < 1:
+    size = byte_count(text)
+    if size is None or size < 1:
         raise ConfigError(f"expected a size such as 500MB or 5GB, got {text!r}")
     return size
 
@@ -173,10 +168,9 @@ def _coefficients(
     count, text = len(opened), config.coefficients
     if text is None:
         return torch.full((count,), 1 / count, dtype=torch.float64)
-    try:
-        values = [float(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise ConfigError(f"expected numbers in --coefficients, got {text!r}") from None
+    values = numbers_in(text, real_number)
+    if values is None:
+        raise ConfigError(f"expected numbers in --coefficients, got {text!r}")
     if len(values) != count:
         raise ConfigError(
             f"expected {count} coefficients, one for each checkpoint, got {len(values)}"

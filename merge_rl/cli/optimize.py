@@ -10,7 +10,7 @@ import typer
 
 from merge_rl.cli import ranks
 from merge_rl.cli.finetune import resume_run
-from merge_rl.cli.options import build_for_set, with_settings
+from merge_rl.cli.options import build_for_set, decimal, with_settings
 from merge_rl.cli.output import JsonFlag, ProgressTracker, note_unused_gpu, print_json, stoppable
 from merge_rl.cli.plan import show_plan
 from merge_rl.cli.results import print_result, result_document
@@ -70,7 +70,10 @@ Devices = Annotated[
 Memory = Annotated[
     float | None,
     typer.Option(
-        help="GiB that a device has.", show_default="what is free on this one", rich_help_panel=COST
+        help="GiB that a device has.",
+        show_default="what is free on this one",
+        rich_help_panel=COST,
+        parser=decimal,
     ),
 ]
 # A search scores a deterministic ODE.

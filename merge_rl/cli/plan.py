@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from merge_rl.cli.output import BarTracker, print_json, print_table, say
+from merge_rl.config import numbers_in, whole_number
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ def show_plan(
 
 
 def _counts(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
+    counts = numbers_in(text, whole_number)
+    if counts is None or min(counts) < 1:
         raise ConfigError(f"expected --devices as numbers >= 1, such as 1,8,64, got {text!r}")
-    return [int(part) for part in parts]
+    return counts
 
 
 class _Steps(BarTracker):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from merge_rl.cli.options import build, with_settings
+from merge_rl.cli.options import build, integer, positive, with_settings
 from merge_rl.cli.output import JsonFlag, ProgressTracker, note_all, print_json, say
 from merge_rl.config import GenerationConfig, SampleConfig, SamplerConfig, to_mapping
 from merge_rl.errors import ConfigError
@@ -36,14 +36,16 @@ def sample(
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
     label: Annotated[
         int | None,
-        typer.Option("--class", help="One class for all.", show_default="each in turn"),
+        typer.Option(
+            "--class", help="One class for all.", show_default="each in turn", parser=integer
+        ),
     ] = None,
     columns: Annotated[
-        int | None, typer.Option(min=1, help="Of the grid.", show_default="square")
+        int | None, typer.Option(help="Of the grid.", show_default="square", parser=positive)
     ] = None,
     zoom: Annotated[
         int | None,
-        typer.Option(min=1, help="Enlarge pixels.", show_default="that of small images"),
+        typer.Option(help="Enlarge pixels.", show_default="that of small images", parser=positive),
     ] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:

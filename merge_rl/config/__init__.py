@@ -27,7 +27,13 @@ from merge_rl.config.mapping import (
     to_mapping,
     without_nan,
 )
-from merge_rl.config.numbers import EXAMPLES, real_number, whole_number
+from merge_rl.config.numbers import (
+    EXAMPLES,
+    byte_count,
+    numbers_in,
+    real_number,
+    whole_number,
+)
 from merge_rl.config.optimize import (
     AUTO_BATCH,
     PRESETS,
@@ -95,12 +101,14 @@ __all__ = [
     "Setting",
     "SingleMergeConfig",
     "UpdateConfig",
+    "byte_count",
     "differing_keys",
     "dump_config",
     "flattened",
     "from_mapping",
     "load_config",
     "load_mapping",
+    "numbers_in",
     "overlaid",
     "override",
     "preset",

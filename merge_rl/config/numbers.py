@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from decimal import Decimal
-from typing import Final
+from typing import Final, TypeVar
+
+T = TypeVar("T", int, float)
 
 UNITS: Final = {
-    "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30,
+    "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
 }  # fmt: skip
 EXAMPLES: Final = "50000, 5e4, 50k or 192Mi"
 
@@ -36,6 +41,22 @@ def real_number(value: object) -> float | None:
         return value
     plain = isinstance(value, str) and value.strip().lstrip("+-").lower() in ("inf", "nan")
     return float(str(value)) if plain else None
+
+
+def numbers_in(text: str, parse: Callable[[object], T | None]) -> list[T] | None:
+    """The numbers of a list such as "0.2,-0.1 5e-2", between commas or spaces; each as `parse`d.
+
+    None where one of them is no number, or where there is none at all.
+    """
+    found = [parse(part) for part in text.replace(",", " ").split()]
+    known = [number for number in found if number is not None]
+    return known if known and len(known) == len(found) else None
+
+
+def byte_count(text: str) -> int | None:
+    """Bytes: a number as above, with or without a B: "500MB", "5gb", "2GiB", "1e9"; else None."""
+    found = real_number(re.sub("B$", "", text.strip().upper()))
+    return int(found) if found is not None and math.isfinite(found) else None
 
 
 def _exact(value: object) -> Decimal | None:

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+from merge_rl.config.numbers import whole_number
 from merge_rl.config.sampler import require
 from merge_rl.config.setting import REWARD, setting
 from merge_rl.errors import ConfigError
@@ -123,7 +124,7 @@ class RewardConfig:
         require(self.max_gap > 0, "max_gap", "> 0", self.max_gap)
         if self.refresh != "rolling":
             require(
-                self.refresh.isdecimal() and int(self.refresh) >= 1,
+                (whole_number(self.refresh) or 0) >= 1,
                 "refresh", '"rolling" or a number of rounds >= 1', self.refresh,
             )  # fmt: skip
         if self.refresh_size is not None:
@@ -165,4 +166,4 @@ class RewardConfig:
         """Rows that are renewed after a round, counted from 0."""
         if self.refresh == "rolling":
             return self.rolling_size
-        return self.pool_size if (round_index + 1) % int(self.refresh) == 0 else 0
+        return self.pool_size if (round_index + 1) % (whole_number(self.refresh) or 1) == 0 else 0

@@ -32,6 +32,7 @@ def test_tables_files_and_the_same_again(tiny: Path, mergerl: Mergerl) -> None:
     assert out.count("│ uniform ") == 3  # a searcher, and the average that it stands for
     assert "ratio: to the best merge without a search" in out
     assert "ours seed 1: search (100 images)" in err
+    assert err.count("the pool has 40 images for 64 features") == 1  # of four searches
     folder = Path("cmp")
     assert {path.name for path in folder.iterdir()} == {
         "settings.json", "scores.json", "compare.json", "compare.md", "compare.png",
@@ -108,6 +109,7 @@ def test_bad_input_is_one_sentence(
 
 
 def test_seeds_are_whole_numbers() -> None:
-    assert parse_seeds("3, 1,2") == [3, 1, 2]
-    with pytest.raises(ConfigError, match="got '1.5'"):
-        parse_seeds("1.5")
+    assert parse_seeds("3, 1,2 1e3") == [3, 1, 2, 1000]
+    for text in ("1.5", "", ",", "1,x"):
+        with pytest.raises(ConfigError, match=f"such as 0,1,2, got {text!r}"):
+            parse_seeds(text)

@@ -35,6 +35,7 @@ def test_a_run_and_what_can_be_done_with_it(
     assert f"mergerl optimize {run.relative_to(tmp_path)}" in ended.out.replace("\n", "")
     assert "SDE, 3 steps" in ended.out
     assert "step 2" in ended.err
+    assert ended.err.count("the pool has 20 images for 64 features") == 1
     merged = mergerl("merge", run, tmp_path / "merged", "--uniform")
     assert merged.code == 0, merged.err
     inspected = mergerl("inspect", run, "--json")

@@ -106,13 +106,23 @@ def test_profiles_need_three_decimals(tiny: Path, mergerl: Command) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("500MB", 500_000_000), ("5gb", 5 * 10**9), ("2GiB", 2**31), ("1.5 kB", 1500), ("7", 7)],
+    [
+        ("500MB", 500_000_000),
+        ("5gb", 5 * 10**9),
+        ("2GiB", 2**31),
+        ("1.5 kB", 1500),
+        ("7", 7),
+        ("1e9", 10**9),
+        ("100k", 100_000),
+        ("2 Mi", 2**21),
+        ("3TB", 3 * 10**12),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0", "GB", "1e9"])
+@pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0", "GB", "inf", "5BB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="expected a size such as 500MB or 5GB"):
         parse_size(text)

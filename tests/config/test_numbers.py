@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from merge_rl.cli.options.signature import decimal, integer
-from merge_rl.config import OptimizeConfig, from_mapping, real_number, whole_number
+from merge_rl.cli.main import app
+from merge_rl.cli.options.layers import window
+from merge_rl.cli.options.signature import decimal, integer, positive
+from merge_rl.config import (
+    OptimizeConfig,
+    from_mapping,
+    numbers_in,
+    real_number,
+    whole_number,
+)
+from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import MANIFEST_NAME, read_manifest
 from merge_rl.storage.hub import parse_count
 
@@ -52,6 +63,51 @@ def test_real_numbers(written: object, number: float) -> None:
 @pytest.mark.parametrize("written", ["", "x7", "5e", True, None, ".", "e5", "k", "1..2"])
 def test_what_is_no_number(written: object) -> None:
     assert real_number(written) is None
+
+
+def _numeric_options() -> dict[str, object]:
+    """(command, parameter) of every option or argument that is a number -> what reads it."""
+    found = {}
+    for command in app.registered_commands:
+        assert command.callback is not None
+        signature = inspect.signature(command.callback, eval_str=True)
+        for name, parameter in signature.parameters.items():
+            kind, *about = get_args(parameter.annotation) or [parameter.annotation]
+            if {int, float} & {kind, *get_args(kind)}:
+                found[f"{command.callback.__name__} {name}"] = about[0].parser
+    return found
+
+
+def test_every_option_reads_numbers_by_the_one_parser() -> None:
+    parsers = _numeric_options()
+    by_hand = ("plan memory", "sample columns", "convert workers", "compare curve_images")
+    assert {parsers[where] for where in by_hand} == {decimal, integer, positive}
+    assert [where for where, read in parsers.items() if read is None] == []
+
+
+def test_lists_of_numbers() -> None:
+    assert numbers_in("0.2,-0.1 5e-2", real_number) == [0.2, -0.1, 0.05]
+    assert numbers_in("1,1k, 2Ki", whole_number) == [1, 1000, 2048]
+    for text in ("", " , ", "1,x", "1.5"):
+        assert numbers_in(text, whole_number) is None
+
+
+def test_options_by_hand_take_numbers_as_settings_do(
+    tiny: Path, tmp_path: Path, mergerl: Callable[..., Any]
+) -> None:
+    weights = "5e-1,.25,0.1k,-1e2,0,0,0,0"
+    merged = mergerl("merge", tiny, tmp_path / "m", "--coefficients", weights, "--json")
+    assert [rows[0] for rows in json.loads(merged.out)["coefficients"].values()] == [
+        0.5, 0.25, 100, -100, 0, 0, 0, 0,
+    ]  # fmt: skip
+    refused = mergerl("sample", tiny, "--columns", "0")
+    assert "'0' is not a whole number of 1 or more" in refused.err
+    plan = mergerl("plan", tiny, "--devices", "1e3,0")
+    assert "expected --devices as numbers >= 1, such as 1,8,64, got '1e3,0'" in plan.err
+    assert window("1e1+2e0") == {"rollout.window_size": 2, "rollout.window_start": 10}
+    for text in ("", "1.5", "x+2", "+2", "2+"):
+        with pytest.raises(ConfigError, match="expected --window N or S"):
+            window(text)
 
 
 @pytest.mark.parametrize("text", ["50k", "5e4", "50000", "50_000"])

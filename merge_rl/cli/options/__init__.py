@@ -2,7 +2,14 @@
 
 from merge_rl.cli.options.former import FORMER, Former, split_tracks
 from merge_rl.cli.options.layers import SHORTHANDS, build, build_for_set, layered, split_named
-from merge_rl.cli.options.signature import COMMANDS, Offer, with_settings
+from merge_rl.cli.options.signature import (
+    COMMANDS,
+    Offer,
+    decimal,
+    integer,
+    positive,
+    with_settings,
+)
 
 __all__ = [
     "COMMANDS",
@@ -12,7 +19,10 @@ __all__ = [
     "Offer",
     "build",
     "build_for_set",
+    "decimal",
+    "integer",
     "layered",
+    "positive",
     "split_named",
     "split_tracks",
     "with_settings",

@@ -24,6 +24,7 @@ from merge_rl.config import (
     preset,
     set_dotted,
     split_pair,
+    whole_number,
 )
 from merge_rl.errors import ConfigError
 
@@ -112,9 +113,6 @@ def build_for_set(said: Mapping[str, Any], checkpoints: Path) -> OptimizeConfig:
     return build(OptimizeConfig, said, near=opened.defaults.sampler, checkpoints=str(checkpoints))
 
 
-WINDOW: Final = re.compile(r"(?:(\d+)\+)?(\d+)")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Shorthand:
     """An option of the commands that offer the setting `key`."""
@@ -135,11 +133,12 @@ def fast(on: bool) -> Mapping[str, Any]:
 
 def window(text: str) -> Mapping[str, Any]:
     """What --window [S+]N sets."""
-    found = WINDOW.fullmatch(text)
-    if found is None:
+    first, plus, last = text.rpartition("+")
+    start, size = whole_number(first), whole_number(last)
+    if size is None or (plus and start is None):
         raise ConfigError(f"expected --window N or S+N, got {text!r}")
-    start = {} if found[1] is None else {"rollout.window_start": int(found[1])}
-    return {"rollout.window_size": int(found[2]), **start}
+    found = {} if start is None else {"rollout.window_start": start}
+    return {"rollout.window_size": size, **found}
 
 
 SHORTHANDS: Final = (

@@ -176,6 +176,14 @@ def decimal(text: object) -> float:
     return number
 
 
+def positive(text: object) -> int:
+    """The number of an option, 1 at least."""
+    number = integer(text)
+    if number < 1:
+        raise typer.BadParameter(f"{text!r} is not a whole number of 1 or more.")
+    return number
+
+
 NUMBERS: Final[dict[Any, Callable[[object], Any]]] = {int: integer, float: decimal}
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from merge_rl.config import real_number
 from merge_rl.errors import ConfigError
 
 Floats: TypeAlias = Sequence[float] | npt.NDArray[np.generic] | Tensor
@@ -140,15 +141,22 @@ def parse_std_list(text: str) -> list[float]:
         for i, part in enumerate(parts):
             if part == "...":
                 first, second = values[-2], values[-1]
-                values += _range_after(first, second, last=float(parts[i + 1]))
+                values += _range_after(first, second, last=_width(parts[i + 1]))
             else:
-                values.append(float(part))
+                values.append(_width(part))
     except (ValueError, IndexError):
         shape = '"0.05,0.10" or "0.010,0.015,...,0.250"'
         raise ConfigError(f"expected a list of widths such as {shape}, got {text!r}") from None
     exponent_from_std(values)  # refuses widths that no profile has
     # 12 digits: 0.010 + 8 * 0.005 must be the 0.05 of a file name, not 0.049999999999999996.
     return sorted({round(value, 12) for value in values})
+
+
+def _width(text: str) -> float:
+    number = real_number(text)
+    if number is None:
+        raise ValueError(text)
+    return number
 
 
 def nimg_from_kimg(kimg: int) -> int:

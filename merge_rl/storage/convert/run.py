@@ -82,11 +82,12 @@ def convert(
     if workers is not None and workers < 1:
         raise ConfigError(f"expected at least one worker, got {workers}")
     tracker = tracker or NullTracker()
+    files, repeated = list_files(sources)
     plan = make_plan(
-        list_files(sources), Path(folder), weights, name=name, licence=licence,
+        files, Path(folder), weights, name=name, licence=licence,
         hints=Hints(num_heads=num_heads, num_classes=num_classes, null_class=null_class),
     )  # fmt: skip
-    for kind, texts in (("warning", plan.assumed), ("note", plan.notes)):
+    for kind, texts in (("warning", plan.assumed), ("note", [*repeated, *plan.notes])):
         for text in texts:
             tracker.event({"kind": kind, "text": text})
     tracker.phase("convert", sum(job.found.nbytes for job in plan.jobs))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from merge_rl.errors import CheckpointError, ConfigError
-from merge_rl.storage.checkpoints import metadata_config
+from merge_rl.storage.checkpoints import has_manifest, metadata_config
 from merge_rl.storage.convert import edm2 as edm2_source
 from merge_rl.storage.convert.contents import NO_HINTS, Extracted, Hints, require_size, state_dict
 from merge_rl.storage.convert.states import holds_states, read_states
@@ -41,29 +41,41 @@ _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
 
 
-def list_files(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+def list_files(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> tuple[list[Path], list[str]]:
     """The files that are meant: themselves, or those of a folder by their endings; each once.
 
+    Beside them a sentence for each other name of a file among them, a link to it.
     Of a folder with snapshots (.pkl), training states are left out: they are several times larger
     and of another type, so that both cannot form one set.
     """
     given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    files: dict[Path, Path] = {}
+    names: dict[Path, list[Path]] = {}
     for item in map(Path, given):
         if item.is_dir():
             within = _convertible(item) or weights_in(item)
+            if not within and has_manifest(item):
+                raise CheckpointError(f"{item}: a set of .safetensors already, nothing to convert")
             if not within:
                 raise CheckpointError(f"{item}: holds no .pkl or .pt files to convert")
         elif item.is_file():
             within = [item]
         else:
             raise CheckpointError(f"{item}: no such file or folder")
-        for file in within:  # a link is another name for its file: the file's own counts
-            known = files.get(file.resolve(), file)
-            files[file.resolve()] = file if known.is_symlink() else known
-    if not files:
+        for file in within:
+            names.setdefault(file.resolve(), []).append(file)
+    if not names:
         raise ConfigError("expected at least one file or folder to convert, got none")
-    return list(files.values())
+    # A link is another name for its file: the file's own counts.
+    files = [min(alike, key=Path.is_symlink) for alike in names.values()]
+    repeated = [
+        f"{other} and {kept} are the same file and count once, as {kept.name}"
+        for kept, alike in zip(files, names.values(), strict=True)
+        for other in dict.fromkeys(alike)
+        if other != kept
+    ]
+    return files, repeated
 
 
 def _convertible(folder: Path) -> list[Path]:

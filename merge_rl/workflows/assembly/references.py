@@ -150,7 +150,7 @@ def search_doubts(
     named = {name: (reference, name) for name, reference in references.items()}
     doubts = other_resolutions(named, image_size(rollout.shape, rollout.autoencoder))
     reward, dim = config.reward, rollout.extractor.dim
-    if reward.pooled and "fid" in (reward.name or ""):
+    if reward.pooled and "fid" in reward.text:
         doubts += [f"the pool has {text}" for text in few_images(reward.pool_size, dim)]
     return doubts
 

@@ -9,6 +9,7 @@ DIR/compare.json           the outcome; compare.md and compare.png show it
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
 from merge_rl.storage.runs import SETTINGS, RunDir, require_same
 from merge_rl.version import __version__
-from merge_rl.workflows.assembly import Job, require_targets, resolve_config
+from merge_rl.workflows.assembly import Job, require_targets, resolve_config, search_doubts
 from merge_rl.workflows.compare.scores import (
     FreshScores,
     ScoredTrial,
@@ -184,6 +185,8 @@ class _Match:
         shared = resolve_config(self.base, self.opened)
         job = self.jobs.of(shared)
         _begin(self.folder, shared, job, self.curve_images)
+        for text in self._doubts(contenders, seeds[0], job):
+            self.tracker.event({"kind": "note", "text": text})
         document = {**self._facts(shared, job, seeds), **self._fixed(shared, job)}
         lines = []
         for contender in contenders:
@@ -191,6 +194,13 @@ class _Match:
             lines.append(standing(contender, scored, list(job.references)))
         ratios = add_ratios(lines, document["fixed"], document["headline"])
         return {**document, **ratios, "searchers": lines}
+
+    def _doubts(self, contenders: Sequence[SearcherSpec], seed: int, job: Job) -> list[str]:
+        """What makes the scores of any of the searches doubtful, each once."""
+        settings = (resolve_config(c.config(self.base, seed), self.opened) for c in contenders)
+        rollout = job.final_rollout.rollout
+        found = (search_doubts(each, job.references, rollout) for each in settings)
+        return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
     def _search(self, contender: SearcherSpec, seed: int) -> ScoredTrial:
         settings = resolve_config(contender.config(self.base, seed), self.opened)

@@ -30,7 +30,12 @@ from merge_rl.storage.runs import (
     require_resumable,
 )
 from merge_rl.version import __version__
-from merge_rl.workflows.assembly import find_model, load_network, resolve_finetune
+from merge_rl.workflows.assembly import (
+    find_model,
+    load_network,
+    resolve_finetune,
+    search_doubts,
+)
 from merge_rl.workflows.export import save_model
 from merge_rl.workflows.finetune.job import (
     FinetuneJob,
@@ -211,6 +216,8 @@ def _drive(
     unopened = Boards({}, lambda _text: None)
     loop = FinetuneLoop(parts, run, tracker, unopened, signals)
     loop.restore()
+    for text in search_doubts(job.parts.settings, job.references, job.scored):
+        _announce(tracker)(text)
     loop.boards = Boards.open(
         config.track, run.path, dataclasses.asdict(config), loop.state.step,
         lambda text: tracker.event({"kind": "warning", "text": text}),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from merge_rl.errors import CheckpointError
 from merge_rl.storage.convert.sources import list_files
 
 
@@ -15,7 +16,7 @@ def test_files_of_a_folder_come_in_natural_order(tmp_path: Path, ending: str) ->
     for name in names:
         (tmp_path / name).touch()
     expected = [f"step_{step}{ending}" for step in (500, 750, 2000, 20000)]
-    assert [path.name for path in list_files(tmp_path)] == expected
+    assert [path.name for path in list_files(tmp_path)[0]] == expected
 
 
 @pytest.mark.parametrize("link", ["last.pt", "zlast.pt"])
@@ -23,6 +24,16 @@ def test_a_link_to_a_file_beside_it_is_no_file_of_its_own(tmp_path: Path, link: 
     for step in (500, 2000):
         (tmp_path / f"step_{step}.pt").touch()
     (tmp_path / link).symlink_to("step_2000.pt")
-    found = {path.name for path in list_files(tmp_path)}
-    assert found == {"step_500.pt", "step_2000.pt"}
-    assert list_files(tmp_path / link) == [tmp_path / link]
+    files, repeated = list_files(tmp_path)
+    assert {path.name for path in files} == {"step_500.pt", "step_2000.pt"}
+    kept = tmp_path / "step_2000.pt"
+    assert repeated == [
+        f"{tmp_path / link} and {kept} are the same file and count once, as step_2000.pt"
+    ]
+    assert list_files(tmp_path / link) == ([tmp_path / link], [])
+    assert list_files([kept, tmp_path / link, kept]) == ([kept], repeated)
+
+
+def test_a_set_is_not_converted_again(tiny: Path) -> None:
+    with pytest.raises(CheckpointError, match="already, nothing to convert"):
+        list_files(tiny)
