@@ -19,6 +19,7 @@ from merge_rl.cli.output import (
     print_table,
     say,
     stoppable,
+    tell,
 )
 from merge_rl.config import SCORES, SEARCH, OptimizeConfig, numbers_in, whole_number
 from merge_rl.errors import ConfigError
@@ -80,7 +81,8 @@ def compare(
         print_json({"out": str(folder), **document})
     else:
         print_comparison(document)
-        typer.echo(f"all of it in {folder}: compare.md, compare.json, and a folder a search")
+        tell(f"all of it in {folder}: compare.md, compare.json, and a folder a search")
+        _print_verdict(document)
 
 
 def _run(
@@ -115,7 +117,13 @@ def print_comparison(document: Mapping[str, Any]) -> None:
     for table in (text.fixed_table, text.cost_table):
         print_table("", *table(document))
     for line in text.legend(document):
-        typer.echo(line)
+        tell(line)
+
+
+def _print_verdict(document: Mapping[str, Any]) -> None:
+    from merge_rl.workflows.report import compare_verdict
+
+    tell(compare_verdict(document).line)
 
 
 def report(

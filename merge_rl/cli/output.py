@@ -6,9 +6,11 @@ import contextlib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import typer
 from rich.console import Console, JustifyMethod
@@ -59,9 +61,24 @@ def note_all(sentences: Sequence[str]) -> None:
 
 def say(text: str) -> None:
     """A line of information on stderr, with rich markup, by rank 0."""
-    if not leads():
+    if leads():
+        _print(text, stderr=True)
+
+
+def tell(text: str) -> None:
+    """A line of a result on stdout, without markup."""
+    _print(escape(text), stderr=False)
+
+
+def _print(text: str, *, stderr: bool) -> None:
+    """A line; on a terminal it goes on, set in, where it is full, and no word is cut."""
+    console = Console(stderr=stderr, soft_wrap=True, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.print(text)
         return
-    Console(stderr=True, soft_wrap=True, emoji=False, highlight=False).print(text)
+    first, *further = console.render_str(text).wrap(console, console.width - 2) or [Text()]
+    for line in (first, *(Text("  ").append_text(line) for line in further)):
+        console.print(line)
 
 
 @contextlib.contextmanager
@@ -94,12 +111,36 @@ def print_table(
     Console(emoji=False, highlight=False).print(table)
 
 
+def rate_of(task: Task) -> float | None:
+    """Units a second of a phase, over all of it; None in its first second.
+
+    What was there when it began, as `BarTracker.advance` counted it, was not made in it.
+    """
+    elapsed = task.finished_time if task.finished else task.elapsed
+    made = task.completed - task.fields["known"]
+    return made / elapsed if elapsed is not None and elapsed >= 1 and made > 0 else None
+
+
 class _Rate(ProgressColumn):
     """Units a second of the running task."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.0f}/s" if speed else "-/s", style="cyan")
+        rate = rate_of(task)
+        return Text(f"{rate:.3g}/s" if rate and rate < 10 else f"{rate:,.0f}/s" if rate else "-/s",
+                    style="cyan")  # fmt: skip
+
+
+class _Left(ProgressColumn):
+    """Time until the running task ends."""
+
+    def render(self, task: Task) -> Text:
+        rate = rate_of(task)
+        if rate is None or task.remaining is None:
+            return Text("-:--:--", style="cyan")
+        return Text(str(timedelta(seconds=math.ceil(task.remaining / rate))), style="cyan")
+
+
+KNOWN_SECONDS: Final = 0.05  # what comes so soon after a phase began was there before it
 
 
 Tracking = TypeVar("Tracking", bound="BarTracker")
@@ -112,7 +153,7 @@ class BarTracker:
         console = Console(stderr=True)
         quiet = quiet or not leads()
         self._live = console.is_terminal and not quiet
-        self._quiet, self._task = quiet, TaskID(0)
+        self._quiet, self._task, self._begun = quiet, TaskID(0), 0.0
         self._progress = Progress(*columns, console=console, disable=not self._live)
 
     def __enter__(self: Tracking) -> Tracking:
@@ -125,7 +166,14 @@ class BarTracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is None:
+            self._close()
         self._progress.stop()
+
+    def _close(self) -> None:
+        """The bar of a phase that is over is full, also where less than was allowed was needed."""
+        for task in self._progress.tasks:
+            self._progress.update(task.id, total=task.completed or task.total)
 
     def size_text(self, total: int) -> str:
         """How much a phase takes."""
@@ -136,14 +184,18 @@ class BarTracker:
         if self._progress.tasks:
             # One bar at a time: a column is as wide as its widest cell, seen or not.
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(escape(name), total=total, note="")
+        self._task = self._progress.add_task(escape(name), total=total, note="", known=0)
+        self._begun = time.monotonic()
         if not self._live and not self._quiet:
             say(f"{escape(name)} ({self.size_text(total)})")
 
     def advance(self, count: int) -> None:
         """Move the bar."""
-        if self._live:
-            self._progress.advance(self._task, count)
+        if not self._live:
+            return
+        self._progress.advance(self._task, count)
+        if time.monotonic() - self._begun < KNOWN_SECONDS:
+            self._progress.update(self._task, known=self._progress.tasks[0].completed)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Show a warning, or a note."""
@@ -163,7 +215,7 @@ class ProgressTracker(BarTracker):
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
             _Rate(),
-            TimeRemainingColumn(),
+            _Left(),
             TextColumn("{task.fields[note]}"),
             quiet=quiet,
         )

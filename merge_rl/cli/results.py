@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.markup import escape
 
-from merge_rl.cli.output import ProgressTracker, interval_text, print_table, say
+from merge_rl.cli.output import ProgressTracker, interval_text, print_table, say, tell
 
 if TYPE_CHECKING:
     from merge_rl.workflows.evaluate import Comparison, SamplerComparison, SecondScores
@@ -31,8 +30,9 @@ def result_document(result: OptimizeResult) -> dict[str, Any]:
 
 
 def print_result(result: OptimizeResult) -> None:
-    """Tables of the comparison, and where the merge lies."""
+    """Tables of the comparison, where the merge lies, and the verdict last."""
     from merge_rl.workflows.evaluate import ENTRIES
+    from merge_rl.workflows.report import run_verdict
 
     comparison = result.comparison
     rows = []
@@ -55,17 +55,20 @@ def print_result(result: OptimizeResult) -> None:
     for text in comparison.warnings:
         say(f"[yellow]warning:[/] {escape(text)}")
     merged = result.run_dir / "merged"
-    typer.echo(f"searched with {result.images:,} images; merged model in {merged}")
-    typer.echo(f"look at it: mergerl sample {merged}")
+    tell(f"searched with {result.images:,} images; merged model in {merged}")
+    tell(f"look at it: mergerl sample {merged}")
+    tell(run_verdict(comparison.as_dict()).line)
 
 
 def _print_gain(comparison: Comparison | SamplerComparison, other: str) -> None:
+    from merge_rl.workflows.report import outcome
+
     gain = comparison.gain(other)
     if math.isnan(gain.mean):
-        typer.echo(f"result against {other}: one of them made samples that are not finite")
+        tell(f"result against {other}: one of them made samples that are not finite")
         return
-    verdict = "better" if gain.low > 0 else "worse" if gain.high < 0 else "no clear difference"
-    typer.echo(
+    verdict = outcome(vars(gain))
+    tell(
         f"result against {other}: {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
         f"{comparison.headline} FID gained, {verdict}"
     )
@@ -76,7 +79,7 @@ def _print_second(second: SecondScores) -> None:
     if math.isnan(gain.mean):
         return
     means = " to ".join(f"{entries[entry]['mean']:.4g}" for entry in ("start", "result"))
-    typer.echo(
+    tell(
         f"{second.name.upper()} to the reference, start to result: {means}, "
         f"gained {gain.mean:+.4g} [{gain.low:+.4g}, {gain.high:+.4g}]"
     )
@@ -87,7 +90,7 @@ def _print_search(found: SearchResult) -> None:
     from merge_rl.workflows.report import search_lines
 
     for line in search_lines(found.as_dict()):
-        typer.echo(line)
+        tell(line)
 
 
 def _print_sde(comparison: Comparison) -> None:
@@ -152,33 +155,30 @@ def finetuned_document(result: FinetuneResult) -> dict[str, Any]:
 
 
 def print_finetuned(result: FinetuneResult) -> None:
-    """The table of the final scores, and where everything lies."""
+    """The table of the final scores, where everything lies, and the verdict last."""
     from merge_rl.config import CURVES
     from merge_rl.storage.runs import FinetuneRun
     from merge_rl.workflows.finetune import curve_label
-    from merge_rl.workflows.report import interval
+    from merge_rl.workflows.report import finetune_verdict, interval, outcome
 
     config, comparison = FinetuneRun.open(result.run_dir).config(), result.comparison
-    head = comparison["headline"]
-    rows = []
+    head, rows = comparison["headline"], []
+    labels = {curve: curve_label(config, curve) for curve in CURVES}
     for curve in CURVES:
         section = comparison["curves"][curve]
         cells = [interval(section["entries"][entry][head]) for entry in ("start", "result")]
         gain = section["gain"]
-        low, high = gain["low"], gain["high"]
-        verdict = "not finite" if low is None else "better" if low > 0 else "worse"
-        if low is not None and low <= 0 <= high:
-            verdict = "no clear difference"
-        rows.append([curve_label(config, curve), *cells, interval(gain, "+.3f"), verdict])
+        rows.append([labels[curve], *cells, interval(gain, "+.3f"), outcome(gain)])
     title = (
         f"{head} FID, N = {comparison['num_images']:,}, {comparison['repeats']} repeats on fresh "
         "seeds, mean [95 % interval]"
     )
     print_table(title, ["sampler", "start", "result", "gain", ""], rows)
-    typer.echo(
+    tell(
         f"step {result.step} is the result, {result.images:,} images; model in "
         f"{result.model_path}, page in {result.run_dir / 'report.md'}"
     )
     if result.skipped:
-        typer.echo(f"{result.skipped} steps were skipped: their reward or loss was not finite")
-    typer.echo(f"merge the trajectory: mergerl optimize {result.run_dir}")
+        tell(f"{result.skipped} steps were skipped: their reward or loss was not finite")
+    tell(f"merge the trajectory: mergerl optimize {result.run_dir}")
+    tell(finetune_verdict(comparison, labels).line)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -28,12 +28,15 @@ def register(app: typer.Typer) -> None:
 
 @with_settings(SampleConfig)
 def sample(
-    model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL", help="Model folder, or one .safetensors of a set."),
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", help="Model folders, or single .safetensors of a set."),
     ],
     settings: Mapping[str, Any],
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
+    out: Annotated[
+        Path, typer.Option(help="Picture to write; its ending says of which kind.")
+    ] = Path("samples.png"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
     label: Annotated[
         int | None,
         typer.Option(
@@ -49,32 +52,73 @@ def sample(
     ] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Generate a grid of images. The same seed is the same image, whatever the batch."""
-    from merge_rl.storage.files import enlarge, image_grid, write_png
+    """Generate a grid of images. The same seed is the same image, whatever the batch.
+
+    Of several models, grids side by side on equal seeds, each with its name.
+    """
+    from merge_rl.storage.files import enlarge, image_grid, side_by_side, write_picture
+
+    require_free(out, force=force)
+    found = [generated(meant(model), settings, label, quiet=json) for model in models]
+    if len({classes for _, _, classes in found}) > 1:
+        counts = ", ".join(f"{m} {c}" for m, (_, _, c) in zip(models, found, strict=True))
+        raise ConfigError(f"expected models of equally many classes, got {counts}")
+    grids = []
+    for images, _, classes in found:
+        tens = 10 if classes == 10 and len(images) % 10 == 0 else None
+        grid = image_grid(images, columns or tens)
+        grids.append(enlarge(grid, zoom or max(1, 480 // grid.shape[-1])))
+    named = list(zip(names_of(models), grids, strict=True))
+    write_picture(out, side_by_side(named) if len(named) > 1 else grids[0])
+    first, count = build(SampleConfig, settings).seed, len(found[0][1])
+    if json:
+        document = {"out": str(out), "images": count, "first_seed": first}
+        shown = {"labels": found[0][1].tolist(), "models": [str(model) for model in models]}
+        print_json({**document, **shown})
+    else:
+        of = f" of each of {len(models)} models" if len(models) > 1 else ""
+        typer.echo(f"wrote {count} images{of}, seeds {first}-{first + count - 1}, to {out}")
+
+
+def require_free(out: Path, *, force: bool) -> None:
+    """Raise ConfigError for a name that is no picture's, or that is taken."""
+    from merge_rl.storage.files import picture_format
+
+    picture_format(out)
+    if out.exists() and not force:
+        raise ConfigError(f"{out} exists already; expected another --out, or --force")
+
+
+def generated(
+    model: Path, settings: Mapping[str, Any], label: int | None, *, quiet: bool
+) -> tuple[Tensor, Tensor, int]:
+    """Images (N, C, H, W) uint8 of a model, their labels (N,), and how many classes it has."""
     from merge_rl.workflows.assembly import load_network, network_rollout
     from merge_rl.workflows.rollout import Rollout
 
-    model = meant(model)
     config, sampler = generation_settings(SampleConfig, settings, model)
     network = load_network(model)
     classes = int(getattr(network, "label_dim", 0))
-    num, labels = config.num_images, labels_of(config.num_images, classes, label)
+    labels = labels_of(config.num_images, classes, label)
     decoder = find_autoencoder(model, network, config)
-    with ProgressTracker(quiet=json) as tracker:
+    with ProgressTracker(quiet=quiet) as tracker:
         rollout = network_rollout(
             network, sampler, config.batch, config.device, Rollout,
             autoencoder=decoder, on_images=tracker.advance,
         )  # fmt: skip
-        tracker.phase("sample", num)
-        seeds = range(config.seed, config.seed + num)
-        images = rollout.images(rollout.noise(seeds), labels)
-    grid = image_grid(images, columns or (10 if classes == 10 and num % 10 == 0 else None))
-    write_png(out, enlarge(grid, zoom or max(1, 480 // grid.shape[-1])))
-    if json:
-        listed = {"first_seed": config.seed, "labels": labels.tolist()}
-        print_json({"out": str(out), "images": num, **listed})
-    else:
-        typer.echo(f"wrote {num} images, seeds {seeds[0]}-{seeds[-1]}, to {out}")
+        tracker.phase("sample", config.num_images)
+        seeds = range(config.seed, config.seed + config.num_images)
+        return rollout.images(rollout.noise(seeds), labels), labels, classes
+
+
+def names_of(models: Sequence[Path]) -> list[str]:
+    """As little of the end of each path as tells them apart."""
+    plain = [Path(str(model).removesuffix(".safetensors")) for model in models]
+    for parts in range(1, max(len(path.parts) for path in plain) + 1):
+        short = [str(Path(*path.parts[-parts:])) for path in plain]
+        if len(set(short)) == len(set(plain)):
+            break
+    return short
 
 
 def labels_of(count: int, classes: int, label: int | None) -> Tensor:

@@ -30,7 +30,7 @@ def find_settings(path: Path) -> Path:
 
     A bare name without an ending can only be a recipe: UnknownNameError lists them for any other.
     """
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.is_file() or path.suffix or len(path.parts) != 1:
         return path
     if path.name not in recipe_names():
         raise UnknownNameError("file or recipe of settings", path.name, recipe_names())

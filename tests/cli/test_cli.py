@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import merge_rl as mrl
 from merge_rl.version import __version__
@@ -319,10 +321,12 @@ def test_samples_are_a_picture(tiny: Path, mergerl: Mergerl, tmp_path: Path) -> 
     # Other pictures of the same seeds: the batch plays no part, the column count moves images.
     for batch in (1, 7, 20):
         mergerl(
-            "sample", model, "--num-images", 20, "--out", "b.png", "--zoom", 3, "--batch", batch
-        )
+            "sample", model, "--num-images", 20, "--out", "b.png", "--zoom", 3, "--batch", batch,
+            "--force",
+        )  # fmt: skip
         assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
-    mergerl("sample", model, "--num-images", 20, "--out", "b.png", "--columns", 4, "--zoom", 1)
+    mergerl("sample", model, "--num-images", 20, "--out", "b.png", "--columns", 4, "--zoom", 1,
+            "--force")  # fmt: skip
     assert png_size((tmp_path / "b.png").read_bytes())[:2] == (37, 46)
 
 
@@ -331,7 +335,8 @@ def test_seeds_and_classes_choose_the_images(tiny: Path, mergerl: Mergerl, tmp_p
 
     def sample(*arguments: object) -> tuple[list[int], bytes]:
         code, out, err = mergerl(
-            "sample", model, "--out", "a.png", "--columns", 1, "--zoom", 1, "--json", *arguments
+            "sample", model, "--out", "a.png", "--columns", 1, "--zoom", 1, "--json", "--force",
+            *arguments,
         )  # fmt: skip
         assert (code, err) == (0, "")
         document = json.loads(out)
@@ -348,6 +353,51 @@ def test_seeds_and_classes_choose_the_images(tiny: Path, mergerl: Mergerl, tmp_p
     assert sample("--num-images", 1, "--seed", 7, "--class", 3)[1] != last
     assert sample("--num-images", 1, "--seed", 7, "--class", 2, "--num-steps", 3)[1] != last
     assert sample("--num-images", 1, "--seed", 7, "--class", 2, "--solver", "euler")[1] != last
+
+
+def test_several_models_are_shown_on_equal_seeds(
+    tiny: Path, mergerl: Mergerl, tmp_path: Path
+) -> None:
+    raw = tiny / "raw"
+    old, new = raw / "tiny-0000100.safetensors", raw / "tiny-0000400.safetensors"
+    rest = ("--num-images", 20, "--zoom", 3)
+    code, out, err = mergerl("sample", old, new, old, "--out", "all.png", *rest)
+    assert (code, out) == (0, "wrote 20 images of each of 3 models, seeds 0-19, to all.png\n"), err
+    mergerl("sample", new, "--out", "new.png", *rest)
+    pictures = []
+    for name in ("all", "new"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            pictures.append(np.asarray(image.convert("RGB")))
+    shown, alone = pictures
+    height, width = alone.shape[:2]
+    assert shown.shape[1] == 3 * width + 4 * 14
+    grids = [shown[-height - 14 : -14, i * (width + 14) + 14 :][:, :width] for i in range(3)]
+    assert (grids[1] == alone).all()
+    assert (grids[0] == grids[2]).all()
+    assert (grids[0] != grids[1]).any()
+    captions = [shown[: -height - 14, i * (width + 14) + 14 :][:, :width] for i in range(3)]
+    assert all((caption < 128).any() for caption in captions)
+    assert (captions[0] != captions[1]).any()
+
+
+def test_the_name_says_the_kind_of_picture_and_must_be_free(
+    tiny: Path, mergerl: Mergerl, tmp_path: Path
+) -> None:
+    command = ("sample", tiny / "raw/tiny-0000400.safetensors", "--num-images", 2, "--out")
+    for name, kind in (("a.jpg", "JPEG"), ("a.WEBP", "WEBP"), ("a.png", "PNG")):
+        assert mergerl(*command, name).code == 0
+        with Image.open(tmp_path / name) as image:
+            assert image.format == kind
+    code, _, err = mergerl(*command, "a.svg")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "a.svg: expected the name of a picture, ending in .png, .jpg, .webp, " in err
+    (tmp_path / "a.png").write_bytes(b"mine")
+    code, _, err = mergerl(*command, "a.png")
+    assert code == 1
+    assert "a.png exists already; expected another --out, or --force" in err
+    assert (tmp_path / "a.png").read_bytes() == b"mine"
+    assert mergerl(*command, "a.png", "--force").code == 0
+    assert (tmp_path / "a.png").read_bytes() != b"mine"
 
 
 def test_a_guided_run_is_sampled_and_scored_with_its_guide(

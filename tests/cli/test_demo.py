@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ def test_the_sit_run_is_searched_and_scored_under_both_samplers(
     assert code == 0, err
     assert "the same under the SDE: sde-euler, 3 steps" in out
     assert out.count("result against start: ") == 2
+    assert re.match(r"(better|worse|no clear difference): held-out FID ", out.splitlines()[-1])
     _, out, _ = mergerl("inspect", "run", "--json")
     comparison = json.loads(out)["comparison"]
     sde = comparison["sde"]

@@ -278,7 +278,10 @@ def test_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert load_config(kind, Path(name)).seed == 0, name
     with pytest.raises(UnknownNameError, match="'digit'; did you mean 'digits'"):
         load_config(OptimizeConfig, Path("digit"))
-    # A file of that name is meant, where there is one.
+    # A file of that name is meant, where there is one; a folder has no settings in it.
+    (tmp_path / "digits").mkdir()
+    assert load_config(OptimizeConfig, Path("digits")).track == "raw"
+    (tmp_path / "digits").rmdir()
     (tmp_path / "digits").write_text("checkpoints: mine\n", encoding="utf-8")
     assert str(load_config(OptimizeConfig, Path("digits")).checkpoints) == "mine"
 

@@ -25,10 +25,15 @@ from merge_rl.storage.files.image_source import (
     open_images,
 )
 from merge_rl.storage.files.images import (
+    Pixels,
     decode_image,
     enlarge,
     image_grid,
     is_image_name,
+    picture_address,
+    picture_format,
+    side_by_side,
+    write_picture,
     write_png,
 )
 from merge_rl.storage.files.labels import parse_labels
@@ -80,6 +85,7 @@ __all__ = [
     "ImageKind",
     "ImageSource",
     "ImageStream",
+    "Pixels",
     "Progress",
     "State",
     "StoredWeights",
@@ -108,6 +114,8 @@ __all__ = [
     "open_weights",
     "parse_index",
     "parse_labels",
+    "picture_address",
+    "picture_format",
     "read_array",
     "read_file",
     "read_header",
@@ -120,6 +128,7 @@ __all__ = [
     "require_new",
     "save_tensors",
     "sha256_file",
+    "side_by_side",
     "spellings",
     "tensor_bytes",
     "tensor_file",
@@ -128,6 +137,7 @@ __all__ = [
     "without_numbers",
     "write_header",
     "write_json",
+    "write_picture",
     "write_png",
     "write_state",
     "write_text",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import math
 import os
-from collections.abc import Mapping
-from typing import IO, TYPE_CHECKING, Final
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -138,6 +140,28 @@ def enlarge(image: Tensor, factor: int) -> Tensor:
 
 def write_png(path: str | os.PathLike[str], image: Tensor) -> None:
     """Write (1 or 3, H, W) uint8 as an 8-bit grey or RGB PNG, atomically."""
+    _write(path, image, "PNG")
+
+
+def write_picture(path: str | os.PathLike[str], image: Tensor) -> None:
+    """Write (1 or 3, H, W) uint8 as what the name ends in, see `picture_format`, atomically."""
+    _write(path, image, picture_format(path))
+
+
+WRITTEN: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """The kind of file that a name asks for; ConfigError, with those there are, for others."""
+    suffix = Path(path).suffix.lower()
+    for name in WRITTEN:
+        if suffix in FORMATS[name]:
+            return name
+    known = ", ".join(FORMATS[name][0] for name in WRITTEN)
+    raise ConfigError(f"{path}: expected the name of a picture, ending in {known}")
+
+
+def _write(path: str | os.PathLike[str], image: Tensor, kind: str) -> None:
     from PIL import Image
 
     if image.ndim != 3 or image.shape[0] not in (1, 3) or image.dtype != torch.uint8:
@@ -145,5 +169,73 @@ def write_png(path: str | os.PathLike[str], image: Tensor) -> None:
             f"expected an image (1 or 3, H, W) uint8, got {tuple(image.shape)} {image.dtype}"
         )
     pixels = image.permute(1, 2, 0).contiguous().numpy()
-    with atomic_path(path) as temporary:
-        Image.fromarray(pixels[:, :, 0] if len(image) == 1 else pixels).save(temporary, "PNG")
+    picture = Image.fromarray(pixels[:, :, 0] if len(image) == 1 else pixels)
+    with atomic_path(path) as temporary:  # each kind takes what it knows of the rest
+        picture.save(temporary, kind, quality=92, lossless=True)
+
+
+LOSSLESS: Final = 64 * 64  # pixels, up to which an image in a page is kept bit by bit
+
+
+def picture_address(pixels: Pixels, most: int) -> str:
+    """An image as a data: address, no side longer than `most`; a photograph as a JPEG."""
+    from PIL import Image
+
+    height, width, channels = pixels.shape
+    small = height * width <= LOSSLESS or channels == 1
+    page = Image.fromarray(pixels[:, :, 0] if channels == 1 else np.ascontiguousarray(pixels))
+    page.thumbnail((most, most))
+    file = io.BytesIO()
+    kind = "png" if small else "jpeg"
+    page.save(file, kind.upper(), quality=88)  # which a PNG has no use for
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+Panel = tuple[str, Tensor]
+"""A caption, and the picture (1 or 3, H, W) uint8 beneath it."""
+_MARGIN: Final = 14  # pixels around a panel
+_INK, _PAPER = (22, 25, 29), (255, 255, 255)
+
+
+def side_by_side(panels: Sequence[Panel]) -> Tensor:
+    """Pictures in a row with their captions above them, (3, H, W) uint8 on white.
+
+    A caption has lines, the first of them in larger letters, and is cut where its picture ends.
+    """
+    from PIL import Image, ImageDraw
+
+    size = max(13, min(28, max(picture.shape[1] for _, picture in panels) // 22))
+    fonts = [_font(size), _font(round(0.85 * size))]
+    lines = max(len(caption.splitlines()) for caption, _ in panels)
+    top = _MARGIN + round(1.45 * size * lines) + _MARGIN // 2
+    width = sum(picture.shape[2] for _, picture in panels) + _MARGIN * (len(panels) + 1)
+    height = top + max(picture.shape[1] for _, picture in panels) + _MARGIN
+    page = Image.new("RGB", (width, height), _PAPER)
+    draw, left = ImageDraw.Draw(page), _MARGIN
+    for caption, picture in panels:
+        pixels = picture.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+        page.paste(Image.fromarray(pixels), (left, top))
+        for row, text in enumerate(caption.splitlines()):
+            font = fonts[min(row, 1)]
+            shown = _cut(text, picture.shape[2], font)
+            draw.text((left, _MARGIN + round(1.45 * size * row)), shown, fill=_INK, font=font)
+        left += picture.shape[2] + _MARGIN
+    return torch.from_numpy(np.array(page)).permute(2, 0, 1)
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.load_default(size)
+    except (ImportError, OSError, TypeError):  # a Pillow that has letters of one size alone
+        return ImageFont.load_default()
+
+
+def _cut(text: str, width: int, font: Any) -> str:
+    """As much of a line as a width has room for."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."

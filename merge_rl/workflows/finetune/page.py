@@ -17,6 +17,7 @@ from merge_rl.workflows.export import TASK, hub_licence, hub_repositories
 from merge_rl.workflows.report import (
     can_draw,
     drawing,
+    finetune_verdict,
     interval,
     markdown_table,
     number,
@@ -44,6 +45,8 @@ def write_report(
     picture = draw_curves(run.path / "curves.png", config, points, head)
     lines = [
         f"# Fine-tuning of {Path(config.model).name}",
+        "",
+        f"**{finetune_verdict(comparison, {c: curve_label(config, c) for c in CURVES})}**",
         "",
         f"{'Policy gradient' if config.algorithm == 'pg' else 'Rejection sampling'} with the "
         f"reward `{config.reward.text}`, credit by {config.credit}, seed {config.seed}; the result "

@@ -5,14 +5,26 @@ from merge_rl.workflows.report.compare_page import write_comparison
 from merge_rl.workflows.report.figures import can_draw, drawing, steps_axis
 from merge_rl.workflows.report.run_page import search_lines, write_report
 from merge_rl.workflows.report.text import interval, markdown_table, number
+from merge_rl.workflows.report.verdicts import (
+    Verdict,
+    compare_verdict,
+    finetune_verdict,
+    outcome,
+    run_verdict,
+)
 
 __all__ = [
+    "Verdict",
     "can_draw",
     "compare_page",
+    "compare_verdict",
     "drawing",
+    "finetune_verdict",
     "interval",
     "markdown_table",
     "number",
+    "outcome",
+    "run_verdict",
     "search_lines",
     "steps_axis",
     "write_comparison",

@@ -9,7 +9,8 @@ from typing import Any
 from merge_rl.errors import ConfigError
 from merge_rl.storage.files import write_text
 from merge_rl.workflows.report.plots import draw_comparison
-from merge_rl.workflows.report.text import NAMES, Row, interval, markdown_table, number
+from merge_rl.workflows.report.text import NAMES, Row, interval, markdown_table
+from merge_rl.workflows.report.verdicts import compare_verdict, ranged
 
 
 def quality_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
@@ -18,7 +19,7 @@ def quality_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     rows = [
         [
             line["searcher"],
-            *(_ranged(line["fid"][name]) for name in names),
+            *(ranged(line["fid"][name]) for name in names),
             _shown(line["ratio"], ".3f"),
             _shown(line["optimism"], "+.3f"),
         ]
@@ -91,7 +92,11 @@ def legend(document: Mapping[str, Any]) -> list[str]:
 def markdown(document: Mapping[str, Any], picture: str | None = None) -> str:
     """All of it as one document; `picture` is the plot's file name."""
     count = len(document["checkpoints"])
-    parts = ["# Comparison of searchers", f"{count} checkpoints, {title(document)}."]
+    parts = [
+        "# Comparison of searchers",
+        f"**{compare_verdict(document)}**",
+        f"{count} checkpoints, {title(document)}.",
+    ]
     tables = (quality_table, fixed_table, cost_table)
     parts += [markdown_table(*table(document)) for table in tables]
     parts.append("\n".join(f"- {line}" for line in legend(document)))
@@ -102,12 +107,6 @@ def markdown(document: Mapping[str, Any], picture: str | None = None) -> str:
 
 def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def _ranged(value: Mapping[str, Any]) -> str:
-    if len(value["values"]) == 1:
-        return number(value["median"])
-    return interval(value, middle="median")
 
 
 def write_comparison(document: Mapping[str, Any], folder: Path) -> str | None:

@@ -21,6 +21,7 @@ from merge_rl.workflows.report.text import (
     markdown_table,
     number,
 )
+from merge_rl.workflows.report.verdicts import run_verdict
 from merge_rl.workflows.rewards import first_order_line, first_order_warnings
 
 Events = Sequence[Mapping[str, Any]]
@@ -35,6 +36,8 @@ def run_markdown(
         done = f"{len(events)} rounds, {events[-1]['images']:,} images" if events else "no round"
         parts.append(f"Not finished: {done} so far.")
     else:
+        if "comparison" in result:
+            parts.append(f"**{run_verdict(result['comparison'])}**")
         warnings = [*result.get("warnings", []), *first_order_warnings(events)]
         parts += [f"**Warning**: {text}." for text in warnings]
         lines = [*search_lines(result), *first_order_line(events), *costs(events)]

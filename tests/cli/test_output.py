@@ -1,0 +1,116 @@
+"""Lines, bars and rates on a terminal of a given width."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from rich.progress import Task
+
+from merge_rl.cli import output
+from merge_rl.cli.output import ProgressTracker, print_table, rate_of, say, tell
+
+Terminal = Callable[[int], io.StringIO]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A function: what is printed from now on goes to a terminal of so many columns."""
+
+    def begin(columns: int) -> io.StringIO:
+        file = io.StringIO()
+
+        def console(**options: object) -> Console:
+            options.pop("stderr", None)
+            return Console(file=file, force_terminal=True, width=columns, color_system=None,
+                           legacy_windows=False, **options)  # type: ignore[arg-type]  # fmt: skip
+
+        monkeypatch.setattr(output, "Console", console)
+        return file
+
+    return begin
+
+
+LONG = "spent 19,000 images: 3,000 to find the start, 14,000 in 7 rounds, 2,000 on the final choice"
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_lines_are_folded_between_words(terminal: Terminal, columns: int) -> None:
+    shown = terminal(columns)
+    tell(LONG)
+    say(f"[yellow]note:[/] {LONG}")
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= columns
+    assert " ".join(line.strip() for line in lines) == f"{LONG} note: {LONG}"
+    assert [line.startswith("  ") for line in lines].count(False) == 2
+
+
+def test_elsewhere_a_line_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    tell(LONG + " [95 %] " + LONG)
+    assert capsys.readouterr().out == f"{LONG} [95 %] {LONG}\n"
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_table_keeps_its_numbers_whole(terminal: Terminal, columns: int) -> None:
+    shown = terminal(columns)
+    row = ["best single (digits-0001572-0.050)", "11.111 [11.069, 11.153]", "1.064 [1.021, 1.107]"]
+    print_table("FID, N = 1,000, 10 repeats on fresh seeds, mean", ["model", "a", "b"], [row])
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= columns
+    for number in ("11.111", "[11.069,", "11.153]", "1.064", "[1.021,", "1.107]"):
+        assert sum(number in line for line in lines) == 1
+
+
+def task(completed: int, elapsed: float, known: int = 0) -> Task:
+    return SimpleNamespace(  # type: ignore[return-value]
+        completed=completed, elapsed=elapsed, finished=False, finished_time=None,
+        fields={"known": known},
+    )  # fmt: skip
+
+
+def test_a_rate_counts_what_was_made_in_the_phase() -> None:
+    assert rate_of(task(1200, 4.0, known=400)) == 200.0
+    assert rate_of(task(1200, 0.001)) is None  # no rate of 1,200,000 a second
+    assert rate_of(task(400, 4.0, known=400)) is None
+
+
+def test_what_was_known_is_no_work(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal(80)
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    tracker = ProgressTracker()
+    tracker.phase("search", 2000)
+    tracker.advance(900)  # of a run that goes on
+    now[0] += 2.0
+    tracker.advance(100)
+    (shown,) = tracker._progress.tasks
+    assert (shown.completed, shown.fields["known"]) == (1000, 900)
+
+
+def last_bar(shown: io.StringIO) -> str:
+    """The bar as it was left, without what moves the cursor."""
+    text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "\n", shown.getvalue())
+    return [line for line in text.splitlines() if "search" in line][-1]
+
+
+def test_a_finished_bar_is_full(terminal: Terminal) -> None:
+    shown = terminal(100)
+    with ProgressTracker() as tracker:
+        tracker.phase("search", 2000)
+        tracker.advance(1900)  # a round more would not have fitted
+    assert "1900/1900" in last_bar(shown)
+
+
+def test_an_interrupted_bar_stays_where_it_was(terminal: Terminal) -> None:
+    shown = terminal(100)
+    tracker = ProgressTracker()
+    tracker.__enter__()
+    tracker.phase("search", 2000)
+    tracker.advance(500)
+    tracker.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert "500/2000" in last_bar(shown)

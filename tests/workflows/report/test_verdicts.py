@@ -1,0 +1,139 @@
+"""One sentence for what a run came to: of numbers given by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from merge_rl.workflows.report import compare_verdict, finetune_verdict, outcome, run_verdict
+
+
+def summary(mean: float | None) -> dict[str, Any]:
+    ends = (None, None) if mean is None else (mean - 0.05, mean + 0.05)
+    return {"mean": mean, "low": ends[0], "high": ends[1], "values": [mean, mean]}
+
+
+def gain(low: float | None, high: float | None) -> dict[str, Any]:
+    mean = None if low is None or high is None else (low + high) / 2
+    return {"mean": mean, "low": low, "high": high}
+
+
+def comparison(start: tuple[float, float], single: tuple[float, float]) -> dict[str, Any]:
+    entries = {"start": 1.0, "uniform": 2.0, "best single": 1.0, "result": 0.9}
+    return {
+        "headline": "heldout",
+        "best_single": "snap-7",
+        "entries": {name: {"heldout": summary(mean)} for name, mean in entries.items()},
+        "gain_over": {
+            "start": gain(*start), "uniform": gain(1.0, 1.2), "best single": gain(*single),
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ((0.01, 0.2), "better"), ((-0.2, -0.01), "worse"), ((-0.1, 0.2), "no clear difference"),
+        ((0.0, 0.2), "no clear difference"), ((None, None), "not finite"),
+        ((float("nan"), float("nan")), "not finite"),
+    ],
+)  # fmt: skip
+def test_an_interval_that_holds_0_tells_nothing(
+    ends: tuple[float | None, float | None], expected: str
+) -> None:
+    assert outcome(gain(*ends)) == expected
+
+
+def test_a_result_that_is_better_than_all() -> None:
+    found = run_verdict(comparison((0.08, 0.12), (0.08, 0.12)))
+    assert found.tone == "good"
+    assert found.claim == (
+        "Better than its start, the uniform average and the best single checkpoint (snap-7)."
+    )
+    assert found.numbers == "Held-out FID went from 1.000 to 0.900: +0.100 [+0.080, +0.120] gained."
+    assert found.line == "better: held-out FID 1.000 to 0.900, +0.100 [+0.080, +0.120]"
+
+
+def test_what_is_not_clear_is_not_called_a_gain() -> None:
+    found = run_verdict(comparison((-0.02, 0.22), (-0.3, -0.1)))
+    assert found.tone == "even"
+    assert found.claim == (
+        "Better than the uniform average; no clear difference from its start; worse than the best "
+        "single checkpoint (snap-7)."
+    )
+    assert found.line.startswith("no clear difference: held-out FID 1.000 to 0.900, +0.100 [-0.020")
+    assert len(found.line) <= 80
+
+
+def test_no_score_is_no_verdict() -> None:
+    document = comparison((0.0, 0.0), (0.0, 0.0))
+    document["gain_over"]["start"] = gain(None, None)
+    found = run_verdict(document)
+    assert (found.tone, found.line) == ("bad", "not finite: no held-out FID to judge by")
+
+
+LABELS = {"ode-train": "ODE, 4 steps", "ode-eval": "ODE, 8 steps", "sde-eval": "SDE, 9 steps"}
+
+
+def tuned(**gains: tuple[float | None, float | None]) -> dict[str, Any]:
+    entries = {"start": {"reference": summary(2.0)}, "result": {"reference": summary(1.5)}}
+    return {
+        "headline": "reference",
+        "curves": {
+            name.replace("_", "-"): {"entries": entries, "gain": gain(*ends)}
+            for name, ends in gains.items()
+        },
+    }
+
+
+def test_fine_tuning_says_under_which_sampler() -> None:
+    document = tuned(ode_train=(0.4, 0.6), ode_eval=(0.4, 0.6), sde_eval=(-0.3, -0.1))
+    found = finetune_verdict(document, LABELS)
+    assert found.tone == "even"
+    assert found.claim == "Better under ODE, 4 steps and ODE, 8 steps; worse under SDE, 9 steps."
+    assert found.line == (
+        "better under 2, worse under 1 samplers (ODE, 8 steps: +0.500 [+0.400, +0.600])"
+    )
+    everywhere = tuned(ode_train=(0.4, 0.6), ode_eval=(0.4, 0.6), sde_eval=(0.1, 0.3))
+    assert finetune_verdict(everywhere, LABELS).tone == "good"
+    nowhere = tuned(ode_train=(None, None), ode_eval=(None, None), sde_eval=(None, None))
+    assert finetune_verdict(nowhere, LABELS).tone == "bad"
+
+
+def searched(name: str, *values: float) -> dict[str, Any]:
+    ends = sorted(values)
+    found = {"median": ends[len(ends) // 2], "low": ends[0], "high": ends[-1], "values": values}
+    return {"searcher": name, "fid": {"heldout": found}, "ratio": 1.0}
+
+
+def compared(*lines: dict[str, Any], free: float = 1.0) -> dict[str, Any]:
+    seeds = range(len(lines[0]["fid"]["heldout"]["values"]))
+    best = {"entry": "best single", "fid": free}
+    return {
+        "headline": "heldout", "seeds": list(seeds), "searchers": list(lines), "best_free": best,
+    }  # fmt: skip
+
+
+def test_searchers_whose_ranges_touch_are_not_told_apart() -> None:
+    apart = compared(searched("b", 0.8, 0.9, 0.7), searched("a", 0.5, 0.6, 0.55))
+    found = compare_verdict(apart)
+    assert found.tone == "good"
+    assert found.claim == "a found the best merges; ahead of b (0.800) with every seed."
+    assert found.numbers == (
+        "Held-out FID 0.550 [0.500, 0.600], median of 3 seeds. The best merge without a search, "
+        "best single, has 1.000."
+    )
+    assert found.line == "best: a, held-out FID 0.550 [0.500, 0.600], median of 3 seeds"
+    touching = compared(searched("b", 0.8, 0.9, 0.6), searched("a", 0.5, 0.6, 0.55))
+    assert compare_verdict(touching).tone == "even"
+    assert "no clear difference from b (0.800)." in compare_verdict(touching).claim
+    alone = compared(searched("b", 0.8), searched("a", 0.5))
+    assert "no clear difference from b (0.800), which one seed" in compare_verdict(alone).claim
+
+
+def test_a_search_that_loses_to_a_free_merge_is_no_success() -> None:
+    found = compare_verdict(compared(searched("a", 0.5, 0.6, 0.55), free=0.4))
+    assert found.tone == "bad"
+    assert found.claim == "No search beat the merges without one."
+    assert found.line == "none beat best single: 0.550 [0.500, 0.600], median of 3 seeds"
