@@ -88,6 +88,8 @@ class Comparison(_Table):
     sde: SamplerComparison | None = None
     # Of start and result alone, where the reference holds what it needs.
     second: SecondScores | None = None
+    # Of the reference and the held-out data, real images both: what no model can go below by much.
+    floor: float | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -123,6 +125,8 @@ class Comparison(_Table):
             document["sde"] = self.sde.as_dict()
         if self.second is not None:
             document["second"] = self.second.as_dict()
+        if self.floor is not None:
+            document["floor"] = self.floor
         return {key: without_nan(value) for key, value in document.items()}
 
 
@@ -162,7 +166,8 @@ def compare(
     table = _repeats(settings, entries, scores, with_second=("start", "result"))
     sde = _compare_sde(config, job, entries, scores, tracker)
     opinion = _second_opinion(settings, scores)
-    return Comparison(settings.num_images, job.checkpoints.names[best], table, sde, opinion)
+    floor = scores.scorer.floor({name: ref.stats for name, ref in job.references.items()})
+    return Comparison(settings.num_images, job.checkpoints.names[best], table, sde, opinion, floor)
 
 
 def _best_single(config: OptimizeConfig, job: Job, scores: ScoreStore, tracker: Tracker) -> int:

@@ -123,6 +123,11 @@ class Scorer:
         stats = feature_stats(features)
         return {name: ref.distance(stats) for name, ref in self.references.items()}
 
+    def floor(self, references: Mapping[str, FeatureStats]) -> float | None:
+        """Distance between the reference and the held-out data; None without these."""
+        heldout = references.get("heldout")
+        return None if heldout is None else self.references["reference"].distance(heldout)
+
 
 NAME: Final = "kid"
 MAX_ROWS: Final = 5000  # of either set: all pairs of rows are compared

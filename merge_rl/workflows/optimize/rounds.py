@@ -15,6 +15,7 @@ from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
+from merge_rl.workflows.optimize.shown import HeldOutCurve
 from merge_rl.workflows.optimize.state import BestSoFar, SearchState
 from merge_rl.workflows.rewards import KEY as FIRST_ORDER
 from merge_rl.workflows.rewards import FirstOrderWatch, Pool, RewardScores, pool_gap, term_means
@@ -54,7 +55,7 @@ class SearchLoop:
         self.round_index = self.cursor = self.failed_rounds = 0
         self.images = spent
         self.gap_mean = 0.0
-        self.first_order = FirstOrderWatch()
+        self.first_order, self.held_out = FirstOrderWatch(), HeldOutCurve(job)
         if start is not None:
             searcher.recenter(start)
         self.result_theta = searcher.mean  # the last policy mean whose samples were finite
@@ -143,6 +144,7 @@ class SearchLoop:
             "failed": int(rewards.isnan().sum()),
             "pool_before": before,
             **refresh,
+            **self.held_out.of(self.pool),
             "images": self.images,
             "seconds": time.monotonic() - began,
             "rollout_seconds": self.job.rollout.seconds - sampled,

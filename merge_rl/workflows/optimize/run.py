@@ -45,6 +45,7 @@ from merge_rl.workflows.export import (
     without_places,
 )
 from merge_rl.workflows.optimize.search import SearchResult, make_searcher, run_search
+from merge_rl.workflows.optimize.shown import write_samples
 from merge_rl.workflows.rollout import DistributedRollout, on_device, require_same_everywhere
 
 
@@ -205,6 +206,7 @@ def _drive(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> O
     store = ScoreStore(job, run, config.seed)
     found = run_search(config, job, run, tracker, store)
     comparison = compare(config, job, found.start, found.coefficients, store, tracker)
+    write_samples(run, job, found.ends, comparison, tracker)
     write_merged(run.merged_path, job, config, found.coefficients, comparison)
     result = {
         "version": __version__,
@@ -284,9 +286,8 @@ def write_merged(
     # The official order of names, so that files compare line by line with their sources.
     ordered = {name: weights[name] for name in checkpoints.tensors}
     how = (
-        f"Found by merge_rl {__version__} with the searcher `{config.search.name}` and the "
-        f"reward `{config.reward.text}`, {config.budget} generated images at most, seed "
-        f"{config.seed}."
+        f"Found by merge_rl {__version__} with the searcher `{config.search.name}` and the reward "
+        f"`{config.reward.text}`, {config.budget} generated images at most, seed {config.seed}."
     )
     facts = set_facts(checkpoints, job.group_names, coefficients, "float32", how, licence)
     sources = {name: reference.source for name, reference in job.references.items()}

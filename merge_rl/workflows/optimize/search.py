@@ -49,6 +49,11 @@ class SearchResult:
     fresh_score: float | None  # of the chosen one: as many images as its last score, other seeds
 
     @property
+    def ends(self) -> dict[str, Tensor]:
+        """Where it began and what it came to, (G, K) each."""
+        return {"start": self.start, "result": self.coefficients}
+
+    @property
     def optimism(self) -> float | None:
         """Search score minus fresh score; below 0, the choice was flattered by its seeds."""
         if self.choice.score is None or self.fresh_score is None:

@@ -25,8 +25,8 @@ def draw_run(
     """Write the plot; ConfigError, naming the extra, without the library."""
     comparison = (result or {}).get("comparison")
     with drawing(path, 2, 2, (12.0, 8.4)) as axes:
-        _progress(axes[0], events)
-        _gap(axes[1], events)
+        progress(axes[0], events, {})
+        gap(axes[1], events)
         _coefficients(axes[2], events, result)
         if comparison is None:
             axes[3].set_axis_off()
@@ -34,28 +34,47 @@ def draw_run(
             _final(axes[3], comparison)
 
 
-def _progress(axis: Axes, events: Events) -> None:
+def progress(axis: Axes, events: Events, levels: Mapping[str, float]) -> None:
+    """FID along the search, with held-out FID where it is known, and `levels` to compare with."""
     pooled = [event for event in events if event["pool_after"] is not None]
-    images = [event["images"] for event in events]
-    if pooled:
-        values = [event["pool_after"] for event in pooled]
-        axis.plot([event["images"] for event in pooled], values, color="C0")
-        axis.set_title("the pool, which holds images of the policy mean")
-        values_axis(axis, values, "reference FID of the pool")
-    else:
-        sound = [[-r for r in event["rewards"] if r is not None] for event in events]
-        kept = [(at, values) for at, values in zip(images, sound, strict=True) if values]
-        means = [sum(values) / len(values) for _, values in kept]
-        axis.plot([at for at, _ in kept], means, color="C0", label="mean of the candidates")
-        axis.plot([at for at, _ in kept], [min(v) for _, v in kept], ".", color="C1", label="best")
-        axis.set_title("candidates of a round")
-        values_axis(axis, means, "distance to the reference (- reward)")
-        if kept:
-            axis.legend(fontsize=8)
+    if not pooled:
+        _candidates(axis, events)
+        return
+    images, values = [event["images"] for event in pooled], [e["pool_after"] for e in pooled]
+    axis.plot(images, values, "-o", color="C0", markersize=3, label="reference")
+    held_out = [(e["images"], e["heldout"]) for e in pooled if e.get("heldout") is not None]
+    if held_out:
+        axis.plot(*zip(*held_out, strict=True), "--s", color="C1", markersize=3, label="held-out")
+    for index, (name, level) in enumerate(levels.items()):
+        look = {"color": f"C{2 + index % 5}", "linestyle": STYLES[index % len(STYLES)]}
+        axis.axhline(level, linewidth=1.2, label=f"{name}: {level:.3f}", **look)
+    axis.set_title("the pool, which holds images of the policy mean")
+    values_axis(axis, [*values, *(v for _, v in held_out), *levels.values()], "FID of the pool")
+    if held_out or levels:
+        legend_below(axis)
     counts_axis(axis)
 
 
-def _gap(axis: Axes, events: Events) -> None:
+STYLES: Final = (":", "-.", (0, (5, 1)), (0, (1, 1)))
+
+
+def _candidates(axis: Axes, events: Events) -> None:
+    """Of rewards without a pool: mean and best of each round."""
+    images = [event["images"] for event in events]
+    sound = [[-r for r in event["rewards"] if r is not None] for event in events]
+    kept = [(at, values) for at, values in zip(images, sound, strict=True) if values]
+    means = [sum(values) / len(values) for _, values in kept]
+    axis.plot([at for at, _ in kept], means, color="C0", label="mean of the candidates")
+    axis.plot([at for at, _ in kept], [min(v) for _, v in kept], ".", color="C1", label="best")
+    axis.set_title("candidates of a round")
+    values_axis(axis, means, "distance to the reference (- reward)")
+    if kept:
+        axis.legend(fontsize=8)
+    counts_axis(axis)
+
+
+def gap(axis: Axes, events: Events) -> None:
+    """How far fresh images would move the pool's FID, along the search."""
     known = [event for event in events if event.get("gap") is not None]
     axis.set_title("gap: how far fresh images would move the pool's FID")
     if not known:

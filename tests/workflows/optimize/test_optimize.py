@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import merge_rl as mrl
@@ -33,6 +35,7 @@ from merge_rl.rng import image_seeds
 from merge_rl.storage.checkpoints.model_file import open_model_file
 from merge_rl.storage.files.safetensors_file import read_file
 from merge_rl.workflows.assembly.extractors import build_extractor
+from merge_rl.workflows.assembly.job import build_job
 from merge_rl.workflows.export.recipe import Recipe
 from merge_rl.workflows.optimize.run import OptimizeResult, optimize, resume
 from merge_rl.workflows.reference.file import load_reference
@@ -44,6 +47,7 @@ Outcome = Callable[[Path], dict[str, object]]
 FILES = {
     "config.yaml", "inputs.json", "events.jsonl", "state.safetensors", "scores.json", "result.json",
     "merged/model.safetensors", "merged/config.json", "merged/merge.yaml", "merged/README.md",
+    "before-after.png", "samples/start.png", "samples/result.png", "samples/samples.json",
 }  # fmt: skip
 ENTRIES = ["start", "uniform", "best single", "result"]
 
@@ -87,6 +91,46 @@ def test_every_promised_file_is_written_and_nothing_else(finished: Finished) -> 
     found = {str(f.relative_to(finished.run)) for f in finished.run.rglob("*") if f.is_file()}
     assert found == FILES
     assert [path.name for path in finished.run.parent.iterdir()] == ["a"]
+
+
+def grid_of(path: Path) -> Any:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_both_ends_are_shown_on_equal_seeds(finished: Finished, tmp_path: Path) -> None:
+    record = json.loads((finished.run / "samples/samples.json").read_text())
+    seed = finished.config.seed
+    assert record == {
+        "height": 8, "width": 8, "columns": 10, "first_seed": seed, "labels": 3 * list(range(10)),
+    }  # fmt: skip
+    # The result's pictures are those of the model that was written, made from its file.
+    config = load_config(OptimizeConfig, finished.run / "config.yaml")
+    opened = mrl.open_checkpoints(config.checkpoints, track=config.track)
+    job = build_job(config, opened)
+    rollout = job.final_rollout.rollout.with_network(mrl.load_model(finished.run / "merged"))
+    images = rollout.images(rollout.noise(range(seed, seed + 30)), balanced_labels(30, 10))
+    shown = grid_of(finished.run / "samples/result.png")
+    tiles = shown.reshape(3, 8, 10, 8).transpose(0, 2, 1, 3).reshape(30, 8, 8)
+    assert np.abs(tiles.astype(int) - images[:, 0].numpy().astype(int)).max() <= 1
+    assert (shown != grid_of(finished.run / "samples/start.png")).any()
+    both = grid_of(finished.run / "before-after.png")  # 91 pixels wide, five times, and margins
+    assert both.shape[1:] == (2 * 5 * 91 + 3 * 14, 3)
+
+
+def test_the_held_out_curve_is_that_of_the_pool(finished: Finished) -> None:
+    config = load_config(OptimizeConfig, finished.run / "config.yaml")
+    heldout = load_reference(config.heldout or "").stats
+    _, pool, _ = read_file(finished.run / "state.safetensors", hashed=False)
+    (features,) = (value for name, value in pool.items() if name.endswith("pool.features"))
+    expected = frechet_distance(mrl.feature_stats(features), heldout)
+    assert finished.events[-1]["heldout"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_floor_is_between_real_images(finished: Finished) -> None:
+    config = load_config(OptimizeConfig, finished.run / "config.yaml")
+    real = [load_reference(path or "").stats for path in (config.reference, config.heldout)]
+    assert finished.result.comparison.floor == pytest.approx(frechet_distance(*real), rel=1e-6)
 
 
 def test_the_config_is_resolved(finished: Finished) -> None:
