@@ -46,8 +46,10 @@ def progress(axis: Axes, events: Events, levels: Mapping[str, float]) -> None:
     if held_out:
         axis.plot(*zip(*held_out, strict=True), "--s", color="C1", markersize=3, label="held-out")
     for index, (name, level) in enumerate(levels.items()):
-        look = {"color": f"C{2 + index % 5}", "linestyle": STYLES[index % len(STYLES)]}
-        axis.axhline(level, linewidth=1.2, label=f"{name}: {level:.3f}", **look)
+        axis.axhline(
+            level, linewidth=1.2, label=f"{name}: {level:.3f}",
+            color=f"C{2 + index % 5}", linestyle=STYLES[index % len(STYLES)],
+        )  # fmt: skip
     axis.set_title("the pool, which holds images of the policy mean")
     values_axis(axis, [*values, *(v for _, v in held_out), *levels.values()], "FID of the pool")
     if held_out or levels:
