@@ -16,6 +16,9 @@ from merge_rl.interfaces import Autoencoder, Network
 MODELS: Final[Mapping[str, str]] = {
     "edm2": "merge_rl.models.edm2:EDM2",
     "sit": "merge_rl.models.sit:SiT",
+    "dit": "merge_rl.models.dit:DiT",
+    "repa": "merge_rl.models.sit:REPA",
+    "jit": "merge_rl.models.jit:JiT",
 }
 AUTOENCODERS: Final[Mapping[str, str]] = {
     "pixel": "merge_rl.models.autoencoder:PixelEncoder",
@@ -124,7 +127,7 @@ def default_reward(searcher: str) -> str:
 def build_model(config: Mapping[str, Any]) -> Network:
     """A network in evaluation mode with random weights.
 
-    `config` has "model" ("edm2", "sit") and the network's constructor options. Raises
+    `config` has "model" (a name of `MODELS`) and the network's constructor options. Raises
     UnknownNameError for another model, ConfigError for options the network does not take.
     """
     options = dict(config)

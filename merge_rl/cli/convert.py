@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merge_rl.cli.options import integer
+from merge_rl.cli.options import build, with_settings
 from merge_rl.cli.output import ByteTracker, JsonFlag, print_json, print_table
+from merge_rl.config import ConvertConfig
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,56 +22,21 @@ def register(app: typer.Typer) -> None:
     app.command()(convert)
 
 
+@with_settings(ConvertConfig)
 def convert(
     paths: Annotated[
         list[Path],
         typer.Argument(metavar="SRC... DIR", help="Files, or folders of them; last, where to."),
     ],
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="Of files that hold raw weights and EMA: model, ema or both (two tracks). auto: "
-            "the EMA of a SiT checkpoint, everything of an EDM2 training state."
-        ),
-    ] = "auto",
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Files at once; by default one a core, at most 4.", parser=integer),
-    ] = None,
-    delete_source: Annotated[
-        bool,
-        typer.Option(
-            "--delete-source",
-            help="Remove each source once what was made from it is read back and compared. What "
-            "was not asked for (--weights, optimizers) is lost with it.",
-        ),
-    ] = False,
-    name: Annotated[str | None, typer.Option(help="Of the set, for the manifest.")] = None,
-    licence: Annotated[
-        str | None,
-        typer.Option("--license", help="Of the weights; that of published files is known."),
-    ] = None,
-    num_heads: Annotated[
-        int | None,
-        typer.Option(
-            help="Attention heads of a SiT of none of the published sizes.", parser=integer
-        ),
-    ] = None,
-    num_classes: Annotated[
-        int | None,
-        typer.Option(help="Classes of a SiT, the null class not counted.", parser=integer),
-    ] = None,
-    null_class: Annotated[
-        bool | None, typer.Option(help="Whether a SiT's last label row is a null class.")
-    ] = None,
+    settings: Mapping[str, Any],
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Turn EDM2 and SiT files into safetensors with a manifest, without running them.
+    """Turn EDM2, SiT, DiT, REPA and JiT files into safetensors with a manifest, not running them.
 
     EDM2: network snapshots (.pkl), and training-state-*.pt where they are named one by one or
-    have their folder to themselves. SiT: released weights and training checkpoints (.pt). A pickle
-    can run any program when it is loaded; here it is read as data, and a file that asks for
-    anything else is refused by what it asks for. Types are kept: float16 stays float16.
+    have their folder to themselves. The others: released weights and training checkpoints (.pt,
+    .pth). A pickle can run any program when it is loaded; here it is read as data, and a file that
+    asks for anything else is refused by what it asks for. Types are kept: float16 stays float16.
 
     All files must be of the same network. What is in DIR already and sound is kept, so start an
     interrupted conversion again as it was:
@@ -82,23 +49,12 @@ def convert(
     """
     from merge_rl.storage.convert import convert as run_convert
 
+    config = build(ConvertConfig, settings)
     if len(paths) < 2:
         raise ConfigError("expected what to convert and the folder to write to: SRC... DIR")
     *sources, folder = paths
     with ByteTracker(quiet=json) as tracker:
-        result = run_convert(
-            sources,
-            folder,
-            weights=weights,
-            workers=workers,
-            delete_source=delete_source,
-            name=name,
-            licence=licence,
-            num_heads=num_heads,
-            num_classes=num_classes,
-            null_class=null_class,
-            tracker=tracker,
-        )
+        result = run_convert(sources, folder, config=config, tracker=tracker)
     _show(result, json=json)
 
 

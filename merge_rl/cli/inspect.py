@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_rl.cli.output import JsonFlag, interval_text, note_all, print_json, print_table
-from merge_rl.errors import CheckpointError, IncompatibleCheckpointError, MergeRLError
+from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -216,20 +216,18 @@ def _network_name(
 ) -> str | None:
     """The family, with the published size where there is one: "edm2", "SiT-XL/2", "sit (custom)".
 
-    Where no config is known, tensors may still tell a SiT and its size.
+    Where no config is known, tensors may still tell which families they fit: "sit or dit".
     """
-    from merge_rl.storage.convert import is_sit, sit_config_from_shapes, sit_size_name
+    from merge_rl.storage.convert import families_of, sit_size_name
 
     if config is None or "model" not in config:
-        if not is_sit(shapes):
-            return None
-        try:
-            config = sit_config_from_shapes(shapes)
-        except MergeRLError:  # such as a size that does not tell its attention heads
-            return "sit (custom)"
-    family = str(config.get("model"))
-    size = sit_size_name(config) if family == "sit" else family
-    return "sit (custom)" if size == "custom" else size
+        return " or ".join(families_of(shapes)) or None
+    family = str(config["model"])
+    title = {"sit": "SiT", "dit": "DiT", "repa": "REPA"}.get(family)
+    size = sit_size_name(config) if title else "custom"
+    if size != "custom":
+        return size.replace("SiT", title or family)
+    return f"{family} (custom)" if title else family
 
 
 def _width(entry: CheckpointEntry) -> str:

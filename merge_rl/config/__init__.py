@@ -13,7 +13,7 @@ from merge_rl.config.finetune import (
     FinetuneConfig,
     differing_keys,
 )
-from merge_rl.config.inputs import FetchConfig, ReferenceConfig, SingleMergeConfig
+from merge_rl.config.inputs import ConvertConfig, FetchConfig, ReferenceConfig, SingleMergeConfig
 from merge_rl.config.mapping import (
     dump_config,
     flattened,
@@ -85,6 +85,7 @@ __all__ = [
     "SUBSET_SIZE",
     "TRACKERS",
     "About",
+    "ConvertConfig",
     "EvaluateConfig",
     "EvaluationConfig",
     "FetchConfig",

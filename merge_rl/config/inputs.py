@@ -1,12 +1,57 @@
-"""Settings of commands that make inputs: `mergerl reference`, `fetch` and `merge`."""
+"""Settings of commands that make inputs: `mergerl convert`, `reference`, `fetch` and `merge`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from merge_rl.config.sampler import require
-from merge_rl.config.setting import setting
+from merge_rl.config.setting import require_choices, setting
 from merge_rl.errors import ConfigError
+
+WEIGHTS: Final = ("auto", "model", "ema", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What `mergerl convert` takes of its sources, and what they do not say of themselves."""
+
+    weights: str = setting(
+        "auto", "Of files with raw weights and averages: model, ema or both. auto: the (first) "
+        "average, and everything of an EDM2 training state.",
+        flag="--weights", choices=WEIGHTS,
+    )  # fmt: skip
+    workers: int | None = setting(
+        None, "Files at once.", flag="--workers", unset="one a core, at most 4"
+    )
+    delete_source: bool = setting(
+        False, "Remove each source once what was made from it is read back and compared. What was "
+        "not asked for (--weights, optimizers) is lost with it.",
+        flag="--delete-source",
+    )  # fmt: skip
+    name: str | None = setting(None, "Of the set, for the manifest.", flag="--name")
+    licence: str | None = setting(
+        None, "Of the weights.", flag="--license", unset="that of published files is known"
+    )
+    family: str | None = setting(
+        None, "Of networks that have the same tensors: sit, dit, repa; edm2 and jit.",
+        flag="--family", unset="what the files say",
+    )  # fmt: skip
+    num_heads: int | None = setting(
+        None, "Attention heads of a transformer of no published size.", flag="--num-heads"
+    )
+    num_classes: int | None = setting(
+        None, "Classes of a transformer, the null class not counted.", flag="--num-classes"
+    )
+    null_class: bool | None = setting(
+        None, "Whether a transformer's last label row is a null class.",
+        flag="--null-class/--no-null-class",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        if self.workers is not None:
+            require(self.workers >= 1, "workers", ">= 1", self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ DIFFUSIONS: Final = (
     "sigma", "linear", "decreasing", "sbdm", "constant", "increasing-decreasing",
 )  # fmt: skip
 LAST_STEPS: Final = ("mean", "euler", "tweedie", "none")
+LEVELS: Final = ("own", "edm")
 PRECISIONS: Final = ("float32", "tf32", "bfloat16")
 
 
@@ -37,6 +38,10 @@ class SamplerConfig:
     num_steps: int = setting(
         32, "Solver intervals; those of an SDE include the last one, without noise.",
         MODEL, "--num-steps",
+    )  # fmt: skip
+    levels: str = setting(
+        "own", "Noise levels: a network's own where it has any (DiT), or edm: by sigma_min etc.",
+        MODEL, choices=LEVELS,
     )  # fmt: skip
     sigma_min: float = setting(0.002, "Lowest noise level of networks that denoise (EDM2).", MODEL)
     sigma_max: float = setting(80.0, "Highest noise level of networks that denoise (EDM2).", MODEL)

@@ -63,6 +63,7 @@ RAW: Final = (
 )
 AVERAGED: Final = (
     *("ema", "model_ema", "ema_model", "net_ema", "ema_net", "ema_state_dict", "model_ema_state"),
+    *("model_ema1", "model_ema2"),
 )
 _KNOWN: Final = (*RAW, *AVERAGED)
 _MOST_LEVELS: Final = 4

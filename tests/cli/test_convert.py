@@ -69,10 +69,15 @@ def test_a_second_time_keeps_what_is_there(snapshots: Path, mergerl: Command) ->
 def test_options_reach_the_conversion(golden: Path, tmp_path: Path, mergerl: Command) -> None:
     model = mrl.open_checkpoints(golden / "sit/tiny", select=["a.weights"]).read(0)
     write_sit(tmp_path / "0000100.pt", model, {k: v + 1 for k, v in model.items()})
-    refused = mergerl("convert", tmp_path / "0000100.pt", "ckpts")
+    asked = mergerl("convert", tmp_path / "0000100.pt", "ckpts")
+    assert asked.code == 1
+    assert "sit and dit have these tensors" in asked.err
+    refused = mergerl("convert", tmp_path / "0000100.pt", "ckpts", "--family", "sit")
     assert refused.code == 1
     assert "pass num_heads" in refused.err
-    ended = mergerl("convert", "0000100.pt", "ckpts", "--weights", "both", "--num-heads", 4)
+    ended = mergerl(
+        "convert", "0000100.pt", "ckpts", "--weights", "both", "--num-heads", 4, "--family", "sit"
+    )
     assert ended.code == 0, ended.err
     assert mrl.open_checkpoints("ckpts").tracks == ["raw", "ema"]
 
@@ -83,8 +88,11 @@ def test_refusals_are_one_sentence(snapshots: Path, tmp_path: Path, mergerl: Com
         ((snapshots,), "expected what to convert and the folder to write to: SRC... DIR"),
         (("bad.pkl", "out"), "bad.pkl: refers to 'os.system', which is not among the names"),
         (("missing", "out"), "missing: no such file or folder"),
-        ((snapshots, "out", "--weights", "raw"), "expected weights to be one of auto, model"),
-        ((snapshots, "out", "--workers", 0), "expected at least one worker, got 0"),
+        (
+            (snapshots, "out", "--weights", "raw"),
+            "unknown weights 'raw' (known: auto, both, ema, model)",
+        ),
+        ((snapshots, "out", "--workers", 0), "expected workers >= 1, got 0"),
     ]
     for arguments, message in cases:
         ended = mergerl("convert", *arguments)

@@ -13,7 +13,8 @@ import torch
 
 import merge_rl as mrl
 from merge_rl.demo import DATA, RUNS, write_demo
-from merge_rl.models.sit import SiT, position_table
+from merge_rl.models.sit import SiT
+from merge_rl.models.transformer import position_table
 from merge_rl.workflows.evaluate.final_scores import ENTRIES
 
 Mergerl = Callable[..., Any]

@@ -39,6 +39,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model": "sit", "input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16,
         "depth": 2, "num_heads": 2, "num_classes": 10, "learn_sigma": False,
     },
+    "dit": {
+        "model": "dit", "input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16,
+        "depth": 2, "num_heads": 2, "num_classes": 10, "learn_sigma": True,
+    },
+    "repa": {
+        "model": "repa", "input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16,
+        "depth": 2, "num_heads": 2, "num_classes": 10, "learn_sigma": False,
+    },
+    "jit": {
+        "model": "jit", "input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16,
+        "depth": 2, "num_heads": 2, "num_classes": 10, "bottleneck_dim": 4, "in_context_len": 2,
+        "in_context_start": 1,
+    },
 }  # fmt: skip
 STEPS = 3
 
@@ -179,7 +192,8 @@ def test_every_solver_samples(family: str, solver: str, folder: Path) -> None:
             mrl.sample(model, noise[i : i + 2], labels[i : i + 2], solver=solver, num_steps=STEPS)
             for i in (0, 2)
         ]
-        torch.testing.assert_close(samples, torch.cat(parts), rtol=1e-4, atol=1e-5)
+        large = float(samples.abs().max().clamp(min=1))  # a random DiT's samples are hundreds
+        torch.testing.assert_close(samples, torch.cat(parts), rtol=1e-4, atol=1e-5 * large)
     if solver in SDE_SOLVERS:
         ode = mrl.sample(model, noise, labels, solver="heun", num_steps=STEPS)
         assert not torch.allclose(samples, ode, atol=1e-3)

@@ -27,6 +27,20 @@ def prediction_of(model: object) -> str:
     return prediction
 
 
+def has_open_end(model: object) -> bool:
+    """Whether a network cannot be asked where sampling ends, which fixed-step methods then spare.
+
+    Noise levels end in 0, where the slope of a denoiser is not defined; of velocity networks, those
+    say it whose attribute `open_end` is true (JiT).
+    """
+    return prediction_of(model) == DENOISED or bool(getattr(model, "open_end", False))
+
+
+def scale_of(model: object) -> float:
+    """Standard deviation of the noise that a velocity network starts from; 1 if it says none."""
+    return float(getattr(model, "noise_scale", 1.0))
+
+
 def require_solver(solver: str, prediction: str = DENOISED) -> None:
     """Raise UnknownNameError unless networks of this prediction can be sampled with a solver."""
     if solver not in SOLVERS_OF[prediction]:
@@ -42,8 +56,13 @@ def require_sampler(
     if settings.is_sde and settings.num_steps < 2:
         raise ConfigError(f"need num_steps >= 2 for an SDE, got {settings.num_steps}")
     if prediction == DENOISED:
-        _require_edm(settings)
+        _require_edm(settings, model)
     elif settings.is_sde:
+        if scale_of(model) != 1:
+            raise ConfigError(
+                f"an SDE needs a path from noise of unit variance; this network's has the scale "
+                f"{scale_of(model):g}"
+            )
         PathSDE.of(settings, _no_velocity)  # refuses what would be infinite
     _require_guidance(settings, model, guide)
 
@@ -52,8 +71,8 @@ def _no_velocity(x: Tensor, _t: Tensor) -> Tensor:
     return x
 
 
-def _require_edm(settings: SamplerConfig) -> None:
-    levels_of(settings)  # refuses levels that cannot be
+def _require_edm(settings: SamplerConfig, model: Denoiser) -> None:
+    levels_of(settings, model)  # refuses levels that cannot be
     if settings.is_sde and settings.diffusion != "sigma":
         raise ConfigError(
             f"the diffusion form {settings.diffusion!r} belongs to paths; networks that denoise "
@@ -70,15 +89,10 @@ def _require_guidance(settings: SamplerConfig, model: Denoiser, guide: Denoiser 
                 f"the guide predicts {prediction_of(guide)!r}, the network "
                 f"{prediction_of(model)!r}; expected two networks of one family"
             )
-    elif prediction_of(model) == DENOISED:
-        raise ConfigError(
-            f"guidance {settings.guidance:g} needs a guide network; 1 switches guidance off"
-        )
     elif getattr(model, "null_label", None) is None:
-        raise ConfigError(
-            f"guidance {settings.guidance:g} needs a network with a null class, or a guide "
-            "network; 1 switches guidance off"
-        )
+        null = prediction_of(model) == VELOCITY or getattr(model, "noise_levels", None)
+        needed = "a network with a null class, or a guide network" if null else "a guide network"
+        raise ConfigError(f"guidance {settings.guidance:g} needs {needed}; 1 switches guidance off")
 
 
 def require_reward_solver(settings: SamplerConfig) -> None:
@@ -110,18 +124,24 @@ def require_labels(labels: Tensor | None, model: object, count: int) -> None:
 
 
 def count_network_calls(
-    solver: str, num_steps: int, *, prediction: str = DENOISED, last_step: str = "mean"
+    solver: str,
+    num_steps: int,
+    *,
+    prediction: str = DENOISED,
+    open_end: bool | None = None,
+    last_step: str = "mean",
 ) -> int:
     """Network calls an image costs (nfe), per network and without the null class's.
 
-    ODE: stages times N; for EDM the last interval costs one call where the method would need the
-    slope at its end (2N - 1 for Heun). SDE: N, or 2N - 1 for Heun; with "none" as the last step of
-    a path 2N. Adaptive solvers have no fixed number: ConfigError.
+    ODE: stages times N; where the end is open, as for EDM, the last interval costs one call if the
+    method would need the slope at its end (2N - 1 for Heun). SDE: N, or 2N - 1 for Heun; with
+    "none" as the last step of a path 2N. Adaptive solvers have no fixed number: ConfigError.
     """
     require_solver(solver, prediction)
     if solver in FIXED_SOLVERS:
         tableau = find_tableau(solver)
-        spared = tableau.stages - 1 if prediction == DENOISED and tableau.reaches_end else 0
+        short = prediction == DENOISED if open_end is None else open_end
+        spared = tableau.stages - 1 if short and tableau.reaches_end else 0
         return tableau.stages * num_steps - spared
     if solver not in SDE_SOLVERS:
         raise ConfigError(f"{solver} chooses its own steps: it has no fixed number of calls")

@@ -179,8 +179,18 @@ def edm_noise_levels(
 # All grids are on the CPU: arithmetic with single numbers then costs an accelerator nothing.
 
 
-def levels_of(settings: SamplerConfig, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The noise levels that the settings describe, see `edm_noise_levels`."""
+def levels_of(
+    settings: SamplerConfig, model: object = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The levels (num_steps + 1,) to visit: the network's own, or those that settings describe.
+
+    A network may have `noise_levels(num_steps, dtype)` of its own: those of the steps that it was
+    trained on. `levels: edm` asks for those of `edm_noise_levels` all the same.
+    """
+    own = getattr(model, "noise_levels", None)
+    if own is not None and settings.levels == "own":
+        visited: Tensor = own(settings.num_steps, dtype)
+        return visited
     return edm_noise_levels(
         settings.num_steps,
         sigma_min=settings.sigma_min,

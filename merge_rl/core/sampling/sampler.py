@@ -12,9 +12,11 @@ from torch import Tensor
 from merge_rl.config import SamplerConfig
 from merge_rl.core.sampling.compatibility import (
     VELOCITY,
+    has_open_end,
     prediction_of,
     require_labels,
     require_sampler,
+    scale_of,
 )
 from merge_rl.core.sampling.edm import EDMSDE, edm_velocity, levels_of
 from merge_rl.core.sampling.edm import Churn as Churn
@@ -70,7 +72,7 @@ def sample(
         num_steps: solver intervals. `count_network_calls` says what they cost.
         guidance: strength; 1 is off and then `guide` is not called.
         guidance_channels, low_memory: see `classifier_free`.
-        sigma_min, sigma_max, rho: noise levels of denoisers, see `edm_noise_levels`.
+        levels, sigma_min, sigma_max, rho: noise levels of denoisers, see `levels_of`.
         path: "linear", "gvp" or "vp": what a velocity network was trained on.
         diffusion, diffusion_norm: noise of an SDE, see `merge_rl.core.diffusions.diffusion`.
         last_step, last_step_size: end of the SDE of a path, see `PathSDE`.
@@ -114,7 +116,8 @@ def sample_with(
         settings.is_sde or settings.is_adaptive or prediction_of(model) == VELOCITY
     ):
         raise ConfigError("churn is for the fixed-step ODE solvers of networks that denoise (EDM2)")
-    scale = 1.0 if prediction_of(model) == VELOCITY else settings.sigma_max
+    moves = prediction_of(model) == VELOCITY
+    scale = scale_of(model) if moves else float(levels_of(settings, model)[0])
     watch = NormWatch(noise * scale) if check_finite else None
     heard = on_step or watch
     with torch.set_grad_enabled(through is not None):
@@ -124,10 +127,14 @@ def sample_with(
         else:
             evaluate = _network(settings, model, labels, guide, dtype)
             evaluate = through(evaluate) if through is not None else evaluate
-            if prediction_of(model) == VELOCITY:
-                samples = _solve_path(settings, evaluate, noise.to(dtype), heard)
+            if moves:
+                start = scale_of(model) * noise.to(dtype)
+                samples = _solve_path(settings, evaluate, start, heard, has_open_end(model))
             else:
-                samples = _solve_denoiser(settings, evaluate, noise.to(dtype), churn, draw, heard)
+                samples = _solve_denoiser(
+                    settings, levels_of(settings, model, dtype), evaluate, noise.to(dtype), churn,
+                    draw, heard,
+                )  # fmt: skip
     if watch is not None:
         watch.check()
     return samples
@@ -150,8 +157,8 @@ def make_sde(
     evaluate = _network(settings, model, labels, guide, dtype)
     if prediction_of(model) != VELOCITY:
         return EDMSDE(
-            denoise=evaluate, sigmas=levels_of(settings, dtype), norm=settings.diffusion_norm,
-            heun=settings.solver == "sde-heun",
+            denoise=evaluate, sigmas=levels_of(settings, model, dtype),
+            norm=settings.diffusion_norm, heun=settings.solver == "sde-heun",
         )  # fmt: skip
     return PathSDE.of(settings, evaluate, dtype)
 
@@ -200,24 +207,27 @@ def _network(
 
 
 def _solve_path(
-    settings: SamplerConfig, velocity: Velocity, x: Tensor, on_step: OnStep | None
+    settings: SamplerConfig, velocity: Velocity, x: Tensor, on_step: OnStep | None, open_end: bool
 ) -> Tensor:
     path = make_path(settings.path)
     if settings.is_adaptive:
         return _adaptive(settings, velocity, x, 0.0, path.end, on_step)
     times = time_grid(settings.num_steps, end=path.end, dtype=x.dtype)
-    return solve_fixed(velocity, x, times, solver=settings.solver, on_step=on_step)
+    return solve_fixed(
+        velocity, x, times, solver=settings.solver, open_end=open_end, on_step=on_step
+    )
 
 
 def _solve_denoiser(
     settings: SamplerConfig,
+    levels: Tensor,
     denoise: Velocity,
     noise: Tensor,
     churn: Churn | None,
     draw: NoiseSource | None,
     on_step: OnStep | None,
 ) -> Tensor:
-    velocity, levels = edm_velocity(denoise), levels_of(settings, noise.dtype)
+    velocity = edm_velocity(denoise)
     if not settings.is_adaptive:
         return solve_edm(
             velocity, noise, levels, solver=settings.solver, churn=churn, draw=draw,

@@ -93,6 +93,7 @@ def solve_fixed(
     times: Tensor,
     *,
     solver: str = "heun",
+    open_end: bool = False,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Integrate dx/dt = velocity over a monotone grid.
@@ -102,13 +103,17 @@ def solve_fixed(
         x: (B, ...) at times[0]; its dtype is that of the state.
         times: (N + 1,), rising or falling.
         solver: a name of `TABLEAUS`; N steps of it.
+        open_end: the velocity is not asked for at times[-1]: the last interval is an Euler step
+            for methods that evaluate it there (heun, rk4).
         on_step: hears of every finished interval.
 
     Returns x at times[-1].
     """
-    tableau = find_tableau(solver)
+    tableau, euler = find_tableau(solver), find_tableau("euler")
+    last = euler if open_end and tableau.reaches_end else tableau
     for i in range(len(times) - 1):
-        x = runge_kutta_step(tableau, velocity, x, times[i], times[i + 1])
+        method = tableau if i < len(times) - 2 else last
+        x = runge_kutta_step(method, velocity, x, times[i], times[i + 1])
         if on_step is not None:
             on_step(i, x)
     return x

@@ -87,7 +87,9 @@ def plan_merge(
 
 def carried_names(model: nn.Module) -> set[str]:
     """Tensors that a merge carries from the base instead of averaging: buffers and constants."""
-    return {name for name, _ in model.named_buffers()} | set(fixed_names(model))
+    stored = model.state_dict().keys()
+    buffers = {name for name, _ in model.named_buffers() if name in stored}
+    return buffers | set(fixed_names(model))
 
 
 def fixed_names(model: nn.Module) -> tuple[str, ...]:

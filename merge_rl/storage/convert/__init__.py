@@ -1,13 +1,14 @@
-"""Published EDM2 and SiT files made into safetensors with a manifest."""
+"""Published files of all families made into safetensors with a manifest."""
 
+from merge_rl.storage.convert.families import fitting as families_of
 from merge_rl.storage.convert.run import ConvertResult, convert
-from merge_rl.storage.convert.sit import FREQUENCIES, is_sit, sit_config_from_shapes, sit_size_name
+from merge_rl.storage.convert.sit import FREQUENCIES, sit_config_from_shapes, sit_size_name
 
 __all__ = [
     "FREQUENCIES",
     "ConvertResult",
     "convert",
-    "is_sit",
+    "families_of",
     "sit_config_from_shapes",
     "sit_size_name",
 ]

@@ -33,6 +33,7 @@ class Extracted:
     ema_std: float | None = None
     track: str | None = None
     autoencoder: str | None = None  # registered name of what makes images of the samples
+    sampler: tuple[tuple[str, Any], ...] = ()  # settings that differ from the defaults
     facts: Mapping[str, Any] = field(default_factory=dict)  # kept as JSON in the output
     assumed: Mapping[str, str] = field(default_factory=dict)  # option of the config -> what and why
     notes: tuple[str, ...] = ()  # what else the user should hear of
@@ -60,6 +61,17 @@ def state_dict(value: object, where: str) -> dict[str, TensorRef]:
 def shapes_of(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
     """Name -> shape."""
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def require_axes(
+    shapes: Mapping[str, tuple[int, ...]], name: str, ndim: int, family: str
+) -> tuple[int, ...]:
+    """The shape of a tensor with `ndim` axes; CheckpointError where it is missing or has others."""
+    shape = tuple(shapes.get(name, ()))
+    if len(shape) != ndim:
+        found = f"of shape {list(shape)}" if name in shapes else "missing"
+        raise CheckpointError(f"not a {family}: tensor {name!r} is {found}, expected {ndim} axes")
+    return shape
 
 
 def infos_of(tensors: Mapping[str, TensorRef]) -> dict[str, TensorInfo]:
@@ -126,6 +138,7 @@ _MOST: Final = 2**30
 class Hints:
     """What the user says where a file does not; it counts more than what the file says."""
 
+    family: str | None = None
     num_heads: int | None = None
     num_classes: int | None = None
     null_class: bool | None = None

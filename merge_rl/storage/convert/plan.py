@@ -128,7 +128,10 @@ def make_plan(
         checkpoints=(),
         name=_common(_of(known[path], "name") for path in paths),
         licence=_common(job.licence for job in jobs),
-        defaults=SetDefaults(autoencoder=_common(item.autoencoder for item in found)),
+        defaults=SetDefaults(
+            autoencoder=_common(item.autoencoder for item in found),
+            sampler=dict(found[0].sampler) if len({i.sampler for i in found}) == 1 else {},
+        ),
     )
     return ConversionPlan(
         folder=folder,

@@ -1,4 +1,4 @@
-"""EDM2 and SiT files to safetensors with a manifest: data only, nothing in them is executed."""
+"""Published files to safetensors with a manifest: data only, nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from merge_rl.errors import CheckpointError, ConfigError, NonFiniteWeightsError
+from merge_rl.config import ConvertConfig, from_mapping
+from merge_rl.errors import CheckpointError, NonFiniteWeightsError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import MANIFEST_NAME, write_manifest
 from merge_rl.storage.convert.contents import Hints, infos_of
 from merge_rl.storage.convert.plan import ORIGIN_KEY, ConversionFile, ConversionPlan, make_plan
-from merge_rl.storage.convert.sources import WEIGHTS, files_of, list_files
+from merge_rl.storage.convert.sources import files_of, list_files
 from merge_rl.storage.files import atomic_path, read_header, require_hash, sha256_file, write_header
 from merge_rl.storage.pickles import TensorRef
 
@@ -43,61 +44,53 @@ def convert(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
     *,
-    weights: str = "auto",
-    workers: int | None = None,
-    delete_source: bool = False,
-    name: str | None = None,
-    licence: str | None = None,
-    num_heads: int | None = None,
-    num_classes: int | None = None,
-    null_class: bool | None = None,
+    config: ConvertConfig | None = None,
     tracker: Tracker | None = None,
+    **settings: Any,
 ) -> ConvertResult:
-    """EDM2 `.pkl` and `.pt`, SiT `.pt` -> safetensors and `checkpoints_manifest.yaml` in `folder`.
+    """Published files -> safetensors and `checkpoints_manifest.yaml` in `folder`.
 
-    The files are read as data: no name in them is imported, looked up or called, and embedded
-    source is not run. Types are kept (float16 stays float16). One piece of a file is in memory at
-    a time. All files must hold the same network; outputs that are there already, sound and made
-    from the same source, are kept, so that an interrupted conversion is simply started again.
+    EDM2 `.pkl` and `.pt`, SiT, DiT, REPA and JiT `.pt` and `.pth`, safetensors of any of them. The
+    files are read as data: no name in them is imported, looked up or called, and embedded source is
+    not run. Types are kept (float16 stays float16). One piece of a file is in memory at a time. All
+    files must hold the same network; outputs that are there already, sound and made from the same
+    source, are kept, so that an interrupted conversion is simply started again.
 
     Args:
         sources: files, or folders whose `.pkl`, `.pt` and `.pth` files are meant; of a folder
             with EDM2 snapshots, these alone.
         folder: where outputs and manifest go; entries of a manifest there are kept.
-        weights: of files with raw weights and EMA: "model", "ema" or "both". "auto" takes the EMA
-            of a SiT checkpoint, and everything of an EDM2 training state.
-        workers: files at once; by default one a core, at most four.
-        delete_source: remove each source after its outputs have been read back and compared.
-        name, licence: of the set, for the manifest; those of published files are known.
-        num_heads: attention heads of a SiT of an unknown size.
-        num_classes, null_class: of a SiT whose file says neither, or something else: classes
-            without the null class, and whether the last row of the label table is one.
+        config: what to take, and what the files do not say of themselves.
         tracker: hears of bytes written.
+        settings: fields of `ConvertConfig` by name, in the place of `config`.
 
     Raises CheckpointError for files that are no such checkpoints, are damaged or hostile, hold
     NaN, or belong to another network; nothing is then left under a final name that is not whole.
     """
-    if weights not in WEIGHTS:
-        raise ConfigError(f"expected weights to be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"expected at least one worker, got {workers}")
+    if config is not None and settings:
+        raise TypeError(f"convert() takes config or {sorted(settings)[0]}=, not both")
+    config = config or from_mapping(ConvertConfig, settings)
     tracker = tracker or NullTracker()
     files, repeated = list_files(sources)
     plan = make_plan(
-        files, Path(folder), weights, name=name, licence=licence,
-        hints=Hints(num_heads=num_heads, num_classes=num_classes, null_class=null_class),
+        files, Path(folder), config.weights, name=config.name,
+        licence=config.licence, hints=Hints(
+            family=config.family, num_heads=config.num_heads, num_classes=config.num_classes,
+            null_class=config.null_class,
+        ),
     )  # fmt: skip
     for kind, texts in (("warning", plan.assumed), ("note", [*repeated, *plan.notes])):
         for text in texts:
             tracker.event({"kind": kind, "text": text})
     tracker.phase("convert", sum(job.found.nbytes for job in plan.jobs))
-    done = _run(plan, workers or min(MAX_WORKERS, os.cpu_count() or 1), tracker, delete_source)
+    workers = config.workers or min(MAX_WORKERS, os.cpu_count() or 1)
+    done = _run(plan, workers, tracker, config.delete_source)
     target = {job: plan.folder / job.file for job in plan.jobs}
     return ConvertResult(
         written=tuple(target[job] for job in plan.jobs if done[job].written),
         skipped=tuple(target[job] for job in plan.jobs if not done[job].written),
         manifest=plan.folder / MANIFEST_NAME,
-        deleted=_delete(plan) if delete_source else (),
+        deleted=_delete(plan) if config.delete_source else (),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from merge_rl.errors import CheckpointError, ConfigError
-from merge_rl.storage.convert.contents import Hints, Said
+from merge_rl.storage.convert.contents import Hints, Said, require_axes
 
 SIZES: Final[Mapping[str, tuple[int, int, int]]] = {  # letter -> (depth, hidden size, heads)
     "S": (12, 384, 6),
@@ -54,13 +54,13 @@ def sit_config_from_shapes(
     Raises CheckpointError for tensors that are no consistent SiT, ConfigError for hints that
     contradict them.
     """
-    kernel = _shape(shapes, "x_embedder.proj.weight", 4)
+    kernel = require_axes(shapes, "x_embedder.proj.weight", 4, "SiT")
     hidden, channels, patch, _ = kernel
-    tokens = _shape(shapes, "pos_embed", 3)[1]
+    tokens = require_axes(shapes, "pos_embed", 3, "SiT")[1]
     side = math.isqrt(tokens)
-    outputs = _shape(shapes, "final_layer.linear.weight", 2)[0]
-    inner = _shape(shapes, "blocks.0.mlp.fc1.weight", 2)[0]
-    rows = _shape(shapes, "y_embedder.embedding_table.weight", 2)[0]
+    outputs = require_axes(shapes, "final_layer.linear.weight", 2, "SiT")[0]
+    inner = require_axes(shapes, "blocks.0.mlp.fc1.weight", 2, "SiT")[0]
+    rows = require_axes(shapes, "y_embedder.embedding_table.weight", 2, "SiT")[0]
     if min(hidden, channels, patch, tokens, inner, rows) < 1 or side * side != tokens:
         raise CheckpointError(
             f"not a SiT: expected a square number of tokens and no empty tensor, found {tokens} "
@@ -91,7 +91,7 @@ def describe_sit(shapes: Shapes, said: Said, hints: Hints) -> tuple[dict[str, An
     The user's word counts first, then the checkpoint's own, then what most networks are like:
     what neither says is told.
     """
-    rows = _shape(shapes, "y_embedder.embedding_table.weight", 2)[0]
+    rows = require_axes(shapes, "y_embedder.embedding_table.weight", 2, "SiT")[0]
     classes, heads = _told_classes(rows, said, hints), hints.num_heads or said.num_heads
     config = sit_config_from_shapes(shapes, heads, classes)
     found = config["num_classes"]
@@ -165,14 +165,6 @@ def sit_size_name(config: Mapping[str, Any]) -> str:
         if size == known and patch in PATCH_SIZES and config.get("mlp_ratio", 4.0) == 4.0:
             return f"SiT-{letter}/{patch}"
     return "custom"
-
-
-def _shape(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
-    shape = tuple(shapes.get(name, ()))
-    if len(shape) != ndim:
-        found = f"of shape {list(shape)}" if name in shapes else "missing"
-        raise CheckpointError(f"not a SiT: tensor {name!r} is {found}, expected {ndim} axes")
-    return shape
 
 
 def _depth(shapes: Shapes) -> int:

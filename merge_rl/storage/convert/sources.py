@@ -35,7 +35,6 @@ from merge_rl.storage.pickles import (
     shown,
 )
 
-WEIGHTS: Final = ("auto", "model", "ema", "both")
 SUFFIXES: Final = (".pkl", ".pt", ".pth")
 _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
@@ -136,7 +135,7 @@ def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
 
 
 def _unknown(path: Path, found: str) -> CheckpointError:
-    expected = "an EDM2 snapshot or training state, or SiT weights"
+    expected = "an EDM2 snapshot or training state, or weights of SiT, DiT, REPA or JiT"
     return CheckpointError(f"{path}: expected {expected}, found {found}")
 
 

@@ -20,17 +20,13 @@ from merge_rl.storage.convert.contents import (
     shapes_of,
     state_dict,
 )
-from merge_rl.storage.convert.edm2_shapes import is_edm2
-from merge_rl.storage.convert.sit import describe_sit, is_sit
+from merge_rl.storage.convert.families import PROJECTORS, find_family, fitting, path_of
+from merge_rl.storage.convert.jit import ROTATIONS, describe_jit
+from merge_rl.storage.convert.sit import describe_sit
 from merge_rl.storage.pickles import TensorRef
 
 DEFAULT_BATCH: Final = 256  # images a step, in SiT's public training
 _STEP: Final = re.compile(r"(?:.*[-_.])?(\d{7,9})")
-_TRAINING_ONLY: Final = "projectors."  # of REPA's loss: nothing that is sampled depends on them
-_REPA: Final = (
-    f"left out the tensors {_TRAINING_ONLY}*, which REPA needs in training alone; its networks "
-    "count time from images (0) to noise (1), SiT's the other way"
-)
 State = Mapping[str, TensorRef]
 
 
@@ -57,9 +53,11 @@ def read_states(
     for place in _wanted(held, path, weights):
         tensors = state_dict(held.states[place], f"{path}, {place}" if place else str(path))
         item = Extracted(path=path, tensors=tensors, config=config, stem=path.stem)
-        item = _edm2(item) if is_edm2(shapes_of(tensors)) else _sit(item, said, hints)
+        family, assumed = _family(item, said, hints)
+        item = replace(item, assumed={} if assumed is None else {"model": assumed})
+        item = _edm2(item) if family == "edm2" else _network(item, family, said, hints, config)
         if place.partition("/")[0] in data or is_average(place):  # else names alone say the place
-            track = "ema" if is_average(place) else "raw"
+            track = _track_of(place)
             item = _trained(replace(item, folder=track, track=track), said)
         left = [*(other for other in held.states if other != place), *held.others]
         if left and weights != "both":
@@ -76,7 +74,8 @@ def _wanted(held: Held[TensorRef], path: Path, weights: str) -> list[str]:
     known = [place for place, state in held.states.items() if _is_known(state)]
     if known:
         raw, averaged = ([p for p in places if p in known] for places in (raw, averaged))
-    for places in (raw, averaged):
+    several = [place for place in averaged if _track_of(place) == "ema"]
+    for places in (raw, several):
         if len(places) > 1:
             raise CheckpointError(
                 f"{path}: holds several networks, {', '.join(places)}; expected one, or one and "
@@ -84,16 +83,30 @@ def _wanted(held: Held[TensorRef], path: Path, weights: str) -> list[str]:
             )
     if [*raw, *averaged] == [""]:
         return [""]
-    chosen = {"auto": averaged or raw, "both": raw + averaged, "ema": averaged, "model": raw}
+    chosen = {"auto": averaged[:1] or raw, "both": raw + averaged, "ema": averaged, "model": raw}
     if not chosen[weights]:
         holds = " and ".join([*raw, *averaged])
         raise CheckpointError(f"{path}: holds no {weights!r}, only {holds}")
     return chosen[weights]
 
 
+def _track_of(place: str) -> str:
+    """The series of a place: "raw", "ema", or "ema1" where a file numbers its averages (JiT)."""
+    last = place.rpartition("/")[2]
+    if last[-1:].isdigit():
+        return last.removeprefix("model_")
+    return "ema" if is_average(place) else "raw"
+
+
 def _is_known(state: State) -> bool:
-    shapes = shapes_of(state)
-    return is_edm2(shapes) or is_sit(shapes)
+    return bool(fitting(shapes_of(state)))
+
+
+def _family(item: Extracted, said: Said, hints: Hints) -> tuple[str, str | None]:
+    try:
+        return find_family(shapes_of(item.tensors), said, item.config, item.path.stem, hints)
+    except MergeRLError as error:
+        raise CheckpointError(f"{item.path}: {error}") from None
 
 
 def _edm2(item: Extracted) -> Extracted:
@@ -102,17 +115,44 @@ def _edm2(item: Extracted) -> Extracted:
     return replace(item, nimg=nimg, ema_std=ema_std, track=track)
 
 
-def _sit(item: Extracted, said: Said, hints: Hints) -> Extracted:
-    tensors = {k: t for k, t in item.tensors.items() if not k.startswith(_TRAINING_ONLY)}
-    notes = (_REPA,) if len(tensors) < len(item.tensors) else ()
+def _network(
+    item: Extracted, family: str, said: Said, hints: Hints, stated: Mapping[str, Any] | None
+) -> Extracted:
+    """With the options of its network, without what only training needs."""
+    unused = (ROTATIONS,) if family == "jit" else (PROJECTORS,) if family == "repa" else ()
+    tensors = {k: t for k, t in _joined_blocks(item.tensors).items() if not k.startswith(unused)}
+    left = {name.partition(".")[0] for name in item.tensors if name.startswith(unused)}
+    notes = tuple(f"left out the tensors {name}.*, which no sample depends on" for name in left)
+    shapes = shapes_of(tensors)
     try:
-        config, assumed = describe_sit(shapes_of(tensors), said, hints)
+        if family == "jit":
+            config, assumed = describe_jit(shapes, said)
+        else:
+            config, assumed = describe_sit(shapes, said, hints)
+            config["model"] = family
+        path = path_of(family, said.settings)
     except MergeRLError as error:
         raise CheckpointError(f"{item.path}: {error}") from None
-    autoencoder = "sd-vae-sit" if config["in_channels"] == 4 else None
+    if stated is not None:  # what tensors leave open, whoever built the network knows
+        assumed = {key: text for key, text in assumed.items() if key not in stated}
+        config |= {key: value for key, value in stated.items() if key in config}
     return replace(
-        item, tensors=tensors, config=config, autoencoder=autoencoder, assumed=assumed, notes=notes
-    )
+        item, tensors=tensors, config=config, assumed={**item.assumed, **assumed}, notes=notes,
+        autoencoder="sd-vae-sit" if config["in_channels"] == 4 else None,
+        sampler=() if path in (None, "linear") else (("path", path),),
+    )  # fmt: skip
+
+
+def _joined_blocks(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """Blocks in one row: early REPA checkpoints count those after the projectors anew."""
+    before = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    names = {}
+    for name in tensors:
+        first, _, rest = name.partition(".")
+        number, _, last = rest.partition(".")
+        again = first == "decoder_blocks" and number.isdecimal() and len(number) < 5
+        names[name] = f"blocks.{before + int(number)}.{last}" if again else name
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _trained(item: Extracted, said: Said) -> Extracted:

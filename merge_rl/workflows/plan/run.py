@@ -11,7 +11,12 @@ from typing import Any, Final
 
 from merge_rl import registry
 from merge_rl.config import OptimizeConfig, SamplerConfig, sde_counterpart
-from merge_rl.core.sampling.compatibility import VELOCITY, count_network_calls, prediction_of
+from merge_rl.core.sampling.compatibility import (
+    VELOCITY,
+    count_network_calls,
+    has_open_end,
+    prediction_of,
+)
 from merge_rl.errors import RunError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.parallel.blocks import block_size
@@ -150,7 +155,7 @@ def _note(text: str) -> dict[str, str]:
 def _calls(sampler: SamplerConfig, costed: PartCosts) -> int:
     return count_network_calls(
         sampler.solver, sampler.num_steps, prediction=prediction_of(costed.rollout.model),
-        last_step=sampler.last_step,
+        open_end=has_open_end(costed.rollout.model), last_step=sampler.last_step,
     )  # fmt: skip
 
 

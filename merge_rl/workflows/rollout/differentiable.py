@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from merge_rl.config import FIXED_SOLVERS
 from merge_rl.core.merging.gradient import coefficient_gradient
-from merge_rl.core.sampling.compatibility import count_network_calls, prediction_of
+from merge_rl.core.sampling.compatibility import count_network_calls, has_open_end, prediction_of
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.solvers import Velocity
 from merge_rl.errors import ConfigError, OutOfMemoryError
@@ -87,8 +87,11 @@ class DifferentiableRollout:
     def calls(self) -> int:
         """Evaluations of the guided network an image takes."""
         sampler = self.rollout.sampler
-        prediction = prediction_of(self.rollout.model)
-        return count_network_calls(sampler.solver, sampler.num_steps, prediction=prediction)
+        model = self.rollout.model
+        return count_network_calls(
+            sampler.solver, sampler.num_steps, prediction=prediction_of(model),
+            open_end=has_open_end(model),
+        )  # fmt: skip
 
     @property
     def room(self) -> Room:

@@ -9,13 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
-from merge_rl.core.sampling.compatibility import prediction_of
 from merge_rl.errors import ConfigError, OutOfMemoryError
 from merge_rl.interfaces import Denoiser
 from merge_rl.parallel.blocks import single_threaded
@@ -26,10 +25,11 @@ class Autocast:
 
     def __init__(self, forward: Denoiser, network: Denoiser) -> None:
         self.forward = forward
-        # What samplers ask a network for.
-        self.prediction = prediction_of(network)
-        self.label_dim: int | None = getattr(network, "label_dim", None)
-        self.null_label: int | None = getattr(network, "null_label", None)
+        self._network = network
+
+    def __getattr__(self, name: str) -> Any:
+        """What samplers ask a network for, such as `prediction`."""
+        return getattr(self._network, name)
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
         """The network's prediction, float32."""

@@ -342,7 +342,7 @@ def test_sit_training_checkpoints(weights: str, files: list[str], tmp_path: Path
 
 def test_sit_checkpoints_of_several_devices_and_without_ema(tmp_path: Path) -> None:
     wrapped = {f"module.{name}": tensor for name, tensor in sit_weights(1).items()}
-    write_sit(tmp_path / "0000100.pt", wrapped, None)
+    write_sit(tmp_path / "0000100.pt", wrapped, None, path_type="Linear")
     convert(tmp_path / "0000100.pt", tmp_path / "out", num_heads=4)
     opened = mrl.open_checkpoints(tmp_path / "out")
     require_equal(opened.read(0), sit_weights(1))
@@ -492,13 +492,13 @@ def test_one_bad_file_does_not_cost_the_others(tmp_path: Path) -> None:
     [
         (
             {"ema": 3},
-            "expected an EDM2 snapshot or training state, or SiT weights, found a mapping",
+            "expected an EDM2 snapshot or training state, or weights of SiT, DiT, REPA or JiT, found",
         ),
         ([1, 2], "found 'list'"),
         ({}, r"keys \(none\)"),
         ({"a": torch.zeros(2), "b": torch.zeros(3)}, "not a SiT"),
-        ({"model": {"a": 1}}, "or SiT weights, found a mapping with the keys model"),
-        ({"model": {}}, "or SiT weights, found a mapping with the keys model"),
+        ({"model": {"a": 1}}, "or JiT, found a mapping with the keys model"),
+        ({"model": {}}, "or JiT, found a mapping with the keys model"),
         ({"a b": torch.zeros(2)}, "expected names of tensors, found a b"),
         ({"\n": torch.zeros(2)}, r"expected names of tensors, found \?"),
         ({"net": {"a": torch.zeros(1)}, "ema": {"stds": [0.1], "emas": []}}, "found 0 EMAs for 1"),
@@ -551,9 +551,11 @@ def test_records_of_another_version_are_refused(
 
 def test_arguments_are_checked(tmp_path: Path) -> None:
     source = snapshot(tmp_path / "src", "a.pkl")
-    with pytest.raises(ConfigError, match="expected weights to be one of auto, model, ema, both"):
+    with pytest.raises(
+        ConfigError, match="unknown weights 'raw' \\(known: auto, both, ema, model\\)"
+    ):
         convert(source, tmp_path / "out", weights="raw")
-    with pytest.raises(ConfigError, match="at least one worker, got 0"):
+    with pytest.raises(ConfigError, match="expected workers >= 1, got 0"):
         convert(source, tmp_path / "out", workers=0)
     with pytest.raises(ConfigError, match="at least one file"):
         convert([], tmp_path / "out")

@@ -170,7 +170,9 @@ def test_repa_counts_its_steps_itself(tmp_path: Path) -> None:
         "projectors.0.0.weight": torch.ones(3, 8),
         "projectors.0.0.bias": torch.ones(3),
     }
-    args = argparse.Namespace(num_classes=9, batch_size=32, cfg_prob=0.2, num_heads=2)
+    args = argparse.Namespace(
+        num_classes=9, batch_size=32, cfg_prob=0.2, num_heads=2, path_type="cosine", prediction="v"
+    )
     data = {"model": held, "ema": held, "opt": {"state": {}}, "args": args, "steps": 500}
     torch.save(data, tmp_path / "0000400.pt")
     ear = Ear()
@@ -178,8 +180,98 @@ def test_repa_counts_its_steps_itself(tmp_path: Path) -> None:
     opened = mrl.open_checkpoints(tmp_path / "out")
     assert opened.nimg == [500 * 32]
     assert opened.read(0).keys() == state.keys()
-    assert read_manifest(tmp_path / "out").model["class_dropout_prob"] == 0.2
-    assert any("projectors.*" in text and "the other way" in text for text in ear.heard)
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.model["model"], manifest.model["class_dropout_prob"]) == ("repa", 0.2)
+    assert dict(manifest.defaults.sampler) == {"path": "gvp"}
+    assert any("projectors.*" in text and "no sample" in text for text in ear.heard)
+
+
+def test_early_repa_counts_blocks_after_the_projectors_anew(tmp_path: Path) -> None:
+    state = state_of(SIT, 1)
+    late = {k.replace("blocks.1.", "decoder_blocks.0."): v for k, v in state.items()}
+    torch.save(late, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2)
+    opened = mrl.open_checkpoints(tmp_path / "out")
+    assert read_manifest(tmp_path / "out").model["model"] == "repa"
+    assert all(torch.equal(opened.read(0)[name], state[name]) for name in state)
+
+
+TWICE = {**SIT, "learn_sigma": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "name", "hints", "family"),
+    [
+        (TWICE, {"model": "DiT-S/2"}, "0000100", {}, "dit"),
+        (TWICE, {"model": "SiT-S/2", "path_type": "Linear"}, "0000100", {}, "sit"),
+        (TWICE, {"num_classes": 10}, "0000100", {}, "sit"),
+        (TWICE, {}, "DiT-XL-2-256x256", {}, "dit"),
+        (TWICE, {}, "SiT-XL-2-256x256", {}, "sit"),
+        (TWICE, {}, "a", {"family": "dit"}, "dit"),
+        (TWICE, {"model": "DiT-S/2"}, "SiT", {"family": "sit"}, "sit"),
+        (SIT, {"model": "SiT-S/2", "enc_type": "dinov2-vit-b"}, "0000100", {}, "repa"),
+        (SIT, {}, "repa-last", {}, "repa"),
+        (SIT, {}, "position", {}, "sit"),
+    ],
+)
+def test_what_a_file_says_tells_families_of_equal_tensors_apart(
+    config: Mapping[str, Any], settings: Any, name: str, hints: Any, family: str, tmp_path: Path
+) -> None:
+    state = state_of(config, 1)
+    held = {"model": state, "ema": state, "args": settings} if settings else state
+    torch.save(held, tmp_path / f"{name}.pt")
+    ear = Ear()
+    convert(tmp_path / f"{name}.pt", tmp_path / "out", num_heads=2, tracker=ear, **hints)
+    assert read_manifest(tmp_path / "out").model["model"] == family
+    assumed = any("--family says otherwise" in text for text in ear.heard)
+    assert assumed == (name == "position")
+
+
+def test_a_family_that_nothing_tells_is_asked_for(tmp_path: Path) -> None:
+    torch.save(state_of(TWICE, 1), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt: sit and dit have these tensors.*--family"):
+        convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=r"not the tensors of jit, but of sit or dit"):
+        convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2, family="jit")
+    with pytest.raises(CheckpointError, match="unknown family of networks 'dti'; did you mean"):
+        convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2, family="dti")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path_type": "Linear", "prediction": "score"}, "trained to predict the score"),
+        ({"path_type": "Cubic"}, "trained on the path 'Cubic'; expected one of linear"),
+    ],
+)
+def test_what_no_network_here_predicts_is_refused(
+    settings: Any, message: str, tmp_path: Path
+) -> None:
+    torch.save({"model": state_of(TWICE, 1), "args": settings}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2)
+
+
+JIT: dict[str, Any] = {
+    "model": "jit", "input_size": 8, "patch_size": 4, "in_channels": 3, "hidden_size": 16,
+    "depth": 12, "num_heads": 2, "num_classes": 10, "bottleneck_dim": 4, "in_context_len": 2,
+    "in_context_start": 4, "noise_scale": 1.0, "mlp_ratio": 4.0,
+}  # fmt: skip
+
+
+def test_jit_has_two_averages(tmp_path: Path) -> None:
+    raw = {f"net.{name}": t for name, t in state_of(JIT, 1).items()}
+    first, second = ({k: v + i for k, v in raw.items()} for i in (1, 2))
+    held = {"model": raw, "model_ema1": first, "model_ema2": second, "epoch": 3, "optimizer": {}}
+    held["args"] = argparse.Namespace(model="JiT-B/16", batch_size=128, noise_scale=2.0)
+    torch.save(held, tmp_path / "checkpoint-last.pth")
+    convert(tmp_path / "checkpoint-last.pth", tmp_path / "one")
+    opened = mrl.open_checkpoints(tmp_path / "one")
+    assert opened.config == {**JIT, "noise_scale": 2.0}
+    assert torch.equal(opened.read(0)["pos_embed"], first["net.pos_embed"])
+    convert(tmp_path / "checkpoint-last.pth", tmp_path / "all", weights="both")
+    assert mrl.open_checkpoints(tmp_path / "all").tracks == ["raw", "ema1", "ema2"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,261 @@
+"""JiT: the transformer on large patches of pixels of Li & He, 2025 (arXiv:2511.13720).
+
+It predicts the data itself. Written from the paper and from published facts; names and shapes of
+the state dict are the official checkpoints', without their prefix `net.`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from merge_rl.core.sampling.compatibility import require_class_ids
+from merge_rl.errors import ConfigError
+from merge_rl.interfaces import Network
+from merge_rl.models.transformer import (
+    LabelEmbedder,
+    TimeEmbedder,
+    modulate,
+    modulation,
+    position_table,
+    unpatchify,
+)
+
+
+def rotations(head_size: int, side: int, others: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (others + side^2, head_size) of the angles that tokens are turned by.
+
+    Neighbouring channels form a pair with one angle: p w_k for pair k, where p is the row in the
+    first half of the channels and the column in the second, and w_k = 10000^(-4 k / head_size).
+    The first `others` tokens have no place in the image and are not turned.
+    """
+    rates = 10000.0 ** (-torch.arange(head_size // 4, dtype=torch.float32) * 4 / head_size)
+    line = torch.arange(side, dtype=torch.float32).outer(rates).repeat_interleave(2, dim=1)
+    angles = torch.cat([line.repeat_interleave(side, dim=0), line.repeat(side, 1)], dim=1)
+    angles = torch.cat([angles.new_zeros(others, head_size), angles])
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """x (..., T, d) with every pair of channels (a, b) turned to (a c - b s, b c + a s)."""
+    first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)
+    return x * cosines + turned * sines
+
+
+class RMSNorm(nn.Module):
+    """weight x / sqrt(mean x^2 + 1e-6) over the last axis, in float32."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+        return (self.weight * normed).to(x.dtype)
+
+
+class PatchBottleneck(nn.Module):
+    """Images (B, C, H, H) to tokens (B, (H/p)^2, D) through `inner` channels, row by row."""
+
+    def __init__(self, patch_size: int, channels: int, inner: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj1 = nn.Conv2d(channels, inner, patch_size, stride=patch_size, bias=False)
+        self.proj2 = nn.Conv2d(inner, hidden_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.proj2(self.proj1(x.to(self.proj1.weight.dtype)))
+        return out.flatten(2).mT
+
+
+class Attention(nn.Module):
+    """Self-attention with normalised queries and keys, turned by their tokens' places."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_norm = RMSNorm(hidden_size // num_heads)
+        self.k_norm = RMSNorm(hidden_size // num_heads)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        batch, tokens, hidden = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, d)
+        q, k = (rotate(part, cosines, sines) for part in (self.q_norm(q), self.k_norm(k)))
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, hidden))
+        return projected
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: silu(a) b for the two halves (a, b) of a linear map, then a linear map back."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(hidden_size, 2 * inner_size)
+        self.w3 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        out: Tensor = self.w3(F.silu(gate) * value)
+        return out
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated and gated by the conditioning."""
+
+    def __init__(self, hidden_size: int, num_heads: int, inner_size: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(hidden_size), RMSNorm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = GatedMLP(hidden_size, inner_size)
+        self.adaLN_modulation = modulation(hidden_size, 6)
+
+    def forward(self, x: Tensor, condition: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, 1)
+        seen = self.attn(modulate(self.norm1(x), shift1, scale1), cosines, sines)
+        x = torch.addcmul(x, gate1[:, None], seen)
+        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the linear map to patches (B, T, p p C)."""
+
+    def __init__(self, hidden_size: int, outputs: int) -> None:
+        super().__init__()
+        self.norm_final = RMSNorm(hidden_size)
+        self.linear = nn.Linear(hidden_size, outputs)
+        self.adaLN_modulation = modulation(hidden_size, 2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, 1)
+        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        return out
+
+
+class JiT(Network):
+    """Velocity (D - x) / max(1 - t, 0.05) of the linear path, from the data D that it predicts.
+
+    Args:
+        input_size: H; images are (B, C, H, H).
+        patch_size: p; H / p tokens a side.
+        in_channels: C.
+        hidden_size, depth, num_heads, mlp_ratio: D, blocks, heads a block; the MLP has
+            int(2/3 int(D mlp_ratio)) channels.
+        num_classes: classes; the null class has the row after theirs.
+        bottleneck_dim: channels between the two maps of a patch.
+        in_context_len, in_context_start: class tokens, and the block before which they join.
+        noise_scale: standard deviation of the noise at t = 0.
+
+    Raises ConfigError for sizes that do not divide as they must.
+    """
+
+    prediction: Final = "velocity"
+    open_end: Final = True  # 1 - t is bounded, so that the velocity is wrong at t = 1 itself
+    fixed_names: Final = ("pos_embed",)
+
+    def __init__(
+        self,
+        *,
+        input_size: int = 256,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        hidden_size: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        bottleneck_dim: int = 128,
+        in_context_len: int = 32,
+        in_context_start: int = 4,
+        noise_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        for name, whole, part in (
+            ("input_size", input_size, patch_size),
+            ("hidden_size", hidden_size, 4 * num_heads),  # pairs of channels of two coordinates
+        ):
+            if part < 1 or whole < 1 or whole % part:
+                raise ConfigError(f"expected {name} to be a multiple of {part}, got {whole}")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes, self.noise_scale = num_classes, noise_scale
+        self.in_context_len, self.in_context_start = in_context_len, in_context_start
+        side, head_size = input_size // patch_size, hidden_size // num_heads
+        table = torch.empty(side * side, hidden_size)
+        if not table.is_meta:  # where only shapes matter, arithmetic would load a compiler
+            table = position_table(hidden_size, side)
+        self.cosines: Tensor
+        self.sines: Tensor
+        turns = torch.empty(2, side * side + in_context_len, head_size)
+        cosines, sines = turns if turns.is_meta else rotations(head_size, side, in_context_len)
+        self.register_buffer("cosines", cosines, persistent=False)
+        self.register_buffer("sines", sines, persistent=False)
+        self.pos_embed = nn.Parameter(table[None], requires_grad=False)
+        if in_context_len:
+            self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, hidden_size))
+        self.t_embedder = TimeEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes + 1, hidden_size)
+        self.x_embedder = PatchBottleneck(patch_size, in_channels, bottleneck_dim, hidden_size)
+        inner = int(int(hidden_size * mlp_ratio) * 2 / 3)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, inner) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
+        if in_context_len and not table.is_meta:
+            nn.init.normal_(self.in_context_posemb, std=0.02)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, H) of one sample."""
+        return (self.in_channels, self.input_size, self.input_size)
+
+    @property
+    def label_dim(self) -> int:
+        """Number of classes, without the null class."""
+        return self.num_classes
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no class"."""
+        return self.num_classes
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Velocity dx/dt of x (B, C, H, H) at time t, one or (B,) values in [0, 1]; float32.
+
+        Labels are class ids (B,) int64, the null class among them, which is None for all. Raises
+        ConfigError for labels out of range.
+        """
+        left = (1 - t.float()).clamp_min(0.05).reshape(-1, *[1] * (x.ndim - 1))
+        return (self.data(x, t, labels) - x.float()) / left
+
+    def data(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The data (B, C, H, H) that x at time t is expected to come from; float32."""
+        named = self.y_embedder(self._ids(labels, x))
+        condition = self.t_embedder(t.reshape(-1)) + named
+        tokens = self.x_embedder(x) + self.pos_embed
+        others = self.in_context_len
+        for index, block in enumerate(self.blocks):
+            if index == self.in_context_start and others:
+                tokens = torch.cat([named[:, None] + self.in_context_posemb, tokens], dim=1)
+            tokens = block(tokens, condition, *self._turns(tokens.shape[1]))
+        out = self.final_layer(tokens[:, tokens.shape[1] - self.pos_embed.shape[1] :], condition)
+        return unpatchify(out, self.patch_size).float()
+
+    def _turns(self, count: int) -> tuple[Tensor, Tensor]:
+        """Rotations of the last `count` tokens: those of the image come last."""
+        return self.cosines[-count:], self.sines[-count:]
+
+    def _ids(self, labels: Tensor | None, x: Tensor) -> Tensor:
+        if labels is None:
+            return torch.full((len(x),), self.null_label, device=x.device)
+        if labels.shape != x.shape[:1] or labels.is_floating_point():
+            raise ConfigError(
+                f"expected class ids of shape {tuple(x.shape[:1])} as labels, found "
+                f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}"
+            )
+        require_class_ids(labels, self.num_classes + 1)
+        return labels.to(x.device)
