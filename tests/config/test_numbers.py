@@ -80,7 +80,7 @@ def _numeric_options() -> dict[str, object]:
 
 def test_every_option_reads_numbers_by_the_one_parser() -> None:
     parsers = _numeric_options()
-    by_hand = ("plan memory", "sample columns", "convert workers", "compare curve_images")
+    by_hand = ("plan memory", "sample columns", "compare curve_images")
     assert {parsers[where] for where in by_hand} == {decimal, integer, positive}
     assert [where for where, read in parsers.items() if read is None] == []
 
