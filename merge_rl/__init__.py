@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from merge_rl.registry import build_model
     from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
     from merge_rl.storage.convert import ConvertResult, convert
-    from merge_rl.storage.hub import push
     from merge_rl.workflows.assembly import load_model
     from merge_rl.workflows.compare import compare_searchers
     from merge_rl.workflows.evaluate import evaluate
-    from merge_rl.workflows.export import merge, save_model
+    from merge_rl.workflows.export import merge, push, save_model
     from merge_rl.workflows.finetune import FinetuneResult, finetune
     from merge_rl.workflows.optimize import OptimizeResult, optimize, resume
 
@@ -45,7 +44,7 @@ _HOMES: Final = {
     "open_checkpoints": "storage.checkpoints",
     "ConvertResult": "storage.convert",
     "convert": "storage.convert",
-    "push": "storage.hub",
+    "push": "workflows.export",
     "compare_searchers": "workflows.compare",
     "evaluate": "workflows.evaluate",
     "save_model": "workflows.export",

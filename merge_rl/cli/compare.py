@@ -14,6 +14,7 @@ from merge_rl.cli.options import build_for_set, integer, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
+    note,
     note_unused_gpu,
     print_json,
     print_table,
@@ -73,6 +74,9 @@ def compare(
     coefficients differ between seeds; the plot how FID falls with the images generated. Ctrl-C
     keeps what is done: the same command goes on.
     """
+    from merge_rl.storage.runs import find_set
+
+    checkpoints = find_set(checkpoints).told(note)
     config = build_for_set(settings, checkpoints)
     folder = out or Path("runs") / f"{checkpoints.resolve().name}-compare"
     note_unused_gpu(config.device)
@@ -137,8 +141,10 @@ def report(
     Scores with intervals, where the search began and what it chose, images spent, coefficients.
     Of a comparison: its tables again, compare.md and compare.png.
     """
+    from merge_rl.storage.runs import find_run
     from merge_rl.workflows.report import write_report
 
+    run = find_run(run).told(note)
     written = write_report(run)
     if written.note:
         say(f"no plot: {escape(written.note)}")

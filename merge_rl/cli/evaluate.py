@@ -21,7 +21,7 @@ from merge_rl.cli.output import (
     print_table,
     say,
 )
-from merge_rl.cli.sample import find_autoencoder, generation_settings, meant
+from merge_rl.cli.sample import MODEL_HELP, find_autoencoder, generation_settings, meant
 from merge_rl.config import MODEL_IMAGES, EvaluateConfig, SamplerConfig
 from merge_rl.errors import ConfigError
 
@@ -43,8 +43,7 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="Model folder, one .safetensors of a set, images (folder, .zip, .npz), or saved "
-            "features.",
+            help=f"{MODEL_HELP[:-1]}; or images (folder, .zip, .npz), or saved features.",
         ),
     ],
     settings: Mapping[str, Any],

@@ -12,7 +12,7 @@ import typer
 from merge_rl.cli.options import build, split_tracks, with_settings
 from merge_rl.cli.output import JsonFlag, ProgressTracker, note_unused_gpu, print_json, stoppable
 from merge_rl.cli.results import FinetuneTracker, finetuned_document, print_finetuned
-from merge_rl.cli.sample import meant
+from merge_rl.cli.sample import MODEL_HELP, meant
 from merge_rl.config import PAPER_REWARD, FinetuneConfig, to_mapping
 
 if TYPE_CHECKING:
@@ -35,10 +35,7 @@ def register(app: typer.Typer) -> None:
 def finetune(
     model: Annotated[
         Path,
-        typer.Argument(
-            metavar="MODEL",
-            help="Model folder, one .safetensors of a set, or a set's folder (its newest).",
-        ),
+        typer.Argument(metavar="MODEL", help=MODEL_HELP),
     ],
     *,
     out: Annotated[

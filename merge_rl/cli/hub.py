@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_rl.cli.options import build, with_settings
-from merge_rl.cli.output import ByteTracker, JsonFlag, byte_text, print_json, print_table, say
+from merge_rl.cli.output import ByteTracker, JsonFlag, byte_text, note, print_json, print_table, say
 from merge_rl.config import FetchConfig
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
+    from merge_rl.storage.checkpoints import KnownSet
     from merge_rl.storage.hub import FetchPlan, FetchResult
 
 
@@ -22,6 +23,27 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command()(fetch)
     app.command()(push)
+
+
+def _list_sets(asked: bool) -> None:
+    """The sets that `fetch` knows by name, and the end of the command."""
+    if not asked:
+        return
+    from merge_rl.storage.checkpoints import load_catalogue
+
+    rows = [
+        [known.name, str(known.resolution), _size_text(known), known.licence]
+        for known in load_catalogue().sets
+        if known.urls()
+    ]
+    title = "published sets, by the names that mergerl fetch takes"
+    print_table(title, ["name", "pixels", "files", "licence"], rows, words=True)
+    raise typer.Exit
+
+
+def _size_text(known: KnownSet) -> str:
+    count, size = len(known.urls()), known.tensor_bytes
+    return f"{count}" if size is None else f"{count} of {byte_text(size)}"
 
 
 @with_settings(FetchConfig)
@@ -42,6 +64,12 @@ def fetch(
         bool, typer.Option("--dry-run", help="Show what it takes, no more.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    _list: Annotated[
+        bool,
+        typer.Option(
+            "--list", callback=_list_sets, is_eager=True, help="Print the sets of the catalogue."
+        ),
+    ] = False,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Download published checkpoints and convert them to safetensors on the way.
@@ -82,8 +110,12 @@ def fetch(
 
 
 def push(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Run directory, or a folder of one model.")
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Run (its result), set (its newest checkpoint), model folder, or .safetensors.",
+        ),
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="user/repo\\[@branch] of the Hub.")],
     public: Annotated[
@@ -96,17 +128,23 @@ def push(
     ] = False,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Upload the merged model of a finished run, or a model folder, to the Hub.
+    """Upload a model to the Hub: that of a finished run, of a set, of a folder or a file.
 
     Weights, config.json, merge.yaml, README.md and pictures; private unless --public. What has
     arrived is not sent again when the command is run once more. The token comes from
     [bold]hf auth login[/bold] or the variable HF_TOKEN; it has no option here, because a command
     line ends up in the history of the shell.
     """
-    from merge_rl.storage.hub import push as push_model
+    from merge_rl.workflows.assembly import find_model
+    from merge_rl.workflows.export import push as push_model
 
     pushed = push_model(
-        run, repo, private=not public, revision=revision, message=message, dry_run=dry_run
+        find_model(model).told(note),
+        repo,
+        private=not public,
+        revision=revision,
+        message=message,
+        dry_run=dry_run,
     )
     document = {
         "repo": pushed.repo_id,

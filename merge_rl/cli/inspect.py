@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merge_rl.cli.output import JsonFlag, interval_text, note_all, print_json, print_table
+from merge_rl.cli.output import JsonFlag, interval_text, note, note_all, print_json, print_table
+from merge_rl.cli.sample import meant
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
 
 if TYPE_CHECKING:
@@ -31,21 +32,20 @@ def inspect(
 
     Reads every weight of a set and compares hashes, unless --quick. Exits with 1 if a check fails.
     """
-    if (path / "config.yaml").is_file() and (path / "inputs.json").is_file():
-        _show_run(path, json=json)
-    elif _holds_statistics(path):
-        _show_references(path, json=json)
-    elif path.is_file() or _is_model(path):
-        _show_file(path, json=json)
+    from merge_rl.storage.runs import find_set, folder_kind, only_inside
+
+    place = only_inside(path) if path.is_dir() else path
+    kind = folder_kind(place) if place.is_dir() else "file"
+    if place != path:
+        note(f"{path}: took the {kind} {place}")
+    if kind == "run":
+        _show_run(place, json=json)
+    elif _holds_statistics(place):
+        _show_references(place, json=json)
+    elif kind in ("file", "model"):
+        _show_file(place if place.exists() else meant(path), json=json)
     else:
-        _show_set(path, track=track, quick=quick, json=json)
-
-
-def _is_model(folder: Path) -> bool:
-    from merge_rl.storage.checkpoints import has_manifest
-    from merge_rl.storage.files import weights_in
-
-    return folder.is_dir() and not has_manifest(folder) and len(weights_in(folder)) == 1
+        _show_set(find_set(place).path, track=track, quick=quick, json=json)
 
 
 def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None:

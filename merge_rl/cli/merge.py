@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_rl.cli.options import build, with_settings
-from merge_rl.cli.output import JsonFlag, note_all, print_json, print_table
+from merge_rl.cli.output import JsonFlag, note, note_all, print_json, print_table
 from merge_rl.config import SingleMergeConfig, byte_count, numbers_in, real_number
 from merge_rl.errors import ConfigError
 
@@ -39,9 +39,10 @@ def merge(
     """
     from merge_rl.core.merging.ema_profiles import parse_std_list
     from merge_rl.storage.files import require_new
+    from merge_rl.storage.runs import find_set
     from merge_rl.workflows.export import Recipe, merged_licence
 
-    config = build(SingleMergeConfig, settings)
+    config, checkpoints = build(SingleMergeConfig, settings), find_set(checkpoints).told(note)
     require_new(out)
     if config.max_shard_size:
         parse_size(config.max_shard_size)

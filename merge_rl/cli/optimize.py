@@ -11,7 +11,14 @@ import typer
 from merge_rl.cli import ranks
 from merge_rl.cli.finetune import resume_run
 from merge_rl.cli.options import build_for_set, decimal, with_settings
-from merge_rl.cli.output import JsonFlag, ProgressTracker, note_unused_gpu, print_json, stoppable
+from merge_rl.cli.output import (
+    JsonFlag,
+    ProgressTracker,
+    note,
+    note_unused_gpu,
+    print_json,
+    stoppable,
+)
 from merge_rl.cli.plan import show_plan
 from merge_rl.cli.results import print_result, result_document
 from merge_rl.config import OptimizeConfig
@@ -110,7 +117,9 @@ def optimize(
     note_unused_gpu(config.device)
     _drive(
         run_dir,
-        lambda tracker: run_optimize(checkpoints, out=run_dir, config=config, tracker=tracker),
+        lambda tracker: run_optimize(
+            config.checkpoints, out=run_dir, config=config, tracker=tracker
+        ),
         json=json,
     )
 
@@ -139,6 +148,9 @@ def search_settings(
     checkpoints: Path, settings: Mapping[str, Any], out: Path | None
 ) -> tuple[OptimizeConfig, Path]:
     """The settings of a search over the set's own sampler, and its run directory."""
+    from merge_rl.storage.runs import find_set
+
+    checkpoints = find_set(checkpoints).told(note)
     config = build_for_set(settings, checkpoints)
     return config, out or Path("runs") / f"{checkpoints.resolve().name}-seed{config.seed}"
 
@@ -156,9 +168,10 @@ def resume(
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Go on with an interrupted run; it ends as if it had never been interrupted."""
-    from merge_rl.storage.runs import is_finetune_run
+    from merge_rl.storage.runs import find_run, is_finetune_run
     from merge_rl.workflows.optimize import resume as run_resume
 
+    run = find_run(run).told(note)
     if is_finetune_run(run):
         ranks.require_parallel("finetune")
         resume_run(run, checkpoints, json=json)

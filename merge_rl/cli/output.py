@@ -53,10 +53,15 @@ def note_unused_gpu(device: str) -> None:
         say(f"[yellow]note:[/] {escape(note)}")
 
 
+def note(sentence: str) -> None:
+    """A line on stderr that a user should see."""
+    say(f"[yellow]note:[/] {escape(sentence)}")
+
+
 def note_all(sentences: Sequence[str]) -> None:
     """A line on stderr for each."""
     for sentence in sentences:
-        say(f"[yellow]note:[/] {escape(sentence)}")
+        note(sentence)
 
 
 def say(text: str) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
 from merge_rl.cli.options import build, integer, positive, with_settings
-from merge_rl.cli.output import JsonFlag, ProgressTracker, note_all, print_json, say
+from merge_rl.cli.output import JsonFlag, ProgressTracker, note, print_json, say
 from merge_rl.config import GenerationConfig, SampleConfig, SamplerConfig, to_mapping
 from merge_rl.errors import ConfigError
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from merge_rl.interfaces import Autoencoder
 
+MODEL_HELP: Final = (
+    "Run (its result), set (its newest checkpoint), model folder, one .safetensors, or user/repo."
+)
 Generating = TypeVar("Generating", bound=GenerationConfig)
 
 
@@ -30,7 +33,7 @@ def register(app: typer.Typer) -> None:
 def sample(
     models: Annotated[
         list[Path],
-        typer.Argument(metavar="MODEL...", help="Model folders, or single .safetensors of a set."),
+        typer.Argument(metavar="MODEL...", help=MODEL_HELP),
     ],
     settings: Mapping[str, Any],
     out: Annotated[
@@ -153,9 +156,7 @@ def meant(model: Path, track: str | None = None) -> Path:
     """The model that a run, a set, a folder or a name of the Hub means, with a note of which."""
     from merge_rl.workflows.assembly import find_model
 
-    found = find_model(model, track)
-    note_all([found.note] if found.note else [])
-    return found.path
+    return find_model(str(model), track).told(note)
 
 
 def find_autoencoder(model: Path, network: nn.Module, config: GenerationConfig) -> Autoencoder:

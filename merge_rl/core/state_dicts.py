@@ -130,6 +130,17 @@ def hold(data: Mapping[str, object], kind: type[T]) -> Held[T]:
     return held
 
 
+def own_names(names: Collection[str]) -> dict[str, str]:
+    """What a network calls its tensors -> what a file calls them, wrappers and all.
+
+    Of raw weights and their average in one file the average's; every name is its own where it
+    cannot be told which state dict is meant.
+    """
+    held = hold({name: name for name in names}, str)
+    places = held.among(averaged=True) or held.among(averaged=False)
+    return held.states[places[0]] if len(places) == 1 else {name: name for name in names}
+
+
 def _collect(data: Mapping[str, object], kind: type[T], place: str, held: Held[T]) -> None:
     # From files of others: not every key need be text.
     flat = {k: item for k, item in data.items() if isinstance(item, kind) and isinstance(k, str)}

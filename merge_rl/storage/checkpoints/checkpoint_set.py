@@ -19,7 +19,6 @@ from merge_rl.storage.checkpoints.listing import (
     list_folder,
     read_headers,
     select_entries,
-    set_config,
 )
 from merge_rl.storage.checkpoints.manifest import CheckpointEntry, Manifest, SetDefaults
 from merge_rl.storage.checkpoints.model_file import ModelFile, open_model_file, save_checkpoint
@@ -132,10 +131,17 @@ class CheckpointSet:
     @property
     def notes(self) -> list[str]:
         """What a user should hear of the set, a sentence each."""
-        return [
+        notes = [
             f"{self.folder}: {name} and {kept} are the same weights and count once, as {kept}"
             for name, kept in self.duplicates.items()
         ]
+        left = self._headers[0].left
+        if left:
+            took = next(iter(self._headers[0].in_files.values()), "")
+            notes.append(
+                f"{self.folder}: took {took} and its like, left {', '.join(left[:3])}, ..."
+            )
+        return notes
 
     @property
     def total_bytes(self) -> int:
@@ -272,8 +278,7 @@ def open_checkpoints(
     them either way.
     """
     listing = select_entries(list_folder(Path(path)), track=track, select=select)
-    headers = read_headers(listing)
-    config = set_config(listing, headers[0])
+    headers, config = read_headers(listing)
     repeated = find_duplicates(listing, headers)
     duplicates = {listing.names[i]: listing.names[kept] for i, kept in repeated.items()}
     if distinct:

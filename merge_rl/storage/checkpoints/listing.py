@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError, UnknownNameError
+from merge_rl.storage.checkpoints.catalogue import load_catalogue
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
@@ -23,6 +24,7 @@ from merge_rl.storage.checkpoints.model_file import (
     folder_config,
     metadata_config,
     model_file_path,
+    named_as_network,
     open_model_file,
 )
 from merge_rl.storage.files import (
@@ -54,7 +56,7 @@ class Listing:
 def list_folder(folder: Path) -> Listing:
     """All checkpoints of a folder: those of its manifest, or its `.safetensors` files."""
     if not folder.exists():
-        raise CheckpointError(f"{folder}: no such folder")
+        raise CheckpointError(f"{folder}: no such folder{_published(folder)}")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder of checkpoints, found a file")
     if os.path.lexists(folder / MANIFEST_NAME):
@@ -64,6 +66,13 @@ def list_folder(folder: Path) -> Listing:
         manifest, entries = None, _entries_by_name(folder)
     names = _unique_names(entries)
     return Listing(folder=folder, manifest=manifest, entries=entries, names=names)
+
+
+def _published(folder: Path) -> str:
+    """What to run where a name is that of a published set, or of the form user/repo."""
+    named = str(folder) in load_catalogue().names
+    of_hub = len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
+    return f"; `mergerl fetch {folder} DIR` gets it, if it is published" if named or of_hub else ""
 
 
 def select_entries(listing: Listing, *, track: str | None, select: Sequence[str] | None) -> Listing:
@@ -89,8 +98,8 @@ def select_entries(listing: Listing, *, track: str | None, select: Sequence[str]
     )
 
 
-def read_headers(listing: Listing) -> list[StoredWeights]:
-    """What all files hold, each in agreement with the first."""
+def read_headers(listing: Listing) -> tuple[list[StoredWeights], dict[str, Any] | None]:
+    """What all files hold, each in agreement with the first, and the config of their network."""
     paths = [listing.folder / entry.file for entry in listing.entries]
     for path in paths:
         if not path.is_file():
@@ -98,9 +107,11 @@ def read_headers(listing: Listing) -> list[StoredWeights]:
     headers = [open_weights(path) for path in paths]
     if not headers[0].tensors:
         raise CheckpointError(f"{paths[0]}: holds no tensors")
+    config = set_config(listing, headers[0])
+    headers = [named_as_network(header, config) for header in headers]
     for path, header in zip(paths[1:], headers[1:], strict=True):
         require_same(path, header, paths[0], headers[0])
-    return headers
+    return headers, config
 
 
 def require_same(path: Path, header: StoredWeights, first_path: Path, first: StoredWeights) -> None:

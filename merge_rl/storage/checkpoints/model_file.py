@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor
 
 from merge_rl import registry
-from merge_rl.core.state_dicts import unwrapped
+from merge_rl.core.state_dicts import own_names
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
@@ -21,6 +21,7 @@ from merge_rl.storage.checkpoints.manifest import (
     read_manifest,
 )
 from merge_rl.storage.files import (
+    StoredWeights,
     TensorInfo,
     hash_weights,
     is_weights_name,
@@ -58,12 +59,13 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
     listed = find_listing(file)
     recorded = listed[1].sha256 if listed else None
     stored = open_weights(file)
+    config = _first_config(file, stored.metadata, listed[0] if listed else None)
+    stored = named_as_network(stored, config)
     weights, digest = stored.read(hashed=recorded is not None)
     if digest is not None:
         require_hash(file, digest, recorded)
     for name, tensor in weights.items():
         require_finite(stored.homes[name], name, tensor)
-    config = _first_config(file, stored.metadata, listed[0] if listed else None)
     return ModelFile(weights, config, dict(stored.metadata))
 
 
@@ -168,12 +170,25 @@ def require_network(tensors: Mapping[str, TensorInfo], config: Config | None, wh
         found, want = tensors.get(odd[0], "missing"), "no such tensor"
         if wanted:
             want = f"{kind} {list(wanted.shape)}"
-        wrapped = unwrapped(tensors).keys() == expected.keys() != tensors.keys()
-        hint = "; `mergerl convert` takes what wraps their names off" if wrapped else ""
         raise IncompatibleCheckpointError(
             f"{where}: not the tensors of the {config['model']} network that its config describes: "
-            f"{len(odd)} differ, first {odd[0]!r}: found {found}, expected {want}{hint}"
+            f"{len(odd)} differ, first {odd[0]!r}: found {found}, expected {want}"
         )
+
+
+def named_as_network(stored: StoredWeights, config: Config | None) -> StoredWeights:
+    """Weights under the names of the network of `config`, where a wrapper's names hide those.
+
+    Other weights stay as they are, to be refused by whoever holds them against the network.
+    """
+    names = own_names(stored.tensors)
+    if config is None or "model" not in config or all(new == old for new, old in names.items()):
+        return stored
+    try:
+        expected = _forms(config, len(names), str(stored.path))
+    except IncompatibleCheckpointError:
+        return stored
+    return stored.renamed(names) if names.keys() == expected.keys() else stored
 
 
 def _fits(tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo], name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +30,24 @@ class StoredWeights:
     homes: Mapping[str, Path]  # tensor -> the file it is in
     tensors: Mapping[str, TensorInfo]  # in the order of the file, or of the index
     metadata: Mapping[str, str]
+    in_files: Mapping[str, str] = field(default_factory=dict)  # names of those called otherwise
+
+    def renamed(self, names: Mapping[str, str]) -> StoredWeights:
+        """The same under other names (new -> the one in the files); those not named are left."""
+        return replace(
+            self, in_files=names,
+            homes={name: self.homes[known] for name, known in names.items()},
+            tensors={name: self.tensors[known] for name, known in names.items()},
+        )  # fmt: skip
+
+    @property
+    def left(self) -> list[str]:
+        """The tensors of the files that have no name here."""
+        known = set(self.in_files.values()) or set(self.tensors)
+        return [name for part in self.parts.values() for name in part.tensors if name not in known]
+
+    def _named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensors[self.in_files.get(name, name)] for name in self.tensors}
 
     @property
     def file_bytes(self) -> int:
@@ -46,7 +64,7 @@ class StoredWeights:
                 raise CheckpointError(f"{file}: the file has changed since the set was opened")
             tensors |= found
             digests.append(digest or "")
-        return {name: tensors[name] for name in self.tensors}, _joined(digests) if hashed else None
+        return self._named(tensors), _joined(digests) if hashed else None
 
     def reader(self) -> WeightsReader:
         """The files opened to read parts of tensors; neither hashes nor values are checked."""
@@ -57,7 +75,7 @@ class StoredWeights:
         views: dict[str, Tensor] = {}
         for file, header in self.parts.items():
             views |= map_file(file, header)
-        return {name: views[name] for name in self.tensors}
+        return self._named(views)
 
     def sha256(self, progress: Progress | None = None) -> str:
         """Of the file; of shards, that of their hashes in the order of their names."""
@@ -77,7 +95,7 @@ class WeightsReader:
     """Open files from which parts of tensors are read; several threads may share it."""
 
     def __init__(self, weights: StoredWeights) -> None:
-        self._homes = weights.homes
+        self._homes, self._in_files = weights.homes, weights.in_files
         with ExitStack() as stack:
             self._readers = {
                 file: stack.enter_context(TensorReader(file, header))
@@ -93,7 +111,8 @@ class WeightsReader:
 
     def read_into(self, name: str, start: int, values: Tensor) -> None:
         """Fill `values` (contiguous, of the tensor's dtype) with its elements from `start` on."""
-        self._readers[self._homes[name]].read_into(name, start, values)
+        known = self._in_files.get(name, name)
+        self._readers[self._homes[name]].read_into(known, start, values)
 
 
 def weights_in(folder: Path) -> list[Path]:

@@ -5,18 +5,19 @@ from merge_rl.storage.hub.fetch import FetchResult, run_fetch
 from merge_rl.storage.hub.fetch_plan import FetchPlan, plan_fetch
 from merge_rl.storage.hub.fetch_sources import Selection, parse_count
 from merge_rl.storage.hub.repository import local_model
-from merge_rl.storage.hub.upload import model_folder, push
+from merge_rl.storage.hub.upload import CARD_NAME, Pushed, push_folder
 
 __all__ = [
+    "CARD_NAME",
     "Downloaded",
     "FetchPlan",
     "FetchResult",
+    "Pushed",
     "Selection",
     "fetch_url",
     "local_model",
-    "model_folder",
     "parse_count",
     "plan_fetch",
-    "push",
+    "push_folder",
     "run_fetch",
 ]

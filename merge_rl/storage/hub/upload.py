@@ -1,4 +1,4 @@
-"""Models on the Hub: the files of a model folder or a run, pushed."""
+"""Models on the Hub: the files of a model folder, pushed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from merge_rl.errors import CheckpointError, HubError, RunError
+from merge_rl.errors import CheckpointError, HubError
 from merge_rl.storage.checkpoints import CONFIG_NAME
 from merge_rl.storage.files import INDEX_NAME, MODEL_NAME, SHARD_PATTERN, read_header, read_index
 from merge_rl.storage.hub.client import call_hub, client, endpoint, quiet_client
 from merge_rl.storage.hub.repository import open_repository, split_repo
-from merge_rl.storage.runs import FinetuneRun, RunDir, described, folder_kind, only_inside
 
 DEFAULT_MESSAGE: Final = "Upload a merged model"
 
@@ -37,8 +36,8 @@ class Pushed:
         return sum(file.size for file in self.files)
 
 
-def push(
-    run: str | os.PathLike[str],
+def push_folder(
+    folder: str | os.PathLike[str],
     repo: str,
     *,
     private: bool = True,
@@ -47,7 +46,7 @@ def push(
     dry_run: bool = False,
     wait: Callable[[float], None] = time.sleep,
 ) -> Pushed:
-    """Upload the model of a finished run, or a model folder, to a repository of the Hub.
+    """Upload a model folder to a repository of the Hub.
 
     Weights, config.json, merge.yaml, README.md and pictures are sent, nothing else. The repository
     is made if it is missing. What arrived before a connection broke is not sent again, neither in
@@ -55,7 +54,7 @@ def push(
     instead of shards, or more shards) are removed by the same commit.
 
     Args:
-        run: run directory with `merged/`, or a folder written by `save_model`.
+        folder: written by `save_model`.
         repo: "user/repo".
         private: make it private, and refuse to write to one that is public.
         revision: branch, which must exist; "main" by default.
@@ -63,12 +62,12 @@ def push(
         dry_run: check the files and list them; nothing is sent or asked.
         wait: how to pause between attempts.
 
-    The token comes from `hf auth login` or HF_TOKEN. Raises CheckpointError and RunError for
-    folders that cannot be pushed, HubError for everything at the Hub.
+    The token comes from `hf auth login` or HF_TOKEN. Raises CheckpointError for folders that
+    cannot be pushed, HubError for everything at the Hub.
     """
     repo_id, given = split_repo(repo)
     branch = revision or given
-    folder = model_folder(run)
+    folder = Path(folder)
     files = tuple(list_model(folder))
     address = endpoint()
     url = f"{address}/{repo_id}"
@@ -133,35 +132,6 @@ class FolderFile:
 
     name: str  # relative to the folder, forward slashes
     size: int
-
-
-def model_folder(path: str | os.PathLike[str]) -> Path:
-    """The model folder that `path` means.
-
-    Itself, or `merged` of a finished run, `final` of a finished fine-tuning run, the folder of its
-    file, or of the only run or model in it. RunError for a run that is not finished,
-    CheckpointError for a set, of which one model has to be named or made, and for anything else.
-    """
-    given = Path(path)
-    if given.is_file() and given.name in (MODEL_NAME, INDEX_NAME):
-        given = given.parent
-    if not given.is_dir():
-        raise CheckpointError(f"{given}: expected a run or a model folder, found none")
-    folder = only_inside(given)
-    kind = folder_kind(folder)
-    if kind == "model":
-        return folder
-    if kind not in ("run", "fine-tuning run"):
-        what = {"set": "a set of checkpoints; merge it first", "comparison": "a comparison"}
-        found = what.get(kind, described(folder))
-        raise CheckpointError(f"{folder}: expected a run or a model folder, found {found}")
-    run = RunDir(folder)
-    if run.read("result.json") is None:
-        raise RunError(f"{folder}: the run is not finished; go on with: mergerl resume {folder}")
-    result = run.merged_path if kind == "run" else FinetuneRun(folder).final_path
-    if not result.is_dir():
-        raise RunError(f"{folder}: the run has no model, expected the folder {result.name}/")
-    return result
 
 
 def list_model(folder: Path) -> list[FolderFile]:

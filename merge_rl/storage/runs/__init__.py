@@ -10,7 +10,15 @@ from merge_rl.storage.runs.lifecycle import (
     require_same,
 )
 from merge_rl.storage.runs.moved import located
-from merge_rl.storage.runs.places import described, folder_kind, only_inside
+from merge_rl.storage.runs.places import (
+    Meant,
+    described,
+    find_run,
+    find_set,
+    folder_kind,
+    only_inside,
+    result_of,
+)
 from merge_rl.storage.runs.run_dir import SETTINGS, FinetuneRun, RunDir, is_finetune_run
 from merge_rl.storage.runs.trackers import Boards, require_extras
 
@@ -18,12 +26,15 @@ __all__ = [
     "SETTINGS",
     "Boards",
     "FinetuneRun",
+    "Meant",
     "RunDir",
     "StopSignals",
     "begin_finetune",
     "begin_run",
     "continued",
     "described",
+    "find_run",
+    "find_set",
     "folder_kind",
     "goes_on",
     "is_finetune_run",
@@ -32,4 +43,5 @@ __all__ = [
     "require_extras",
     "require_resumable",
     "require_same",
+    "result_of",
 ]

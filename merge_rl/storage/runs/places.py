@@ -1,16 +1,17 @@
-"""What a folder is: the one place that decides it, and says what was found."""
+"""What a folder is, and what is meant by one: decided here, and said."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
-from merge_rl.errors import CheckpointError
+from merge_rl.errors import CheckpointError, RunError
 from merge_rl.storage.checkpoints import CONFIG_NAME, has_manifest
-from merge_rl.storage.files import is_image_name, read_header, weights_in
-from merge_rl.storage.runs.run_dir import SETTINGS, is_finetune_run
+from merge_rl.storage.files import absolute, is_image_name, read_header, weights_in
+from merge_rl.storage.runs.run_dir import SETTINGS, FinetuneRun, RunDir, is_finetune_run
 
 FolderKind = Literal["run", "fine-tuning run", "comparison", "set", "model", "images", "nothing"]
 _DATA: Final = frozenset({"features", "reps", "images"})  # tensors that no network has
@@ -56,6 +57,61 @@ def only_inside(folder: Path) -> Path:
         listed = ", ".join(f"{inner.name} ({known[inner]})" for inner in found)
         raise CheckpointError(f"{folder}: holds several, name one of them: {listed}")
     return found[0] if found else folder
+
+
+class Meant(NamedTuple):
+    """What was meant, and a sentence that says so where it is not what was named."""
+
+    path: Path
+    note: str | None
+
+    def told(self, announce: Callable[[str], None]) -> Path:
+        """The path, once `announce` has heard the sentence, if there is one."""
+        if self.note:
+            announce(self.note)
+        return self.path
+
+
+def find_set(path: str | os.PathLike[str]) -> Meant:
+    """The folder of checkpoints that `path` means: itself, or the only set in it.
+
+    A fine-tuning run is the set of its snapshots, a model a set of one. Raises CheckpointError for
+    a folder that holds several, and for a run, with the set that it searched. A path of anything
+    else is left to whoever opens it.
+    """
+    given = Path(path)
+    folder = only_inside(given) if given.is_dir() else given
+    kind = folder_kind(folder) if folder.is_dir() else "nothing"
+    if kind in ("run", "comparison"):
+        of = f", of the set {RunDir(folder).config().checkpoints}" if kind == "run" else ""
+        raise CheckpointError(f"{folder}: expected a set of checkpoints, found a {kind}{of}")
+    return Meant(folder, None if folder == given else f"{path}: took the {kind} {folder}")
+
+
+def find_run(path: str | os.PathLike[str]) -> Meant:
+    """The run or comparison that `path` means: itself, the only one in it, or that of a result.
+
+    A path of anything else is left to whoever opens it.
+    """
+    given = Path(path)
+    folder = only_inside(given) if given.is_dir() else given
+    near = [folder, *absolute(folder).parents[:2]] if folder.exists() else []
+    for place in near:
+        if place.is_dir() and folder_kind(place) in ("run", "fine-tuning run", "comparison"):
+            same = absolute(place) == absolute(given)
+            return Meant(place, None if same else f"{path}: took the {folder_kind(place)} {place}")
+    return Meant(given, None)
+
+
+def result_of(run: Path) -> Path:
+    """The model that a finished run, or fine-tuning run, has written; else RunError."""
+    if RunDir(run).read("result.json") is None:
+        raise RunError(f"{run}: the run is not finished; go on with: mergerl resume {run}")
+    tuned = is_finetune_run(run)
+    result = FinetuneRun(run).final_path if tuned else RunDir(run).merged_path
+    if not result.is_dir():
+        raise RunError(f"{run}: the run has no model, expected the folder {result.name}/")
+    return result
 
 
 def described(folder: Path) -> str:

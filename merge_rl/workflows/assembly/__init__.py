@@ -8,7 +8,7 @@ from merge_rl.workflows.assembly.extractors import (
     require_known,
 )
 from merge_rl.workflows.assembly.job import Job, build_job, build_map
-from merge_rl.workflows.assembly.meaning import Meant, find_model, load_model
+from merge_rl.workflows.assembly.meaning import find_model, load_model
 from merge_rl.workflows.assembly.memory import (
     MemoryPlan,
     fit_batch,
@@ -55,7 +55,6 @@ __all__ = [
     "Announce",
     "ExtractorId",
     "Job",
-    "Meant",
     "MemoryPlan",
     "ModelDefaults",
     "PartCosts",

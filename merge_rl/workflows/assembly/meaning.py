@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 from merge_rl.errors import CheckpointError
 from merge_rl.interfaces import Network
 from merge_rl.storage.checkpoints import newest_model
-from merge_rl.storage.hub import local_model, model_folder
-from merge_rl.storage.runs import described, folder_kind, only_inside
+from merge_rl.storage.hub import local_model
+from merge_rl.storage.runs import Meant, described, folder_kind, only_inside, result_of
 from merge_rl.workflows.assembly.networks import load_network
-
-
-class Meant(NamedTuple):
-    """The model that was meant, and a sentence that says so where it is not what was named."""
-
-    path: Path
-    note: str | None
 
 
 def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
@@ -42,7 +34,7 @@ def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
         name = chosen.relative_to(folder) if chosen != folder else chosen
         return Meant(chosen, f"{path}: took {name}, the newest of the set {folder}")
     if kind in ("run", "fine-tuning run"):
-        chosen = model_folder(folder)
+        chosen = result_of(folder)
         return Meant(chosen, f"{path}: took {chosen}, the result of the {kind}")
     if kind != "model":
         what = "a comparison" if kind == "comparison" else described(folder)

@@ -22,7 +22,7 @@ from merge_rl.core.distances.intervals import summarize
 from merge_rl.errors import BudgetError, ConfigError, RunError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
-from merge_rl.storage.runs import SETTINGS, RunDir, require_same
+from merge_rl.storage.runs import SETTINGS, RunDir, find_set, require_same
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import Job, require_targets, resolve_config, search_doubts
 from merge_rl.workflows.compare.scores import (
@@ -73,22 +73,29 @@ def compare_searchers(
     work, RunError for a folder of other settings.
     """
     tracker = tracker or NullTracker()
+
+    def announce(text: str) -> None:
+        tracker.event({"kind": "note", "text": text})
+
     seeds = check_seeds(seeds)
     contenders = parse_contenders(DEFAULT if searchers is None else searchers)
     if not contenders:
         raise ConfigError("expected at least one searcher, got none")
     curve_images = _curve_images(curve_images, config)
-    base = dataclasses.replace(config, search=dataclasses.replace(config.search, name=_PLAIN))
+    base = dataclasses.replace(
+        config, search=dataclasses.replace(config.search, name=_PLAIN),
+        checkpoints=str(find_set(config.checkpoints).told(announce)),
+    )  # fmt: skip
     require_device(base.device)
     opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
     for text in opened.notes:
-        tracker.event({"kind": "note", "text": text})
+        announce(text)
     folder = RunDir(out)
     _require_ours(folder)
-    jobs = Jobs(opened, lambda text: tracker.event({"kind": "note", "text": text}))
+    jobs = Jobs(opened, announce)
     able, left_out = _check(contenders, base, seeds[0], opened, jobs, lenient=searchers is None)
     for text in left_out:
-        tracker.event({"kind": "note", "text": f"left out: {text}"})
+        announce(f"left out: {text}")
     match = _Match(
         base=base, opened=opened, jobs=jobs, folder=folder, tracker=tracker,
         scores=FreshScores(folder, base.seed, tracker),

@@ -3,6 +3,7 @@
 from merge_rl.workflows.export.card import TASK, hub_licence, hub_repositories, model_card
 from merge_rl.workflows.export.folder import carried_metadata, save_merge, save_model, set_facts
 from merge_rl.workflows.export.profiles import ema_coefficients, merge, save_profiles
+from merge_rl.workflows.export.publish import push
 from merge_rl.workflows.export.recipe import (
     TOOL,
     Recipe,
@@ -23,6 +24,7 @@ __all__ = [
     "merge_recipe",
     "merged_licence",
     "model_card",
+    "push",
     "save_merge",
     "save_model",
     "save_profiles",

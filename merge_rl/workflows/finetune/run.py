@@ -24,6 +24,7 @@ from merge_rl.storage.runs import (
     StopSignals,
     begin_finetune,
     continued,
+    find_run,
     goes_on,
     located,
     require_extras,
@@ -108,9 +109,9 @@ def finetune(
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )  # fmt: skip
     check_names(chosen)  # before a model is fetched from the Hub
-    source = find_model(model).path
-    resolved = resolve_finetune(dataclasses.replace(chosen, model=str(source)))
     tracker = tracker or NullTracker()
+    source = find_model(model).told(_announce(tracker))
+    resolved = resolve_finetune(dataclasses.replace(chosen, model=str(source)))
     if resume:
         return resume_finetune(out, config=resolved, wrap=wrap, tracker=tracker)
     with joined() as group:
@@ -143,7 +144,7 @@ def resume_finetune(
     """
     tracker = tracker or NullTracker()
     with joined() as group:
-        run = FinetuneRun.open(run_dir)
+        run = FinetuneRun.open(find_run(run_dir).told(_announce(tracker)))
         own = continued(run, config)
         own = located(own, run.path, checkpoints, announce=_announce(tracker))
         require_extras(own.track)

@@ -8,7 +8,8 @@ from merge_rl.workflows.optimize.budget import (
     plan_budget,
     tournament_rounds,
 )
-from merge_rl.workflows.optimize.run import OptimizeResult, check_names, optimize, resume
+from merge_rl.workflows.optimize.prepare import check_names
+from merge_rl.workflows.optimize.run import OptimizeResult, optimize, resume
 from merge_rl.workflows.optimize.search import SearchResult, make_searcher, run_search, starts_of
 
 __all__ = [

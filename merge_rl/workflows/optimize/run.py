@@ -13,23 +13,26 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_rl import registry
-from merge_rl.config import AUTO_BATCH, OptimizeConfig, SamplerConfig, to_mapping, without_nan
-from merge_rl.core.sampling.compatibility import require_reward_solver, require_solver
+from merge_rl.config import OptimizeConfig, to_mapping, without_nan
 from merge_rl.errors import MergeRLError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.storage.checkpoints import CheckpointSet, base_index, open_checkpoints
 from merge_rl.storage.files import require_new
-from merge_rl.storage.runs import RunDir, begin_run, goes_on, located, require_resumable
+from merge_rl.storage.runs import (
+    RunDir,
+    begin_run,
+    find_run,
+    find_set,
+    goes_on,
+    located,
+    require_resumable,
+)
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
     Job,
     build_job,
-    check_reward,
-    fit_batch,
-    require_known,
     resolve_config,
     search_doubts,
     searcher_note,
@@ -44,9 +47,10 @@ from merge_rl.workflows.export import (
     set_facts,
     without_places,
 )
+from merge_rl.workflows.optimize.prepare import check_names, common_batch, distribute
 from merge_rl.workflows.optimize.search import SearchResult, make_searcher, run_search
 from merge_rl.workflows.optimize.shown import write_samples
-from merge_rl.workflows.rollout import DistributedRollout, on_device, require_same_everywhere
+from merge_rl.workflows.rollout import DistributedRollout, on_device
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ def optimize(
     Raises MergeRLError subclasses for input that cannot work, before anything is written; and
     KeyboardInterrupt with the resume point saved.
     """
+    tracker = tracker or NullTracker()
+    checkpoints = find_set(checkpoints).told(_announce(tracker))
     base = config or OptimizeConfig(checkpoints=str(checkpoints))
     given = {"budget": budget, "seed": seed}
     base = dataclasses.replace(
@@ -114,7 +120,6 @@ def optimize(
         search=dataclasses.replace(base.search, name=searcher or base.search.name),
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    tracker = tracker or NullTracker()
     with joined() as group:
         if group.leads and not goes_on(out, group.place):
             require_new(out)
@@ -157,7 +162,7 @@ def resume(
     """
     tracker = tracker or NullTracker()
     with joined() as group:
-        run = RunDir.open(run_dir)
+        run = RunDir.open(find_run(run_dir).told(_announce(tracker)))
         config = located(run.config(), run.path, checkpoints, announce=_announce(tracker))
         select = config.select or None
         opened = open_checkpoints(config.checkpoints, track=config.track, select=select)
@@ -219,56 +224,6 @@ def _drive(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> O
     run.write("result.json", without_nan(result))
     tracker.event({"kind": "finished", "seconds": time.monotonic() - began})
     return OptimizeResult(run.path, found, comparison)
-
-
-def check_names(config: OptimizeConfig) -> None:
-    """Raise before any work for names that are not known and solvers no reward can use."""
-    registry.population_of(config.search)
-    check_reward(config)
-    require_known(config.extractor or "")
-    if config.autoencoder is not None:
-        registry.resolve("autoencoder", registry.AUTOENCODERS, config.autoencoder)
-    sampler = config.sampler or SamplerConfig()
-    require_solver(sampler.solver)
-    require_reward_solver(sampler)
-
-
-def distribute(
-    group: Group,
-    config: OptimizeConfig,
-    job: Job,
-    device: str,
-    announce: Callable[[str], None],
-) -> DistributedRollout:
-    """The rollouts of a search on all ranks, which were seen to have the same of everything.
-
-    Raises ParallelError for ranks of another version, other settings or inputs, or unequal
-    devices.
-    """
-    require_same_everywhere(group, to_mapping(config), job.hashes, device)
-    return DistributedRollout(group, (job.rollout, job.final_rollout), announce)
-
-
-def common_batch(
-    config: OptimizeConfig,
-    checkpoints: CheckpointSet,
-    group: Group,
-    out: str | os.PathLike[str],
-    announce: Callable[[str], None],
-) -> OptimizeConfig:
-    """The settings with the batch that rank 0's device has room for, where they leave it open.
-
-    A run that goes on after a restart keeps the batch that it began with.
-    """
-    if config.batch != AUTO_BATCH:
-        return config
-    found = None
-    if group.leads and goes_on(out, group.place) and RunDir(out).config_path.is_file():
-        found = RunDir(out).config().batch
-    elif group.leads:
-        placed = on_device(config, group)
-        found = fit_batch(placed, checkpoints, announce=announce).batch
-    return dataclasses.replace(config, batch=group.broadcast(found, phase="choosing the batch"))
 
 
 def write_merged(

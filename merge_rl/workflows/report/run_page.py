@@ -11,7 +11,7 @@ from typing import Any
 from merge_rl.config import OptimizeConfig
 from merge_rl.errors import ConfigError, RunError
 from merge_rl.storage.files import write_text
-from merge_rl.storage.runs import SETTINGS, RunDir, is_finetune_run
+from merge_rl.storage.runs import SETTINGS, RunDir, find_run, is_finetune_run
 from merge_rl.workflows.report.compare_page import write_comparison
 from merge_rl.workflows.report.plots import draw_run
 from merge_rl.workflows.report.text import (
@@ -166,7 +166,7 @@ def write_report(path: str | os.PathLike[str]) -> Report:
     A run that goes on is reported as far as it is. Raises RunError for a folder of something else,
     and for a comparison without a result yet.
     """
-    folder = Path(path)
+    folder = find_run(path).path
     if (folder / SETTINGS).is_file():
         return _of_comparison(folder)
     if is_finetune_run(folder):

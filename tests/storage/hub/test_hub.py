@@ -24,7 +24,9 @@ from merge_rl.storage.hub.repository import (
     open_repository,
     split_repo,
 )
-from merge_rl.storage.hub.upload import Pushed, list_model, model_folder, push
+from merge_rl.storage.hub.upload import Pushed, list_model
+from merge_rl.storage.hub.upload import push_folder as push
+from merge_rl.storage.runs import result_of
 from tests.hub_server import TOKEN, Cut, Fault, HubServer, Repo
 
 # The client's own upload call is one that its HTTP library will drop.
@@ -359,18 +361,17 @@ def test_unfinished_runs_and_other_folders_are_refused(tmp_path: Path, model: Pa
     write_text(run / "config.yaml", "seed: 1\n")
     write_text(run / "inputs.json", "{}")
     with pytest.raises(RunError, match="the run is not finished; go on with: mergerl resume"):
-        model_folder(run)
+        result_of(run)
     write_text(run / "result.json", "{}")
     with pytest.raises(RunError, match="the run has no model, expected the folder merged/"):
-        model_folder(run)
+        result_of(run)
     model.rename(run / "merged")
-    assert model_folder(run) == run / "merged"
-    assert sorted(file.name for file in list_model(model_folder(run))) == PUBLISHED
-    with pytest.raises(CheckpointError, match="expected a run or a model folder, found none"):
-        model_folder(tmp_path / "nothing")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"expected a run or .*, found nothing$"):
-        model_folder(tmp_path / "empty")
+    assert result_of(run) == run / "merged"
+    assert sorted(file.name for file in list_model(result_of(run))) == PUBLISHED
+    for name in ("nothing", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(CheckpointError, match="expected model.safetensors, or shards"):
+            push(tmp_path / name, "user/repo")
 
 
 def test_folders_that_are_not_sound_are_refused(model: Path, tmp_path: Path) -> None:

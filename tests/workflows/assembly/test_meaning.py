@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from merge_rl.errors import CheckpointError, RunError
-from merge_rl.storage.checkpoints import open_checkpoints, save_checkpoint
+from merge_rl.storage.checkpoints import open_checkpoints, open_model_file, save_checkpoint
 from merge_rl.storage.files import write_json, write_png
-from merge_rl.storage.hub import model_folder
-from merge_rl.storage.runs import folder_kind, only_inside
+from merge_rl.storage.runs import find_run, find_set, folder_kind, only_inside, result_of
 from merge_rl.workflows.assembly import find_model
 from merge_rl.workflows.export import save_model
+from merge_rl.workflows.export.publish import publishable
 from merge_rl.workflows.reference import kind_of
 
 Command = Callable[..., Any]
@@ -98,21 +98,73 @@ def test_several_in_a_folder_are_named(tiny: Path, run: Path, tmp_path: Path) ->
     shutil.copytree(tiny, tmp_path / "both/set")
     shutil.copytree(run, tmp_path / "both/run")
     expected = r"both: holds several, name one of them: run \(run\), set \(set\)"
-    for find in (find_model, model_folder, only_inside):
+    for find in (find_model, find_set, find_run, only_inside):
         with pytest.raises(CheckpointError, match=expected):
             find(tmp_path / "both")
 
 
-def test_what_is_published(tiny: Path, model: Path, run: Path) -> None:
-    assert model_folder(run) == run / "merged"
-    assert model_folder(model) == model_folder(model / "model.safetensors") == model
-    with pytest.raises(CheckpointError, match="found a set of checkpoints; merge it first"):
-        model_folder(tiny)
+def test_which_set_is_meant(tiny: Path, model: Path, run: Path, tmp_path: Path) -> None:
+    assert find_set(tiny) == (tiny, None)
+    assert find_set(model) == (model, None)  # a set of one
+    shutil.copytree(tiny, tmp_path / "outer/set")
+    found = find_set(tmp_path / "outer")
+    assert found == (
+        tmp_path / "outer/set", f"{tmp_path / 'outer'}: took the set {tmp_path / 'outer/set'}"
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="expected a set of .*, found a run, of the set x$"):
+        find_set(run)
+    assert find_set(tmp_path / "gone") == (tmp_path / "gone", None)
+
+
+def test_which_run_is_meant(model: Path, run: Path, tmp_path: Path) -> None:
+    assert find_run(run) == (run, None)
+    for inside in ("merged", "merged/model.safetensors", "result.json"):
+        expected = f"{run / inside}: took the run {run}"
+        assert find_run(run / inside) == (run, expected)
+    shutil.copytree(run, tmp_path / "runs/one")
+    assert find_run(tmp_path / "runs").path == tmp_path / "runs/one"
+    for other in (model, tmp_path / "gone", run / "gone"):
+        assert find_run(other) == (other, None)
+    heard: list[str] = []
+    assert find_run(run / "merged").told(heard.append) == run
+    assert find_run(run).told(heard.append) == run
+    assert heard == [f"{run / 'merged'}: took the run {run}"]
+
+
+def test_a_run_without_a_result_has_no_model(run: Path) -> None:
+    assert result_of(run) == run / "merged"
     (run / "result.json").unlink()
-    with pytest.raises(RunError, match="the run is not finished; go on with: mergerl resume"):
-        model_folder(run)
-    with pytest.raises(RunError, match="the run is not finished"):
-        find_model(run)
+    for find in (result_of, find_model):
+        with pytest.raises(RunError, match="the run is not finished; go on with: mergerl resume"):
+            find(run)
+
+
+@pytest.mark.parametrize("what", ["set", "run", "file", "model", "bare"])
+def test_what_is_published(what: str, tiny: Path, tmp_path: Path) -> None:
+    opened = open_checkpoints(tiny)
+    newest, config = opened.paths[-1], opened.config
+    weights = open_model_file(newest).weights
+    half = {name: tensor.half() for name, tensor in weights.items()}
+    model = save_model(tmp_path / "model", half, config, card="# Mine", dtype="float16")
+    if what == "bare":
+        (model / "README.md").unlink()
+    if what == "run":
+        write_json(tmp_path / "run/result.json", {})
+        for name in ("config.yaml", "inputs.json"):
+            (tmp_path / "run" / name).write_text("{}")
+        model = model.rename(tmp_path / "run/merged")
+    path = {"set": tiny, "file": newest, "run": tmp_path / "run"}.get(what, model)
+    with publishable(find_model(path).path) as folder:
+        found = open_model_file(folder)
+        card = (folder / "README.md").read_text() if (folder / "README.md").is_file() else ""
+    assert found.config == config
+    sent = weights if what in ("set", "file") else half
+    for name, tensor in sent.items():
+        torch.testing.assert_close(found.weights[name], tensor, rtol=0, atol=0)
+    assert (card == "# Mine") == (what in ("run", "model"))
+    if what in ("set", "file"):
+        assert f"after {opened.nimg[-1]:,} training images" in card
+        assert not folder.exists()
 
 
 def test_commands_say_which_they_took(tiny: Path, mergerl: Command) -> None:

@@ -1,0 +1,106 @@
+"""Any model to the Hub: a run's, a set's newest, a folder or a file, as a folder with a card."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import yaml
+from torch import Tensor
+
+from merge_rl.storage.checkpoints import Origin, find_origin, open_model_file
+from merge_rl.storage.files import INDEX_NAME, MODEL_NAME
+from merge_rl.storage.hub import CARD_NAME, Pushed, push_folder
+from merge_rl.workflows.assembly import find_model
+from merge_rl.workflows.export.card import TASK, hub_licence, hub_repositories
+from merge_rl.workflows.export.folder import CARRIED_METADATA, DTYPES, save_model
+
+WEIGHTS: Final = (MODEL_NAME, INDEX_NAME)
+
+
+def push(
+    model: str | os.PathLike[str],
+    repo: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+    dry_run: bool = False,
+    wait: Callable[[float], None] = time.sleep,
+) -> Pushed:
+    """Upload a model to a repository of the Hub.
+
+    Args:
+        model: finished run or fine-tuning run (its result), set (its newest checkpoint), model
+            folder or file. A checkpoint's file gets a config.json and a card of what is known.
+        repo: "user/repo", or "user/repo@branch".
+        private: make it private, and refuse to write to one that is public.
+        revision: branch, which must exist; "main" by default.
+        message: title of the commit.
+        dry_run: check the files and list them; nothing is sent or asked.
+        wait: how to pause between attempts.
+
+    Weights, config.json, merge.yaml, README.md and pictures are sent, nothing else; what arrived
+    before a connection broke is not sent again. The token comes from `hf auth login` or HF_TOKEN.
+    Raises CheckpointError and RunError for what cannot be pushed, HubError for everything at the
+    Hub.
+    """
+    with publishable(find_model(Path(model)).path) as folder:
+        return push_folder(
+            folder, repo, private=private, revision=revision, message=message, dry_run=dry_run,
+            wait=wait,
+        )  # fmt: skip
+
+
+@contextmanager
+def publishable(path: Path) -> Iterator[Path]:
+    """The folder of a model as it is, or one made for a file that has no card beside it."""
+    folder = path.parent if path.name in WEIGHTS else path
+    whole = any((folder / name).is_file() for name in WEIGHTS)
+    if whole and (path.is_dir() or (folder / CARD_NAME).is_file()):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        origin, weights = find_origin(path), open_model_file(path).weights
+        kept = {key: origin.metadata[key] for key in CARRIED_METADATA if key in origin.metadata}
+        yield save_model(
+            Path(place) / "model", weights, origin.config, card=checkpoint_card(origin),
+            dtype=_dtype(weights), metadata=kept,
+        )  # fmt: skip
+
+
+def checkpoint_card(origin: Origin) -> str:
+    """Markdown with Hub metadata for one checkpoint: what it is, how to load it."""
+    header = {"library_name": "merge_rl", **hub_licence(origin.licence)}
+    front = {
+        **header, "pipeline_tag": TASK, "tags": ["diffusion", str(origin.config.get("model"))]
+    }  # fmt: skip
+    bases = hub_repositories([origin.source or ""])
+    front |= {"base_model": bases} if bases else {}
+    seen = f", after {origin.nimg:,} training images" if origin.nimg is not None else ""
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---",
+            f"# {origin.name}",
+            "",
+            f"One checkpoint of a training run{seen}.",
+            "",
+            "```python",
+            "import merge_rl as mrl",
+            "",
+            'model = mrl.load_model("path/to/this/folder")  # or "user/repo"',
+            "```",
+            "",
+        ]
+    )
+
+
+def _dtype(weights: dict[str, Tensor]) -> str:
+    """The floating type that all of the weights have, float32 for several."""
+    kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    return next((name for name, dtype in DTYPES.items() if kinds == {dtype}), "float32")
