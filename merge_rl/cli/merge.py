@@ -51,6 +51,8 @@ def merge(
     opened = _open(checkpoints, config, known)
     terms = merged_licence(opened, config.licence or (known.licence if known else None))
     if len(stds) > 1:
+        if config.freeze:
+            raise ConfigError("--freeze goes with one merge; expected one width of --ema-std")
         dtype = config.dtype or "float32"
         _merge_profiles(opened, out, stds, config.base, dtype, terms, json=json)
         return
@@ -106,7 +108,10 @@ def _save(
     limit = parse_size(config.max_shard_size) if config.max_shard_size else None
     save_merge(
         out, opened, values,
-        plan=plan_merge(opened, groups=groups, base=start),
+        plan=plan_merge(
+            opened, groups=groups, base=start,
+            freeze=config.freeze or (known.frozen if known else ()),
+        ),
         groups=groups,
         dtype=config.dtype or (known.dtype if known else "float32"),
         max_shard_bytes=limit or (known.max_shard_bytes if known else MAX_SHARD_BYTES),

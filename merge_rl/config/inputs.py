@@ -134,6 +134,10 @@ class SingleMergeConfig:
     uniform: bool = setting(False, "The plain average.", flag="--uniform")
     track: str | None = setting(None, "Series of the manifest to use.", flag="--track", unset="all")
     base: str = setting("newest", "Checkpoint whose buffers are carried; by name.", flag="--base")
+    freeze: tuple[str, ...] = setting(
+        (), "Tensors whose names match stay as in the base; repeatable.", flag="--freeze",
+        metavar="REGEX", unset="none, or the recipe's",
+    )  # fmt: skip
     dtype: str | None = setting(
         None, "float32, float16 or bfloat16.", flag="--dtype", unset="float32, or the recipe's"
     )

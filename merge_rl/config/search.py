@@ -49,6 +49,10 @@ class MergeConfig:
             panel=SEARCH, flag="--group", metavar="NAME=REGEX",
         ),
     )  # fmt: skip
+    freeze: tuple[str, ...] = setting(
+        (), "Tensors whose names match stay as in the start's checkpoint; repeatable.", SEARCH,
+        "--freeze", metavar="REGEX", unset="none",
+    )  # fmt: skip
     max_abs: float | None = setting(
         None, "No coefficient goes beyond it.", SEARCH, "--max-abs", unset="no bound"
     )

@@ -47,6 +47,22 @@ def test_a_recipe_makes_the_same_files(
     assert recipes[0] == recipes[1]
 
 
+def test_a_recipe_remembers_what_was_frozen(tiny: Path, mergerl: Command) -> None:
+    how = ("--track", "raw", "--uniform", "--freeze", "emb_", "--freeze", r"\.dec\.")
+    ended = mergerl("merge", tiny, "one", *how)
+    assert ended.code == 0, ended.err
+    assert yaml.safe_load(Path("one/merge.yaml").read_text())["frozen"] == ["emb_", r"\.dec\."]
+    again = mergerl("merge", tiny, "two", "--recipe", "one/merge.yaml")
+    assert again.code == 0, again.err
+    files = [(Path(f) / "model.safetensors").read_bytes() for f in ("one", "two")]
+    assert files[0] == files[1]
+    newest, merged = mrl.open_checkpoints(tiny), open_model_file("one").weights
+    last = newest.read(newest.names.index("tiny-0000400"))
+    for name in last:
+        if "emb_" in name or ".dec." in name:
+            assert torch.equal(merged[name], last[name].float()), name
+
+
 def test_the_recipe_of_a_search_makes_its_file(
     tiny: Path, mergerl: Command, tiny_config: Any, tmp_path: Path
 ) -> None:

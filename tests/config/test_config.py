@@ -30,7 +30,7 @@ SAMPLER = SamplerConfig(
 )  # fmt: skip
 MERGE = MergeConfig(
     grouping="blocks", map="softmax", start="uniform", scale=0.125, max_abs=3.5, l2=0.25,
-    groups={"enc": r"\.enc\.", "später": "^dec: '#"},
+    freeze=(r"\.out_", "^emb"), groups={"enc": r"\.enc\.", "später": "^dec: '#"},
 )  # fmt: skip
 REWARD = RewardConfig(
     name="other", pool_size=300, subset_size=40, num_subsets=2, num_replacements=3, refresh="4",

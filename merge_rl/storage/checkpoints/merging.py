@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class MergePlan:
     carried: tuple[str, ...]  # taken from the base as they are
     groups: Groups  # of the merged ones
     base: int  # index of the checkpoint that carried tensors come from
+    frozen: tuple[str, ...] = ()  # patterns of the tensors that are carried by the user's word
 
     @property
     def group_of(self) -> dict[str, int]:
@@ -57,11 +59,13 @@ def plan_merge(
     *,
     groups: Mapping[str, str] | None = None,
     base: str = "newest",
+    freeze: Sequence[str] = (),
     model: nn.Module | None = None,
 ) -> MergePlan:
-    """The plan for a set: its network says what is carried.
+    """The plan for a set: its network, and `freeze`, say what is carried.
 
-    `groups` maps group names to regular expressions of tensor names. `model` saves building the
+    `groups` maps group names to regular expressions of tensor names. `freeze` are regular
+    expressions too: what they are found in stays as in the base. `model` saves building the
     network of the set's config again. Without any network (no config known) only tensors that are
     not floating are carried.
     """
@@ -75,14 +79,34 @@ def plan_merge(
         carried = carried_names(model)
     else:
         carried = {n for n, info in infos.items() if not info.dtype.is_floating_point}
+    carried |= frozen_names(infos, freeze)
     merged = tuple(name for name in infos if name not in carried)
+    if not merged:
+        raise ConfigError(f"--freeze takes all {len(infos)} tensors; expected some to merge")
     assigned = assign_groups(merged, groups) if groups else Groups(("all",), (0,) * len(merged))
     return MergePlan(
         merged=merged,
         carried=tuple(sorted(carried)),
         groups=assigned,
         base=base_index(checkpoints, base),
+        frozen=tuple(freeze),
     )
+
+
+def frozen_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
+    """Names that one of the regular expressions is found in; ConfigError for one found in none."""
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            taken = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise ConfigError(
+                f"expected a regular expression to freeze, got {pattern!r}: {error}"
+            ) from None
+        if not taken:
+            raise ConfigError(f"expected {pattern!r} to freeze at least one tensor, got none")
+        found |= taken
+    return found
 
 
 def carried_names(model: nn.Module) -> set[str]:

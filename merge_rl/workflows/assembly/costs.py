@@ -75,7 +75,8 @@ def cost_parts(
     parts = Parts(config, blank_network(checkpoints, config.device), announce)
     parts.require_fit([parts.sampler])
     rollout = parts.rollout(Rollout)
-    plan = plan_merge(checkpoints, groups=config.merge.groups, base=config.merge.start)
+    merge = config.merge
+    plan = plan_merge(checkpoints, groups=merge.groups, base=merge.start, freeze=merge.freeze)
     costs, notes = _costs(checkpoints.config or {}, rollout)
     return PartCosts(
         parts=parts,

@@ -106,7 +106,10 @@ def build_job(
 ) -> Job:
     """Build everything a resolved config names; `announce` hears of downloads."""
     model = blank_network(checkpoints, config.device)
-    plan = plan_merge(checkpoints, groups=config.merge.groups, base=config.merge.start, model=model)
+    merge = config.merge
+    plan = plan_merge(
+        checkpoints, groups=merge.groups, base=merge.start, freeze=merge.freeze, model=model
+    )
     parts = Parts(config, model, announce)
     parts.require_fit([parts.sampler])
     # Before the checkpoints: what is free then is for them.

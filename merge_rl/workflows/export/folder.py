@@ -100,8 +100,9 @@ def save_merge(
     `merged_licence`; `how` a sentence for the card.
     """
     recipe = merge_recipe(
-        checkpoints, coefficients, base=plan.base, groups=groups, licence=licence, tool=tool
-    )
+        checkpoints, coefficients, base=plan.base, groups=groups, frozen=plan.frozen,
+        licence=licence, tool=tool,
+    )  # fmt: skip
     infos = {name: _merged_info(info) for name, info in checkpoints.tensors.items()}
     rows = coefficients.reshape(1, len(plan.groups.names), len(checkpoints))
     merged = ((name, outs[0]) for name, outs in stream_merge(checkpoints, plan, rows))

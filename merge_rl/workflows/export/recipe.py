@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -27,10 +27,14 @@ def merge_recipe(
     *,
     base: int,
     groups: Mapping[str, str],
+    frozen: Sequence[str] = (),
     licence: str | None = None,
     tool: str = TOOL,
 ) -> dict[str, Any]:
-    """What it takes to make the merge again: sources with hashes, coefficients, groups, base."""
+    """What it takes to make the merge again: sources with hashes, coefficients, groups, base.
+
+    `frozen` are the patterns of the tensors that stay as in the base.
+    """
     rows = coefficients.reshape(-1, len(checkpoints))
     with ThreadPoolExecutor() as pool:  # hashing takes longer than merging
         checkpoints.hash_files(pool.map)
@@ -39,6 +43,7 @@ def merge_recipe(
         "tool": tool,
         "base": checkpoints.names[base],
         "groups": dict(groups),
+        **({"frozen": list(frozen)} if frozen else {}),
         "licence": licence,
         "sources": [
             {
@@ -71,7 +76,8 @@ def recipe_metadata(recipe: Mapping[str, Any]) -> dict[str, str]:
     does not change the file.
     """
     sources = [{k: s[k] for k in ("name", "sha256", "coefficients")} for s in recipe["sources"]]
-    how = {"base": recipe["base"], "groups": recipe["groups"], "sources": sources}
+    how = {key: recipe[key] for key in ("base", "groups", "frozen") if key in recipe}
+    how["sources"] = sources
     return {"format": "pt", "tool": recipe["tool"], "merge": json.dumps(how, sort_keys=True)}
 
 
@@ -89,6 +95,10 @@ class Recipe:
         if not isinstance(groups, dict) or not all(isinstance(v, str) for v in groups.values()):
             raise ConfigError(f"{self.path}, groups: expected a mapping of text, found {groups!r}")
         self.groups: dict[str, str] = {str(name): pattern for name, pattern in groups.items()}
+        frozen = document.get("frozen") or []
+        if not isinstance(frozen, list) or not all(isinstance(v, str) for v in frozen):
+            raise ConfigError(f"{self.path}, frozen: expected a list of text, found {frozen!r}")
+        self.frozen: list[str] = frozen
         self.base = str(document.get("base", "newest"))
         self.dtype = str(document.get("dtype", "float32"))
         self.tool = str(document.get("tool", TOOL))

@@ -233,8 +233,9 @@ def write_merged(
     checkpoints, base = job.checkpoints, base_index(job.checkpoints, config.merge.start)
     licence = merged_licence(checkpoints, config.licence)
     recipe = merge_recipe(
-        checkpoints, coefficients, base=base, groups=config.merge.groups, licence=licence
-    )
+        checkpoints, coefficients, base=base, groups=config.merge.groups,
+        frozen=config.merge.freeze, licence=licence,
+    )  # fmt: skip
     recipe["search"] = without_places(to_mapping(config))
     recipe["comparison"] = comparison.as_dict()
     weights = job.flat.weights(coefficients)
@@ -245,10 +246,8 @@ def write_merged(
         f"`{config.reward.text}`, {config.budget} generated images at most, seed {config.seed}."
     )
     facts = set_facts(checkpoints, job.group_names, coefficients, "float32", how, licence)
-    sources = {name: reference.source for name, reference in job.references.items()}
-    facts = dataclasses.replace(
-        facts, comparison=comparison, extractor=config.extractor, data=sources
-    )
+    data = {name: reference.source for name, reference in job.references.items()}
+    facts = dataclasses.replace(facts, comparison=comparison, extractor=config.extractor, data=data)
     save_model(
         path, ordered, checkpoints.config, recipe=recipe, card=model_card(facts), replace=True,
         metadata=carried_metadata(checkpoints, base),

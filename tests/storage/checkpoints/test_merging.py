@@ -54,6 +54,31 @@ def test_all_ways_give_the_same_bits(
         assert torch.equal(streamed[name][0], base[name].float())
 
 
+def test_what_is_frozen_stays_as_in_the_base(shared_tiny: Path) -> None:
+    opened = open_checkpoints(shared_tiny, track="raw")
+    plan = plan_merge(opened, base=opened.names[1], freeze=[r"\.enc\.", r"emb_noise"])
+    frozen = [n for n in opened.tensors if ".enc." in n or "emb_noise" in n]
+    assert frozen
+    assert set(frozen) <= set(plan.carried)
+    assert not set(frozen) & set(plan.merged)
+    base, table = opened.read(1), random_rows(1, 1, 4)
+    for name, outs in stream_merge(opened, plan, table):
+        assert torch.equal(outs[0], base[name].float()) == (name in plan.carried)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("nothing", "expected 'nothing' to freeze at least one tensor, got none"),
+        ("(", r"expected a regular expression to freeze, got '\('"),
+        (".", "takes all .* tensors; expected some to merge"),
+    ],
+)
+def test_what_cannot_be_frozen(pattern: str, message: str, shared_tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_merge(open_checkpoints(shared_tiny, track="raw"), freeze=[pattern])
+
+
 def test_every_byte_of_a_tensor_is_read_once(
     shared_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
