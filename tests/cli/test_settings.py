@@ -103,7 +103,8 @@ def test_an_option_of_one_name_is_one_setting_everywhere() -> None:
     for offer in COMMANDS.values():
         for setting in offer.options():
             keys.setdefault(str(offer.flag(setting)), set()).add(setting.key)
-    # Final scores of a search and of training, merges once and of a search have the same names in different parts.
+    # Final scores of a search and of training have the same names in different parts, as has what
+    # stays as it is in one merge and in those of a search.
     several = {flag: found for flag, found in keys.items() if len(found) > 1}
     assert several == {
         "--final-images": {"evaluation.num_images", "curves.final_images"},

@@ -78,8 +78,8 @@ def stages(names: Sequence[str]) -> dict[str, str]:
     """Stages of a network, as patterns for `merge_rl.core.groups.assign_groups`.
 
     A transformer's blocks in thirds by depth, and its final layer; a U-Net's encoder and decoder
-    at each resolution. What is left, mostly embeddings, is the group "rest". A network that has
-    neither has one group.
+    at each resolution; of any other network its lists of modules, in thirds or one by one. What is
+    left, mostly embeddings, is the group "rest". A network that has none has one group.
     """
     depth = 1 + max((int(match[1]) for match in map(BLOCK.search, names) if match), default=-1)
     if depth:
@@ -96,6 +96,8 @@ def stages(names: Sequence[str]) -> dict[str, str]:
         side: sorted({m[2] for m in map(LEVEL.search, names) if m and m[1] == side}, key=_width)
         for side in ("enc", "dec")
     }
+    if not any(sizes.values()):
+        return _stages_of_lists(names)
     # In the order of the network: down to the smallest resolution, and up again.
     order = [("enc", size) for size in reversed(sizes["enc"])]
     order += [("dec", size) for size in sizes["dec"]]
@@ -103,11 +105,65 @@ def stages(names: Sequence[str]) -> dict[str, str]:
 
 
 def blocks(names: Sequence[str]) -> dict[str, str]:
-    """Every block of a transformer or a U-Net a group of its own; the others are "rest"."""
+    """Every block, or element of a list of modules, a group of its own; the others are "rest"."""
     for pattern in (r"(?:^|\.)(?P<each>blocks\.\d+)\.", r"(?:^|\.)(?P<each>(?:enc|dec)\.\w+)\."):
         if any(re.search(pattern, name) for name in names):
             return {"block": pattern}
-    return {}
+    return _blocks_of_lists(names)
+
+
+MOST_PARTS: Final = 12  # of a network of several lists that is not divided into thirds
+
+
+def module_lists(names: Sequence[str]) -> dict[str, list[int]]:
+    """Lists of modules, the outermost of each tensor, with the numbers of their elements.
+
+    "layers.3.attn.weight" lies in element 3 of "layers"; a list has two elements at least.
+    """
+    found: dict[str, set[int]] = {}
+    for name in names:
+        for prefix, number in _places(name):
+            found.setdefault(prefix, set()).add(number)
+    outermost = (next((p for p, _ in _places(n) if len(found[p]) > 1), None) for n in names)
+    taken = dict.fromkeys(prefix for prefix in outermost if prefix is not None)
+    return {prefix: sorted(found[prefix]) for prefix in taken}
+
+
+def _places(name: str) -> list[tuple[str, int]]:
+    parts = name.split(".")
+    return [(".".join(parts[:i]), int(p)) for i, p in enumerate(parts[:-1]) if p.isdecimal()]
+
+
+def _stages_of_lists(names: Sequence[str]) -> dict[str, str]:
+    """Stages of any network: its lists of modules in thirds, or their elements where these are few.
+
+    What comes after the last list, in the order of the tensors, is the group "final layers".
+    """
+    lists = module_lists(names)
+    if not lists:
+        return {}
+    few = len(lists) > 1 and sum(map(len, lists.values())) <= MOST_PARTS
+    found = {}
+    for prefix, numbers in lists.items():
+        parts = len(numbers) if few else min(DEPTHS, len(numbers))
+        for i in range(parts):
+            part = numbers[i * len(numbers) // parts : (i + 1) * len(numbers) // parts]
+            label = f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}"
+            found[f"{prefix or 'layer'} {label}"] = _elements(prefix, "|".join(map(str, part)))
+    last = max(i for i, name in enumerate(names) if any(re.search(p, name) for p in found.values()))
+    if last + 1 < len(names):
+        found["final layers"] = rf"^(?:{'|'.join(map(re.escape, names[last + 1 :]))})$"
+    return found
+
+
+def _elements(prefix: str, numbers: str) -> str:
+    return rf"^{re.escape(prefix)}\.(?:{numbers})\." if prefix else rf"^(?:{numbers})\."
+
+
+def _blocks_of_lists(names: Sequence[str]) -> dict[str, str]:
+    """Every element of every list of modules."""
+    lists = [re.escape(f"{prefix}.") if prefix else "" for prefix in module_lists(names)]
+    return {"block": rf"^(?P<each>(?:{'|'.join(lists)})\d+)\."} if lists else {}
 
 
 GROUPINGS: Final[Mapping[str, Callable[[Sequence[str]], dict[str, str]]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merge_rl.core.merging.groups import assign_groups, blocks, grouping, stages
+from merge_rl.core.merging.groups import assign_groups, blocks, grouping, module_lists, stages
 from merge_rl.errors import UnknownNameError
 from merge_rl.registry import build_model
 
@@ -90,3 +90,58 @@ def test_other_networks_have_one_group() -> None:
 def test_an_unknown_grouping() -> None:
     with pytest.raises(UnknownNameError, match="unknown grouping 'layers'"):
         grouping("layers", ())
+
+
+def test_lists_of_modules_of_any_network() -> None:
+    names = (
+        "a.0.w",
+        "layers.0.attn.0.w",
+        "layers.0.attn.1.w",
+        "layers.3.w",
+        "b.5.c.0.w",
+        "b.5.c.1.w",
+    )
+    # Of "a" there is one element alone, and of "b" too: its inner list counts.
+    assert module_lists(names) == {"layers": [0, 3], "b.5.c": [0, 1]}
+    assert module_lists(("emb.weight", "out.bias")) == {}
+
+
+def test_stages_of_a_network_of_one_list() -> None:
+    inner = [f"net.layers.{i}.weight" for i in range(7)]
+    names = ("emb.weight", *inner, "norm.weight", "head.0.weight")
+    found = members(names, stages(names))
+    assert found == {
+        "net.layers 0-1": inner[:2], "net.layers 2-3": inner[2:4], "net.layers 4-6": inner[4:],
+        "final layers": ["norm.weight", "head.0.weight"], "rest": ["emb.weight"],
+    }  # fmt: skip
+    assert list(members(names, blocks(names))) == [
+        *(f"block net.layers.{i}" for i in range(7)),
+        "rest",
+    ]
+
+
+def test_stages_of_a_plain_sequence() -> None:
+    names = tuple(f"{i}.{part}" for i in (0, 2, 4) for part in ("weight", "bias"))
+    assert list(members(names, stages(names))) == ["layer 0", "layer 2", "layer 4"]
+    assert list(members(names, blocks(names))) == ["block 0", "block 2", "block 4"]
+
+
+def test_stages_of_a_u_net_of_lists() -> None:
+    names = tuple(
+        f"{side}_blocks.{i}.resnets.{j}.conv.weight"
+        for side in ("down", "up") for i in range(3) for j in range(2)
+    )  # fmt: skip
+    found = members(
+        ("conv_in.weight", *names, "conv_out.weight"),
+        stages(("conv_in.weight", *names, "conv_out.weight")),
+    )
+    levels = [f"{side}_blocks {i}" for side in ("down", "up") for i in range(3)]
+    assert list(found) == [*levels, "final layers", "rest"]
+    assert found["up_blocks 1"] == [
+        "up_blocks.1.resnets.0.conv.weight",
+        "up_blocks.1.resnets.1.conv.weight",
+    ]
+
+
+def test_a_network_without_lists_is_one_group() -> None:
+    assert stages(("a.weight", "b.weight")) == blocks(("a.weight", "b.weight")) == {}
