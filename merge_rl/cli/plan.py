@@ -90,7 +90,10 @@ def _print(found: SearchPlan) -> None:
         ]
         for e in found.estimates
     ]  # fmt: skip
-    title = "Estimate for devices like this one, from a calibration"
+    title = (
+        "Estimate for devices like this one, from a calibration whose repeats differ by "
+        f"{found.speeds.spread:.0%}"
+    )
     print_table(title, ["devices", "time", "efficiency", "what limits it"], times)
     for note in found.notes:
         say(f"[yellow]note:[/] {note}")

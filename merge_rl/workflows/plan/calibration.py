@@ -1,6 +1,8 @@
 """How fast this machine is at the parts of a search: a few seconds of each, on weights at random.
 
-Time does not depend on the values of weights, so nothing is read but settings and statistics.
+Time does not depend on the values of weights, so nothing is read but settings and statistics. Other
+programs may keep the machine busy: a measurement is long beside their turns, is repeated, and the
+median counts.
 """
 
 from __future__ import annotations
@@ -8,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from time import perf_counter
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +28,57 @@ from merge_rl.workflows.evaluate import Scorer
 from merge_rl.workflows.rewards import Pool, RewardSum
 from merge_rl.workflows.rollout import Rollout
 
-ENOUGH: Final = 0.4  # seconds of one measurement, where it can be made longer
+ENOUGH: Final = 0.4  # seconds of one measurement at least
+PLENTY: Final = 1.0  # seconds after which a smaller item stands for a whole one
+REPEATS: Final = 5
+LONGEST: Final = 30.0  # seconds after which nothing more is repeated
 SLICE: Final = 1 << 24  # elements of a checkpoint that a merge is measured on, at most
 WRITTEN: Final = 1 << 26  # bytes that writing is measured with, at most
-CALLS: Final = (2, 5)  # solver steps between which a network call is taken
+CALLS: Final = (2, 10)  # solver steps between which a network call is taken
+
+
+class Timing(NamedTuple):
+    """Seconds of one call."""
+
+    seconds: float  # median
+    spread: float  # (most - least) / median of the repeats
+
+
+def timings(works: Sequence[Callable[[], object]]) -> list[Timing]:
+    """The time of each: repeats of all take turns, so that what slows one down slows down all."""
+    calls = [_calls(work) for work in works]
+    rows: list[list[float]] = []
+    began = perf_counter()
+    # The median of an even number would be half as wrong as a wrong one of the two in the middle.
+    while len(rows) < REPEATS and (len(rows) % 2 == 0 or perf_counter() - began < LONGEST):
+        rows.append(
+            [_seconds(partial(_repeat, work, n)) / n for work, n in zip(works, calls, strict=True)]
+        )
+    return [_timing(column) for column in zip(*rows, strict=True)]
+
+
+def _calls(work: Callable[[], object]) -> int:
+    """How many calls take long enough to be measured; the first one sets things up."""
+    work()
+    count = 1
+    while not _is_long(partial(_repeat, work, count), ENOUGH):
+        count *= 2
+    return count
+
+
+def _is_long(work: Callable[[], object], enough: float) -> bool:
+    # A pause that others force on it makes one measurement longer, not every one.
+    return all(_seconds(work) >= enough for _ in range(2))
+
+
+def _repeat(work: Callable[[], object], calls: int) -> None:
+    for _ in range(calls):
+        work()
+
+
+def _timing(seconds: Sequence[float]) -> Timing:
+    middle = statistics.median(seconds)
+    return Timing(middle, (max(seconds) - min(seconds)) / middle if middle else 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +89,7 @@ class ImageTime:
     image_call: float
     block: float
     image: float
+    spread: float = 0.0  # the widest of the measurements behind them
 
     def of(self, calls: int) -> tuple[float, float]:
         """(a, c) of a + c b for a sampler that calls the network so often."""
@@ -46,30 +97,32 @@ class ImageTime:
 
 
 def time_images(rollout: Rollout, num_classes: int, images: int) -> ImageTime:
-    """Times of a rollout's blocks, from items of up to `images` images and half as many.
+    """Times of a rollout's blocks, from items of `images` images and half as many.
 
-    As a search makes them: blocks side by side where there are threads for it. Fewer images stand
-    for as many as take a measurable time.
+    As a search makes them: blocks side by side where there are threads for it. Where that takes
+    long, fewer images stand for them: what a block takes at all is little then.
     """
     short, long = (_with_steps(rollout, steps) for steps in CALLS)
     count = rollout.workers
-    _seconds_of(short, count, num_classes)  # the first call sets things up
-    while count < images and _seconds_of(long, count, num_classes) < ENOUGH:
+    _make(short, count, num_classes)  # the first call sets things up
+    while count < images and not (count > 1 and _is_long(_maker(long, count, num_classes), PLENTY)):
         count = min(2 * count, images)
-    small = max(1, count // 2)
+    counts = dict.fromkeys((max(1, count // 2), count))
+    makers = [_maker(r, n, num_classes) for n in counts for r in (short, long)]
+    found = timings(makers)
+    pairs = {n: found[2 * i : 2 * i + 2] for i, n in enumerate(counts)}
     steps = CALLS[1] - CALLS[0]
-    found = {n: [_median(r, n, num_classes) for r in (short, long)] for n in (small, count)}
-    calls = {n: max(0.0, (b - a) / steps) for n, (a, b) in found.items()}
-    rest = {n: max(0.0, found[n][0] - CALLS[0] * calls[n]) for n in found}
-    blocks = {n: len(range(0, n, block_size(n, rollout.batch))) for n in found}
-    block_call, image_call = _line(calls, blocks)
-    block, image = _line(rest, blocks)
-    return ImageTime(block_call, image_call, block, image)
+    calls = {n: max(0.0, (b.seconds - a.seconds) / steps) for n, (a, b) in pairs.items()}
+    rest = {n: max(0.0, a.seconds - CALLS[0] * calls[n]) for n, (a, _) in pairs.items()}
+    blocks = {n: len(range(0, n, block_size(n, rollout.batch))) for n in counts}
+    spread = max(timing.spread for timing in found)
+    return ImageTime(*_line(calls, blocks), *_line(rest, blocks), spread)
 
 
 def _line(seconds: dict[int, float], blocks: dict[int, int]) -> tuple[float, float]:
     """(a, c) of seconds = a blocks + c images through two points, neither below 0."""
-    (n, m), (s, t) = sorted(seconds), [seconds[k] for k in sorted(seconds)]
+    n, m = min(seconds), max(seconds)
+    s, t = seconds[n], seconds[m]
     det = blocks[n] * m - blocks[m] * n
     if n == m or det == 0:
         return 0.0, t / m
@@ -85,19 +138,18 @@ def _with_steps(rollout: Rollout, steps: int) -> Rollout:
     return rollout.with_sampler(sampler)
 
 
-def _median(rollout: Rollout, count: int, num_classes: int) -> float:
-    return statistics.median(_seconds_of(rollout, count, num_classes) for _ in range(3))
+def _maker(rollout: Rollout, count: int, num_classes: int) -> Callable[[], object]:
+    return partial(_make, rollout, count, num_classes)
 
 
-def _seconds_of(rollout: Rollout, count: int, num_classes: int) -> float:
-    labels = balanced_labels(count, num_classes)
-    return _seconds(lambda: rollout.features(rollout.noise(range(count)), labels))
+def _make(rollout: Rollout, count: int, num_classes: int) -> None:
+    rollout.features(rollout.noise(range(count)), balanced_labels(count, num_classes))
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    began = perf_counter()
     work()
-    return time.perf_counter() - began
+    return perf_counter() - began
 
 
 def time_merge(checkpoints: int, size: int, dtype: torch.dtype, device: str) -> float:
@@ -111,8 +163,7 @@ def time_merge(checkpoints: int, size: int, dtype: torch.dtype, device: str) -> 
         weighted_sum(rows, coefficients, out)
         out[:1].cpu()  # waits for the device
 
-    merge()
-    return statistics.median(_seconds(merge) for _ in range(3)) * size / count
+    return timings([merge])[0].seconds * size / count
 
 
 def time_reward(
@@ -132,31 +183,28 @@ def time_reward(
     """
     rows = [torch.arange(subset) for _ in range(draws)]
 
-    def once(candidates: int) -> float:
+    def work(candidates: int) -> Callable[[], object]:
         made = [(r, torch.stack([_features(like, subset)] * candidates)) for r in rows]
         if not pooled:
-            return _seconds(lambda: reward.scores(None, made))
+            return lambda: reward.scores(None, made)
         pool = Pool.of(_features(like, pool_size), torch.zeros(pool_size, dtype=torch.int64))
         changed = pool.replaced(rows[0], made[0][1][0])
 
-        def work() -> None:
+        def pooled_round() -> None:
             reward.pool_distance(pool)
             reward.scores(pool, made)
             reward.pool_distance(changed)
 
-        return _seconds(work)
+        return pooled_round
 
-    once(3)  # the first call sets things up
-    one, three = once(1), once(3)
+    one, three = (timing.seconds for timing in timings([work(1), work(3)]))
     each = max(0.0, (three - one) / 2)
     return one + each * (population - 1)
 
 
 def time_score(scorer: Scorer, like: FeatureStats, count: int) -> float:
     """Seconds to score a set of images whose features are known."""
-    features = _features(like, count)
-    scorer.score(features)
-    return _seconds(lambda: scorer.score(features))
+    return timings([partial(scorer.score, _features(like, count))])[0].seconds
 
 
 def _features(like: FeatureStats, count: int) -> Tensor:
@@ -173,5 +221,5 @@ def time_write(size: int, folder: Path) -> float:
     tensors = {"x": torch.zeros(max(1, count // 4))}
     with tempfile.TemporaryDirectory(prefix=".mergerl-plan-", dir=folder) as place:
         path = Path(place) / "x.safetensors"
-        seconds = statistics.median(_seconds(lambda: save_tensors(path, tensors)) for _ in range(3))
-    return seconds * size / max(count, 1)
+        timing = timings([partial(save_tensors, path, tensors)])[0]
+    return timing.seconds * size / max(count, 1)

@@ -78,6 +78,7 @@ class SearchPlan:
             "memory": self.memory.as_dict(self.config.batch),
             "disk": {"needed": self.disk, "free": self.disk_free},
             "batch": self.config.batch,
+            "spread": self.speeds.spread,
             "time": [
                 {
                     "devices": e.devices, "seconds": e.seconds, "efficiency": e.efficiency,
@@ -184,7 +185,7 @@ def _measure(
     out: Path,
     tracker: Tracker,
 ) -> Speeds:
-    """Seconds of each part on this machine; a few seconds of each."""
+    """Seconds of each part on this machine; some seconds of each."""
     tracker.phase("calibration", 5)
     parts, reward, final = costed.parts, config.reward, config.evaluation
     longest = max(reward.images_per_subset, min(4 * config.batch, final.num_images))
@@ -211,6 +212,7 @@ def _measure(
         block=block, image=image, merge=merge, reward=scored + write, score=score,
         sde=(sde[0] + sde[1] * config.batch) / (block + image * config.batch),
         request=REQUEST_SECONDS, byte=1 / NETWORK_BYTES, start=costed.start_seconds,
+        spread=images.spread,
     )  # fmt: skip
 
 

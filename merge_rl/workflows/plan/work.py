@@ -80,6 +80,7 @@ class Speeds:
     reward: float  # of a round: distances, search, resume point
     score: float  # of a set of images in the comparison
     start: float
+    spread: float = 0.0  # (most - least) / median of repeats of the measurement of images
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -153,24 +154,84 @@ def test_what_cannot_work_is_refused(resolved: OptimizeConfig, opened: Checkpoin
         plan(dataclasses.replace(resolved, budget=60), opened)
 
 
+class Machine:
+    """A clock that work moves, and that stands still for nobody: others take their turns."""
+
+    def __init__(self, pauses: Callable[[], float] = lambda: 0.0) -> None:
+        self.now, self.pauses = 0.0, pauses
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds + self.pauses()
+
+
+def run_on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rollouts that take 10 ms a block and call, 20 ms an image and call, and 50 and 30 beside."""
+    counts: list[int] = []
+
+    def features(self: Rollout, _noise: Tensor, labels: Tensor) -> None:
+        steps, count = self.sampler.num_steps, len(labels)
+        counts.append(count)
+        machine.spend(-(-count // 8) * (0.01 * steps + 0.05) + count * (0.02 * steps + 0.03))
+
+    monkeypatch.setattr(Rollout, "features", features)
+    monkeypatch.setattr(calibration, "perf_counter", machine)
+    return counts
+
+
+@pytest.fixture
+def in_eights(resolved: OptimizeConfig, opened: CheckpointSet) -> Rollout:
+    """A rollout in blocks of 8 images."""
+    config = dataclasses.replace(resolved, batch=8)
+    return cost_parts(config, opened, lambda _text: None).rollout
+
+
 def test_times_are_a_line_of_blocks_and_images(
-    resolved: OptimizeConfig, opened: CheckpointSet, monkeypatch: pytest.MonkeyPatch
+    in_eights: Rollout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = cost_parts(dataclasses.replace(resolved, batch=8), opened, lambda _text: None)
-    seen: list[tuple[int, int]] = []
-
-    def seconds(rollout: Rollout, count: int, _classes: int) -> float:
-        steps: int = rollout.sampler.num_steps
-        seen.append((count, steps))
-        blocks = -(-count // 8)
-        return blocks * (0.01 * steps + 0.05) + count * (0.02 * steps + 0.03)
-
-    monkeypatch.setattr(calibration, "_seconds_of", seconds)
-    found = calibration.time_images(parts.rollout, 10, 24)
+    seen = run_on(Machine(), monkeypatch)
+    found = calibration.time_images(in_eights, 10, 6)
     assert found.block_call == pytest.approx(0.01)
     assert found.image_call == pytest.approx(0.02)
     assert found.of(15) == pytest.approx((0.2, 0.33))
-    assert max(count for count, _ in seen) <= 24
+    assert found.spread == pytest.approx(0)
+    assert max(seen) <= 6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pauses_that_others_force_on_it_hardly_change_a_measurement(
+    in_eights: Rollout, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    # One call in ten waits for two seconds, many times what it takes itself.
+    draw = random.Random(seed)
+    run_on(Machine(lambda: 2.0 * (draw.random() < 0.1)), monkeypatch)
+    found = calibration.time_images(in_eights, 10, 250)
+    block, image = found.of(15)
+    assert block + 8 * image == pytest.approx(0.2 + 8 * 0.33, rel=0.5)
+    assert found.spread > 0.5
+
+
+def test_what_takes_no_time_is_called_until_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, calls = Machine(), list[float]()
+
+    def work(seconds: float) -> None:
+        calls.append(seconds)
+        machine.spend(seconds)
+
+    monkeypatch.setattr(calibration, "perf_counter", machine)
+    short, long = calibration.timings([lambda: work(2**-10), lambda: work(9.0)])
+    assert (short.seconds, short.spread) == (2**-10, 0)
+    assert (long.seconds, long.spread) == (9, 0)
+    # 512 calls are the least power of two that takes 0.4 s; nothing is repeated after 30 s.
+    assert calls.count(2**-10) == 1 + sum(2**k for k in range(9)) + 2 * 512 + 5 * 512
+    assert calls.count(9.0) == 1 + 2 + 5
+
+
+def test_one_image_alone_gives_a_time(in_eights: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_on(Machine(), monkeypatch)
+    assert sum(calibration.time_images(in_eights, 10, 1).of(2)) == pytest.approx(0.14)
 
 
 def test_speeds_are_all_needed() -> None:
