@@ -36,6 +36,16 @@ class UnknownNameError(ConfigError):
         self.kind, self.name, self.known = kind, name, tuple(names)
 
 
+class MissingLibraryError(ConfigError):
+    """A library of an extra that is not installed; the message says how to."""
+
+    def __init__(self, use: str, library: str, extra: str) -> None:
+        super().__init__(
+            f"{use} needs the library {library}, which is not installed; "
+            f"pip install 'merge_rl[{extra}]'"
+        )
+
+
 class BudgetError(ConfigError):
     """A budget of generated images that does not pay for one round."""
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Final
 
 from merge_rl.config import SearchConfig
-from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.errors import ConfigError, MissingLibraryError, UnknownNameError
 from merge_rl.interfaces import Autoencoder, Network
 
 MODELS: Final[Mapping[str, str]] = {
@@ -62,6 +63,20 @@ METRICS: Final[Mapping[str, str]] = {
     "prdc": "merge_rl.workflows.evaluate.metrics:Neighbourhood",
     "fid-infinity": "merge_rl.workflows.evaluate.metrics:FIDInfinity",
 }
+
+
+EXTRAS: Final[Mapping[str, tuple[str, str]]] = {
+    **dict.fromkeys(("dinov2", "dinov2-dgm"), ("transformers", "dinov2")),
+    **dict.fromkeys(("sd-vae-edm2", "sd-vae-sit"), ("diffusers", "latent")),
+}
+"""Name -> the library that builds it, and our extra that brings the library."""
+
+
+def require_library(kind: str, name: str) -> None:
+    """Raise MissingLibraryError if what builds `name` is not installed; imports nothing."""
+    library, extra = EXTRAS.get(name, ("", ""))
+    if library and find_spec(library) is None:
+        raise MissingLibraryError(f"the {kind} {name!r}", library, extra)
 
 
 def resolve(kind: str, table: Mapping[str, str], name: str) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merge_rl.core.state_dicts import load_exactly
-from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.errors import CheckpointError, MissingLibraryError
 from merge_rl.features.preparation import (
     ImageFeatures,
     Preparation,
@@ -140,10 +140,7 @@ def _new_network(options: Mapping[str, Any], name: str) -> nn.Module:
     try:
         from transformers import Dinov2Config, Dinov2Model
     except ImportError:
-        raise ConfigError(
-            f"the extractor {name!r} needs the library transformers, which is not installed; "
-            'pip install "merge_rl[dinov2]"'
-        ) from None
+        raise MissingLibraryError(f"the extractor {name!r}", "transformers", "dinov2") from None
     network: nn.Module = Dinov2Model(Dinov2Config(**options))
     return network
 

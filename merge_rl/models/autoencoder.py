@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from merge_rl.core.sampling.rounding import signed_levels, unit_levels
 from merge_rl.core.state_dicts import load_exactly
-from merge_rl.errors import ConfigError
+from merge_rl.errors import ConfigError, MissingLibraryError
 
 # Mean and standard deviation of the VAE's raw latents over the training images of EDM2, and the
 # standard deviation that its networks are trained on.
@@ -192,10 +192,7 @@ def stability_vae(weights: Mapping[str, Tensor], config: Mapping[str, Any] | Non
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise ConfigError(
-            "decoding latents needs the library diffusers, which is not installed; "
-            'pip install "merge_rl[latent]"'
-        ) from None
+        raise MissingLibraryError("decoding latents", "diffusers", "latent") from None
     options = {k: v for k, v in (config or SD_VAE).items() if not k.startswith("_")}
     try:
         vae = AutoencoderKL(**options)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from merge_rl.errors import ConfigError
+from merge_rl.errors import ConfigError, MissingLibraryError
 
 
 def add_adapters(
@@ -27,9 +27,7 @@ def add_adapters(
     try:
         import peft
     except ImportError:
-        raise ConfigError(
-            "low-rank adapters need the library peft; pip install 'merge_rl[lora]'"
-        ) from None
+        raise MissingLibraryError("training low-rank adapters", "peft", "lora") from None
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     matched = [name for name in linear if name.rpartition(".")[2] in targets]
     if not matched:

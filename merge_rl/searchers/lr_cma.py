@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SearchConfig
-from merge_rl.errors import ConfigError, RunError
+from merge_rl.errors import MissingLibraryError, RunError
 from merge_rl.searchers import base as population
 from merge_rl.searchers.base import SearchSpace
 from merge_rl.searchers.replayed import Replayed
@@ -81,7 +81,5 @@ def _library() -> Any:
     try:
         import cmaes
     except ImportError:
-        raise ConfigError(
-            'lr-cma needs the package cmaes: pip install "merge_rl[search]"'
-        ) from None
+        raise MissingLibraryError("the searcher 'lr-cma'", "cmaes", "search") from None
     return cmaes

@@ -137,5 +137,5 @@ def test_refusals(weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -
         load_dinov2(fewer, TINY)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"'dinov2-dgm' needs the library transformers, which is "
-                       r'not installed; pip install "merge_rl\[dinov2\]"'):  # fmt: skip
+                       r"not installed; pip install 'merge_rl\[dinov2\]'"):  # fmt: skip
         load_dinov2_dgm(weights, TINY)

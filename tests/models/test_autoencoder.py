@@ -257,5 +257,5 @@ def test_without_diffusers_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ConfigError, match=r"needs the library diffusers, which is not installed; "
-                       r'pip install "merge_rl\[latent\]"'):  # fmt: skip
+                       r"pip install 'merge_rl\[latent\]'"):  # fmt: skip
         load_edm2_vae(weights, TINY)

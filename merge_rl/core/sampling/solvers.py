@@ -9,7 +9,11 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor
 
-from merge_rl.errors import ConfigError, NonFiniteSamplesError, UnknownNameError
+from merge_rl.errors import (
+    MissingLibraryError,
+    NonFiniteSamplesError,
+    UnknownNameError,
+)
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(x, t) -> dx/dt, of the shape of x; t is 0-dim."""
@@ -145,10 +149,7 @@ def solve_adaptive(
     try:
         import torchdiffeq
     except ImportError:
-        raise ConfigError(
-            f"the solver {method!r} needs torchdiffeq, which is not installed; "
-            'expected: pip install "merge_rl[adaptive]"'
-        ) from None
+        raise MissingLibraryError(f"the solver {method!r}", "torchdiffeq", "adaptive") from None
     times = torch.tensor([start, end], dtype=x.dtype, device=x.device)
     options = None if overshoot else {"step_t": times[1:]}
     states: Tensor = torchdiffeq.odeint(

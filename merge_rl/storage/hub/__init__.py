@@ -4,7 +4,7 @@ from merge_rl.storage.hub.download import Downloaded, fetch_url
 from merge_rl.storage.hub.fetch import FetchResult, run_fetch
 from merge_rl.storage.hub.fetch_plan import FetchPlan, plan_fetch
 from merge_rl.storage.hub.fetch_sources import Selection, parse_count
-from merge_rl.storage.hub.repository import local_model
+from merge_rl.storage.hub.repository import local_model, pinned_file
 from merge_rl.storage.hub.upload import CARD_NAME, Pushed, push_folder
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "fetch_url",
     "local_model",
     "parse_count",
+    "pinned_file",
     "plan_fetch",
     "push_folder",
     "run_fetch",

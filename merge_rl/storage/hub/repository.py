@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -136,12 +137,41 @@ def get_file(
     options: dict[str, Any] = {"revision": revision, "local_dir": folder, "endpoint": endpoint()}
     if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # new in 1.0
         options["tqdm_class"] = meter_class(subject, file.size, progress)
-    with quiet_client():
-        found = call_hub(
-            lambda: hf_hub_download(repository.repo_id, file.name, **options, **HUB_LIBRARY),
-            subject,
-        )
+    try:
+        with quiet_client():
+            found = call_hub(
+                lambda: hf_hub_download(repository.repo_id, file.name, **options, **HUB_LIBRARY),
+                subject,
+            )
+    except OSError as error:
+        raise _not_written(error, folder) from None
     return Path(str(found))
+
+
+def _not_written(error: OSError, folder: Path | None) -> HubError:
+    hint = "; HF_HOME moves the cache of the Hub's client" if folder is None else ""
+    return HubError(f"{error.filename}: cannot be written ({error.strerror}){hint}")
+
+
+def pinned_file(
+    address: str, size: int, sha256: str | None, announce: Callable[[str], None]
+) -> Path:
+    """hf://user/repo@commit/name in the client's cache, downloaded unless it is there; checked.
+
+    `announce` hears of a download. Raises HubError, and HashMismatchError for a file of another
+    size or hash, which is removed.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    repo_id, _, place = address.removeprefix("hf://").partition("@")
+    commit, _, name = place.partition("/")
+    file = HubFile(name=name, size=size, sha256=sha256, blob_id=None)
+    if not isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str):
+        announce(f"downloading {repo_id} ({size / 1e6:,.0f} MB) to the cache of the Hub's client")
+    repository = Repository(repo_id=repo_id, commit=commit, private=False, files=(file,))
+    path = get_file(repository, file, commit)
+    check_file(path, file, f"{repo_id}, {name}")
+    return path
 
 
 def check_file(path: Path, file: HubFile, subject: str) -> None:

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.errors import MissingLibraryError, UnknownNameError
 from merge_rl.storage.files import decode_image
 
 
@@ -158,9 +158,7 @@ def require_extra(library: str, extra: str) -> Any:
     try:
         return import_module(library)
     except ImportError:
-        raise ConfigError(
-            f"--track {library} needs the library {library}; pip install 'merge_rl[{extra}]'"
-        ) from None
+        raise MissingLibraryError(f"--track {library}", library, extra) from None
 
 
 def _run_id(folder: Path) -> str:

@@ -79,9 +79,11 @@ def weights_source(name: str, weights: str | None) -> str | None:
     """What an extractor's weights are read from: as given, else its published ones.
 
     None for a module of the user's that is given none. Raises UnknownNameError or ConfigError for
-    a name that is no extractor's, and for an extractor that has no weights of its own.
+    a name that is no extractor's, for an extractor that has no weights of its own, and for one
+    whose library is not installed.
     """
     require_known(name)
+    registry.require_library("extractor", name)
     source = weights or DEFAULT_WEIGHTS.get(name)
     if source is None and not is_user_module(name):
         raise ConfigError(f"the extractor {name!r} needs a weights file; pass --extractor-weights")

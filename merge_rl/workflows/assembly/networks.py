@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from merge_rl import registry
 from merge_rl.config import SamplerConfig
 from merge_rl.core.state_dicts import Held, hold, unwrapped
-from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
+from merge_rl.errors import CheckpointError, ConfigError, DownloadError, UnknownNameError
 from merge_rl.interfaces import Autoencoder, Network
 from merge_rl.storage.checkpoints import model_sha256, open_model_file
 from merge_rl.storage.files import sha256_file
-from merge_rl.storage.hub import Downloaded, fetch_url
+from merge_rl.storage.hub import Downloaded, fetch_url, pinned_file
 from merge_rl.storage.pickles import TensorRef, read_data
 
 T = TypeVar("T")
@@ -82,7 +82,8 @@ def default_name(shape: Sequence[int]) -> str:
 def require_autoencoder(name: str | None, shape: Sequence[int]) -> str:
     """The name of what makes images of samples (C, h, w), before any weights are fetched.
 
-    Raises UnknownNameError for another name, ConfigError unless it takes that many channels.
+    Raises UnknownNameError for another name, ConfigError unless it takes that many channels and
+    the library that builds it is installed.
     """
     name = name or default_name(shape)
     if name not in registry.AUTOENCODERS:
@@ -93,17 +94,15 @@ def require_autoencoder(name: str | None, shape: Sequence[int]) -> str:
             f"the autoencoder {name!r} takes samples of {taken} channels, but the network makes "
             f"{shape[0]}"
         )
+    registry.require_library("autoencoder", name)
     return name
-
-
-_HUB: Final = "https://huggingface.co"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublicFile:
     """A file that others publish."""
 
-    url: str
+    url: str  # https://..., or hf://user/repo@commit/name for a file of the Hub
     size: int  # bytes
     sha256: str | None  # None: the address names a commit, the hash is not published
 
@@ -117,19 +116,18 @@ PUBLIC_FILES: Final[Mapping[str, PublicFile]] = {
         sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     ),
     "facebook/dinov2-large": PublicFile(
-        url=f"{_HUB}/facebook/dinov2-large/resolve/47b73eefe95e8d44ec3623f8890bd894b6ea2d6c/"
-        "model.safetensors",
+        url="hf://facebook/dinov2-large@47b73eefe95e8d44ec3623f8890bd894b6ea2d6c/model.safetensors",
         size=1_217_522_888,
         sha256="399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
     ),
     "stabilityai/sd-vae-ft-mse": PublicFile(
-        url=f"{_HUB}/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493/"
+        url="hf://stabilityai/sd-vae-ft-mse@31f26fdeee1355a5c34592e401dd41e45d25a493/"
         "diffusion_pytorch_model.safetensors",
         size=334_643_276,
         sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
     ),
     "stabilityai/sd-vae-ft-ema": PublicFile(
-        url=f"{_HUB}/stabilityai/sd-vae-ft-ema/resolve/f04b2c4b98319346dad8c65879f680b1997b204a/"
+        url="hf://stabilityai/sd-vae-ft-ema@f04b2c4b98319346dad8c65879f680b1997b204a/"
         "diffusion_pytorch_model.safetensors",
         size=334_643_276,
         sha256=None,
@@ -145,19 +143,30 @@ def fetch_public(
 ) -> Downloaded:
     """The named file in the cache, downloaded if it is not there yet.
 
-    `announce` is called with a sentence before a download. Raises UnknownNameError, DownloadError,
-    and HashMismatchError for a file that is not the pinned one.
+    A file of the Hub comes through its client, into the client's cache. `announce` is called with
+    a sentence before a download. Raises UnknownNameError, DownloadError, HubError, and
+    HashMismatchError for a file that is not the pinned one.
     """
     if name not in files:
         raise UnknownNameError("public weights", name, files)
     file = files[name]
+    if file.url.startswith("hf://"):
+        path = pinned_file(file.url, file.size, file.sha256, announce)
+        digest = file.sha256 or sha256_file(path)
+        return Downloaded(path=path, size=file.size, sha256=digest, resumed=0)
     target = cache_folder() / name.replace("/", "--") / file.url.rpartition("/")[2]
     present = target.is_file() and target.stat().st_size == file.size
     if present and file.sha256 is None:
         return Downloaded(path=target, size=file.size, sha256=sha256_file(target), resumed=0)
     if not present:
         announce(f"downloading {name} ({file.size / 1e6:,.0f} MB) to {target}")
-    return fetch_url(file.url, target, size=file.size, sha256=file.sha256)
+    try:
+        return fetch_url(file.url, target, size=file.size, sha256=file.sha256)
+    except OSError as error:
+        raise DownloadError(
+            f"{target}: cannot be written ({error.strerror or error}); "
+            "XDG_CACHE_HOME moves the folder that weights are kept in"
+        ) from None
 
 
 def cache_folder() -> Path:

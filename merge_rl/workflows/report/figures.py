@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
-from merge_rl.errors import ConfigError
+from merge_rl.errors import MissingLibraryError
 from merge_rl.storage.files import atomic_path
 
 if TYPE_CHECKING:
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 
 MARKERS: Final = "osD^vPX*<>"
-MISSING: Final = (
-    "plots need matplotlib, which is not installed; install it with: pip install 'merge_rl[report]'"
-)
 
 
 def can_draw() -> bool:
@@ -38,7 +35,7 @@ def drawing(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError(MISSING) from None
+        raise MissingLibraryError("a plot", "matplotlib", "report") from None
     # Without pyplot: no window system, and no figures that live on.
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)

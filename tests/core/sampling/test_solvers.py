@@ -167,7 +167,7 @@ def test_the_batch_moves_adaptive_results() -> None:
 
 def test_adaptive_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
-    with pytest.raises(ConfigError, match=r'not installed; expected: pip install "merge_rl\[adap'):
+    with pytest.raises(ConfigError, match=r"not installed; pip install 'merge_rl\[adap"):
         solve_adaptive(lambda x, t: x, X, 0.0, 1.0)
 
 

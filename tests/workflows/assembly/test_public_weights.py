@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from merge_rl.errors import DownloadError, HashMismatchError, UnknownNameError
+from merge_rl.errors import (
+    DownloadError,
+    HashMismatchError,
+    HubError,
+    MissingLibraryError,
+    UnknownNameError,
+)
+from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.assembly.networks import (
     PUBLIC_FILES,
     PublicFile,
     cache_folder,
     fetch_public,
+    load_autoencoder,
 )
-from tests.hub_server import FileServer
+from tests.hub_server import FileServer, HubServer, Repo
 
 DATA = bytes(range(256)) * 8
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -68,12 +80,84 @@ def test_other_files_are_refused(web: FileServer, cache: Path) -> None:
 @pytest.mark.parametrize("name", sorted(PUBLIC_FILES))
 def test_every_file_is_pinned(name: str) -> None:
     file = PUBLIC_FILES[name]
-    assert file.url.startswith("https://")
+    assert re.match(r"https://|hf://[\w-]+/[\w-]+@[0-9a-f]{40}/", file.url)
     assert file.size > 2**20
     if file.sha256 is None:
-        assert re.search(r"/resolve/[0-9a-f]{40}/", file.url)
+        assert file.url.startswith("hf://")
     else:
         assert re.fullmatch("[0-9a-f]{64}", file.sha256)
+
+
+@pytest.fixture
+def on_hub(hub: HubServer) -> dict[str, PublicFile]:
+    repo = hub.repos["user/vae"] = Repo(False)
+    repo.files["w.safetensors"] = DATA
+    commit = repo.commit("weights")
+    address = f"hf://user/vae@{commit}/w.safetensors"
+    return {"vae": PublicFile(url=address, size=len(DATA), sha256=SHA)}
+
+
+def test_a_file_of_the_hub_comes_through_its_client(
+    hub: HubServer, on_hub: dict[str, PublicFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    found = fetch_public("vae", on_hub, announce=said.append)
+    assert (found.path.read_bytes(), found.sha256) == (DATA, SHA)
+    assert "models--user--vae" in found.path.parts
+    assert said == ["downloading user/vae (0 MB) to the cache of the Hub's client"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.requests)
+    assert fetch_public("vae", on_hub, announce=said.append).path == found.path
+    assert (len(said), len(hub.requests)) == (1, asked)
+
+
+def test_a_file_of_the_hub_is_the_pinned_one_or_none(
+    hub: HubServer, on_hub: dict[str, PublicFile]
+) -> None:
+    wrong = {"vae": dataclasses.replace(on_hub["vae"], sha256="0" * 64)}
+    with pytest.raises(HashMismatchError, match=f"w.safetensors: .* has the SHA-256 {SHA}"):
+        fetch_public("vae", wrong)
+    assert fetch_public("vae", on_hub).path.read_bytes() == DATA  # fetched anew
+    assert len(hub.asked("GET", "w.safetensors")) == 2
+
+
+def test_a_file_of_the_hub_that_cannot_be_had(
+    hub: HubServer, on_hub: dict[str, PublicFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="user/vae, w.safetensors: .*HF_HUB_OFFLINE is set"):
+        fetch_public("vae", on_hub)
+
+
+def test_a_cache_that_cannot_be_written_names_what_moves_it(
+    web: FileServer, on_hub: dict[str, PublicFile], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file/hub"))
+    with pytest.raises(HubError, match="file.*: cannot be written .*; HF_HOME moves the cache"):
+        fetch_public("vae", on_hub)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    files = {"w": PublicFile(url=web.put("/w.bin", DATA), size=len(DATA), sha256=SHA)}
+    with pytest.raises(DownloadError, match="w.bin: cannot be written .*; XDG_CACHE_HOME moves"):
+        fetch_public("w", files)
+
+
+@pytest.mark.parametrize(
+    ("library", "load", "extra"),
+    [
+        ("transformers", lambda: build_extractor("dinov2", None), "dinov2"),
+        ("diffusers", lambda: load_autoencoder("sd-vae-sit", shape=(4, 8, 8)), "latent"),
+    ],
+)
+def test_a_missing_library_is_told_before_anything_is_fetched(
+    library: str, load: Callable[[], object], extra: str, hub: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingLibraryError, match=rf"{library}, .*install 'merge_rl\[{extra}\]'"):
+        load()
+    assert hub.requests == []
 
 
 def test_inception_carries_its_hash_in_its_name() -> None:
