@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from merge_rl.workflows.export import merge, push, save_model
     from merge_rl.workflows.finetune import FinetuneResult, finetune
     from merge_rl.workflows.optimize import OptimizeResult, optimize, resume
+    from merge_rl.workflows.rewards import SubsetReward
 
 
 _HOMES: Final = {
@@ -55,6 +56,7 @@ _HOMES: Final = {
     "OptimizeResult": "workflows.optimize",
     "optimize": "workflows.optimize",
     "resume": "workflows.optimize",
+    "SubsetReward": "workflows.rewards",
 }
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "MergeRLError",
     "Network",
     "OptimizeResult",
+    "SubsetReward",
     "__version__",
     "build_model",
     "compare_searchers",

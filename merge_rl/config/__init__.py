@@ -41,7 +41,7 @@ from merge_rl.config.optimize import (
     OptimizeConfig,
     preset,
 )
-from merge_rl.config.reward import SUBSET_SIZE, RewardConfig, RewardTerm
+from merge_rl.config.reward import SUBSET_SIZE, RewardConfig, RewardTerm, parse_reward
 from merge_rl.config.sampler import (
     DIFFUSIONS,
     FIXED_SOLVERS,
@@ -112,6 +112,7 @@ __all__ = [
     "numbers_in",
     "overlaid",
     "override",
+    "parse_reward",
     "preset",
     "real_number",
     "sde_counterpart",

@@ -3,6 +3,7 @@
 from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource
 from merge_rl.workflows.rewards.gradient import Level, RewardGradient, require_gradient, surprise_of
 from merge_rl.workflows.rewards.pool import Pool, pool_gap
+from merge_rl.workflows.rewards.subset_reward import SubsetReward
 from merge_rl.workflows.rewards.sum import (
     KEY,
     CombinedExtractor,
@@ -26,6 +27,7 @@ __all__ = [
     "RewardScores",
     "RewardSource",
     "RewardSum",
+    "SubsetReward",
     "WeightedReward",
     "first_order_line",
     "first_order_warnings",

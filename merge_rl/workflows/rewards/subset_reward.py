@@ -1,0 +1,132 @@
+"""The subset-replace reward by itself, for a search or a training loop of one's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from merge_rl import registry
+from merge_rl.config import RewardTerm, parse_reward
+from merge_rl.core.distances.statistics import FeatureStats, feature_stats
+from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.rng import draw_subset, stream
+from merge_rl.workflows.reference import Reference
+from merge_rl.workflows.rewards.frechet import RewardSource
+from merge_rl.workflows.rewards.gradient import RewardGradient
+from merge_rl.workflows.rewards.pool import Pool
+from merge_rl.workflows.rewards.sum import RewardSum, WeightedReward
+
+
+class SubsetReward:
+    """How images change the distance of a pool of generated ones to real data; higher is better.
+
+        R(x) = - d[(pool without n of its rows) + x, real]
+
+    (arXiv:2607.02291, equation 4). A few images are enough to tell candidates apart, as all of
+    them share the rest of the pool.
+
+        >>> import torch, merge_rl as mrl
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> real = torch.randn(2000, 4, generator=draw)
+        >>> reward = mrl.SubsetReward(real, pool=1 + torch.randn(1000, 4, generator=draw))
+        >>> round(reward.distance)  # four means, each off by 1
+        4
+        >>> near, far = torch.randn(100, 4, generator=draw), 2 + torch.randn(100, 4, generator=draw)
+        >>> bool(reward(near) > reward(far))
+        True
+
+    Args:
+        real: features (M, D) of real images, or their statistics; those alone are not enough for
+            `kid-subset` and `mmd-subset`.
+        pool: features (N, D) of images that the model makes now.
+        name: "fid-subset", "fid-influence", "kid-subset", "mmd-subset", or a weighted sum of them.
+        labels: (N,) int64 class ids of the pool; replaced rows have its shares of classes.
+        seed: fixes which rows are replaced.
+
+    Raises StatisticsError for features that are not finite, or of different dimensions, and
+    ConfigError for a reward that does not replace a part of a pool.
+    """
+
+    def __init__(
+        self,
+        real: Tensor | FeatureStats | Reference,
+        pool: Tensor,
+        *,
+        name: str = "fid-subset",
+        labels: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        classes = torch.zeros(len(pool), dtype=torch.int64) if labels is None else labels
+        if classes.shape != pool.shape[:1]:
+            raise ConfigError(f"expected {len(pool)} labels, one a row, got {tuple(classes.shape)}")
+        self.pool = Pool.of(pool.detach().float().cpu(), classes.cpu())
+        self.seed, self.calls, self.cursor = seed, 0, 0
+        source = RewardSource(name=name, reference=_reference(real), path="real")
+        terms = [_weighted(term, source, self.pool.stats.dim) for term in parse_reward(name)]
+        self.reward = RewardSum(terms)
+        self.reward.pool_distance(self.pool)  # refuses what cannot be compared
+
+    @property
+    def distance(self) -> float:
+        """Of the pool to the real data; lower is closer."""
+        return self.reward.pool_distance(self.pool)
+
+    def __call__(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Rewards (P,) float64 of P candidates' features (P, n, D), or () of (n, D); no gradient.
+
+        `rows` (n,) are those of the pool that the images stand for; drawn anew at every call if
+        None. Candidates of one call share them, and so can be compared. NaN for a candidate with a
+        feature that is not finite.
+        """
+        given = features.detach().float().cpu()
+        added = given if given.ndim == 3 else given[None]
+        if added.ndim != 3 or added.shape[2] != self.pool.stats.dim:
+            expected = f"(n, {self.pool.stats.dim}) or (P, n, {self.pool.stats.dim})"
+            raise ConfigError(f"expected features {expected}, got {tuple(features.shape)}")
+        chosen = self._draw(added.shape[1]) if rows is None else rows
+        found = self.reward.rewards(self.pool, [(chosen, added)])
+        return found if given.ndim == 3 else found[0]
+
+    def loss(self, features: Tensor) -> Tensor:
+        """What images (n, D) change the distance by, to first order: () float64, differentiable.
+
+        The mean of the distance's influence function over the images, held at the pool. For the
+        gradient of the distance of the model's own distribution first order is exact:
+
+            d distance / d theta = E[d influence(features(theta)) / d theta]
+
+        Raises ConfigError for a reward without a derivative.
+        """
+        return RewardGradient(self.reward, self.pool).influence(features).mean()
+
+    def renew(self, features: Tensor) -> None:
+        """Replace the oldest rows of the pool by features (n, D) of what the model makes now."""
+        count = len(self.pool)
+        rows = (torch.arange(len(features)) + self.cursor) % count
+        self.pool = self.pool.replaced(rows, features.detach().float().cpu())
+        self.cursor = (self.cursor + len(features)) % count
+
+    def _draw(self, size: int) -> Tensor:
+        self.calls += 1
+        return draw_subset(self.pool.labels, size, stream(self.seed, "subset", self.calls))
+
+
+def _reference(real: Tensor | FeatureStats | Reference) -> Reference:
+    if isinstance(real, Reference):
+        return real
+    if isinstance(real, FeatureStats):
+        return Reference(stats=real)
+    features = real.detach().float().cpu()
+    return Reference(stats=feature_stats(features), features=features)
+
+
+def _weighted(term: RewardTerm, source: RewardSource, dim: int) -> WeightedReward:
+    if term.extractor is not None or term.base not in registry.REWARDS:
+        raise UnknownNameError("reward", term.name, registry.REWARDS)
+    if term.base.endswith("-full"):
+        raise ConfigError(
+            f"{term.name} scores images by themselves, without a pool; expected "
+            f"{term.base.replace('full', 'subset')}"
+        )
+    made = registry.resolve("reward", registry.REWARDS, term.base)(source)
+    return WeightedReward(term.name, term.weight, made, 0, dim)
