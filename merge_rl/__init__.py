@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from merge_rl.core.sampling.sampler import sample
     from merge_rl.errors import MergeRLError
     from merge_rl.interfaces import Network
+    from merge_rl.progress import LineTracker
     from merge_rl.registry import build_model
+    from merge_rl.rng import seeded_noise
     from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
     from merge_rl.storage.convert import ConvertResult, convert
     from merge_rl.workflows.assembly import load_model
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from merge_rl.workflows.evaluate import evaluate
     from merge_rl.workflows.export import merge, push, save_model
     from merge_rl.workflows.finetune import FinetuneResult, finetune
-    from merge_rl.workflows.optimize import OptimizeResult, optimize, resume
+    from merge_rl.workflows.optimize import OptimizeResult, optimize, resume, search
     from merge_rl.workflows.rewards import SubsetReward
 
 
@@ -40,7 +42,9 @@ _HOMES: Final = {
     "feature_stats": "core.distances.statistics",
     "MergeRLError": "errors",
     "Network": "interfaces",
+    "LineTracker": "progress",
     "build_model": "registry",
+    "seeded_noise": "rng",
     "CheckpointSet": "storage.checkpoints",
     "open_checkpoints": "storage.checkpoints",
     "ConvertResult": "storage.convert",
@@ -56,6 +60,7 @@ _HOMES: Final = {
     "OptimizeResult": "workflows.optimize",
     "optimize": "workflows.optimize",
     "resume": "workflows.optimize",
+    "search": "workflows.optimize",
     "SubsetReward": "workflows.rewards",
 }
 
@@ -64,6 +69,7 @@ __all__ = [
     "ConvertResult",
     "FeatureStats",
     "FinetuneResult",
+    "LineTracker",
     "MergeRLError",
     "Network",
     "OptimizeResult",
@@ -86,6 +92,8 @@ __all__ = [
     "resume",
     "sample",
     "save_model",
+    "search",
+    "seeded_noise",
 ]
 
 

@@ -64,6 +64,17 @@ class ImageStreams:
         return torch.stack([torch.randint(high, [], generator=g) for g in self._generators])
 
 
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Unit normal noise (N, *shape) float32, row i a function of seeds[i] alone.
+
+    >>> import merge_rl as mrl
+    >>> one, two = mrl.seeded_noise([7, 9], [3]), mrl.seeded_noise([9], [3])
+    >>> bool((one[1] == two[0]).all())
+    True
+    """
+    return ImageStreams(seeds).randn(shape)
+
+
 def draw_subset(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Row indices (size,) of a random subset with the class proportions of labels (N,).
 

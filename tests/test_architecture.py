@@ -22,7 +22,7 @@ PACKAGE = "merge_rl"
 ROOT = Path(merge_rl.__file__).parent
 
 ORDER = (  # noqa: SIM905
-    "errors version untrusted config rng interfaces parallel core registry "
+    "errors version own_code untrusted config rng interfaces progress parallel core registry "
     "files pickles checkpoints convert runs hub "
     "models features searchers demo "
     "rollout reference rewards report assembly evaluate export optimize compare plan finetune "

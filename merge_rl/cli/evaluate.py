@@ -24,6 +24,7 @@ from merge_rl.cli.output import (
 from merge_rl.cli.sample import MODEL_HELP, find_autoencoder, generation_settings, meant
 from merge_rl.config import MODEL_IMAGES, EvaluateConfig, SamplerConfig
 from merge_rl.errors import ConfigError
+from merge_rl.own_code import is_own
 
 if TYPE_CHECKING:
     from merge_rl.workflows.assembly import ModelDefaults
@@ -116,7 +117,6 @@ def _extractor(model: Path, config: EvaluateConfig, near: ModelDefaults) -> tupl
 
     Refuses what cannot be scored with it, before anything is fetched.
     """
-    from merge_rl.workflows.assembly import is_user_module
     from merge_rl.workflows.evaluate import require_scorable
     from merge_rl.workflows.reference import load_reference
 
@@ -124,7 +124,7 @@ def _extractor(model: Path, config: EvaluateConfig, near: ModelDefaults) -> tupl
     found = found or load_reference(str(config.reference)).extractor
     if not found:
         raise ConfigError(f"no run or manifest near {model} names an extractor; pass --extractor")
-    if config.extractor is None and is_user_module(found):
+    if config.extractor is None and is_own(found):
         # The run may come from somebody else: its word alone does not make us run code.
         raise ConfigError(
             f"the run near {model} used the extractor {found!r}, a module of its own; "

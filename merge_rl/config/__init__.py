@@ -25,6 +25,7 @@ from merge_rl.config.mapping import (
     set_dotted,
     split_pair,
     to_mapping,
+    with_settings,
     without_nan,
 )
 from merge_rl.config.numbers import (
@@ -121,5 +122,6 @@ __all__ = [
     "split_pair",
     "to_mapping",
     "whole_number",
+    "with_settings",
     "without_nan",
 ]

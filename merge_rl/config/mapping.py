@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from merge_rl.config.numbers import real_number, whole_number
+from merge_rl.config.setting import settings_of
 from merge_rl.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
@@ -181,3 +183,61 @@ def set_dotted(values: dict[str, Any], key: str, value: object) -> None:
         values[part] = nested
         values = nested
     values[last] = value
+
+
+def with_settings(config: T, **named: Any) -> T:
+    """The config with settings by their names, as a call says them.
+
+    A name is that of a field, or the last part of a nested setting's key where one alone ends so:
+    `pool_size` is `reward.pool_size`. A part may be given as its dataclass, as a mapping, or by its
+    `name` alone (`reward="kid-subset"`, `searcher="random"`). Raises UnknownNameError for other
+    names, and ConfigError for one that ends several keys, for a value that cannot be, and for what
+    the config says otherwise: neither overrules the other.
+    """
+    said: dict[str, Any] = {}
+    for name, value in named.items():
+        key, plain = _key_of(type(config), name, value)
+        set_dotted(said, key, plain)
+    before, now = to_mapping(config), flattened(said)
+    own = type(config)()
+    for key, value in now.items():
+        at, unset = (_dotted(values, key) for values in (before, to_mapping(own)))
+        if at not in (unset, value):
+            raise ConfigError(
+                f"{key} is {value!r} in the call and {at!r} in its config; expected one of the two"
+            )
+    return from_mapping(type(config), overlaid(before, said), "settings")
+
+
+def _key_of(cls: Any, name: str, value: Any) -> tuple[str, Any]:
+    """The dotted key that a name of a call means, and its value as plain data."""
+    fields = {item.name for item in dataclasses.fields(cls)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = to_mapping(value)
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    name = "search" if name == "searcher" else name
+    if name in fields:
+        part = typing.get_type_hints(cls)[name]
+        return (f"{name}.name" if isinstance(value, str) and _has_name(part) else name), value
+    keys = [setting.key for setting in settings_of(cls)]
+    ends = [key for key in keys if key.rpartition(".")[2] == name]
+    if not ends:
+        known = {*fields, "searcher", *(key.rpartition(".")[2] for key in keys)}
+        raise UnknownNameError("setting", name, known)
+    if len(ends) > 1:
+        parts = " or ".join(f"{key.partition('.')[0]}={{{name!r}: ...}}" for key in ends)
+        raise ConfigError(f"the setting {name!r} is one of {', '.join(ends)}; say {parts}")
+    return ends[0], value
+
+
+def _has_name(part: Any) -> bool:
+    return dataclasses.is_dataclass(part) and any(
+        f.name == "name" for f in dataclasses.fields(part)
+    )
+
+
+def _dotted(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values

@@ -41,7 +41,7 @@ class EvaluationConfig:
 class OptimizeConfig:
     """Everything that fixes the outcome of `mergerl optimize`, and where its inputs lie."""
 
-    checkpoints: str
+    checkpoints: str = ""  # which set: the call, or the command's argument, says it too
     track: str | None = setting(None, "Series of the manifest to use.", flag="--track", unset="all")
     select: tuple[str, ...] = setting(
         (), "A checkpoint to use, and no other; repeatable.", flag="--only", metavar="NAME",
@@ -82,6 +82,13 @@ class OptimizeConfig:
     autoencoder_dtype: str = setting(
         "float32", "Of a latent decoder; bfloat16 halves its time and memory.", MODEL
     )
+    generate: str | None = setting(
+        None,
+        "package.module:function of weights, seeds and labels, to features or images for the "
+        "extractor: generates in the place of a network.",
+        MODEL, unset="the network of the set",
+    )  # fmt: skip
+    num_classes: int = setting(0, "Classes of what a function generates, which take turns.", MODEL)
     budget: int = setting(
         50_000, "Images a search may generate: pool, candidates and refreshes.",
         SEARCH, "--budget",
@@ -113,6 +120,8 @@ class OptimizeConfig:
         require(self.batch >= 1 or self.batch == AUTO_BATCH, "batch", ">= 1", self.batch)
         require(self.autoencoder_dtype in DTYPES, "autoencoder_dtype", f"in {DTYPES}",
                 self.autoencoder_dtype)  # fmt: skip
+
+        require(self.num_classes >= 0, "num_classes", ">= 0", self.num_classes)
 
     def round_images(self, candidates: int, round_index: int) -> int:
         """What a round of so many candidates costs, in images, with what it renews of the pool."""

@@ -2,6 +2,7 @@
 
 from merge_rl.storage.checkpoints.catalogue import KnownSet, load_catalogue
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
+from merge_rl.storage.checkpoints.held import keep_states, module_of
 from merge_rl.storage.checkpoints.listing import Origin, find_origin, newest_model
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
@@ -51,10 +52,12 @@ __all__ = [
     "base_index",
     "find_origin",
     "has_manifest",
+    "keep_states",
     "load_catalogue",
     "load_checkpoints",
     "metadata_config",
     "model_sha256",
+    "module_of",
     "newest_model",
     "open_checkpoints",
     "open_model_file",

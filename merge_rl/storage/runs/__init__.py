@@ -19,10 +19,11 @@ from merge_rl.storage.runs.places import (
     only_inside,
     result_of,
 )
-from merge_rl.storage.runs.run_dir import SETTINGS, FinetuneRun, RunDir, is_finetune_run
+from merge_rl.storage.runs.run_dir import INPUTS, SETTINGS, FinetuneRun, RunDir, is_finetune_run
 from merge_rl.storage.runs.trackers import Boards, require_extras
 
 __all__ = [
+    "INPUTS",
     "SETTINGS",
     "Boards",
     "FinetuneRun",

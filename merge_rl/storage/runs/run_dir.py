@@ -2,6 +2,7 @@
 
 config.yaml        the resolved settings
 inputs.json        hashes of everything the run read
+inputs/            what was handed over in memory: checkpoints, statistics
 events.jsonl       one line a round
 state.safetensors  the resume point, replaced atomically after every round
 scores.json        finished scores of the final comparison
@@ -24,6 +25,8 @@ from merge_rl.errors import RunError
 from merge_rl.storage.files import State, read_state, write_json, write_state, write_text
 from merge_rl.untrusted import describe, load_json_mapping, open_file, parse_json
 
+INPUTS: Final = "inputs"
+
 
 class RunDir:
     """Files of one run; every write is atomic or, for events, a whole appended line."""
@@ -41,10 +44,12 @@ class RunDir:
     ) -> RunDir:
         """Start a run; an existing path is refused, never written into."""
         run = cls(path)
-        if run.path.exists() or run.path.is_symlink():
+        if not (run.path.is_dir() and all(file.name == INPUTS for file in run.path.iterdir())) and (
+            run.path.exists() or run.path.is_symlink()
+        ):
             raise RunError(f"{run.path} exists already; choose another --out, or resume that run")
         try:
-            run.path.mkdir(parents=True)
+            run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{run.path}: cannot be made: {error.strerror}") from None
         run.write("inputs.json", inputs)

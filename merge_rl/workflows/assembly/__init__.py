@@ -3,10 +3,10 @@
 from merge_rl.workflows.assembly.costs import PartCosts, cost_parts
 from merge_rl.workflows.assembly.extractors import (
     build_extractor,
-    is_user_module,
     named_by_file,
     require_known,
 )
+from merge_rl.workflows.assembly.given import Given
 from merge_rl.workflows.assembly.job import Job, build_job, build_map
 from merge_rl.workflows.assembly.meaning import find_model, load_model
 from merge_rl.workflows.assembly.memory import (
@@ -23,6 +23,7 @@ from merge_rl.workflows.assembly.networks import (
     is_public,
     load_autoencoder,
     load_network,
+    load_weights,
 )
 from merge_rl.workflows.assembly.parts import Parts, network_rollout
 from merge_rl.workflows.assembly.references import (
@@ -44,6 +45,7 @@ from merge_rl.workflows.assembly.resolve import (
     resolve_config,
     resolve_finetune,
     searcher_note,
+    why_not_as_set,
 )
 from merge_rl.workflows.assembly.reward import (
     check_reward,
@@ -54,6 +56,7 @@ from merge_rl.workflows.assembly.reward import (
 __all__ = [
     "Announce",
     "ExtractorId",
+    "Given",
     "Job",
     "MemoryPlan",
     "ModelDefaults",
@@ -75,11 +78,11 @@ __all__ = [
     "gib",
     "image_size",
     "is_public",
-    "is_user_module",
     "known_terms",
     "load_autoencoder",
     "load_model",
     "load_network",
+    "load_weights",
     "memory_advice",
     "name_extractor",
     "named_by_file",
@@ -95,4 +98,5 @@ __all__ = [
     "resolve_finetune",
     "search_doubts",
     "searcher_note",
+    "why_not_as_set",
 ]

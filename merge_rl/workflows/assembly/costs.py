@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from merge_rl import registry
 from merge_rl.config import OptimizeConfig
 from merge_rl.core.distances.statistics import FeatureStats
+from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Autoencoder
 from merge_rl.storage.checkpoints import CheckpointSet, plan_merge
 from merge_rl.storage.files import sha256_file
@@ -71,7 +72,15 @@ class PartCosts:
 def cost_parts(
     config: OptimizeConfig, checkpoints: CheckpointSet, announce: Callable[[str], None]
 ) -> PartCosts:
-    """Build what a resolved config names; of the checkpoints only headers are looked at."""
+    """Build what a resolved config names; of the checkpoints only headers are looked at.
+
+    Raises ConfigError for a function of the user's, whose cost is not known before it is called.
+    """
+    if config.generate is not None:
+        raise ConfigError(
+            f"what {config.generate} costs is not known beforehand: expected a number as batch, "
+            "and no plan"
+        )
     parts = Parts(config, blank_network(checkpoints, config.device), announce)
     parts.require_fit([parts.sampler])
     rollout = parts.rollout(Rollout)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor, nn
 
-from merge_rl import registry
-from merge_rl.errors import CheckpointError, ConfigError, MergeRLError, UnknownNameError
+from merge_rl import own_code, registry
+from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.interfaces import FeatureExtractor
-from merge_rl.workflows.assembly.networks import Announce, Weights, load_weights
+from merge_rl.workflows.assembly.networks import Announce, load_weights
 from merge_rl.workflows.rollout import require_device
 
 DEFAULT_WEIGHTS: Final = {
@@ -57,10 +52,10 @@ def build_extractor(
     """
     require_device(device)
     source = weights_source(name, weights)
-    if is_user_module(name):
+    if own_code.is_own(name):
         loaded = load_weights(source, announce, as_stored=True) if source else None
-        with _current_folder_importable():
-            built = _call(name, _user_factory(name), loaded)
+        given, what = ([loaded.tensors], "the weights") if loaded else ([], "no arguments")
+        built = own_code.call(name, "extractor", given, what)
         _require_attributes(built, name)
     else:
         factory = registry.resolve("extractor", registry.EXTRACTORS, name)
@@ -69,7 +64,7 @@ def build_extractor(
             built = factory(loaded.tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from None
-    extractor: FeatureExtractor = CheckedExtractor(built) if is_user_module(name) else built
+    extractor: FeatureExtractor = CheckedExtractor(built) if own_code.is_own(name) else built
     if isinstance(extractor, nn.Module):
         extractor.to(device).eval()
     return extractor, loaded.sha256 if loaded else None
@@ -85,33 +80,22 @@ def weights_source(name: str, weights: str | None) -> str | None:
     require_known(name)
     registry.require_library("extractor", name)
     source = weights or DEFAULT_WEIGHTS.get(name)
-    if source is None and not is_user_module(name):
+    if source is None and not own_code.is_own(name):
         raise ConfigError(f"the extractor {name!r} needs a weights file; pass --extractor-weights")
     return source
 
 
-def is_user_module(name: str) -> bool:
-    """Whether a name means code of the user's: "package.module:factory"."""
-    return ":" in name
-
-
 def require_known(name: str) -> None:
     """Raise UnknownNameError or ConfigError for a name that is no extractor's; imports nothing."""
-    if is_user_module(name):
-        _split(name)
+    if own_code.is_own(name):
+        own_code.require_readable(name, "extractor")
     elif name not in registry.EXTRACTORS:
         raise UnknownNameError("extractor", name, registry.EXTRACTORS)
 
 
 def named_by_file(name: str, file: str) -> str:
-    """An extractor's name that a file says; ConfigError if it means code.
-
-    Files come from anywhere: their word alone must not import a module.
-    """
-    if is_user_module(name):
-        raise ConfigError(
-            f"{file} names the extractor {name!r}, a module; pass --extractor {name} to import it"
-        )
+    """An extractor's name that a file says; ConfigError for code that the user does not name."""
+    own_code.require_allowed(name, "extractor", "--extractor", file)
     return name
 
 
@@ -133,57 +117,6 @@ class CheckedExtractor(nn.Module):
             found = f"{str(features.dtype).removeprefix('torch.')} {tuple(features.shape)}"
             raise ConfigError(f"the extractor {self.name!r} returned {found}; {expected}")
         return features.float()
-
-
-def _call(name: str, factory: Callable[..., Any], loaded: Weights | None) -> Any:
-    try:
-        return factory(loaded.tensors) if loaded else factory()
-    except MergeRLError:
-        raise
-    except Exception as error:
-        given = "the weights" if loaded else "no arguments"
-        problem = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"extractor {name!r}: calling it with {given} failed: {problem}"
-        ) from error
-
-
-def _split(name: str) -> tuple[str, str]:
-    module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
-        raise ConfigError(f"expected an extractor as package.module:factory, got {name!r}")
-    return module, attribute
-
-
-def _user_factory(name: str) -> Callable[..., Any]:
-    module, attribute = _split(name)
-    try:
-        found: Any = import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"extractor {name!r}: cannot be imported, from the installed packages or from "
-            f"{Path.cwd()}: {problem}"
-        ) from error
-    if not callable(found):
-        raise ConfigError(
-            f"extractor {name!r}: expected a factory, found {type(found).__name__} {found!r:.60}"
-        )
-    factory: Callable[..., Any] = found
-    return factory
-
-
-@contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    """A module beside the user's command is found, but hides no installed one."""
-    here = str(Path.cwd())
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 def _require_attributes(built: Any, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_rl import own_code
 from merge_rl.config import MergeConfig, OptimizeConfig
 from merge_rl.core.merging.buffers import Checkpoints
 from merge_rl.core.merging.linear_maps import weight_gram
@@ -20,6 +21,7 @@ from merge_rl.storage.checkpoints import (
     load_checkpoints,
     plan_merge,
 )
+from merge_rl.workflows.assembly.given import Given, GivenParts
 from merge_rl.workflows.assembly.networks import Announce
 from merge_rl.workflows.assembly.parts import Parts, blank_network
 from merge_rl.workflows.reference import Reference
@@ -103,14 +105,25 @@ def build_job(
     config: OptimizeConfig,
     checkpoints: CheckpointSet,
     announce: Announce = lambda _text: None,
+    given: Given | None = None,
 ) -> Job:
-    """Build everything a resolved config names; `announce` hears of downloads."""
-    model = blank_network(checkpoints, config.device)
+    """Build everything a resolved config names; `announce` hears of downloads.
+
+    With a function of the user's (`given`) that takes the place of what the config does not name.
+    """
+    parts: Parts
+    if given is None and config.generate is not None:
+        given = Given(own_code.find(config.generate, "function"))
+    if given is None:
+        model = blank_network(checkpoints, config.device)
+        parts = Parts(config, model, announce)
+    else:
+        model = given.network(checkpoints, config.device)
+        parts = GivenParts(config, model, announce, given)
     merge = config.merge
     plan = plan_merge(
         checkpoints, groups=merge.groups, base=merge.start, freeze=merge.freeze, model=model
     )
-    parts = Parts(config, model, announce)
     parts.require_fit([parts.sampler])
     # Before the checkpoints: what is free then is for them.
     hashes = {k: v for k, v in parts.hashes().items() if v or k != "autoencoder_weights"}

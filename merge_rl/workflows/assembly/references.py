@@ -12,10 +12,10 @@ from merge_rl.config import OptimizeConfig
 from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import FeatureExtractor
+from merge_rl.own_code import is_own
 from merge_rl.workflows.assembly.extractors import (
     DIMS,
     build_extractor,
-    is_user_module,
     named_by_file,
     weights_source,
 )
@@ -46,7 +46,7 @@ def expected_extractor(name: str, weights: str | None) -> ExtractorId | None:
     The hash is that of pinned public weights. Raises as `build_extractor` does for names.
     """
     source = weights_source(name, weights)
-    if is_user_module(name):
+    if is_own(name):
         return None
     pinned = PUBLIC_FILES[source].sha256 if source and is_public(source) else None
     return ExtractorId(name, pinned, DIMS[name])

@@ -91,9 +91,11 @@ def _completed(config: Settings, defaults: ModelDefaults, nothing: str) -> Setti
     """
     extractor = config.extractor or defaults.extractor
     reference = config.reference or defaults.reference
-    if extractor is None or reference is None:
-        what = "an extractor" if extractor is None else "reference statistics"
-        flag = "--extractor" if extractor is None else "--reference"
+    itself = isinstance(config, OptimizeConfig) and config.generate is not None
+    lacking = extractor is None and not itself  # a function may give features by itself
+    if lacking or reference is None:
+        what = "an extractor" if lacking else "reference statistics"
+        flag = "--extractor" if lacking else "--reference"
         raise ConfigError(f"{nothing} {what}; pass {flag}")
     own = extractor == defaults.extractor
     weights = config.extractor_weights or (defaults.extractor_weights if own else None)
@@ -127,8 +129,13 @@ def resolve_finetune(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfig:
-    """The config with everything unsaid filled in from the set's manifest, and absolute paths."""
+    """The config with everything unsaid filled in from the set's manifest, and absolute paths.
+
+    Of a search with a function of the user's nothing is: the set's network has no part in it.
+    """
     defaults = _of_set(checkpoints.defaults, checkpoints.folder)
+    if config.generate is not None:
+        defaults = ModelDefaults()
     completed = _completed(config, defaults, "the checkpoint set names no default for")
     config = resolve_search(completed)
     return dataclasses.replace(
@@ -166,13 +173,21 @@ def why_no_gradient(config: OptimizeConfig) -> str | None:
 
     Told by names alone: extractors of the package have derivatives, others are not looked at.
     """
-    solver, search = (config.sampler or SamplerConfig()).solver, config.search
+    solver = (config.sampler or SamplerConfig()).solver
+    if config.generate is not None:
+        return "whether what generate returns has a gradient is not known"
     extractors = [config.extractor or "", *config.extra_references]
     foreign = [name for name in extractors if name not in DIFFERENTIABLE]
     if solver not in FIXED_SOLVERS:
         return f"the solver {solver} has no gradient"
     if foreign:
         return f"whether the extractor {foreign[0]} has a gradient is not known"
+    return why_not_as_set(config)
+
+
+def why_not_as_set(config: OptimizeConfig) -> str | None:
+    """Why "auto" takes the policy gradient, whatever generates: reward or search are set for it."""
+    search = config.search
     if any(term.base.endswith("-full") for term in config.reward.terms):
         return f"the reward {config.reward.text} has no gradient"
     if search.population is not None or search.update is not None or search.policy != "direct":

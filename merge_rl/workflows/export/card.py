@@ -142,18 +142,25 @@ def _scores(facts: CardFacts, comparison: Comparison) -> list[str]:
     ]
 
 
+_LOADING: Final = """\
+import torch
+import merge_rl as mrl
+
+model = mrl.load_model("path/to/this/folder")  # or "user/repo"
+noise = torch.randn(4, *model.sample_shape)
+samples = mrl.sample(model, noise{labels})"""
+_READING: Final = """\
+from safetensors.torch import load_file
+
+weights = load_file("path/to/this/folder/model.safetensors")  # for load_state_dict"""
+
+
 def _loading(facts: CardFacts) -> list[str]:
+    known = _LOADING.format(labels=", torch.arange(4)" if facts.conditional else "")
     return [
         "## Loading",
         "",
-        "```python",
-        "import torch",
-        "import merge_rl as mrl",
-        "",
-        'model = mrl.load_model("path/to/this/folder")  # or "user/repo"',
-        "noise = torch.randn(4, *model.sample_shape)",
-        f"samples = mrl.sample(model, noise{', torch.arange(4)' if facts.conditional else ''})",
-        "```",
+        f"```python\n{_READING if facts.family is None else known}\n```",
         "",
         f"The weights have the official network's names and shapes, in {facts.dtype}; "
         "`merge.yaml` lists the sources with their SHA-256, and "

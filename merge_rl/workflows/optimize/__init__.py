@@ -8,8 +8,10 @@ from merge_rl.workflows.optimize.budget import (
     plan_budget,
     tournament_rounds,
 )
+from merge_rl.workflows.optimize.function import search
 from merge_rl.workflows.optimize.prepare import check_names
-from merge_rl.workflows.optimize.run import OptimizeResult, optimize, resume
+from merge_rl.workflows.optimize.result import OptimizeResult
+from merge_rl.workflows.optimize.run import optimize, resume
 from merge_rl.workflows.optimize.search import SearchResult, make_searcher, run_search, starts_of
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "plan_budget",
     "resume",
     "run_search",
+    "search",
     "starts_of",
     "tournament_rounds",
 ]

@@ -20,7 +20,8 @@ def check_names(config: OptimizeConfig) -> None:
     """Raise before any work for names that are not known and solvers no reward can use."""
     registry.population_of(config.search)
     check_reward(config)
-    require_known(config.extractor or "")
+    if config.extractor is not None:
+        require_known(config.extractor)
     if config.autoencoder is not None:
         registry.resolve("autoencoder", registry.AUTOENCODERS, config.autoencoder)
     sampler = config.sampler or SamplerConfig()

@@ -12,6 +12,7 @@ from merge_rl.workflows.reference.file import (
     load_all_references,
     load_reference,
     reference_file,
+    save_reference,
 )
 from merge_rl.workflows.reference.formats import Reference
 from merge_rl.workflows.reference.moments import CollectPlan, collect, kept_features
@@ -30,6 +31,7 @@ __all__ = [
     "load_features",
     "load_reference",
     "reference_file",
+    "save_reference",
     "source_notes",
     "weights_digest",
 ]

@@ -29,19 +29,32 @@ from merge_rl.workflows.rollout.execution import (
     matmul_precision,
     prepare_network,
 )
+from merge_rl.workflows.rollout.given import (
+    AsTheyAre,
+    Generate,
+    GivenRollout,
+    Subject,
+    differentiable,
+    without_gradient,
+)
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 
 __all__ = [
+    "AsTheyAre",
     "DifferentiableRollout",
     "Differentiated",
     "DistributedRollout",
+    "Generate",
+    "GivenRollout",
     "MergedRollout",
     "Rollout",
     "Room",
+    "Subject",
     "WorkItem",
     "choose_place",
     "cpu_workers",
     "device_facts",
+    "differentiable",
     "exact_products",
     "fast_hint",
     "free_memory",
@@ -56,4 +69,5 @@ __all__ = [
     "require_device",
     "require_same_everywhere",
     "unused_gpu",
+    "without_gradient",
 ]

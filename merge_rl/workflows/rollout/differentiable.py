@@ -70,15 +70,19 @@ class DifferentiableRollout:
     ) -> None:
         if merged.live is None:
             raise ConfigError("expected a rollout whose network is a merge, got one without")
-        rollout = merged.rollout
+        self.merged, self.rollout, self.live = merged, merged.rollout, merged.live
+        self.announce, self._room = announce, room
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Refuse what has no derivative."""
+        rollout = self.rollout
         if rollout.sampler.solver not in FIXED_SOLVERS:
             raise ConfigError(
                 f"the gradient through a rollout needs a solver with fixed steps "
                 f"({', '.join(FIXED_SOLVERS)}), got {rollout.sampler.solver}"
             )
         require_derivative(rollout)
-        self.merged, self.rollout, self.live = merged, rollout, merged.live
-        self.announce, self._room = announce, room
         self._network = prepare_network(rollout.model, rollout.sampler, rollout.device)
         guide = rollout.guide
         self._guide = guide and prepare_network(guide, rollout.sampler, rollout.device)

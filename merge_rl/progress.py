@@ -1,0 +1,75 @@
+"""Progress as lines of text: what Python functions print while they work."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final, TextIO
+
+from merge_rl.interfaces import NullTracker, Tracker
+
+EVERY: Final = 10.0  # seconds between two lines on how far a phase is
+
+
+class LineTracker:
+    """Prints a line a phase, a round, a note and a warning, in a terminal as in a notebook.
+
+    A `Tracker` for any function that takes one: `optimize(..., tracker=LineTracker(file))`.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._file = file
+        self._name, self._total, self._done, self._told = "", 0, 0, 0.0
+
+    def phase(self, name: str, total: int) -> None:
+        """Say what begins."""
+        self._name, self._total, self._done, self._told = name, total, 0, time.monotonic()
+        self._print(f"{name} ({total:,} images)")
+
+    def advance(self, count: int) -> None:
+        """Say how far it is, now and then."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._told >= EVERY and self._done < self._total:
+            self._told = now
+            self._print(f"{self._name}: {self._done:,} of {self._total:,}")
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Say a note, a warning, or what a round came to."""
+        kind = event.get("kind")
+        if kind == "note":
+            self._print(str(event["text"]))
+        elif kind == "warning":
+            self._print(f"warning: {event['text']}")
+        elif kind == "round":
+            self._told = time.monotonic()
+            self._print(f"  {round_text(event)}  {event['images']:,} images")
+
+    def _print(self, text: str) -> None:
+        file = self._file or sys.stderr
+        file.write(f"{text}\n")
+        file.flush()
+
+
+def tracker_of(tracker: Tracker | None, progress: bool) -> Tracker:
+    """The tracker that was given, else one that prints, or forgets where `progress` is off."""
+    if tracker is not None:
+        return tracker
+    return LineTracker() if progress else NullTracker()
+
+
+def round_text(event: Mapping[str, Any]) -> str:
+    """A round of a search in a few words."""
+    gap, failed = event.get("gap"), event.get("failed")
+    text = f"round {event['round'] + 1}  {level_text(event)}"
+    text += "" if gap is None else f"  gap {gap:+.0%}"
+    return text + (f"  {failed} failed" if failed else "")
+
+
+def level_text(event: Mapping[str, Any]) -> str:
+    """What a round came to: of rewards without a pool, the best candidate."""
+    if event["pool_after"] is not None:
+        return f"pool FID {event['pool_after']:.3f}"
+    rewards = [reward for reward in event["rewards"] if reward is not None]
+    return f"best candidate {-max(rewards):.3f}" if rewards else "no candidate"

@@ -1,0 +1,92 @@
+"""A function of the user's in the place of network, sampler, decoder and extractor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from merge_rl.config import SamplerConfig
+from merge_rl.errors import StatisticsError
+from merge_rl.interfaces import Autoencoder, FeatureExtractor
+from merge_rl.storage.checkpoints import CheckpointSet, module_of
+from merge_rl.workflows.assembly.extractors import build_extractor
+from merge_rl.workflows.assembly.parts import Made, Parts
+from merge_rl.workflows.assembly.references import ExtractorId, find_references
+from merge_rl.workflows.reference import Reference, load_reference
+from merge_rl.workflows.rollout import AsTheyAre, Generate, GivenRollout, Subject, require_device
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A function that generates, and the network that it is given; without one, weights by name."""
+
+    generate: Generate
+    model: nn.Module | None = None
+
+    def network(self, checkpoints: CheckpointSet, device: str) -> nn.Module:
+        """What holds the merged weights; the user's own module is left as it is."""
+        require_device(device)
+        made = module_of(checkpoints.tensors) if self.model is None else copy.deepcopy(self.model)
+        return made.to(device).float().eval().requires_grad_(False)
+
+    def subject(self, network: nn.Module) -> Subject:
+        """What the function is given: the network, or its weights by name.
+
+        The weights are its parameters themselves: values follow every merge, gradients reach them.
+        """
+        if self.model is not None:
+            return network
+        weights: Mapping[str, Tensor] = network.state_dict(keep_vars=True)
+        return dict(weights)
+
+
+@dataclass(frozen=True, eq=False)
+class GivenParts(Parts):
+    """What a search with a function of the user's is made of."""
+
+    given: Given | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """As the settings say."""
+        return self.settings.num_classes
+
+    def require_fit(self, _samplers: Iterable[SamplerConfig]) -> None:
+        """Raise for statistics that cannot be compared with each other, or with the extractor."""
+        dims = {name: reference.stats.dim for name, reference in self.references.items()}
+        if len(set(dims.values())) > 1:
+            raise StatisticsError(f"expected statistics of one dimension, got {dims}")
+
+    @cached_property
+    def _autoencoder(self) -> tuple[Autoencoder, str | None]:
+        return AsTheyAre(0), None
+
+    @cached_property
+    def _extractor(self) -> tuple[FeatureExtractor, str | None]:
+        settings = self.settings
+        if settings.extractor is None:
+            return AsTheyAre(load_reference(settings.reference or "").stats.dim), None
+        return build_extractor(
+            settings.extractor, settings.extractor_weights, settings.device, self.announce
+        )
+
+    @cached_property
+    def references(self) -> dict[str, Reference]:
+        """The statistics of real data; of features that say no maker the dimension is compared."""
+        extractor, digest = self._extractor
+        maker = ExtractorId(extractor.name, digest, extractor.dim)
+        return {k: found for k, (found, _) in find_references(self._reference_paths, maker).items()}
+
+    def rollout(self, kind: type[Made], *, own: bool = False) -> Made:
+        """A rollout by the function."""
+        if self.given is None or not issubclass(GivenRollout, kind):  # pragma: no cover
+            raise TypeError(f"expected a function and a Rollout, got {kind.__name__}")
+        return GivenRollout(
+            self.given.generate, self.given.subject(self.network),
+            extractor=self.extractor if own else self.reward.extractor,
+            batch=self.settings.batch, device=self.settings.device,
+        )  # fmt: skip

@@ -1,0 +1,183 @@
+"""A search with a function of the user's: any weights, and any way to generate from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merge_rl import own_code
+from merge_rl.config import OptimizeConfig, with_settings
+from merge_rl.core.distances.statistics import FeatureStats, feature_stats
+from merge_rl.errors import CheckpointError
+from merge_rl.interfaces import Tracker
+from merge_rl.parallel import joined
+from merge_rl.parallel.group import Group
+from merge_rl.progress import tracker_of
+from merge_rl.storage.checkpoints import CheckpointSet, keep_states, open_checkpoints, plan_merge
+from merge_rl.storage.files import require_new
+from merge_rl.storage.runs import INPUTS, goes_on
+from merge_rl.workflows.assembly import Given, Statistics, load_weights, why_not_as_set
+from merge_rl.workflows.optimize.result import OptimizeResult
+from merge_rl.workflows.optimize.run import begin
+from merge_rl.workflows.reference import Reference, save_reference
+from merge_rl.workflows.rollout import Generate
+
+Checkpoint = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
+Checkpoints = str | os.PathLike[str] | Sequence[Checkpoint] | Mapping[str, Checkpoint]
+
+
+def search(
+    checkpoints: Checkpoints,
+    *,
+    generate: Generate,
+    reference: Statistics | Tensor,
+    out: str | os.PathLike[str],
+    heldout: Statistics | Tensor | None = None,
+    model: nn.Module | None = None,
+    searcher: str = "auto",
+    config: OptimizeConfig | None = None,
+    tracker: Tracker | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> OptimizeResult:
+    """Find merging coefficients of any checkpoints, by what a function generates from the merge.
+
+    The function may be a sampler, a pipeline of another library, or no diffusion model at all.
+
+    Args:
+        checkpoints: state dicts of equal names and shapes, oldest first: mappings, modules or
+            files, in a sequence or by name; or a folder of .safetensors.
+        generate: (network or weights, N seeds, labels (N,)) -> features (N, D), or uint8 images
+            where `extractor` names what makes features of them. Deterministic: a row follows from
+            the weights, its seed and its label. `merge_rl.seeded_noise` draws the noise of seeds.
+        reference: features (M, D) of real data, their statistics, or a file of them.
+        out: run directory; must not exist. What was in memory is kept in its folder `inputs`.
+        heldout: the same of data that the search never sees: final scores are of these.
+        model: what the merged weights are put in for `generate`; left as it is. Without one it
+            gets the first of `checkpoints` where these are modules, else weights by name.
+        searcher: "auto" takes "pathwise" where features depend on the weights with a gradient.
+        config: further settings, which may leave out what the call says.
+        tracker: hears of progress; by default it is printed, unless `progress` is off.
+        settings: any other setting by its name: `budget`, `seed`, `batch`, `device`, `reward`,
+            `num_classes` (of the labels, which take turns), `pool_size`, ...
+
+    The run directory is that of every search; `merge_rl.resume(out, generate=...)` goes on with
+    it. Raises MergeRLError subclasses for input that cannot work, with nothing left behind.
+    """
+    run, name = Path(out), own_code.name_of(generate)
+    base = with_settings(config or OptimizeConfig(), generate=name, searcher=searcher, **settings)
+    tracker = tracker_of(tracker, progress)
+    with joined() as group, _gone_unless_begun(group, run):
+        if group.leads and not goes_on(run, group.place):
+            require_new(run)
+            shutil.rmtree(run / INPUTS, ignore_errors=True)
+        places = _kept(group, run, checkpoints, reference, heldout, base.extractor or "")
+        base = dataclasses.replace(base, **places)
+        opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
+        given = Given(generate, model if model is not None else _first_module(checkpoints))
+        return begin(group, _settled(base, given, opened), opened, run, tracker, given)
+
+
+@contextmanager
+def _gone_unless_begun(group: Group, run: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        inside = {file.name for file in run.iterdir()} if run.is_dir() else set()
+        if group.leads and inside == {INPUTS}:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+def _kept(
+    group: Group,
+    run: Path,
+    checkpoints: Checkpoints,
+    reference: Statistics | Tensor,
+    heldout: Statistics | Tensor | None,
+    extractor: str,
+) -> dict[str, str | None]:
+    """Where the inputs lie; rank 0 writes those that are no files."""
+    folder = run / INPUTS
+    places: dict[str, str | None] = {}
+    if isinstance(checkpoints, (str, os.PathLike)):
+        places["checkpoints"] = os.fspath(checkpoints)
+    else:
+        places["checkpoints"] = str(folder / "checkpoints")
+        if group.leads and not (folder / "checkpoints").exists():
+            keep_states(folder / "checkpoints", _states(checkpoints))
+    for name, given in (("reference", reference), ("heldout", heldout)):
+        if given is None or isinstance(given, (str, os.PathLike)):
+            places[name] = None if given is None else os.fspath(given)
+            continue
+        places[name] = str(folder / f"{name}.safetensors")
+        if group.leads and not (folder / f"{name}.safetensors").exists():
+            _keep_statistics(folder / f"{name}.safetensors", given, extractor)
+    group.broadcast(phase="keeping what was handed over")
+    return places
+
+
+def _keep_statistics(path: Path, given: Reference | FeatureStats | Tensor, extractor: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(given, Tensor):
+        features = given.detach().float().cpu()
+        given = Reference(stats=feature_stats(features), extractor=extractor, features=features)
+    if isinstance(given, FeatureStats):
+        given = Reference(stats=given, extractor=extractor)
+    save_reference(
+        path, given.stats, extractor=given.extractor, extractor_sha256=given.extractor_sha256,
+        resolution=given.resolution, source=given.source or "handed over",
+        features=given.features, labels=given.labels,
+    )  # fmt: skip
+
+
+def _states(checkpoints: Sequence[Checkpoint] | Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """State dicts by name; those without a name are counted."""
+    if not isinstance(checkpoints, Mapping):
+        width = len(str(len(checkpoints) - 1))
+        checkpoints = {f"checkpoint-{i:0{width}}": item for i, item in enumerate(checkpoints)}
+    if not checkpoints:
+        raise CheckpointError("expected checkpoints, got none")
+    return {name: _state(item) for name, item in checkpoints.items()}
+
+
+def _state(item: Checkpoint) -> Mapping[str, Tensor]:
+    if isinstance(item, nn.Module):
+        return item.state_dict()
+    return item if isinstance(item, Mapping) else load_weights(os.fspath(item)).tensors
+
+
+def _first_module(checkpoints: Checkpoints) -> nn.Module | None:
+    if isinstance(checkpoints, (str, os.PathLike)):
+        return None
+    items = list(checkpoints.values() if isinstance(checkpoints, Mapping) else checkpoints)
+    return items[0] if items and isinstance(items[0], nn.Module) else None
+
+
+def _settled(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> OptimizeConfig:
+    """The settings with a searcher for "auto"."""
+    if base.search.name != "auto":
+        return base
+    gradient = why_not_as_set(base) is None and _has_gradient(base, given, opened)
+    name = "pathwise" if gradient else "policy-gradient"
+    return dataclasses.replace(base, search=dataclasses.replace(base.search, name=name))
+
+
+def _has_gradient(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> bool:
+    """Whether what the function makes of the newest checkpoint's weights depends on them."""
+    network = given.network(opened, base.device)
+    plan_merge(opened, model=network)  # refuses weights that do not fit it
+    network.load_state_dict(opened.read(opened.newest))
+    network.requires_grad_(True)
+    labels = torch.zeros(2, dtype=torch.int64, device=base.device)
+    with torch.enable_grad():
+        made: object = given.generate(given.subject(network), [0, 1], labels)
+    return isinstance(made, Tensor) and made.requires_grad and base.extractor is None

@@ -1,0 +1,176 @@
+"""Rollouts by a function of the user's: weights, seeds and labels to features, or to images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from merge_rl.config import SamplerConfig
+from merge_rl.core.merging.live_model import LiveModel
+from merge_rl.errors import ConfigError
+from merge_rl.interfaces import FeatureExtractor
+from merge_rl.workflows.rollout.derivatives import Room, StepWatch
+from merge_rl.workflows.rollout.differentiable import DifferentiableRollout
+from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout
+
+Subject = nn.Module | Mapping[str, Tensor]
+"""What a function is given: a network with the merged weights, or these by name."""
+
+
+class Generate(Protocol):
+    """Makes what is compared with real data, one row a seed; deterministic."""
+
+    def __call__(self, subject: Subject, seeds: Sequence[int], labels: Tensor, /) -> Tensor:
+        """Network or weights, N seeds, labels (N,) int64 -> features (N, D) or images uint8.
+
+        A row must be a function of the weights, its own seed and its own label, whatever the others
+        of the call are.
+        """
+        ...
+
+
+class AsTheyAre(nn.Module):
+    """Stands for a decoder and an extractor where a function gives features itself."""
+
+    name = ""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The same features, with a gradient where gradients are on."""
+        return features if torch.is_grad_enabled() else features.detach()
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """The same."""
+        return samples
+
+    levels = decode
+
+
+class GivenRollout(Rollout):
+    """A rollout whose noise is the seeds themselves, and whose samples a function makes.
+
+    What the function returns is checked at every call: floating features (N, D) of the dimension of
+    the statistics, or with an extractor of images bytes (N, 1 or 3, H, W). Raises ConfigError for
+    anything else.
+    """
+
+    def __init__(
+        self,
+        generate: Generate,
+        subject: Subject,
+        *,
+        extractor: FeatureExtractor,
+        batch: int,
+        device: str = "cpu",
+        on_images: Callable[[int], None] | None = None,
+    ) -> None:
+        self.generate, self.subject = generate, subject
+        super().__init__(
+            _nothing, (), sampler=SamplerConfig(), autoencoder=AsTheyAre(extractor.dim),
+            extractor=extractor, batch=batch, device=device, on_images=on_images,
+        )  # fmt: skip
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """The seeds, (N,) int64."""
+        return torch.tensor(list(seeds), dtype=torch.int64)
+
+    def latents(
+        self,
+        noise: Tensor,
+        labels: Tensor,
+        *,
+        check_finite: bool = False,  # noqa: ARG002  (the function's steps are its own)
+    ) -> Tensor:
+        """What the function makes of seeds (B,) and labels (B,), checked."""
+        made = self.generate(self.subject, noise.tolist(), labels.to(self.device))
+        self._check(made, len(noise))
+        return made
+
+    def _extract(self, latents: Tensor) -> Tensor:
+        return self.extractor(latents).float()
+
+    def _check(self, made: object, count: int) -> None:
+        if not isinstance(made, Tensor):
+            raise ConfigError(self._problem(count, type(made).__name__))
+        wanted = (count, self.extractor.dim)
+        if self.takes_features:
+            good = made.is_floating_point() and tuple(made.shape) == wanted
+        else:
+            good = made.dtype == torch.uint8 and made.ndim == 4 and len(made) == count
+        if not good:
+            found = f"{str(made.dtype).removeprefix('torch.')} {tuple(made.shape)}"
+            raise ConfigError(self._problem(count, found))
+
+    @property
+    def takes_features(self) -> bool:
+        """Whether the function gives features itself, and no images."""
+        return isinstance(self.extractor, AsTheyAre)
+
+    def _problem(self, count: int, found: str) -> str:
+        if self.takes_features:
+            expected = f"floating features ({count}, {self.extractor.dim}), as the statistics have"
+        else:
+            expected = f"images uint8 ({count}, 1 or 3, H, W) for {self.extractor.name}"
+        hint = "; extractor=NAME makes features of images" if self.takes_features else ""
+        return f"generate returned {found}, expected {expected}{hint}"
+
+
+def _nothing(x: Tensor, _sigma: Tensor, _labels: Tensor | None = None, /) -> Tensor:
+    return x
+
+
+class GivenGradient(DifferentiableRollout):
+    """The gradient through a function whose features have one."""
+
+    def _prepare(self) -> None:
+        self._given = _given(self.merged)
+        why = without_gradient(self._given, self.live)
+        if why is not None:
+            raise ConfigError(f"the searcher pathwise needs a gradient, but {why}")
+
+    @property
+    def room(self) -> Room:
+        """A batch at a time, all of which is kept: the function's own memory is not known."""
+        return self._room or Room(images=self.rollout.batch, kept=2**62)
+
+    @property
+    def calls(self) -> int:
+        """One."""
+        return 1
+
+    def _latents(self, noise: Tensor, labels: Tensor, _again: bool, watch: StepWatch) -> Tensor:
+        made = self._given.latents(noise, labels)
+        watch(0, made)
+        return made
+
+
+def without_gradient(rollout: GivenRollout, live: LiveModel) -> str | None:
+    """Why features of the function have no gradient by the weights; None if they have one."""
+    labels = torch.zeros(2, dtype=torch.int64)
+    if not rollout.takes_features:
+        return "generate makes images of bytes, which have none"
+    with live.gradients(), torch.enable_grad():
+        made = rollout.latents(rollout.noise([0, 1]), labels)
+    if not made.requires_grad:
+        return "what generate returns does not depend on one"
+    return None
+
+
+def differentiable(merged: MergedRollout, **options: object) -> DifferentiableRollout:
+    """The rollout with its gradient, whatever makes its samples."""
+    kind = GivenGradient if isinstance(merged.rollout, GivenRollout) else DifferentiableRollout
+    return kind(merged, **options)  # type: ignore[arg-type]
+
+
+def _given(merged: MergedRollout) -> GivenRollout:
+    if not isinstance(
+        merged.rollout, GivenRollout
+    ):  # pragma: no cover (`differentiable` sees to it)
+        raise TypeError(f"expected a function's rollout, got {type(merged.rollout).__name__}")
+    return merged.rollout

@@ -1,0 +1,277 @@
+"""Searches by a function of the user's: a flow of points, statistics by hand, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import merge_rl as mrl
+from merge_rl.config import EvaluationConfig, OptimizeConfig, RewardConfig, SearchConfig
+from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError, RunError
+from merge_rl.workflows.optimize import OptimizeResult
+from merge_rl.workflows.rollout import Subject
+
+Generated = Callable[[Subject, Sequence[int], Tensor], Tensor]
+SMALL = OptimizeConfig(
+    evaluation=EvaluationConfig(num_images=50, repeats=3, selection_images=20),
+    search=SearchConfig(name="policy-gradient", population=4),
+    reward=RewardConfig(pool_size=100, subset_size=20, refresh_size=20),
+)
+
+# ----------------------------------------------------------------------------- a flow of points
+
+
+class Flow(nn.Module):
+    """v(x, t) of points in the plane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU())
+        self.out = nn.Linear(48, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        made: Tensor = self.out(self.layers(torch.cat([x, t.expand(len(x), 1)], 1)))
+        return made
+
+
+def ring(count: int, generator: torch.Generator) -> Tensor:
+    angle = 2 * torch.pi * torch.rand(count, generator=generator)
+    radius = 1 + 0.1 * torch.randn(count, generator=generator)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+
+def moments(x: Tensor) -> Tensor:
+    """Features whose means and covariances know a ring from a blob."""
+    return torch.stack([x[:, 0], x[:, 1], x.square().sum(1), x.prod(1), x[:, 0].square()], 1)
+
+
+@pytest.fixture(scope="module")
+def snapshots() -> list[dict[str, Tensor]]:
+    """A short training at a rate that leaves every snapshot somewhere around the optimum."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    flow, kept = Flow(), []
+    optimiser = torch.optim.Adam(flow.parameters(), lr=4e-3)
+    for step in range(1, 1201):
+        data, noise = ring(64, generator), torch.randn(64, 2, generator=generator)
+        t = torch.rand(64, 1, generator=generator)
+        loss = (flow(t * data + (1 - t) * noise, t) - (data - noise)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        if step >= 600 and step % 100 == 0:
+            kept.append({name: value.clone() for name, value in flow.state_dict().items()})
+    return kept
+
+
+def flown(weights: Subject, seeds: Sequence[int], _labels: Tensor) -> Tensor:
+    """Eight steps of Euler from the noise of each seed, and the features of where they lead."""
+    assert isinstance(weights, Mapping)
+    x, flow = mrl.seeded_noise(seeds, [2]), Flow()
+    for step in range(8):
+        t = torch.full((1, 1), step / 8)
+        x = x + torch.func.functional_call(flow, dict(weights), (x, t)) / 8
+    return moments(x)
+
+
+def real(seed: int) -> Tensor:
+    return moments(ring(4000, torch.Generator().manual_seed(seed)))
+
+
+def test_a_merge_of_points_beats_the_best_checkpoint(
+    snapshots: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    config = OptimizeConfig(
+        evaluation=EvaluationConfig(num_images=3000, repeats=4, selection_images=1000)
+    )
+    result = mrl.search(
+        snapshots, generate=flown, reference=real(1), heldout=real(2), out=tmp_path / "run",
+        config=config, budget=12_000, batch=1000, progress=False,
+    )  # fmt: skip
+    run = (tmp_path / "run" / "config.yaml").read_text()
+    assert "name: pathwise" in run  # torch alone: there is a gradient
+    gain = result.comparison.gain("best single")
+    assert gain.low > 0
+    best, merged = (
+        result.comparison.summary(entry)["heldout"] for entry in ("best single", "result")
+    )
+    assert merged["high"] < best["low"]
+
+
+# ------------------------------------------------------------------- one number, known by hand
+
+
+def states(values: Sequence[float]) -> list[dict[str, Tensor]]:
+    return [{"shift": torch.tensor([value])} for value in values]
+
+
+def shifted(weights: Subject, seeds: Sequence[int], _labels: Tensor) -> Tensor:
+    """Normal numbers about the one weight there is."""
+    assert isinstance(weights, Mapping)
+    return mrl.seeded_noise(seeds, [1]) + weights["shift"]
+
+
+def normal(count: int = 4000) -> Tensor:
+    return torch.randn(count, 1, generator=torch.Generator().manual_seed(3))
+
+
+def search(out: Path, **changes: Any) -> OptimizeResult:
+    given = {
+        "generate": shifted, "reference": normal(), "config": SMALL, "progress": False,
+        "budget": 8000, "seed": 3, "searcher": "policy-gradient", "map": "free", "scale": 0.5,
+    }  # fmt: skip
+    return mrl.search(
+        changes.pop("checkpoints", states([2.0, 3.0])), out=out, **{**given, **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> OptimizeResult:
+    return search(tmp_path_factory.mktemp("function") / "run")
+
+
+def test_the_best_merge_is_that_of_the_real_mean(found: OptimizeResult) -> None:
+    # c . (2, 3) is the mean of what is generated, 0 that of real data: distance (2 c0 + 3 c1)^2.
+    at_result = float(found.coefficients[0] @ torch.tensor([2.0, 3.0], dtype=torch.float64))
+    assert abs(at_result) < 1.0 < 2.5
+    assert found.final["reference"]["mean"] == pytest.approx(at_result**2, abs=0.3)
+    assert found.baseline["reference"]["mean"] > 4.0
+
+
+def test_the_run_is_that_of_every_search(found: OptimizeResult) -> None:
+    run = found.run_dir
+    assert json.loads((run / "result.json").read_text())["checkpoints"] == [
+        "checkpoint-0", "checkpoint-1",
+    ]  # fmt: skip
+    kept = mrl.open_checkpoints(run / "inputs" / "checkpoints")
+    torch.testing.assert_close(kept.read(1)["shift"], torch.tensor([3.0]))
+    merged = mrl.open_checkpoints(run / "merged").read(0)["shift"]
+    expected = found.coefficients[0] @ torch.tensor([2.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(merged, expected[None].float())
+    card = (run / "merged" / "README.md").read_text()
+    assert "load_file" in card
+    assert "mrl.load_model" not in card
+    assert "test_function:shifted" in (run / "config.yaml").read_text()
+
+
+def test_a_run_goes_on_with_the_function_and_ends_the_same(
+    found: OptimizeResult, tmp_path: Path
+) -> None:
+    calls = 0
+
+    def failing(weights: Subject, seeds: Sequence[int], labels: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 6:
+            raise KeyboardInterrupt
+        return shifted(weights, seeds, labels)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "run", generate=failing)
+    with pytest.raises(ConfigError, match=r"hand it over to go on: merge_rl.resume\("):
+        mrl.resume(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"generate returned float32 \(3,\), expected floating"):
+        mrl.resume(tmp_path / "run", generate=lambda *_: torch.zeros(3))
+    again = mrl.resume(tmp_path / "run", generate=shifted)
+    assert torch.equal(again.coefficients, found.coefficients)
+    assert again.comparison == found.comparison
+
+
+def test_modules_files_and_a_folder_are_checkpoints_as_well(
+    found: OptimizeResult, tmp_path: Path
+) -> None:
+    class Shift(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.tensor([value]))
+            self.register_buffer("steps", torch.tensor(3))
+
+        def forward(self, noise: Tensor) -> Tensor:
+            return noise + self.shift
+
+    def by_module(model: Subject, seeds: Sequence[int], _labels: Tensor) -> Tensor:
+        assert isinstance(model, nn.Module)
+        made: Tensor = model(mrl.seeded_noise(seeds, [1]))
+        return made
+
+    own = Shift(2.0)
+    modules = search(
+        tmp_path / "modules", checkpoints={"a": own, "b": Shift(3.0)}, generate=by_module
+    )
+    assert torch.equal(modules.coefficients, found.coefficients)
+    assert float(own.shift) == 2.0  # left as it was
+    torch.save({"shift": torch.tensor([2.0])}, tmp_path / "a.pt")
+    folder = found.run_dir / "inputs" / "checkpoints"
+    files = [tmp_path / "a.pt", folder / "checkpoint-1.safetensors"]
+    for name, given in (("files", files), ("folder", folder)):
+        again = search(tmp_path / name, checkpoints=given)
+        assert torch.equal(again.coefficients, found.coefficients)
+
+
+def test_labels_take_turns_and_images_go_through_an_extractor(tiny: Path, tmp_path: Path) -> None:
+    seen = list[int]()
+
+    def images(weights: Subject, seeds: Sequence[int], labels: Tensor) -> Tensor:
+        assert isinstance(weights, Mapping)
+        seen.extend(labels.tolist())
+        level = 100 + 10 * float(weights["shift"]) + 20 * mrl.seeded_noise(seeds, [1, 8, 8])
+        return level.clamp(0, 255).to(torch.uint8)
+
+    evaluation = tiny / "evaluation"
+    made = search(
+        tmp_path / "run", generate=images, num_classes=3, extractor="digits",
+        extractor_weights=evaluation / "extractor.safetensors",
+        reference=evaluation / "reference.safetensors", budget=400,
+    )  # fmt: skip
+    assert made.final["reference"]["mean"] > 0
+    assert seen[:6] == [0, 1, 2, 0, 1, 2]
+    with pytest.raises(ConfigError, match="expected images uint8"):
+        search(
+            tmp_path / "other", extractor="digits", reference=evaluation / "reference.safetensors",
+            extractor_weights=evaluation / "extractor.safetensors", searcher="random",
+        )  # fmt: skip
+
+
+def refused(change: dict[str, Any], error: type[Exception], match: str, folder: Path) -> None:
+    with pytest.raises(error, match=match):
+        search(folder / "run", **change)
+    assert not (folder / "run").exists()
+
+
+def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    def wide(_weights: Subject, seeds: Sequence[int], _labels: Tensor) -> Tensor:
+        return torch.zeros(len(seeds), 2)
+
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"checkpoints": []}, CheckpointError, "expected checkpoints, got none"),
+        ({"checkpoints": [{"shift": 3}]}, CheckpointError, "expected tensors by name, found int"),
+        ({"checkpoints": [*states([1.0]), {"other": torch.ones(1)}]}, IncompatibleCheckpointError,
+         "'shift' is missing"),
+        ({"checkpoints": {"a/b": states([1.0])[0]}}, CheckpointError, "got name 'a/b'"),
+        ({"generate": wide}, ConfigError, r"generate returned float32 \(\d+, 2\), expected "
+         r"floating features \(\d+, 1\)"),
+        ({"heldout": normal().expand(-1, 2)}, mrl.MergeRLError, "dimension"),
+        ({"budgte": 3}, ConfigError, "unknown setting 'budgte'; did you mean 'budget'"),
+        ({"pool_size": 50}, ConfigError, "pool_size is 50 in the call and 100 in its config"),
+        ({"model": nn.Linear(1, 1)}, CheckpointError, "2 tensors|3 tensors"),
+    ]  # fmt: skip
+    for change, error, match in cases:
+        refused(change, error, match, tmp_path)
+
+
+def test_pathwise_needs_features_with_a_gradient(found: OptimizeResult, tmp_path: Path) -> None:
+    def blind(weights: Subject, seeds: Sequence[int], labels: Tensor) -> Tensor:
+        return shifted(weights, seeds, labels).detach()
+
+    plain = dataclasses.replace(SMALL, search=SearchConfig(incumbents=1), reward=RewardConfig())
+    change = {"generate": blind, "searcher": "pathwise", "config": plain, "budget": 6000}
+    refused(change, ConfigError, "what generate returns does not depend on one", tmp_path)
+    with pytest.raises(RunError, match="exists already"):
+        search(found.run_dir)
