@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from merge_rl.core.distances.neighbours import prdc
     from merge_rl.core.distances.statistics import FeatureStats, feature_stats
     from merge_rl.core.sampling.sampler import sample
+    from merge_rl.core.sampling.stated import describe
     from merge_rl.errors import MergeRLError
     from merge_rl.interfaces import Network
     from merge_rl.progress import LineTracker
@@ -38,6 +39,7 @@ _HOMES: Final = {
     "kernel_distance": "core.distances.kernels",
     "prdc": "core.distances.neighbours",
     "sample": "core.sampling.sampler",
+    "describe": "core.sampling.stated",
     "FeatureStats": "core.distances.statistics",
     "feature_stats": "core.distances.statistics",
     "MergeRLError": "errors",
@@ -78,6 +80,7 @@ __all__ = [
     "build_model",
     "compare_searchers",
     "convert",
+    "describe",
     "evaluate",
     "feature_stats",
     "finetune",

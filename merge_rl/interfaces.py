@@ -30,8 +30,8 @@ class Network(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one sample."""
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one sample; (C, H, W) of images and latents."""
 
 
 class Autoencoder(Protocol):

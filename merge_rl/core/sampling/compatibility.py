@@ -55,6 +55,11 @@ def require_sampler(
     require_solver(settings.solver, prediction)
     if settings.is_sde and settings.num_steps < 2:
         raise ConfigError(f"need num_steps >= 2 for an SDE, got {settings.num_steps}")
+    path = getattr(model, "stated_path", None)
+    if path not in (None, settings.path):
+        raise ConfigError(
+            f"the network's path is {path}, got {settings.path}; expected sampler.path={path}"
+        )
     if prediction == DENOISED:
         _require_edm(settings, model)
     elif settings.is_sde:
