@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from merge_rl.progress import LineTracker
     from merge_rl.registry import build_model
     from merge_rl.rng import seeded_noise
+    from merge_rl.searchers import Searcher
     from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
     from merge_rl.storage.convert import ConvertResult, convert
     from merge_rl.workflows.assembly import load_model
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from merge_rl.workflows.evaluate import evaluate
     from merge_rl.workflows.export import merge, push, save_model
     from merge_rl.workflows.finetune import FinetuneResult, finetune
-    from merge_rl.workflows.optimize import OptimizeResult, optimize, resume, search
+    from merge_rl.workflows.optimize import OptimizeResult, optimize, resume
+    from merge_rl.workflows.optimize.function import search
     from merge_rl.workflows.rewards import SubsetReward
 
 
@@ -47,6 +49,7 @@ _HOMES: Final = {
     "LineTracker": "progress",
     "build_model": "registry",
     "seeded_noise": "rng",
+    "Searcher": "searchers",
     "CheckpointSet": "storage.checkpoints",
     "open_checkpoints": "storage.checkpoints",
     "ConvertResult": "storage.convert",
@@ -62,7 +65,7 @@ _HOMES: Final = {
     "OptimizeResult": "workflows.optimize",
     "optimize": "workflows.optimize",
     "resume": "workflows.optimize",
-    "search": "workflows.optimize",
+    "search": "workflows.optimize.function",
     "SubsetReward": "workflows.rewards",
 }
 
@@ -75,6 +78,7 @@ __all__ = [
     "MergeRLError",
     "Network",
     "OptimizeResult",
+    "Searcher",
     "SubsetReward",
     "__version__",
     "build_model",

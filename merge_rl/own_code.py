@@ -76,12 +76,14 @@ def find(name: str, kind: str) -> Callable[..., Any]:
     return made
 
 
-def call(name: str, kind: str, given: Iterable[Any] = (), what: str = "no arguments") -> Any:
+def call(
+    name: str, kind: str, given: Iterable[Any] = (), what: str = "no arguments", **options: Any
+) -> Any:
     """What the factory of that name returns; its own failures as ConfigError, with the name."""
     factory = find(name, kind)
     try:
         with _current_folder_importable():
-            return factory(*given)
+            return factory(*given, **options)
     except MergeRLError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
 
+from merge_rl import own_code
 from merge_rl.config import SearchConfig
 from merge_rl.errors import ConfigError, MissingLibraryError, UnknownNameError
 from merge_rl.interfaces import Autoencoder, Network
@@ -23,6 +24,7 @@ MODELS: Final[Mapping[str, str]] = {
 }
 AUTOENCODERS: Final[Mapping[str, str]] = {
     "pixel": "merge_rl.models.autoencoder:PixelEncoder",
+    "samples": "merge_rl.models.autoencoder:Samples",
     "sd-vae-edm2": "merge_rl.models.autoencoder:load_edm2_vae",
     "sd-vae-sit": "merge_rl.models.autoencoder:load_sit_vae",
 }
@@ -91,16 +93,25 @@ def resolve(kind: str, table: Mapping[str, str], name: str) -> Callable[..., Any
 def resolve_searcher(name: str) -> Callable[..., Any]:
     """The factory of a searcher; of "nevergrad:CMA", that of the family "nevergrad".
 
-    A method without its family is not known, but UnknownNameError says where it belongs.
+    "package.module:factory" is code of the user's. A method without its family is not known, but
+    UnknownNameError says where it belongs.
     """
     family, colon, method = name.partition(":")
     if colon and method and f"{family}:" in SEARCHERS:
         return resolve("searcher", SEARCHERS, f"{family}:")
+    if own_searcher(name):
+        return own_code.find(name, "searcher")
     if name not in SEARCHERS:
         members = sorted(_members(name), key=lambda member: member[1] != name)
         homes = ["".join(member) for member in members]
         raise UnknownNameError("searcher", name, SEARCHERS, nearest=homes or None)
     return resolve("searcher", SEARCHERS, name)
+
+
+def own_searcher(name: str) -> bool:
+    """Whether a searcher's name means code of the user's, not a method of a known family."""
+    family = name.partition(":")[0]
+    return own_code.is_own(name) and family not in SEARCHERS and f"{family}:" not in SEARCHERS
 
 
 def _members(method: str) -> Iterator[tuple[str, str]]:
@@ -118,7 +129,10 @@ def population_of(search: SearchConfig) -> int:
     Raises ConfigError, before any work, for names that are not known and populations that the
     searcher cannot use.
     """
-    return int(resolve_searcher(search.name).population_of(search))  # type: ignore[attr-defined]
+    own = getattr(resolve_searcher(search.name), "population_of", None)
+    if own is None:  # a factory of the user's need not know it: what the budget is planned with
+        return search.population or 16
+    return int(own(search))
 
 
 def chooses_itself(searcher: str) -> bool:
@@ -142,19 +156,30 @@ def default_reward(searcher: str) -> str:
 def build_model(config: Mapping[str, Any]) -> Network:
     """A network in evaluation mode with random weights.
 
-    `config` has "model" (a name of `MODELS`) and the network's constructor options. Raises
-    UnknownNameError for another model, ConfigError for options the network does not take.
+    `config` has "model" (a name of `MODELS`, or "package.module:factory") and the options
+    of its constructor. Raises UnknownNameError for another model, ConfigError for options the
+    network does not take, for code that the user has not named, and for what is no network.
     """
     options = dict(config)
     name = options.pop("model", None)
     if name is None:
         raise ConfigError(f'expected "model" in the model config, found keys {sorted(options)}')
+    if own_code.is_own(str(name)):
+        return _own_network(str(name), options)
     factory = resolve("model", MODELS, str(name))
     try:
         model: Network = factory(**options)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(f"the {name} network does not take this config: {error}") from None
     return model.eval()
+
+
+def _own_network(name: str, options: Mapping[str, Any]) -> Network:
+    from merge_rl.core.sampling.stated import network_of
+
+    own_code.require_allowed(name, "network", "--network", "the model config")
+    what = f"the options {', '.join(options)}" if options else "no arguments"
+    return network_of(own_code.call(name, "network", what=what, **options), name).eval()
 
 
 def build_on_meta(config: Mapping[str, Any]) -> Network:
@@ -174,8 +199,10 @@ def build_autoencoder(
     """What turns samples into images.
 
     Args:
-        name: "pixel" for networks that work on pixels; "sd-vae-edm2" and "sd-vae-sit" for latents
-            of Stability's VAE as EDM2 and as SiT scale them.
+        name: "pixel" for networks that work on pixels, "samples" for what is no picture and stays
+            as it is; "sd-vae-edm2" and "sd-vae-sit" for latents of Stability's VAE as EDM2 and as
+            SiT scale them; or "package.module:factory" of the user's, called with the weights if
+            there are some.
         weights: of the VAE, name -> tensor; "pixel" has none.
         config: constructor options of the VAE; those of the published ones if None.
         options: `dtype` ("float32", "bfloat16") and `chunk`, the images decoded at once.
@@ -183,9 +210,20 @@ def build_autoencoder(
     Raises UnknownNameError for another name, ConfigError for weights where there are none to load
     or none where there should be.
     """
+    if own_code.is_own(name):
+        return _own_autoencoder(name, weights)
     factory = resolve("autoencoder", AUTOENCODERS, name)
-    if (weights is None) != (name == "pixel"):
+    if (weights is None) != (name in ("pixel", "samples")):
         problem = "needs weights, got none" if weights is None else "has no weights, got some"
         raise ConfigError(f"the autoencoder {name!r} {problem}")
     built: Autoencoder = factory() if weights is None else factory(weights, config, **options)
+    return built
+
+
+def _own_autoencoder(name: str, weights: Mapping[str, Any] | None) -> Autoencoder:
+    given, what = ([], "no arguments") if weights is None else ([weights], "the weights")
+    built: Autoencoder = own_code.call(name, "autoencoder", given, what)
+    if not callable(getattr(built, "decode", None)):
+        found = type(built).__name__
+        raise ConfigError(f"autoencoder {name!r}: expected a method `decode`, got {found} without")
     return built

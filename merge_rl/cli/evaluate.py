@@ -102,7 +102,7 @@ def _generated(model: Path, config: EvaluateConfig, *, named: bool) -> dict[str,
     from merge_rl.workflows.assembly import load_network
     from merge_rl.workflows.evaluate import samplers_of
 
-    network, sampler = load_network(meant(model)), config.sampler or SamplerConfig()
+    network, sampler = load_network(meant(model), config.network), config.sampler or SamplerConfig()
     # A solver that is named is the one that is meant.
     which = config.under or (None if not named else "sde" if sampler.is_sde else "ode")
     return {

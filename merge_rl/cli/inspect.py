@@ -10,6 +10,7 @@ import typer
 from merge_rl.cli.output import JsonFlag, interval_text, note, note_all, print_json, print_table
 from merge_rl.cli.sample import meant
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
+from merge_rl.own_code import allow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +27,12 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Set, run, reference or model.")],
     track: Annotated[str | None, typer.Option(help="Series of the manifest to look at.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Read headers only, no weights.")] = False,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Your own, package.module:factory.", show_default="as files say"
+        ),
+    ] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Say what a checkpoint set, run, reference or model is, and check it.
@@ -34,6 +41,8 @@ def inspect(
     """
     from merge_rl.storage.runs import find_set, folder_kind, only_inside
 
+    if network is not None:
+        allow(network)
     place = only_inside(path) if path.is_dir() else path
     kind = folder_kind(place) if place.is_dir() else "file"
     if place != path:
@@ -45,13 +54,17 @@ def inspect(
     elif kind in ("file", "model"):
         _show_file(place if place.exists() else meant(path), json=json)
     else:
-        _show_set(find_set(place).path, track=track, quick=quick, json=json)
+        _show_set(find_set(place).path, track=track, quick=quick, network=network, json=json)
 
 
-def _show_set(path: Path, *, track: str | None, quick: bool, json: bool) -> None:
+def _show_set(
+    path: Path, *, track: str | None, quick: bool, network: str | None, json: bool
+) -> None:
     from merge_rl.storage.checkpoints import open_checkpoints, require_network
+    from merge_rl.workflows.assembly import with_network
 
     opened = open_checkpoints(path, track=track, distinct=False)  # every file is checked
+    with_network(opened, network)
     checks = [] if quick else list(opened.verify())
     failed = {check.name: str(check.error) for check in checks if not check.ok}
     try:

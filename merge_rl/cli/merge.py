@@ -75,6 +75,7 @@ def merge(
 def _open(checkpoints: Path, config: SingleMergeConfig, known: Recipe | None) -> CheckpointSet:
     """The checkpoints that are merged: those of the recipe, or of the series."""
     from merge_rl.storage.checkpoints import open_checkpoints
+    from merge_rl.workflows.assembly import with_network
 
     # A recipe may name a checkpoint and a copy of it; it makes the same file again.
     track = config.track
@@ -88,6 +89,7 @@ def _open(checkpoints: Path, config: SingleMergeConfig, known: Recipe | None) ->
         opened = open_checkpoints(checkpoints, select=profiles) if profiles else opened
     if known is None:
         note_all(opened.notes)
+    with_network(opened, config.network)
     return opened
 
 

@@ -22,6 +22,7 @@ from merge_rl.cli.output import (
 from merge_rl.cli.plan import show_plan
 from merge_rl.cli.results import print_result, result_document
 from merge_rl.config import OptimizeConfig
+from merge_rl.own_code import allow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,6 +84,10 @@ Memory = Annotated[
         parser=decimal,
     ),
 ]
+OWN: Final = typer.Option(
+    metavar="NAME", help="package.module:factory that the run names.",
+    show_default="none is imported", rich_help_panel="Code of your own that the run uses",
+)  # fmt: skip
 # A search scores a deterministic ODE.
 NO_SDE: Final = ("sampler.diffusion", "sampler.last_step")
 
@@ -165,12 +170,22 @@ def resume(
             show_default="where it was",
         ),
     ] = None,
+    network: Annotated[str | None, OWN] = None,
+    autoencoder: Annotated[str | None, OWN] = None,
+    extractor: Annotated[str | None, OWN] = None,
+    searcher: Annotated[str | None, OWN] = None,
+    reward: Annotated[str | None, OWN] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Go on with an interrupted run; it ends as if it had never been interrupted."""
+    """Go on with an interrupted run; it ends as if it had never been interrupted.
+
+    Code of your own that it uses is imported where you name it here again.
+    """
     from merge_rl.storage.runs import find_run, is_finetune_run
     from merge_rl.workflows.optimize import resume as run_resume
 
+    for code in filter(None, (network, autoencoder, extractor, searcher, reward)):
+        allow(code)
     run = find_run(run).told(note)
     if is_finetune_run(run):
         ranks.require_parallel("finetune")

@@ -26,7 +26,12 @@ def show_plan(
 ) -> None:
     """Make the plan of a search and print it."""
     from merge_rl.storage.checkpoints import open_checkpoints
-    from merge_rl.workflows.assembly import fit_batch, resolve_config
+    from merge_rl.workflows.assembly import (
+        allow_named,
+        fit_batch,
+        resolve_config,
+        with_network,
+    )
     from merge_rl.workflows.optimize import check_names
     from merge_rl.workflows.plan import plan
 
@@ -36,6 +41,8 @@ def show_plan(
     opened = open_checkpoints(
         settings.checkpoints, track=settings.track, select=settings.select or None
     )
+    allow_named(settings)
+    with_network(opened, settings.network)
     resolved = resolve_config(settings, opened)
     check_names(resolved)
     with _Steps(quiet=json) as tracker:

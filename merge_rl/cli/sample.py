@@ -100,7 +100,7 @@ def generated(
     from merge_rl.workflows.rollout import Rollout
 
     config, sampler = generation_settings(SampleConfig, settings, model)
-    network = load_network(model)
+    network = load_network(model, config.network)
     classes = int(getattr(network, "label_dim", 0))
     labels = labels_of(config.num_images, classes, label)
     decoder = find_autoencoder(model, network, config)

@@ -17,8 +17,12 @@ class GenerationConfig:
     """How a model's images are made; None, and no sampler: as its run or set says."""
 
     seed: int = setting(0, "First image seed; one seed an image.", flag="--seed")
+    network: str | None = setting(
+        None, "Your own, package.module:factory, which says what it predicts over which time.",
+        MODEL, "--network", unset="that of the model",
+    )  # fmt: skip
     autoencoder: str | None = setting(
-        None, "What makes images of latents: sd-vae-edm2 or sd-vae-sit.",
+        None, "What makes images of latents: sd-vae-edm2, sd-vae-sit, package.module:factory.",
         MODEL, "--autoencoder", unset=NEAR,
     )  # fmt: skip
     autoencoder_weights: str | None = setting(

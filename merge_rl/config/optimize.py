@@ -71,8 +71,12 @@ class OptimizeConfig:
         default_factory=dict,
         metadata=about(help="Weights of other extractors of the reward, by name.", panel=DATA),
     )
+    network: str | None = setting(
+        None, "Your own, package.module:factory, which says what it predicts over which time.",
+        MODEL, "--network", unset="that of the set",
+    )  # fmt: skip
     autoencoder: str | None = setting(
-        None, "What makes images of latents: sd-vae-edm2 or sd-vae-sit.",
+        None, "What makes images of latents: sd-vae-edm2, sd-vae-sit, package.module:factory.",
         MODEL, "--autoencoder", unset=f"{OF_SET}, or the samples if they can be images",
     )  # fmt: skip
     autoencoder_weights: str | None = setting(

@@ -12,6 +12,7 @@ from merge_rl.config.numbers import whole_number
 from merge_rl.config.sampler import require
 from merge_rl.config.setting import REWARD, setting
 from merge_rl.errors import ConfigError
+from merge_rl.own_code import is_own
 
 _NUMBER: Final = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _NAME: Final = r"[A-Za-z](?:[\w.:-]*\w)?"
@@ -58,6 +59,8 @@ def parse_reward(text: str) -> tuple[RewardTerm, ...]:
 
 
 def _named(name: str, weight: float) -> RewardTerm:
+    if is_own(name) and not name.startswith(("fd-", "kid-", "mmd-")):  # of an own extractor
+        return RewardTerm(name, name, None, weight)
     metric, _, rest = name.partition("-")
     extractor, _, form = rest.rpartition("-")
     base = f"{'fid' if metric == 'fd' else metric}-{form}"

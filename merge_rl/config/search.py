@@ -83,7 +83,7 @@ class SearchConfig:
         "policy-gradient",
         "pathwise (the gradient through the rollout), policy-gradient, auto (the first where all "
         "has a derivative, else the second), nevergrad:NAME, scipy:METHOD, lcsc, lr-cma, "
-        "ema-grid, uniform, greedy-soup, best-checkpoint, random.",
+        "ema-grid, uniform, greedy-soup, best-checkpoint, random; or package.module:factory.",
         SEARCH, "--searcher",
     )  # fmt: skip
     policy: str = setting("direct", "direct (a free mean), or mlp (EMANet).", SEARCH, "--policy")

@@ -47,6 +47,16 @@ RENAMED: Final = {
 }
 
 
+class Samples:
+    """What a network makes is what is compared: points, sequences, latents as they are."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The samples themselves, float32."""
+        return latents
+
+    levels = decode
+
+
 class PixelEncoder:
     """Images are the samples: uint8 / 127.5 - 1 and back, as in the official EDM2 pixel models."""
 

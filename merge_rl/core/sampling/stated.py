@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -133,9 +134,8 @@ def describe(
         label_dim=label_dim, null_label=null_label,
     )  # fmt: skip
     kind = type(module)
-    stated = type(StatedNetwork)(
-        kind.__name__, (StatedNetwork, kind), {"__module__": kind.__module__}
-    )
+    stated = types.new_class(kind.__name__, (StatedNetwork, kind))
+    stated.__module__ = kind.__module__
     module.__class__ = stated
     module.__dict__["statement"] = statement
     made: Network = module  # type: ignore[assignment]

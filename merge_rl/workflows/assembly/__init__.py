@@ -24,8 +24,10 @@ from merge_rl.workflows.assembly.networks import (
     load_autoencoder,
     load_network,
     load_weights,
+    require_known_autoencoder,
 )
-from merge_rl.workflows.assembly.parts import Parts, network_rollout
+from merge_rl.workflows.assembly.own import allow_named, require_all_allowed
+from merge_rl.workflows.assembly.parts import Parts, network_rollout, with_network
 from merge_rl.workflows.assembly.references import (
     ExtractorId,
     Statistics,
@@ -63,6 +65,7 @@ __all__ = [
     "PartCosts",
     "Parts",
     "Statistics",
+    "allow_named",
     "build_extractor",
     "build_job",
     "build_map",
@@ -91,7 +94,9 @@ __all__ = [
     "other_resolutions",
     "peak_memory",
     "plan_memory",
+    "require_all_allowed",
     "require_known",
+    "require_known_autoencoder",
     "require_memory",
     "require_targets",
     "resolve_config",
@@ -99,4 +104,5 @@ __all__ = [
     "search_doubts",
     "searcher_note",
     "why_not_as_set",
+    "with_network",
 ]

@@ -17,7 +17,14 @@ from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.assembly.parts import Made, Parts
 from merge_rl.workflows.assembly.references import ExtractorId, find_references
 from merge_rl.workflows.reference import Reference, load_reference
-from merge_rl.workflows.rollout import AsTheyAre, Generate, GivenRollout, Subject, require_device
+from merge_rl.workflows.rollout import (
+    AsTheyAre,
+    Generate,
+    GivenRollout,
+    Rollout,
+    Subject,
+    require_device,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +62,16 @@ class GivenParts(Parts):
         """As the settings say."""
         return self.settings.num_classes
 
+    @property
+    def shape(self) -> list[int]:
+        """Not known."""
+        return []
+
+    @property
+    def makes_images(self) -> bool:
+        """Where an extractor makes features of them."""
+        return self.settings.extractor is not None
+
     def require_fit(self, _samplers: Iterable[SamplerConfig]) -> None:
         """Raise for statistics that cannot be compared with each other, or with the extractor."""
         dims = {name: reference.stats.dim for name, reference in self.references.items()}
@@ -85,8 +102,9 @@ class GivenParts(Parts):
         """A rollout by the function."""
         if self.given is None or not issubclass(GivenRollout, kind):  # pragma: no cover
             raise TypeError(f"expected a function and a Rollout, got {kind.__name__}")
-        return GivenRollout(
+        made: Rollout = GivenRollout(
             self.given.generate, self.given.subject(self.network),
             extractor=self.extractor if own else self.reward.extractor,
             batch=self.settings.batch, device=self.settings.device,
         )  # fmt: skip
+        return made  # type: ignore[return-value]  # of a kind that it derives from

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from merge_rl import own_code
 from merge_rl.errors import CheckpointError
 from merge_rl.interfaces import Network
 from merge_rl.storage.checkpoints import newest_model
@@ -42,11 +45,17 @@ def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
     return Meant(folder, None if folder == Path(path) else f"{path}: took the model {folder}")
 
 
-def load_model(path: str | os.PathLike[str]) -> Network:
+def load_model(
+    path: str | os.PathLike[str], *, network: str | Callable[..., Any] | None = None
+) -> Network:
     """The network of a model folder, a .safetensors, a run or a set, float32, evaluation mode.
+
+    `network` is a factory of the user's, or its name "package.module:factory": what a file's config
+    names is not imported unless it is named here too. `merge_rl.describe` says what it returns.
 
     See `find_model` for which one is meant. The text "user/repo" or "user/repo@revision" means a
     model of the Hub, unless there is such a path here; it is downloaded to the cache of the Hub's
     client.
     """
-    return load_network(find_model(path).path)
+    named = None if network is None else own_code.allow(network)
+    return load_network(find_model(path).path, named)

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from merge_rl import registry
+from merge_rl import own_code, registry
 from merge_rl.config import SamplerConfig
 from merge_rl.core.state_dicts import Held, hold, unwrapped
 from merge_rl.errors import CheckpointError, ConfigError, DownloadError, UnknownNameError
@@ -28,7 +28,7 @@ DEFAULT_WEIGHTS: Final = {
 }
 """Published weights that an autoencoder fetches when none are given."""
 CHANNELS: Final = {"pixel": (1, 3), "sd-vae-edm2": (4,), "sd-vae-sit": (4,)}
-"""Of the samples that an autoencoder takes, known before its weights are."""
+"""Of the samples (C, h, w) that an autoencoder takes, known before its weights are."""
 
 
 def load_autoencoder(
@@ -69,7 +69,12 @@ def load_autoencoder(
 
 
 def default_name(shape: Sequence[int]) -> str:
-    """Samples of 1 or 3 channels are images: "pixel". ConfigError for latents of unknown origin."""
+    """Samples of 1 or 3 channels are images: "pixel"; what is no (C, h, w) stays as it is.
+
+    ConfigError for latents of unknown origin.
+    """
+    if len(shape) != 3:
+        return "samples"
     if shape[0] in (1, 3):
         return "pixel"
     known = ", ".join(name for name in registry.AUTOENCODERS if name != "pixel")
@@ -86,16 +91,23 @@ def require_autoencoder(name: str | None, shape: Sequence[int]) -> str:
     the library that builds it is installed.
     """
     name = name or default_name(shape)
-    if name not in registry.AUTOENCODERS:
-        raise UnknownNameError("autoencoder", name, registry.AUTOENCODERS)
-    if shape[0] not in CHANNELS[name]:
+    require_known_autoencoder(name)
+    if name in CHANNELS and (len(shape) != 3 or shape[0] not in CHANNELS[name]):
         taken = " or ".join(map(str, CHANNELS[name]))
         raise ConfigError(
             f"the autoencoder {name!r} takes samples of {taken} channels, but the network makes "
-            f"{shape[0]}"
+            f"{shape[0] if len(shape) == 3 else f'samples of shape {tuple(shape)}'}"
         )
     registry.require_library("autoencoder", name)
     return name
+
+
+def require_known_autoencoder(name: str) -> None:
+    """Raise UnknownNameError or ConfigError for a name that is no autoencoder's."""
+    if own_code.is_own(name):
+        own_code.require_readable(name, "autoencoder")
+    elif name not in registry.AUTOENCODERS:
+        raise UnknownNameError("autoencoder", name, registry.AUTOENCODERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,12 +272,18 @@ def load_guide(sampler: SamplerConfig, device: str) -> Network | None:
     return load_network(sampler.guide).to(device) if sampler.guide else None
 
 
-def load_network(path: str | Path) -> Network:
-    """A network with the weights of a file or folder, float32, in evaluation mode."""
+def load_network(path: str | Path, network: str | None = None) -> Network:
+    """A network with the weights of a file or folder, float32, in evaluation mode.
+
+    `network` names code of the user's that builds it; else the file's config says which it is.
+    """
     file = open_model_file(path)
-    if file.config is None:
-        raise CheckpointError(f"{path}: the model config is not known; expected a config.json")
-    model = registry.build_model(file.config)
+    config = file.config if network is None else {"model": own_code.allow(network)}
+    if config is None:
+        raise CheckpointError(
+            f"{path}: the model config is not known; expected a config.json, or --network"
+        )
+    model = registry.build_model(config)
     try:
         model.load_state_dict(unwrapped(file.weights))
     except RuntimeError as error:

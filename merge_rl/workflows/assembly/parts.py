@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor, nn
 
-from merge_rl import registry
+from merge_rl import own_code, registry
 from merge_rl.config import OptimizeConfig, SamplerConfig
 from merge_rl.core.sampling.compatibility import require_sampler
 from merge_rl.errors import CheckpointError
@@ -63,6 +63,11 @@ class Parts:
     def shape(self) -> list[int]:
         """Of one sample of the network: (C, h, w)."""
         return sample_shape(self.network)
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether samples become pictures; points and sequences do not."""
+        return len(self.shape) == 3
 
     @cached_property
     def guide(self) -> nn.Module | None:
@@ -211,12 +216,18 @@ def sample_shape(model: nn.Module) -> list[int]:
     return [int(n) for n in model.sample_shape]  # type: ignore[union-attr]
 
 
+def with_network(checkpoints: CheckpointSet, network: str | None) -> None:
+    """Let a set's network be the one that code of the user's builds, if some is named."""
+    if network is not None:
+        checkpoints.config = {"model": own_code.allow(network)}
+
+
 def blank_network(checkpoints: CheckpointSet, device: str) -> nn.Module:
     """The network that a set's model config describes, its weights at random, on a device."""
     if checkpoints.config is None:
         raise CheckpointError(
             f"{checkpoints.folder}: the model config is not known; "
-            "expected a manifest or config.json"
+            "expected a manifest or config.json, or --network package.module:factory"
         )
     network: nn.Module = registry.build_model(checkpoints.config)
     return network.to(device).requires_grad_(False)

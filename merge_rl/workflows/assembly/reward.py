@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from merge_rl import registry
+from merge_rl import own_code, registry
 from merge_rl.config import OptimizeConfig, RewardConfig, RewardTerm
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.interfaces import FeatureExtractor, Reward
@@ -15,6 +15,7 @@ from merge_rl.registry import REWARDS
 from merge_rl.storage.files import sha256_file
 from merge_rl.workflows.assembly.extractors import build_extractor, require_known
 from merge_rl.workflows.assembly.networks import Announce
+from merge_rl.workflows.assembly.own import OwnReward
 from merge_rl.workflows.assembly.references import require_comparable
 from merge_rl.workflows.reference import Reference, load_reference, reference_file
 from merge_rl.workflows.rewards import (
@@ -47,7 +48,9 @@ class BuiltReward:
 def known_terms(reward: RewardConfig) -> tuple[RewardTerm, ...]:
     """The terms; UnknownNameError for one whose reward or extractor is not registered."""
     for term in reward.terms:
-        if term.base not in REWARDS:
+        if own_code.is_own(term.base):
+            own_code.require_readable(term.base, "reward")
+        elif term.base not in REWARDS:
             raise UnknownNameError("reward", term.name, REWARDS)
         if term.extractor:
             require_known(term.extractor)
@@ -121,11 +124,13 @@ def build_reward(
 def _make(term: RewardTerm, target: ExtractorReference, device: str) -> Reward[Pool]:
     # Moments are in float64, which Apple's GPUs do not have.
     place = "cpu" if torch.device(device).type == "mps" else device
-    factory: Callable[[RewardSource], Reward[Pool]] = registry.resolve(
-        "reward", registry.REWARDS, term.base
-    )
     source = RewardSource(
         name=term.name, reference=target.reference, path=target.path, device=place
+    )
+    if own_code.is_own(term.base):
+        return OwnReward(own_code.call(term.base, "reward", [source], "its source"), term.base)
+    factory: Callable[[RewardSource], Reward[Pool]] = registry.resolve(
+        "reward", registry.REWARDS, term.base
     )
     return factory(source)
 

@@ -24,7 +24,14 @@ from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
 from merge_rl.storage.runs import SETTINGS, RunDir, find_set, require_same
 from merge_rl.version import __version__
-from merge_rl.workflows.assembly import Job, require_targets, resolve_config, search_doubts
+from merge_rl.workflows.assembly import (
+    Job,
+    allow_named,
+    require_targets,
+    resolve_config,
+    search_doubts,
+    with_network,
+)
 from merge_rl.workflows.compare.scores import (
     FreshScores,
     ScoredTrial,
@@ -88,6 +95,8 @@ def compare_searchers(
     )  # fmt: skip
     require_device(base.device)
     opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
+    allow_named(base)
+    with_network(opened, base.network)
     for text in opened.notes:
         announce(text)
     folder = RunDir(out)

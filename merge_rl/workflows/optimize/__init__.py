@@ -1,5 +1,6 @@
 """The search for merging coefficients: starts, rounds, state, finalists."""
 
+from merge_rl.workflows.optimize import function
 from merge_rl.workflows.optimize.budget import (
     FINALISTS,
     LEAST,
@@ -8,7 +9,6 @@ from merge_rl.workflows.optimize.budget import (
     plan_budget,
     tournament_rounds,
 )
-from merge_rl.workflows.optimize.function import search
 from merge_rl.workflows.optimize.prepare import check_names
 from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.optimize.run import optimize, resume
@@ -22,12 +22,12 @@ __all__ = [
     "Rung",
     "SearchResult",
     "check_names",
+    "function",
     "make_searcher",
     "optimize",
     "plan_budget",
     "resume",
     "run_search",
-    "search",
     "starts_of",
     "tournament_rounds",
 ]

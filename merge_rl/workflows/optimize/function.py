@@ -104,10 +104,10 @@ def _kept(
     reference: Statistics | Tensor,
     heldout: Statistics | Tensor | None,
     extractor: str,
-) -> dict[str, str | None]:
+) -> dict[str, Any]:
     """Where the inputs lie; rank 0 writes those that are no files."""
     folder = run / INPUTS
-    places: dict[str, str | None] = {}
+    places: dict[str, Any] = {}
     if isinstance(checkpoints, (str, os.PathLike)):
         places["checkpoints"] = os.fspath(checkpoints)
     else:

@@ -24,7 +24,7 @@ from merge_rl.workflows.rewards import (
     require_gradient,
     surprise_of,
 )
-from merge_rl.workflows.rollout import DifferentiableRollout, WorkItem, differentiable
+from merge_rl.workflows.rollout import DifferentiableRollout, WorkItem, with_gradient
 
 
 class PathwiseLoop(SearchLoop):
@@ -133,7 +133,7 @@ class PathwiseLoop(SearchLoop):
     @property
     def _differentiable(self) -> DifferentiableRollout:
         if self._rollout is None:
-            self._rollout = differentiable(self.job.rollout, announce=self._announce)
+            self._rollout = with_gradient(self.job.rollout, announce=self._announce)
         return self._rollout
 
     _rollout: DifferentiableRollout | None = None
@@ -147,7 +147,7 @@ def require_gradients(config: OptimizeConfig, job: Job, searcher: Searcher) -> N
     if not isinstance(searcher, Pathwise):
         return
     require_gradient(job.reward)
-    differentiable(job.rollout)
+    with_gradient(job.rollout)
     if config.reward.num_subsets * config.reward.num_replacements != 1:
         raise ConfigError(
             "the searcher pathwise makes one set of images a round: expected num_subsets and "

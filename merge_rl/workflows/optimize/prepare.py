@@ -12,7 +12,13 @@ from merge_rl.core.sampling.compatibility import require_reward_solver, require_
 from merge_rl.parallel.group import Group
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.runs import RunDir, goes_on
-from merge_rl.workflows.assembly import Job, check_reward, fit_batch, require_known
+from merge_rl.workflows.assembly import (
+    Job,
+    check_reward,
+    fit_batch,
+    require_known,
+    require_known_autoencoder,
+)
 from merge_rl.workflows.rollout import DistributedRollout, on_device, require_same_everywhere
 
 
@@ -23,7 +29,7 @@ def check_names(config: OptimizeConfig) -> None:
     if config.extractor is not None:
         require_known(config.extractor)
     if config.autoencoder is not None:
-        registry.resolve("autoencoder", registry.AUTOENCODERS, config.autoencoder)
+        require_known_autoencoder(config.autoencoder)
     sampler = config.sampler or SamplerConfig()
     require_solver(sampler.solver)
     require_reward_solver(sampler)

@@ -31,10 +31,13 @@ from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
     Given,
     Job,
+    allow_named,
     build_job,
+    require_all_allowed,
     resolve_config,
     search_doubts,
     searcher_note,
+    with_network,
 )
 from merge_rl.workflows.evaluate import ScoreStore, compare
 from merge_rl.workflows.export import merged_licence
@@ -101,6 +104,8 @@ def begin(
     """The search of an open set, from settings that leave open what the set says, to its end."""
     for text in opened.notes:
         _announce(tracker)(text)
+    allow_named(base)
+    with_network(opened, base.network)
     resolved = resolve_config(base, opened)
     check_names(resolved)
     note = searcher_note(base, resolved)
@@ -149,7 +154,9 @@ def resume(
         config = located(run.config(), run.path, checkpoints, announce=_announce(tracker))
         given = _given(config, run, generate, model)
         select = config.select or None
+        require_all_allowed(config, f"the settings of {run.path}")
         opened = open_checkpoints(config.checkpoints, track=config.track, select=select)
+        with_network(opened, config.network)
         ranks, job = _gather(group, config, opened, tracker, given)
         if not group.leads:
             return from_plain(ranks.follow())

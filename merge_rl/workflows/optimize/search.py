@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_rl import registry
+from merge_rl import own_code, registry
 from merge_rl.config import OptimizeConfig
 from merge_rl.core.merging.ema_profiles import posthoc_coefficients
 from merge_rl.core.merging.maps import CoefficientMap
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Searcher, Tracker
-from merge_rl.searchers import SearchSpace
+from merge_rl.searchers import OwnSearcher, SearchSpace
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
@@ -140,9 +140,12 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
         ema_std=tuple(job.checkpoints.ema_std),
         evaluations=plan.rounds * plan.candidates,
     )
-    searcher: Searcher = registry.resolve_searcher(config.search.name)(
-        config.search, space, config.seed
-    )
+    name = config.search.name
+    given = (config.search, space, config.seed)
+    if registry.own_searcher(name):
+        made = own_code.call(name, "searcher", given, "settings, space and seed")
+        return OwnSearcher(made, name, space.dim)
+    searcher: Searcher = registry.resolve_searcher(name)(*given)
     require_gradients(config, job, searcher)
     return searcher
 

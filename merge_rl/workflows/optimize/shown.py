@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from merge_rl.core.distances.frechet import FrechetReference
@@ -46,8 +47,10 @@ def write_samples(
     """RUN/samples and RUN/before-after.png: images of merges (G, K) by entry, on equal seeds.
 
     The seeds count up from that of the run, as those of `mergerl sample --seed` do. An entry whose
-    samples are not finite has no picture.
+    samples are not finite has no picture, and neither has what is no image.
     """
+    if not job.parts.makes_images:
+        return
     merged, seed, (count, columns) = job.final_rollout, job.parts.settings.seed, _layout(job)
     labels = balanced_labels(count, job.num_classes)
     noise = merged.rollout.noise(range(seed, seed + count))
@@ -59,6 +62,8 @@ def write_samples(
             images = merged.rollout.images(noise, labels)
         except NonFiniteSamplesError:
             continue
+        if images.dtype != torch.uint8 or images.ndim != 4:  # a decoder of the user's
+            return
         size = (images.shape[2], images.shape[3])
         write_png(run.path / f"samples/{entry}.png", image_grid(images, columns, padding=0))
         grid = image_grid(images, columns)
@@ -74,5 +79,7 @@ def write_samples(
 
 def _layout(job: Job) -> tuple[int, int]:
     """Images and columns of a grid."""
-    large = job.parts.settings.autoencoder is not None or max(job.parts.shape[1:]) > SMALL
+    large = (
+        job.parts.settings.autoencoder is not None or max(job.parts.shape[1:], default=0) > SMALL
+    )
     return (12, 4) if large else (30, 10)

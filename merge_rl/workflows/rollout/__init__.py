@@ -34,7 +34,7 @@ from merge_rl.workflows.rollout.given import (
     Generate,
     GivenRollout,
     Subject,
-    differentiable,
+    with_gradient,
     without_gradient,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
@@ -54,7 +54,6 @@ __all__ = [
     "choose_place",
     "cpu_workers",
     "device_facts",
-    "differentiable",
     "exact_products",
     "fast_hint",
     "free_memory",
@@ -69,5 +68,6 @@ __all__ = [
     "require_device",
     "require_same_everywhere",
     "unused_gpu",
+    "with_gradient",
     "without_gradient",
 ]

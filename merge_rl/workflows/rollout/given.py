@@ -162,7 +162,7 @@ def without_gradient(rollout: GivenRollout, live: LiveModel) -> str | None:
     return None
 
 
-def differentiable(merged: MergedRollout, **options: object) -> DifferentiableRollout:
+def with_gradient(merged: MergedRollout, **options: object) -> DifferentiableRollout:
     """The rollout with its gradient, whatever makes its samples."""
     kind = GivenGradient if isinstance(merged.rollout, GivenRollout) else DifferentiableRollout
     return kind(merged, **options)  # type: ignore[arg-type]
@@ -171,6 +171,6 @@ def differentiable(merged: MergedRollout, **options: object) -> DifferentiableRo
 def _given(merged: MergedRollout) -> GivenRollout:
     if not isinstance(
         merged.rollout, GivenRollout
-    ):  # pragma: no cover (`differentiable` sees to it)
+    ):  # pragma: no cover (`with_gradient` sees to it)
         raise TypeError(f"expected a function's rollout, got {type(merged.rollout).__name__}")
     return merged.rollout

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import merge_rl as mrl
 from merge_rl.core.sampling.paths import PATHS
-from merge_rl.core.sampling.stated import network_of
+from merge_rl.core.sampling.stated import StatedNetwork, network_of
 from merge_rl.errors import ConfigError
 from tests.gaussian import denoised, path_velocity
 
@@ -109,12 +109,13 @@ def test_discrete_steps_are_found_by_their_noise_level(
 
 
 def test_steps_lie_between_their_levels_and_stop_at_the_ends() -> None:
-    said = mrl.describe(
+    network = mrl.describe(
         Known(denoised), prediction="noise", time="down", betas=BETAS, sample_shape=[2]
-    ).statement  # type: ignore[attr-defined]
+    )
     middle = (LEVELS[40] * LEVELS[41]).sqrt().float()
     levels = torch.stack([torch.tensor(1e-5), middle, torch.tensor(1e5)])
-    torch.testing.assert_close(said.own_time(levels), torch.tensor([0.0, 40.5, 999.0]))
+    assert isinstance(network, StatedNetwork)
+    torch.testing.assert_close(network.statement.own_time(levels), torch.tensor([0.0, 40.5, 999.0]))
 
 
 @pytest.mark.parametrize("name", ["linear", "gvp", "vp"])
@@ -155,7 +156,7 @@ def test_the_weights_keep_their_names_and_copies_their_own() -> None:
     assert isinstance(network, Known)
     assert list(network.state_dict()) == ["weight"]
     other = copy.deepcopy(network)
-    nn.init.zeros_(other.weight)  # type: ignore[arg-type]
+    nn.init.zeros_(other.weight)
     x = torch.ones(1, 2)
     assert bool((other(x, torch.tensor(1.0)) == 0).all())
     assert bool((network(x, torch.tensor(1.0)) != 0).all())

@@ -37,7 +37,8 @@ from merge_rl.storage.files.safetensors_file import read_file
 from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.assembly.job import build_job
 from merge_rl.workflows.export.recipe import Recipe
-from merge_rl.workflows.optimize.run import OptimizeResult, optimize, resume
+from merge_rl.workflows.optimize.result import OptimizeResult
+from merge_rl.workflows.optimize.run import optimize, resume
 from merge_rl.workflows.reference.file import load_reference
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout
 

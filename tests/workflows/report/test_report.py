@@ -25,7 +25,7 @@ from merge_rl.workflows.assembly.job import build_job
 from merge_rl.workflows.assembly.resolve import resolve_config
 from merge_rl.workflows.evaluate.final_scores import Comparison, SecondScores, comparison_from
 from merge_rl.workflows.evaluate.score_store import SecondMetric
-from merge_rl.workflows.optimize.run import OptimizeResult
+from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.reference.file import load_reference, save_reference
 from merge_rl.workflows.reference.formats import Reference
 from merge_rl.workflows.report.run_page import costs, search_lines, write_report

@@ -1,0 +1,244 @@
+"""Networks, decoders, extractors, searchers and rewards of the user's, from the command line on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import merge_rl as mrl
+from merge_rl import own_code
+from merge_rl.errors import ConfigError
+from merge_rl.storage.checkpoints import save_checkpoint
+from tests.conftest import Ended
+
+MODULE = '''
+import torch
+import merge_rl as mrl
+
+class Shift(torch.nn.Module):
+    """Velocities that carry noise (0, 1) to points about the one weight that there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, x, t):
+        # x_t = t d + (1 - t) e with d = e + shift: d - e is the shift, wherever x is.
+        return self.shift.expand_as(x)
+
+def network():
+    return mrl.describe(
+        Shift(), prediction="velocity", time="up", path="linear", sample_shape=[2]
+    )
+
+def unstated(): return Shift()
+def wide():
+    made = network()
+    made.register_parameter("other", torch.nn.Parameter(torch.zeros(3)))
+    return made
+def nothing(): return {}
+
+class Points:
+    """Features of points: themselves."""
+
+    name, dim = "points", 2
+
+    def __call__(self, points): return points
+
+class Twice:
+    def decode(self, samples): return 2 * samples
+
+class Steps(mrl.Searcher):
+    """Goes to the better of two candidates along one axis after the other."""
+
+    def ask(self):
+        step = torch.zeros_like(self.mean)
+        step[self.rounds % len(step)] = 0.3
+        return torch.stack([self.mean + step, self.mean - step])
+
+    def tell(self, thetas, rewards):
+        self.mean, self.rounds = thetas[rewards.nan_to_num(-1e9).argmax()], self.rounds + 1
+
+class Lazy:
+    def __init__(self, config, space, seed): pass
+
+class Nearest:
+    """Minus the distance of means."""
+
+    def __init__(self, source): self.mean = source.stats().mean
+
+    def pool_distance(self, pool): return float((pool.stats.mean - self.mean).norm())
+
+    def rewards(self, pool, draws):
+        means = torch.stack([features.double().mean(1) for _, features in draws]).mean(0)
+        return -(means - self.mean).norm(dim=1)
+
+class Short(Nearest):
+    def rewards(self, pool, draws): return torch.zeros(1)
+'''
+SMALL = (
+    "--budget", "600", "--pool", "60", "--subset", "20", "--final-images", "40",
+    "--num-steps", "2", "--set", "evaluation.selection_images=20", "--batch", "100",
+)  # fmt: skip
+
+
+@pytest.fixture
+def own(_own_folder: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a module in the current folder; nothing of it is allowed yet."""
+    name = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(own_code, "_allowed", {})
+    return name
+
+
+@pytest.fixture
+def shifts(tmp_path: Path) -> Path:
+    """Two checkpoints, and statistics of normal points about (1, 0)."""
+    for index, value in enumerate(([2.0, 1.0], [4.0, 3.0])):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        save_checkpoint(tmp_path / f"set/step_{index}.safetensors", {"shift": torch.tensor(value)})
+    points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    torch.save({"features": points + torch.tensor([1.0, 0.0])}, tmp_path / "real.pt")
+    return tmp_path / "set"
+
+
+def begin(mergerl: Callable[..., Ended], shifts: Path, own: str, *more: str) -> Ended:
+    return mergerl(
+        "optimize", shifts, "--out", "run", "--network", f"{own}:network", "--extractor",
+        f"{own}:Points", "--reference", "real.pt", "--map", "free", "--scale", "0.5", *SMALL, *more,
+    )  # fmt: skip
+
+
+def forget() -> None:
+    """What a new process would know."""
+    own_code._allowed.clear()
+
+
+def test_an_own_network_goes_through_all_commands(
+    mergerl: Callable[..., Ended], shifts: Path, own: str
+) -> None:
+    ended = begin(mergerl, shifts, own, "--json", "--searcher", "random")
+    assert ended.code == 0, ended.err
+    result = json.loads(ended.out)
+    mean = torch.tensor(result["coefficients"][0]) @ torch.tensor([[2.0, 1.0], [4.0, 3.0]])
+    distance = float((mean - torch.tensor([1.0, 0.0])).square().sum())
+    found = result["comparison"]["entries"]
+    assert found["result"]["reference"]["mean"] == pytest.approx(distance, abs=0.4)
+    assert found["result"]["reference"]["mean"] < found["start"]["reference"]["mean"]
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["network"] == f"{own}:network"
+    assert json.loads(Path("run/merged/config.json").read_text()) == {"model": f"{own}:network"}
+    recipe = yaml.safe_load(Path("run/merged/merge.yaml").read_text())
+    assert recipe["search"]["network"] == f"{own}:network"
+    for command, flags in (
+        (("evaluate", "run", "--extractor", f"{own}:Points"), ("--num-images", "40")),
+        (("inspect", "run/merged"), ()),
+        (("merge", "set", "out", "--uniform"), ()),
+    ):
+        forget()
+        if command[0] == "merge":  # as a set says of itself
+            Path("set/config.json").write_text(json.dumps({"model": f"{own}:network"}))
+        refused = mergerl(*command, *flags)
+        assert refused.code == 1
+        assert f"pass --network {own}:network to import it" in refused.err
+        ended = mergerl(*command, *flags, "--network", f"{own}:network")
+        assert ended.code == 0, ended.err
+
+
+def test_python_hands_the_factory_over(
+    mergerl: Callable[..., Ended], shifts: Path, own: str
+) -> None:
+    assert begin(mergerl, shifts, own, "--searcher", "uniform").code == 0
+    forget()
+    with pytest.raises(ConfigError, match=f"the network '{own}:network', a module; pass --network"):
+        mrl.load_model("run")
+    model = mrl.load_model("run", network=f"{own}:network")
+    noise = torch.zeros(3, 2)
+    expected = torch.tensor([3.0, 2.0]).expand(3, 2)  # the uniform average of both
+    torch.testing.assert_close(mrl.sample(model, noise, num_steps=3), expected)
+    forget()
+    factory = sys.modules[own].network
+    torch.testing.assert_close(
+        mrl.sample(mrl.load_model("run", network=factory), noise, num_steps=3), expected
+    )
+
+
+def test_a_run_goes_on_where_its_code_is_named_again(
+    mergerl: Callable[..., Ended], shifts: Path, own: str
+) -> None:
+    more = ("--searcher", f"{own}:Steps", "--reward", f"{own}:Nearest", "--json",
+            "--autoencoder", f"{own}:Twice")  # fmt: skip
+    whole = begin(mergerl, shifts, own, *more)
+    assert whole.code == 0, whole.err
+    lines = Path("run/events.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) > 3
+    Path("run/result.json").unlink()
+    forget()
+    kinds = {"network": "network", "autoencoder": "Twice", "extractor": "Points",
+             "searcher": "Steps", "reward": "Nearest"}  # fmt: skip
+    named: list[str] = []
+    for kind, name in kinds.items():
+        refused = mergerl("resume", "run", *named)
+        assert refused.code == 1
+        assert (
+            f"names the {kind} '{own}:{name}', a module; pass --{kind} {own}:{name}" in refused.err
+        )
+        forget()
+        named += [f"--{kind}", f"{own}:{name}"]
+    again = mergerl("resume", "run", "--json", *named)
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["coefficients"] == json.loads(whole.out)["coefficients"]
+    # Twice the points are nearest to (1, 0) where the points are about (0.5, 0).
+    rows = torch.tensor(json.loads(whole.out)["coefficients"][0])
+    mean = 2 * rows @ torch.tensor([[2.0, 1.0], [4.0, 3.0]])
+    start = torch.tensor([8.0, 6.0])
+    target = torch.tensor([1.0, 0.0])
+    assert float((mean - target).norm()) < 0.5 * float((start - target).norm())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"network": "missing"}, "network 'OWN:missing': cannot be imported"),
+        ({"network": "nothing"}, "network 'OWN:nothing': expected a torch module, got dict"),
+        ({"network": "unstated"}, "network 'OWN:unstated' does not state its prediction"),
+        ({"network": "wide"}, "1 tensors do not fit the network.*'other': found nothing"),
+        ({"extractor": "Twice"}, "extractor 'OWN:Twice': expected an object with 'name'"),
+        ({"autoencoder": "nothing"}, "autoencoder 'OWN:nothing': expected a method `decode`"),
+        ({"searcher": "Lazy"}, "searcher 'OWN:Lazy': Lazy lacks ask, tell, mean, recenter"),
+        ({"searcher": "nothing"}, "searcher 'OWN:nothing': calling it with"),
+        ({"reward": "nothing"}, "reward 'OWN:nothing': calling it with its source failed"),
+        ({"reward": "Short"}, r"reward 'OWN:Short' returned \(1,\), expected a tensor"),
+        ({"network": "a/b"}, "expected a network as package.module:factory"),
+    ],
+)
+def test_code_that_cannot_be_used_is_refused_in_a_sentence(
+    change: dict[str, str], sentence: str, mergerl: Callable[..., Ended], shifts: Path, own: str
+) -> None:
+    more = [part for kind, name in change.items() for part in (f"--{kind}", f"{own}:{name}")]
+    if "searcher" not in change:
+        more += [
+            "--searcher",
+            "random",
+            *([] if "reward" in change else ["--reward", "fid-subset"]),
+        ]
+    ended = begin(mergerl, shifts, own, *more)
+    assert ended.code == 1
+    assert_one_sentence(ended, sentence.replace("OWN", own))
+    assert not Path("run").exists() or "Short" in change.values()  # found in the first round
+
+
+def assert_one_sentence(ended: Ended, pattern: str) -> None:
+    import re
+
+    last: Any = ended.err.strip().splitlines()[-1]
+    assert last.startswith("error:")
+    assert re.search(pattern, last), last
+    assert "unexpected" not in last
