@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from merge_rl.config import FIRST_RULES, RULES
 from merge_rl.errors import ConfigError
 
 SEED_BITS = 62  # below the sign bit of int64 everywhere
@@ -29,20 +31,63 @@ def stream(seed: int, *names: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *names))
 
 
-def image_seeds(count: int, seed: int, *names: str | int) -> list[int]:
-    """`count` image seeds of a stream; the first n do not depend on how many are asked for."""
-    return [derive_seed(seed, *names, i) for i in range(count)]
+OFFICIAL = 1 << 32  # image seeds below it give the noise of torch's generator
+
+
+def image_seeds(count: int, seed: int, *names: str | int, rules: int = RULES) -> list[int]:
+    """`count` image seeds of a stream; the first n do not depend on how many are asked for.
+
+    All lie in [2^62, 2^63), so that no stream shares an image with another (but for one pair of
+    images in 2^62), nor with the seeds below 2^32 that a user counts from. By the first rules of a
+    run they are the low 32 bits of the same hash, which is all that torch's generator looks at:
+    290,000 of them hold about 10 equal pairs.
+    """
+    hashes = [derive_seed(seed, *names, i) for i in range(count)]
+    if rules == FIRST_RULES:
+        return [value % OFFICIAL for value in hashes]
+    return [value | 1 << SEED_BITS for value in hashes]
+
+
+class _TorchNoise:
+    """Draws of torch's generator, as the official samplers make them; it takes 32 bits of seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(*shape, generator=self._generator)
+
+    def randint(self, high: int) -> Tensor:
+        return torch.randint(high, [], generator=self._generator)
+
+
+class _KeyedNoise:
+    """Draws of a counter-based generator, to which every bit of the seed is a bit of the key.
+
+    Philox (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.Generator(np.random.Philox(key=seed))
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self._generator.standard_normal(tuple(shape), dtype=np.float32))
+
+    def randint(self, high: int) -> Tensor:
+        return torch.tensor(int(self._generator.integers(high)))
 
 
 class ImageStreams:
     """One CPU generator for each image; every draw of image i comes from seeds[i] alone.
 
-    The order of draws is that of the official EDM2 sampler: initial noise, then the label, then
-    the noise of churned steps.
+    Seeds below 2^32 give the official noise, others use all of their 63 bits. The order of draws is
+    that of the official EDM2 sampler: initial noise, then the label, then the noise of churned
+    steps.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(int(s) % (1 << 63)) for s in seeds]
+        whole = [int(seed) % (1 << 63) for seed in seeds]
+        self._draws = [_TorchNoise(s) if s < OFFICIAL else _KeyedNoise(s) for s in whole]
 
     @classmethod
     def following(cls, noise: Tensor) -> ImageStreams:
@@ -50,18 +95,19 @@ class ImageStreams:
 
         An image that an SDE makes thus stays a function of its starting noise, whatever carries
         the noise around. The seed is a hash of the first 16 values, rounded to sixteenths: their
-        last bits, in which processors differ, must not decide what comes after.
+        last bits, in which processors differ, must not decide what comes after. Of the hash 32 bits
+        count: two images in 10^5 that share them still begin with noise of their own.
         """
         rows = (noise.detach().flatten(1)[:, :16].cpu().double() * 16).round().long().tolist()
-        return cls([derive_seed(0, "following", *row) for row in rows])
+        return cls([derive_seed(0, "following", *row) % OFFICIAL for row in rows])
 
     def randn(self, shape: Sequence[int]) -> Tensor:
         """Unit normal noise (B, *shape) float32."""
-        return torch.stack([torch.randn(*shape, generator=g) for g in self._generators])
+        return torch.stack([draws.randn(shape) for draws in self._draws])
 
     def randint(self, high: int) -> Tensor:
         """One integer in [0, high) for each image, (B,) int64."""
-        return torch.stack([torch.randint(high, [], generator=g) for g in self._generators])
+        return torch.stack([draws.randint(high) for draws in self._draws])
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:

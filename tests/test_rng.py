@@ -61,6 +61,39 @@ def test_image_seeds_are_a_prefix_of_a_longer_list() -> None:
     assert image_seeds(0, 5) == []
 
 
+def test_named_streams_use_every_bit_of_their_seeds() -> None:
+    seeds = image_seeds(64, 0, "fresh", 1)
+    # Outside of the seeds that a user counts from, and within what fits a signed integer.
+    assert all(2**62 <= seed < 2**63 for seed in seeds)
+    noise = ImageStreams(seeds).randn((2, 3))
+    for bit in range(62):
+        other = ImageStreams([seeds[bit] ^ (1 << bit)]).randn((2, 3))
+        assert not torch.equal(other[0], noise[bit])
+    # 64 draws of 16,384 unit normals: mean 0 and variance 1 to 5 standard errors.
+    values = ImageStreams(seeds).randn((4, 64, 64)).double()
+    assert abs(float(values.mean())) < 5 / values.numel() ** 0.5
+    assert abs(float(values.var()) - 1) < 5 * (2 / values.numel()) ** 0.5
+
+
+def test_seeds_below_2_to_32_give_torchs_noise() -> None:
+    for seed in (0, 2**32 - 1):
+        expected = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(ImageStreams([seed]).randn((2, 3))[0], expected)
+    # Above it torch would make the noise of the low 32 bits again.
+    assert not torch.equal(
+        ImageStreams([7]).randn((2, 3)), ImageStreams([7 + (1 << 32)]).randn((2, 3))
+    )
+
+
+def test_runs_of_the_first_rules_keep_their_noise() -> None:
+    seeds = image_seeds(5, 3, "pool", rules=1)
+    for index, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(derive_seed(3, "pool", index))
+        before = torch.randn(2, 3, generator=generator)
+        assert torch.equal(ImageStreams([seed]).randn((2, 3))[0], before)
+    assert seeds == [seed % 2**32 for seed in image_seeds(5, 3, "pool")]
+
+
 def test_an_image_depends_on_its_own_seed_alone() -> None:
     seeds = [11, 2**62 - 1, 0, 2**63 + 4]
     together = ImageStreams(seeds)

@@ -141,9 +141,8 @@ def _show(document: Mapping[str, Any]) -> None:
     """A table for each sampler, N in its title."""
     count, repeats = document["num_images"], document["repeats"]
     title = f"N = {count:,}, {repeats} {'repeats' if repeats > 1 else 'block'}"
-    if "first_seed" in document:
-        first = document["first_seed"]
-        title += f", seeds {first}-{first + count * repeats - 1}"
+    if "seed" in document:
+        title += f", seed {document['seed']}"
     sections = document.get("samplers") or {"": document}
     for section in sections.values():
         used = section.get("sampler")

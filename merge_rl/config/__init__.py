@@ -55,9 +55,11 @@ from merge_rl.config.sampler import (
 )
 from merge_rl.config.search import MergeConfig, SearchConfig
 from merge_rl.config.setting import (
+    FIRST_RULES,
     LEARN,
     MODEL,
     PANELS,
+    RULES,
     SCORES,
     SEARCH,
     About,
@@ -71,6 +73,7 @@ __all__ = [
     "CURVES",
     "DIFFUSIONS",
     "EXAMPLES",
+    "FIRST_RULES",
     "FIXED_SOLVERS",
     "FREE_ON_RESUME",
     "LAST_STEPS",
@@ -81,6 +84,7 @@ __all__ = [
     "PAPER_REWARD",
     "PATH_NAMES",
     "PRESETS",
+    "RULES",
     "SCORES",
     "SDE_SOLVERS",
     "SEARCH",

@@ -16,7 +16,6 @@ MODEL_IMAGES: Final = 5000
 class GenerationConfig:
     """How a model's images are made; None, and no sampler: as its run or set says."""
 
-    seed: int = setting(0, "First image seed; one seed an image.", flag="--seed")
     network: str | None = setting(
         None, "Your own, package.module:factory, which says what it predicts over which time.",
         MODEL, "--network", unset="that of the model",
@@ -42,6 +41,7 @@ class SampleConfig(GenerationConfig):
     """Which images `mergerl sample` makes."""
 
     num_images: int = setting(64, "Images of the grid.", flag="--num-images")
+    seed: int = setting(0, "First image seed; one seed an image.", flag="--seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +57,7 @@ class EvaluateConfig(GenerationConfig):
         unset=f"{MODEL_IMAGES}; of images and features, all there are",
     )  # fmt: skip
     repeats: int = setting(3, "Disjoint blocks of seeds, or of images.", flag="--repeats")
+    seed: int = setting(0, "Of the images; no two seeds share one.", flag="--seed")
     metrics: str = setting(
         "fid", "Comma-separated: fid, kid, mmd, prdc, fid-infinity.", flag="--metrics"
     )

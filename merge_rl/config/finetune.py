@@ -18,9 +18,11 @@ from merge_rl.config.setting import (
     DATA,
     LEARN,
     MODEL,
+    RULES,
     RUN,
     about,
     require_choices,
+    require_rules,
     setting,
 )
 from merge_rl.config.training import CURVES as CURVES
@@ -108,6 +110,7 @@ class FinetuneConfig:
         "events.jsonl is always there.",
         RUN, "--log-to",
     )  # fmt: skip
+    rules: int = RULES
     sampler: SamplerConfig | None = None
     reward: RewardConfig = PAPER_REWARD
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -119,6 +122,7 @@ class FinetuneConfig:
         for name in ("steps", "batch", "save_every", "keep_last", "snapshot_every"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         require_choices(self)
+        require_rules(self.rules)
         for name in self.track:
             if name not in TRACKERS:
                 raise UnknownNameError("tracker", name, TRACKERS)
@@ -176,7 +180,7 @@ class FinetuneConfig:
         shared = (
             "extractor", "extractor_weights", "reference", "heldout", "extra_references",
             "extra_weights", "autoencoder", "autoencoder_weights", "autoencoder_dtype", "batch",
-            "device", "seed", "reward",
+            "device", "seed", "rules", "reward",
         )  # fmt: skip
         given = {key: getattr(self, key) for key in shared}
         return OptimizeConfig(checkpoints=self.model, sampler=self.rollout_sampler(), **given)
@@ -187,5 +191,5 @@ def differing_keys(one: FinetuneConfig, other: FinetuneConfig) -> list[str]:
     a, b = flattened(to_mapping(one)), flattened(to_mapping(other))
     return sorted(
         key for key in a.keys() | b.keys()
-        if a.get(key) != b.get(key) and key not in FREE_ON_RESUME
+        if a.get(key) != b.get(key) and key not in (*FREE_ON_RESUME, "rules")
     )  # fmt: skip

@@ -87,9 +87,9 @@ def load_mapping(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def load_config(cls: type[T], path: Path) -> T:
-    """Read a YAML file into a config."""
-    return from_mapping(cls, load_mapping(path), path.name)
+def load_config(cls: type[T], path: Path, **unsaid: Any) -> T:
+    """Read a YAML file into a config; `unsaid` are values of what it does not say."""
+    return from_mapping(cls, unsaid | load_mapping(path), path.name)
 
 
 def dump_config(config: Any) -> str:

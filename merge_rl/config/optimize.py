@@ -13,7 +13,16 @@ from merge_rl.config.sampler import SamplerConfig as SamplerConfig
 from merge_rl.config.sampler import require
 from merge_rl.config.search import MergeConfig as MergeConfig
 from merge_rl.config.search import SearchConfig as SearchConfig
-from merge_rl.config.setting import DATA, MODEL, SCORES, SEARCH, about, setting
+from merge_rl.config.setting import (
+    DATA,
+    MODEL,
+    RULES,
+    SCORES,
+    SEARCH,
+    about,
+    require_rules,
+    setting,
+)
 from merge_rl.errors import UnknownNameError
 
 AUTO_BATCH: Final = -1  # "auto" on the command line and in files
@@ -113,6 +122,7 @@ class OptimizeConfig:
     licence: str | None = setting(
         None, "Of the merge.", SCORES, "--license", unset="the checkpoints'"
     )
+    rules: int = RULES
     sampler: SamplerConfig | None = None
     merge: MergeConfig = field(default_factory=MergeConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -121,6 +131,7 @@ class OptimizeConfig:
 
     def __post_init__(self) -> None:
         require(self.budget >= 1, "budget", ">= 1 image", self.budget)
+        require_rules(self.rules)
         require(self.batch >= 1 or self.batch == AUTO_BATCH, "batch", ">= 1", self.batch)
         require(self.autoencoder_dtype in DTYPES, "autoencoder_dtype", f"in {DTYPES}",
                 self.autoencoder_dtype)  # fmt: skip

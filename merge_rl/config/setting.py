@@ -12,9 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from merge_rl.errors import UnknownNameError
+from merge_rl.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
+
+# Rules of a run, which are those of the release it began with: runs go on by them. The first had
+# image seeds of 32 bits, finalists of all rounds, and fine-tuning without a gradient through steps
+# that draw nothing.
+FIRST_RULES: Final = 1
+RULES: Final = 2
 
 ABOUT: Final = "about"  # key of a field's metadata
 GENERAL, SEARCH, LEARN, REWARD = "", "Search", "Rollouts and updates", "Reward"
@@ -112,6 +118,15 @@ def default_text(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
     return str(value) if value not in (None, {}) else ""
+
+
+def require_rules(rules: int) -> None:
+    """Raise ConfigError for rules that this release does not know."""
+    if not FIRST_RULES <= rules <= RULES:
+        raise ConfigError(
+            f"expected rules of a run in {FIRST_RULES}..{RULES}, got {rules}: it began with "
+            "another release"
+        )
 
 
 def require_choices(config: Any) -> None:

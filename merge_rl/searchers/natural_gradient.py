@@ -10,7 +10,7 @@ than the exploration it is based on.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,34 @@ from merge_rl.searchers.base import SearchSpace
 STEP = 1.0  # of the policy's std, along a gradient without noise
 WIDEST = 8.0  # times the configured exploration and, as a divisor, the narrowest
 TAIL = 3.0  # of the running average: mean t weighs as (1 + TAIL) / (t + TAIL)
+
+
+SMALL_DIM, PER_DIRECTION, MOST = 128, 16, 128  # up to which, and how, the population stays small
+STEEP = 8.0  # dimensions for each direction that is looked along, up to which steps keep STEP
+FREE_EACH = 16  # coefficients of a group, up to which the exploration keeps its width
+
+
+class Scaled(NamedTuple):
+    """What suits a space of many dimensions; 1 and 16 candidates where there are few."""
+
+    population: int
+    step: float  # factor of STEP
+    exploration: float  # factor of the width along one coordinate
+
+
+def scaled_to(dim: int, free_each: int, population: int | None = None) -> Scaled:
+    """Settings for theta of `dim` values, of which `free_each` move the same weights.
+
+    A draw lies sqrt(D) widths from its mean, and moves weights by sqrt(`free_each`) of them: the
+    width shrinks so that this stays what it is for 16. A gradient from N < D directions at right
+    angles is sqrt(D / N) too long, since each stands for D / N others, and points sqrt(N / D) of
+    its length uphill: a step that keeps to what was seen shrinks with N / D.
+    """
+    many = min(MOST, 2 * math.ceil(dim / PER_DIRECTION))
+    own = 16 if dim <= SMALL_DIM else many
+    count = own if population is None else population
+    step = min(1.0, STEEP * (count // 2) / dim)
+    return Scaled(count, step, min(1.0, math.sqrt(FREE_EACH / free_each)))
 
 
 class NaturalGradient:

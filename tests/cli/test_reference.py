@@ -60,12 +60,12 @@ def test_from_a_folder_to_scores(
         "--save-features", "features",
     )  # fmt: skip
     assert code == 0, err
-    assert "N = 20, 3 repeats, seeds 0-59, heun with 2 steps" in text
+    assert "N = 20, 3 repeats, seed 0, heun with 2 steps" in text
     for score in ("fid", "kid", "precision", "recall", "density", "coverage"):
         assert f"│ {score}, reference " in text
 
     # The features of one block, and the images themselves, are scored by the same command.
-    kept = tmp_path / "features/ode-20-39.safetensors"
+    kept = tmp_path / "features/ode-seed0-1-20.safetensors"
     code, text, _ = mergerl("evaluate", kept, "--reference", out, "--json")
     assert code == 0
     block = json.loads(text)
@@ -158,8 +158,8 @@ def test_both_samplers(tiny: Path, mergerl: Mergerl) -> None:
     arguments = ["evaluate", model, "--num-images", 10, "--set", "sampler.sde_num_steps=3"]
     code, out, err = mergerl(*arguments, "--under", "both")
     assert code == 0, err
-    assert "seeds 0-29, heun with 2 steps" in out
-    assert "seeds 0-29, sde-euler with 3 steps" in out
+    assert "seed 0, heun with 2 steps" in out
+    assert "seed 0, sde-euler with 3 steps" in out
     document = json.loads(mergerl(*arguments, "--solver", "sde-heun", "--json").out)
     assert (document["sampler"]["solver"], document["sampler"]["num_steps"]) == ("sde-heun", 2)
     code, _, err = mergerl(*arguments, "--under", "odes")

@@ -50,7 +50,7 @@ OPTIMIZE = OptimizeConfig(
     heldout="h", autoencoder="sd-vae-sit", autoencoder_weights="v", autoencoder_dtype="bfloat16",
     extra_references={"dinov2": "d: r"}, extra_weights={"a.b:c": "x=y"}, budget=12345, seed=-3,
     batch=9, device="cuda:1", sampler=SAMPLER, merge=MERGE, reward=REWARD, search=SEARCH,
-    weights_device="disk", licence="MIT", evaluation=EVALUATION,
+    weights_device="disk", licence="MIT", evaluation=EVALUATION, rules=1,
 )  # fmt: skip
 CONFIGS: list[Any] = [SAMPLER, MERGE, REWARD, SEARCH, EVALUATION, OPTIMIZE]
 CONFIGS += [OptimizeConfig(checkpoints="x"), MergeConfig(), SearchConfig()]
@@ -190,6 +190,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (SearchConfig, {"momentum": 1.0}, r"expected momentum in \[0, 1\), got 1.0"),
     (SearchConfig, {"final_share": 0.5}, r"expected final_share in \[0, 0.5\), got 0.5"),
     (SearchConfig, {"incumbents": -1}, "expected incumbents >= 0, got -1"),
+    (OptimizeConfig, {"checkpoints": "x", "rules": 3}, r"expected rules of a run in 1\.\.2, got 3"),
     (MergeConfig, {"max_abs": 0.0}, "expected max_abs finite and > 0, got 0.0"),
     (MergeConfig, {"l2": -1.0}, "expected l2 finite and >= 0, got -1.0"),
     (SearchConfig, {"box": 0.0}, "expected box finite and > 0, got 0.0"),

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from merge_rl.config.optimize import SearchConfig
+from merge_rl.core.merging.linear_maps import FreeMap
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.searchers.base import SearchSpace
-from merge_rl.searchers.natural_gradient import NaturalGradient
+from merge_rl.searchers.natural_gradient import NaturalGradient, scaled_to
 from merge_rl.searchers.policy_gradient import PolicyGradient, policy_gradient
 
 F64 = torch.float64
@@ -61,6 +62,40 @@ def test_the_step_is_at_most_the_exploration_on_a_slope() -> None:
         lengths.append(float(searcher.mean.norm()))
         assert float(torch.cosine_similarity(searcher.mean, slope, dim=0)) > 1 - 1e-9
     assert lengths == pytest.approx([0.3] * 20)
+
+
+def test_few_dimensions_keep_their_settings() -> None:
+    # 5 groups of 7 coefficients, the default of 8 checkpoints.
+    assert scaled_to(35, 7) == (16, 1.0, 1.0)
+    # 8 directions of 128: steps keep half of their length; 64 coefficients move each weight.
+    assert scaled_to(128, 64) == (16, 0.5, 0.5)
+    # Beyond, an eighth as many candidates as dimensions, up to 128; a population that is named
+    # stays, and the step follows from it.
+    assert scaled_to(441, 16) == (56, 8 * 28 / 441, 1.0)
+    assert scaled_to(10_000, 16).population == 128
+    assert scaled_to(441, 16, population=100) == (100, 8 * 50 / 441, 1.0)
+
+
+@pytest.mark.parametrize("distance", [1.0, 6.0, 21.0])
+def test_many_dimensions_do_not_lead_away(distance: float) -> None:
+    dim, evaluations = 441, 560
+    found = scaled_to(dim, dim)
+    space = SearchSpace(
+        map=FreeMap(init=torch.zeros(dim, dtype=F64), scale=found.exploration),
+        names=tuple(map(str, range(dim))), evaluations=evaluations,
+    )  # fmt: skip
+    config = SearchConfig(population=found.population, learning_rate=found.step)
+    searcher = NaturalGradient(config, space, 0)
+    target = torch.randn(dim, generator=torch.Generator().manual_seed(1), dtype=F64)
+    target *= distance / target.norm()
+
+    def loss(theta: Tensor) -> float:
+        return float((space.coefficients(theta)[0] - target).square().sum())
+
+    for _ in range(evaluations // found.population):
+        thetas = searcher.ask()
+        searcher.tell(thetas, column(*(-loss(theta) for theta in thetas)))
+    assert max(loss(t) for t in searcher.finalists.values()) < distance**2
 
 
 def test_exploration_shrinks_with_the_budget() -> None:

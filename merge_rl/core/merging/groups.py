@@ -65,6 +65,12 @@ def _compile(group: str, pattern: str) -> re.Pattern[str]:
 
 
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")  # of a transformer
+ENDS: Final = {
+    # The uncertainty head of the training loss makes no image: coefficients of its own would be
+    # searched for nothing, so it goes with the embedding of the noise level, its only input.
+    "embeddings": r"^(?:unet\.emb|logvar)_",
+    "output": r"^unet\.out_",
+}  # of a U-Net, beside its levels
 LEVEL = re.compile(r"(?:^|\.)(enc|dec)\.(\d+x\d+)_")  # of a U-Net
 DEPTHS = 3  # stages that the blocks of a transformer are divided into
 
@@ -78,8 +84,9 @@ def stages(names: Sequence[str]) -> dict[str, str]:
     """Stages of a network, as patterns for `merge_rl.core.groups.assign_groups`.
 
     A transformer's blocks in thirds by depth, and its final layer; a U-Net's encoder and decoder
-    at each resolution; of any other network its lists of modules, in thirds or one by one. What is
-    left, mostly embeddings, is the group "rest". A network that has none has one group.
+    at each resolution, its embeddings and its output; of any other network its lists of modules, in
+    thirds or one by one. What is left, a transformer's embeddings, is the group "rest". A network
+    that has none has one group.
     """
     depth = 1 + max((int(match[1]) for match in map(BLOCK.search, names) if match), default=-1)
     if depth:
@@ -101,14 +108,15 @@ def stages(names: Sequence[str]) -> dict[str, str]:
     # In the order of the network: down to the smallest resolution, and up again.
     order = [("enc", size) for size in reversed(sizes["enc"])]
     order += [("dec", size) for size in sizes["dec"]]
-    return {f"{side} {size}": rf"(?:^|\.){side}\.{size}_" for side, size in order}
+    found = {f"{side} {size}": rf"(?:^|\.){side}\.{size}_" for side, size in order}
+    return found | _ends(names)
 
 
 def blocks(names: Sequence[str]) -> dict[str, str]:
     """Every block, or element of a list of modules, a group of its own; the others are "rest"."""
     for pattern in (r"(?:^|\.)(?P<each>blocks\.\d+)\.", r"(?:^|\.)(?P<each>(?:enc|dec)\.\w+)\."):
         if any(re.search(pattern, name) for name in names):
-            return {"block": pattern}
+            return {"block": pattern} | _ends(names)
     return _blocks_of_lists(names)
 
 
@@ -164,6 +172,11 @@ def _blocks_of_lists(names: Sequence[str]) -> dict[str, str]:
     """Every element of every list of modules."""
     lists = [re.escape(f"{prefix}.") if prefix else "" for prefix in module_lists(names)]
     return {"block": rf"^(?P<each>(?:{'|'.join(lists)})\d+)\."} if lists else {}
+
+
+def _ends(names: Sequence[str]) -> dict[str, str]:
+    """What a U-Net has beside its levels, where it is named as EDM2 names it."""
+    return {k: v for k, v in ENDS.items() if any(re.search(v, name) for name in names)}
 
 
 GROUPINGS: Final[Mapping[str, Callable[[Sequence[str]], dict[str, str]]]] = {

@@ -20,7 +20,13 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from merge_rl.config import FinetuneConfig, OptimizeConfig, dump_config, load_config
+from merge_rl.config import (
+    FIRST_RULES,
+    FinetuneConfig,
+    OptimizeConfig,
+    dump_config,
+    load_config,
+)
 from merge_rl.errors import RunError
 from merge_rl.storage.files import State, read_state, write_json, write_state, write_text
 from merge_rl.untrusted import describe, load_json_mapping, open_file, parse_json
@@ -68,7 +74,7 @@ class RunDir:
 
     def config(self) -> OptimizeConfig:
         """The resolved settings of the run."""
-        return load_config(OptimizeConfig, self.config_path)
+        return load_config(OptimizeConfig, self.config_path, rules=FIRST_RULES)
 
     def write_config(self, config: OptimizeConfig) -> None:
         """Settings that the run goes on with."""
@@ -180,7 +186,7 @@ class FinetuneRun:
 
     def config(self) -> FinetuneConfig:
         """The resolved settings of the run."""
-        return load_config(FinetuneConfig, self.path / CONFIG_NAME)
+        return load_config(FinetuneConfig, self.path / CONFIG_NAME, rules=FIRST_RULES)
 
     def write_config(self, config: FinetuneConfig) -> None:
         """Settings that the run goes on with."""

@@ -7,7 +7,7 @@ from merge_rl.workflows.assembly.extractors import (
     require_known,
 )
 from merge_rl.workflows.assembly.given import Given
-from merge_rl.workflows.assembly.job import Job, build_job, build_map
+from merge_rl.workflows.assembly.job import Job, build_job, build_map, unweighed_map
 from merge_rl.workflows.assembly.meaning import find_model, load_model
 from merge_rl.workflows.assembly.memory import (
     MemoryPlan,
@@ -103,6 +103,7 @@ __all__ = [
     "resolve_finetune",
     "search_doubts",
     "searcher_note",
+    "unweighed_map",
     "why_not_as_set",
     "with_network",
 ]

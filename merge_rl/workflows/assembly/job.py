@@ -52,6 +52,17 @@ def build_map(
     return made if merge.max_abs is None else BoundedMap(made, merge.max_abs)
 
 
+def unweighed_map(
+    checkpoints: CheckpointSet, merge: MergeConfig, num_groups: int
+) -> CoefficientMap:
+    """The map where no weights are at hand: coefficients that whitened ones reach, affine ones do.
+
+    Its theta has as many values, and other units.
+    """
+    plain = "affine" if merge.map == "whitened" else merge.map
+    return build_map(checkpoints, dataclasses.replace(merge, map=plain), num_groups)
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """What a search or a comparison works with."""

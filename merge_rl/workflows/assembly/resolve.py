@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from merge_rl import registry
 from merge_rl.config import (
+    FIRST_RULES,
     FIXED_SOLVERS,
     SUBSET_SIZE,
     FinetuneConfig,
@@ -20,11 +21,13 @@ from merge_rl.config import (
     from_mapping,
     load_config,
 )
-from merge_rl.core.merging.groups import grouping
+from merge_rl.core.merging.groups import ENDS, assign_groups, grouping
 from merge_rl.errors import ConfigError
+from merge_rl.searchers import SMALL_DIM, scaled_to
 from merge_rl.storage.checkpoints import CheckpointSet, SetDefaults, has_manifest, read_manifest
 from merge_rl.storage.files import absolute, spellings
 from merge_rl.workflows.assembly.extractors import named_by_file
+from merge_rl.workflows.assembly.job import unweighed_map
 from merge_rl.workflows.assembly.networks import is_public
 
 _PARENTS = 3  # how far above a model its set or run is looked for
@@ -138,9 +141,10 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
         defaults = ModelDefaults()
     completed = _completed(config, defaults, "the checkpoint set names no default for")
     config = resolve_search(completed)
+    config = dataclasses.replace(config, merge=resolve_merge(config, checkpoints))
+    config = _scaled(config, checkpoints)
     return dataclasses.replace(
         config,
-        merge=resolve_merge(config, checkpoints),
         reward=resolve_reward(config),
         checkpoints=_absolute(config.checkpoints),
     )
@@ -158,6 +162,27 @@ def resolve_search(config: OptimizeConfig) -> OptimizeConfig:
     if search.takes_gradients:
         search = dataclasses.replace(search, incumbents=min(search.incumbents, 1))
     return dataclasses.replace(config, search=search)
+
+
+def _scaled(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfig:
+    """Population, step and exploration of the natural gradient for its number of dimensions.
+
+    What the settings say stays, and what suits few dimensions is left unsaid.
+    """
+    search, merge = config.search, config.merge
+    natural = search.update == "natural" or (search.update is None and search.policy == "direct")
+    if search.name != "policy-gradient" or not natural or config.rules == FIRST_RULES:
+        return config
+    groups = len(assign_groups(tuple(checkpoints.tensors), merge.groups).names)
+    dim = unweighed_map(checkpoints, merge, groups).dim
+    found = scaled_to(dim, max(1, dim // groups), search.population)
+    if search.population is None and dim > SMALL_DIM:
+        search = dataclasses.replace(search, population=found.population)
+    if search.learning_rate is None and found.step < 1:
+        search = dataclasses.replace(search, learning_rate=found.step)
+    if merge.scale is None and found.exploration < 1:
+        merge = dataclasses.replace(merge, scale=merge.unit * found.exploration)
+    return dataclasses.replace(config, search=search, merge=merge)
 
 
 def searcher_note(asked: OptimizeConfig, resolved: OptimizeConfig) -> str | None:
@@ -202,6 +227,8 @@ def resolve_merge(config: OptimizeConfig, checkpoints: CheckpointSet) -> MergeCo
     """
     merge = config.merge
     patterns = grouping(merge.grouping, tuple(checkpoints.tensors))
+    if config.rules == FIRST_RULES:  # which left all of these to the group "rest"
+        patterns = {name: pattern for name, pattern in patterns.items() if name not in ENDS}
     if merge.groups or registry.chooses_itself(config.search.name):
         return merge
     return dataclasses.replace(merge, groups=patterns)

@@ -17,7 +17,14 @@ from typing import Any
 
 import torch
 
-from merge_rl.config import OptimizeConfig, SearchConfig, to_mapping, without_nan
+from merge_rl.config import (
+    FIRST_RULES,
+    RULES,
+    OptimizeConfig,
+    SearchConfig,
+    to_mapping,
+    without_nan,
+)
 from merge_rl.core.distances.intervals import summarize
 from merge_rl.errors import BudgetError, ConfigError, RunError
 from merge_rl.interfaces import NullTracker, Tracker
@@ -101,6 +108,7 @@ def compare_searchers(
         announce(text)
     folder = RunDir(out)
     _require_ours(folder)
+    base = dataclasses.replace(base, rules=_rules(folder))
     jobs = Jobs(opened, announce)
     able, left_out = _check(contenders, base, seeds[0], opened, jobs, lenient=searchers is None)
     for text in left_out:
@@ -163,6 +171,12 @@ def _require_ours(folder: RunDir) -> None:
         )
 
 
+def _rules(folder: RunDir) -> int:
+    """Those that a comparison was begun by; the newest for one that begins."""
+    before = folder.read(SETTINGS)
+    return RULES if before is None else int(before["settings"]["config"].get("rules", FIRST_RULES))
+
+
 def _begin(folder: RunDir, shared: OptimizeConfig, job: Job, curve_images: int) -> None:
     """Write what all searches share, or compare with what was written when this began."""
     values = {"config": to_mapping(shared), "curve_images": curve_images}
@@ -172,6 +186,7 @@ def _begin(folder: RunDir, shared: OptimizeConfig, job: Job, curve_images: int) 
         folder.path.mkdir(parents=True)
         folder.write(SETTINGS, {"version": __version__, **now})
         return
+    before["settings"]["config"].setdefault("rules", FIRST_RULES)
     for what, found in now.items():
         require_same(folder.path, before.get(what) or {}, found, what=what)
 

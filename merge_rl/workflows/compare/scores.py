@@ -195,7 +195,7 @@ class FreshScores:
     ) -> Scores:
         final = job.final_rollout
         if self._store is None or self._store.job.final_rollout is not final:
-            self._store = ScoreStore(job, self._run, self._seed)
+            self._store = ScoreStore(job, self._run, self._seed, config.rules)
         final.rollout.on_images = self._tracker.advance
         key = "/".join([*map(str, stream), str(count), _digest(rows, config)])
         return self._store.get(key, rows, count, *stream)

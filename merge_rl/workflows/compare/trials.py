@@ -102,7 +102,8 @@ def _search(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> 
     before = run.read("clock.json") or {"seconds": 0.0, "rollout_seconds": 0.0}
     began, began_sampling = time.monotonic(), sampled()
     try:
-        found = run_search(config, job, run, tracker, ScoreStore(job, run, config.seed))
+        store = ScoreStore(job, run, config.seed, config.rules)
+        found = run_search(config, job, run, tracker, store)
     finally:  # a search that is gone on with takes the sum
         clock = {
             "seconds": before["seconds"] + time.monotonic() - began,

@@ -36,20 +36,18 @@ PIECE_ROWS: Final = 1000  # images whose noise is held, and whose features are w
 
 def block_features(
     made: MergedRollout,
-    first_seed: int,
-    count: int,
-    num_classes: int,
+    seeds: Sequence[int],
     *,
-    section: str = "ode",
+    name: str,
     store: FeatureStore | None = None,
 ) -> Tensor:
-    """Features (N, D) of the images of seeds first_seed ... first_seed + N - 1, labels balanced.
+    """Features (N, D) of the images of N seeds, labels balanced.
 
-    With a store, finished pieces are kept and not made again. NonFiniteSamplesError, with the seed
-    and the step, where a sample is not finite: never a score of the others.
+    With a store, finished pieces are kept under the name and not made again. NonFiniteSamplesError,
+    with the seed and the step, where a sample is not finite: never a score of the others.
     """
-    labels, rollout = balanced_labels(count, num_classes), made.rollout
-    name = f"{section}-{first_seed}-{first_seed + count - 1}"
+    count, rollout = len(seeds), made.rollout
+    labels = balanced_labels(count, int(getattr(rollout.model, "label_dim", 0)))
     key = {"sampler": sampler_summary(rollout.sampler, prediction_of(rollout.model))}
     if store is not None:
         done = store.load(name, key)
@@ -65,7 +63,7 @@ def block_features(
     step = max(1, made.processes * rollout.batch // PIECE_ROWS) if made.processes > 1 else 1
     for first in range(0, len(missing), step):
         chosen = missing[first : first + step]
-        for span, features in zip(chosen, _pieces(made, first_seed, labels, chosen), strict=True):
+        for span, features in zip(chosen, _pieces(made, seeds, labels, chosen), strict=True):
             parts[span.start] = features
             if work is not None and span.stop < count:
                 work.write(_piece_name(span), {"features": features}, {})
@@ -88,12 +86,10 @@ def _kept(work: WorkFolder | None, span: slice) -> Tensor | None:
 
 
 def _pieces(
-    made: MergedRollout, first_seed: int, labels: Tensor, spans: Sequence[slice]
+    made: MergedRollout, seeds: Sequence[int], labels: Tensor, spans: Sequence[slice]
 ) -> list[Tensor]:
-    items = [
-        WorkItem(None, range(first_seed + s.start, first_seed + s.stop), labels[s]) for s in spans
-    ]
-    found = made.features_of(items, f"images from seed {items[0].seeds[0]}")
+    items = [WorkItem(None, seeds[s], labels[s]) for s in spans]
+    found = made.features_of(items, f"images {spans[0].start} and on")
     for item, features in zip(items, found, strict=True):
         failed = ~features.isfinite().all(1)
         if bool(failed.any()):

@@ -17,6 +17,7 @@ from merge_rl.errors import StatisticsError, TooFewSamplesError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor, NullTracker, Tracker
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
+from merge_rl.rng import image_seeds
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
     ExtractorId,
@@ -102,7 +103,7 @@ def evaluate(
             predict velocities (SiT) an SDE too, see `samplers_of`.
         autoencoder: from samples to images, as `load_autoencoder` gives; pixel models need none.
         batch, device: bounds memory, says where to work.
-        seed: first image seed; also draws the blocks of images and the rows that are compared.
+        seed: of images, no two seeds sharing one, and of draws of the blocks and rows compared.
         max_rows: rows of either set that metrics over pairs of rows compare.
         save_features: folder for the features of every block. A call that was cut short goes on
             from what is there, and ends in the same numbers.
@@ -279,7 +280,7 @@ def _of_network(
         name: _section(job, made.with_sampler(chosen), name, count, job.store(key))
         for name, chosen in settings.items()
     }
-    common = {"num_images": count, "repeats": job.repeats, "first_seed": job.seed}
+    common = {"num_images": count, "repeats": job.repeats, "seed": job.seed}
     shown = next(iter(found.values())) if len(found) == 1 else {"samplers": found}
     document = job.document("model", {**common, **shown})
     ranks.end(document)
@@ -290,10 +291,10 @@ def _section(
     job: EvaluationContext, made: MergedRollout, name: str, count: int, store: FeatureStore | None
 ) -> dict[str, Any]:
     """Scores under one sampler."""
-    network, rows = made.rollout.model, []
-    classes = int(getattr(network, "label_dim", 0))
-    for first in range(job.seed, job.seed + count * job.repeats, count):
-        features = block_features(made, first, count, classes, section=name, store=store)
-        rows.append(job.scores.of(features))
-    summary = sampler_summary(made.rollout.sampler, prediction_of(network))
+    rows = []
+    for repeat in range(job.repeats):
+        seeds = image_seeds(count, job.seed, "evaluate", repeat)
+        piece = f"{name}-seed{job.seed}-{repeat}-{count}"
+        rows.append(job.scores.of(block_features(made, seeds, name=piece, store=store)))
+    summary = sampler_summary(made.rollout.sampler, prediction_of(made.rollout.model))
     return {"sampler": summary, **summarize_repeats(rows)}

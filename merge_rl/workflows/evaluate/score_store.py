@@ -9,7 +9,7 @@ from typing import Final
 
 from torch import Tensor
 
-from merge_rl.config import without_nan
+from merge_rl.config import RULES, without_nan
 from merge_rl.core.distances.frechet import FrechetReference
 from merge_rl.core.distances.statistics import FeatureStats, check_features, feature_stats
 from merge_rl.core.sampling.compatibility import balanced_labels
@@ -36,8 +36,8 @@ class Request:
 class ScoreStore:
     """FID to every reference, by key; a score that the run knows already is not made again."""
 
-    def __init__(self, job: Job, run: RunDir, seed: int) -> None:
-        self.job, self.run, self.seed = job, run, seed
+    def __init__(self, job: Job, run: RunDir, seed: int, rules: int = RULES) -> None:
+        self.job, self.run, self.seed, self.rules = job, run, seed, rules
         self.known: dict[str, dict[str, float | None]] = run.read("scores.json") or {}
         self.scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
         self._second: SecondMetric | None = None  # made on use
@@ -74,7 +74,7 @@ class ScoreStore:
         items = [
             WorkItem(
                 request.coefficients,
-                image_seeds(request.count, self.seed, *request.stream),
+                image_seeds(request.count, self.seed, *request.stream, rules=self.rules),
                 balanced_labels(request.count, self.job.num_classes),
             )
             for request in requests

@@ -160,7 +160,10 @@ class DistributedStep(StepParts):
         rollout.window = None if window is None else (window[0], window[1])
         if "kept" in asked:
             step = asked["kept"]["step"]
-            seeds = image_seeds(self.config.images_per_step, self.config.seed, "rollout", step)
+            seeds = image_seeds(
+                self.config.images_per_step, self.config.seed, "rollout", step,
+                rules=self.config.rules,
+            )  # fmt: skip
             noise = rollout.noise([seeds[row] for row in asked["kept"]["rows"]])
             self._kept = read_kept(asked["kept"], noise)
         if self._kept is None:  # pragma: no cover (the first epoch has brought them)

@@ -51,7 +51,7 @@ class Curves:
         rollout = self.job.scored.with_network(network)
         rollout.on_images = on_images
         count, seed = self.config.curves.num_images, self.config.seed
-        seeds = image_seeds(count, seed, "curve")
+        seeds = image_seeds(count, seed, "curve", rules=self.config.rules)
         labels = balanced_labels(count, self.job.num_classes)
         point: dict[str, dict[str, float | None]] = {}
         for name, sampler in self.config.curve_samplers().items():
@@ -104,7 +104,8 @@ def write_grid(job: FinetuneJob, run: FinetuneRun, step: int, network: nn.Module
     rollout: Rollout = job.scored.with_network(network)
     rollout = rollout.with_sampler(job.config.curve_samplers()["sde-eval"])
     rollout.on_images = lambda _count: None
-    noise = rollout.noise(image_seeds(GRID_IMAGES, job.config.seed, "grid"))
+    seeds = image_seeds(GRID_IMAGES, job.config.seed, "grid", rules=job.config.rules)
+    noise = rollout.noise(seeds)
     labels = balanced_labels(GRID_IMAGES, job.num_classes)
     try:
         images = rollout.images(noise, labels)
@@ -146,7 +147,9 @@ def final_scores(
                 # A run may end, go further and end again, with another result.
                 key = f"{entry}-{step if entry == 'result' else 0}/{curve}/{repeat}"
                 if key not in known:
-                    seeds = image_seeds(settings.final_images, seed, "final", repeat)
+                    seeds = image_seeds(
+                        settings.final_images, seed, "final", repeat, rules=job.config.rules
+                    )
                     features = make(rollout.with_sampler(sampler), seeds, labels, key)
                     known[key] = without_nan(scorer.score(features))
                     run.files.write("scores.json", known)

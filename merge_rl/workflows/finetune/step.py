@@ -65,7 +65,7 @@ class StepParts:
             return state
         rows = (torch.arange(count) + step * count) % size
         labels = balanced_labels(size, self.job.num_classes)[rows]
-        seeds = image_seeds(count, self.config.seed, "pool", step)
+        seeds = image_seeds(count, self.config.seed, "pool", step, rules=self.config.rules)
         features = self.features(self.job.rollout, seeds, labels, "pool")
         if not bool(features.isfinite().all()):
             if state.pool is None:
@@ -84,7 +84,7 @@ class StepParts:
         config = self.config
         size, sets = config.reward.images_per_subset, config.rollout.subsets
         rows = draw_subset(pool.labels, size, stream(config.seed, "subset", step))
-        seeds = image_seeds(sets * size, config.seed, "rollout", step)
+        seeds = image_seeds(sets * size, config.seed, "rollout", step, rules=config.rules)
         labels = pool.labels[rows].repeat(sets)
         features = self.features(self.job.rollout, seeds, labels, f"rollouts of step {step + 1}")
         features = features.reshape(sets, size, -1)

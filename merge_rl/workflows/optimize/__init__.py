@@ -3,6 +3,7 @@
 from merge_rl.workflows.optimize import function
 from merge_rl.workflows.optimize.budget import (
     FINALISTS,
+    FRESH,
     LEAST,
     BudgetPlan,
     Rung,
@@ -16,6 +17,7 @@ from merge_rl.workflows.optimize.search import SearchResult, make_searcher, run_
 
 __all__ = [
     "FINALISTS",
+    "FRESH",
     "LEAST",
     "BudgetPlan",
     "OptimizeResult",

@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from merge_rl import registry
 from merge_rl.config import OptimizeConfig, without_nan
+from merge_rl.core.distances.intervals import mean_interval
 from merge_rl.errors import BudgetError
 from merge_rl.workflows.evaluate import Request, ScoreStore
 
 LEAST = 100  # images that an entry is scored on: fewer say too little
+FRESH = 3  # sets of seeds on which result and start are looked at once more
 FINALISTS = 3  # beside the incumbents: start, policy mean, running average
 
 
@@ -122,6 +125,60 @@ def run_tournament(
         images=cost(rungs),
         rungs=played,
     )
+
+
+@dataclass(frozen=True)
+class Optimism:
+    """How much the seeds that the result was chosen by flattered it, in FID.
+
+    The lead over the start on those seeds, score - score of the start, minus what it is on fresh
+    ones, with the same number of images: below 0 it was flattered. Both are leads over the start on
+    the same seeds, from which most of what seeds do to a score drops out. The interval is that of a
+    single lead about the mean of the fresh ones, which the chance of either is in: one that holds 0
+    tells of no optimism.
+    """
+
+    fresh_score: float  # of the result, mean over the fresh seeds
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, chosen: float, fresh: Sequence[float], fresh_start: Sequence[float]) -> Optimism:
+        """From the chosen lead, and fresh scores of result and start, R >= 2 of each."""
+        leads = mean_interval([a - b for a, b in zip(fresh, fresh_start, strict=True)])
+        mean, count = chosen - leads.mean, leads.count
+        # t s / sqrt(R) is the half-width for the mean of R; a single one more has R + 1 times the
+        # variance: s^2 (1 + 1 / R).
+        half = (leads.high - leads.mean) * math.sqrt(count + 1)
+        return cls(sum(fresh) / count, mean, mean - half, mean + half)
+
+
+def optimism_fields(optimism: Optimism | None) -> dict[str, Any]:
+    """For result.json."""
+    if optimism is None:
+        return {"fresh_score": None, "optimism": None, "optimism_interval": None}
+    return {
+        "fresh_score": optimism.fresh_score, "optimism": optimism.mean,
+        "optimism_interval": [optimism.low, optimism.high],
+    }  # fmt: skip
+
+
+def look_again(choice: Winner, result: Tensor, start: Tensor, store: ScoreStore) -> Optimism | None:
+    """Optimism of a final choice; None where nothing was compared, or the start was chosen."""
+    if choice.score is None or torch.equal(result, start):
+        return None
+    last, count = len(choice.rungs) - 1, choice.images_each
+    level = store.get(f"final/{last}/start", start, count, "final", last)["reference"]
+    asked = [
+        Request(f"optimism/{index}/{name}", rows, count, ("optimism", index))
+        for name, rows in (("result", result), ("start", start))
+        for index in range(FRESH)
+    ]
+    found = [score["reference"] for score in store.get_all(asked)]
+    if not all(map(math.isfinite, [level, *found])):
+        return None
+    return Optimism.of(choice.score - level, found[:FRESH], found[FRESH:])
 
 
 class Rung(NamedTuple):

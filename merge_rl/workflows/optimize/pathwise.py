@@ -93,9 +93,8 @@ class PathwiseLoop(SearchLoop):
         seed, index, pool = self.config.seed, self.round_index, self._pool
         rows = (torch.arange(self._count) + self.cursor) % len(pool)
         coefficients = self.job.map(theta)
-        item = WorkItem(
-            coefficients, image_seeds(self._count, seed, "gradient", index), pool.labels[rows]
-        )
+        seeds = image_seeds(self._count, seed, "gradient", index, rules=self.config.rules)
+        item = WorkItem(coefficients, seeds, pool.labels[rows])
         made = self._differentiable(item, at.cotangents)
         cost = self._round_cost(1)
         self.images += cost

@@ -16,7 +16,7 @@ from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.optimize.shown import HeldOutCurve
-from merge_rl.workflows.optimize.state import BestSoFar, SearchState
+from merge_rl.workflows.optimize.state import BestSoFar, SearchState, candidate_scores
 from merge_rl.workflows.rewards import KEY as FIRST_ORDER
 from merge_rl.workflows.rewards import FirstOrderWatch, Pool, RewardScores, pool_gap, term_means
 from merge_rl.workflows.rollout import WorkItem
@@ -106,7 +106,7 @@ class SearchLoop:
 
     def _generate(self, theta: Tensor, labels: Tensor, *names: str | int) -> Tensor:
         """Features of images at theta; the noise comes from the stream called `names`."""
-        seeds = image_seeds(len(labels), self.config.seed, *names)
+        seeds = image_seeds(len(labels), self.config.seed, *names, rules=self.config.rules)
         self.images += len(labels)
         item = WorkItem(self.job.map(theta), seeds, labels)
         return self.job.rollout.features_of([item], " ".join(map(str, names)))[0]
@@ -128,7 +128,10 @@ class SearchLoop:
         pooled = self.config.reward.pooled
         before = self.reward.pool_distance(self._pool) if pooled else None
         share = self.config.reward.images_per_subset / len(self._pool) if pooled else 1.0
-        self.incumbents = self.incumbents.with_round(thetas, rewards, before, share)
+        told = self.config.rules > 1
+        scores = candidate_scores(rewards, before, share, relative=told)
+        late = told and 2 * self.images > self.limit
+        self.incumbents = self.incumbents.with_round(thetas, scores, late=late)
         self.searcher.tell(thetas, rewards)
         self._note_failures(rewards)
         refresh = self._refresh(before) if before is not None else self._no_refresh()
@@ -159,9 +162,8 @@ class SearchLoop:
 
     def _evaluate(self, thetas: Tensor) -> RewardScores:
         """Scores of thetas (P, D), before penalties."""
-        reward, seed, index = self.config.reward, self.config.seed, self.round_index
-        scores = score_candidates(self.job, self.pool, thetas, reward, seed=seed, index=index)
-        self.images += len(thetas) * reward.images_per_candidate
+        scores = score_candidates(self.job, self.pool, thetas, self.config, self.round_index)
+        self.images += len(thetas) * self.config.reward.images_per_candidate
         return scores
 
     def _note_failures(self, rewards: Tensor) -> None:
@@ -260,17 +262,18 @@ class SearchLoop:
 
 
 def score_candidates(
-    job: Job, pool: Pool | None, thetas: Tensor, reward: RewardConfig, *, seed: int, index: int
+    job: Job, pool: Pool | None, thetas: Tensor, config: OptimizeConfig, index: int
 ) -> RewardScores:
     """Rewards (P,) of thetas (P, D) in round `index`, higher is better, NaN for those that failed.
 
-    P `reward.images_per_candidate` images are made.
+    P `config.reward.images_per_candidate` images are made.
     """
-    draws = []
+    reward, seed, draws = config.reward, config.seed, []
     for s in range(reward.num_subsets):
         rows = _rows(pool, reward.images_per_subset, seed, index, s)
         for r in range(reward.num_replacements):
-            draws.append((rows, image_seeds(len(rows), seed, "round", index, s, r)))
+            seeds = image_seeds(len(rows), seed, "round", index, s, r, rules=config.rules)
+            draws.append((rows, seeds))
     candidates = [job.map(theta) for theta in thetas]
     classes = max(job.num_classes, 1)  # which take turns, as in the pool
     items = [WorkItem(c, seeds, rows % classes) for c in candidates for rows, seeds in draws]

@@ -203,7 +203,7 @@ def _drive(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> O
     began = time.monotonic()
     for text in search_doubts(config, job.references, job.final_rollout.rollout):
         _announce(tracker)(text)
-    store = ScoreStore(job, run, config.seed)
+    store = ScoreStore(job, run, config.seed, config.rules)
     found = run_search(config, job, run, tracker, store)
     comparison = compare(config, job, found.start, found.coefficients, store, tracker)
     write_samples(run, job, found.ends, comparison, tracker)

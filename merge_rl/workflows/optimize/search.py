@@ -25,8 +25,11 @@ from merge_rl.workflows.evaluate import ScoreStore
 from merge_rl.workflows.optimize.budget import (
     LEAST,
     BudgetPlan,
+    Optimism,
     Winner,
+    look_again,
     most_entries,
+    optimism_fields,
     plan_budget,
     run_tournament,
     tournament_rounds,
@@ -46,19 +49,12 @@ class SearchResult:
     rounds: int
     beginning: Winner
     choice: Winner
-    fresh_score: float | None  # of the chosen one: as many images as its last score, other seeds
+    optimism: Optimism | None  # None where nothing was compared, or the start was chosen
 
     @property
     def ends(self) -> dict[str, Tensor]:
         """Where it began and what it came to, (G, K) each."""
         return {"start": self.start, "result": self.coefficients}
-
-    @property
-    def optimism(self) -> float | None:
-        """Search score minus fresh score; below 0, the choice was flattered by its seeds."""
-        if self.choice.score is None or self.fresh_score is None:
-            return None
-        return self.choice.score - self.fresh_score
 
     @property
     def spent(self) -> dict[str, int]:
@@ -75,8 +71,7 @@ class SearchResult:
             "search_images": self.images,
             "images": self.spent,
             "rounds": self.rounds,
-            "final": {**self.choice.as_dict(), "fresh_score": self.fresh_score,
-                      "optimism": self.optimism},
+            "final": {**self.choice.as_dict(), **optimism_fields(self.optimism)},
         }  # fmt: skip
 
     def to_plain(self) -> dict[str, Any]:
@@ -92,7 +87,9 @@ class SearchResult:
             for name in ("coefficients", "start")
         }
         winners = {name: Winner(**values[name]) for name in ("beginning", "choice")}
-        return cls(**{**values, **tensors, **winners})
+        found = values["optimism"]
+        optimism = None if found is None else Optimism(**found)
+        return cls(**{**values, **tensors, **winners, "optimism": optimism})
 
 
 def run_search(
@@ -114,19 +111,16 @@ def run_search(
     loop.run()
     entries = finalists(loop, starts[beginning.label])
     choice = _choose(entries, plan, store, tracker)
-    fresh = None
-    if choice.score is not None:
-        count = choice.images_each
-        fresh = store.get("optimism", entries[choice.label], count, "optimism")["reference"]
+    result, start = entries[choice.label], starts[beginning.label]
     return SearchResult(
-        coefficients=entries[choice.label],
-        start=starts[beginning.label],
+        coefficients=result,
+        start=start,
         start_label=beginning.label,
         images=loop.images + choice.images,
         rounds=loop.round_index,
         beginning=beginning,
         choice=choice,
-        fresh_score=fresh,
+        optimism=look_again(choice, result, start, store),
     )
 
 

@@ -90,42 +90,65 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class BestSoFar:
-    """At most `limit` candidates with the best scores, best first.
+    """At most `limit` candidates with the best scores, best first, those of late rounds ahead.
 
-    A score is what a candidate's reward says of its own distance, to first order: where its images
-    replaced a share s of a pool of distance d,
-
-        score = - (d + (-R - d) / s)
-
-    and R itself for rewards of a candidate's own images. A score is a single look, and the best of
-    many are mostly lucky: they are entries for the final choice, not results.
+    A score is a single look, and the best of many are mostly lucky: they are entries for the final
+    choice, not results. An early candidate, drawn about an early mean, gives way to any late one.
     """
 
     thetas: Tensor  # (M, D) float64
-    scores: Tensor  # (M,) float64
+    scores: Tensor  # (M,) float64, see `candidate_scores`
+    late: Tensor  # (M,) bool
     limit: int
 
     @classmethod
     def empty(cls, dim: int, limit: int) -> BestSoFar:
         """None yet."""
-        return cls(torch.zeros(0, dim, dtype=torch.float64), torch.zeros(0).double(), limit)
+        none = torch.zeros(0, dtype=torch.float64)
+        return cls(none.reshape(0, dim), none, none.bool(), limit)
 
-    def with_round(
-        self, thetas: Tensor, rewards: Tensor, pool_distance: float | None, share: float
-    ) -> BestSoFar:
-        """After a round of thetas (P, D) with rewards (P,); failed ones (NaN) never enter."""
-        level = 0.0 if pool_distance is None else pool_distance
-        scores = -(level + (-rewards - level) / share)
+    def with_round(self, thetas: Tensor, scores: Tensor, *, late: bool) -> BestSoFar:
+        """After a round of thetas (P, D) with scores (P,); failed ones (NaN) never enter."""
         sound = scores.isfinite()
         merged = torch.cat([self.thetas, thetas[sound]])
         values = torch.cat([self.scores, scores[sound]])
-        order = torch.argsort(values, descending=True, stable=True)[: self.limit]
-        return BestSoFar(merged[order], values[order], self.limit)
+        when = torch.cat([self.late, torch.full_like(scores[sound], late, dtype=torch.bool)])
+        order = torch.argsort(values, descending=True, stable=True)
+        order = order[torch.argsort(when[order].int(), descending=True, stable=True)]
+        order = order[: self.limit]
+        return BestSoFar(merged[order], values[order], when[order], self.limit)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors by name."""
-        return {"incumbents.thetas": self.thetas, "incumbents.scores": self.scores}
+        return {
+            "incumbents.thetas": self.thetas,
+            "incumbents.scores": self.scores,
+            "incumbents.late": self.late.to(torch.uint8),
+        }
 
     def restored(self, tensors: Mapping[str, Tensor]) -> BestSoFar:
-        """Those of a saved state."""
-        return BestSoFar(tensors["incumbents.thetas"], tensors["incumbents.scores"], self.limit)
+        """Those of a saved state; a state that does not tell is of early rounds."""
+        thetas, scores = tensors["incumbents.thetas"], tensors["incumbents.scores"]
+        late = tensors.get("incumbents.late", torch.zeros_like(scores)).bool()
+        return BestSoFar(thetas, scores, late, self.limit)
+
+
+def candidate_scores(
+    rewards: Tensor, pool_distance: float | None, share: float, *, relative: bool
+) -> Tensor:
+    """What rewards R (P,) of a round say of the candidates alone, to first order, (P,) -> (P,).
+
+    Where a candidate's images replaced a share s of a pool of distance d,
+
+        score = - (d + (-R - d) / s)        or, relative:    score = (R - mean R) / s
+
+    with d = 0 and s = 1 for rewards of a candidate's own images. All candidates of a round share
+    their noise, which moves the rewards of a round more than the candidates differ: scores of
+    several rounds can be told apart only relative to their own round. A candidate that is alone in
+    its round has nothing to be compared with, and its score is the first.
+    """
+    known = rewards[rewards.isfinite()]
+    if relative and len(rewards) > 1:
+        return (rewards - known.mean()) / share
+    level = 0.0 if pool_distance is None else pool_distance
+    return -(level + (-rewards - level) / share)

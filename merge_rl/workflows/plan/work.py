@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merge_rl.config import OptimizeConfig
 from merge_rl.parallel.blocks import block_size, share_blocks, split_blocks
 from merge_rl.storage.checkpoints import CheckpointSet
-from merge_rl.workflows.assembly import build_map
+from merge_rl.workflows.assembly import unweighed_map
 from merge_rl.workflows.evaluate import ENTRIES
 from merge_rl.workflows.optimize import (
     FINALISTS,
+    FRESH,
     LEAST,
     BudgetPlan,
     Rung,
@@ -196,7 +196,8 @@ def search_workload(
         *_rungs("start", budget.start),
         *search,
         *_rungs("finalists", last),
-        *([WorkStage("finalists", 1, 1, last[-1].images)] if last else []),  # the winner once more
+        # Result and start once more, and the start on the seeds of the last round.
+        *([WorkStage("optimism", 1, 2 * FRESH + 1, last[-1].images)] if last else []),
         WorkStage("best single", 1, len(checkpoints), final.selection_images),
         WorkStage("comparison", 1, len(ENTRIES) * final.repeats, final.num_images),
     ]
@@ -231,8 +232,4 @@ def _rungs(name: str, rungs: tuple[Rung, ...]) -> list[WorkStage]:
 
 
 def _count_starts(config: OptimizeConfig, checkpoints: CheckpointSet, num_groups: int) -> int:
-    # Whitened coefficients reach what affine ones do, and these need no look at the weights.
-    merge = config.merge
-    if merge.map == "whitened":
-        merge = dataclasses.replace(merge, map="affine")
-    return len(starts_of(config, checkpoints, build_map(checkpoints, merge, num_groups)))
+    return len(starts_of(config, checkpoints, unweighed_map(checkpoints, config.merge, num_groups)))

@@ -111,18 +111,12 @@ def _finalists(final: Mapping[str, Any]) -> list[str]:
         for label in rungs[0]
     ]
     columns = ["finalist", *(f"round {index + 1}" for index in range(len(rungs)))]
-    fresh = ""
-    if final["fresh_score"] is not None:
-        fresh = (
-            f", {final['fresh_score']:.3f} on fresh seeds: optimism {final['optimism']:+.3f} "
-            "(below 0 the choice was flattered by its seeds)"
-        )
     return [
         "## Final choice",
         "FID to the reference; the better half goes on, with other seeds and twice the images.",
         markdown_table(columns, rows),
         f"Chosen: {final['chosen']}, {number(final['score'])} at N = {final['images_each']:,}"
-        f"{fresh}.",
+        f"{_fresh(final, ' (below 0 the choice was flattered by its seeds)')}.",
     ]
 
 
@@ -214,9 +208,16 @@ def _chose(final: Mapping[str, Any]) -> str:
     if not rungs:
         return f"reports the {final['chosen']}, without a choice among finalists"
     text = f"chose {final['chosen']} of {len(rungs[0])} finalists ({_score(final)}"
-    if final["fresh_score"] is not None:
-        text += f", {final['fresh_score']:.3f} on fresh seeds: optimism {final['optimism']:+.3f}"
-    return text + ")"
+    return f"{text}{_fresh(final)})"
+
+
+def _fresh(final: Mapping[str, Any], meaning: str = "") -> str:
+    if final["fresh_score"] is None:
+        return ""
+    bounds = final.get("optimism_interval")  # earlier runs have none
+    width = f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else ""
+    fresh, optimism = final["fresh_score"], final["optimism"]
+    return f", {fresh:.3f} on fresh seeds: optimism {optimism:+.3f}{width}{meaning}"
 
 
 def _score(winner: Mapping[str, Any]) -> str:

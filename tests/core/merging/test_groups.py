@@ -44,7 +44,7 @@ def test_levels_of_a_u_net_in_the_order_of_the_network() -> None:
         f"unet.{side}.{size}x{size}_block0.conv_res0.weight"
         for side in ("enc", "dec") for size in (64, 8, 16)
     )  # fmt: skip
-    found = members((*names, "unet.out_conv.weight"), stages(names))
+    found = members((*names, "unet.mid.weight"), stages(names))
     assert list(found) == [
         "enc 64x64", "enc 16x16", "enc 8x8", "dec 8x8", "dec 16x16", "dec 64x64", "rest",
     ]  # fmt: skip
@@ -66,8 +66,14 @@ def test_stages_of_the_networks_here() -> None:
         with torch.device("meta"):
             names = tuple(name for name, _ in build_model(config).named_parameters())
         found[config["model"]] = members(names, stages(names))
-    assert list(found["edm2"]) == ["enc 8x8", "enc 4x4", "dec 4x4", "dec 8x8", "rest"]
-    assert "unet.out_conv.weight" in found["edm2"]["rest"]
+    levels = ["enc 8x8", "enc 4x4", "dec 4x4", "dec 8x8"]
+    assert list(found["edm2"]) == [*levels, "embeddings", "output"]
+    # What trains the uncertainty head is no part of an image, and gets no coefficients of its own.
+    assert found["edm2"]["embeddings"] == [
+        "unet.emb_noise.weight", "unet.emb_label.weight", "logvar_linear.weight",
+    ]  # fmt: skip
+    assert sorted(found["edm2"]["output"]) == ["unet.out_conv.weight", "unet.out_gain"]
+    assert not any("emb_" in name and "unet.emb_" not in name for name in found["edm2"]["output"])
     assert list(found["sit"]) == ["block 0", "block 1", "blocks 2-3", "final layer", "rest"]
     assert all(".blocks." not in f".{name}" for name in found["sit"]["rest"])
 
@@ -78,7 +84,7 @@ def test_blocks() -> None:
     assert list(found) == [*(f"block blocks.{i}" for i in range(11)), "rest"]
     u_net = ("unet.enc.8x8_conv.weight", "unet.enc.8x8_block0.emb_gain", "unet.out_gain")
     assert list(members(u_net, blocks(u_net))) == [
-        "block enc.8x8_conv", "block enc.8x8_block0", "rest",
+        "block enc.8x8_conv", "block enc.8x8_block0", "output",
     ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from merge_rl.errors import (
     UnknownNameError,
 )
 from merge_rl.features.digits import DigitsNet, load_digits_extractor
-from merge_rl.rng import ImageStreams
+from merge_rl.rng import ImageStreams, image_seeds
 from merge_rl.storage.checkpoints.model_file import open_model_file
 from merge_rl.workflows.evaluate import features as generated
 from merge_rl.workflows.evaluate.features import samplers_of
@@ -59,15 +59,15 @@ def settings(shared_tiny: Path, extractor: DigitsNet) -> dict[str, Any]:
 def test_the_scores_by_hand(
     model: nn.Module, extractor: DigitsNet, settings: dict[str, Any], shared_tiny: Path
 ) -> None:
-    # Block r of 12 images has the seeds 7 + 12 r ...; every block has the classes 0-9, 0, 1.
+    # Every block of 12 images has a stream of seeds, and the classes 0-9, 0, 1.
     heldout = load_reference(shared_tiny / "evaluation/heldout.safetensors")
     found = mrl.evaluate(model, heldout=heldout, **settings)
-    assert (found["num_images"], found["repeats"], found["first_seed"]) == (12, 3, 7)
+    assert (found["num_images"], found["repeats"], found["seed"]) == (12, 3, 7)
     reference = load_reference(settings["reference"])
     for name, stats in (("reference", reference.stats), ("heldout", heldout.stats)):
         values = []
         for repeat in range(3):
-            noise = ImageStreams(range(7 + 12 * repeat, 19 + 12 * repeat)).randn((1, 8, 8))
+            noise = ImageStreams(image_seeds(12, 7, "evaluate", repeat)).randn((1, 8, 8))
             samples = mrl.sample(model, noise, balanced_labels(12, 10), num_steps=2)
             images = (samples * 127.5 + 128).clip(0, 255).to(torch.uint8)
             values.append(frechet_distance(mrl.feature_stats(extractor(images)), stats))
@@ -82,28 +82,24 @@ def test_the_scores_by_hand(
     json.dumps(found, allow_nan=False)
 
 
-def test_blocks_of_seeds_are_disjoint(
+def test_no_image_is_shared_by_blocks_or_seeds(
     model: nn.Module, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
     original = Rollout.noise
 
-    def noise(self: Rollout, seeds: range) -> Tensor:
+    def noise(self: Rollout, seeds: list[int]) -> Tensor:
         asked.extend(seeds)
         return original(self, seeds)
 
     monkeypatch.setattr(Rollout, "noise", noise)
-    mrl.evaluate(model, **settings)
-    assert asked == list(range(7, 43))
-
-
-def test_the_next_block_of_one_is_the_first_of_another(
-    model: nn.Module, settings: dict[str, Any]
-) -> None:
     a = mrl.evaluate(model, **settings)["fid"]["reference"]["values"]
-    b = mrl.evaluate(model, **{**settings, "seed": 19})["fid"]["reference"]["values"]
-    assert b[:2] == a[1:]
-    assert len({*a, *b}) == 4
+    first = list(asked)
+    # Close as they are, the seeds have neither an image nor a score in common.
+    b = mrl.evaluate(model, **{**settings, "seed": 10})["fid"]["reference"]["values"]
+    assert len(first) == 36
+    assert len({*asked}) == len(asked) == 72
+    assert len({*a, *b}) == 6
     assert mrl.evaluate(model, **settings)["fid"]["reference"]["values"] == a
 
 
@@ -215,13 +211,13 @@ def test_a_run_that_was_cut_short_goes_on(
     kept = tmp_path / "features"
     with pytest.raises(KeyboardInterrupt):
         mrl.evaluate(model, save_features=kept, **settings)
-    names = [".ode-19-30.safetensors.partial", "ode-7-18.safetensors"]
+    names = [".ode-seed7-1-12.safetensors.partial", "ode-seed7-0-12.safetensors"]
     assert sorted(path.name for path in kept.iterdir()) == names
     left = 5  # of nine pieces four are made
     assert mrl.evaluate(model, save_features=kept, **settings) == whole
     assert left == 0
     assert mrl.evaluate(model, save_features=kept, **settings) == whole
-    saved = load_features(kept / "ode-31-42.safetensors")
+    saved = load_features(kept / "ode-seed7-2-12.safetensors")
     assert saved.extractor == "digits"
     assert saved.labels is not None
     assert saved.labels.tolist() == [*range(10), 0, 1]
@@ -233,7 +229,7 @@ def test_kept_features_of_another_model_are_refused(
     mrl.evaluate(model, save_features=tmp_path, **settings)
     other = mrl.load_model(shared_tiny / "raw/tiny-0000300.safetensors")
     with pytest.raises(
-        RunError, match=r"ode-7-18\.safetensors belongs to another evaluation: its n"
+        RunError, match=r"ode-seed7-0-12\.safetensors belongs to another evaluation: its n"
     ):
         mrl.evaluate(other, save_features=tmp_path, **settings)
     longer = {**settings, "sampler": SamplerConfig(num_steps=3)}

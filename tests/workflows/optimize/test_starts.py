@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,22 @@ from merge_rl.core.merging.maps import make_map
 from merge_rl.errors import BudgetError
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
 from merge_rl.workflows.evaluate.score_store import Request
-from merge_rl.workflows.optimize.budget import Rung, plan_budget, run_tournament
+from merge_rl.workflows.optimize.budget import (
+    Optimism,
+    Rung,
+    look_again,
+    plan_budget,
+    run_tournament,
+)
 from merge_rl.workflows.optimize.search import free_starts
-from merge_rl.workflows.optimize.state import BestSoFar
+from merge_rl.workflows.optimize.state import BestSoFar, candidate_scores
 
 TinyConfig = Callable[..., OptimizeConfig]
 F64 = torch.float64
+
+
+def column(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=F64)
 
 
 def starts(
@@ -163,7 +174,34 @@ def test_the_start_is_found_and_the_result_chosen(
     assert set(found.choice.rungs[0]) == {"mean", "average", "start", "incumbent 1"}
     document = found.as_dict()["final"]
     assert document["chosen"] == found.choice.label
-    assert document["optimism"] == pytest.approx(document["score"] - document["fresh_score"])
+    scores = json.loads((tmp_path / "run/scores.json").read_text())
+    fresh = [[scores[f"optimism/{i}/{name}"]["reference"] for i in range(3)]
+             for name in ("result", "start")]  # fmt: skip
+    lead = document["score"] - scores["final/1/start"]["reference"]
+    # Leads over the start on the same seeds, before and after.
+    expected = lead - sum(a - b for a, b in zip(*fresh, strict=True)) / 3
+    assert document["optimism"] == pytest.approx(expected)
+    assert document["fresh_score"] == pytest.approx(sum(fresh[0]) / 3)
+
+
+def test_optimism_is_told_from_chance() -> None:
+    # Leads of -1, -2, -3 on fresh seeds: mean -2, standard deviation 1. On those of the choice -5.
+    found = Optimism.of(-5.0, [4.0, 4.0, 4.0], [5.0, 6.0, 7.0])
+    assert (found.fresh_score, found.mean) == (4.0, -3.0)
+    # A single lead among these: t_2 (4.3027) times sqrt(1 + 1/3).
+    half = 4.302652729749464 * math.sqrt(4 / 3)
+    assert (found.low, found.high) == pytest.approx((-3 - half, -3 + half))
+    # What moves both scores of a set of seeds is no optimism.
+    moved = Optimism.of(-5.0, [14.0, 4.0, -6.0], [15.0, 6.0, -3.0])
+    assert (moved.mean, moved.low) == pytest.approx((found.mean, found.low))
+
+
+def test_the_start_cannot_flatter_itself() -> None:
+    start = torch.zeros(1, 2)
+    winner = run_tournament("final", {"mean": start}, (), Scores({}))  # type: ignore[arg-type]
+    assert look_again(winner, start + 1, start, Scores({})) is None  # type: ignore[arg-type]
+    chosen = dataclasses.replace(winner, score=1.0, images_each=10)
+    assert look_again(chosen, start, start, Scores({})) is None  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------- the incumbents
@@ -171,17 +209,43 @@ def test_the_start_is_found_and_the_result_chosen(
 
 def test_incumbents_compare_across_pools() -> None:
     # A tenth of a pool of distance 5 replaced: R = -4.9 tells of a candidate of 4, to first order.
-    kept = BestSoFar.empty(1, 2)
-    thetas = torch.tensor([[1.0], [2.0], [3.0]], dtype=F64)
-    kept = kept.with_round(thetas, torch.tensor([-4.9, math.nan, -5.1], dtype=F64), 5.0, 0.1)
-    assert kept.thetas.flatten().tolist() == [1.0, 3.0]
-    torch.testing.assert_close(kept.scores, torch.tensor([-4.0, -6.0], dtype=F64))
+    rewards = column(-4.9, math.nan, -5.1)
+    scores = candidate_scores(rewards, 5.0, 0.1, relative=False)
+    torch.testing.assert_close(scores, column(-4.0, math.nan, -6.0), equal_nan=True)
     # In a better pool -3.05 is a candidate of 3.5, which beats both; -3.2 is one of 5.
-    kept = kept.with_round(thetas[1:], torch.tensor([-3.2, -3.05], dtype=F64), 3.0, 0.1)
-    torch.testing.assert_close(kept.scores, torch.tensor([-3.5, -4.0], dtype=F64))
-    assert kept.thetas.flatten().tolist() == [3.0, 1.0]
-    # Without a pool a reward is the score.
-    own = BestSoFar.empty(1, 2).with_round(thetas[:1], torch.tensor([-7.0]).double(), None, 1.0)
-    assert own.scores.tolist() == [-7.0]
-    same = own.restored(kept.state_dict())
-    assert torch.equal(same.thetas, kept.thetas)
+    better = candidate_scores(column(-3.2, -3.05), 3.0, 0.1, relative=False)
+    torch.testing.assert_close(better, column(-5.0, -3.5))
+    # Without a pool a reward is the score, and alone in its round it stays so.
+    for relative in (False, True):
+        assert candidate_scores(column(-7), None, 1.0, relative=relative).tolist() == [-7.0]
+
+
+def test_a_lucky_round_makes_no_incumbents() -> None:
+    # The seeds of one round moved all of its rewards by 10: within it, the third is the best by
+    # (4.8 - 4) / 0.1 = 8, which no shift of the round changes.
+    rewards = column(-6, math.nan, -2, -4)
+    plain = candidate_scores(rewards, 5.0, 0.25, relative=True)
+    torch.testing.assert_close(plain, column(-8, math.nan, 8, 0), equal_nan=True)
+    lucky = candidate_scores(rewards + 10, 5.0, 0.25, relative=True)
+    torch.testing.assert_close(lucky, plain, equal_nan=True)
+
+
+def test_incumbents_are_the_best_of_late_rounds() -> None:
+    thetas = column(1, 2, 3)[:, None]
+    early = BestSoFar.empty(1, 2).with_round(thetas, column(9, math.nan, 8), late=False)
+    assert early.thetas.flatten().tolist() == [1.0, 3.0]
+    # Drawn about an early mean and widely: whatever they scored, a late candidate is ahead.
+    late = early.with_round(thetas[1:2], column(-5), late=True)
+    assert late.thetas.flatten().tolist() == [2.0, 1.0]
+    late = late.with_round(thetas[2:] + 1, column(-4), late=True)
+    assert late.thetas.flatten().tolist() == [4.0, 2.0]
+    assert late.scores.tolist() == [-4.0, -5.0]
+    same = early.restored(late.state_dict())
+    assert torch.equal(same.thetas, late.thetas)
+    assert same.late.tolist() == [True, True]
+
+
+def test_a_saved_state_without_rounds_holds_early_incumbents() -> None:
+    kept = BestSoFar.empty(1, 2).with_round(column(1)[:, None], column(9), late=True)
+    before = {k: v for k, v in kept.state_dict().items() if k != "incumbents.late"}
+    assert kept.restored(before).late.tolist() == [False]

@@ -77,10 +77,12 @@ def test_the_stages_are_those_of_the_search(
     assert by_name["best single"] == 4 * 10
     assert by_name["comparison"] == 4 * 3 * 20
     # A gap never opens with these settings, so that nothing is renewed twice. Finalists are
-    # start, policy mean, running average and an incumbent, and the winner is scored once more.
+    # start, policy mean, running average and an incumbent. Result and start are then looked at on
+    # three more sets of seeds, and the start on those of the last round.
     searched = by_name["start"] + by_name["pool"] + by_name["candidates"] + by_name["refresh"]
     assert searched == found.images - found.choice.images
-    assert by_name["finalists"] == found.choice.images + found.choice.images_each
+    assert by_name["finalists"] == found.choice.images
+    assert by_name["optimism"] == 7 * found.choice.images_each
 
 
 @pytest.mark.usefixtures("quick")

@@ -151,7 +151,13 @@ def test_a_search_in_sentences(finished: OptimizeResult) -> None:
         f"(FID {start['score']:.3f} at N = {start['images_each']})"
     )
     assert f"chose {final['chosen']} of 4 finalists" in chose
-    assert f"optimism {final['score'] - final['fresh_score']:+.3f}" in chose
+    if final["chosen"] == "start":
+        assert final["optimism"] is None
+        assert "optimism" not in chose
+    else:
+        low, high = final["optimism_interval"]
+        assert low < final["optimism"] < high
+        assert f"optimism {final['optimism']:+.3f} [{low:+.3f}, {high:+.3f}]" in chose
     images = found["images"]
     assert sum(images.values()) == found["search_images"] == finished.images
     assert images["final"] == sum(
