@@ -151,7 +151,8 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
     # Li et al., 2026 (arXiv:2607.02291), sections 4.1 and 4.3: EMANet from the newest checkpoint,
     # one free coefficient a checkpoint, std fixed to 1, the best quarter of the candidates, ratio
     # clip 1e-4, the whole pool renewed every 10 rounds, the last policy mean reported. What a unit
-    # of theta is worth, the population and Adam's step the paper does not say.
+    # of theta is worth, the population and Adam's step the paper does not say. Rollouts are used
+    # once, so that ratios are 1 and the clip changes nothing: it would with `search.epochs` of 2.
     "paper": {
         "merge": {"map": "free", "start": "newest", "scale": 0.02, "grouping": "one"},
         "search": {

@@ -122,7 +122,9 @@ class SearchConfig:
         choices=("batch", "rank"),
     )  # fmt: skip
     top_fraction: float = setting(1.0, "Kept for the update, by advantage.", SEARCH)
-    clip: float = setting(0.2, "Of the ratio of probabilities.", SEARCH)
+    clip: float = setting(
+        0.2, "adam: of the ratio of probabilities, which is 1 in the first of the epochs.", SEARCH
+    )
     epochs: int = setting(1, "adam: updates from one batch.", SEARCH)
     # 0 leaves out the one or the other.
     start_share: float = setting(0.08, "Share of the budget to find the start (auto).", SEARCH)

@@ -60,7 +60,16 @@ class UpdateConfig:
         0.25, "Of all rollouts, kept for the update, by advantage.", LEARN, "--top-fraction"
     )
     epochs: int = setting(1, "Updates from one batch of rollouts.", LEARN, "--epochs")
-    clip: float = setting(0.2, "Of the ratio of a step's probabilities.", LEARN, "--clip")
+    clip: float = setting(
+        0.2, "Of the ratio of a step's probabilities, which is 1 in the first of the epochs.",
+        LEARN, "--clip",
+    )  # fmt: skip
+    still_steps: bool = setting(
+        True,
+        "pg: follow the reward's gradient through steps that draw nothing, the last one and those "
+        "outside of a window.",
+        LEARN,
+    )  # fmt: skip
     # Ratios of D values each: the D-th root, the scale that published clips of 1e-4 belong to.
     per_dimension: bool = setting(
         False, "Ratios of one of the D values, the D-th root of those of all of them.", LEARN

@@ -7,6 +7,8 @@ the network's activations of that step alone, so that memory does not grow with 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,6 +95,52 @@ def replay(sde: SDE, noise: Tensor, draw: NoiseSource) -> list[Action]:
                 actions.append(Action(number, x, step.drawn, step.log_prob))
             x = step.x_next
     return actions
+
+
+Passing = Callable[..., AbstractContextManager[None]]
+"""passing(last=...) is around every forward and backward pass; `last` tells the last of all."""
+
+
+@dataclass(frozen=True, eq=False)
+class StillSteps:
+    """Steps of a rollout that draw nothing, one after the other: a function of where they begin.
+
+    Its derivative is taken step by step, in the memory of one of them.
+    """
+
+    sde: SDE
+    steps: range
+    states: list[Tensor]  # where each step begins, and the end of the last one
+
+    @classmethod
+    def through(cls, sde: SDE, first: int, stop: int, x: Tensor) -> StillSteps:
+        """Steps first..stop-1 from x (B, ...) on; `sde.num_noisy` is the number of the last one."""
+        states = [x]
+        with torch.no_grad():
+            for index in range(first, stop):
+                states.append(still_step(sde, index, states[-1]))
+        return cls(sde, range(first, stop), states)
+
+    @property
+    def end(self) -> Tensor:
+        """The state after all of them, (B, ...)."""
+        return self.states[-1]
+
+    def pull(self, cotangent: Tensor, passing: Passing, *, last: bool = False) -> Tensor:
+        """Add the gradient of <end, cotangent> to the weights'; that of the first state."""
+        for index, x in zip(reversed(self.steps), reversed(self.states[:-1]), strict=True):
+            start = x.detach().requires_grad_(True)
+            with passing(last=last and index == self.steps[0]):
+                still_step(self.sde, index, start).backward(cotangent)  # type: ignore[no-untyped-call]
+            cotangent = torch.zeros_like(x) if start.grad is None else start.grad
+        return cotangent
+
+
+def still_step(sde: SDE, index: int, x: Tensor) -> Tensor:
+    """The end of a step that adds no noise, from x (B, ...); differentiable in the weights."""
+    if index == sde.num_noisy:
+        return sde.last(x)
+    return sde.advance(index, sde.gaussian(index, x).mean)
 
 
 class StepLoss(NamedTuple):

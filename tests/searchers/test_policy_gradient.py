@@ -53,6 +53,15 @@ def test_proposals_are_antithetic_about_the_mean() -> None:
     assert not torch.allclose(plain[0], -plain[1])
 
 
+def test_a_clip_needs_several_epochs() -> None:
+    # In the first epoch the policy is the one that drew, and every ratio is 1.
+    def means(clip: float, epochs: int) -> Tensor:
+        return search(build(clip=clip, epochs=epochs, learning_rate=0.3), 5).mean
+
+    assert torch.equal(means(1e-4, 1), means(1e9, 1))
+    assert not torch.equal(means(1e-4, 3), means(1e9, 3))
+
+
 def test_proposals_have_the_configured_spread() -> None:
     # 1,000 pairs in 4 dimensions: relative standard error of the mean square 2.2 %.
     thetas = build(population=2000, std=0.3).ask()

@@ -113,7 +113,10 @@ def parameters_of(own: Iterable[Parameter], offer: Offer) -> Iterator[Parameter]
         file = typer.Option("--config", help="YAML file of settings; options override it.")
         yield _keyword(FILE, Annotated[Path | None, file], None)
         if offer.presets:
-            known = f"Settings by name, under all others: {', '.join(PRESETS)}."
+            known = (
+                f"Settings by name, under all others: {', '.join(PRESETS)} (as published; it can "
+                "end worse than its start)."
+            )
             yield _keyword(
                 PRESET, Annotated[str | None, typer.Option("--preset", help=known)], None
             )

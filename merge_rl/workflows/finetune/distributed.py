@@ -23,17 +23,12 @@ from merge_rl.rng import image_seeds
 from merge_rl.storage.runs import StopSignals
 from merge_rl.workflows.assembly import load_network, memory_advice
 from merge_rl.workflows.finetune.job import FinetuneJob
+from merge_rl.workflows.finetune.kept import KeptRollouts, ProcessShare, read_kept, write_kept
 from merge_rl.workflows.finetune.learner import Learner
 from merge_rl.workflows.finetune.rollout import PolicyRollout
 from merge_rl.workflows.finetune.sharded import ShardedLearner, is_broken_link, replicated
 from merge_rl.workflows.finetune.step import StepParts
-from merge_rl.workflows.finetune.updates import (
-    KeptRollouts,
-    ProcessShare,
-    UpdateStats,
-    read_kept,
-    write_kept,
-)
+from merge_rl.workflows.finetune.updates import UpdateStats
 from merge_rl.workflows.rollout import Rollout
 
 
@@ -92,7 +87,10 @@ class DistributedStep(StepParts):
         asked: dict[str, Any] = {"epoch": epoch, "window": self.job.rollout.window}
         if epoch == 0:
             asked["kept"] = write_kept(kept)
+            asked["pull"] = None if kept.pull is None else kept.pull.shape[1]
         with self._joined("gradients", may_stop=epoch == 0, **asked):
+            if epoch == 0 and kept.pull is not None:
+                dist.broadcast(kept.pull, 0)
             self._may_leave(epoch)
             return super().gradients(kept, epoch)
 
@@ -165,7 +163,10 @@ class DistributedStep(StepParts):
                 rules=self.config.rules,
             )  # fmt: skip
             noise = rollout.noise([seeds[row] for row in asked["kept"]["rows"]])
-            self._kept = read_kept(asked["kept"], noise)
+            pull = None if asked["pull"] is None else torch.empty(len(noise), asked["pull"])
+            if pull is not None:
+                dist.broadcast(pull, 0)
+            self._kept = read_kept(asked["kept"], noise, pull)
         if self._kept is None:  # pragma: no cover (the first epoch has brought them)
             raise RuntimeError("no rollouts to learn from")
         self._may_leave(asked["epoch"])

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from merge_rl import registry
-from merge_rl.config import FinetuneConfig, OptimizeConfig, RewardConfig
+from merge_rl.config import FIRST_RULES, FinetuneConfig, OptimizeConfig, RewardConfig
 from merge_rl.core.sampling.compatibility import require_reward_solver
 from merge_rl.errors import ConfigError
 from merge_rl.models import add_adapters
@@ -29,8 +29,8 @@ from merge_rl.workflows.assembly import (
 from merge_rl.workflows.finetune.learner import trainable
 from merge_rl.workflows.finetune.rollout import PolicyRollout
 from merge_rl.workflows.reference import Reference
-from merge_rl.workflows.rewards import RewardSum
-from merge_rl.workflows.rollout import Rollout
+from merge_rl.workflows.rewards import RewardSum, require_gradient
+from merge_rl.workflows.rollout import Rollout, require_derivative
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,7 @@ class FinetuneJob:
     scored: Rollout  # of the network, to those of the own extractor, which curves are scored by
     origin: Origin
     hashes: Mapping[str, Any]
+    follows_still: bool = False  # the reward's gradient goes through steps that draw nothing
 
     @property
     def network(self) -> nn.Module:
@@ -104,15 +105,33 @@ def build_finetune(
         )  # fmt: skip
     elif hasattr(network, "normalize_weights"):
         network.normalize_weights()  # type: ignore[operator]
+    rollout = parts.rollout(PolicyRollout)
     return FinetuneJob(
         config=config,
         parts=parts,
         reference=reference,
-        rollout=parts.rollout(PolicyRollout),
+        rollout=rollout,
         scored=parts.rollout(Rollout, own=True),
         origin=find_origin(config.model),
         hashes={"model": model_sha256(config.model), **parts.hashes()},
+        follows_still=_follows_still(config, parts, rollout, announce),
     )
+
+
+def _follows_still(
+    config: FinetuneConfig, parts: Parts, rollout: PolicyRollout, announce: Announce
+) -> bool:
+    """Whether steps that draw nothing are learnt from; why not is said."""
+    if config.algorithm != "pg" or not config.update.still_steps or config.rules == FIRST_RULES:
+        return False
+    try:
+        require_gradient(parts.reward.reward, "their gradient")
+        require_derivative(rollout)
+    except ConfigError as error:
+        why = str(error).partition(";")[0]
+        announce(f"steps that draw nothing, the last one among them, are not learnt from: {why}")
+        return False
+    return True
 
 
 def influence_name(reward: RewardConfig) -> str:

@@ -15,10 +15,11 @@ from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.errors import NonFiniteWeightsError
 from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.workflows.finetune.job import FinetuneJob
+from merge_rl.workflows.finetune.kept import KeptRollouts
 from merge_rl.workflows.finetune.learner import Learner, LoopState
 from merge_rl.workflows.finetune.rollout import Window
-from merge_rl.workflows.finetune.updates import KeptRollouts, PolicyGradient, RejectionSampling
-from merge_rl.workflows.rewards import InfluenceFrechet, Pool, RewardSum
+from merge_rl.workflows.finetune.updates import PolicyGradient, RejectionSampling
+from merge_rl.workflows.rewards import InfluenceFrechet, Pool, RewardGradient, RewardSum
 from merge_rl.workflows.rollout import Rollout, matmul_precision
 
 
@@ -94,8 +95,16 @@ class StepParts:
         )  # fmt: skip
         chosen = credit.kept.nonzero()[:, 0]
         noise = self.job.rollout.noise([seeds[i] for i in chosen.tolist()])
-        kept = KeptRollouts(noise, labels[chosen], credit.advantages[chosen], chosen, step)
+        pull = self._pull(pool, features.flatten(0, 1)[chosen], credit.slope)
+        kept = KeptRollouts(noise, labels[chosen], credit.advantages[chosen], chosen, step, pull)
         return credit, kept
+
+    def _pull(self, pool: Pool, features: Tensor, slope: float) -> Tensor | None:
+        """Derivatives of advantages by features (M, D); None where they are not followed."""
+        if not self.job.follows_still:
+            return None
+        towards = RewardGradient(self.job.reward, pool).cotangents(features)
+        return towards.float() * (slope * len(features))
 
     def gradients(self, kept: KeptRollouts, epoch: int) -> dict[str, float]:
         """Gradients of the loss in the learner; what was seen, nothing if it is not finite."""
@@ -154,6 +163,7 @@ class Credit:
     rewards: Tensor
     advantages: Tensor
     kept: Tensor
+    slope: float  # derivative of an image's advantage by N times what it adds to the distance
 
     @property
     def finite(self) -> bool:
@@ -178,11 +188,22 @@ def assign_credit(
         rewards = reward.rewards(pool, [(rows, features)])
         advantages = batch_advantages(rewards)
         kept = keep_top_fraction(advantages, fraction)
-        return Credit(rewards, advantages.repeat_interleave(size), kept.repeat_interleave(size))
+        slope = -_per_spread(rewards, advantages) / len(pool)
+        advantages, kept = (x.repeat_interleave(size) for x in (advantages, kept))
+        return Credit(rewards, advantages, kept, slope)
     values = image_rewards(reward, pool, rows, features)
-    advantages = batch_advantages((values - values.mean(0)).flatten())
+    centred = (values - values.mean(0)).flatten()
+    advantages = batch_advantages(centred)
     kept = keep_top_fraction(advantages, fraction)
-    return Credit(values.mean(1), advantages, kept)
+    slope = -_per_spread(centred, advantages) * size / len(pool)
+    return Credit(values.mean(1), advantages, kept, slope)
+
+
+def _per_spread(rewards: Tensor, advantages: Tensor) -> float:
+    """1 / standard deviation of the rewards; 0 where they have none that counts."""
+    if not bool((advantages != 0).any()):
+        return 0.0
+    return 1 / float((rewards - rewards.mean()).square().mean().sqrt())
 
 
 def image_rewards(reward: RewardSum, pool: Pool, rows: Tensor, features: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from merge_rl.core.sampling.compatibility import VELOCITY, prediction_of
 from merge_rl.core.sampling.paths import make_path
 from merge_rl.core.step_policy import (
     Action,
+    StillSteps,
     denoising_loss,
     log_normal_levels,
     step_loss,
@@ -23,37 +24,14 @@ from merge_rl.core.step_policy import (
 )
 from merge_rl.interfaces import Denoiser
 from merge_rl.rng import stream
+from merge_rl.workflows.finetune.kept import KeptRollouts, ProcessShare
 from merge_rl.workflows.finetune.learner import Learner
 from merge_rl.workflows.finetune.rollout import PolicyRollout
-from merge_rl.workflows.rollout import prepare_network
+from merge_rl.workflows.rollout import exact_products, prepare_network, pull_back
 
 
 def _alone(watched: UpdateStats) -> dict[str, float]:
     return watched.means()
-
-
-@dataclass(frozen=True)
-class ProcessShare:
-    """What one of `size` processes has of an update's rollouts: about as many as any other.
-
-    Every process passes through equally many micro-batches, as exchanges of gradients need: one
-    that has fewer passes through a rollout that weighs nothing.
-    """
-
-    rank: int = 0
-    size: int = 1
-
-    def parts(self, kept: KeptRollouts, limit: int) -> list[tuple[KeptRollouts, int]]:
-        """Micro-batches of at most `limit` rollouts, with how many each counts for.
-
-        For `size` times its own, or for none: the mean over processes of sums is then the sum.
-        """
-        total = len(kept)
-        bounds = [total * rank // self.size for rank in range(self.size + 1)]
-        own = kept.rows_of(bounds[self.rank], bounds[self.rank + 1])
-        parts = [(part, self.size * len(part)) for part in own.parts(limit)]
-        slots = max(-(-(stop - start) // limit) for start, stop in pairwise(bounds))
-        return parts + [(kept.rows_of(0, 1), 0)] * (slots - len(parts))
 
 
 class Update:
@@ -66,6 +44,11 @@ class Update:
 
 class PolicyGradient(Update):
     """Clipped policy gradient over the noisy steps of rollouts.
+
+    Steps that draw nothing (the last one, and those outside of a window) have no density, but what
+    they do to the reward depends on the weights all the same. Where the kept rollouts say how the
+    reward depends on an image, its derivative goes back through the steps after the last draw, and
+    that of a draw's density through those before it: together they are the gradient of the reward.
 
     Gradients are taken step by step: one step's activations are held at a time. With one epoch
     a micro-batch's rollout is gone through again when its turn comes, so that no more than its
@@ -97,20 +80,58 @@ class PolicyGradient(Update):
         for i, (part, count) in enumerate(parts):
             stored = self._stored[i] if self._stored else None
             actions = stored or self.rollout.replay(part.noise, part.labels)
+            share, end = count / (len(kept) * len(actions)), i + 1 == len(parts)
             for j, action in enumerate(actions):
-                self.between()
-                last = i + 1 == len(parts) and j + 1 == len(actions)
-                with self.learner.passing(last=last):
-                    share = count / (len(kept) * len(actions))
-                    self._step(part, action, share, watched)
+                last = end and j + 1 == len(actions) and part.pull is None
+                before = self._still(part, actions[j - 1] if j else None, action.step)
+                with self._pass(last=last):
+                    pull = self._step(part, action, share, watched, before)
+                if before is not None and len(before.steps):
+                    before.pull(pull, self._pass)
+            if part.pull is not None:
+                self._tail(part, actions[-1], share, end=end)
         return self.means(watched)
 
-    def _step(self, part: KeptRollouts, action: Action, share: float, watched: UpdateStats) -> None:
+    @contextmanager
+    def _pass(self, *, last: bool) -> Iterator[None]:
+        self.between()
+        with self.learner.passing(last=last):
+            yield
+
+    def _still(self, part: KeptRollouts, after: Action | None, stop: int) -> StillSteps | None:
+        """The steps that draw nothing from an action, or the start, on; None if left out."""
+        if part.pull is None:
+            return None
+        sde, device = self.rollout.sde(part.labels, self.policy), self.rollout.device
+        if after is None:
+            return StillSteps.through(sde, 0, stop, sde.start(part.noise.to(device)))
+        x = sde.advance(after.step, after.drawn.to(device))
+        return StillSteps.through(sde, after.step + 1, stop, x)
+
+    def _tail(self, part: KeptRollouts, action: Action, share: float, *, end: bool) -> None:
+        """The gradient of the advantage through the steps after the last draw."""
+        steps = self._still(part, action, self.rollout.sde(part.labels).num_noisy + 1)
+        if steps is None or part.pull is None:  # pragma: no cover (the caller has seen to it)
+            raise RuntimeError("no gradient of the reward")
+        with exact_products():
+            pulled = pull_back(self.rollout, steps.end, part.pull.to(self.rollout.device))
+        size = steps.end[0].numel() if self.settings.per_dimension else 1
+        steps.pull(pulled * (-share / (len(part) * size)), self._pass, last=end)
+
+    def _step(
+        self, part: KeptRollouts, action: Action, share: float, watched: UpdateStats,
+        before: StillSteps | None,
+    ) -> Tensor:  # fmt: skip
+        """The gradients of one noisy step's loss; that of the state it begins at, as returned."""
         settings, device = self.settings, self.rollout.device
         anchor = self.rollout.sde(part.labels, self.reference) if self.reference else None
+        action = _moved(action, device)
+        if before is not None and len(before.steps):
+            # Where the weights of now lead, which several epochs have moved since the draw.
+            action = action._replace(x=before.end.detach().requires_grad_(True))
         found = step_loss(
             self.rollout.sde(part.labels, self.policy),
-            _moved(action, device),
+            action,
             part.advantages.to(device),
             clip=settings.clip,
             per_dimension=settings.per_dimension,
@@ -123,6 +144,7 @@ class PolicyGradient(Update):
             len(part) if share else 0, loss=float(found.loss.detach()), ratio_mean=found.ratio,
             clip_fraction=found.clipped, approx_kl=found.old_kl, **extra,
         )  # fmt: skip
+        return torch.zeros_like(action.x) if action.x.grad is None else action.x.grad
 
 
 class RejectionSampling(Update):
@@ -202,51 +224,6 @@ def _draws(
 def _moved(action: Action, device: str | torch.device) -> Action:
     return Action(
         action.step, action.x.to(device), action.drawn.to(device), action.log_prob.to(device)
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class KeptRollouts:
-    """Rollouts that an update learns from."""
-
-    noise: Tensor  # (M, C, h, w)
-    labels: Tensor  # (M,)
-    advantages: Tensor  # (M,)
-    rows: Tensor  # (M,) int64, their places among all rollouts of the step
-    step: int
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def rows_of(self, start: int, stop: int) -> KeptRollouts:
-        """Those at start..stop-1."""
-        part = slice(start, stop)
-        return KeptRollouts(
-            self.noise[part], self.labels[part], self.advantages[part], self.rows[part], self.step
-        )
-
-    def parts(self, size: int) -> Iterator[KeptRollouts]:
-        """Micro-batches."""
-        for start in range(0, len(self), size):
-            yield self.rows_of(start, start + size)
-
-
-def write_kept(kept: KeptRollouts) -> dict[str, Any]:
-    """All but the noise as plain data."""
-    return {
-        "labels": kept.labels.tolist(), "advantages": kept.advantages.double().tolist(),
-        "rows": kept.rows.tolist(), "step": kept.step,
-    }  # fmt: skip
-
-
-def read_kept(document: Mapping[str, Any], noise: Tensor) -> KeptRollouts:
-    """What `write_kept` wrote; numbers are the same to the last bit."""
-    return KeptRollouts(
-        noise,
-        torch.tensor(document["labels"], dtype=torch.int64),
-        torch.tensor(document["advantages"], dtype=torch.float64),
-        torch.tensor(document["rows"], dtype=torch.int64),
-        document["step"],
     )
 
 

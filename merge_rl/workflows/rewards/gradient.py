@@ -129,11 +129,11 @@ def surprise_of(influences: Tensor, bias: float) -> Surprise:
     return Surprise(mean, (mean + 2 * bias) / error if error > 0 else 0.0)
 
 
-def require_gradient(reward: RewardSum) -> None:
+def require_gradient(reward: RewardSum, who: str = "the searcher pathwise") -> None:
     """Raise ConfigError for a term without a derivative, by its name."""
     for term in reward.terms:
         if not isinstance(term.reward, Differentiable):
             raise ConfigError(
-                f"the searcher pathwise needs rewards with a derivative, got {term.name!r}; "
+                f"{who} needs rewards with a derivative, got {term.name!r}; "
                 "expected fid-subset, kid-subset or mmd-subset, or the searcher auto"
             )

@@ -1,6 +1,6 @@
 """Weights to images to features: placement, execution, the same work on several processes."""
 
-from merge_rl.workflows.rollout.derivatives import Room
+from merge_rl.workflows.rollout.derivatives import Room, pull_back, require_derivative
 from merge_rl.workflows.rollout.device import (
     choose_place,
     cpu_workers,
@@ -64,7 +64,9 @@ __all__ = [
     "own_device",
     "place_weights",
     "prepare_network",
+    "pull_back",
     "require_agreement",
+    "require_derivative",
     "require_device",
     "require_same_everywhere",
     "unused_gpu",

@@ -21,10 +21,10 @@ from merge_rl.workflows.assembly.meaning import load_model
 from merge_rl.workflows.assembly.resolve import resolve_finetune
 from merge_rl.workflows.finetune.distributed import DistributedStep
 from merge_rl.workflows.finetune.job import build_finetune
+from merge_rl.workflows.finetune.kept import KeptRollouts
 from merge_rl.workflows.finetune.learner import Learner, trainable
 from merge_rl.workflows.finetune.sharded import process_group
 from merge_rl.workflows.finetune.step import StepParts
-from merge_rl.workflows.finetune.updates import KeptRollouts
 from tests.children import Child, launch_ranks
 from tests.gradients import (
     BATCH,

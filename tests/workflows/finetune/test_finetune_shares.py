@@ -18,14 +18,9 @@ from merge_rl.parallel.rendezvous import Place
 from merge_rl.storage.runs.lifecycle import StopSignals, begin_finetune
 from merge_rl.workflows.assembly.memory import training_bytes
 from merge_rl.workflows.finetune import run as finetune
+from merge_rl.workflows.finetune.kept import KeptRollouts, ProcessShare, read_kept, write_kept
 from merge_rl.workflows.finetune.learner import Learner
-from merge_rl.workflows.finetune.updates import (
-    KeptRollouts,
-    ProcessShare,
-    UpdateStats,
-    read_kept,
-    write_kept,
-)
+from merge_rl.workflows.finetune.updates import UpdateStats
 from merge_rl.workflows.rollout.distributed import require_same_everywhere
 from tests.finetuning import small_config
 from tests.ranks import on_ranks
