@@ -110,7 +110,7 @@ class FinetuneConfig:
         "events.jsonl is always there.",
         RUN, "--log-to",
     )  # fmt: skip
-    rules: int = RULES
+    rules: int = setting(RULES, "Of the release that a run began with, which it goes on by.", RUN)
     sampler: SamplerConfig | None = None
     reward: RewardConfig = PAPER_REWARD
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

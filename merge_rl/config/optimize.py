@@ -122,7 +122,9 @@ class OptimizeConfig:
     licence: str | None = setting(
         None, "Of the merge.", SCORES, "--license", unset="the checkpoints'"
     )
-    rules: int = RULES
+    rules: int = setting(
+        RULES, "Of the release that a run began with, which it goes on by.", SEARCH
+    )
     sampler: SamplerConfig | None = None
     merge: MergeConfig = field(default_factory=MergeConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -70,8 +70,7 @@ class SearchLoop:
             begun = self._restore()
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__} {error}".split())
-            path = self.run_dir.state_path
-            raise RunError(f"{path}: damaged resume point: {reason}") from None
+            raise RunError(f"{self.run_dir.state_path}: damaged resume point: {reason}") from None
         self.tracker.advance(self.images)
         if not begun:
             self._require_round()
@@ -219,8 +218,7 @@ class SearchLoop:
         """Replace the `count` oldest rows; the pool's distance after it, None if not finite."""
         rows = (torch.arange(count) + self.cursor) % len(self._pool)
         labels = self._pool.labels[rows]
-        names = ("refresh", self.round_index, part)
-        features = self._generate(self.searcher.mean, labels, *names)
+        features = self._generate(self.searcher.mean, labels, "refresh", self.round_index, part)
         if not bool(features.isfinite().all()):
             return None
         self.cursor = (self.cursor + count) % len(self._pool)

@@ -267,8 +267,9 @@ def test_losses_go_through_the_wrapped_network(small: Path, tmp_path: Path) -> N
     config = small_config(small, steps=2)
     plain = mrl.finetune(small, out=tmp_path / "plain", config=config)
     result = mrl.finetune(small, out=tmp_path / "run", config=config, wrap=wrap)
-    # Two steps, two noisy steps of the SDE, 4 kept images in micro-batches of 3.
-    assert wrapped[0].calls == 2 * 2 * 2
+    # Two steps, 4 kept images in micro-batches of 3: two noisy steps of the SDE, and the last one
+    # without gradients and with them.
+    assert wrapped[0].calls == 2 * 2 * (2 + 2)
     found, expected = weights_of(result.model_path), weights_of(plain.model_path)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
