@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from merge_rl.config import PATH_NAMES
 from merge_rl.core.sampling.paths import VP
+from merge_rl.core.sampling.steps import StepLevels
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Network
 
@@ -71,7 +72,7 @@ class Statement:
         if self.time == "sigma":
             return sigma
         if self.betas is not None:
-            return _step_of(self.betas, sigma)
+            return _levels(self.betas).step_of(sigma)
         t = _TIMES_OF[str(self.path)](sigma)
         return t if self.time == "up" else 1 - t
 
@@ -125,7 +126,8 @@ def describe(
         null_label: the class id that means no class.
 
     Networks over noise levels, and all that predict the clean sample or the noise, are sampled over
-    noise levels as EDM's are; velocities along their path. Raises ConfigError for what is no
+    noise levels as EDM's are, those of betas at the levels of their steps (Euler's step is DDIM's);
+    velocities along their path. Raises ConfigError for what is no
     statement.
     """
     steps = None if betas is None else tuple(torch.as_tensor(betas, dtype=torch.float64).tolist())
@@ -193,6 +195,12 @@ class StatedNetwork(Network):
         return self.statement.path if self.statement.family == "velocity" else None
 
     @property
+    def noise_levels(self) -> Callable[..., Tensor] | None:
+        """(num_steps, dtype) -> the levels of its own steps, where it was trained on such."""
+        betas = self.statement.betas
+        return None if betas is None else _levels(betas).ladder
+
+    @property
     def label_dim(self) -> int:
         """Number of classes."""
         return self.statement.label_dim
@@ -254,18 +262,8 @@ _TIMES_OF: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 
 
 @functools.lru_cache(maxsize=8)
-def _log_levels(betas: tuple[float, ...], device: torch.device) -> Tensor:
-    """log sigma of every step, rising: sigma^2 = (1 - A) / A with A the product of all 1 - beta."""
-    kept = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
-    return (((1 - kept) / kept).log() / 2).float().to(device)
-
-
-def _step_of(betas: tuple[float, ...], sigma: Tensor) -> Tensor:
-    """The step of a noise level, between steps linear in log sigma; at the ends the first, last."""
-    levels, wanted = _log_levels(betas, sigma.device), sigma.log()
-    above = torch.searchsorted(levels, wanted.contiguous()).clamp(1, len(levels) - 1)
-    low, high = levels[above - 1], levels[above]
-    return (above - 1 + (wanted - low) / (high - low)).clamp(0, len(levels) - 1)
+def _levels(betas: tuple[float, ...]) -> StepLevels:
+    return StepLevels(torch.tensor(betas, dtype=torch.float64, device="cpu"))
 
 
 def _expected(what: str, known: Sequence[str], found: object) -> str:
