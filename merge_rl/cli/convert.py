@@ -53,9 +53,20 @@ def convert(
     if len(paths) < 2:
         raise ConfigError("expected what to convert and the folder to write to: SRC... DIR")
     *sources, folder = paths
+    for source in sources:
+        require_convertible(source)
     with ByteTracker(quiet=json) as tracker:
         result = run_convert(sources, folder, config=config, tracker=tracker)
     _show(result, json=json)
+
+
+def require_convertible(source: Path) -> None:
+    """Raise ConfigError for a run, whose weights need no conversion."""
+    from merge_rl.storage.runs import folder_kind
+
+    kind = folder_kind(source) if source.is_dir() else "file"
+    if kind in ("run", "fine-tuning run", "comparison"):
+        raise ConfigError(f"{source}: a {kind}, whose weights are .safetensors: nothing to convert")
 
 
 def _show(result: ConvertResult, *, json: bool) -> None:

@@ -25,7 +25,7 @@ from merge_rl.version import __version__
 app = typer.Typer(
     name="mergerl",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

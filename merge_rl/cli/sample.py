@@ -156,7 +156,9 @@ def meant(model: Path, track: str | None = None) -> Path:
     """The model that a run, a set, a folder or a name of the Hub means, with a note of which."""
     from merge_rl.workflows.assembly import find_model
 
-    return find_model(str(model), track).told(note)
+    # Where the folder is there, a missing file in it is a slip, not a user of the Hub.
+    named = model if model.exists() or model.parent.exists() else str(model)
+    return find_model(named, track).told(note)
 
 
 def find_autoencoder(model: Path, network: nn.Module, config: GenerationConfig) -> Autoencoder:

@@ -84,11 +84,12 @@ def test_what_does_not_fit_is_told_before_anything_is_fetched(
     target = files["MODEL" if command in ("evaluate", "sample") else "SET"]
     for name in ("FEW", "WIDE"):
         options = [option.replace(name, str(files[name])) for option in options]
-    out = [] if command == "evaluate" else ["--out", tmp_path / "out"]
+    place = tmp_path / ("out.png" if command == "sample" else "out")
+    out = [] if command == "evaluate" else ["--out", place]
     ended = mergerl(command, target, *options, *out)
     assert ended.code == 1
     assert message in " ".join(ended.err.split())
-    assert not (tmp_path / "out").exists()
+    assert not place.exists()
 
 
 def test_a_name_is_told_before_a_model_is_fetched_from_the_hub(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import merge_rl as mrl
+from merge_rl.interfaces import NullTracker
 from merge_rl.storage.checkpoints import open_checkpoints, open_model_file
+from merge_rl.storage.files import write_png
 from tests.conftest import TinyConfig
 
 Mergerl = Callable[..., Any]
@@ -87,6 +89,34 @@ def test_a_run_is_no_set_but_names_its_own(run: Path, shared_tiny: Path, mergerl
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["merge", "tiny/evaluation", "m", "--uniform"], "a set of checkpoints, found 3 .saf"),
+        (["optimize", "pictures"], "expected a set of checkpoints, found images (1 .png)"),
+        (["optimize", "model"], "model: expected at least 2 checkpoints, got 1"),
+        (["sample", "tiny/evaluation/reference.safetensors"], "found statistics or features"),
+        (["report", "tiny"], "tiny: expected a run, found set ("),
+        (["resume", "cmp"], "cmp: a comparison goes on with the command that began it"),
+        (["convert", "run", "c"], "run: a run, whose weights are .safetensors: nothing to"),
+        (["inspect", "run/gone"], "run/gone: no such file or folder"),
+        (["evaluate", "cmp"], "cmp: expected a model, a set or a run, found a comparison"),
+    ],
+)
+def test_what_is_something_else_is_called_so(
+    arguments: list[str], sentence: str, tiny: Path, run: Path, mergerl: Mergerl
+) -> None:
+    shutil.copytree(run / "merged", "model")
+    Path("cmp").mkdir()
+    Path("cmp/settings.json").write_text("{}")
+    Path("pictures").mkdir()
+    write_png(Path("pictures/a.png"), torch.zeros(1, 8, 8, dtype=torch.uint8))
+    ended = mergerl(*arguments)
+    assert (ended.code, ended.out) == (1, "")
+    assert sentence in ended.err
+    assert ended.err.count("\n") == 1
+
+
 def test_a_checkpoint_of_a_set_is_published_with_a_card(tiny: Path, mergerl: Mergerl) -> None:
     pushed = mergerl("push", tiny, "user/repo", "--dry-run", "--json")
     newest = open_checkpoints(tiny).paths[-1]
@@ -106,3 +136,33 @@ def test_fetch_lists_the_catalogue(mergerl: Mergerl) -> None:
     ended = mergerl("fetch", "--list")
     assert (ended.code, ended.err) == (0, "")
     assert "edm2-img512-xs-raw" in ended.out
+
+
+def test_a_shell_completes_commands(mergerl: Mergerl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_MERGERL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "mergerl ins")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    ended = mergerl()
+    assert (ended.code, ended.out.split()) == (0, ["inspect"])
+
+
+def test_python_says_what_it_took(run: Path, shared_tiny: Path, tmp_path: Path) -> None:
+    heard = Notes()
+    mrl.evaluate(
+        run, reference=shared_tiny / "evaluation/reference.safetensors", num_images=4, repeats=2,
+        extractor="digits", extractor_weights=str(shared_tiny / "evaluation/extractor.safetensors"),
+        tracker=heard,
+    )  # fmt: skip
+    mrl.resume(run / "merged", tracker=heard)
+    assert f"{run}: took {run / 'merged'}, the result of the run" in heard.texts
+    assert f"{run / 'merged'}: took the run {run}" in heard.texts
+
+
+class Notes(NullTracker):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        self.texts += [event["text"]] if event.get("kind") == "note" else []

@@ -236,8 +236,8 @@ def test_settings_that_cannot_be_read(
         (["optimise", "tiny"], r"No such command 'optimise'\. Did you mean 'optimize'\?"),
         (["optimize"], r"Missing argument 'CKPTS'\. \(see .*optimize --help\)"),
         (["resume", "nowhere"], "nowhere: no such run directory"),
-        (["resume", "tiny"], r"tiny: not a run directory, config\.yaml is missing"),
-        (["inspect", "nowhere"], "nowhere: no such folder"),
+        (["resume", "tiny"], r"tiny: expected a run, found set \("),
+        (["inspect", "nowhere"], "nowhere: no such file or folder"),
         (["inspect", "empty"], r"empty: no \.safetensors files"),
         (["inspect", "tiny/checkpoints_manifest.yaml"], r"expected a \.safetensors file"),
         (["merge", "tiny", "tiny", "--uniform"], "tiny exists already; choose another folder"),
@@ -256,7 +256,7 @@ def test_settings_that_cannot_be_read(
         (["merge", "tiny", "out", "--uniform", "--base", "oldest"], "unknown checkpoint 'oldest'"),
         (["merge", "tiny", "out", "--uniform", "--dtype", "float8"], "one of float32, .* 'float8'"),
         (["sample", "tiny/evaluation"], "a model, a set or a run, found 3 .safetensors"),
-        (["push", "tiny", "a/b", "--dry-run"], "found a set of checkpoints; merge it first"),
+        (["push", "empty", "a/b", "--dry-run"], "expected a model, a set or a run, found nothing"),
         (["sample", "MODEL", "--num-images", 0], "expected num_images >= 1, got 0"),
         (["sample", "MODEL", "--class", 10], r"expected --class in 0\.\.9, got 10"),
         (["sample", "MODEL", "--batch", 0], "expected batch >= 1, got 0"),
@@ -321,7 +321,7 @@ def test_debug_shows_where_it_happened(mergerl: Mergerl, fork: Fork) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.startswith("Traceback")
-    assert err.rstrip().endswith("nowhere: no such folder")
+    assert err.rstrip().endswith("nowhere: no such file or folder")
 
 
 def test_what_nobody_thought_of_is_one_sentence_too(

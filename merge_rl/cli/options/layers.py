@@ -26,7 +26,7 @@ from merge_rl.config import (
     split_pair,
     whole_number,
 )
-from merge_rl.errors import ConfigError
+from merge_rl.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
 
@@ -110,6 +110,8 @@ def build_for_set(said: Mapping[str, Any], checkpoints: Path) -> OptimizeConfig:
 
     found = build(OptimizeConfig, said, checkpoints=str(checkpoints))
     opened = open_checkpoints(checkpoints, track=found.track, select=found.select or None)
+    if len(opened) < 2:
+        raise CheckpointError(f"{checkpoints}: expected at least 2 checkpoints, got {len(opened)}")
     return build(OptimizeConfig, said, near=opened.defaults.sampler, checkpoints=str(checkpoints))
 
 

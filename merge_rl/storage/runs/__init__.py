@@ -16,6 +16,7 @@ from merge_rl.storage.runs.places import (
     find_run,
     find_set,
     folder_kind,
+    holds_weights,
     only_inside,
     result_of,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "find_set",
     "folder_kind",
     "goes_on",
+    "holds_weights",
     "is_finetune_run",
     "located",
     "only_inside",

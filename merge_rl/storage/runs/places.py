@@ -33,7 +33,7 @@ def folder_kind(folder: Path) -> FolderKind:
         return "fine-tuning run"
     if has_manifest(folder):
         return "set"
-    weights = [file for file in weights_in(folder) if _holds_weights(file)]
+    weights = [file for file in weights_in(folder) if holds_weights(file)]
     if len(weights) > 1:
         return "set"
     if weights and (len(weights_in(folder)) == 1 or (folder / CONFIG_NAME).is_file()):
@@ -85,21 +85,28 @@ def find_set(path: str | os.PathLike[str]) -> Meant:
     if kind in ("run", "comparison"):
         of = f", of the set {RunDir(folder).config().checkpoints}" if kind == "run" else ""
         raise CheckpointError(f"{folder}: expected a set of checkpoints, found a {kind}{of}")
+    if kind == "images" or (kind == "nothing" and folder.is_dir() and weights_in(folder)):
+        raise CheckpointError(f"{folder}: expected a set of checkpoints, found {described(folder)}")
     return Meant(folder, None if folder == given else f"{path}: took the {kind} {folder}")
 
 
 def find_run(path: str | os.PathLike[str]) -> Meant:
     """The run or comparison that `path` means: itself, the only one in it, or that of a result.
 
-    A path of anything else is left to whoever opens it.
+    Raises RunError for a set, a model or pictures; a path of anything else is left to whoever opens
+    it.
     """
     given = Path(path)
     folder = only_inside(given) if given.is_dir() else given
     near = [folder, *absolute(folder).parents[:2]] if folder.exists() else []
-    for place in near:
-        if place.is_dir() and folder_kind(place) in ("run", "fine-tuning run", "comparison"):
+    for place in filter(Path.is_dir, near):
+        kind = folder_kind(place)
+        if kind in ("run", "fine-tuning run", "comparison"):
+            shown = place if given.is_absolute() else Path(os.path.relpath(place))
             same = absolute(place) == absolute(given)
-            return Meant(place, None if same else f"{path}: took the {folder_kind(place)} {place}")
+            return Meant(shown, None if same else f"{path}: took the {kind} {shown}")
+    if folder.is_dir() and folder_kind(folder) != "nothing":
+        raise RunError(f"{folder}: expected a run, found {described(folder)}")
     return Meant(given, None)
 
 
@@ -123,7 +130,8 @@ def described(folder: Path) -> str:
     return inside if kind == "nothing" else f"{kind} ({inside})"
 
 
-def _holds_weights(file: Path) -> bool:
+def holds_weights(file: Path) -> bool:
+    """Whether a `.safetensors`, or an index, is one of weights, not of statistics or features."""
     if file.suffix != ".safetensors":
         return True  # the index of a model's shards
     try:

@@ -68,6 +68,8 @@ class RunDir:
         run = cls(path)
         if not run.path.is_dir():
             raise RunError(f"{run.path}: no such run directory")
+        if (run.path / SETTINGS).is_file():
+            raise RunError(f"{run.path}: a comparison goes on with the command that began it")
         if not run.config_path.is_file():
             raise RunError(f"{run.path}: not a run directory, config.yaml is missing")
         return run

@@ -11,9 +11,17 @@ from merge_rl import own_code
 from merge_rl.errors import CheckpointError
 from merge_rl.interfaces import Network
 from merge_rl.storage.checkpoints import newest_model
+from merge_rl.storage.files import is_weights_name
 from merge_rl.storage.hub import local_model
-from merge_rl.storage.runs import Meant, described, folder_kind, only_inside, result_of
-from merge_rl.workflows.assembly.networks import load_network
+from merge_rl.storage.runs import (
+    Meant,
+    described,
+    folder_kind,
+    holds_weights,
+    only_inside,
+    result_of,
+)
+from merge_rl.workflows.assembly.networks import Announce, load_network
 
 
 def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
@@ -27,6 +35,8 @@ def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
     not finished.
     """
     place = local_model(path)
+    if place.is_file() and is_weights_name(place.name) and not holds_weights(place):
+        raise CheckpointError(f"{place}: expected a model, found statistics or features")
     if not place.is_dir():
         note = f"{path}: took the model of the Hub" if not os.path.lexists(path) else None
         return Meant(place, note if place.exists() else None)
@@ -46,16 +56,19 @@ def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
 
 
 def load_model(
-    path: str | os.PathLike[str], *, network: str | Callable[..., Any] | None = None
+    path: str | os.PathLike[str],
+    *,
+    network: str | Callable[..., Any] | None = None,
+    announce: Announce = lambda _text: None,
 ) -> Network:
     """The network of a model folder, a .safetensors, a run or a set, float32, evaluation mode.
 
     `network` is a factory of the user's, or its name "package.module:factory": what a file's config
     names is not imported unless it is named here too. `merge_rl.describe` says what it returns.
 
-    See `find_model` for which one is meant. The text "user/repo" or "user/repo@revision" means a
-    model of the Hub, unless there is such a path here; it is downloaded to the cache of the Hub's
-    client.
+    See `find_model` for which one is meant, of which `announce` hears. The text "user/repo" or
+    "user/repo@revision" means a model of the Hub, unless there is such a path here; it is
+    downloaded to the cache of the Hub's client.
     """
     named = None if network is None else own_code.allow(network)
-    return load_network(find_model(path).path, named)
+    return load_network(find_model(path).told(announce), named)

@@ -145,7 +145,7 @@ def evaluate(
         job = begin(maker, group)
         if kind == "images":
             return job.alone(lambda: job.document(kind, _of_images(job, path, built, skip_broken)))
-        network = model if isinstance(model, nn.Module) else load_model(path)
+        network = model if isinstance(model, nn.Module) else load_model(path, announce=job.note)
         return _of_network(job, network, built, sampler, autoencoder)
 
 

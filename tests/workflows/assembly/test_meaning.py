@@ -123,8 +123,10 @@ def test_which_run_is_meant(model: Path, run: Path, tmp_path: Path) -> None:
         assert find_run(run / inside) == (run, expected)
     shutil.copytree(run, tmp_path / "runs/one")
     assert find_run(tmp_path / "runs").path == tmp_path / "runs/one"
-    for other in (model, tmp_path / "gone", run / "gone"):
+    for other in (tmp_path / "gone", run / "gone"):
         assert find_run(other) == (other, None)
+    with pytest.raises(RunError, match=r"model: expected a run, found model \(1 "):
+        find_run(model)
     heard: list[str] = []
     assert find_run(run / "merged").told(heard.append) == run
     assert find_run(run).told(heard.append) == run
