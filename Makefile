@@ -2,7 +2,7 @@
 # make test   install, then all tests
 # make test-portable  the tests that compare bits or tolerances, again with the instructions of other processors
 # make lint   install, then format, lint and types
-# make docs   the documentation into build/docs; nothing is fetched but, on first use, what builds it
+# make docs   install, then the documentation into build/docs; every tutorial is run
 # make bench  the benchmarks; each prints a table and writes JSON to build/bench
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ help:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "merge_rl needs Python >= 3.10")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@
 
 demo: $(READY)
@@ -45,12 +45,8 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-BUILT := build/docs
-
 docs: $(READY)
-	$(BIN)/python -c 'import furo, myst_parser, sphinx_copybutton' 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/python -m sphinx -q -W --keep-going -b html docs $(BUILT)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 BENCHES := moments merge_speed convert reward_speed sampling_speed reference_speed extractors \
 	precision_fid prdc_memory digits_search sample_efficiency ablation finetune scale simulate_cluster plan_accuracy survive_kills structure

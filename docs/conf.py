@@ -22,10 +22,21 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
 ]
+sphinx_gallery_conf = {  # every tutorial is run; one that fails ends the build
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "learn",
+    "filename_pattern": r"\.py$",
+    "abort_on_example_error": True,
+    "within_subsection_order": "FileNameSortKey",
+    "min_reported_time": 1,
+    "download_all_examples": False,
+    "show_memory": False,
+}
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
-exclude_patterns = ["conf.py"]
+exclude_patterns = ["tutorials", "learn/*.md", "sg_execution_times.rst"]
 highlight_language = "console"
 smartquotes = False  # two dashes are an option's
 default_role = "code"  # docstrings say `name`

@@ -42,12 +42,22 @@ def commands() -> Iterator[str]:
         context = group.context_class(command, info_name=f"mergerl {name}")
         usage = " ".join(command.collect_usage_pieces(context))
         yield f"## mergerl {name}\n\n    mergerl {name} {usage}\n\n{plain(command.help)}\n"
-        yield "| argument or option | meaning |\n| --- | --- |"
+        yield "| argument or option | default | meaning |\n| --- | --- | --- |"
         for parameter in command.get_params(context):
             record = parameter.get_help_record(context)
             if record:
-                yield f"| `{cell(record[0])}` | {cell(plain(record[1])).replace('<', '&lt;')} |"
+                meaning = cell(plain(parameter.help)).replace("<", "&lt;")
+                yield f"| `{cell(record[0])}` | {default(parameter)} | {meaning} |"
         yield ""
+
+
+def default(parameter: Any) -> str:
+    """A default as it is shown: in parentheses where it lies elsewhere; none is empty."""
+    shown = getattr(parameter, "show_default", None)
+    if isinstance(shown, str):
+        return cell(f"({shown})")
+    given = None if parameter.required else parameter.default
+    return "" if given is None or given is False or given in ((), []) else cell(str(given))
 
 
 def plain(text: str | None) -> str:

@@ -51,6 +51,19 @@ def test_recipes_that_pages_name_are_there() -> None:
     assert named <= {path.stem for path in (ROOT / "merge_rl/data/recipes").glob("*.yaml")}
 
 
+def test_hosts_build_what_make_builds() -> None:
+    hosted = yaml.safe_load((ROOT / ".readthedocs.yaml").read_text(encoding="utf-8"))
+    assert (ROOT / hosted["sphinx"]["configuration"]).is_file()
+    assert hosted["sphinx"]["fail_on_warning"]
+    assert hosted["python"]["install"][0]["extra_requirements"] == ["docs"]
+    pages = yaml.safe_load((ROOT / ".github/workflows/pages.yml").read_text(encoding="utf-8"))
+    steps = pages["jobs"]["site"]["steps"]
+    assert {"run": "make docs"} in steps
+    assert f"sphinx -q -W --keep-going -b html docs {steps[3]['with']['path']}" in (
+        ROOT / "Makefile"
+    ).read_text(encoding="utf-8")
+
+
 def test_citation_names_the_software_and_the_paper() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (cited["cff-version"], cited["title"]) == ("1.2.0", "merge_rl")
