@@ -45,7 +45,7 @@ print(len(average), "tensors, the first is", next(iter(average)))
 # %%
 # A search
 # --------
-# 3,000 images, made with 4 steps of the solver: a pool of 500 is renewed bit by bit, and the
+# 2,000 images, made with 4 steps of the solver: a pool of 500 is renewed bit by bit, and the
 # gradient of its distance to real digits says where to go. By default a search begins at the best
 # merge that costs nothing; so few images begin at the newest snapshot. At the end start and result
 # are scored on fresh seeds that nothing was chosen by, against digits that the search never saw.
@@ -53,12 +53,12 @@ print(len(average), "tensors, the first is", next(iter(average)))
 settings = OptimizeConfig(
     checkpoints=str(runs["sit"]),
     track="raw",
-    budget=3000,
+    budget=2000,
     sampler=SamplerConfig(solver="midpoint", num_steps=4),
     merge=MergeConfig(start="newest"),
     search=SearchConfig(name="pathwise", start_share=0, final_share=0),
     reward=RewardConfig(pool_size=500),
-    evaluation=EvaluationConfig(num_images=150, repeats=3, selection_images=50),
+    evaluation=EvaluationConfig(num_images=100, repeats=3, selection_images=50),
 )
 result = mrl.optimize(runs["sit"], out=folder / "run", config=settings)
 for name, scores in (("start", result.baseline), ("result", result.final)):
