@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from merge_rl.errors import RunError
+from merge_rl.storage.files import locked, temporary_beside
 
 DATA = Path(__file__).parent / "data" / "digits"
 RUNS: Final = ("edm2", "sit")
@@ -23,10 +24,15 @@ def write_demo(folder: Path) -> dict[str, Path]:
     for target in targets.values():
         if target.exists():
             raise RunError(f"{target} exists already; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary, moved = Path(tempfile.mkdtemp(prefix=".demo-", dir=folder)), []
+    with locked(folder):
+        _write(targets, temporary_beside(folder / "demo"))
+    return targets
+
+
+def _write(targets: Mapping[str, Path], temporary: Path) -> None:
+    moved = []
     try:
-        for name in RUNS:
+        for name in targets:
             shutil.copytree(DATA / name, temporary / name)
             # Beside the checkpoints, since a manifest names no path outside its folder.
             shutil.copytree(DATA / "evaluation", temporary / name / "evaluation")
@@ -39,4 +45,3 @@ def write_demo(folder: Path) -> dict[str, Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return targets

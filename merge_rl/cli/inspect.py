@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from merge_rl.own_code import allow
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from merge_rl.config import OptimizeConfig
     from merge_rl.storage.checkpoints import CheckpointEntry, CheckpointSet
 
 
@@ -131,12 +133,23 @@ def _set_document(opened: CheckpointSet, failed: dict[str, str]) -> dict[str, An
 
 
 def _show_run(path: Path, *, json: bool) -> None:
-    from merge_rl.storage.runs import RunDir
+    from merge_rl.storage.runs import RunDir, fitting
 
     run = RunDir.open(path)
     config, events, result = run.config(), run.events(), run.read("result.json")
+    with fitting(path, "events.jsonl or result.json"):
+        document = _run_document(config, events, result)
+        if json:
+            print_json(document)
+        else:
+            _print_run(path, document)
+
+
+def _run_document(
+    config: OptimizeConfig, events: Sequence[Mapping[str, Any]], result: Mapping[str, Any] | None
+) -> dict[str, Any]:
     last = events[-1] if events else None
-    document = {
+    return {
         "kind": "run",
         "state": "finished" if result else "unfinished",
         "checkpoints": config.checkpoints,
@@ -147,21 +160,21 @@ def _show_run(path: Path, *, json: bool) -> None:
         "pool_fid": last["pool_after"] if last else None,
         "comparison": result["comparison"] if result else None,
     }
-    if json:
-        print_json(document)
-        return
+
+
+def _print_run(path: Path, document: Mapping[str, Any]) -> None:
     rows = [[key, str(value)] for key, value in document.items() if key != "comparison"]
     print_table(str(path), ["run", ""], rows)
-    if result:
-        headline = result["comparison"]["headline"]
-        entries = result["comparison"]["entries"]
-        print_table(
-            f"{headline} FID, N = {result['comparison']['num_images']:,}",
-            ["model", "mean [95 % interval]"],
-            [[name, interval_text(summary[headline])] for name, summary in entries.items()],
-        )
-    else:
+    if document["state"] == "unfinished":
         typer.echo(f"go on with: mergerl resume {path}")
+        return
+    comparison = document["comparison"]
+    headline, entries = comparison["headline"], comparison["entries"]
+    print_table(
+        f"{headline} FID, N = {comparison['num_images']:,}",
+        ["model", "mean [95 % interval]"],
+        [[name, interval_text(summary[headline])] for name, summary in entries.items()],
+    )
 
 
 def _show_file(path: Path, *, json: bool) -> None:

@@ -55,7 +55,8 @@ def print_result(result: OptimizeResult) -> None:
     for text in comparison.warnings:
         say(f"[yellow]warning:[/] {escape(text)}")
     merged = result.run_dir / "merged"
-    tell(f"searched with {result.images:,} images; merged model in {merged}")
+    kept = "merged model" if comparison.written == "result" else "its start, no merge,"
+    tell(f"searched with {result.images:,} images; {kept} in {merged}")
     tell(f"look at it: mergerl sample {merged}")
     tell(run_verdict(comparison.as_dict()).line)
 
@@ -65,7 +66,7 @@ def _print_gain(comparison: Comparison | SamplerComparison, other: str) -> None:
 
     gain = comparison.gain(other)
     if math.isnan(gain.mean):
-        tell(f"result against {other}: one of them made samples that are not finite")
+        tell(f"result against {other}: one of them has no finite score")
         return
     verdict = outcome(vars(gain))
     tell(

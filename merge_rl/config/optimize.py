@@ -39,6 +39,10 @@ class EvaluationConfig:
     selection_images: int = setting(
         1000, "Images to find the best single checkpoint, on seeds of their own.", SCORES
     )
+    keep_worse: bool = setting(
+        False, "Write the result even where it is worse than its start, or has no score.", SCORES,
+        "--keep-worse",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         require(self.num_images >= 2, "num_images", ">= 2", self.num_images)

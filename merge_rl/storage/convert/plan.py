@@ -145,8 +145,6 @@ def make_plan(
 
 def _existing(folder: Path) -> Manifest | None:
     file = folder / MANIFEST_NAME
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: expected a folder to write to, found a file")
     if not file.exists():
         return None
     if not has_manifest(folder):

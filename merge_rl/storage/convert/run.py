@@ -24,7 +24,14 @@ from merge_rl.storage.checkpoints import MANIFEST_NAME, write_manifest
 from merge_rl.storage.convert.contents import Hints, infos_of
 from merge_rl.storage.convert.plan import ORIGIN_KEY, ConversionFile, ConversionPlan, make_plan
 from merge_rl.storage.convert.sources import files_of, list_files
-from merge_rl.storage.files import atomic_path, read_header, require_hash, sha256_file, write_header
+from merge_rl.storage.files import (
+    atomic_path,
+    locked,
+    read_header,
+    require_hash,
+    sha256_file,
+    write_header,
+)
 from merge_rl.storage.pickles import TensorRef
 
 MAX_WORKERS = 4
@@ -65,26 +72,29 @@ def convert(
         settings: fields of `ConvertConfig` by name, in the place of `config`.
 
     Raises CheckpointError for files that are no such checkpoints, are damaged or hostile, hold
-    NaN, or belong to another network; nothing is then left under a final name that is not whole.
+    NaN, or belong to another network, RunError for a folder that cannot be written, or that another
+    process writes into; nothing is then left under a final name that is not whole.
     """
     if config is not None and settings:
         raise TypeError(f"convert() takes config or {sorted(settings)[0]}=, not both")
     config = config or from_mapping(ConvertConfig, settings)
     tracker = tracker or NullTracker()
     files, repeated = list_files(sources)
-    plan = make_plan(
-        files, Path(folder), config.weights, name=config.name,
-        licence=config.licence, hints=Hints(
-            family=config.family, num_heads=config.num_heads, num_classes=config.num_classes,
-            null_class=config.null_class,
-        ),
+    hints = Hints(
+        family=config.family, num_heads=config.num_heads, num_classes=config.num_classes,
+        null_class=config.null_class,
     )  # fmt: skip
-    for kind, texts in (("warning", plan.assumed), ("note", [*repeated, *plan.notes])):
-        for text in texts:
-            tracker.event({"kind": kind, "text": text})
-    tracker.phase("convert", sum(job.found.nbytes for job in plan.jobs))
-    workers = config.workers or min(MAX_WORKERS, os.cpu_count() or 1)
-    done = _run(plan, workers, tracker, config.delete_source)
+    with locked(folder):  # which the manifest of the plan is read under, too
+        plan = make_plan(
+            files, Path(folder), config.weights, name=config.name, licence=config.licence,
+            hints=hints,
+        )  # fmt: skip
+        for kind, texts in (("warning", plan.assumed), ("note", [*repeated, *plan.notes])):
+            for text in texts:
+                tracker.event({"kind": kind, "text": text})
+        tracker.phase("convert", sum(job.found.nbytes for job in plan.jobs))
+        workers = config.workers or min(MAX_WORKERS, os.cpu_count() or 1)
+        done = _run(plan, workers, tracker, config.delete_source)
     target = {job: plan.folder / job.file for job in plan.jobs}
     return ConvertResult(
         written=tuple(target[job] for job in plan.jobs if done[job].written),
@@ -133,11 +143,10 @@ def _run(
 
 
 def _write_manifest(plan: ConversionPlan, hashes: Mapping[ConversionFile, str]) -> None:
-    path = plan.folder / MANIFEST_NAME
     try:
-        write_manifest(path, plan.manifest(hashes))
+        write_manifest(plan.folder / MANIFEST_NAME, plan.manifest(hashes))
     except OSError as error:
-        raise unwritable(path, error) from None
+        raise CheckpointError(f"{error.filename}: {error.strerror}") from None
 
 
 def _do(plan: ConversionPlan, job: ConversionFile, progress: _Progress, verify: bool) -> _Done:
@@ -210,13 +219,7 @@ def write_stream(
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             return _write(file, tensors, metadata, advance, source)
     except OSError as error:
-        raise unwritable(path, error) from None
-
-
-def unwritable(path: Path, error: OSError) -> CheckpointError:
-    """What to raise when the disk did not take a file."""
-    reason = str(error.strerror or error).removeprefix("cannot be written: ")
-    return CheckpointError(f"{path}: cannot be written: {reason}")
+        raise CheckpointError(f"{error.filename}: {error.strerror}") from None
 
 
 def check_finite(

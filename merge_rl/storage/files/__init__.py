@@ -37,6 +37,7 @@ from merge_rl.storage.files.images import (
     write_png,
 )
 from merge_rl.storage.files.labels import parse_labels
+from merge_rl.storage.files.locks import locked, locked_output, require_unlocked
 from merge_rl.storage.files.naming import absolute, natural_key, spellings, without_numbers
 from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_array, read_npy
 from merge_rl.storage.files.safetensors_file import (
@@ -70,11 +71,18 @@ from merge_rl.storage.files.stored import (
     weights_in,
     weights_stem,
 )
+from merge_rl.storage.files.temporaries import (
+    LOCK_NAME,
+    is_leftover,
+    is_vacant,
+    temporary_beside,
+)
 
 __all__ = [
     "INDEX_NAME",
     "INDEX_SUFFIX",
     "LOCAL_HEADER",
+    "LOCK_NAME",
     "MAX_SHARD_BYTES",
     "MODEL_NAME",
     "SHARD_PATTERN",
@@ -103,7 +111,11 @@ __all__ = [
     "image_grid",
     "image_key",
     "is_image_name",
+    "is_leftover",
+    "is_vacant",
     "is_weights_name",
+    "locked",
+    "locked_output",
     "map_file",
     "natural_key",
     "nearest",
@@ -126,10 +138,12 @@ __all__ = [
     "require_finite",
     "require_hash",
     "require_new",
+    "require_unlocked",
     "save_tensors",
     "sha256_file",
     "side_by_side",
     "spellings",
+    "temporary_beside",
     "tensor_bytes",
     "tensor_file",
     "weights_in",

@@ -7,11 +7,10 @@ or the new one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +20,9 @@ import yaml
 from torch import Tensor
 
 from merge_rl.errors import CheckpointError, RunError
+from merge_rl.storage.files.locks import locked_output
 from merge_rl.storage.files.safetensors_file import read_file, write_tensors
+from merge_rl.storage.files.temporaries import is_vacant, temporary_beside
 
 
 @contextmanager
@@ -33,21 +34,40 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".tmp-{secrets.token_hex(6)}-{target.name}")
+    temporary = temporary_beside(target)
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(target)
-    except BaseException as error:
+        with _naming(target, temporary):
+            yield temporary
+            _sync(temporary)
+            temporary.replace(target)
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            # A full disk names no file by itself.
-            reason = f"cannot be written: {error.strerror}"
-            raise OSError(error.errno, reason, str(target)) from None
         raise
     # Not every file system lets a folder be synced; the file itself is safe by now.
     with suppress(OSError):
         _sync(target.parent)
+
+
+@contextmanager
+def _naming(target: Path, temporary: Path) -> Iterator[None]:
+    """Errors of the disk name what was to be written.
+
+    A full disk names no file by itself, a copy its source, and the rest a temporary.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str) else None
+        if named is not None and named.is_relative_to(temporary):
+            target = target / named.relative_to(temporary)
+        elif error.errno is None or (named is not None and error.errno not in _FULL):
+            raise
+        reason = (error.strerror or "").removeprefix(_UNWRITABLE)
+        raise OSError(error.errno, f"{_UNWRITABLE}{reason}", str(target)) from None
+
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE: Final = "cannot be written: "
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -164,7 +184,7 @@ def read_state(path: Path) -> State:
 
 def require_new(path: str | os.PathLike[str]) -> None:
     """Raise RunError if something lies at `path`."""
-    if Path(path).exists() or Path(path).is_symlink():
+    if not is_vacant(Path(path)):
         raise RunError(f"{path} exists already; choose another folder")
 
 
@@ -177,17 +197,17 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
     target = Path(path)
     if not replace:
         require_new(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        temporary.chmod(0o755)  # mkdtemp's 0700 would follow the folder
-        yield temporary
-        if target.is_dir() and replace:
-            shutil.rmtree(target)
-        temporary.replace(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    temporary = temporary_beside(target)
+    with locked_output(target), _naming(target, temporary):
+        try:
+            temporary.mkdir()
+            yield temporary
+            if target.is_dir() and replace:
+                shutil.rmtree(target)
+            temporary.replace(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

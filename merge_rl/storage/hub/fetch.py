@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 from merge_rl.errors import ConfigError, DownloadError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import MANIFEST_NAME, relative_inside, write_manifest
-from merge_rl.storage.files import Progress, sha256_file
+from merge_rl.storage.files import Progress, locked, sha256_file
 from merge_rl.storage.hub.download import fetch_url
 from merge_rl.storage.hub.fetch_plan import (
     ORIGINALS,
@@ -71,16 +71,8 @@ def run_fetch(
             f"{plan.folder}: expected {plan.disk_needed:,} bytes of free disk, "
             f"found {plan.disk_free:,}"
         )
-    tracker = tracker or NullTracker()
-    record = FetchRecord.open(plan.folder, plan.source.name)
-    record.write()
-    try:
-        for file in plan.todo:
-            record.add(file.name, _fetch_one(plan, file, record, convert, tracker))
-    finally:
-        shutil.rmtree(plan.folder / INCOMING, ignore_errors=True)
-    _remove_if_empty(plan.folder / ORIGINALS)
-    _write_manifest(plan, record)
+    with locked(plan.folder):
+        record = _fetch(plan, convert, tracker or NullTracker())
     outputs = [name for file in plan.files for name in record.files[file.name].outputs]
     return FetchResult(
         folder=plan.folder,
@@ -88,6 +80,20 @@ def run_fetch(
         kept=tuple(file.name for file in plan.files if file.name in plan.done),
         outputs=tuple(plan.folder / name for name in dict.fromkeys(outputs)),
     )
+
+
+def _fetch(plan: FetchPlan, convert: Converter | None, tracker: Tracker) -> FetchRecord:
+    record = FetchRecord.open(plan.folder, plan.source.name)
+    record.write()
+    try:
+        for file in plan.todo:
+            if not record.is_done(file):  # nor by another process, since the plan was made
+                record.add(file.name, _fetch_one(plan, file, record, convert, tracker))
+    finally:
+        shutil.rmtree(plan.folder / INCOMING, ignore_errors=True)
+    _remove_if_empty(plan.folder / ORIGINALS)
+    _write_manifest(plan, record)
+    return record
 
 
 def _fetch_one(

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import relative_inside
-from merge_rl.storage.files import sha256_file, write_json
+from merge_rl.storage.files import is_vacant, sha256_file, write_json
 from merge_rl.storage.hub.download import part_path
 from merge_rl.storage.hub.fetch_sources import (
     RemoteFile,
@@ -147,7 +147,7 @@ class FetchRecord:
         """
         path = folder / RECORD_NAME
         if not path.is_file():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if not is_vacant(folder) and (not folder.is_dir() or any(folder.iterdir())):
                 raise ConfigError(
                     f"{folder}: expected a new or an empty folder, or one fetched into"
                 )

@@ -13,7 +13,14 @@ from typing import Any, Final
 
 from merge_rl.errors import CheckpointError, HubError
 from merge_rl.storage.checkpoints import CONFIG_NAME
-from merge_rl.storage.files import INDEX_NAME, MODEL_NAME, SHARD_PATTERN, read_header, read_index
+from merge_rl.storage.files import (
+    INDEX_NAME,
+    MODEL_NAME,
+    SHARD_PATTERN,
+    read_header,
+    read_index,
+    require_unlocked,
+)
 from merge_rl.storage.hub.client import call_hub, client, endpoint, quiet_client
 from merge_rl.storage.hub.repository import open_repository, split_repo
 
@@ -68,6 +75,7 @@ def push_folder(
     repo_id, given = split_repo(repo)
     branch = revision or given
     folder = Path(folder)
+    require_unlocked(folder)
     files = tuple(list_model(folder))
     address = endpoint()
     url = f"{address}/{repo_id}"

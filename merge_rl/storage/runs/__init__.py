@@ -4,8 +4,10 @@ from merge_rl.storage.runs.lifecycle import (
     StopSignals,
     begin_finetune,
     begin_run,
+    clear_beginnings,
     continued,
     goes_on,
+    gone_unless,
     require_resumable,
     require_same,
 )
@@ -20,7 +22,14 @@ from merge_rl.storage.runs.places import (
     only_inside,
     result_of,
 )
-from merge_rl.storage.runs.run_dir import INPUTS, SETTINGS, FinetuneRun, RunDir, is_finetune_run
+from merge_rl.storage.runs.run_dir import (
+    INPUTS,
+    SETTINGS,
+    FinetuneRun,
+    RunDir,
+    fitting,
+    is_finetune_run,
+)
 from merge_rl.storage.runs.trackers import Boards, require_extras
 
 __all__ = [
@@ -33,12 +42,15 @@ __all__ = [
     "StopSignals",
     "begin_finetune",
     "begin_run",
+    "clear_beginnings",
     "continued",
     "described",
     "find_run",
     "find_set",
+    "fitting",
     "folder_kind",
     "goes_on",
+    "gone_unless",
     "holds_weights",
     "is_finetune_run",
     "located",

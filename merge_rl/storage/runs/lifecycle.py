@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, TypeVar
@@ -19,9 +20,10 @@ from merge_rl.config import (
     differing_keys,
     flattened,
 )
-from merge_rl.errors import RunError
+from merge_rl.errors import MergeRLError, RunError
 from merge_rl.interfaces import Tracker
 from merge_rl.parallel.rendezvous import Place
+from merge_rl.storage.files import LOCK_NAME, is_leftover, is_vacant
 from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir
 from merge_rl.version import __version__
 
@@ -113,7 +115,7 @@ def begin(
     """
     if goes_on(out, place):
         clear_beginnings(Path(out))
-        if Path(out).is_dir():
+        if not is_vacant(Path(out)):
             run = reopen()
             require_same_inputs(files(run), hashes)
             return run
@@ -146,13 +148,25 @@ def begin_run(
     )  # fmt: skip
 
 
+@contextmanager
+def gone_unless(resumable: Callable[[], bool], folder: Path) -> Iterator[None]:
+    """Remove a run that fails with nothing to go on from: be out of the next try's way."""
+    try:
+        yield
+    except (MergeRLError, OSError):
+        if not resumable():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def clear_beginnings(folder: Path) -> None:
     """Remove a run directory that was lost before it had settings; nothing else is touched."""
-    found = list(folder.iterdir())
-    if all(file.name == "inputs.json" or file.name.startswith(".tmp-") for file in found):
+    found = [file for file in folder.iterdir() if file.name != LOCK_NAME]
+    if all(file.name == "inputs.json" or is_leftover(file.name) for file in found):
         for file in found:
             file.unlink()
-        folder.rmdir()
+        with suppress(OSError):  # it is locked
+            folder.rmdir()
 
 
 _SET: Final = {"checkpoints", "model"}

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,8 +29,15 @@ from merge_rl.config import (
     load_config,
 )
 from merge_rl.errors import RunError
-from merge_rl.storage.files import State, read_state, write_json, write_state, write_text
-from merge_rl.untrusted import describe, load_json_mapping, open_file, parse_json
+from merge_rl.storage.files import (
+    State,
+    is_vacant,
+    read_state,
+    write_json,
+    write_state,
+    write_text,
+)
+from merge_rl.untrusted import describe, load_json_mapping, open_file, parse_json, reason
 
 INPUTS: Final = "inputs"
 
@@ -50,14 +58,7 @@ class RunDir:
     ) -> RunDir:
         """Start a run; an existing path is refused, never written into."""
         run = cls(path)
-        if not (run.path.is_dir() and all(file.name == INPUTS for file in run.path.iterdir())) and (
-            run.path.exists() or run.path.is_symlink()
-        ):
-            raise RunError(f"{run.path} exists already; choose another --out, or resume that run")
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{run.path}: cannot be made: {error.strerror}") from None
+        _make(run.path, "resume that run")
         run.write("inputs.json", inputs)
         write_text(run.config_path, dump_config(config))
         return run
@@ -132,6 +133,32 @@ class RunDir:
         return read_state(self.state_path) if self.state_path.is_file() else None
 
 
+def _make(path: Path, otherwise: str) -> None:
+    if not is_vacant(path, INPUTS):
+        raise RunError(f"{path} exists already; choose another --out, or {otherwise}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be made: {error.strerror}") from None
+
+
+@contextmanager
+def fitting(path: Path, what: str) -> Iterator[None]:
+    """Contents of a file that do not fit where they are used are damage to it: RunError."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        said = reason(error)
+        raise RunError(f"{path}: damaged {what}: {type(error).__name__} {said}") from None
+
+
 def _event(line: bytes, where: str) -> dict[str, Any]:
     event = load_json_mapping(line, where, RunError)
     for key in ("round", "step"):
@@ -164,14 +191,7 @@ class FinetuneRun:
     ) -> FinetuneRun:
         """Start a run; an existing path is refused, never written into."""
         run = cls(path)
-        if run.path.exists() or run.path.is_symlink():
-            raise RunError(
-                f"{run.path} exists already; choose another --out, or go on with --resume"
-            )
-        try:
-            run.path.mkdir(parents=True)
-        except OSError as error:
-            raise RunError(f"{run.path}: cannot be made: {error.strerror}") from None
+        _make(run.path, "go on with --resume")
         run.files.write("inputs.json", inputs)
         write_text(run.path / CONFIG_NAME, dump_config(config))
         return run

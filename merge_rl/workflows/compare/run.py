@@ -29,6 +29,7 @@ from merge_rl.core.distances.intervals import summarize
 from merge_rl.errors import BudgetError, ConfigError, RunError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
+from merge_rl.storage.files import is_vacant, locked
 from merge_rl.storage.runs import SETTINGS, RunDir, find_set, require_same
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
@@ -118,10 +119,11 @@ def compare_searchers(
         scores=FreshScores(folder, base.seed, tracker),
         curve_images=curve_images,
     )  # fmt: skip
-    document = match.play(able, seeds)
-    document = {key: without_nan(value) for key, value in document.items()}
-    document["left_out"] = left_out
-    folder.write("compare.json", document)
+    with locked(folder.path):
+        document = match.play(able, seeds)
+        document = {key: without_nan(value) for key, value in document.items()}
+        document["left_out"] = left_out
+        folder.write("compare.json", document)
     return document
 
 
@@ -164,8 +166,7 @@ def _check(
 
 
 def _require_ours(folder: RunDir) -> None:
-    exists = folder.path.exists() or folder.path.is_symlink()
-    if exists and not (folder.path / SETTINGS).is_file():
+    if not is_vacant(folder.path) and not (folder.path / SETTINGS).is_file():
         raise RunError(
             f"{folder.path} exists already and holds no comparison; choose another --out"
         )
@@ -183,7 +184,6 @@ def _begin(folder: RunDir, shared: OptimizeConfig, job: Job, curve_images: int) 
     now = {"settings": values, "inputs": job.hashes}
     before = folder.read(SETTINGS)
     if before is None:
-        folder.path.mkdir(parents=True)
         folder.write(SETTINGS, {"version": __version__, **now})
         return
     before["settings"]["config"].setdefault("rules", FIRST_RULES)

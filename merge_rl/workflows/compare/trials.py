@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from merge_rl.config import (
 )
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.checkpoints import CheckpointSet
-from merge_rl.storage.runs import RunDir, require_same
+from merge_rl.storage.files import is_vacant, locked
+from merge_rl.storage.runs import RunDir, clear_beginnings, require_same
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import Announce, Job, build_job
 from merge_rl.workflows.evaluate import ScoreStore
@@ -82,9 +82,10 @@ def run_trial(path: Path, config: OptimizeConfig, job: Job, tracker: Tracker) ->
 
     Raises RunError for a folder that holds a search of other settings or inputs.
     """
-    run = _open(path, config, job)
-    if run.read("result.json") is None:
-        _search(run, config, job, tracker)
+    with locked(path):
+        run = _open(path, config, job)
+        if run.read("result.json") is None:
+            _search(run, config, job, tracker)
     clock = run.read("clock.json") or {}
     return Trial(
         config=config,
@@ -121,19 +122,15 @@ def _search(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> 
 
 def _open(path: Path, config: OptimizeConfig, job: Job) -> RunDir:
     inputs = {"hashes": job.hashes, "version": __version__}
-    if path.is_dir() and all(_preliminary(file.name) for file in path.iterdir()):
-        shutil.rmtree(path)  # cut short before it began
-    if not path.exists():
+    if path.is_dir():
+        clear_beginnings(path)
+    if is_vacant(path):
         return RunDir.create(path, config, inputs)
     run = RunDir.open(path)
     require_same(path, to_mapping(run.config()), to_mapping(config))
     hashes = (run.read("inputs.json") or {}).get("hashes")
     require_same(path, hashes or {}, job.hashes, what="inputs")
     return run
-
-
-def _preliminary(name: str) -> bool:
-    return name == "inputs.json" or name.startswith(".tmp-")
 
 
 class Jobs:

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from merge_rl.config import SamplerConfig, sde_counterpart
 from merge_rl.core.sampling.compatibility import DENOISED, VELOCITY, balanced_labels, prediction_of
-from merge_rl.errors import NonFiniteSamplesError, TooFewSamplesError, UnknownNameError
+from merge_rl.errors import (
+    NonFiniteSamplesError,
+    StatisticsError,
+    TooFewSamplesError,
+    UnknownNameError,
+)
 from merge_rl.interfaces import FeatureExtractor, Tracker
 from merge_rl.rng import stream
 from merge_rl.storage.files import WorkFolder, open_images
@@ -25,6 +30,7 @@ from merge_rl.workflows.reference import (
     source_notes,
 )
 from merge_rl.workflows.rollout import (
+    Failures,
     MergedRollout,
     Rollout,
     WorkItem,
@@ -91,9 +97,12 @@ def _pieces(
     items = [WorkItem(None, seeds[s], labels[s]) for s in spans]
     found = made.features_of(items, f"images {spans[0].start} and on")
     for item, features in zip(items, found, strict=True):
-        failed = ~features.isfinite().all(1)
-        if bool(failed.any()):
-            row = int(failed.nonzero()[0])
+        failures = Failures.of(features)
+        if failures.features:
+            said = failures.said(made.rollout.extractor.name)
+            raise StatisticsError(f"no score from seed {item.seeds[0]}: {said}")
+        if failures:
+            row = int(features.isnan().all(1).nonzero()[0])
             noise = made.rollout.noise([item.seeds[row]])
             where = _failed_step(made.rollout, noise, item.labels[row : row + 1])
             raise NonFiniteSamplesError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from merge_rl.config import (
 )
 from merge_rl.core.distances.intervals import Interval, improvement, mean_interval, summarize
 from merge_rl.core.sampling.compatibility import VELOCITY, prediction_of
+from merge_rl.errors import StatisticsError
 from merge_rl.interfaces import Tracker
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.evaluate.features import sampler_summary
@@ -90,10 +91,34 @@ class Comparison(_Table):
     second: SecondScores | None = None
     # Of the reference and the held-out data, real images both: what no model can go below by much.
     floor: float | None = None
+    # Of those without a finite score: how many images failed, and whose doing it is.
+    failures: Mapping[str, str] = field(default_factory=dict)
+    keep_worse: bool = False
+
+    @property
+    def written(self) -> str:
+        """Which entry becomes the merged model: "result", or the "start" that it is worse than.
+
+        Worse is a paired interval below 0, or a result without a score where the start has one.
+        """
+        lost = "result" in self.failures and "start" not in self.failures
+        worse = lost or self.gain("start").high < 0
+        return "start" if worse and not self.keep_worse else "result"
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences for a gain by what was optimised that other scores do not share."""
+        """Sentences for what is to be doubted.
+
+        Scores that failed, a result that is not written, and a gain by what was optimised that
+        other scores do not share.
+        """
+        texts = [f"no score of the {entry}: {why}" for entry, why in self.failures.items()]
+        if self.written == "start":
+            lost = "has no score" if "result" in self.failures else "is worse than its start"
+            texts.append(f"the result {lost}: the start is written in its place (--keep-worse)")
+        return texts + self._doubts()
+
+    def _doubts(self) -> list[str]:
         gained = self.gain("start", "reference")
         if not gained.low > 0:
             return []
@@ -119,6 +144,8 @@ class Comparison(_Table):
             "repeats": len(self.scores["result"]),
             "headline": self.headline,
             "best_single": self.best_single,
+            "written": self.written,
+            **({"failures": dict(self.failures)} if self.failures else {}),
             **self._entries(),
         }
         if self.sde is not None:
@@ -167,7 +194,17 @@ def compare(
     sde = _compare_sde(config, job, entries, scores, tracker)
     opinion = _second_opinion(settings, scores)
     floor = scores.scorer.floor({name: ref.stats for name, ref in job.references.items()})
-    return Comparison(settings.num_images, job.checkpoints.names[best], table, sde, opinion, floor)
+    extractor = job.final_rollout.rollout.extractor.name
+    failures = {
+        entry: found.said(extractor) for entry in entries if (found := scores.failures(f"{entry}/"))
+    }
+    if failures.keys() >= {"start", "result"} and not settings.keep_worse:
+        why = failures["result"]
+        raise StatisticsError(f"no score of the start or of the result, none is written: {why}")
+    return Comparison(
+        settings.num_images, job.checkpoints.names[best], table, sde, opinion, floor, failures,
+        settings.keep_worse,
+    )  # fmt: skip
 
 
 def _best_single(config: OptimizeConfig, job: Job, scores: ScoreStore, tracker: Tracker) -> int:

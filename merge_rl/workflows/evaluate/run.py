@@ -18,6 +18,7 @@ from merge_rl.interfaces import Autoencoder, FeatureExtractor, NullTracker, Trac
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.rng import image_seeds
+from merge_rl.storage.files import locked
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
     ExtractorId,
@@ -107,8 +108,7 @@ def evaluate(
         max_rows: rows of either set that metrics over pairs of rows compare.
         save_features: folder for the features of every block. A call that was cut short goes on
             from what is there, and ends in the same numbers.
-        skip_broken: leave out images that cannot be read, and count them.
-        tracker: hears of progress.
+        skip_broken: leave out images that cannot be read, and count them; `tracker` hears of it.
 
     Returns {"kind", "num_images", "repeats", METRIC: {"reference": {"mean", "low", "high", "min",
     "values"}}}; for several samplers the metrics lie in {"samplers": {NAME: ...}}. Where there is
@@ -132,7 +132,7 @@ def evaluate(
             set(metrics),
         )  # fmt: skip
 
-    with joined() as group:
+    with joined() as group, locked(save_features if group.leads else None):
         if kind == "features":
             saved = load_features(path)
             job = begin(extractor_of(saved, extractor), group)

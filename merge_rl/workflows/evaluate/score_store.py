@@ -19,7 +19,7 @@ from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.evaluate.metrics import MetricSource, Sample, kid_metric
 from merge_rl.workflows.reference import Reference
-from merge_rl.workflows.rollout import MergedRollout, WorkItem
+from merge_rl.workflows.rollout import Failures, MergedRollout, WorkItem
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +82,17 @@ class ScoreStore:
         made = merged.features_of(items, f"score {requests[0].key}")
         for request, features in zip(requests, made, strict=True):
             self.known[request.key] = without_nan(self.scorer.score(features))
+            if failures := Failures.of(features):
+                self.known[f"failed/{request.key}"] = dict(vars(failures))
             for key in self._keys(request)[1:]:
                 self.known[key] = without_nan({"reference": self._second_metric().score(features)})
         self.run.write("scores.json", self.known)
+
+    def failures(self, prefix: str) -> Failures:
+        """Of all scores known whose keys begin so."""
+        found = [v for k, v in self.known.items() if k.startswith(f"failed/{prefix}")]
+        names = ("samples", "features", "count")
+        return Failures(*(int(sum(value[name] or 0 for value in found)) for name in names))
 
     def second(self, key: str) -> float | None:
         """The second metric of a score that was asked for with it; None if there is none."""

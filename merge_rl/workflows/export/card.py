@@ -79,11 +79,11 @@ def evaluation_results(facts: CardFacts) -> list[dict[str, Any]]:
     comparison, found = facts.comparison, []
     if comparison is None:
         return []
-    summary = comparison.summary("result")
+    summary = comparison.summary(comparison.written)
     repeats = len(comparison.scores["result"])
     for name in comparison.references:
         mean, low, high = (summary[name][key] for key in ("mean", "low", "high"))
-        if math.isnan(mean):
+        if not math.isfinite(mean):
             continue
         label = (facts.data or {}).get(name) or name
         metric = {

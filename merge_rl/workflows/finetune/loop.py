@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from merge_rl.errors import ParallelError, RunError, TrainingError
+from merge_rl.errors import ParallelError, TrainingError
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.files import below
-from merge_rl.storage.runs import Boards, FinetuneRun, StopSignals
+from merge_rl.storage.runs import Boards, FinetuneRun, StopSignals, fitting
 from merge_rl.workflows.assembly import memory_advice, peak_memory
 from merge_rl.workflows.finetune.kept import KeptRollouts
 from merge_rl.workflows.finetune.learner import LoopState, pack_state, unpack_state
@@ -192,11 +192,8 @@ class FinetuneLoop:
             lambda text: self.tracker.event({"kind": "warning", "text": text})
         )
         if saved is not None:
-            try:
+            with fitting(self.run_dir.path, "resume point"):
                 self.state = unpack_state(*saved, self.learner, self.job.reward)
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                reason = " ".join(f"{type(error).__name__} {error}".split())
-                raise RunError(f"{self.run_dir.path}: damaged resume point: {reason}") from None
             self.parts.send_state(below(saved[0], "learner."), self.learner.updates)
         step = self.state.step
         self.run_dir.keep_events_up_to(step)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from merge_rl.config import FinetuneConfig, to_mapping
-from merge_rl.errors import ConfigError, MergeRLError
+from merge_rl.errors import ConfigError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.storage.checkpoints import open_model_file
-from merge_rl.storage.files import require_new
+from merge_rl.storage.files import locked, require_new
 from merge_rl.storage.runs import (
     Boards,
     FinetuneRun,
@@ -26,6 +25,7 @@ from merge_rl.storage.runs import (
     continued,
     find_run,
     goes_on,
+    gone_unless,
     located,
     require_extras,
     require_resumable,
@@ -125,7 +125,8 @@ def finetune(
             inputs = {"hashes": dict(job.hashes), "version": __version__}
             return begin_finetune(out, resolved, inputs, group.place)
 
-        return _work(group, job, begin, wrap, tracker)
+        with locked(out if group.leads else None):
+            return _work(group, job, begin, wrap, tracker)
 
 
 def resume_finetune(
@@ -143,8 +144,8 @@ def resume_finetune(
     `checkpoints` is where the model lies now, if it was moved: its file, or the folder of its set.
     """
     tracker = tracker or NullTracker()
-    with joined() as group:
-        run = FinetuneRun.open(find_run(run_dir).told(_announce(tracker)))
+    run = FinetuneRun.open(find_run(run_dir).told(_announce(tracker)))
+    with joined() as group, locked(run.path if group.leads else None):
         own = continued(run, config)
         own = located(own, run.path, checkpoints, announce=_announce(tracker))
         require_extras(own.track)
@@ -202,12 +203,8 @@ def _work(
 def _lead(
     run: FinetuneRun, parts: StepParts, signals: StopSignals, tracker: Tracker
 ) -> FinetuneResult:
-    try:
+    with gone_unless(lambda: bool(run.state_paths()), run.path):
         return _drive(run, parts, signals, tracker)
-    except MergeRLError:
-        if not run.state_paths():  # nothing to go on from: do not stand in the next try's way
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
 
 
 def _drive(

@@ -21,7 +21,7 @@ from merge_rl.storage.checkpoints import (
     save_checkpoint,
     write_manifest,
 )
-from merge_rl.storage.files import sha256_file
+from merge_rl.storage.files import atomic_path, sha256_file
 from merge_rl.storage.runs import FinetuneRun
 from merge_rl.workflows.assembly import is_public
 from merge_rl.workflows.finetune.learner import Learner
@@ -114,10 +114,8 @@ class Snapshots:
         relative = Path(_EVALUATION) / f"{name}{file.suffix}"
         target = self.run.path / relative
         if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".tmp-{target.name}")
-            shutil.copyfile(file, temporary)
-            temporary.replace(target)
+            with atomic_path(target) as temporary:
+                shutil.copyfile(file, temporary)
         return relative
 
 

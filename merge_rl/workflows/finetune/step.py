@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from merge_rl.core.policy import batch_advantages, keep_top_fraction
 from merge_rl.core.sampling.compatibility import balanced_labels
-from merge_rl.errors import NonFiniteWeightsError
+from merge_rl.errors import NonFiniteWeightsError, StatisticsError
 from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.workflows.finetune.job import FinetuneJob
 from merge_rl.workflows.finetune.kept import KeptRollouts
@@ -20,7 +20,7 @@ from merge_rl.workflows.finetune.learner import Learner, LoopState
 from merge_rl.workflows.finetune.rollout import Window
 from merge_rl.workflows.finetune.updates import PolicyGradient, RejectionSampling
 from merge_rl.workflows.rewards import InfluenceFrechet, Pool, RewardGradient, RewardSum
-from merge_rl.workflows.rollout import Rollout, matmul_precision
+from merge_rl.workflows.rollout import Failures, Rollout, matmul_precision
 
 
 class StepParts:
@@ -68,7 +68,10 @@ class StepParts:
         labels = balanced_labels(size, self.job.num_classes)[rows]
         seeds = image_seeds(count, self.config.seed, "pool", step, rules=self.config.rules)
         features = self.features(self.job.rollout, seeds, labels, "pool")
-        if not bool(features.isfinite().all()):
+        if failures := Failures.of(features):
+            if state.pool is None and failures.features:
+                said = failures.said(self.job.rollout.extractor.name)
+                raise StatisticsError(f"{self.config.model}: no score of the pool: {said}")
             if state.pool is None:
                 raise NonFiniteWeightsError(
                     f"{self.config.model}: generates samples that are not finite with "

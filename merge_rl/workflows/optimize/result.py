@@ -75,7 +75,10 @@ def from_plain(values: Mapping[str, Any]) -> OptimizeResult:
 def write_merged(
     path: Path, job: Job, config: OptimizeConfig, coefficients: Tensor, comparison: Comparison
 ) -> None:
-    """The merged model of a finished search, float32, with recipe and card."""
+    """The merged model of a finished search, float32, with recipe and card.
+
+    `coefficients` are those of the entry that the comparison says is written.
+    """
     checkpoints, base = job.checkpoints, base_index(job.checkpoints, config.merge.start)
     licence = merged_licence(checkpoints, config.licence)
     recipe = merge_recipe(
@@ -92,6 +95,7 @@ def write_merged(
         f"reward `{config.reward.text}`, {config.budget} generated images at most, seed "
         f"{config.seed}."
     )
+    how += "".join(f" Warning: {text}." for text in comparison.warnings)
     facts = set_facts(checkpoints, job.group_names, coefficients, "float32", how, licence)
     sources = {name: reference.source for name, reference in job.references.items()}
     facts = dataclasses.replace(

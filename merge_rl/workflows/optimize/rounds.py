@@ -10,16 +10,16 @@ from torch import Tensor
 
 from merge_rl.config import OptimizeConfig, RewardConfig, without_nan
 from merge_rl.core.sampling.compatibility import balanced_labels
-from merge_rl.errors import BudgetError, NonFiniteWeightsError, RunError
+from merge_rl.errors import BudgetError, NonFiniteWeightsError, StatisticsError
 from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.rng import draw_subset, image_seeds, stream
-from merge_rl.storage.runs import RunDir
+from merge_rl.storage.runs import RunDir, fitting
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.optimize.shown import HeldOutCurve
 from merge_rl.workflows.optimize.state import BestSoFar, SearchState, candidate_scores
 from merge_rl.workflows.rewards import KEY as FIRST_ORDER
 from merge_rl.workflows.rewards import FirstOrderWatch, Pool, RewardScores, pool_gap, term_means
-from merge_rl.workflows.rollout import WorkItem
+from merge_rl.workflows.rollout import Failures, WorkItem
 
 DAMP, RECOVER = 0.7, 1.15  # what a gap does to the step, and how it comes back
 FAILED_ROUNDS = 3  # running, in which every candidate fails, end a search
@@ -66,11 +66,8 @@ class SearchLoop:
     def run(self) -> None:
         """From the resume point, or the beginning, until the budget is used up."""
         self.tracker.phase("search", self.limit)
-        try:
+        with fitting(self.run_dir.state_path, "resume point"):
             begun = self._restore()
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(f"{type(error).__name__} {error}".split())
-            raise RunError(f"{self.run_dir.state_path}: damaged resume point: {reason}") from None
         self.tracker.advance(self.images)
         if not begun:
             self._require_round()
@@ -113,10 +110,12 @@ class SearchLoop:
     def _first_pool(self) -> None:
         labels = balanced_labels(self.config.reward.pool_size, self.job.num_classes)
         features = self._generate(self.searcher.mean, labels, "pool")
-        if not bool(features.isfinite().all()):
+        if failures := Failures.of(features):
+            said = failures.said(self.job.rollout.rollout.extractor.name)
+            if failures.features:
+                raise StatisticsError(f"no score of the starting point: {said}")
             raise NonFiniteWeightsError(
-                "the starting point generates samples that are not finite; "
-                "choose another with --start"
+                f"no score of the starting point: {said}; choose another with --start"
             )
         self.pool = Pool.of(features, labels)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +11,19 @@ from pathlib import Path
 from torch import nn
 
 from merge_rl.config import OptimizeConfig, without_nan
-from merge_rl.errors import ConfigError, MergeRLError
+from merge_rl.errors import ConfigError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
-from merge_rl.storage.files import require_new
+from merge_rl.storage.files import locked, require_new
 from merge_rl.storage.runs import (
     RunDir,
     begin_run,
     find_run,
     find_set,
     goes_on,
+    gone_unless,
     located,
     require_resumable,
 )
@@ -117,14 +117,11 @@ def begin(
     if not group.leads:
         return from_plain(ranks.follow())
     make_searcher(resolved, job)  # refuses before anything is written
-    inputs = {"hashes": job.hashes, "version": __version__}
-    run = begin_run(out, resolved, inputs, group.place)
-    try:
-        result = _drive(run, resolved, job, tracker)
-    except MergeRLError:
-        if not run.state_path.exists():  # nothing to resume: be out of the next try's way
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
+    with locked(out):
+        inputs = {"hashes": job.hashes, "version": __version__}
+        run = begin_run(out, resolved, inputs, group.place)
+        with gone_unless(run.state_path.exists, run.path):
+            result = _drive(run, resolved, job, tracker)
     ranks.end(to_plain(result))
     return result
 
@@ -149,8 +146,8 @@ def resume(
     missing, and ConfigError without the function that a run generates with.
     """
     tracker = tracker or NullTracker()
-    with joined() as group:
-        run = RunDir.open(find_run(run_dir).told(_announce(tracker)))
+    run = RunDir.open(find_run(run_dir).told(_announce(tracker)))
+    with joined() as group, locked(run.path if group.leads else None):
         config = located(run.config(), run.path, checkpoints, announce=_announce(tracker))
         given = _given(config, run, generate, model)
         select = config.select or None
@@ -207,7 +204,8 @@ def _drive(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> O
     found = run_search(config, job, run, tracker, store)
     comparison = compare(config, job, found.start, found.coefficients, store, tracker)
     write_samples(run, job, found.ends, comparison, tracker)
-    write_merged(run.merged_path, job, config, found.coefficients, comparison)
+    written = found.start if comparison.written == "start" else found.coefficients
+    write_merged(run.merged_path, job, config, written, comparison)
     result = {
         "version": __version__,
         "checkpoints": list(job.checkpoints.names),

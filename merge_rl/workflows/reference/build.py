@@ -16,7 +16,13 @@ from merge_rl.errors import ConfigError, ImageError, TooFewSamplesError
 from merge_rl.interfaces import FeatureExtractor, NullTracker, Tracker
 from merge_rl.parallel import joined
 from merge_rl.rng import draw_subset, stream
-from merge_rl.storage.files import ImageSource, WorkFolder, open_images, require_new
+from merge_rl.storage.files import (
+    ImageSource,
+    WorkFolder,
+    locked_output,
+    open_images,
+    require_new,
+)
 from merge_rl.version import __version__
 from merge_rl.workflows.reference.file import save_reference
 from merge_rl.workflows.reference.moments import (
@@ -97,17 +103,18 @@ def build_reference(
         if not group.leads:
             help_collect(source, plan, extractor, group, device=placed, skip_broken=skip_broken)
             return dict(group.broadcast(phase="end"))
-        work = WorkFolder(Path(out), key)
         tracker = tracker or NullTracker()
         tracker.phase("reference", len(rows))
-        found = collect(
-            source, plan, extractor, work, device=placed, skip_broken=skip_broken,
-            on_images=tracker.advance, group=group,
-        )  # fmt: skip
-        document = _write(outs, source, plan, found, work, extractor, extractor_sha256)
+        with locked_output(out):
+            work = WorkFolder(Path(out), key)
+            found = collect(
+                source, plan, extractor, work, device=placed, skip_broken=skip_broken,
+                on_images=tracker.advance, group=group,
+            )  # fmt: skip
+            document = _write(outs, source, plan, found, work, extractor, extractor_sha256)
+            work.remove()
         for text in [*source_notes(source), *_warnings(document)]:
             tracker.event({"kind": "warning", "text": text})
-        work.remove()
         group.broadcast(document, phase="end")
         return document
 

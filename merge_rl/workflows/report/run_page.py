@@ -11,7 +11,7 @@ from typing import Any
 from merge_rl.config import OptimizeConfig
 from merge_rl.errors import ConfigError, RunError
 from merge_rl.storage.files import write_text
-from merge_rl.storage.runs import SETTINGS, RunDir, find_run, is_finetune_run
+from merge_rl.storage.runs import SETTINGS, RunDir, find_run, fitting, is_finetune_run
 from merge_rl.workflows.report.compare_page import write_comparison
 from merge_rl.workflows.report.plots import draw_run
 from merge_rl.workflows.report.text import (
@@ -168,12 +168,14 @@ def write_report(path: str | os.PathLike[str]) -> Report:
     run = RunDir.open(folder)
     config, events, result = run.config(), run.events(), run.read("result.json")
     picture, note = folder / "report.png", None
-    try:
-        draw_run(events, result, picture)
-    except ConfigError as error:
-        note = str(error)
     page = folder / "report.md"
-    write_text(page, run_markdown(config, events, result, None if note else picture.name))
+    with fitting(folder, "events.jsonl or result.json"):
+        try:
+            draw_run(events, result, picture)
+        except ConfigError as error:
+            note = str(error)
+        text = run_markdown(config, events, result, None if note else picture.name)
+    write_text(page, text)
     return Report(page, None if note else picture, note)
 
 
@@ -183,7 +185,8 @@ def _of_comparison(folder: Path) -> Report:
         raise RunError(
             f"{folder}: the comparison is not finished; go on with the command that began it"
         )
-    note = write_comparison(document, folder)
+    with fitting(folder, "compare.json"):
+        note = write_comparison(document, folder)
     picture = None if note else folder / "compare.png"
     return Report(folder / "compare.md", picture, note, document)
 

@@ -99,7 +99,7 @@ def _capital(text: str) -> str:
 def _not_finite(measure: str) -> Verdict:
     return Verdict(
         "bad",
-        "The result or its start made samples that are not finite.",
+        "The result or its start has no finite score.",
         f"There is no {measure} to judge by.",
         f"not finite: no {measure} to judge by",
     )

@@ -29,6 +29,7 @@ from merge_rl.workflows.rollout.execution import (
     matmul_precision,
     prepare_network,
 )
+from merge_rl.workflows.rollout.failures import Failures
 from merge_rl.workflows.rollout.given import (
     AsTheyAre,
     Generate,
@@ -44,6 +45,7 @@ __all__ = [
     "DifferentiableRollout",
     "Differentiated",
     "DistributedRollout",
+    "Failures",
     "Generate",
     "GivenRollout",
     "MergedRollout",

@@ -93,7 +93,10 @@ class GivenRollout(Rollout):
         return made
 
     def _extract(self, latents: Tensor) -> Tensor:
-        return self.extractor(latents).float()
+        rows = self.extractor(latents).float()
+        # As `Failures` tells them: a function that gives features itself is the model's side.
+        mark = float("nan" if self.takes_features else "inf")
+        return rows.masked_fill(~rows.isfinite().all(1, keepdim=True), mark)
 
     def _check(self, made: object, count: int) -> None:
         if not isinstance(made, Tensor):

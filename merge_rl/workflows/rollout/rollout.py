@@ -118,7 +118,7 @@ class Rollout:
         return self._in_blocks(self.autoencoder.decode, noise, labels, check_finite=True)
 
     def features(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Features (N, D) float32 on the CPU; a row is NaN where the sample is not finite."""
+        """Features (N, D) float32 on the CPU; of rows that are not finite see `Failures`."""
         return self._in_blocks(self._extract, noise, labels)
 
     def features_of(self, blocks: Sequence[Ask]) -> Iterator[Tensor]:
@@ -130,9 +130,9 @@ class Rollout:
         return self._run(self._extract, blocks)
 
     def _extract(self, latents: Tensor) -> Tensor:
-        # Looked at before decoding, where clipping to uint8 would turn NaN into a plausible black
-        # image.
+        # Latents are looked at as well: clipped to uint8, NaN is a plausible black image.
         rows = self.extractor(self.autoencoder.decode(latents)).float()
+        rows = rows.masked_fill(~rows.isfinite().all(1, keepdim=True), float("inf"))
         failed = ~latents.flatten(1).isfinite().all(1)
         return rows.masked_fill(failed[:, None], float("nan"))
 

@@ -176,7 +176,7 @@ def spoil(*calls: int) -> Fake:
         made = marked(call, noise, labels)
         made[:, 2:] *= 1 + call % 7 / 10
         if call in calls:
-            made[7, 3] = torch.nan
+            made[7] = torch.nan
         return made
 
     return features

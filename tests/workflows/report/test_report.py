@@ -130,7 +130,8 @@ def test_a_gain_of_the_optimised_metric_alone_is_warned_of() -> None:
     assert "but held-out FID did not, " in text
     (text,) = comparison(1.0, -1.0).warnings
     assert "but KID to the reference did not, -1 [" in text
-    assert len(comparison(-1.0, 0.0).warnings) == 2
+    doubts = [text for text in comparison(-1.0, 0.0).warnings if "the gain may be one of" in text]
+    assert len(doubts) == 2
 
 
 def test_where_nothing_was_gained_nothing_is_warned_of() -> None:
