@@ -97,7 +97,7 @@ def test_the_short_way_through(tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = mrl.optimize(tiny, budget=90, seed=0, out=run, config=config)
     assert result.run_dir == run
-    assert result.coefficients.shape == (3, 4)  # a row a stage of the network
+    assert result.coefficients.shape == (4, 4)  # a row a stage of the network
     for summary in (result.baseline, result.final):
         assert summary["heldout"]["low"] <= summary["heldout"]["mean"]
     assert mrl.resume(run).final == result.final

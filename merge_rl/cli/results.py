@@ -128,7 +128,7 @@ def _step_text(event: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     if "ratio_mean" in event:
         parts.append(f"KL {event['approx_kl']:.1e}")
-    else:
+    elif "loss" in event:
         parts.append(f"loss {event['loss']:.3f}")
     return "  ".join([*parts, f"{event['seconds']:.1f} s"])
 

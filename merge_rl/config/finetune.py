@@ -13,7 +13,7 @@ from typing import Final
 from merge_rl.config.mapping import flattened, to_mapping
 from merge_rl.config.optimize import OF_SET, OptimizeConfig
 from merge_rl.config.reward import RewardConfig
-from merge_rl.config.sampler import SDE_SOLVERS, SamplerConfig, require
+from merge_rl.config.sampler import FIXED_SOLVERS, SDE_SOLVERS, SamplerConfig, require
 from merge_rl.config.setting import (
     DATA,
     LEARN,
@@ -45,8 +45,10 @@ class FinetuneConfig:
 
     model: str
     algorithm: str = setting(
-        "pg", "pg: policy gradient; rs: rejection sampling.", LEARN, "--algorithm",
-        choices=("pg", "rs"),
+        "pg",
+        "pg: policy gradient; rs: rejection sampling; pathwise: the reward's gradient through ODE "
+        "rollouts.",
+        LEARN, "--algorithm", choices=("pg", "rs", "pathwise"),
     )  # fmt: skip
     credit: str = setting(
         "set", "set: one reward for the images of a subset; per-image: one each.",
@@ -131,12 +133,32 @@ class FinetuneConfig:
                 "the steps of an ODE draw nothing, so that a policy gradient has nothing to learn "
                 "from; expected rollouts under sde, or the algorithm rs"
             )
+        if self.algorithm == "pathwise":
+            self._require_pathwise()
         if self.rollout.window_size is not None and self.rollout_kind == "ode":
             raise ConfigError("a window of noisy steps needs rollouts under sde, got ode")
         if self.reward.num_subsets != 1 or self.reward.num_replacements != 1:
             raise ConfigError(
                 "fine-tuning compares rollout.subsets sets of images, each in the same rows of the "
                 "pool; expected reward.num_subsets and reward.num_replacements to be 1"
+            )
+
+    def _require_pathwise(self) -> None:
+        """Raise ConfigError for what a gradient through whole rollouts cannot have."""
+        if self.rollout_kind != "ode":
+            raise ConfigError(
+                "the algorithm pathwise follows rollouts that draw nothing; expected them under "
+                f"ode, got {self.rollout_kind}"
+            )
+        if self.curves.ode_solver not in FIXED_SOLVERS:
+            raise ConfigError(
+                f"the algorithm pathwise needs a solver with fixed steps "
+                f"({', '.join(FIXED_SOLVERS)}), got curves.ode_solver {self.curves.ode_solver}"
+            )
+        if self.parallel != "ddp":
+            raise ConfigError(
+                "the algorithm pathwise keeps all weights in every process; expected parallel ddp, "
+                f"got {self.parallel}"
             )
 
     @property

@@ -51,7 +51,7 @@ def test_json_has_what_a_program_needs(mergerl: Mergerl) -> None:
         "default_text": "5000", "choices": [], "meaning": "N, images in the pool.",
     }  # fmt: skip
     assert found["reward.subset_size"]["default"] == 50  # the paper's, not that of a search
-    assert found["algorithm"]["choices"] == ["pg", "rs"]
+    assert found["algorithm"]["choices"] == ["pg", "rs", "pathwise"]
     assert found["sampler.solver"]["option"] is None  # training has its own
     assert found["track"]["type"] == "list of str"
     assert found["extra_weights"]["type"] == "mapping"

@@ -50,7 +50,7 @@ OPTIMIZE = OptimizeConfig(
     heldout="h", autoencoder="sd-vae-sit", autoencoder_weights="v", autoencoder_dtype="bfloat16",
     extra_references={"dinov2": "d: r"}, extra_weights={"a.b:c": "x=y"}, budget=12345, seed=-3,
     batch=9, device="cuda:1", sampler=SAMPLER, merge=MERGE, reward=REWARD, search=SEARCH,
-    weights_device="disk", licence="MIT", evaluation=EVALUATION, rules=1,
+    weights_device="disk", licence="MIT", evaluation=EVALUATION, rules=1, network="n.m:f",
 )  # fmt: skip
 CONFIGS: list[Any] = [SAMPLER, MERGE, REWARD, SEARCH, EVALUATION, OPTIMIZE]
 CONFIGS += [OptimizeConfig(checkpoints="x"), MergeConfig(), SearchConfig()]

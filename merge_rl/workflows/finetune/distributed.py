@@ -25,6 +25,7 @@ from merge_rl.workflows.assembly import load_network, memory_advice
 from merge_rl.workflows.finetune.job import FinetuneJob
 from merge_rl.workflows.finetune.kept import KeptRollouts, ProcessShare, read_kept, write_kept
 from merge_rl.workflows.finetune.learner import Learner
+from merge_rl.workflows.finetune.pathwise import PathwiseGradient, sum_in_order
 from merge_rl.workflows.finetune.rollout import PolicyRollout
 from merge_rl.workflows.finetune.sharded import ShardedLearner, is_broken_link, replicated
 from merge_rl.workflows.finetune.step import StepParts
@@ -58,6 +59,8 @@ class DistributedStep(StepParts):
             self.networks["average"] = learner.average
         self.update.share = ProcessShare(group.rank, group.size)
         self.update.means = self._means
+        if isinstance(self.update, PathwiseGradient):
+            self.update.together = sum_in_order
         self._kept: KeptRollouts | None = None
 
     # ------------------------------------------------------------------ what the first one calls

@@ -44,7 +44,7 @@ class FinetuneJob:
     scored: Rollout  # of the network, to those of the own extractor, which curves are scored by
     origin: Origin
     hashes: Mapping[str, Any]
-    follows_still: bool = False  # the reward's gradient goes through steps that draw nothing
+    follows: bool = False  # updates take the derivative of the reward by images
 
     @property
     def network(self) -> nn.Module:
@@ -114,14 +114,21 @@ def build_finetune(
         scored=parts.rollout(Rollout, own=True),
         origin=find_origin(config.model),
         hashes={"model": model_sha256(config.model), **parts.hashes()},
-        follows_still=_follows_still(config, parts, rollout, announce),
+        follows=_follows(config, parts, rollout, announce),
     )
 
 
-def _follows_still(
+def _follows(
     config: FinetuneConfig, parts: Parts, rollout: PolicyRollout, announce: Announce
 ) -> bool:
-    """Whether steps that draw nothing are learnt from; why not is said."""
+    """Whether the reward's derivative is taken: by pathwise, and through steps that draw nothing.
+
+    Raises ConfigError where pathwise has none; policy gradients do without, and why is said.
+    """
+    if config.algorithm == "pathwise":
+        require_gradient(parts.reward.reward, "the algorithm pathwise")
+        require_derivative(rollout)
+        return True
     if config.algorithm != "pg" or not config.update.still_steps or config.rules == FIRST_RULES:
         return False
     try:

@@ -33,6 +33,11 @@ LABELS: Final = {
 }
 
 
+ALGORITHMS: Final = {
+    "pg": "policy gradient", "rs": "rejection sampling", "pathwise": "gradient through the rollout",
+}  # fmt: skip
+
+
 def write_report(
     run: FinetuneRun,
     config: FinetuneConfig,
@@ -48,7 +53,7 @@ def write_report(
         "",
         f"**{finetune_verdict(comparison, {c: curve_label(config, c) for c in CURVES})}**",
         "",
-        f"{'Policy gradient' if config.algorithm == 'pg' else 'Rejection sampling'} with the "
+        f"{ALGORITHMS[config.algorithm].capitalize()} with the "
         f"reward `{config.reward.text}`, credit by {config.credit}, seed {config.seed}; the result "
         f"is step {step}.",
         "",
@@ -132,7 +137,7 @@ def finetune_card(
     header["pipeline_tag"] = TASK
     header["tags"] = ["diffusion", str(origin.config.get("model")), "finetuned", "merge_rl"]
     front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()
-    how = "policy gradient" if config.algorithm == "pg" else "rejection sampling"
+    how = ALGORITHMS[config.algorithm]
     better = [c for c in CURVES if (comparison["curves"][c]["gain"]["low"] or 0) > 0]
     verdict = ", ".join(better) if better else "none of them"
     return "\n".join(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from merge_rl.core.sampling.sampler import following, make_sde, without_noise
+from merge_rl.core.sampling.sampler import following, make_sde, sample_with, without_noise
 from merge_rl.core.sampling.sde import SDE, solve_sde
 from merge_rl.core.sampling.solvers import NormWatch
 from merge_rl.core.step_policy import Action, WindowedSDE, replay
 from merge_rl.interfaces import Denoiser
-from merge_rl.workflows.rollout import Rollout
+from merge_rl.workflows.rollout import Rollout, made_again
 
 Window = tuple[int, int]
 """(first, stop): the steps first..stop-1 are noisy, the others take those of the ODE."""
@@ -43,6 +43,13 @@ class PolicyRollout(Rollout):
         if watch is not None:
             watch.check()
         return samples
+
+    def followed(self, noise: Tensor, labels: Tensor, network: Denoiser) -> Tensor:
+        """Samples of an ODE, with gradients in the memory of one call of `network`."""
+        return sample_with(
+            self.sampler, network, noise.to(self.device), labels.to(self.device),
+            guide=self._guide, through=made_again,
+        )  # fmt: skip
 
     def replay(self, noise: Tensor, labels: Tensor) -> list[Action]:
         """The actions of one batch at the present weights, on the device."""

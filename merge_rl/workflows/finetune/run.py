@@ -88,7 +88,8 @@ def finetune(
         model: model folder, one .safetensors of a set, the folder of a set (its newest checkpoint
             is taken), or "user/repo" on the Hub.
         out: run directory; must not exist, or with `resume` be an interrupted run.
-        algorithm: "pg", policy gradient on SDE rollouts, or "rs", rejection sampling.
+        algorithm: "pg", policy gradient on SDE rollouts; "rs", rejection sampling; or "pathwise",
+            the reward's gradient through ODE rollouts.
         reward: as in `optimize`.
         steps: at most.
         seed: fixes every draw.

@@ -17,6 +17,7 @@ from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.workflows.finetune.job import FinetuneJob
 from merge_rl.workflows.finetune.kept import KeptRollouts
 from merge_rl.workflows.finetune.learner import Learner, LoopState
+from merge_rl.workflows.finetune.pathwise import PathwiseGradient
 from merge_rl.workflows.finetune.rollout import Window
 from merge_rl.workflows.finetune.updates import PolicyGradient, RejectionSampling
 from merge_rl.workflows.rewards import InfluenceFrechet, Pool, RewardGradient, RewardSum
@@ -32,9 +33,11 @@ class StepParts:
     def __init__(self, job: FinetuneJob, learner: Learner) -> None:
         self.job, self.config, self.learner = job, job.config, learner
         update, seed = self.config.update, self.config.seed
-        self.update: PolicyGradient | RejectionSampling
+        self.update: PolicyGradient | RejectionSampling | PathwiseGradient
         if self.config.algorithm == "pg":
             self.update = PolicyGradient(learner, job.rollout, update, job.reference)
+        elif self.config.algorithm == "pathwise":
+            self.update = PathwiseGradient(learner, job.rollout, update)
         else:
             self.update = RejectionSampling(learner, job.rollout, update, seed)
 
@@ -92,19 +95,24 @@ class StepParts:
         labels = pool.labels[rows].repeat(sets)
         features = self.features(self.job.rollout, seeds, labels, f"rollouts of step {step + 1}")
         features = features.reshape(sets, size, -1)
+        followed = config.algorithm == "pathwise"  # there is nothing to choose between
         credit = assign_credit(
             self.job.reward, pool, rows, features, credit=config.credit,
-            fraction=config.update.top_fraction,
+            fraction=1.0 if followed else config.update.top_fraction,
         )  # fmt: skip
         chosen = credit.kept.nonzero()[:, 0]
         noise = self.job.rollout.noise([seeds[i] for i in chosen.tolist()])
-        pull = self._pull(pool, features.flatten(0, 1)[chosen], credit.slope)
+        slope = -1.0 if followed else credit.slope
+        pull = self._pull(pool, features.flatten(0, 1)[chosen], slope)
         kept = KeptRollouts(noise, labels[chosen], credit.advantages[chosen], chosen, step, pull)
         return credit, kept
 
     def _pull(self, pool: Pool, features: Tensor, slope: float) -> Tensor | None:
-        """Derivatives of advantages by features (M, D); None where they are not followed."""
-        if not self.job.follows_still:
+        """Derivatives of advantages by features (M, D); None where they are not followed.
+
+        `slope` times that of an image's influence on the pool's distance.
+        """
+        if not self.job.follows:
             return None
         towards = RewardGradient(self.job.reward, pool).cotangents(features)
         return towards.float() * (slope * len(features))

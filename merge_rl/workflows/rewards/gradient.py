@@ -135,5 +135,5 @@ def require_gradient(reward: RewardSum, who: str = "the searcher pathwise") -> N
         if not isinstance(term.reward, Differentiable):
             raise ConfigError(
                 f"{who} needs rewards with a derivative, got {term.name!r}; "
-                "expected fid-subset, kid-subset or mmd-subset, or the searcher auto"
+                "expected fid-subset, kid-subset or mmd-subset, or one that does without"
             )

@@ -1,6 +1,6 @@
 """Weights to images to features: placement, execution, the same work on several processes."""
 
-from merge_rl.workflows.rollout.derivatives import Room, pull_back, require_derivative
+from merge_rl.workflows.rollout.derivatives import Room, made_again, pull_back, require_derivative
 from merge_rl.workflows.rollout.device import (
     choose_place,
     cpu_workers,
@@ -61,6 +61,7 @@ __all__ = [
     "free_memory",
     "free_on",
     "is_out_of_memory",
+    "made_again",
     "matmul_precision",
     "on_device",
     "own_device",

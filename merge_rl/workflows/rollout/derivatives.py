@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.sampling.sampler import sample_with
@@ -76,6 +77,16 @@ def pull_back(rollout: Rollout, latents: Tensor, cotangents: Tensor) -> Tensor:
             features = rollout.extractor(levels(x)).float()
         parts += torch.autograd.grad(features, x, rows.to(features))
     return torch.cat(parts)
+
+
+def made_again(evaluate: Velocity) -> Velocity:
+    """The same, of which nothing is kept but its input: it is called again on the way back."""
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        made: Tensor = checkpoint(evaluate, x, t, use_reentrant=False, preserve_rng_state=False)
+        return made
+
+    return call
 
 
 class StepWatch:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from merge_rl.config import FIXED_SOLVERS
 from merge_rl.core.merging.gradient import coefficient_gradient
@@ -26,6 +25,7 @@ from merge_rl.errors import ConfigError, OutOfMemoryError
 from merge_rl.workflows.rollout.derivatives import (
     Room,
     StepWatch,
+    made_again,
     problems_of,
     pull_back,
     require_derivative,
@@ -176,18 +176,12 @@ class DifferentiableRollout:
 
     def _latents(self, noise: Tensor, labels: Tensor, again: bool, watch: StepWatch) -> Tensor:
         """Samples with what their way back needs; with `again` the network is called twice."""
-
-        def through(evaluate: Velocity) -> Velocity:
-            def call(x: Tensor, t: Tensor) -> Tensor:
-                made: Tensor = checkpoint(
-                    evaluate, x, t, use_reentrant=False, preserve_rng_state=False
-                )
-                return made
-
-            return call if again else evaluate
-
         device = self.rollout.device
         return sample_with(
             self.rollout.sampler, self._network, noise.to(device), labels.to(device),
-            guide=self._guide, through=through, on_step=watch,
+            guide=self._guide, through=made_again if again else _kept, on_step=watch,
         )  # fmt: skip
+
+
+def _kept(evaluate: Velocity) -> Velocity:
+    return evaluate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +79,49 @@ def update_of(model: Path, algorithm: str, kind: str, kept_rows: int, group: Gro
     return Found(whole_gradients(parts.learner.policy), seen, terms)
 
 
+def pulled_update(
+    model: Path, algorithm: str, rows: Sequence[int], group: Group | None, kind: str = "ddp"
+) -> dict[str, Tensor]:
+    """Gradients of an update that follows the reward's derivative by images, of these rows."""
+    update = UpdateConfig(micro_batch=1, max_grad_norm=1e9)
+    window = 1 if algorithm == "pg" else None
+    config = FinetuneConfig(
+        model=str(model), algorithm=algorithm, update=update, parallel=kind,
+        rollout=RolloutConfig(subsets=2, train_steps=4, window_size=window),
+        reward=replace(PAPER_REWARD, pool_size=20, subset_size=4),
+    )  # fmt: skip
+    job = build_finetune(resolve_finetune(config))
+    job.rollout.window = (1, 2) if algorithm == "pg" else None
+    parts = (
+        StepParts(job, Learner(job.network, update))
+        if group is None
+        else DistributedStep(job, group, StopSignals())
+    )
+    places = torch.tensor(rows)
+    pull = torch.linspace(-1, 1, 64 * 8).reshape(8, 64)[places]
+    kept = KeptRollouts(job.rollout.noise(rows), places % 10, places.double() - 1, places, 3, pull)
+    StepParts.gradients(parts, kept, 0)
+    return whole_gradients(parts.learner.policy)
+
+
+def pulled_apart(model: Path, algorithm: str, group: Group, kind: str = "ddp") -> tuple[float, int]:
+    """How far the gradients of two processes are from those of one, in bounds.
+
+    Both sum the same M images in float32, in other orders: each of the M sums may be off by an eps
+    of what it adds up to in size.
+    """
+    rows = range(5)
+    shared = pulled_update(model, algorithm, rows, group, kind)
+    alone = pulled_update(model, algorithm, rows, None, kind)
+    single = [pulled_update(model, algorithm, [row], None, kind) for row in rows]
+    worst = 0.0
+    for name, expected in alone.items():
+        size = sum(found[name].abs() for found in single) / len(rows)
+        bound = 4 * len(rows) * EPS * size + EPS64 * EPS64
+        worst = max(worst, float(((shared[name] - expected).abs() / bound).max()))
+    return worst, len(alone)
+
+
 def means_apart(found: dict[str, float], alone: Found) -> float:
     """The largest difference of what was seen, in units of its bound: at most 1.
 
@@ -122,6 +166,9 @@ def in_a_process(folder: Path) -> None:
                 if rank == 0:
                     off = max(off, means_apart(shared.seen, alone))
                 lines.append(f"{name}-{algorithm}-{kind} {off:.3e} {len(alone.gradients)}")
+        for algorithm, kind in (("pg", "ddp"), ("pg", "fsdp"), ("pathwise", "ddp")):
+            off, count = pulled_apart(models["sit"], algorithm, group, kind)
+            lines.append(f"pulled-{algorithm}-{kind} {off:.3e} {count}")
     if rank == 0:
         sys.stdout.write("\n".join(lines) + "\n")
 
@@ -136,7 +183,8 @@ def test_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
     assert ranks.returncode == 0, err
     lines = [line.split() for line in out.splitlines()]
     updates = [f"{k}-{way}" for k in ("edm2-pg", "edm2-rs", "sit-pg") for way in ("ddp", "fsdp")]
-    assert [line[0] for line in lines] == ["replicated", "sharded", *updates]
+    pulled = ["pulled-pg-ddp", "pulled-pg-fsdp", "pulled-pathwise-ddp"]
+    assert [line[0] for line in lines] == ["replicated", "sharded", *updates, *pulled]
     assert all(int(line[2]) > 20 for line in lines)
     # The mean of two halves is that of the whole, of 2 and 3 rollouts too, and of 1 and none.
     assert all(float(line[1]) <= 1 for line in lines), lines

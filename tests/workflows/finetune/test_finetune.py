@@ -117,6 +117,7 @@ def test_the_model_is_the_average_of_the_last_step(
         {"algorithm": "rs"},
         {"algorithm": "rs", "rollout": {"under": "sde", "window_size": 1}},
         {"algorithm": "rs", "credit": "per-image", "update": {"epochs": 2}},
+        {"algorithm": "pathwise"},
         {"rollout": {"window_size": 1}},
         {"rollout": {"window_size": 1, "window_start": 1}},
         {"update": {"kl_weight": 0.5, "epochs": 2, "per_dimension": True, "clip": 1e-4}},
@@ -290,6 +291,21 @@ def test_losses_go_through_the_wrapped_network(small: Path, tmp_path: Path) -> N
         ({"update": {"clip": 0.0}}, ConfigError, "expected clip finite and > 0, got 0.0"),
         ({"update": {"ema_decay": 1.0}}, ConfigError, "expected ema_decay in"),
         ({"rollout": {"under": "ode"}}, ConfigError, "the steps of an ODE draw nothing"),
+        (
+            {"algorithm": "pathwise", "rollout": {"under": "sde"}},
+            ConfigError,
+            "follows rollouts that draw nothing; expected them under ode, got sde",
+        ),
+        (
+            {"algorithm": "pathwise", "curves": {"ode_solver": "dopri5"}},
+            ConfigError,
+            "a solver with fixed steps .* got curves.ode_solver dopri5",
+        ),
+        (
+            {"algorithm": "pathwise", "parallel": "fsdp"},
+            ConfigError,
+            "all weights in every process; expected parallel ddp, got fsdp",
+        ),
         ({"rollout": {"under": "pde"}}, UnknownNameError, "unknown kind of rollouts 'pde'"),
         (
             {"algorithm": "rs", "rollout": {"window_size": 1}},
@@ -313,6 +329,10 @@ def test_settings_that_cannot_work(
         ({"credit": "per-image", "reward": {"name": "kid-subset"}}, "none for single images"),
         ({"curves": {"ode_solver": "dopri5"}}, "dopri5 chooses its steps by the whole batch"),
         ({"reward": {"name": "fid-sub"}}, "unknown reward 'fid-sub'"),
+        (
+            {"algorithm": "pathwise", "reward": {"name": "fid-full"}},
+            "the algorithm pathwise needs rewards with a derivative, got 'fid-full'",
+        ),
     ],
 )
 def test_refused_before_anything_is_written(

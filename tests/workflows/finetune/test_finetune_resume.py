@@ -93,6 +93,7 @@ def tripwire(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
 KINDS: dict[str, dict[str, Any]] = {
     "pg": {"save_every": 2},
     "rs": {"algorithm": "rs", "credit": "per-image", "update": {"epochs": 2}},
+    "pathwise": {"algorithm": "pathwise", "save_every": 2},
     "kl": {"update": {"kl_weight": 0.1, "epochs": 2}, "rollout": {"window_size": 1}},
 }
 
