@@ -12,6 +12,16 @@ from typing import TYPE_CHECKING, Any, Final
 from merge_rl.version import __version__
 
 if TYPE_CHECKING:
+    from merge_rl.config import (
+        EvaluateConfig,
+        EvaluationConfig,
+        FinetuneConfig,
+        MergeConfig,
+        OptimizeConfig,
+        RewardConfig,
+        SamplerConfig,
+        SearchConfig,
+    )
     from merge_rl.core.distances.frechet import frechet_distance
     from merge_rl.core.distances.kernels import kernel_distance
     from merge_rl.core.distances.neighbours import prdc
@@ -31,12 +41,21 @@ if TYPE_CHECKING:
     from merge_rl.workflows.evaluate import evaluate
     from merge_rl.workflows.export import merge, push, save_model
     from merge_rl.workflows.finetune import FinetuneResult, finetune
-    from merge_rl.workflows.optimize import OptimizeResult, optimize, resume
+    from merge_rl.workflows.finetune.resume import resume
+    from merge_rl.workflows.optimize import OptimizeResult, optimize
     from merge_rl.workflows.optimize.function import search
     from merge_rl.workflows.rewards import SubsetReward
 
 
 _HOMES: Final = {
+    "EvaluateConfig": "config",
+    "EvaluationConfig": "config",
+    "FinetuneConfig": "config",
+    "MergeConfig": "config",
+    "OptimizeConfig": "config",
+    "RewardConfig": "config",
+    "SamplerConfig": "config",
+    "SearchConfig": "config",
     "frechet_distance": "core.distances.frechet",
     "kernel_distance": "core.distances.kernels",
     "prdc": "core.distances.neighbours",
@@ -64,7 +83,7 @@ _HOMES: Final = {
     "merge": "workflows.export",
     "OptimizeResult": "workflows.optimize",
     "optimize": "workflows.optimize",
-    "resume": "workflows.optimize",
+    "resume": "workflows.finetune.resume",
     "search": "workflows.optimize.function",
     "SubsetReward": "workflows.rewards",
 }
@@ -72,12 +91,20 @@ _HOMES: Final = {
 __all__ = [
     "CheckpointSet",
     "ConvertResult",
+    "EvaluateConfig",
+    "EvaluationConfig",
     "FeatureStats",
+    "FinetuneConfig",
     "FinetuneResult",
     "LineTracker",
+    "MergeConfig",
     "MergeRLError",
     "Network",
+    "OptimizeConfig",
     "OptimizeResult",
+    "RewardConfig",
+    "SamplerConfig",
+    "SearchConfig",
     "Searcher",
     "SubsetReward",
     "__version__",

@@ -7,9 +7,11 @@ option or an argument that names it too, or by handing over the object.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -24,13 +26,17 @@ def is_own(name: str) -> bool:
     return ":" in name
 
 
-def allow(code: str | Callable[..., Any]) -> str:
-    """Let code be used in this process, by its name or as an object; what files call it."""
+def allow(code: Any) -> str:
+    """Let code be used in this process, by its name or as an object; what files call it.
+
+    Classes and functions are factories; any other object is what its factory would return.
+    """
     if isinstance(code, str):
         _allowed.setdefault(code)
         return code
     name = name_of(code)
-    _allowed[name] = code
+    factory = inspect.isclass(code) or inspect.isroutine(code) or isinstance(code, partial)
+    _allowed[name] = code if factory else lambda *_given, **_options: code
     return name
 
 

@@ -45,6 +45,8 @@ class LineTracker:
         elif kind == "round":
             self._told = time.monotonic()
             self._print(f"  {round_text(event)}  {event['images']:,} images")
+        elif kind == "step" and "pool_fid" in event:
+            self._print(f"  step {event['step']}  pool FID {event['pool_fid']:.3f}")
 
     def _print(self, text: str) -> None:
         file = self._file or sys.stderr

@@ -100,6 +100,8 @@ def test_the_short_way_through(tiny: Path, tmp_path: Path) -> None:
     assert result.coefficients.shape == (4, 4)  # a row a stage of the network
     for summary in (result.baseline, result.final):
         assert summary["heldout"]["low"] <= summary["heldout"]["mean"]
-    assert mrl.resume(run).final == result.final
+    again = mrl.resume(run)
+    assert isinstance(again, mrl.OptimizeResult)
+    assert again.final == result.final
     with pytest.raises(MergeRLError, match="exists already"):
         mrl.optimize(tiny, out=run, config=config)

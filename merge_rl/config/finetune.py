@@ -43,7 +43,7 @@ FREE_ON_RESUME: Final = ("steps", "save_every", "keep_last", "track", "parallel"
 class FinetuneConfig:
     """Everything that fixes the outcome of `mergerl finetune`, and where its inputs lie."""
 
-    model: str
+    model: str = ""  # which one: the call, or the command's argument, says it too
     algorithm: str = setting(
         "pg",
         "pg: policy gradient; rs: rejection sampling; pathwise: the reward's gradient through ODE "

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from merge_rl import own_code
 from merge_rl.config.numbers import real_number, whole_number
 from merge_rl.config.setting import settings_of
 from merge_rl.errors import ConfigError, UnknownNameError
@@ -186,27 +187,33 @@ def set_dotted(values: dict[str, Any], key: str, value: object) -> None:
 
 
 def with_settings(config: T, **named: Any) -> T:
-    """The config with settings by their names, as a call says them.
+    """The config with settings by their names, as a call says them; see `said_by`.
 
-    A name is that of a field, or the last part of a nested setting's key where one alone ends so:
-    `pool_size` is `reward.pool_size`. A part may be given as its dataclass, as a mapping, or by its
-    `name` alone (`reward="kid-subset"`, `searcher="random"`). Raises UnknownNameError for other
-    names, and ConfigError for one that ends several keys, for a value that cannot be, and for what
-    the config says otherwise: neither overrules the other.
+    Raises ConfigError for what the config says otherwise: neither overrules the other.
     """
-    said: dict[str, Any] = {}
-    for name, value in named.items():
-        key, plain = _key_of(type(config), name, value)
-        set_dotted(said, key, plain)
-    before, now = to_mapping(config), flattened(said)
-    own = type(config)()
-    for key, value in now.items():
-        at, unset = (_dotted(values, key) for values in (before, to_mapping(own)))
-        if at not in (unset, value):
+    said = said_by(type(config), **named)
+    before, unset = flattened(to_mapping(config)), flattened(to_mapping(type(config)()))
+    for key, value in flattened(said).items():
+        at = before.get(key)
+        if at not in (unset.get(key), value):
             raise ConfigError(
                 f"{key} is {value!r} in the call and {at!r} in its config; expected one of the two"
             )
-    return from_mapping(type(config), overlaid(before, said), "settings")
+    return from_mapping(type(config), overlaid(to_mapping(config), said), "settings")
+
+
+def said_by(cls: Any, **named: Any) -> dict[str, Any]:
+    """Settings by their names, nested as in files.
+
+    A name is that of a field, or the last part of a nested setting's key where one alone ends so:
+    `pool_size` is `reward.pool_size`. A part may be given as its dataclass, as a mapping, or by its
+    `name` alone (`reward="kid-subset"`, `searcher="random"`); code of the user's as an object, too.
+    Raises UnknownNameError for other names, and ConfigError for one that ends several keys.
+    """
+    said: dict[str, Any] = {}
+    for name, value in named.items():
+        set_dotted(said, *_key_of(cls, name, value))
+    return said
 
 
 def _key_of(cls: Any, name: str, value: Any) -> tuple[str, Any]:
@@ -216,6 +223,8 @@ def _key_of(cls: Any, name: str, value: Any) -> tuple[str, Any]:
         value = to_mapping(value)
     elif isinstance(value, os.PathLike):
         value = os.fspath(value)
+    elif not isinstance(value, (str, int, float, Mapping, list, tuple, type(None))):
+        value = own_code.allow(value)
     name = "search" if name == "searcher" else name
     if name in fields:
         part = typing.get_type_hints(cls)[name]
@@ -235,9 +244,3 @@ def _has_name(part: Any) -> bool:
     return dataclasses.is_dataclass(part) and any(
         f.name == "name" for f in dataclasses.fields(part)
     )
-
-
-def _dotted(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, Mapping) else None
-    return values

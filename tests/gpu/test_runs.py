@@ -50,6 +50,7 @@ def test_a_search_resumes_to_the_same_end_and_agrees_with_the_cpu(
         mrl.optimize(tiny, out=tmp_path / "b", config=config, tracker=tracker)
     assert tracker.seen == 2
     second = mrl.resume(tmp_path / "b")
+    assert isinstance(second, mrl.OptimizeResult)
     assert torch.equal(first.coefficients, second.coefficients)
     exported = [tmp_path / run / "merged/model.safetensors" for run in ("a", "b")]
     assert same(*exported)

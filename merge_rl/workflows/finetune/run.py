@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_rl.config import FinetuneConfig, to_mapping
+from merge_rl.config import FinetuneConfig, to_mapping, with_settings
 from merge_rl.errors import ConfigError
-from merge_rl.interfaces import NullTracker, Tracker
+from merge_rl.interfaces import Tracker
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
+from merge_rl.progress import tracker_of
 from merge_rl.storage.checkpoints import open_model_file
 from merge_rl.storage.files import locked, require_new
 from merge_rl.storage.runs import (
@@ -81,6 +82,8 @@ def finetune(
     resume: bool = False,
     wrap: Wrap | None = None,
     tracker: Tracker | None = None,
+    progress: bool = True,
+    **settings: Any,
 ) -> FinetuneResult:
     """Fine-tune a model and write RUN/final, with snapshots that can be merged.
 
@@ -93,24 +96,21 @@ def finetune(
         reward: as in `optimize`.
         steps: at most.
         seed: fixes every draw.
-        config: all other settings.
+        config: other settings; it may leave out what the call says, and must not say otherwise.
         resume: go on with the run in `out`; it ends as if it had never been interrupted.
         wrap: what losses are computed through, see `Learner`; in one process.
-        tracker: hears of progress.
+        tracker: hears of progress; by default it is printed, unless `progress` is off.
+        settings: any setting by its name, as in `optimize`.
 
     Raises MergeRLError subclasses for input that cannot work, before anything is written;
     KeyboardInterrupt, on SIGTERM too, with the last finished step saved; TrainingError when three
     steps in a row have rewards or losses that are not finite.
     """
-    base = config or FinetuneConfig(model=str(model))
-    given = {"algorithm": algorithm, "steps": steps, "seed": seed}
-    named = dataclasses.replace(base.reward, name=reward or base.reward.name)
-    chosen = dataclasses.replace(
-        base, reward=named,
-        **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
-    )  # fmt: skip
+    named = {"algorithm": algorithm, "reward": reward, "steps": steps, "seed": seed}
+    settings |= {name: value for name, value in named.items() if value is not None}
+    chosen = with_settings(config or FinetuneConfig(), **settings)
     check_names(chosen)  # before a model is fetched from the Hub
-    tracker = tracker or NullTracker()
+    tracker = tracker_of(tracker, progress)
     source = find_model(model).told(_announce(tracker))
     resolved = resolve_finetune(dataclasses.replace(chosen, model=str(source)))
     if resume:
@@ -144,7 +144,7 @@ def resume_finetune(
     RunError names the keys of any other difference, and inputs that have changed or are missing.
     `checkpoints` is where the model lies now, if it was moved: its file, or the folder of its set.
     """
-    tracker = tracker or NullTracker()
+    tracker = tracker_of(tracker, progress=True)
     run = FinetuneRun.open(find_run(run_dir).told(_announce(tracker)))
     with joined() as group, locked(run.path if group.leads else None):
         own = continued(run, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def search(
     out: str | os.PathLike[str],
     heldout: Statistics | Tensor | None = None,
     model: nn.Module | None = None,
-    searcher: str = "auto",
+    searcher: str | Callable[..., Any] | None = None,
     config: OptimizeConfig | None = None,
     tracker: Tracker | None = None,
     progress: bool = True,
@@ -63,7 +63,8 @@ def search(
         heldout: the same of data that the search never sees: final scores are of these.
         model: what the merged weights are put in for `generate`; left as it is. Without one it
             gets the first of `checkpoints` where these are modules, else weights by name.
-        searcher: "auto" takes "pathwise" where features depend on the weights with a gradient.
+        searcher: as in `optimize`; "auto", without a config the default, takes "pathwise" where
+            features depend on the weights with a gradient.
         config: further settings, which may leave out what the call says.
         tracker: hears of progress; by default it is printed, unless `progress` is off.
         settings: any other setting by its name: `budget`, `seed`, `batch`, `device`, `reward`,
@@ -73,7 +74,9 @@ def search(
     it. Raises MergeRLError subclasses for input that cannot work, with nothing left behind.
     """
     run, name = Path(out), own_code.name_of(generate)
-    base = with_settings(config or OptimizeConfig(), generate=name, searcher=searcher, **settings)
+    searcher = searcher or ("auto" if config is None else None)
+    settings |= {"generate": name} | ({} if searcher is None else {"searcher": searcher})
+    base = with_settings(config or OptimizeConfig(), **settings)
     tracker = tracker_of(tracker, progress)
     with joined() as group, _gone_unless_begun(group, run):
         if group.leads and not goes_on(run, group.place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_rl.config import OptimizeConfig, to_mapping
+from merge_rl.config import OptimizeConfig, SamplerConfig, to_mapping
+from merge_rl.core.sampling.compatibility import balanced_labels
+from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import base_index
+from merge_rl.storage.runs import RunDir
 from merge_rl.version import __version__
-from merge_rl.workflows.assembly import Job
+from merge_rl.workflows.assembly import Job, load_autoencoder, load_network, network_rollout
 from merge_rl.workflows.evaluate import Comparison, comparison_from
 from merge_rl.workflows.export import (
     carried_metadata,
@@ -25,11 +29,13 @@ from merge_rl.workflows.export import (
     without_places,
 )
 from merge_rl.workflows.optimize.search import SearchResult
+from merge_rl.workflows.report import Verdict, draw_run, run_verdict
+from merge_rl.workflows.rollout import Rollout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OptimizeResult:
-    """What a finished run found."""
+    """What a finished run found; shown as its verdict."""
 
     run_dir: Path
     found: SearchResult
@@ -54,6 +60,42 @@ class OptimizeResult:
     def final(self) -> Mapping[str, Any]:
         """Scores of the result, on the same fresh seeds."""
         return self.comparison.summary("result")
+
+    @property
+    def verdict(self) -> Verdict:
+        """The outcome for people: what the result is better than, and the numbers that say so."""
+        return run_verdict(self.comparison.as_dict())
+
+    def __repr__(self) -> str:
+        return f"{self.run_dir}: {self.verdict}"
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Draw the search, RUN/report.png or another file (extra `report`); where it lies."""
+        run = RunDir.open(self.run_dir)
+        picture = self.run_dir / "report.png" if path is None else Path(path)
+        draw_run(run.events(), run.read("result.json"), picture)
+        return picture
+
+    def samples(self, count: int = 16, *, seed: int = 0, device: str = "cpu") -> Tensor:
+        """Images uint8 (N, 1 or 3, H, W) of the merged model, of the seeds from `seed` on.
+
+        They are those of `mergerl sample`. Raises ConfigError for a run that generates with a
+        function of the user's.
+        """
+        config = RunDir.open(self.run_dir).config()
+        if config.generate is not None:
+            raise ConfigError(f"{self.run_dir} generates with {config.generate}: call it instead")
+        network = load_network(self.run_dir / "merged")
+        decoder, _ = load_autoencoder(
+            config.autoencoder, config.autoencoder_weights, shape=network.sample_shape,
+            dtype=config.autoencoder_dtype,
+        )  # fmt: skip
+        sampler = config.sampler or SamplerConfig()
+        rollout = network_rollout(
+            network, sampler, config.batch, device, Rollout, autoencoder=decoder
+        )
+        labels = balanced_labels(count, int(getattr(network, "label_dim", 0)))
+        return rollout.images(rollout.noise(range(seed, seed + count)), labels)
 
 
 def to_plain(result: OptimizeResult) -> dict[str, Any]:

@@ -7,16 +7,25 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from merge_rl.config import OptimizeConfig, without_nan
+from merge_rl.config import (
+    OptimizeConfig,
+    SamplerConfig,
+    from_mapping,
+    said_by,
+    with_settings,
+    without_nan,
+)
 from merge_rl.errors import ConfigError
-from merge_rl.interfaces import NullTracker, Tracker
+from merge_rl.interfaces import Tracker
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
+from merge_rl.progress import tracker_of
 from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
-from merge_rl.storage.files import locked, require_new
+from merge_rl.storage.files import absolute, locked, require_new
 from merge_rl.storage.runs import (
     RunDir,
     begin_run,
@@ -53,11 +62,13 @@ def optimize(
     *,
     out: str | os.PathLike[str],
     reward: str | None = None,
-    searcher: str | None = None,
+    searcher: str | Callable[..., Any] | None = None,
     budget: int | None = None,
     seed: int | None = None,
     config: OptimizeConfig | None = None,
     tracker: Tracker | None = None,
+    progress: bool = True,
+    **settings: Any,
 ) -> OptimizeResult:
     """Find merging coefficients for a folder of checkpoints and write the merged model.
 
@@ -66,31 +77,43 @@ def optimize(
         out: run directory; must not exist.
         reward: name of the reward, or a weighted sum: "fid-subset + 0.2 * kid-subset"; see
             `merge_rl.workflows.assembly.reward`.
-        searcher: name of the searcher; "policy-gradient", "pathwise", "auto", ...
+        searcher: name of the searcher; "policy-gradient", "pathwise", "auto", ...; or a class of
+            one's own, see `merge_rl.Searcher`.
         budget: images the search may generate: pool, candidates, refreshes.
         seed: fixes every draw of the run.
-        config: all other settings.
-        tracker: hears of progress.
+        config: other settings; it may leave out what the call says, and must not say otherwise.
+        tracker: hears of progress; by default it is printed, unless `progress` is off.
+        settings: any setting by its name: `track="raw"`, `device="cuda"`, `num_steps=8`,
+            `pool_size=1000`, `network=make_network`, `search={"std": 0.5}`, ...
 
     Raises MergeRLError subclasses for input that cannot work, before anything is written; and
     KeyboardInterrupt with the resume point saved.
     """
-    tracker = tracker or NullTracker()
-    checkpoints = find_set(checkpoints).told(_announce(tracker))
-    base = config or OptimizeConfig(checkpoints=str(checkpoints))
-    given = {"budget": budget, "seed": seed}
-    base = dataclasses.replace(
-        base,
-        checkpoints=str(checkpoints),
-        reward=dataclasses.replace(base.reward, name=reward or base.reward.name),
-        search=dataclasses.replace(base.search, name=searcher or base.search.name),
-        **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
-    )
+    tracker = tracker_of(tracker, progress)
+    folder = find_set(checkpoints).told(_announce(tracker))
+    named = {"reward": reward, "searcher": searcher, "budget": budget, "seed": seed}
+    settings |= {name: value for name, value in named.items() if value is not None}
+    base = with_settings(config or OptimizeConfig(), **settings)
+    _require_place(base.checkpoints, checkpoints, folder)
+    base = dataclasses.replace(base, checkpoints=str(folder))
     with joined() as group:
         if group.leads and not goes_on(out, group.place):
             require_new(out)
-        opened = open_checkpoints(checkpoints, track=base.track, select=base.select or None)
+        opened = open_checkpoints(folder, track=base.track, select=base.select or None)
+        said = said_by(OptimizeConfig, **settings).get("sampler")
+        if isinstance(said, dict) and (config is None or config.sampler is None):
+            sampler = from_mapping(SamplerConfig, {**opened.defaults.sampler, **said}, "sampler")
+            base = dataclasses.replace(base, sampler=sampler)
         return begin(group, base, opened, Path(out), tracker)
+
+
+def _require_place(said: str, given: str | os.PathLike[str], found: Path) -> None:
+    """Raise ConfigError for settings that name another set than the call does."""
+    if said and absolute(said) not in (absolute(given), absolute(found)):
+        raise ConfigError(
+            f"checkpoints is {os.fspath(given)!r} in the call and {said!r} in its config; expected "
+            "one of the two"
+        )
 
 
 def begin(
@@ -133,6 +156,7 @@ def resume(
     generate: Generate | None = None,
     model: nn.Module | None = None,
     tracker: Tracker | None = None,
+    progress: bool = True,
 ) -> OptimizeResult:
     """Go on with an interrupted run; it ends as if it had never been interrupted.
 
@@ -140,12 +164,12 @@ def resume(
         run_dir: the run.
         checkpoints: where the set lies now, if it was moved; the run keeps its new place.
         generate, model: those that `search` was given, of a run that it began.
-        tracker: hears of progress.
+        tracker: hears of progress; by default it is printed, unless `progress` is off.
 
     Raises RunError if the folder is no run or its inputs have changed since, by SHA-256, or are
     missing, and ConfigError without the function that a run generates with.
     """
-    tracker = tracker or NullTracker()
+    tracker = tracker_of(tracker, progress)
     run = RunDir.open(find_run(run_dir).told(_announce(tracker)))
     with joined() as group, locked(run.path if group.leads else None):
         config = located(run.config(), run.path, checkpoints, announce=_announce(tracker))

@@ -3,6 +3,7 @@
 from merge_rl.workflows.report import compare_page
 from merge_rl.workflows.report.compare_page import write_comparison
 from merge_rl.workflows.report.figures import can_draw, drawing, steps_axis
+from merge_rl.workflows.report.plots import draw_run
 from merge_rl.workflows.report.run_page import search_lines, write_report
 from merge_rl.workflows.report.text import interval, markdown_table, number
 from merge_rl.workflows.report.verdicts import (
@@ -18,6 +19,7 @@ __all__ = [
     "can_draw",
     "compare_page",
     "compare_verdict",
+    "draw_run",
     "drawing",
     "finetune_verdict",
     "interval",

@@ -180,6 +180,7 @@ def test_a_run_goes_on_with_the_function_and_ends_the_same(
     with pytest.raises(ConfigError, match=r"generate returned float32 \(3,\), expected floating"):
         mrl.resume(tmp_path / "run", generate=lambda *_: torch.zeros(3))
     again = mrl.resume(tmp_path / "run", generate=shifted)
+    assert isinstance(again, OptimizeResult)
     assert torch.equal(again.coefficients, found.coefficients)
     assert again.comparison == found.comparison
 

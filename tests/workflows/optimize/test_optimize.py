@@ -429,7 +429,8 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(
 ) -> None:
     again = mrl.optimize(finished.folder, out=tmp_path / "b", config=finished.config)
     assert outcome(again.run_dir) == outcome(finished.run)
-    other = mrl.optimize(finished.folder, out=tmp_path / "c", config=finished.config, seed=6)
+    config = dataclasses.replace(finished.config, seed=6)
+    other = mrl.optimize(finished.folder, out=tmp_path / "c", config=config)
     assert not torch.equal(other.coefficients, finished.result.coefficients)
     scores = [r.final["reference"]["values"] for r in (other, finished.result)]
     assert set(scores[0]).isdisjoint(scores[1])

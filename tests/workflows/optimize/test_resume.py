@@ -24,6 +24,7 @@ from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.storage.files.safetensors_file import read_file
 from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.export import folder as export
+from merge_rl.workflows.optimize import resume
 from merge_rl.workflows.reference.file import load_reference, save_reference
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout
 
@@ -116,7 +117,7 @@ def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def drive(run: Path, config: OptimizeConfig) -> mrl.OptimizeResult:
     """What a user does: start, and once there is a run, resume."""
     if (run / "config.yaml").is_file():
-        return mrl.resume(run)
+        return resume(run)
     # Stopped before there was a run: nothing is lost but the folder.
     shutil.rmtree(run, ignore_errors=True)
     return mrl.optimize(config.checkpoints, out=run, config=config)
@@ -319,7 +320,7 @@ def test_a_finished_run_stays_as_it_is(
     first = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
     before = outcome(first.run_dir)
     names = sorted(str(path) for path in tmp_path.rglob("*"))
-    again = mrl.resume(tmp_path / "run")
+    again = resume(tmp_path / "run")
     assert torch.equal(again.coefficients, first.coefficients)
     assert again.comparison == first.comparison
     assert again.images == first.images
@@ -337,7 +338,9 @@ def test_resuming_a_finished_run_generates_nothing(
         raise AssertionError("a finished run generates nothing")
 
     monkeypatch.setattr(MergedRollout, "features", refuse)
-    assert mrl.resume(tmp_path / "run").final == first.final
+    again = mrl.resume(tmp_path / "run")
+    assert isinstance(again, mrl.OptimizeResult)
+    assert again.final == first.final
 
 
 # ------------------------------------------------------------------------------------ what is torn
@@ -464,7 +467,7 @@ def test_a_resume_point_without_a_tensor_is_refused(lost: str, stopped: Path) ->
 def test_a_resume_point_of_another_run_is_refused(
     stopped: Path, tiny: Path, tiny_config: TinyConfig, tmp_path: Path
 ) -> None:
-    other = mrl.optimize(tiny, out=tmp_path / "other", config=tiny_config(tiny, **SMALL), seed=6)
+    other = mrl.optimize(tiny, out=tmp_path / "other", config=tiny_config(tiny, seed=6, **SMALL))
     shutil.copy(other.run_dir / "state.safetensors", stopped / "state.safetensors")
     with pytest.raises(MergeRLError, match="belongs to another seed"):
         mrl.resume(stopped)
