@@ -36,6 +36,14 @@ def test_create_and_open(run: RunDir) -> None:
     assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "inputs.json"]
 
 
+def test_a_run_that_says_no_rules_goes_on_by_the_first(run: RunDir) -> None:
+    assert run.config().rules == 2
+    lines = run.config_path.read_text().splitlines()
+    assert "rules: 2" in lines
+    run.config_path.write_text("\n".join(line for line in lines if line != "rules: 2"))
+    assert run.config().rules == 1
+
+
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
 def test_an_existing_path_is_never_written_into(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "a"

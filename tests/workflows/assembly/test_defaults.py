@@ -6,15 +6,19 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.config.sampler import SamplerConfig
+from merge_rl.config.search import MergeConfig
 from merge_rl.errors import MergeRLError
+from merge_rl.searchers.natural_gradient import Scaled
 from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
 from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME
 from merge_rl.storage.runs.run_dir import RunDir
+from merge_rl.workflows.assembly import resolve
 from merge_rl.workflows.assembly.resolve import ModelDefaults, find_defaults, resolve_config
 
 TinyConfig = Callable[..., OptimizeConfig]
@@ -27,6 +31,30 @@ def run(tiny: Path, tiny_config: TinyConfig, tmp_path: Path) -> Path:
     sampler = SamplerConfig(num_steps=5, solver="euler")
     config = dataclasses.replace(config, sampler=sampler, heldout=None)
     return RunDir.create(tiny / "runs/a", config, {}).path
+
+
+def test_many_dimensions_change_what_is_left_unsaid(
+    shared_tiny: Path, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_checkpoints(shared_tiny, track="raw")
+
+    def resolved(search: dict[str, Any], **changes: Any) -> tuple[Any, ...]:
+        named = {"population": None, **search, "name": "policy-gradient"}
+        config = resolve_config(tiny_config(shared_tiny, search=named, **changes), opened)
+        return config.search.population, config.search.learning_rate, config.merge.scale
+
+    few = resolved({})
+    assert few == (None, None, few[2])
+    # As if the theta of this set had many values, of which many move the same weights.
+    monkeypatch.setattr(resolve, "SMALL_DIM", 1)
+    monkeypatch.setattr(resolve, "scaled_to", lambda *_arguments: Scaled(56, 0.5, 0.25))
+    unit = MergeConfig().unit
+    assert resolved({}, merge={"scale": None}) == (56, 0.5, 0.25 * unit)
+    said = {"population": 8, "learning_rate": 0.7}
+    assert resolved(said, merge={"scale": 0.1}) == (8, 0.7, 0.1)
+    # Adam has a step of its own, and runs of the first rules keep theirs.
+    assert resolved({"update": "adam"}, merge={"scale": None}) == (None, None, None)
+    assert resolved({}, merge={"scale": None}, rules=1) == (None, None, None)
 
 
 @pytest.mark.parametrize("model", [".", "merged", "merged/model.safetensors", "a/b/model"])
