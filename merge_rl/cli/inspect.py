@@ -158,7 +158,7 @@ def _run_document(
         "rounds": len(events),
         "images": last["images"] if last else 0,
         "pool_fid": last["pool_after"] if last else None,
-        "comparison": result["comparison"] if result else None,
+        "comparison": result.get("comparison") if result else None,
     }
 
 
@@ -167,8 +167,9 @@ def _print_run(path: Path, document: Mapping[str, Any]) -> None:
     print_table(str(path), ["run", ""], rows)
     if document["state"] == "unfinished":
         typer.echo(f"go on with: mergerl resume {path}")
-        return
     comparison = document["comparison"]
+    if comparison is None:  # not there yet, or a search of several that are compared
+        return
     headline, entries = comparison["headline"], comparison["entries"]
     print_table(
         f"{headline} FID, N = {comparison['num_images']:,}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +14,15 @@ import torch
 
 import merge_rl as mrl
 from merge_rl.interfaces import NullTracker
-from merge_rl.storage.checkpoints import open_checkpoints, open_model_file
+from merge_rl.storage.checkpoints import (
+    MANIFEST_NAME,
+    open_checkpoints,
+    open_model_file,
+    save_checkpoint,
+)
 from merge_rl.storage.files import write_png
+from merge_rl.storage.runs import RunDir
+from merge_rl.workflows.assembly import find_defaults, find_model
 from tests.conftest import TinyConfig
 
 Mergerl = Callable[..., Any]
@@ -123,6 +131,60 @@ def test_a_checkpoint_of_a_set_is_published_with_a_card(tiny: Path, mergerl: Mer
     assert f"took {newest.relative_to(tiny)}, the newest of the set {tiny}" in said(pushed)
     files = json.loads(pushed.out)["files"]
     assert list(files) == ["model.safetensors", "config.json", "README.md"]
+
+
+def test_a_folder_of_a_set_has_the_defaults_of_the_set(tiny: Path, mergerl: Mergerl) -> None:
+    small = ["--searcher", "uniform", "--budget", 300, "--final-images", 20, "--repeats", 3]
+    ended = mergerl("optimize", tiny / "raw", "--out", "part", *small)
+    assert ended.code == 0, ended.err
+    found = RunDir.open("part").config()
+    assert found.reference == str(tiny / "evaluation/reference.safetensors")
+    assert found.sampler == find_defaults(tiny).sampler
+
+
+def test_a_search_of_a_comparison_is_shown(run: Path, mergerl: Mergerl) -> None:
+    result = json.loads((run / "result.json").read_text())
+    del result["comparison"]
+    (run / "result.json").write_text(json.dumps(result))
+    ended = mergerl("inspect", run)
+    assert ended.code == 0, ended.err
+    assert "finished" in ended.out
+    assert "resume" not in ended.out
+
+
+def test_a_recipe_may_be_named_by_its_model_or_run(
+    run: Path, shared_tiny: Path, mergerl: Mergerl
+) -> None:
+    for number, recipe in enumerate(("merged/merge.yaml", "merged", ".")):
+        out = f"again{number}"
+        said(mergerl("merge", shared_tiny, out, "--recipe", run / recipe))
+        made, expected = open_model_file(out).weights, open_model_file(run / "merged").weights
+        torch.testing.assert_close(made, expected, rtol=0, atol=0)
+
+
+def test_a_shard_means_its_model_and_is_none_alone(tiny: Path, mergerl: Mergerl) -> None:
+    said(mergerl("merge", tiny, "whole", "--uniform", "--max-shard-size", "5kB"))
+    shard = next(Path("whole").glob("model-00001-of-*.safetensors"))
+    index = "whole/model.safetensors.index.json"
+    took = f"{shard}: took {index}, the whole model"
+    assert took in said(mergerl("sample", shard, "--num-images", 2))
+    assert find_model(shard).path == find_model(index).path
+    Path(index).unlink()
+    for command in (["inspect"], ["push", "user/repo", "--dry-run"], ["merge", "m", "--uniform"]):
+        ended = mergerl(command[0], "whole", *command[1:])
+        assert ended.code == 1
+        assert f"{shard}: a shard of a model, expected its index (model.saf" in ended.err
+
+
+def test_what_is_no_network_is_not_published(tiny: Path, mergerl: Mergerl) -> None:
+    newest = open_checkpoints(tiny).paths[-1]
+    weights = open_model_file(newest).weights
+    save_checkpoint(newest, dict(list(weights.items())[1:]))
+    manifest = (tiny / MANIFEST_NAME).read_text()
+    (tiny / MANIFEST_NAME).write_text(re.sub(r"(?m)^ *sha256: .*\n", "", manifest))
+    ended = mergerl("push", newest, "user/repo", "--dry-run")
+    assert ended.code == 1
+    assert "not the tensors of the edm2 network that its config describes: 1 differ" in ended.err
 
 
 def test_a_published_set_is_fetched_first(tiny: Path, mergerl: Mergerl) -> None:

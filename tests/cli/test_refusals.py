@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,7 +233,7 @@ def test_settings_that_cannot_be_read(
     [
         (["optimize", "nowhere"], "nowhere: no such folder"),
         (["optimize", "empty"], r"empty: no \.safetensors files"),
-        (["optimize", "tiny/raw"], "names no default for an extractor; pass --extractor"),
+        (["optimize", "elsewhere"], "names no default for an extractor; pass --extractor"),
         (["optimise", "tiny"], r"No such command 'optimise'\. Did you mean 'optimize'\?"),
         (["optimize"], r"Missing argument 'CKPTS'\. \(see .*optimize --help\)"),
         (["resume", "nowhere"], "nowhere: no such run directory"),
@@ -291,6 +292,8 @@ def test_bad_input(
     arguments: list[object], message: str, tiny: Path, mergerl: Mergerl, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
+    shutil.copytree(tiny / "raw", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/config.json").write_text("{}")
     model = "tiny/raw/tiny-0000400.safetensors"
     (tmp_path / "alone.safetensors").write_bytes((tmp_path / model).read_bytes())
     before = everything_in(tmp_path)

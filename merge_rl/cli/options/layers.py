@@ -24,6 +24,7 @@ from merge_rl.config import (
     preset,
     set_dotted,
     split_pair,
+    to_mapping,
     whole_number,
 )
 from merge_rl.errors import CheckpointError, ConfigError
@@ -112,7 +113,13 @@ def build_for_set(said: Mapping[str, Any], checkpoints: Path) -> OptimizeConfig:
     opened = open_checkpoints(checkpoints, track=found.track, select=found.select or None)
     if len(opened) < 2:
         raise CheckpointError(f"{checkpoints}: expected at least 2 checkpoints, got {len(opened)}")
-    return build(OptimizeConfig, said, near=opened.defaults.sampler, checkpoints=str(checkpoints))
+    near = opened.defaults.sampler
+    if opened.manifest is None:
+        from merge_rl.workflows.assembly import find_defaults
+
+        sampler = find_defaults(checkpoints).sampler
+        near = to_mapping(sampler) if sampler else {}
+    return build(OptimizeConfig, said, near=near, checkpoints=str(checkpoints))
 
 
 @dataclass(frozen=True, kw_only=True)

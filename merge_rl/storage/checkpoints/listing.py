@@ -129,12 +129,17 @@ def require_same(path: Path, header: StoredWeights, first_path: Path, first: Sto
 
 
 def set_config(listing: Listing, first: StoredWeights) -> dict[str, Any] | None:
-    """Model config: the manifest's, else the folder's `config.json`, else the first file's own."""
+    """Model config: the manifest's, else the folder's `config.json`, else the first file's own.
+
+    Else that of a manifest further up that lists the first file.
+    """
     if listing.manifest is not None:
         return dict(listing.manifest.model)
     config = folder_config(listing.folder)
     if config is None:
-        config = metadata_config(listing.folder / listing.entries[0].file, first.metadata)
+        config = metadata_config(listing.path(0), first.metadata)
+    if config is None and (listed := find_listing(listing.path(0))):
+        config = dict(listed[0].model)
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -16,9 +17,10 @@ from merge_rl.storage.files.hashing import Progress, sha256_file
 from merge_rl.storage.files.naming import natural_key
 from merge_rl.storage.files.safetensors_file import TensorReader, map_file, read_file
 from merge_rl.storage.files.safetensors_header import Header, TensorInfo, read_header
-from merge_rl.storage.files.shards import INDEX_SUFFIX, parse_index
+from merge_rl.storage.files.shards import INDEX_NAME, INDEX_SUFFIX, parse_index
 
 SUFFIX: Final = ".safetensors"
+_SHARD: Final = re.compile(r"-[0-9]{5}-of-[0-9]{5}\.safetensors$")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,7 +120,8 @@ class WeightsReader:
 def weights_in(folder: Path) -> list[Path]:
     """What holds the weights of a network each, in natural order: `.safetensors`, and indexes.
 
-    Shards are left to their index, hidden files (unfinished writes) aside.
+    Shards are left to their index, hidden files (unfinished writes) aside. CheckpointError for
+    shards without one: a part of a model is no model.
     """
     indexes = [file for file in folder.glob(f"*{INDEX_SUFFIX}") if file.name[0] != "."]
     shards = {shard for index in indexes for shard in parse_index(index).values()}
@@ -129,7 +132,17 @@ def weights_in(folder: Path) -> list[Path]:
         if file.is_file() and file.name[0] != "."
     )
     found = [*indexes, *(file for file in whole if file not in shards)]
-    return sorted(found, key=lambda file: natural_key(weights_stem(file.name)))
+    found = sorted(found, key=lambda file: natural_key(weights_stem(file.name)))
+    for file in found:
+        if _SHARD.search(file.name):
+            raise CheckpointError(f"{file}: a shard of a model, expected its index ({INDEX_NAME})")
+    return found
+
+
+def index_of(file: Path) -> Path | None:
+    """The index beside a file that says it is a shard of a model; None for any other file."""
+    indexes = file.parent.glob(f"*{INDEX_SUFFIX}") if _SHARD.search(file.name) else ()
+    return next((index for index in indexes if file in parse_index(index).values()), None)
 
 
 def is_weights_name(name: str) -> bool:

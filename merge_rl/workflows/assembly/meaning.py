@@ -11,7 +11,7 @@ from merge_rl import own_code
 from merge_rl.errors import CheckpointError
 from merge_rl.interfaces import Network
 from merge_rl.storage.checkpoints import newest_model
-from merge_rl.storage.files import is_weights_name
+from merge_rl.storage.files import index_of, is_weights_name
 from merge_rl.storage.hub import local_model
 from merge_rl.storage.runs import (
     Meant,
@@ -37,6 +37,9 @@ def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
     place = local_model(path)
     if place.is_file() and is_weights_name(place.name) and not holds_weights(place):
         raise CheckpointError(f"{place}: expected a model, found statistics or features")
+    index = index_of(place)
+    if index is not None:
+        return Meant(index, f"{path}: took {index}, the whole model")
     if not place.is_dir():
         note = f"{path}: took the model of the Hub" if not os.path.lexists(path) else None
         return Meant(place, note if place.exists() else None)

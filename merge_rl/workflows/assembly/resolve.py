@@ -122,11 +122,17 @@ def _completed(config: Settings, defaults: ModelDefaults, nothing: str) -> Setti
     )
 
 
+def _near(path: str | Path, config: Settings) -> ModelDefaults:
+    """What the set or run of a path says; refuses to run code that it alone names."""
+    near = find_defaults(path)
+    if config.extractor is None and near.extractor is not None:
+        named_by_file(near.extractor, f"the run or set of {path}")
+    return near
+
+
 def resolve_finetune(config: FinetuneConfig) -> FinetuneConfig:
     """The settings with everything unsaid filled in from the model's set or run; absolute paths."""
-    near = find_defaults(config.model)
-    if config.extractor is None and near.extractor is not None:
-        named_by_file(near.extractor, f"the run or set of {config.model}")
+    near = _near(config.model, config)
     resolved = _completed(config, near, f"no run or manifest near {config.model} names")
     return dataclasses.replace(resolved, model=_absolute(config.model))
 
@@ -134,11 +140,17 @@ def resolve_finetune(config: FinetuneConfig) -> FinetuneConfig:
 def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfig:
     """The config with everything unsaid filled in from the set's manifest, and absolute paths.
 
+    Of a folder without one, from that of the set or run that it lies in.
+
     Of a search with a function of the user's nothing is: the set's network has no part in it.
     """
-    defaults = _of_set(checkpoints.defaults, checkpoints.folder)
+    folder = checkpoints.folder
     if config.generate is not None:
         defaults = ModelDefaults()
+    elif checkpoints.manifest is not None:
+        defaults = _of_set(checkpoints.defaults, folder)
+    else:
+        defaults = _near(folder, config)
     completed = _completed(config, defaults, "the checkpoint set names no default for")
     config = resolve_search(completed)
     config = dataclasses.replace(config, merge=resolve_merge(config, checkpoints))

@@ -13,8 +13,8 @@ from typing import Final
 import yaml
 from torch import Tensor
 
-from merge_rl.storage.checkpoints import Origin, find_origin, open_model_file
-from merge_rl.storage.files import INDEX_NAME, MODEL_NAME
+from merge_rl.storage.checkpoints import Origin, find_origin, open_model_file, require_network
+from merge_rl.storage.files import INDEX_NAME, MODEL_NAME, WeightStream
 from merge_rl.storage.hub import CARD_NAME, Pushed, push_folder
 from merge_rl.workflows.assembly import find_model
 from merge_rl.workflows.export.card import TASK, hub_licence, hub_repositories
@@ -67,6 +67,7 @@ def publishable(path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as place:
         origin, weights = find_origin(path), open_model_file(path).weights
+        require_network(WeightStream.of(weights).infos, origin.config, str(path))
         kept = {key: origin.metadata[key] for key in CARRIED_METADATA if key in origin.metadata}
         yield save_model(
             Path(place) / "model", weights, origin.config, card=checkpoint_card(origin),

@@ -17,6 +17,7 @@ from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import MAX_SHARD_BYTES
 from merge_rl.untrusted import load_yaml
 from merge_rl.version import __version__
+from merge_rl.workflows.assembly import find_model
 
 TOOL: Final = f"merge_rl {__version__}"
 
@@ -86,6 +87,8 @@ class Recipe:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if self.path.is_dir():  # a merged model, or the run that made it
+            self.path = find_model(self.path).path / "merge.yaml"
         document = load_yaml(self.path)
         if not isinstance(document, dict) or not isinstance(document.get("sources"), list):
             raise ConfigError(f"{self.path}: expected a merge recipe with a list of sources")
