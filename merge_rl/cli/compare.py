@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.markup import escape
@@ -22,9 +23,14 @@ from merge_rl.cli.output import (
     stoppable,
     tell,
 )
+from merge_rl.cli.results import end_with_page, write_page
 from merge_rl.config import SCORES, SEARCH, OptimizeConfig, numbers_in, whole_number
 from merge_rl.errors import ConfigError
 
+if TYPE_CHECKING:
+    from merge_rl.workflows.report import Report
+
+WATCH_SECONDS: Final = 5.0
 # What searchers differ in is said with each of them; the others are of one search.
 WITHOUT: Final = (*NO_SDE, "search", "merge", "reward", "select", "weights_device", "licence")
 
@@ -85,7 +91,7 @@ def compare(
         print_json({"out": str(folder), **document})
     else:
         print_comparison(document)
-        tell(f"all of it in {folder}: compare.md, compare.json, and a folder a search")
+        tell(f"all of it in {folder}: report.html, compare.md, compare.json, and a folder a search")
         _print_verdict(document)
 
 
@@ -99,17 +105,14 @@ def _run(
     json: bool,
 ) -> dict[str, Any]:
     from merge_rl.workflows.compare import compare_searchers
-    from merge_rl.workflows.report import write_comparison
 
     done = f"what is done is kept in {folder}. Go on: the same command"
-    with stoppable(folder.is_dir, done), ProgressTracker(quiet=json) as tracker:
+    with stoppable(folder.is_dir, done), ProgressTracker(quiet=json, page=folder) as tracker:
         document = compare_searchers(
             settings, out=folder, searchers=searchers, seeds=seeds, curve_images=curve_images,
             tracker=tracker,
         )  # fmt: skip
-    note = write_comparison(document, folder)
-    if note:
-        say(f"no plot: {escape(note)}")
+    end_with_page(folder)
     return document
 
 
@@ -134,27 +137,43 @@ def report(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Run directory, or folder of a comparison.")
     ],
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Write it anew until the run is finished; it reloads itself."),
+    ] = False,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Write the page and the plot of a run: RUN/report.md and report.png.
+    """Write the page of a run, a fine-tuning run or a comparison: RUN/report.html.
 
-    Scores with intervals, where the search began and what it chose, images spent, coefficients.
-    Of a comparison: its tables again, compare.md and compare.png.
+    One file to look at and to send on: verdict, pictures, scores with intervals, curves,
+    coefficients, cost, settings, hashes, and the command that makes it again. Markdown and plots
+    lie beside it. A run that goes on is reported as far as it is.
     """
     from merge_rl.storage.runs import find_run
-    from merge_rl.workflows.report import write_report
 
     run = find_run(run).told(note)
-    written = write_report(run)
-    if written.note:
-        say(f"no plot: {escape(written.note)}")
+    written = _watched(run) if watch else write_page(run)
     if json:
-        paths = {"page": str(written.page), "picture": written.picture and str(written.picture)}
-        print_json({"run": str(run), **paths, "comparison": written.comparison})
+        paths = {"page": written.page, "picture": written.picture, "html": written.html}
+        shown = {name: path and str(path) for name, path in paths.items()}
+        print_json({"run": str(run), **shown, "comparison": written.comparison})
         return
     if written.comparison is not None:
         print_comparison(written.comparison)
-    typer.echo(f"wrote {written.page}" + (f" and {written.picture}" if written.picture else ""))
+    beside = [str(path) for path in (written.page, written.picture) if path]
+    tell(f"wrote {written.html}" + (f", beside it {' and '.join(beside)}" if beside else ""))
+
+
+def _watched(run: Path) -> Report:
+    from merge_rl.workflows.report import write_report
+
+    written = write_page(run, reloads=True)
+    if not written.finished:
+        say(f"{escape(str(written.html))} follows the run; Ctrl-C ends this")
+    while not written.finished:
+        time.sleep(WATCH_SECONDS)
+        written = write_report(run, reloads=True)
+    return written
 
 
 def parse_seeds(text: str) -> list[int]:

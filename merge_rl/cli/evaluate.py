@@ -14,13 +14,12 @@ from merge_rl.cli.options import with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
-    interval_text,
     note_unused_gpu,
-    number_text,
     print_json,
     print_table,
     say,
 )
+from merge_rl.cli.results import interval_text, number_text
 from merge_rl.cli.sample import MODEL_HELP, find_autoencoder, generation_settings, meant
 from merge_rl.config import MODEL_IMAGES, EvaluateConfig, SamplerConfig
 from merge_rl.errors import ConfigError

@@ -11,7 +11,12 @@ import typer
 
 from merge_rl.cli.options import build, split_tracks, with_settings
 from merge_rl.cli.output import JsonFlag, ProgressTracker, note_unused_gpu, print_json, stoppable
-from merge_rl.cli.results import FinetuneTracker, finetuned_document, print_finetuned
+from merge_rl.cli.results import (
+    FinetuneTracker,
+    end_with_page,
+    finetuned_document,
+    print_finetuned,
+)
 from merge_rl.cli.sample import MODEL_HELP, meant
 from merge_rl.config import PAPER_REWARD, FinetuneConfig, to_mapping
 
@@ -107,8 +112,10 @@ def _drive(run: Path, job: Callable[[ProgressTracker], FinetuneResult], *, json:
     from merge_rl.storage.runs import is_finetune_run
 
     done = f"finished steps are saved. Go on with: mergerl resume {run}"
-    with stoppable(partial(is_finetune_run, run), done), FinetuneTracker(quiet=json) as tracker:
+    begun = partial(is_finetune_run, run)
+    with stoppable(begun, done), FinetuneTracker(quiet=json, page=run) as tracker:
         result = job(tracker)
+    end_with_page(run)
     if json:
         print_json(finetuned_document(result))
     else:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merge_rl.cli.output import JsonFlag, interval_text, note, note_all, print_json, print_table
+from merge_rl.cli.output import JsonFlag, note, note_all, print_json, print_table
+from merge_rl.cli.results import interval_text
 from merge_rl.cli.sample import meant
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
 from merge_rl.own_code import allow

@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import typer
 from rich.console import Console, JustifyMethod
@@ -32,6 +33,9 @@ from rich.table import Table
 from rich.text import Text
 
 from merge_rl.cli.ranks import leads
+
+if TYPE_CHECKING:
+    from merge_rl.workflows.report import LivePage
 
 JsonFlag = typer.Option("--json", help="One JSON document on stdout; all else on stderr.")
 
@@ -210,10 +214,19 @@ class BarTracker:
             say(escape(str(event["text"])))
 
 
-class ProgressTracker(BarTracker):
-    """Images; a round of a search is one plain line on stderr where there is no terminal."""
+def _live_page(folder: Path) -> LivePage:
+    from merge_rl.workflows.report import LivePage
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    return LivePage(folder)
+
+
+class ProgressTracker(BarTracker):
+    """Images; a round of a search is one plain line on stderr where there is no terminal.
+
+    With `page`, the folder of a run, its page is kept fresh.
+    """
+
+    def __init__(self, *, quiet: bool = False, page: Path | None = None) -> None:
         super().__init__(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -224,10 +237,19 @@ class ProgressTracker(BarTracker):
             TextColumn("{task.fields[note]}"),
             quiet=quiet,
         )
+        self._page = _live_page(page) if page is not None and leads() else None
+
+    def phase(self, name: str, total: int) -> None:
+        """Start a bar for the next phase, and look whether the page is due."""
+        super().phase(name, total)
+        if self._page is not None:
+            self._page.refresh()
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Show a round's outcome, or a warning."""
+        """Show a round's outcome, or a warning, and look whether the page is due."""
         super().event(event)
+        if self._page is not None:
+            self._page.refresh()
         if event.get("kind") != "round":
             return
         gap, number, level = event.get("gap"), event["round"] + 1, _level(event)
@@ -246,21 +268,6 @@ def _level(event: Mapping[str, Any]) -> str:
         return f"pool FID {event['pool_after']:.3f}"
     rewards = [reward for reward in event["rewards"] if reward is not None]
     return f"best candidate {-max(rewards):.3f}" if rewards else "no candidate"
-
-
-def interval_text(summary: Mapping[str, Any]) -> str:
-    """A mean with its 95 % interval, where there is one."""
-    mean, low, high = (summary[key] for key in ("mean", "low", "high"))
-    if mean is None or math.isnan(mean):
-        return "not finite"
-    if low is None:
-        return number_text(mean, mean)
-    return f"{number_text(mean, mean)} [{number_text(low, mean)}, {number_text(high, mean)}]"
-
-
-def number_text(value: float, like: float) -> str:
-    """A number to the decimals that one of the size of `like` needs."""
-    return f"{value:.3f}" if abs(like) >= 0.1 else f"{value:.6f}"
 
 
 def byte_text(count: int) -> str:

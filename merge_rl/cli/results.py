@@ -4,16 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from merge_rl.cli.output import ProgressTracker, interval_text, print_table, say, tell
+from merge_rl.cli.output import ProgressTracker, print_table, say, tell
+from merge_rl.cli.ranks import leads
+from merge_rl.errors import MergeRLError
 
 if TYPE_CHECKING:
     from merge_rl.workflows.evaluate import Comparison, SamplerComparison, SecondScores
     from merge_rl.workflows.finetune import FinetuneResult
     from merge_rl.workflows.optimize import OptimizeResult, SearchResult
+    from merge_rl.workflows.report import Report
+
+
+def write_page(run: Path, *, reloads: bool = False) -> Report:
+    """The page of a run, with a note of what could not be written beside it."""
+    from merge_rl.workflows.report import write_report
+
+    written = write_report(run, reloads=reloads)
+    if written.note:
+        say(f"no plot: {escape(written.note)}")
+    return written
+
+
+def end_with_page(run: Path) -> None:
+    """Write the page of a run that ended; where it fails, the run did not."""
+    if leads():
+        try:
+            write_page(run)
+        except (MergeRLError, OSError) as error:
+            say(f"[yellow]note:[/] no page: {escape(str(error))}")
+
+
+def interval_text(summary: Mapping[str, Any]) -> str:
+    """A mean with its 95 % interval, where there is one."""
+    mean, low, high = (summary[key] for key in ("mean", "low", "high"))
+    if mean is None or math.isnan(mean):
+        return "not finite"
+    if low is None:
+        return number_text(mean, mean)
+    return f"{number_text(mean, mean)} [{number_text(low, mean)}, {number_text(high, mean)}]"
+
+
+def number_text(value: float, like: float) -> str:
+    """A number to the decimals that one of the size of `like` needs."""
+    return f"{value:.3f}" if abs(like) >= 0.1 else f"{value:.6f}"
 
 
 def result_document(result: OptimizeResult) -> dict[str, Any]:
@@ -57,7 +95,8 @@ def print_result(result: OptimizeResult) -> None:
     merged = result.run_dir / "merged"
     kept = "merged model" if comparison.written == "result" else "its start, no merge,"
     tell(f"searched with {result.images:,} images; {kept} in {merged}")
-    tell(f"look at it: mergerl sample {merged}")
+    shown = [result.run_dir / name for name in ("report.html", "before-after.png")]
+    tell(f"look at it: {', '.join(str(path) for path in shown if path.is_file())}")
     tell(run_verdict(comparison.as_dict()).line)
 
 
@@ -177,7 +216,7 @@ def print_finetuned(result: FinetuneResult) -> None:
     print_table(title, ["sampler", "start", "result", "gain", ""], rows)
     tell(
         f"step {result.step} is the result, {result.images:,} images; model in "
-        f"{result.model_path}, page in {result.run_dir / 'report.md'}"
+        f"{result.model_path}, page in {result.run_dir / 'report.html'}"
     )
     if result.skipped:
         tell(f"{result.skipped} steps were skipped: their reward or loss was not finite")

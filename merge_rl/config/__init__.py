@@ -65,6 +65,7 @@ from merge_rl.config.setting import (
     SEARCH,
     About,
     Setting,
+    default_text,
     settings_of,
 )
 from merge_rl.config.training import CURVES, UpdateConfig
@@ -111,6 +112,7 @@ __all__ = [
     "SingleMergeConfig",
     "UpdateConfig",
     "byte_count",
+    "default_text",
     "differing_keys",
     "dump_config",
     "flattened",

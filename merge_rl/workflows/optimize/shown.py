@@ -16,7 +16,7 @@ from merge_rl.storage.files import enlarge, image_grid, side_by_side, write_pict
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.evaluate import Comparison
-from merge_rl.workflows.report import interval
+from merge_rl.workflows.report import NAMES, interval
 from merge_rl.workflows.rewards import Pool
 
 SMALL: Final = 64  # pixels a side, up to which more images are shown
@@ -68,7 +68,7 @@ def write_samples(
         write_png(run.path / f"samples/{entry}.png", image_grid(images, columns, padding=0))
         grid = image_grid(images, columns)
         score = interval(comparison.summary(entry)[comparison.headline])
-        caption = f"{entry}\n{comparison.headline} FID {score}"
+        caption = f"{entry}\n{NAMES[comparison.headline]} FID {score}"
         panels.append((caption, enlarge(grid, max(1, WIDTH // grid.shape[-1]))))
     if panels:
         write_picture(run.path / "before-after.png", side_by_side(panels))

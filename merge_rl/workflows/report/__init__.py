@@ -4,8 +4,8 @@ from merge_rl.workflows.report import compare_page
 from merge_rl.workflows.report.compare_page import write_comparison
 from merge_rl.workflows.report.figures import can_draw, drawing, steps_axis
 from merge_rl.workflows.report.plots import draw_run
-from merge_rl.workflows.report.run_page import search_lines, write_report
-from merge_rl.workflows.report.text import interval, markdown_table, number
+from merge_rl.workflows.report.run_page import search_lines
+from merge_rl.workflows.report.text import NAMES, interval, markdown_table, number
 from merge_rl.workflows.report.verdicts import (
     Verdict,
     compare_verdict,
@@ -13,8 +13,12 @@ from merge_rl.workflows.report.verdicts import (
     outcome,
     run_verdict,
 )
+from merge_rl.workflows.report.writing import LivePage, Report, write_report
 
 __all__ = [
+    "NAMES",
+    "LivePage",
+    "Report",
     "Verdict",
     "can_draw",
     "compare_page",

@@ -176,11 +176,11 @@ DASHES: Final = {"newest": "--", "uniform average": ":", "best single": "-."}
 
 def draw_comparison(document: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write the plot of what `compare_searchers` gives; ConfigError without the library."""
-    curves = document["curve_images"] > 0
+    along = document["curve_images"] > 0
     height = max(4.6, 1.6 + 0.42 * len(document["searchers"]))
-    with drawing(path, 1, 2 if curves else 1, (13.0 if curves else 7.5, height)) as axes:
-        if curves:
-            _curves(axes[0], document)
+    with drawing(path, 1, 2 if along else 1, (13.0 if along else 7.5, height)) as axes:
+        if along:
+            curves(axes[0], document)
         _ends(axes[-1], document)
 
 
@@ -191,7 +191,8 @@ def window(ends: Sequence[float]) -> tuple[float, float]:
     """
     low, high = min(ends), max(ends)
     span = max(high - low, 0.05 * abs(high))
-    return low - 0.3 * span, high + 1.5 * span
+    bottom = low - 0.3 * span
+    return max(bottom, low / 2) if low > 0 else bottom, high + 1.5 * span  # the scale may be log
 
 
 def _window(document: Mapping[str, Any]) -> tuple[float, float]:
@@ -206,7 +207,8 @@ def _fixed_label(entry: str, level: float, limits: tuple[float, float]) -> str:
     return entry if inside else f"{entry}: {level:.3f}, off the scale"
 
 
-def _curves(axis: Axes, document: Mapping[str, Any]) -> None:
+def curves(axis: Axes, document: Mapping[str, Any]) -> None:
+    """FID along the searches of a comparison: median and range over seeds."""
     name, values, limits = document["headline"], [], _window(document)
     for index, line in enumerate(document["searchers"]):
         points = [(p["images"], p[name]) for p in line["curve"] if p[name]["median"] is not None]

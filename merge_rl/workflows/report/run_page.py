@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merge_rl.config import OptimizeConfig
-from merge_rl.errors import ConfigError, RunError
-from merge_rl.storage.files import write_text
-from merge_rl.storage.runs import SETTINGS, RunDir, find_run, fitting, is_finetune_run
-from merge_rl.workflows.report.compare_page import write_comparison
-from merge_rl.workflows.report.plots import draw_run
 from merge_rl.workflows.report.text import (
     NAMES,
     Row,
@@ -142,53 +135,6 @@ def _coefficients(result: Mapping[str, Any]) -> list[str]:
         markdown_table(columns, table),
         f"The largest is {largest:.3f} in size; {of} to {', '.join(sums)}.",
     ]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was written."""
-
-    page: Path
-    picture: Path | None
-    note: str | None  # why there is no picture
-    comparison: dict[str, Any] | None = None  # of searchers, where the folder holds one
-
-
-def write_report(path: str | os.PathLike[str]) -> Report:
-    """Write report.md and report.png of a run, or compare.md and compare.png of a comparison.
-
-    A run that goes on is reported as far as it is. Raises RunError for a folder of something else,
-    and for a comparison without a result yet.
-    """
-    folder = find_run(path).path
-    if (folder / SETTINGS).is_file():
-        return _of_comparison(folder)
-    if is_finetune_run(folder):
-        raise RunError(f"{folder} is a fine-tuning run; its page is {folder / 'report.md'}")
-    run = RunDir.open(folder)
-    config, events, result = run.config(), run.events(), run.read("result.json")
-    picture, note = folder / "report.png", None
-    page = folder / "report.md"
-    with fitting(folder, "events.jsonl or result.json"):
-        try:
-            draw_run(events, result, picture)
-        except ConfigError as error:
-            note = str(error)
-        text = run_markdown(config, events, result, None if note else picture.name)
-    write_text(page, text)
-    return Report(page, None if note else picture, note)
-
-
-def _of_comparison(folder: Path) -> Report:
-    document = RunDir(folder).read("compare.json")
-    if document is None:
-        raise RunError(
-            f"{folder}: the comparison is not finished; go on with the command that began it"
-        )
-    with fitting(folder, "compare.json"):
-        note = write_comparison(document, folder)
-    picture = None if note else folder / "compare.png"
-    return Report(folder / "compare.md", picture, note, document)
 
 
 def search_lines(found: Mapping[str, Any]) -> list[str]:

@@ -69,7 +69,7 @@ def _verdict(
     return Verdict(
         TONES[found],
         f"{_capital('; '.join(_grouped(outcomes)))}.",
-        f"{_capital(measure)} went from {before} to {after}: {change} gained.",
+        f"{_capital(measure)} went from {before} to {after}, a gain of {change}.",
         f"{found}: {measure} {before} to {after}, {change}",
     )
 

@@ -84,7 +84,7 @@ def test_the_start_is_exported_and_all_say_so(
         assert json.loads((out / "result.json").read_text())["comparison"]["written"] == (
             "result" if keep else "start"
         )
-        card, page = (out / "merged/README.md").read_text(), write_report(out).page.read_text()
+        card, page = (out / "merged/README.md").read_text(), write_report(out).html.read_text()
         for text in (card, page):
             assert ("the result is worse than its start" in text) is not keep
     newest = mrl.open_checkpoints(shared_tiny, track="raw")

@@ -28,7 +28,8 @@ from merge_rl.workflows.evaluate.score_store import SecondMetric
 from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.reference.file import load_reference, save_reference
 from merge_rl.workflows.reference.formats import Reference
-from merge_rl.workflows.report.run_page import costs, search_lines, write_report
+from merge_rl.workflows.report import Report, run_verdict, write_report
+from merge_rl.workflows.report.run_page import costs, search_lines
 
 TinyConfig = Callable[..., OptimizeConfig]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -177,13 +178,20 @@ def test_time_outside_sampling() -> None:
 # ----------------------------------------------------------------------------------------- the page
 
 
+def text_of(written: Report) -> str:
+    """The page in Markdown."""
+    assert written.page is not None
+    return written.page.read_text()
+
+
 def test_the_page_of_a_run(finished: OptimizeResult, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.run_dir, run)
     written = write_report(run)
     assert (written.page, written.picture) == (run / "report.md", run / "report.png")
     assert (run / "report.png").read_bytes()[:8] == PNG
-    text, found = written.page.read_text(), document(finished)
+    text, found = text_of(written), document(finished)
+    assert f"**{run_verdict(found['comparison'])}**" in text
     fid = found["comparison"]["entries"]["result"]["heldout"]
     assert f"{fid['mean']:.3f} [{fid['low']:.3f}, {fid['high']:.3f}]" in text
     for line in search_lines(found):
@@ -203,7 +211,7 @@ def test_the_page_of_a_merge_by_stages(
     result = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
     found = document(result)
     report = write_report(tmp_path / "run")
-    text = report.page.read_text()
+    text = text_of(report)
     # The start is the same for all groups, and said once.
     assert f"| checkpoint | start | {' | '.join(found['groups'])} |" in text
     for index, name in enumerate(found["checkpoints"]):
@@ -217,10 +225,10 @@ def test_the_page_of_a_run_that_goes_on(finished: OptimizeResult, tmp_path: Path
     run = tmp_path / "run"
     shutil.copytree(finished.run_dir, run)
     (run / "result.json").unlink()
-    text = write_report(run).page.read_text()
+    text = text_of(write_report(run))
     assert f"Not finished: {document(finished)['rounds']} rounds" in text
     (run / "events.jsonl").unlink()
-    assert "Not finished: no round so far." in write_report(run).page.read_text()
+    assert "Not finished: no round so far." in text_of(write_report(run))
 
 
 def test_a_reward_without_a_pool_has_a_plot(
@@ -240,7 +248,7 @@ def test_without_the_library_there_is_a_page(
     written = write_report(run)
     assert written.picture is None
     assert "pip install 'merge_rl[report]'" in (written.note or "")
-    assert "report.png" not in written.page.read_text()
+    assert "report.png" not in text_of(written)
     assert not (run / "report.png").exists()
 
 
@@ -248,11 +256,4 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no such run directory"):
         write_report(tmp_path / "none")
     with pytest.raises(RunError, match="not a run directory"):
-        write_report(tmp_path)
-    (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(RunError, match="comparison is not finished"):
-        write_report(tmp_path)
-    (tmp_path / "settings.json").unlink()
-    (tmp_path / "finetune.yaml").write_text("")
-    with pytest.raises(RunError, match="is a fine-tuning run"):
         write_report(tmp_path)

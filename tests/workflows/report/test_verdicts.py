@@ -51,7 +51,9 @@ def test_a_result_that_is_better_than_all() -> None:
     assert found.claim == (
         "Better than its start, the uniform average and the best single checkpoint (snap-7)."
     )
-    assert found.numbers == "Held-out FID went from 1.000 to 0.900: +0.100 [+0.080, +0.120] gained."
+    assert (
+        found.numbers == "Held-out FID went from 1.000 to 0.900, a gain of +0.100 [+0.080, +0.120]."
+    )
     assert found.line == "better: held-out FID 1.000 to 0.900, +0.100 [+0.080, +0.120]"
 
 

@@ -18,7 +18,7 @@ from merge_rl.core.distances.statistics import FeatureStats, feature_stats
 from merge_rl.interfaces import NullTracker
 from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.reference.formats import Reference
-from merge_rl.workflows.report.run_page import write_report
+from merge_rl.workflows.report import write_report
 from merge_rl.workflows.rewards import sum as first_order
 from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource, Subset, SubsetFrechet
 from merge_rl.workflows.rewards.pool import Pool
@@ -34,6 +34,13 @@ from merge_rl.workflows.rewards.sum import (
 TinyConfig = Callable[..., OptimizeConfig]
 DIM = 4
 F64 = torch.float64
+
+
+def text_of(run: Path) -> str:
+    """The page of a run in Markdown."""
+    page = write_report(run).page
+    assert page is not None
+    return page.read_text()
 
 
 def test_ratio_by_hand() -> None:
@@ -202,14 +209,14 @@ def test_a_search_watches_itself(
     events = RunDir.open(tmp_path / "run").events()
     assert len(events) > 3
     assert all(isinstance(event["first_order"], float) for event in events)
-    page = write_report(tmp_path / "run").page.read_text()
+    page = text_of(tmp_path / "run")
     assert "- exact differences between candidates over first-order ones: median " in page
     assert f"**Warning**: {first.texts[0]}." in page
     # Nothing is said of rewards that are exact.
     plain = tiny_config(shared_tiny, budget=190, reward={"name": "fid-subset"})
     mrl.optimize(shared_tiny, out=tmp_path / "plain", config=plain)
     assert all("first_order" not in e for e in RunDir.open(tmp_path / "plain").events())
-    assert "first-order" not in write_report(tmp_path / "plain").page.read_text()
+    assert "first-order" not in text_of(tmp_path / "plain")
 
 
 def test_rounds_without_a_ratio_say_so(
@@ -224,4 +231,4 @@ def test_rounds_without_a_ratio_say_so(
     events = RunDir.open(tmp_path / "run").events()
     assert events
     assert all(event["first_order"] is None for event in events)
-    assert "first-order ones" not in write_report(tmp_path / "run").page.read_text()
+    assert "first-order ones" not in text_of(tmp_path / "run")

@@ -1,0 +1,153 @@
+"""Parts that several pages are made of: interval strips, heat tables, pictures, figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from merge_rl.workflows.report.markup import NOTHING, Safe, joined, safe, tag
+from merge_rl.workflows.report.text import interval, number
+from merge_rl.workflows.report.verdicts import Verdict
+
+FEW_COLUMNS: Final = 8  # of a heat table, up to which their names stand upright
+
+
+def headline(verdict: Verdict | None, otherwise: str, context: str) -> Safe:
+    """The first thing that is read: the verdict, or what there is instead of one."""
+    about = tag("p", context, class_="context")
+    if verdict is None:
+        return tag("header", about, tag("h1", otherwise, class_="open"))
+    claim = tag("h1", verdict.claim, class_=verdict.tone)
+    return tag("header", about, claim, tag("p", verdict.numbers, class_="numbers"))
+
+
+def facts(pairs: Mapping[str, str]) -> Safe:
+    """Names and values beside each other; those without a value are left out."""
+    kept = [(name, value) for name, value in pairs.items() if value]
+    cells = (tag("div", tag("dt", name), tag("dd", value)) for name, value in kept)
+    return tag("dl", *cells, class_="facts") if kept else NOTHING
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of a scale that strips show."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float | None], *, zero: bool = False) -> Span:
+        """What holds all finite values, with `zero` that too, and a little room."""
+        known = [v for v in values if v is not None and math.isfinite(v)]
+        known += [0.0] if zero or not known else []
+        room = 0.06 * (max(known) - min(known)) or 0.06 * abs(known[0]) or 1.0
+        return cls(min(known) - room, max(known) + room)
+
+    def percent(self, value: float) -> float:
+        """The place of a value."""
+        return 100 * (value - self.low) / (self.high - self.low)
+
+
+def strip(
+    value: Mapping[str, Any], span: Span, *, middle: str = "mean", zero: bool = False
+) -> Safe:
+    """An interval with its middle on a scale that rows share; its values as dots beneath.
+
+    Nothing for what has no score.
+    """
+    mean, low, high = (value[key] for key in (middle, "low", "high"))
+    if mean is None:
+        return NOTHING
+    bar = NOTHING
+    if low is not None and high is not None:
+        left, right = span.percent(low), span.percent(high)
+        bar = tag("i", style=f"left:{left:.2f}%;width:{max(right - left, 0):.2f}%")
+    at = [v for v in value.get("values", ()) if v is not None]
+    dots = (tag("u", style=f"left:{span.percent(v):.2f}%") for v in at)
+    axis = tag("s", style=f"left:{span.percent(0):.2f}%") if zero else NOTHING
+    mark = tag("b", style=f"left:{span.percent(mean):.2f}%")
+    shown = interval(value, middle=middle)
+    return tag("span", axis, bar, *dots, mark, class_="strip", role="img", aria_label=shown)
+
+
+def span_of(values: Sequence[Mapping[str, Any]], *, zero: bool = False) -> Span:
+    """The scale of the strips of these intervals."""
+    ends = [v[key] for v in values for key in ("low", "high", "mean", "median") if key in v]
+    return Span.of([*ends, *(dot for v in values for dot in v.get("values", ()))], zero=zero)
+
+
+def heat_table(
+    corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[float]], *, set_off: int = 0
+) -> Safe:
+    """Numbers with shades by sign and size, as text: legible at any number of rows and columns.
+
+    The first `set_off` columns and the row "sum" are others than the rest, and stand apart.
+    """
+    own = [row[set_off:] for name, row in rows.items() if name != "sum"]
+    largest = max((abs(v) for row in own for v in row if math.isfinite(v)), default=1.0)
+    head = tag("tr", tag("th", corner), *(tag("th", tag("span", c), scope="col") for c in columns))
+    body = [
+        tag(
+            "tr", tag("th", name, scope="row"),
+            *(
+                _shade(v, largest or 1.0, apart=i < set_off or name == "sum")
+                for i, v in enumerate(row)
+            ),
+        )
+        for name, row in rows.items()
+    ]  # fmt: skip
+    kind = "heat" if len(columns) <= FEW_COLUMNS else "heat dense"
+    drawn = tag("table", tag("thead", head), tag("tbody", *body), class_=kind)
+    return tag("div", drawn, class_="scroll")
+
+
+def _shade(value: float, largest: float, *, apart: bool) -> Safe:
+    shown = f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    if apart:
+        return tag("td", shown, class_="apart")
+    kind = "up" if value > 0 else "down"
+    return tag("td", shown, class_=kind, style=f"--w:{min(abs(value) / largest, 1):.2f}")
+
+
+def shares(parts: Mapping[str, float]) -> Safe:
+    """A bar in pieces, in order, with a legend."""
+    total = sum(parts.values())
+    if total <= 0:
+        return NOTHING
+    pieces = [
+        tag("i", class_=f"c{i + 1}", style=f"width:{100 * value / total:.2f}%")
+        for i, value in enumerate(parts.values())
+    ]
+    legend = [
+        tag("span", tag("i", class_=f"c{i + 1}"), f"{name} {value:,.0f} ({value / total:.0%})")
+        for i, (name, value) in enumerate(parts.items())
+    ]
+    bar = tag("div", *pieces, class_="shares")
+    return joined([bar, tag("p", *legend, class_="legend")])
+
+
+def figure(content: str, caption: str) -> Safe:
+    """A picture or a chart with what it shows."""
+    return tag("figure", content, tag("figcaption", caption)) if content else NOTHING
+
+
+def image(address: str, alt: str, *, sharp: bool) -> Safe:
+    """A picture within the page; pixels of `sharp` ones stay squares."""
+    return tag("img", void=True, src=address, alt=alt, class_="sharp" if sharp else None)
+
+
+def badge(outcome: str) -> Safe:
+    """An outcome in its colour."""
+    return tag("span", outcome, class_=f"badge {outcome.partition(' ')[0]}")
+
+
+def value_or_dash(value: float | None, form: str = ".3f") -> str:
+    """A number; a dash for what is not known."""
+    return "\N{EN DASH}" if value is None else number(value, form)
+
+
+def lines(*parts: str) -> Safe:
+    """One under the other."""
+    return joined(map(safe, parts), str(tag("br", void=True)))

@@ -1,0 +1,109 @@
+"""Pages of runs, fine-tuning runs and comparisons, written into their folders."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from merge_rl.errors import ConfigError, MergeRLError
+from merge_rl.storage.files import write_text
+from merge_rl.storage.runs import SETTINGS, FinetuneRun, RunDir, find_run, fitting, is_finetune_run
+from merge_rl.workflows.report.compare_html import compare_document
+from merge_rl.workflows.report.compare_page import write_comparison
+from merge_rl.workflows.report.finetune_html import finetune_document
+from merge_rl.workflows.report.plots import draw_run
+from merge_rl.workflows.report.run_html import run_document
+from merge_rl.workflows.report.run_page import run_markdown
+
+HTML: Final = "report.html"
+LEAST_SECONDS: Final = 15.0  # between two pages of a run that goes on
+SHARE: Final = 20  # of its time that it takes to write them: one part in so many
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    html: Path
+    page: Path | None  # in Markdown
+    picture: Path | None
+    note: str | None  # why one of these is not there
+    finished: bool = True
+    comparison: dict[str, Any] | None = None  # of searchers, where the folder holds one
+
+
+def write_report(path: str | os.PathLike[str], *, reloads: bool = False) -> Report:
+    """Write report.html, with Markdown and plots beside it, of a run or of a comparison.
+
+    What goes on is reported as far as it is; with `reloads` its page loads itself anew. The
+    Markdown of a fine-tuning run is written when it ends. Raises RunError for a folder of something
+    else.
+    """
+    folder = find_run(path).path
+    html = folder / HTML
+    if (folder / SETTINGS).is_file():
+        with fitting(folder, f"{SETTINGS} or compare.json"):
+            text = compare_document(RunDir(folder), reloads=reloads)
+        write_text(html, text)
+        return _of_comparison(folder, html)
+    if is_finetune_run(folder):
+        run = FinetuneRun.open(folder)
+        write_text(html, finetune_document(run, reloads=reloads))
+        page, curves = (folder / name for name in ("report.md", "curves.png"))
+        done = (folder / "result.json").is_file()
+        return Report(
+            html, page if page.is_file() else None, curves if curves.is_file() else None, None, done
+        )
+    search = RunDir.open(folder)
+    write_text(html, run_document(search, reloads=reloads))
+    return _of_search(search, html)
+
+
+def _of_search(run: RunDir, html: Path) -> Report:
+    picture, page, note = run.path / "report.png", run.path / "report.md", None
+    events, result = run.events(), run.read("result.json")
+    done = result is not None
+    try:
+        with fitting(run.path, "events.jsonl or result.json"):
+            try:
+                draw_run(events, result, picture)
+            except ConfigError as error:
+                note = str(error)
+            text = run_markdown(run.config(), events, result, None if note else picture.name)
+    except MergeRLError as error:  # of another version: the page itself shows what there is
+        return Report(html, None, None, str(error), done)
+    write_text(page, text)
+    return Report(html, page, None if note else picture, note, done)
+
+
+def _of_comparison(folder: Path, html: Path) -> Report:
+    document = RunDir(folder).read("compare.json")
+    if document is None:
+        return Report(html, None, None, None, finished=False)
+    with fitting(folder, "compare.json"):
+        note = write_comparison(document, folder)
+    picture = None if note else folder / "compare.png"
+    return Report(html, folder / "compare.md", picture, note, True, document)
+
+
+class LivePage:
+    """Keeps the page of a run that goes on fresh, at a small share of its time."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder, self._next = Path(folder), time.monotonic() + LEAST_SECONDS
+
+    def refresh(self) -> None:
+        """Write the page, if the last one is old enough; what fails with it ends no run."""
+        began = time.monotonic()
+        if began < self._next:
+            return
+        try:
+            write_report(self._folder, reloads=True)
+        except Exception:  # noqa: BLE001 (a page is worth no search)
+            self._next = float("inf")
+            return
+        took = time.monotonic() - began
+        self._next = began + max(LEAST_SECONDS, SHARE * took)

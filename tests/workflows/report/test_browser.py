@@ -1,0 +1,133 @@
+"""Pages in a real browser: Chromium without a window, where one is installed.
+
+Screenshots are kept in the tests' temporary folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from merge_rl.workflows.report import write_report
+from tests.pages import HOSTILE, comparison_folder, search_run, searcher, tuning_run
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+WIDTHS = (400, 800, 1600)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a page did when it was opened."""
+
+    console: list[str]
+    asked: list[str]  # addresses that the page asked for
+    dom: str
+    picture: Any  # (H, W, 3)
+
+
+def visit(page: Path, width: int, folder: Path, *options: str) -> Visit:
+    shot, log = folder / f"{page.parent.name}-{width}.png", folder / "net.json"
+    command = [
+        str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        "--no-first-run", "--disable-background-networking", "--disable-component-update",
+        "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}/user",
+        f"--window-size={width},1400", f"--screenshot={shot}", f"--log-net-log={log}",
+        "--enable-logging=stderr", "--dump-dom", *options, page.as_uri(),
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in ended.stderr.splitlines() if ":CONSOLE" in line]
+    events = json.loads(log.read_text())["events"]
+    requests = [event.get("params", {}) for event in events]
+    asked = [
+        str(params["url"])
+        for params in requests
+        # What the browser itself asks for has no page as its origin.
+        if re.match("file:|null", str(params.get("initiator", ""))) and "url" in params
+    ]
+    with Image.open(shot) as image:
+        picture = np.asarray(image.convert("RGB"))
+    asked = [address for address in asked if not address.startswith(("data:", "file:"))]
+    return Visit(console, asked, ended.stdout, picture)
+
+
+def framed(page: Path, width: int, folder: Path) -> Path:
+    """A page that shows another one at any width: windows are at least 500 pixels wide.
+
+    Its title is what the other one tells it.
+    """
+    hears = "addEventListener('message', event => { document.title = event.data })"
+    frame = f'<iframe src="{page.as_uri()}" style="border:0;width:{width}px;height:1400px">'
+    path = folder / "frame.html"
+    path.write_text(f'<body style="margin:0"><script>{hears}</script>{frame}</iframe>')
+    return path
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Of a search, of fine-tuning, of a comparison; with names that try to be more."""
+    folder = tmp_path_factory.mktemp("pages")
+    names = [HOSTILE, *(f"snapshot-{i}" for i in range(23))]
+    made = [
+        search_run(folder / "run", names, [HOSTILE, "enc", "mid", "dec", "rest"]),
+        tuning_run(folder / "tuning"),
+        comparison_folder(folder / "cmp", [searcher("a", 1, 2, 3), searcher(HOSTILE, 4, 5, 6)]),
+    ]
+    return [write_report(path).html for path in made]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pages_open_without_an_error_or_a_request(
+    pages: list[Path], width: int, tmp_path: Path
+) -> None:
+    page = pages[WIDTHS.index(width)]
+    seen = visit(framed(page, width, tmp_path), width, tmp_path)
+    assert seen.console == []
+    assert seen.asked == []
+    assert seen.picture.shape == (1400, width, 3)
+    assert len(np.unique(seen.picture.reshape(-1, 3), axis=0)) > 50  # text, colours, charts
+
+
+def test_nothing_that_a_file_says_runs(pages: list[Path], tmp_path: Path) -> None:
+    for page in (pages[0], pages[2]):
+        dom = visit(page, 800, tmp_path).dom
+        assert "<script" not in dom
+        assert re.search("<title>(Merge of digits|Searchers compared on digits)</title>", dom)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_only_tables_are_wider_than_the_window(
+    pages: list[Path], width: int, tmp_path: Path
+) -> None:
+    # Without its policy, and with a script of the test's, the page measures itself.
+    text = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", pages[0].read_text())
+    script = "<script>parent.postMessage(document.documentElement.scrollWidth, '*')</script>"
+    page = tmp_path / "report.html"
+    page.write_text(text.replace("</body>", f"{script}</body>"))
+    assert f"<title>{width}</title>" in visit(framed(page, width, tmp_path), width, tmp_path).dom
+
+
+def test_it_is_dark_where_one_asks_for_it(pages: list[Path], tmp_path: Path) -> None:
+    dark = visit(pages[0], 800, tmp_path, "--blink-settings=preferredColorScheme=0").picture
+    assert dark[-1, 0].max() < 60
+
+
+def test_what_is_checked_here_can_fail(tmp_path: Path) -> None:
+    page = tmp_path / "bad" / "page.html"
+    page.parent.mkdir()
+    page.write_text('<img src="http://example.invalid/x.png"><script>nothing()</script>')
+    seen = visit(page, 400, tmp_path)
+    assert "http://example.invalid/x.png" in seen.asked
+    assert any("nothing is not defined" in line for line in seen.console)
+    assert seen.picture[-1, 0].min() > 200  # light, where one does not ask

@@ -1,0 +1,292 @@
+"""Pages as HTML: what they say of numbers given by hand, and that names of files stay names."""
+
+from __future__ import annotations
+
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from merge_rl.errors import RunError
+from merge_rl.storage.runs import FinetuneRun, RunDir
+from merge_rl.workflows.report import LivePage, write_report
+from merge_rl.workflows.report.compare_html import compare_document, cost_to_reach
+from merge_rl.workflows.report.elements import Span, heat_table, strip
+from merge_rl.workflows.report.finetune_html import finetune_document
+from merge_rl.workflows.report.markup import Safe, document, joined, tag
+from merge_rl.workflows.report.run_html import run_document
+from tests.pages import (
+    HOSTILE,
+    comparison_folder,
+    search_result,
+    search_run,
+    searcher,
+    tuning_run,
+)
+
+NAMES = ["snap-1", "snap-2", "snap-3"]
+
+
+class Seen(HTMLParser):
+    """Elements in order, text by the element it is in, and addresses of what is loaded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.titles: list[str] = []
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._open.append(tag)
+        names = ("src", "href", "xlink:href", "data", "srcset", "action")
+        self.addresses += [value or "" for name, value in attrs if name in names]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] == "h2":
+            self.titles.append(data)
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def test_what_is_no_markup_is_escaped() -> None:
+    assert tag("p", "a < b & c", class_='x"y') == '<p class="x&quot;y">a &lt; b &amp; c</p>'
+    assert joined([Safe("<b>1</b>"), "<b>"]) == "<b>1</b>&lt;b&gt;"
+    assert tag("td", Safe("&amp;"), title=None) == "<td>&amp;</td>"
+
+
+def test_a_strip_is_to_scale() -> None:
+    value = {"mean": 3.0, "low": 2.0, "high": 6.0, "values": [1.0]}
+    drawn = strip(value, Span(0.0, 10.0))
+    assert '<i style="left:20.00%;width:40.00%"></i>' in drawn
+    assert '<b style="left:30.00%"></b>' in drawn
+    assert '<u style="left:10.00%"></u>' in drawn
+    assert strip({"mean": None, "low": None, "high": None}, Span(0.0, 1.0)) == ""
+
+
+def test_shades_go_by_the_largest_of_the_result() -> None:
+    drawn = heat_table("k", ["start", "g"], {"a": [9.0, 0.5], "b": [0.0, -1.0]}, set_off=1)
+    assert '<td class="up" style="--w:0.50">+0.50</td>' in drawn
+    assert '<td class="down" style="--w:1.00">\N{MINUS SIGN}1.00</td>' in drawn
+    assert '<td class="apart">+9.00</td>' in drawn
+
+
+# ---------------------------------------------------------------------------------- a search
+
+
+ORDER = [
+    "Before and after", "Scores on fresh seeds", "The search", "Coefficients", "Second opinions",
+    "Cost and time", "Settings that differ from the defaults", "Provenance", "Make it again",
+]  # fmt: skip
+
+
+def test_the_page_of_a_search(tmp_path: Path) -> None:
+    run = search_run(tmp_path / "run", NAMES, ["enc", "dec"])
+    page = Seen(run_document(RunDir(run)))
+    assert page.titles == ORDER
+    text = page.text
+    assert (
+        "Better than its start, the uniform average and the best single checkpoint (snap-1)" in text
+    )
+    assert "Held-out FID went from 1.500 to 1.100, a gain of +0.400 [+0.350, +0.450]." in text
+    assert "FID to the reference improved, but KID did not." in text  # the overfit note
+    assert page.tags.count("img") == 6
+    assert "By KID, which no step optimised: worse" in text
+    assert "Optimism of the final choice: -0.031" in text
+    # 4 entries of 3 repeats of 100 images, and 1,000 images of each of 3 checkpoints.
+    assert "final comparison 4,200 (69%)" in text
+    assert "6,100 images in all, in 3 rounds" in text
+    assert "budget 2000 50000" in text
+    assert "f" * 64 in text
+    assert "mergerl optimize /data/digits --config" in text
+    for row, name in enumerate(NAMES):
+        for values in search_result(NAMES, ["enc", "dec"])["coefficients"]:
+            assert f"{values[row]:+.2f}".replace("-", "\N{MINUS SIGN}") in text, name
+
+
+@pytest.mark.parametrize(("count", "groups"), [(24, 5), (64, 30)])
+def test_every_coefficient_of_a_large_set_is_a_cell(
+    tmp_path: Path, count: int, groups: int
+) -> None:
+    names = [f"snapshot-{i:07d}-0.050" for i in range(count)]
+    run = search_run(tmp_path / "run", names, [f"group {i}" for i in range(groups)])
+    text = run_document(RunDir(run))
+    (heat,) = re.findall(r'<table class="heat[^>]*>.*?</table>', text, flags=re.S)
+    assert heat.count("<td") == (count + 1) * (groups + 1)  # with the sums, and the start
+    assert len(text) < 3_000_000
+
+
+def test_a_run_that_goes_on_says_how_far_it_is(tmp_path: Path) -> None:
+    run = search_run(tmp_path / "run", NAMES, finished=False, pictures=False)
+    text = run_document(RunDir(run), reloads=True)
+    page = Seen(text)
+    assert "Not finished: 3 rounds, 1,400 images so far." in page.text
+    assert "There are no pictures: the run is not finished." in page.text
+    assert "mergerl resume" in page.text
+    assert '<progress value="1400" max="2000">' in text
+    assert '<meta http-equiv="refresh" content="10">' in text
+    (run / "events.jsonl").unlink()
+    assert "Not finished: no round is over yet." in Seen(run_document(RunDir(run))).text
+    assert 'http-equiv="refresh"' not in run_document(RunDir(run))
+
+
+def test_a_finished_run_does_not_reload(tmp_path: Path) -> None:
+    run = search_run(tmp_path / "run", NAMES)
+    assert 'http-equiv="refresh"' not in run_document(RunDir(run), reloads=True)
+
+
+def test_a_run_whose_candidates_fail_says_so(tmp_path: Path) -> None:
+    run = search_run(tmp_path / "run", NAMES, finished=False)
+    text = (run / "events.jsonl").read_text().replace('"failed": 0', '"failed": 2')
+    (run / "events.jsonl").write_text(text)
+    said = Seen(run_document(RunDir(run))).text
+    assert "The last rounds failed: no candidate made finite samples." in said
+
+
+def test_files_of_another_version_cost_their_section_alone(tmp_path: Path) -> None:
+    run = search_run(tmp_path / "run", NAMES)
+    text = (run / "result.json").read_text().replace('"search_images"', '"images_searched"')
+    (run / "result.json").write_text(text)
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings + "gone: 1\n")
+    written = write_report(run)
+    page = Seen(written.html.read_text())
+    assert (
+        "This part cannot be shown: the files of another version differ here (KeyError" in page.text
+    )
+    assert {"Before and after", "Scores on fresh seeds", "Coefficients"} <= set(page.titles)
+    assert written.page is None
+    assert "'gone'" in (written.note or "")
+
+
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
+    run = search_run(tmp_path / "run", NAMES)
+    (run / "result.json").write_text("{")
+    with pytest.raises(RunError, match=r"result\.json: damaged"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_without_matplotlib_only_the_charts_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    page = Seen(run_document(RunDir(search_run(tmp_path / "run", NAMES))))
+    assert page.titles == ORDER
+    assert "svg" not in page.tags
+    assert (
+        "needs the library matplotlib, which is not installed; pip install 'merge_rl[report]'"
+        in page.text
+    )
+
+
+# ------------------------------------------------------------------------------ other pages
+
+
+def test_the_page_of_fine_tuning(tmp_path: Path) -> None:
+    page = Seen(finetune_document(FinetuneRun(tuning_run(tmp_path / "run"))))
+    assert page.tags.count("svg") == 4
+    assert page.tags.count("img") == 2
+    assert page.text.count("2.000 [1.800, 2.200] +1.000 [+0.950, +1.050] better") == 4
+    assert "20 steps, 200 images, 10 s in steps" in page.text
+    begun = Seen(finetune_document(FinetuneRun(tuning_run(tmp_path / "b", finished=False))))
+    assert "Not finished: step 20 of 20." in begun.text
+
+
+def test_the_page_of_a_comparison(tmp_path: Path) -> None:
+    lines = [searcher("late", 0.9, 1.0, 1.1), searcher("early", 0.5, 0.6, 0.7)]
+    folder = comparison_folder(tmp_path / "cmp", lines)
+    page = Seen(compare_document(RunDir(folder)))
+    assert "early found the best merges; ahead of late (1.000) with every seed." in page.text
+    assert page.text.index("1. early") < page.text.index("2. late") < page.text.index("newest")
+    assert "--seeds 0,1,2 --searcher late --searcher early" in page.text
+    assert "svg" in page.tags
+
+
+def test_cost_to_reach_is_the_first_look_at_or_below(tmp_path: Path) -> None:
+    lines = [searcher("late", 0.9, 1.0, 1.1), searcher("early", 0.5, 0.6, 0.7)]
+    found = RunDir(comparison_folder(tmp_path / "cmp", lines)).read("compare.json") or {}
+    columns, rows = cost_to_reach(found)
+    # Medians of early: 1.2, 0.9, 0.6 after 100, 200, 400 images; of late: 2.0, 1.5, 1.0.
+    assert columns[1:] == [
+        "the best merge without a search (1.200)", "the second-best searcher's end (1.000)",
+    ]  # fmt: skip
+    assert rows == [["early", "100", "200"], ["late", "400", "400"]]
+
+
+def test_a_comparison_that_goes_on_lists_its_searches(tmp_path: Path) -> None:
+    folder = comparison_folder(tmp_path / "cmp", None)
+    written = write_report(folder, reloads=True)
+    page = Seen(written.html.read_text())
+    assert not written.finished
+    assert "a-seed0 3 1,400 finished a-seed1 3 1,400 unfinished" in page.text
+
+
+# --------------------------------------------------------------------------- what is not shown
+
+
+def test_names_from_files_stay_names(tmp_path: Path) -> None:
+    pages = [
+        run_document(RunDir(search_run(
+            tmp_path / "run", [HOSTILE, "b"], [HOSTILE, "g"], set_name="a<b>"))),
+        finetune_document(FinetuneRun(tuning_run(tmp_path / "ft", model="a<script>"))),
+        compare_document(RunDir(comparison_folder(tmp_path / "cmp", [searcher(HOSTILE, 1, 2, 3)]))),
+    ]  # fmt: skip
+    for text in pages:
+        page = Seen(text)
+        assert "script" not in page.tags
+        assert "onerror" not in re.sub(r"&lt;.*?&gt;", "", text)
+    assert HOSTILE in "".join(Seen(pages[0]).words)
+
+
+def test_a_page_loads_nothing(tmp_path: Path) -> None:
+    for text in (
+        run_document(RunDir(search_run(tmp_path / "run", NAMES))),
+        finetune_document(FinetuneRun(tuning_run(tmp_path / "ft"))),
+        compare_document(RunDir(comparison_folder(tmp_path / "cmp", [searcher("a", 1, 2, 3)]))),
+    ):
+        page = Seen(text)
+        assert page.addresses
+        assert all(re.match(r"data:image/|#", address) for address in page.addresses)
+        assert not re.search(r"@import|url\((?!#)", text)
+        assert {"script", "link", "iframe", "object", "base"}.isdisjoint(page.tags)
+
+
+def test_one_page_is_the_same_every_time(tmp_path: Path) -> None:
+    run = RunDir(search_run(tmp_path / "run", NAMES))
+    assert run_document(run) == run_document(run)
+
+
+def test_a_live_page_waits_and_never_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    run = search_run(tmp_path / "run", NAMES, finished=False)
+    live = LivePage(run)
+    live.refresh()
+    assert not (run / "report.html").exists()
+    now[0] = 20.0
+    live.refresh()
+    assert (run / "report.html").is_file()
+    (run / "report.html").unlink()
+    now[0] = 30.0  # not again so soon
+    live.refresh()
+    assert not (run / "report.html").exists()
+    (run / "events.jsonl").write_text("{\n{}\n")
+    now[0] = 60.0
+    live.refresh()
+    assert not (run / "report.html").exists()
+
+
+def test_a_page_has_a_title_and_a_policy() -> None:
+    text = document("<T>", tag("p", "x"))
+    assert "<title>&lt;T&gt;</title>" in text
+    assert 'content="default-src &#x27;none&#x27;; img-src data:' in text
