@@ -6,9 +6,9 @@ torch.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
+from merge_rl.late import offered
 from merge_rl.version import __version__
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from merge_rl.core.distances.kernels import kernel_distance
     from merge_rl.core.distances.neighbours import prdc
     from merge_rl.core.distances.statistics import FeatureStats, feature_stats
+    from merge_rl.core.network import Network
     from merge_rl.core.sampling.sampler import sample
     from merge_rl.core.sampling.stated import describe
     from merge_rl.errors import MergeRLError
-    from merge_rl.interfaces import Network
     from merge_rl.progress import LineTracker
     from merge_rl.registry import build_model
     from merge_rl.rng import seeded_noise
@@ -64,7 +64,7 @@ _HOMES: Final = {
     "FeatureStats": "core.distances.statistics",
     "feature_stats": "core.distances.statistics",
     "MergeRLError": "errors",
-    "Network": "interfaces",
+    "Network": "core.network",
     "LineTracker": "progress",
     "build_model": "registry",
     "seeded_noise": "rng",
@@ -132,9 +132,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return offered(__name__, name, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 PoolT = TypeVar("PoolT", contravariant=True)
 """What holds the generated images that rewards are measured in."""
@@ -23,15 +24,6 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
         """x (B, C, h, w) at noise level sigma (0-dim or (B,)) -> D of the shape of x, float32."""
         ...
-
-
-class Network(nn.Module, ABC):
-    """A denoising network with weights: a `Denoiser` that says what its samples look like."""
-
-    @property
-    @abstractmethod
-    def sample_shape(self) -> tuple[int, ...]:
-        """Of one sample; (C, H, W) of images and latents."""
 
 
 class Autoencoder(Protocol):

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl import own_code
 from merge_rl.config import SearchConfig
 from merge_rl.errors import ConfigError, MissingLibraryError, UnknownNameError
-from merge_rl.interfaces import Autoencoder, Network
+
+if TYPE_CHECKING:
+    from merge_rl.core.network import Network
+    from merge_rl.interfaces import Autoencoder
 
 MODELS: Final[Mapping[str, str]] = {
     "edm2": "merge_rl.models.edm2:EDM2",

@@ -22,7 +22,7 @@ PACKAGE = "merge_rl"
 ROOT = Path(merge_rl.__file__).parent
 
 ORDER = (  # noqa: SIM905
-    "errors version own_code untrusted config rng interfaces progress parallel core registry "
+    "late errors version own_code untrusted config rng interfaces progress parallel core registry "
     "files pickles checkpoints convert runs hub "
     "models features searchers demo "
     "rollout reference rewards report assembly evaluate export optimize compare plan finetune "
@@ -42,7 +42,7 @@ THIRD_PARTY_HOMES: dict[str, set[str]] = {
     "triton": {"core"},
     "safetensors": {"files"},
     "PIL": {"files"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"hub", "export"},
     "nevergrad": {"searchers"},
     "cmaes": {"searchers"},
     "diffusers": {"models", "features"},

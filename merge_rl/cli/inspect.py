@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,10 +65,12 @@ def _show_set(
     path: Path, *, track: str | None, quick: bool, network: str | None, json: bool
 ) -> None:
     from merge_rl.storage.checkpoints import open_checkpoints, require_network
-    from merge_rl.workflows.assembly import with_network
 
     opened = open_checkpoints(path, track=track, distinct=False)  # every file is checked
-    with_network(opened, network)
+    if network is not None:
+        from merge_rl.workflows.assembly import with_network
+
+        with_network(opened, network)
     checks = [] if quick else list(opened.verify())
     failed = {check.name: str(check.error) for check in checks if not check.ok}
     try:
@@ -90,7 +93,7 @@ def _show_set(
             ]
             for name, entry in zip(opened.names, opened.entries, strict=True)
         ]
-        count = sum(_numel(info.shape) for info in opened.tensors.values())
+        count = sum(math.prod(info.shape) for info in opened.tensors.values())
         shapes = {key: info.shape for key, info in opened.tensors.items()}
         model = _network_name(opened.config, shapes) or "unknown network"
         title = (
@@ -180,30 +183,32 @@ def _print_run(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _show_file(path: Path, *, json: bool) -> None:
-    from merge_rl.storage.checkpoints import open_model_file, require_network
-    from merge_rl.storage.files import WeightStream
+    from merge_rl.storage.checkpoints import check_model_file, require_network
 
-    file = open_model_file(path)
+    tensors, config = check_model_file(path)
     document: dict[str, Any] = {
         "kind": "model",
-        "network": _network_name(
-            file.config, {key: tuple(tensor.shape) for key, tensor in file.weights.items()}
-        ),
-        "tensors": len(file.weights),
-        "values": sum(t.numel() for t in file.weights.values()),
-        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in file.weights.values()}),
-        "config": file.config,
+        "network": _network_name(config, {key: info.shape for key, info in tensors.items()}),
+        "tensors": len(tensors),
+        "values": sum(math.prod(info.shape) for info in tensors.values()),
+        "dtypes": sorted({info.type_name for info in tensors.values()}),
+        "config": config,
     }
     if json:
         print_json(document)
     else:
         rows = [[key, str(value)] for key, value in document.items() if value is not None]
         print_table(str(path), ["file", ""], rows)
-    require_network(WeightStream.of(file.weights).infos, file.config, str(path))
+    require_network(tensors, config, str(path))
 
 
 def _holds_statistics(path: Path) -> bool:
     if path.is_dir():
+        return False
+    from merge_rl.storage.files import is_weights_name
+    from merge_rl.storage.runs import holds_weights
+
+    if path.is_file() and is_weights_name(path.name) and holds_weights(path):
         return False
     from merge_rl.workflows.reference import kind_of
 
@@ -262,10 +267,3 @@ def _width(entry: CheckpointEntry) -> str:
     if entry.ema_std is not None:
         return f"{entry.ema_std:.3f}"
     return "raw" if entry.track in (None, "raw") else "-"
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

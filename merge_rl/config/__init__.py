@@ -32,6 +32,7 @@ from merge_rl.config.mapping import (
 from merge_rl.config.numbers import (
     EXAMPLES,
     byte_count,
+    nimg_from_kimg,
     numbers_in,
     real_number,
     whole_number,
@@ -119,6 +120,7 @@ __all__ = [
     "from_mapping",
     "load_config",
     "load_mapping",
+    "nimg_from_kimg",
     "numbers_in",
     "overlaid",
     "override",

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Final, TypeVar
 
+from merge_rl.errors import ConfigError
+
 T = TypeVar("T", int, float)
 
 UNITS: Final = {
@@ -79,3 +81,13 @@ def _unit(text: str) -> int | None:
     if text in UNITS:
         return UNITS[text]
     return UNITS.get("k" if text == "K" else text.capitalize() if len(text) == 2 else text)
+
+
+def nimg_from_kimg(kimg: int) -> int:
+    """Images seen, from the kimg = nimg // 1000 of a file name: a multiple of 1024, if one fits."""
+    nimg = -(-1000 * kimg // 1024) * 1024
+    if kimg < 0 or nimg // 1000 != kimg:
+        raise ConfigError(
+            f"expected kimg of a multiple of 1024 images, got {kimg} (the next is {nimg // 1000})"
+        )
+    return nimg

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from merge_rl.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def load_exactly(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from merge_rl.core.network import Network
 from merge_rl.core.sampling.compatibility import require_class_ids
 from merge_rl.errors import ConfigError
-from merge_rl.interfaces import Network
 from merge_rl.models.transformer import (
     LabelEmbedder,
     TimeEmbedder,

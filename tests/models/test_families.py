@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from merge_rl.core.network import Network
 from merge_rl.core.sampling.compatibility import count_network_calls, has_open_end
 from merge_rl.core.sampling.sampler import sample
 from merge_rl.core.sampling.steps import StepLevels, linear_betas
 from merge_rl.errors import ConfigError
-from merge_rl.interfaces import Network
 from merge_rl.registry import build_model
 
 OUTPUT, SAMPLES = 2e-5, 5e-5  # relative to the largest value

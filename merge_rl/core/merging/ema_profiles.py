@@ -159,16 +159,6 @@ def _width(text: str) -> float:
     return number
 
 
-def nimg_from_kimg(kimg: int) -> int:
-    """Images seen, from the kimg = nimg // 1000 of a file name: a multiple of 1024, if one fits."""
-    nimg = -(-1000 * kimg // 1024) * 1024
-    if kimg < 0 or nimg // 1000 != kimg:
-        raise ConfigError(
-            f"expected kimg of a multiple of 1024 images, got {kimg} (the next is {nimg // 1000})"
-        )
-    return nimg
-
-
 def _profiles(nimg: Floats, ema_std: Floats) -> tuple[Tensor, Tensor]:
     """End times and exponents of a list of profiles, both (P,) float64."""
     times, widths = as_float64(nimg), as_float64(ema_std)

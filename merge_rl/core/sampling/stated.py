@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from merge_rl.config import PATH_NAMES
+from merge_rl.core.network import Network
 from merge_rl.core.sampling.paths import VP
 from merge_rl.core.sampling.steps import StepLevels
 from merge_rl.errors import ConfigError
-from merge_rl.interfaces import Network
 
 PREDICTIONS: Final = ("denoised", "velocity", "noise")
 TIMES: Final = ("sigma", "up", "down")

@@ -1,8 +1,12 @@
 """Sets of checkpoints, single models and manifests: opened, listed, merged on disk."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from merge_rl.late import offered
 from merge_rl.storage.checkpoints.catalogue import KnownSet, load_catalogue
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
-from merge_rl.storage.checkpoints.held import keep_states, module_of
 from merge_rl.storage.checkpoints.listing import Origin, find_origin, newest_model
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
@@ -16,24 +20,28 @@ from merge_rl.storage.checkpoints.manifest import (
     relative_inside,
     write_manifest,
 )
-from merge_rl.storage.checkpoints.merging import (
-    DISK,
-    MergePlan,
-    base_index,
-    load_checkpoints,
-    plan_merge,
-    stream_merge,
-)
 from merge_rl.storage.checkpoints.model_file import (
     CONFIG_KEY,
     CONFIG_NAME,
     ModelFile,
+    check_model_file,
     metadata_config,
     model_sha256,
     open_model_file,
     require_network,
     save_checkpoint,
 )
+
+if TYPE_CHECKING:
+    from merge_rl.storage.checkpoints.held import keep_states, module_of
+    from merge_rl.storage.checkpoints.merging import (
+        DISK,
+        MergePlan,
+        base_index,
+        load_checkpoints,
+        plan_merge,
+        stream_merge,
+    )
 
 __all__ = [
     "CONFIG_KEY",
@@ -50,6 +58,7 @@ __all__ = [
     "Origin",
     "SetDefaults",
     "base_index",
+    "check_model_file",
     "find_origin",
     "has_manifest",
     "keep_states",
@@ -70,3 +79,15 @@ __all__ = [
     "stream_merge",
     "write_manifest",
 ]
+
+_LATE = {
+    **dict.fromkeys(("keep_states", "module_of"), "held"),
+    **dict.fromkeys(
+        ("DISK", "MergePlan", "base_index", "load_checkpoints", "plan_merge", "stream_merge"),
+        "merging",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    return offered(__name__, name, _LATE)

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from merge_rl.errors import CheckpointError, MergeRLError
+from merge_rl.late import torch
 from merge_rl.storage.checkpoints.duplicates import find_duplicates, without
 from merge_rl.storage.checkpoints.listing import (
     Listing,
@@ -31,6 +29,9 @@ from merge_rl.storage.files import (
     require_finite,
     require_hash,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "CheckpointSet",
@@ -231,7 +232,7 @@ class CheckpointSet:
             error: MergeRLError | None = None
             self._hashes.pop(index, None)
             try:
-                self._load(index, hashed=True)
+                self._check(index)
             except CheckpointError as found:
                 error = found
             kept = self._hashes.get(index)
@@ -243,6 +244,14 @@ class CheckpointSet:
                 recorded=entry.sha256 is not None,
                 error=error,
             )
+
+    def _check(self, index: int) -> None:
+        stamp = self._stamp(index)
+        digest, problem = self._headers[index].check()
+        self._hashes[index] = (stamp, digest)
+        require_hash(self.paths[index], digest, self.entries[index].sha256)
+        if problem:
+            raise problem
 
     def _load(self, index: int, *, hashed: bool) -> dict[str, Tensor]:
         path, stamp = self.paths[index], self._stamp(index)

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-import torch
-
 from merge_rl.storage.checkpoints.listing import Listing
-from merge_rl.storage.files import StoredWeights, tensor_bytes
+from merge_rl.storage.files import StoredWeights
 
 SAMPLES: Final = 64
 SAMPLE_BYTES: Final = 4096
-CHUNK: Final = 2**20  # elements compared at a time
+CHUNK: Final = 2**22  # bytes compared at a time
 
 
 def find_duplicates(listing: Listing, headers: Sequence[StoredWeights]) -> dict[int, int]:
@@ -71,15 +69,11 @@ def _digest(stored: StoredWeights, names: Sequence[str]) -> str:
     digest, begin = hashlib.sha256(), 0
     with stored.reader() as reader:
         for name in names:
-            info = stored.tensors[name]
-            for target in (t for t in targets if begin <= t < begin + info.nbytes):
-                start = (target - begin) // info.dtype.itemsize
-                most = max(1, SAMPLE_BYTES // info.dtype.itemsize)
-                count = min(most, info.nbytes // info.dtype.itemsize - start)
-                values = torch.empty(count, dtype=info.dtype)
-                reader.read_into(name, start, values)
-                digest.update(tensor_bytes(values))
-            begin += info.nbytes
+            held = stored.tensors[name].nbytes
+            for target in (t for t in targets if begin <= t < begin + held):
+                start = target - begin
+                digest.update(reader.read_bytes(name, start, min(SAMPLE_BYTES, held - start)))
+            begin += held
     return digest.hexdigest()
 
 
@@ -103,12 +97,8 @@ def _equal(
 def _same_bytes(one: StoredWeights, other: StoredWeights) -> bool:
     with one.reader() as first, other.reader() as second:
         for name, info in one.tensors.items():
-            count = info.nbytes // info.dtype.itemsize
-            for start in range(0, count, CHUNK):
-                size = min(CHUNK, count - start)
-                pair = [torch.empty(size, dtype=info.dtype) for _ in range(2)]
-                for reader, values in zip((first, second), pair, strict=True):
-                    reader.read_into(name, start, values)
-                if tensor_bytes(pair[0]) != tensor_bytes(pair[1]):
+            for start in range(0, info.nbytes, CHUNK):
+                size = min(CHUNK, info.nbytes - start)
+                if first.read_bytes(name, start, size) != second.read_bytes(name, start, size):
                     return False
     return True

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
-from merge_rl.core.merging.ema_profiles import nimg_from_kimg
+from merge_rl.config import nimg_from_kimg
 from merge_rl.errors import ConfigError, ManifestError
 from merge_rl.storage.files import Fields, write_yaml
 from merge_rl.untrusted import load_yaml, read_bounded

@@ -78,7 +78,7 @@ def plan_merge(
         require_shared(checkpoints, fixed_names(model))
         carried = carried_names(model)
     else:
-        carried = {n for n, info in infos.items() if not info.dtype.is_floating_point}
+        carried = {n for n, info in infos.items() if not info.is_floating}
     carried |= frozen_names(infos, freeze)
     merged = tuple(name for name in infos if name not in carried)
     if not merged:

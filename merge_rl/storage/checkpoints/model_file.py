@@ -6,11 +6,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from merge_rl import registry
+from merge_rl.core.forms import network_shapes
 from merge_rl.core.state_dicts import own_names
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from merge_rl.storage.checkpoints.manifest import (
@@ -34,6 +33,9 @@ from merge_rl.storage.files import (
 )
 from merge_rl.untrusted import load_json_mapping, read_bounded
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CONFIG_NAME: Final = "config.json"
 CONFIG_KEY: Final = "config"  # of a safetensors file's metadata
 _PARENTS: Final = 3  # the file's own folder and two above, where its manifest may lie
@@ -55,18 +57,40 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
     the `config.json` beside it, then a manifest that lists it, up to two folders higher. Weights
     are checked to be finite, and against the manifest's hash where there is one.
     """
-    file = model_file_path(path)
-    listed = find_listing(file)
-    recorded = listed[1].sha256 if listed else None
-    stored = open_weights(file)
-    config = _first_config(file, stored.metadata, listed[0] if listed else None)
-    stored = named_as_network(stored, config)
+    stored, recorded, config = _opened(path)
     weights, digest = stored.read(hashed=recorded is not None)
     if digest is not None:
-        require_hash(file, digest, recorded)
+        require_hash(stored.path, digest, recorded)
     for name, tensor in weights.items():
         require_finite(stored.homes[name], name, tensor)
     return ModelFile(weights, config, dict(stored.metadata))
+
+
+def check_model_file(
+    path: str | os.PathLike[str],
+) -> tuple[Mapping[str, TensorInfo], dict[str, Any] | None]:
+    """Shapes and types, and the config, of what `open_model_file` opens, checked as it does.
+
+    No tensor is made, so that torch is not needed.
+    """
+    stored, recorded, config = _opened(path)
+    digest, problem = stored.check()
+    require_hash(stored.path, digest, recorded)
+    if problem:
+        raise problem
+    return stored.tensors, config
+
+
+def _opened(
+    path: str | os.PathLike[str],
+) -> tuple[StoredWeights, str | None, dict[str, Any] | None]:
+    """The headers of a model, the hash that a manifest records of it, its config."""
+    file = model_file_path(path)
+    listed = find_listing(file)
+    stored = open_weights(file)
+    config = _first_config(file, stored.metadata, listed[0] if listed else None)
+    recorded = listed[1].sha256 if listed else None
+    return named_as_network(stored, config), recorded, config
 
 
 def model_sha256(path: str | os.PathLike[str]) -> str:
@@ -156,17 +180,21 @@ Config = Mapping[str, Any]
 def require_network(tensors: Mapping[str, TensorInfo], config: Config | None, where: str) -> None:
     """Refuse tensors that are not those of the network that `config` describes.
 
-    The network is built on the meta device, without memory for weights. Nothing is said where no
+    Where they differ from what is known of it, or nothing is, the network is built on the meta
+    device, without memory for weights, and says itself what it expects. Nothing is said where no
     config is known, or one that names no network of ours ("model" is missing). Raises
     IncompatibleCheckpointError that counts the odd tensors and describes the first.
     """
     if config is None or "model" not in config:
         return
+    shapes = {name: info.shape for name, info in tensors.items()}
+    if all(info.is_floating for info in tensors.values()) and shapes == network_shapes(config):
+        return
     expected = _forms(config, len(tensors), where)
     odd = [name for name in {**expected, **tensors} if not _fits(tensors, expected, name)]
     if odd:
         wanted = expected.get(odd[0])
-        kind = "a floating type" if wanted and wanted.dtype.is_floating_point else "whole numbers"
+        kind = "a floating type" if wanted and wanted.is_floating else "whole numbers"
         found, want = tensors.get(odd[0], "missing"), "no such tensor"
         if wanted:
             want = f"{kind} {list(wanted.shape)}"
@@ -195,7 +223,7 @@ def _fits(tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo],
     found, wanted = tensors.get(name), expected.get(name)
     if found is None or wanted is None or found.shape != wanted.shape:
         return False
-    return found.dtype.is_floating_point == wanted.dtype.is_floating_point
+    return found.is_floating == wanted.is_floating
 
 
 def _forms(config: Config, count: int, where: str) -> dict[str, TensorInfo]:
@@ -210,4 +238,4 @@ def _forms(config: Config, count: int, where: str) -> dict[str, TensorInfo]:
         state = registry.build_on_meta(config).state_dict()
     except ConfigError as error:
         raise IncompatibleCheckpointError(f"{where}: {error}") from None
-    return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in state.items()}
+    return {name: TensorInfo.of(tuple(t.shape), t.dtype) for name, t in state.items()}

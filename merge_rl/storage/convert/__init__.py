@@ -2,10 +2,9 @@
 
 from merge_rl.storage.convert.families import fitting as families_of
 from merge_rl.storage.convert.run import ConvertResult, convert
-from merge_rl.storage.convert.sit import FREQUENCIES, sit_config_from_shapes, sit_size_name
+from merge_rl.storage.convert.sit import sit_config_from_shapes, sit_size_name
 
 __all__ = [
-    "FREQUENCIES",
     "ConvertResult",
     "convert",
     "families_of",

@@ -76,7 +76,7 @@ def require_axes(
 
 def infos_of(tensors: Mapping[str, TensorRef]) -> dict[str, TensorInfo]:
     """Name -> shape and type."""
-    return {name: TensorInfo(ref.shape, ref.dtype) for name, ref in tensors.items()}
+    return {name: ref.info for name, ref in tensors.items()}
 
 
 def require_size(found: Extracted, file_bytes: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import os
@@ -13,10 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
 from merge_rl.config import ConvertConfig, from_mapping
 from merge_rl.errors import CheckpointError, NonFiniteWeightsError
 from merge_rl.interfaces import NullTracker, Tracker
@@ -26,6 +21,7 @@ from merge_rl.storage.convert.plan import ORIGIN_KEY, ConversionFile, Conversion
 from merge_rl.storage.convert.sources import files_of, list_files
 from merge_rl.storage.files import (
     atomic_path,
+    count_nonfinite,
     locked,
     read_header,
     require_hash,
@@ -258,38 +254,11 @@ def _write(
 
 
 def _finite_pieces(name: str, tensor: TensorRef, source: Path) -> Iterator[bytes]:
+    code = tensor.info.code
     for piece in tensor.pieces(PIECE_BYTES):
-        count = count_nonfinite(piece, tensor.dtype)
+        count = count_nonfinite(piece, code)
         if count:
             raise NonFiniteWeightsError(
                 f"{source}: tensor {name} holds NaN or infinity in at least {count} of its values"
             )
         yield piece
-
-
-# Word of the same size, all bits but the sign, and the least magnitude that is not finite.
-_FORMATS: Final[Mapping[torch.dtype, tuple[npt.DTypeLike, int, int]]] = {
-    torch.float16: (np.uint16, 0x7FFF, 0x7C00),
-    torch.bfloat16: (np.uint16, 0x7FFF, 0x7F80),
-    torch.float32: (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
-    torch.float64: (np.uint64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
-    torch.complex64: (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
-}
-
-
-@functools.cache
-def _odd_bytes(dtype: torch.dtype) -> npt.NDArray[np.bool_]:
-    """Which of the 256 numbers of an 8-bit floating type are not finite."""
-    numbers = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(dtype)
-    return (~torch.isfinite(numbers.float())).numpy()
-
-
-def count_nonfinite(data: bytes, dtype: torch.dtype) -> int:
-    """How many of the numbers in little-endian `data` are NaN or infinite; 0 for whole numbers."""
-    if dtype.is_floating_point and dtype.itemsize == 1:
-        return int(_odd_bytes(dtype)[np.frombuffer(data, dtype=np.uint8)].sum())
-    if dtype not in _FORMATS or not data:
-        return 0
-    word, magnitude, limit = _FORMATS[dtype]
-    values = np.frombuffer(data, dtype=word) & np.array(magnitude, dtype=word)
-    return int((values >= limit).sum()) if int(values.max()) >= limit else 0

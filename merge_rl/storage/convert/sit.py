@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+from merge_rl.core.forms import FREQUENCIES
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.convert.contents import Hints, Said, require_axes
 
@@ -20,7 +21,6 @@ SIZES: Final[Mapping[str, tuple[int, int, int]]] = {  # letter -> (depth, hidden
     "XL": (28, 1152, 16),
 }
 PATCH_SIZES: Final = (2, 4, 8)
-FREQUENCIES: Final = 256  # sinusoids of the time embedding, cosines and sines together
 CLASS_DROPOUT: Final = 0.1  # of the public training script; weights only tell whether it was > 0
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -147,7 +147,7 @@ def _read_safetensors(path: Path, weights: str, hints: Hints) -> list[Extracted]
     for name, info in stored.tensors.items():
         home = stored.homes[name]
         span = Span(sources[home], stored.parts[home].begins[name], info.nbytes)
-        storage = StorageRef(info.dtype, math.prod(info.shape), span)
+        storage = StorageRef(info.code, math.prod(info.shape), span)
         tensors[name] = TensorRef(storage, 0, info.shape, tuple(row_major(info.shape)))
     config = metadata_config(path, stored.metadata)
     found = read_states(state_dict(tensors, str(path)), path, weights, hints, config)

@@ -42,6 +42,8 @@ from merge_rl.storage.files.naming import absolute, natural_key, spellings, with
 from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_array, read_npy
 from merge_rl.storage.files.safetensors_file import (
     TensorReader,
+    check_file,
+    count_nonfinite,
     map_file,
     read_file,
     read_one,
@@ -106,6 +108,8 @@ __all__ = [
     "absolute",
     "atomic_path",
     "below",
+    "check_file",
+    "count_nonfinite",
     "decode_image",
     "enlarge",
     "hash_weights",

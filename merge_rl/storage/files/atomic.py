@@ -14,15 +14,17 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import yaml
-from torch import Tensor
 
 from merge_rl.errors import CheckpointError, RunError
 from merge_rl.storage.files.locks import locked_output
 from merge_rl.storage.files.safetensors_file import read_file, write_tensors
 from merge_rl.storage.files.temporaries import is_vacant, temporary_beside
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -161,7 +163,7 @@ class WorkFolder:
             return None
 
 
-State = tuple[dict[str, Tensor], dict[str, Any]]
+State = tuple[dict[str, "Tensor"], dict[str, Any]]
 """Tensors by name, and plain values."""
 
 

@@ -10,17 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from merge_rl.errors import ImageError
+from merge_rl.late import torch
 from merge_rl.storage.files.image_files import ImageFiles
 from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_rows
 from merge_rl.untrusted import open_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WORKERS: Final = max(2, min(16, os.cpu_count() or 2))  # decoding threads
 MAX_AHEAD: Final = 256  # images decoded before they are asked for

@@ -13,15 +13,15 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from merge_rl.errors import ConfigError, ImageError
+from merge_rl.late import torch
 from merge_rl.storage.files.atomic import atomic_path
 from merge_rl.untrusted import pointer_problem, reason
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
     "PNG": (".png",),
@@ -191,7 +191,7 @@ def picture_address(pixels: Pixels, most: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
-Panel = tuple[str, Tensor]
+Panel = tuple[str, "Tensor"]
 """A caption, and the picture (1 or 3, H, W) uint8 beneath it."""
 _MARGIN: Final = 14  # pixels around a panel
 _INK, _PAPER = (22, 25, 29), (255, 255, 255)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-import torch
-from torch import Tensor
-
+from merge_rl.late import torch
 from merge_rl.untrusted import describe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_LABEL: Final = 2**31 - 1
 _WHOLE: Final = re.compile(r"[0-9]{1,10}(\.0*)?")

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Final
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from merge_rl.errors import CheckpointError, NonFiniteWeightsError
+from merge_rl.late import torch
 from merge_rl.storage.files.hashing import CHUNK_BYTES
 from merge_rl.storage.files.safetensors_header import (
-    DTYPES,
+    CODES,
     METADATA_KEY,
     Header,
     TensorInfo,
@@ -29,7 +31,8 @@ from merge_rl.storage.files.safetensors_header import (
 )
 from merge_rl.untrusted import open_file
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    from torch import Tensor
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("merge_rl reads and writes safetensors on little-endian machines only")
@@ -89,8 +92,16 @@ class TensorReader:
 
     def read_into(self, name: str, start: int, values: Tensor) -> None:
         """Fill `values` (contiguous, of the tensor's dtype) with its elements from `start` on."""
-        begin = self.header.begins[name] + start * values.dtype.itemsize
-        target = tensor_bytes(values)
+        self._fill(tensor_bytes(values), name, start * values.dtype.itemsize)
+
+    def read_bytes(self, name: str, begin: int, size: int) -> bytes:
+        """`size` bytes of a tensor from byte `begin` on."""
+        found = bytearray(size)
+        self._fill(memoryview(found), name, begin)
+        return bytes(found)
+
+    def _fill(self, target: memoryview, name: str, begin: int) -> None:
+        begin += self.header.begins[name]
         try:
             while len(target):
                 count = os.preadv(self._file.fileno(), [target], begin)
@@ -120,9 +131,71 @@ def map_file(path: Path, header: Header) -> dict[str, Tensor]:
     views = {}
     for name, info in header.tensors.items():
         part = mapping[header.begins[name] : header.begins[name] + info.nbytes]
-        aligned = header.begins[name] % info.dtype.itemsize == 0
+        aligned = header.begins[name] % info.itemsize == 0
         views[name] = (part if aligned else part.clone()).view(info.dtype).reshape(info.shape)
     return views
+
+
+# Word of the same size, the bits that count, and the least and most of what is not finite.
+_FORMATS: Final[Mapping[str, tuple[npt.DTypeLike, int, int, int]]] = {
+    "F16": (np.uint16, 0x7FFF, 0x7C00, 0x7FFF),
+    "BF16": (np.uint16, 0x7FFF, 0x7F80, 0x7FFF),
+    "F32": (np.uint32, 0x7FFF_FFFF, 0x7F80_0000, 0x7FFF_FFFF),
+    "C64": (np.uint32, 0x7FFF_FFFF, 0x7F80_0000, 0x7FFF_FFFF),
+    "F64": (np.uint64, 2**63 - 1, 0x7FF0_0000_0000_0000, 2**63 - 1),
+    "F8_E4M3": (np.uint8, 0x7F, 0x7F, 0x7F),
+    "F8_E5M2": (np.uint8, 0x7F, 0x7C, 0x7F),
+    "F8_E8M0": (np.uint8, 0xFF, 0xFF, 0xFF),
+    "F8_E4M3FNUZ": (np.uint8, 0xFF, 0x80, 0x80),
+    "F8_E5M2FNUZ": (np.uint8, 0xFF, 0x80, 0x80),
+}
+
+
+def count_nonfinite(data: bytes | memoryview, code: str) -> int:
+    """How many of the numbers in little-endian `data` are NaN or infinite; 0 for whole numbers."""
+    if code not in _FORMATS or not len(data):
+        return 0
+    word, bits, least, most = _FORMATS[code]
+    values = np.frombuffer(data, dtype=word) & np.array(bits, dtype=word)
+    if int(values.max()) < least:
+        return 0
+    return int(((values >= least) & (values <= most)).sum())
+
+
+def check_file(path: Path, header: Header) -> tuple[str, CheckpointError | None]:
+    """(SHA-256, what is wrong with the values if anything) of a file that is read once.
+
+    No tensor is made, so that torch is not needed. Raises CheckpointError for a file that cannot be
+    read or is not as its header says.
+    """
+    digest, problem, piece = hashlib.sha256(), None, bytearray(CHUNK_BYTES)
+    try:
+        with open_file(path) as file:
+            if read_header(path) != header:
+                raise CheckpointError(f"{path}: the file has changed since the set was opened")
+            digest.update(file.read(header.file_bytes - header.tensor_bytes))
+            for name, info in header.tensors.items():
+                odd = 0
+                for part in _pieces(file, _slices(memoryview(piece), info.nbytes), path):
+                    digest.update(part)
+                    odd += count_nonfinite(part, info.code)
+                problem = problem or (_nonfinite(path, name, odd, info) if odd else None)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest(), problem
+
+
+def _slices(buffer: memoryview, size: int) -> Iterator[memoryview]:
+    """One buffer again and again, as far as it takes to hold `size` bytes."""
+    for start in range(0, size, len(buffer)):
+        yield buffer[: min(len(buffer), size - start)]
+
+
+def _nonfinite(path: Path, name: str, count: int, info: TensorInfo) -> NonFiniteWeightsError:
+    numel = math.prod(info.shape)
+    return NonFiniteWeightsError(
+        f"{path}: tensor {name!r} holds NaN or infinity in {count} of {numel} values"
+    )
 
 
 def require_finite(path: Path, name: str, tensor: Tensor) -> None:
@@ -137,17 +210,15 @@ def require_finite(path: Path, name: str, tensor: Tensor) -> None:
         return
     finite = torch.isfinite(values)
     if not bool(finite.all()):
-        count = tensor.numel() - int(finite.sum())
-        raise NonFiniteWeightsError(
-            f"{path}: tensor {name!r} holds NaN or infinity in {count} of {tensor.numel()} values"
-        )
+        info = TensorInfo.of(tuple(tensor.shape), tensor.dtype)
+        raise _nonfinite(path, name, tensor.numel() - int(finite.sum()), info)
 
 
 def write_tensors(
     file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Write header and tensors; wider types first, else in the order given."""
-    infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    infos = {name: TensorInfo.of(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     order = write_header(file, infos, metadata)
     for name in order:
         file.write(tensor_bytes(tensors[name]))
@@ -161,15 +232,15 @@ def write_header(
     For files whose tensors come one by one. Wider types come first, else the order is that given:
     so every tensor is aligned to its own size, and readers can map the file into memory.
     """
-    order = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)
+    order = sorted(infos, key=lambda name: -infos[name].itemsize)
     header: dict[str, object] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name in order:
         info = infos[name]
-        if name == METADATA_KEY or info.dtype not in _NAMES:
-            raise CheckpointError(f"tensor {name!r} of {info.dtype} cannot be stored")
+        if name == METADATA_KEY or info.code not in CODES:
+            raise CheckpointError(f"tensor {name!r} of {info} cannot be stored")
         end = position + info.nbytes
-        entry = {"dtype": _NAMES[info.dtype], "shape": list(info.shape)}
+        entry = {"dtype": info.code, "shape": list(info.shape)}
         header[name] = {**entry, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
@@ -190,7 +261,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _pieces(file: BinaryIO, targets: Sequence[memoryview], path: Path) -> Iterator[memoryview]:
+def _pieces(file: BinaryIO, targets: Iterable[memoryview], path: Path) -> Iterator[memoryview]:
     parts = ((t, start) for t in targets for start in range(0, len(t), CHUNK_BYTES))
     for target, start in parts:
         piece = target[start : start + CHUNK_BYTES]

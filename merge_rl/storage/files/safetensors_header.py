@@ -9,30 +9,35 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from merge_rl.errors import CheckpointError
+from merge_rl.late import torch
 from merge_rl.untrusted import open_file, reason
 
 MAX_ELEMENTS: Final = 2**60
 METADATA_KEY: Final = "__metadata__"
 
-_KNOWN: Final[Mapping[str, str]] = {
+_NAMES: Final[Mapping[str, str]] = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
     **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64"},
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
     **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool"},
 }
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    name: getattr(torch, known) for name, known in _KNOWN.items() if hasattr(torch, known)
+_CODES: Final[Mapping[str, str]] = {name: code for code, name in _NAMES.items()}
+CODES: Final = tuple(_NAMES)  # what the format calls its types
+_BITS: Final = re.compile("8|16|32|64")
+_BYTES: Final[Mapping[str, int]] = {
+    code: 1 if found is None else int(found[0]) // 8
+    for code, found in ((code, _BITS.search(code)) for code in _NAMES)
 }
 
 
@@ -41,14 +46,50 @@ class TensorInfo:
     """Shape and type of a stored tensor."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    code: str  # what the format calls the type; torch's name for one that it does not have
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> TensorInfo:
+        """Of a tensor in memory."""
+        return cls(shape, code_of(dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in torch; CheckpointError where this version has none of that kind."""
+        found = getattr(torch, self.type_name, None)
+        if found is None:
+            raise CheckpointError(f"expected a type that torch has, found {self.code!r}")
+        dtype: torch.dtype = found
+        return dtype
+
+    @property
+    def type_name(self) -> str:
+        """What torch calls the type."""
+        return _NAMES.get(self.code, self.code)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element; 0 for a type that the format does not have."""
+        return _BYTES.get(self.code, 0)
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether elements are real numbers, not whole or complex ones."""
+        return self.code.startswith(("F", "BF", "float", "bfloat"))
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+        return f"{self.type_name} {list(self.shape)}"
+
+
+def code_of(dtype: torch.dtype) -> str:
+    """What the format calls a type; torch's own name for one that the format does not have."""
+    name = str(dtype).removeprefix("torch.")
+    return _CODES.get(name, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +139,12 @@ def read_header(path: Path) -> Header:
 
 
 def _info(name: str, dtype: str, shape: list[int], path: Path) -> TensorInfo:
-    if dtype not in DTYPES:
-        known = ", ".join(DTYPES)
+    if dtype not in _NAMES:
+        known = ", ".join(CODES)
         raise CheckpointError(
             f"{path}: tensor {name!r} has dtype {dtype!r}, expected one that torch has ({known})"
         )
     # An empty tensor needs no bytes, so that nothing else bounds its other dimensions.
     if math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
         raise CheckpointError(f"{path}: tensor {name!r} has the impossible shape {shape}")
-    return TensorInfo(tuple(shape), DTYPES[dtype])
+    return TensorInfo(tuple(shape), dtype)

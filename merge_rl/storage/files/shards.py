@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.files.atomic import atomic_path, write_json
 from merge_rl.storage.files.safetensors_file import require_finite, tensor_bytes, write_header
 from merge_rl.storage.files.safetensors_header import TensorInfo
 from merge_rl.untrusted import load_json_mapping, read_bounded
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MODEL_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -34,7 +35,7 @@ class WeightStream:
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> WeightStream:
         """A state dict as a stream."""
-        infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in weights.items()}
+        infos = {name: TensorInfo.of(tuple(t.shape), t.dtype) for name, t in weights.items()}
         return cls(infos, weights.items())
 
     def cast(self, dtype: torch.dtype) -> WeightStream:
@@ -43,7 +44,7 @@ class WeightStream:
         def target(own: torch.dtype) -> torch.dtype:
             return dtype if own.is_floating_point else own
 
-        infos = {k: TensorInfo(info.shape, target(info.dtype)) for k, info in self.infos.items()}
+        infos = {k: TensorInfo.of(info.shape, target(info.dtype)) for k, info in self.infos.items()}
         return WeightStream(infos, ((k, t.to(target(t.dtype))) for k, t in self.tensors))
 
 
@@ -127,7 +128,7 @@ def tensor_file(
             position += infos[name].nbytes
 
         def put(name: str, tensor: Tensor) -> None:
-            if TensorInfo(tuple(tensor.shape), tensor.dtype) != infos[name]:
+            if TensorInfo.of(tuple(tensor.shape), tensor.dtype) != infos[name]:
                 raise CheckpointError(f"{path}: expected {infos[name]} for tensor {name!r}")
             require_finite(path, name, tensor)
             file.seek(begins.pop(name))

@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.files.hashing import Progress, sha256_file
 from merge_rl.storage.files.naming import natural_key
-from merge_rl.storage.files.safetensors_file import TensorReader, map_file, read_file
+from merge_rl.storage.files.safetensors_file import TensorReader, check_file, map_file, read_file
 from merge_rl.storage.files.safetensors_header import Header, TensorInfo, read_header
 from merge_rl.storage.files.shards import INDEX_NAME, INDEX_SUFFIX, parse_index
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX: Final = ".safetensors"
 _SHARD: Final = re.compile(r"-[0-9]{5}-of-[0-9]{5}\.safetensors$")
@@ -68,6 +69,12 @@ class StoredWeights:
             digests.append(digest or "")
         return self._named(tensors), _joined(digests) if hashed else None
 
+    def check(self) -> tuple[str, CheckpointError | None]:
+        """(SHA-256, what is wrong with the values if anything), read once; see `check_file`."""
+        found = [check_file(file, header) for file, header in self.parts.items()]
+        problem = next((problem for _, problem in found if problem), None)
+        return _joined([digest for digest, _ in found]), problem
+
     def reader(self) -> WeightsReader:
         """The files opened to read parts of tensors; neither hashes nor values are checked."""
         return WeightsReader(self)
@@ -115,6 +122,11 @@ class WeightsReader:
         """Fill `values` (contiguous, of the tensor's dtype) with its elements from `start` on."""
         known = self._in_files.get(name, name)
         self._readers[self._homes[name]].read_into(known, start, values)
+
+    def read_bytes(self, name: str, begin: int, size: int) -> bytes:
+        """`size` bytes of a tensor from byte `begin` on."""
+        known = self._in_files.get(name, name)
+        return self._readers[self._homes[name]].read_bytes(known, begin, size)
 
 
 def weights_in(folder: Path) -> list[Path]:

@@ -92,11 +92,9 @@ def read_archive(source: ByteSource, budget: Budget) -> object:
             found.span = archive.span(f"{prefix}data/{key}")
             storages[key] = found
         known = storages[key]
-        expected = found.count * found.dtype.itemsize
-        if known.dtype != found.dtype or known.span is None or known.span.length != expected:
-            raise machine.refuse(
-                f"storage {shown(key)} is not of {expected} bytes of {found.dtype}"
-            )
+        expected = found.nbytes
+        if known.code != found.code or known.span is None or known.span.length != expected:
+            raise machine.refuse(f"storage {shown(key)} is not of {expected} bytes of {found.code}")
         return known
 
     cursor = Cursor(archive.span(pickles[0]))

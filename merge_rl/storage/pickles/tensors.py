@@ -4,41 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from merge_rl.errors import CheckpointError
+from merge_rl.late import torch
+from merge_rl.storage.files import TensorInfo
 from merge_rl.storage.pickles.machine import Handler, Machine, Permitted
 from merge_rl.storage.pickles.opcodes import run
 from merge_rl.storage.pickles.spans import ByteSource, Cursor, Span
 from merge_rl.storage.pickles.values import Budget, Global, is_one_of, kind_of, shown, whole_numbers
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _MAX_SPREAD: Final = 4  # elements of the file that are read per element of a tensor
 
-STORAGES: Final[Mapping[str, torch.dtype]] = {
-    "torch.HalfStorage": torch.float16,
-    "torch.FloatStorage": torch.float32,
-    "torch.DoubleStorage": torch.float64,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-    "torch.ComplexFloatStorage": torch.complex64,
+STORAGES: Final[Mapping[str, str]] = {  # -> what safetensors calls the type
+    "torch.HalfStorage": "F16",
+    "torch.FloatStorage": "F32",
+    "torch.DoubleStorage": "F64",
+    "torch.BFloat16Storage": "BF16",
+    "torch.LongStorage": "I64",
+    "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16",
+    "torch.CharStorage": "I8",
+    "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
+    "torch.ComplexFloatStorage": "C64",
 }
 
 
 class StorageRef:
     """`count` elements in a row; `span` is their place, known once the file's index was read."""
 
-    __slots__ = ("count", "dtype", "span")
+    __slots__ = ("code", "count", "span")
 
-    def __init__(self, dtype: torch.dtype, count: int, span: Span | None = None) -> None:
-        self.dtype, self.count, self.span = dtype, count, span
+    def __init__(self, code: str, count: int, span: Span | None = None) -> None:
+        self.code, self.count, self.span = code, count, span
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return TensorInfo((self.count,), self.code).nbytes
 
 
 class TensorRef:
@@ -52,17 +59,17 @@ class TensorRef:
         self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
 
     def __repr__(self) -> str:
-        return f"<tensor {str(self.dtype).removeprefix('torch.')} {list(self.shape)}>"
+        return f"<tensor {self.info}>"
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Type of the elements."""
-        return self.storage.dtype
+    def info(self) -> TensorInfo:
+        """Shape, and type of the elements."""
+        return TensorInfo(self.shape, self.storage.code)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the elements, row by row."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.info.nbytes
 
     def pieces(self, size: int) -> Iterator[bytes]:
         """The elements' bytes in row-major order, at most `size` bytes at a time."""
@@ -77,14 +84,14 @@ class TensorRef:
     def load(self) -> Tensor:
         """The tensor in memory."""
         if not math.prod(self.shape):
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.info.dtype)
         extent = self._extent()
         if extent > _MAX_SPREAD * math.prod(self.shape) + 1024:
             raise CheckpointError(
                 f"a tensor of shape {list(self.shape)} is spread over {extent} elements of its file"
             )
         data = bytearray(self._stored(extent).read())
-        flat = torch.frombuffer(data, dtype=self.dtype)
+        flat = torch.frombuffer(data, dtype=self.info.dtype)
         return flat.as_strided(self.shape, self.stride)
 
     def _extent(self) -> int:
@@ -92,7 +99,7 @@ class TensorRef:
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
     def _stored(self, count: int) -> Span:
-        span, item = self.storage.span, self.dtype.itemsize
+        span, item = self.storage.span, self.info.itemsize
         if span is None:
             raise CheckpointError("a tensor's content is not in its file")
         return span.part(self.offset * item, count * item)
@@ -136,12 +143,12 @@ def storage_of(pid: object, m: Machine, length: int) -> tuple[StorageRef, str]:
     if not isinstance(pid, tuple) or len(pid) != length or not is_one_of(pid[0], "storage"):
         raise m.refuse("an object stored elsewhere that is not the storage of a tensor")
     _, kind, key, _, count, *view = pid
-    dtype = STORAGES.get(kind.name) if isinstance(kind, Global) else None
-    if dtype is None or not isinstance(key, str) or type(count) is not int or count < 0:
+    code = STORAGES.get(kind.name) if isinstance(kind, Global) else None
+    if code is None or not isinstance(key, str) or type(count) is not int or count < 0:
         raise m.refuse(f"a storage of {kind_of(kind)} that is not one of numbers")
     if any(part is not None for part in view):
         raise m.refuse("a storage that is a view of another one")
-    return StorageRef(dtype, count), key
+    return StorageRef(code, count), key
 
 
 TENSOR_NAMES: Final[Mapping[str, Handler | None]] = {
@@ -165,7 +172,7 @@ def read_legacy(span: Span, permitted: Permitted, budget: Budget) -> object:
     def persistent(pid: object, machine: Machine) -> StorageRef:
         found, key = storage_of(pid, machine, _PID_PARTS)
         known = storages.setdefault(key, found)
-        if (known.dtype, known.count) != (found.dtype, found.count):
+        if (known.code, known.count) != (found.code, found.count):
             raise machine.refuse(f"storage {shown(key)} is described in two ways")
         return known
 
@@ -211,6 +218,6 @@ def _place(storages: dict[str, StorageRef], keys: object, cursor: Cursor, budget
                 f"{budget.name}: storage {shown(key)} holds {count} elements,"
                 f" expected {storage.count}"
             )
-        storage.span = cursor.skip(count * storage.dtype.itemsize)
+        storage.span = cursor.skip(storage.nbytes)
     if cursor.remaining:
         raise CheckpointError(f"{budget.name}: {cursor.remaining} bytes follow the last storage")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from merge_rl.config import (
     FREE_ON_RESUME,
@@ -22,10 +22,12 @@ from merge_rl.config import (
 )
 from merge_rl.errors import MergeRLError, RunError
 from merge_rl.interfaces import Tracker
-from merge_rl.parallel.rendezvous import Place
 from merge_rl.storage.files import LOCK_NAME, is_leftover, is_vacant
 from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir
 from merge_rl.version import __version__
+
+if TYPE_CHECKING:
+    from merge_rl.parallel.rendezvous import Place
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

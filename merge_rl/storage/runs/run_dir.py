@@ -17,9 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.config import (
     FIRST_RULES,
@@ -38,6 +36,9 @@ from merge_rl.storage.files import (
     write_text,
 )
 from merge_rl.untrusted import describe, load_json_mapping, open_file, parse_json, reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INPUTS: Final = "inputs"
 

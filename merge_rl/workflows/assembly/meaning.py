@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_rl import own_code
+from merge_rl.core.network import Network
 from merge_rl.errors import CheckpointError
-from merge_rl.interfaces import Network
 from merge_rl.storage.checkpoints import newest_model
 from merge_rl.storage.files import index_of, is_weights_name
 from merge_rl.storage.hub import local_model

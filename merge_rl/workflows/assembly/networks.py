@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from merge_rl import own_code, registry
 from merge_rl.config import SamplerConfig
+from merge_rl.core.network import Network
 from merge_rl.core.state_dicts import Held, hold, unwrapped
 from merge_rl.errors import CheckpointError, ConfigError, DownloadError, UnknownNameError
-from merge_rl.interfaces import Autoencoder, Network
+from merge_rl.interfaces import Autoencoder
 from merge_rl.storage.checkpoints import model_sha256, open_model_file
 from merge_rl.storage.files import sha256_file
 from merge_rl.storage.hub import Downloaded, fetch_url, pinned_file

@@ -1,6 +1,6 @@
 """Merged weights as folders with recipe, model card and licence."""
 
-from merge_rl.workflows.export.card import TASK, hub_licence, hub_repositories, model_card
+from merge_rl.workflows.export.card import hub_header, hub_repositories, model_card
 from merge_rl.workflows.export.folder import carried_metadata, save_merge, save_model, set_facts
 from merge_rl.workflows.export.profiles import ema_coefficients, merge, save_profiles
 from merge_rl.workflows.export.publish import push
@@ -13,12 +13,11 @@ from merge_rl.workflows.export.recipe import (
 )
 
 __all__ = [
-    "TASK",
     "TOOL",
     "Recipe",
     "carried_metadata",
     "ema_coefficients",
-    "hub_licence",
+    "hub_header",
     "hub_repositories",
     "merge",
     "merge_recipe",

@@ -6,14 +6,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import yaml
 from torch import Tensor
 
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows.evaluate import ENTRIES, Comparison
 from merge_rl.workflows.report import interval, markdown_table
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
 
 TASK: Final = "unconditional-image-generation"  # the Hub's nearest name, with classes or without
 
@@ -39,7 +41,7 @@ class CardFacts:
 
 def model_card(facts: CardFacts) -> str:
     """Markdown with Hub metadata, the comparison, the coefficients and how to load the weights."""
-    front = yaml.safe_dump(card_header(facts), sort_keys=False, allow_unicode=True).strip()
+    front = card_header(facts).to_yaml()
     title = f"Merge of {len(facts.checkpoints)} checkpoints of {facts.name}"
     scores = [] if facts.comparison is None else _scores(facts, facts.comparison)
     return "\n".join(
@@ -59,23 +61,38 @@ def model_card(facts: CardFacts) -> str:
     )
 
 
-def card_header(facts: CardFacts) -> dict[str, Any]:
-    """The YAML header, in the Hub's vocabulary."""
-    header: dict[str, Any] = {"library_name": "merge_rl", **hub_licence(facts.licence)}
-    if facts.base_models:
-        header["base_model"] = list(facts.base_models)
-        header["base_model_relation"] = "merge"
-    header["pipeline_tag"] = TASK
+def card_header(facts: CardFacts) -> ModelCardData:
+    """The header in the Hub's vocabulary, as its client writes it."""
     family = [facts.family] if facts.family else []
-    header["tags"] = ["merge", "diffusion", *family, "merge_rl"]
-    results = evaluation_results(facts)
-    if results:
-        header["model-index"] = [{"name": f"{facts.name} merge", "results": results}]
-    return header
+    return hub_header(
+        facts.licence, facts.base_models, "merge", ["merge", "diffusion", *family, "merge_rl"],
+        name=f"{facts.name} merge", results=evaluation_results(facts),
+    )  # fmt: skip
 
 
-def evaluation_results(facts: CardFacts) -> list[dict[str, Any]]:
-    """Scores of the result in the Hub's format, one entry for each reference; no NaN."""
+def hub_header(
+    licence: str | None,
+    bases: Sequence[str],
+    relation: str,
+    tags: Sequence[str],
+    *,
+    name: str | None = None,
+    results: Sequence[EvalResult] = (),
+) -> ModelCardData:
+    """What every card of ours says to the Hub; `relation` is the model's to its bases."""
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        library_name="merge_rl", **hub_licence(licence), base_model=list(bases) or None,
+        base_model_relation=relation if bases else None, pipeline_tag=TASK, tags=list(tags),
+        model_name=name if results else None, eval_results=list(results) or None,
+    )  # fmt: skip
+
+
+def evaluation_results(facts: CardFacts) -> list[EvalResult]:
+    """Scores of the result, one entry for each reference; no NaN."""
+    from huggingface_hub import EvalResult
+
     comparison, found = facts.comparison, []
     if comparison is None:
         return []
@@ -86,19 +103,17 @@ def evaluation_results(facts: CardFacts) -> list[dict[str, Any]]:
         if not math.isfinite(mean):
             continue
         label = (facts.data or {}).get(name) or name
-        metric = {
-            "type": "fid",
-            "name": f"FID ({facts.extractor} features, N = {comparison.num_images:,}, mean of "
-            f"{repeats} repeats, 95 % interval {low:.3f} to {high:.3f})",
-            "value": round(mean, 4),
-        }
-        found.append(
-            {
-                "task": {"type": TASK, "name": "Image generation"},
-                "dataset": {"type": _slug(label), "name": f"{label} ({name})"},
-                "metrics": [metric],
-            }
+        how = (
+            f"FID ({facts.extractor} features, N = {comparison.num_images:,}, mean of "
+            f"{repeats} repeats, 95 % interval {low:.3f} to {high:.3f})"
         )
+        found.append(
+            EvalResult(
+                task_type=TASK, task_name="Image generation", dataset_type=_slug(label),
+                dataset_name=f"{label} ({name})", metric_type="fid", metric_name=how,
+                metric_value=round(mean, 4),
+            )
+        )  # fmt: skip
     return found
 
 
@@ -185,7 +200,7 @@ _KNOWN: Final = frozenset(
 )  # fmt: skip
 
 
-def hub_licence(licence: str | None) -> dict[str, str]:
+def hub_licence(licence: str | None) -> dict[str, Any]:
     """Entries of a model card's header for a licence."""
     if licence is None:
         return {}

@@ -115,8 +115,7 @@ def save_merge(
 
 
 def _merged_info(info: TensorInfo) -> TensorInfo:
-    dtype = torch.float32 if info.dtype.is_floating_point else info.dtype
-    return TensorInfo(info.shape, dtype)
+    return TensorInfo(info.shape, "F32" if info.is_floating else info.code)
 
 
 def carried_metadata(checkpoints: CheckpointSet, base: int) -> dict[str, str]:

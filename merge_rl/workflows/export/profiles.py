@@ -52,7 +52,7 @@ def save_profiles(
     rows = [ema_coefficients(checkpoints, std) for std in ema_stds]
     plan = plan_merge(checkpoints, base=base)
     infos = {
-        name: TensorInfo(info.shape, DTYPES[dtype] if info.dtype.is_floating_point else info.dtype)
+        name: TensorInfo.of(info.shape, DTYPES[dtype] if info.is_floating else info.dtype)
         for name, info in checkpoints.tensors.items()
     }
     inherited = carried_metadata(checkpoints, plan.base)

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from merge_rl.config import CURVES, FinetuneConfig
 from merge_rl.storage.checkpoints import Origin
 from merge_rl.storage.files import write_text
 from merge_rl.storage.runs import FinetuneRun
 from merge_rl.version import __version__
-from merge_rl.workflows.export import TASK, hub_licence, hub_repositories
+from merge_rl.workflows.export import hub_header, hub_repositories
 from merge_rl.workflows.report import (
     can_draw,
     drawing,
@@ -131,12 +129,8 @@ def finetune_card(
     """Markdown with Hub metadata: how it was made, how good it is under which sampler."""
     licence = config.licence or origin.licence
     bases = hub_repositories([origin.source or ""])
-    header: dict[str, Any] = {"library_name": "merge_rl", **hub_licence(licence)}
-    if bases:
-        header |= {"base_model": bases, "base_model_relation": "finetune"}
-    header["pipeline_tag"] = TASK
-    header["tags"] = ["diffusion", str(origin.config.get("model")), "finetuned", "merge_rl"]
-    front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()
+    tags = ["diffusion", str(origin.config.get("model")), "finetuned", "merge_rl"]
+    front = hub_header(licence, bases, "finetune", tags).to_yaml()
     how = ALGORITHMS[config.algorithm]
     better = [c for c in CURVES if (comparison["curves"][c]["gain"]["low"] or 0) > 0]
     verdict = ", ".join(better) if better else "none of them"

@@ -98,7 +98,7 @@ def torch_features(value: object) -> tuple[TensorRef | None, TensorRef | None]:
     if not isinstance(found, dict):
         return None, None
     named, labels = _named(found), found.get("labels")
-    fits = isinstance(named, TensorRef) and len(named.shape) == 2 and named.dtype.is_floating_point
+    fits = isinstance(named, TensorRef) and len(named.shape) == 2 and named.info.is_floating
     return (named if fits else None), (labels if isinstance(labels, TensorRef) else None)
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from merge_rl.config.numbers import nimg_from_kimg
 from merge_rl.core.merging.ema_profiles import (
     ema_beta,
     ema_response,
     exponent_from_std,
-    nimg_from_kimg,
     parse_std_list,
     posthoc_coefficients,
     profile_correlation,

@@ -204,9 +204,9 @@ def test_tensors_are_in_file_order_with_shape_and_type(folder: Path) -> None:
     tensors = open_checkpoints(folder).tensors
     # Eight-byte values first, two-byte ones last, so that all stay aligned.
     assert list(tensors.items()) == [
-        ("steps", TensorInfo((1,), torch.int64)),
-        ("layer.gain", TensorInfo((), torch.float32)),
-        ("layer.weight", TensorInfo((3, 2), torch.float16)),
+        ("steps", TensorInfo((1,), "I64")),
+        ("layer.gain", TensorInfo((), "F32")),
+        ("layer.weight", TensorInfo((3, 2), "F16")),
     ]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_rl.errors import CheckpointError
+from merge_rl.storage.files.safetensors_header import TensorInfo
 from merge_rl.storage.pickles.reading import read_data, read_pickle
 from merge_rl.storage.pickles.tensors import TensorRef
 
@@ -44,7 +45,7 @@ def saved(value: Any, *, legacy: bool = False) -> bytes:
 
 
 def stored(ref: TensorRef, size: int = 7) -> bytes:
-    return b"".join(ref.pieces(size * ref.dtype.itemsize))
+    return b"".join(ref.pieces(size * ref.info.itemsize))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,7 +58,7 @@ def test_tensors_equal_what_was_saved(form: str, dtype: torch.dtype) -> None:
     assert list(found) == list(value)
     for name, tensor in value.items():
         ref = found[name]
-        assert (ref.dtype, ref.shape) == (dtype, tuple(tensor.shape))
+        assert ref.info == TensorInfo.of(tuple(tensor.shape), dtype)
         assert torch.equal(ref.load(), tensor), name
         flat = tensor.contiguous().reshape(-1)
         assert stored(ref) == flat.view(torch.uint8).numpy().tobytes(), name

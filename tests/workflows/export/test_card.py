@@ -106,7 +106,8 @@ def test_the_text_has_scores_coefficients_and_a_snippet() -> None:
 def test_scores_that_are_not_finite_are_not_published() -> None:
     scores = dict(comparison().scores)
     scores["result"] = [{**row, "heldout": math.nan} for row in scores["result"]]
-    header = card_header(facts(comparison=Comparison(1000, "second", scores)))
+    text = card_header(facts(comparison=Comparison(1000, "second", scores))).to_yaml()
+    header = yaml.safe_load(text)
     results = header["model-index"][0]["results"]
     assert [r["dataset"]["name"] for r in results] == ["Digits, training half (reference)"]
 
