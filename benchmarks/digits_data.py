@@ -11,6 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from merge_rl.storage.checkpoints import open_model_file
 from merge_rl.storage.checkpoints.manifest import (
     CheckpointEntry,
     Manifest,
@@ -29,13 +30,13 @@ def load_images() -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(data.target.astype(np.int64))
 
 
-def training_rows(labels: Tensor, seed: int = 0) -> Tensor:
-    """Rows the network is trained on: all but 60 of every class."""
+def training_rows(labels: Tensor, seed: int = 0, kept_out: int = 60) -> Tensor:
+    """Rows the network is trained on: all but `kept_out` of every class."""
     generator = torch.Generator().manual_seed(seed)
     kept = torch.ones(len(labels), dtype=torch.bool)
     for digit in range(10):
         rows = (labels == digit).nonzero().flatten()
-        kept[rows[torch.randperm(len(rows), generator=generator)[:60]]] = False
+        kept[rows[torch.randperm(len(rows), generator=generator)[:kept_out]]] = False
     return kept.nonzero().flatten()
 
 
@@ -57,6 +58,12 @@ def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().half().clone() for name, tensor in weights.items()}
 
 
+def file_of(track: str, nimg: int, ema_std: float | None) -> str:
+    """TRACK/digits-KIMG.safetensors, with the EMA width in the name where there is one."""
+    suffix = "" if ema_std is None else f"-{ema_std:.3f}"
+    return f"{track}/digits-{nimg // 1000:07d}{suffix}.safetensors"
+
+
 class Snapshots:
     """Writes the checkpoints of a run and keeps their manifest entries."""
 
@@ -67,9 +74,8 @@ class Snapshots:
     def write(
         self, track: str, nimg: int, weights: dict[str, Tensor], ema_std: float | None = None
     ) -> None:
-        """TRACK/digits-KIMG.safetensors, with the EMA width in the name where there is one."""
-        suffix = "" if ema_std is None else f"-{ema_std:.3f}"
-        file = f"{track}/digits-{nimg // 1000:07d}{suffix}.safetensors"
+        """Store weights as `file_of` names them, and note them in the manifest."""
+        file = file_of(track, nimg, ema_std)
         path = self.folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(path, half(weights), {})
@@ -78,6 +84,11 @@ class Snapshots:
                 file=file, nimg=nimg, ema_std=ema_std, track=track, sha256=sha256_file(path)
             )
         )
+
+    def read(self, track: str, nimg: int, ema_std: float | None = None) -> dict[str, Tensor]:
+        """What was stored, in float32."""
+        stored = open_model_file(self.folder / file_of(track, nimg, ema_std)).weights
+        return {name: tensor.float() for name, tensor in stored.items()}
 
     def finish(self, name: str, config: Mapping[str, Any], sampler: Mapping[str, Any]) -> None:
         """Write the manifest of all that was written."""

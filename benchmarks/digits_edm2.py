@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,13 +38,45 @@ CONFIG = {
     "attn_resolutions": [4],
     "channels_per_head": 12,
 }
-BATCH = 256
-SNAPSHOTS = 8
-SNAPSHOT_EVERY = 1024 * BATCH  # images
-REF_LR, WARMUP_IMAGES = 0.012, 10_000
+WARMUP_IMAGES = 10_000
 P_MEAN, P_STD = -0.4, 1.0
 EMA_STDS = (0.05, 0.10)
-SAMPLER = {"solver": "heun", "num_steps": 8}  # over the official noise levels
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between the EDM2s of the embedded runs; counts and times are of images.
+
+    A leg of the training goes from the time it is named by to the last of its snapshots. The first
+    begins with random weights, another with what was stored at its time, as a run that was cut
+    goes on from its files: averages included, the optimizer anew.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    batch: int
+    legs: Mapping[int, Sequence[int]]  # from a time on, snapshots at these times
+    averaged: Collection[int]  # times at which the EMAs are stored too
+    ref_lr: float
+    decay_from: float  # where the learning rate's inverse square root decay begins
+    sampler: Mapping[str, Any] = field(default_factory=lambda: {"solver": "heun", "num_steps": 8})
+
+    def learning_rate(self, nimg: int, start: int) -> float:
+        """Warm-up from the start of the leg, then inverse square root decay."""
+        decay = math.sqrt(max(nimg / self.decay_from, 1))
+        return self.ref_lr * min((nimg - start) / WARMUP_IMAGES, 1) / decay
+
+
+TIMES = range(1024 * 256, 8 * 1024 * 256 + 1, 1024 * 256)
+DIGITS = Recipe(
+    name="digits-edm2",
+    config=CONFIG,
+    batch=256,
+    legs={0: TIMES},
+    averaged=TIMES,
+    ref_lr=0.012,
+    decay_from=0.07 * TIMES[-1],
+)
 
 
 def edm2_loss(model: EDM2, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -54,12 +89,6 @@ def edm2_loss(model: EDM2, images: Tensor, labels: Tensor, generator: torch.Gene
     u = model.logvar(sigma.flatten())
     loss: Tensor = (weight / u.exp() * (denoised - images).square() + u).mean()
     return loss
-
-
-def learning_rate(nimg: int) -> float:
-    """Warm-up, then inverse square root decay from 7 % of the training on."""
-    decay_from = 0.07 * SNAPSHOTS * SNAPSHOT_EVERY
-    return REF_LR * min(nimg / WARMUP_IMAGES, 1) / math.sqrt(max(nimg / decay_from, 1))
 
 
 def plain_attention(self: Block, qkv: Tensor) -> Tensor:
@@ -78,46 +107,65 @@ def plain_attention(self: Block, qkv: Tensor) -> Tensor:
 class Trajectory:
     """Keeps the power-function EMAs up to date and writes snapshots."""
 
-    def __init__(self, model: EDM2, snapshots: Snapshots) -> None:
-        self.model, self.snapshots = model, snapshots
+    def __init__(self, model: EDM2, snapshots: Snapshots, recipe: Recipe) -> None:
+        self.model, self.snapshots, self.recipe = model, snapshots, recipe
         self.emas = {std: [p.detach().clone() for p in model.parameters()] for std in EMA_STDS}
+
+    def load(self, nimg: int) -> None:
+        """Weights and averages as they were stored."""
+        self.model.load_state_dict(self.snapshots.read("raw", nimg))
+        names = [name for name, _ in self.model.named_parameters()]
+        for std in EMA_STDS:
+            stored = self.snapshots.read(f"ema-{std:.3f}", nimg, std)
+            self.emas[std] = [stored[name] for name in names]
 
     def update(self, nimg: int) -> None:
         for std, ema in self.emas.items():
-            beta = ema_beta(std, nimg, BATCH)
+            beta = ema_beta(std, nimg, self.recipe.batch)
             torch._foreach_lerp_(ema, list(self.model.parameters()), 1 - beta)
 
     def save(self, nimg: int) -> None:
         raw = self.model.state_dict()
         self.snapshots.write("raw", nimg, raw)
+        if nimg not in self.recipe.averaged:
+            return
         names = [name for name, _ in self.model.named_parameters()]
         for std, ema in self.emas.items():
             averaged = {**raw, **dict(zip(names, ema, strict=True))}
             self.snapshots.write(f"ema-{std:.3f}", nimg, averaged, std)
 
 
-def train(images: Tensor, labels: Tensor, folder: Path) -> None:
+def train(images: Tensor, labels: Tensor, folder: Path, recipe: Recipe = DIGITS) -> None:
     """Train from scratch; writes the snapshots and their manifest."""
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    model = build_model(CONFIG).train()
+    model = build_model(recipe.config).train()
     assert isinstance(model, EDM2)
     Block._attention = plain_attention  # type: ignore[method-assign]
     latents = PixelEncoder().encode(images)
+    trajectory = Trajectory(model, Snapshots(folder), recipe)
+    for start in recipe.legs:
+        train_leg(trajectory, latents, labels, start)
+    trajectory.snapshots.finish(recipe.name, recipe.config, recipe.sampler)
+
+
+def train_leg(trajectory: Trajectory, latents: Tensor, labels: Tensor, start: int) -> None:
+    """Train from `start` on, which is also the seed of what is drawn."""
+    model, recipe = trajectory.model, trajectory.recipe
+    if start:
+        trajectory.load(start)
+    generator = torch.Generator().manual_seed(start)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-    snapshots = Snapshots(folder)
-    trajectory, began, running = Trajectory(model, snapshots), time.time(), 0.0
-    for nimg in range(BATCH, SNAPSHOTS * SNAPSHOT_EVERY + 1, BATCH):
-        rows = torch.randint(len(labels), (BATCH,), generator=generator)
+    began, running, times = time.time(), 0.0, recipe.legs[start]
+    for nimg in range(start + recipe.batch, times[-1] + 1, recipe.batch):
+        rows = torch.randint(len(labels), (recipe.batch,), generator=generator)
         loss = edm2_loss(model, latents[rows], labels[rows], generator)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(nimg)
+            group["lr"] = recipe.learning_rate(nimg, start)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         trajectory.update(nimg)
         running = 0.99 * running + 0.01 * float(loss.detach())
-        if nimg % SNAPSHOT_EVERY == 0:
+        if nimg in times:
             trajectory.save(nimg)
             print(f"{nimg} images, loss {running:.3f}, {time.time() - began:.0f} s", flush=True)
-    snapshots.finish("digits-edm2", CONFIG, SAMPLER)

@@ -43,7 +43,8 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image moved by up to one pixel: the only augmentation of the extractor's training."""
     padded = F.pad(images.float(), (1, 1, 1, 1))
     offsets = torch.randint(0, 3, (len(images), 2), generator=generator).tolist()
-    crops = [padded[i, :, y : y + 8, x : x + 8] for i, (y, x) in enumerate(offsets)]
+    side = images.shape[-1]
+    crops = [padded[i, :, y : y + side, x : x + side] for i, (y, x) in enumerate(offsets)]
     return torch.stack(crops).to(torch.uint8)
 
 
@@ -54,8 +55,9 @@ def train_extractor(images: Tensor, labels: Tensor, steps: int = 1500) -> Digits
     """
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(1)
-    net = DigitsNet()
-    classify, redraw = nn.Linear(64, 10), nn.Linear(64, 64)
+    side = images.shape[-1]
+    net = DigitsNet(side)
+    classify, redraw = nn.Linear(64, 10), nn.Linear(64, side * side)
     parameters = [*net.parameters(), *classify.parameters(), *redraw.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -85,22 +87,26 @@ def fit_whitening(net: DigitsNet, images: Tensor, ridge: float = 0.01) -> None:
         net.whitening.copy_((vectors * scale) @ vectors.T)
 
 
-def write_evaluation(images: Tensor, labels: Tensor, folder: Path) -> None:
-    """Train the extractor; write it and the statistics of both halves."""
+def write_evaluation(
+    images: Tensor, labels: Tensor, folder: Path, source: str, *, keep_features: bool = False
+) -> None:
+    """Train the extractor; write it and the statistics, and features, of both halves."""
     net = train_extractor(images, labels)
     weights = {name: tensor.detach() for name, tensor in net.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "extractor.safetensors", weights, {"extractor": "digits"})
     digest = sha256_file(folder / "extractor.safetensors")
     for name, rows in split_in_halves(labels).items():
-        stats = feature_stats(net(images[rows]).detach())
+        features = net(images[rows]).detach()
         save_reference(
             folder / f"{name}.safetensors",
-            stats,
+            feature_stats(features),
             extractor="digits",
             extractor_sha256=digest,
-            resolution=8,
-            source=f"UCI handwritten digits, {name} half of 1,797",
+            resolution=images.shape[-1],
+            source=f"{source}, {name} half of {len(labels):,}",
+            features=features if keep_features else None,
+            labels=labels[rows] if keep_features else None,
         )
 
 
@@ -113,7 +119,7 @@ def main() -> None:
     images, labels = load_images()
     rows = training_rows(labels)
     if "evaluation" in parts:
-        write_evaluation(images, labels, out / "evaluation")
+        write_evaluation(images, labels, out / "evaluation", "UCI handwritten digits")
     if "edm2" in parts:
         digits_edm2.train(images[rows], labels[rows], out / "edm2")
     if "sit" in parts:

@@ -1,4 +1,4 @@
-"""The embedded run of handwritten digits: written to a folder, whole or not at all."""
+"""The embedded runs of handwritten digits: written to a folder, whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,35 +7,40 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from merge_rl.errors import RunError
+from merge_rl.errors import ConfigError, RunError
 from merge_rl.storage.files import locked, temporary_beside
 
 DATA = Path(__file__).parent / "data" / "digits"
+DATA28 = DATA.with_name("digits28")
 RUNS: Final = ("edm2", "sit")
 
 
-def write_demo(folder: Path) -> dict[str, Path]:
+def write_demo(folder: Path, pixels: int = 8) -> dict[str, Path]:
     """Write DIR/edm2 and DIR/sit: checkpoints with their manifest, extractor, reference statistics.
 
-    Each is complete in itself. If one of them exists, nothing is written; else both appear whole
-    or not at all. Returns the folders by the name of the run.
+    `pixels` is the side of a digit: 8, or 28 for a larger EDM2 alone. Each run is complete in
+    itself. If one of them exists, nothing is written; else all appear whole or not at all. Returns
+    the folders by the name of the run. Raises ConfigError for another number of pixels.
     """
-    targets = {name: folder / name for name in RUNS}
+    if pixels not in (8, 28):
+        raise ConfigError(f"expected digits of 8 or 28 pixels, got {pixels}")
+    data, names = (DATA, RUNS) if pixels == 8 else (DATA28, RUNS[:1])
+    targets = {name: folder / name for name in names}
     for target in targets.values():
         if target.exists():
             raise RunError(f"{target} exists already; choose another folder")
     with locked(folder):
-        _write(targets, temporary_beside(folder / "demo"))
+        _write(data, targets, temporary_beside(folder / "demo"))
     return targets
 
 
-def _write(targets: Mapping[str, Path], temporary: Path) -> None:
+def _write(data: Path, targets: Mapping[str, Path], temporary: Path) -> None:
     moved = []
     try:
         for name in targets:
-            shutil.copytree(DATA / name, temporary / name)
+            shutil.copytree(data / name, temporary / name)
             # Beside the checkpoints, since a manifest names no path outside its folder.
-            shutil.copytree(DATA / "evaluation", temporary / name / "evaluation")
+            shutil.copytree(data / "evaluation", temporary / name / "evaluation")
         for name, target in targets.items():
             (temporary / name).replace(target)
             moved.append(target)

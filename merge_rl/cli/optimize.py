@@ -49,13 +49,16 @@ def register_plan(app: typer.Typer) -> None:
 
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
+    pixels: Annotated[
+        int, typer.Option(help="Of a digit's side: 8, or 28 for a larger EDM2 alone.")
+    ] = 8,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Write the embedded digits runs: an EDM2 and a SiT with extractor and reference statistics."""
     from merge_rl.demo import write_demo
     from merge_rl.storage.checkpoints import open_checkpoints
 
-    written = write_demo(folder)
+    written = write_demo(folder, pixels)
     if json:
         print_json({name: str(path) for name, path in written.items()})
         return

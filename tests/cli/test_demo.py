@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import merge_rl as mrl
-from merge_rl.demo import DATA, RUNS, write_demo
+from merge_rl.demo import DATA, DATA28, RUNS, write_demo
+from merge_rl.features.digits import load_digits_extractor
 from merge_rl.models.sit import SiT
 from merge_rl.models.transformer import position_table
+from merge_rl.storage.checkpoints import open_model_file
 from merge_rl.workflows.evaluate.final_scores import ENTRIES
+from merge_rl.workflows.reference import load_reference
 
 Mergerl = Callable[..., Any]
 
@@ -67,6 +71,39 @@ def test_runs_are_sound_sets(demo: Path, name: str, snapshots: int, averages: in
         assert path.is_file()
 
 
+def test_the_run_of_28_pixels(mergerl: Mergerl, tmp_path: Path) -> None:
+    code, out, err = mergerl("demo", "digits28", "--pixels", 28)
+    assert (code, err) == (0, "")
+    assert "wrote digits28/edm2: 19 checkpoints of edm2 (tracks " in out
+    opened = mrl.open_checkpoints(tmp_path / "digits28/edm2")
+    assert all(check.ok and check.recorded for check in opened.verify())
+    assert len(mrl.open_checkpoints(tmp_path / "digits28/edm2", track="raw")) == 11
+    assert sorted(opened.tracks) == ["ema-0.050", "ema-0.100", "raw"]
+    assert mrl.load_model(opened.paths[-1]).sample_shape == (1, 28, 28)
+    assert sum(len(data) for data in contents(DATA28).values()) < 8e6
+
+
+def test_features_of_the_28_pixels_are_kept(tmp_path: Path) -> None:
+    folder = write_demo(tmp_path, 28)["edm2"] / "evaluation"
+    heldout = load_reference(folder / "heldout.safetensors")
+    assert heldout.features is not None
+    assert heldout.features.shape == (2500, 64)
+    images = np.load(folder / "images.npz")
+    assert images["images"].shape == (300, 28, 28)
+    assert np.bincount(images["labels"]).tolist() == [30] * 10
+    # The images are of that half: their features are among those that were kept.
+    extractor = load_digits_extractor(open_model_file(folder / "extractor.safetensors").weights)
+    found = extractor(torch.from_numpy(images["images"][:20])[:, None])
+    apart = (found[:, None] - heldout.features).square().sum(2).sqrt()
+    assert float(apart.amin(1).max()) < 1e-3 < float(apart.median())
+
+
+def test_other_numbers_of_pixels_are_refused(mergerl: Mergerl, tmp_path: Path) -> None:
+    code, _, err = mergerl("demo", "digits", "--pixels", 32)
+    assert (code, err) == (1, "error: expected digits of 8 or 28 pixels, got 32\n")
+    assert not (tmp_path / "digits").exists()
+
+
 def test_the_sit_run(demo: Path) -> None:
     opened = mrl.open_checkpoints(demo / "sit")
     assert opened.tracks == ["raw", "ema"]
@@ -104,7 +141,7 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="full"):
         write_demo(tmp_path / "digits")
-    assert list((tmp_path / "digits").iterdir()) == []
+    assert not (tmp_path / "digits").exists()
 
 
 def test_demo_says_what_to_do_next(mergerl: Mergerl, tmp_path: Path) -> None:

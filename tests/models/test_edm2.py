@@ -14,6 +14,7 @@ from torch import Tensor
 from merge_rl.errors import ConfigError
 from merge_rl.models import edm2_layers as magnitude
 from merge_rl.models.edm2 import EDM2
+from merge_rl.registry import build_model
 
 TINY = ["cond", "cond_b", "guide", "uncond", "odd", "nohead"]
 
@@ -213,3 +214,31 @@ def test_fourier_features(golden: Path) -> None:
     layer.freqs.copy_(p["fourier_freqs"])
     layer.phases.copy_(p["fourier_phases"])
     assert _relative(layer(p["fourier_in"]), p["fourier_out"]) < 1e-5
+
+
+PATCHED: dict[str, Any] = {
+    "label_dim": 3, "model_channels": 8, "channel_mult": [1], "num_blocks": 1,
+    "attn_resolutions": [], "channels_per_head": 8, "logvar_channels": 4,
+}  # fmt: skip
+
+
+def test_patches_are_channels_of_the_same_network(generator: torch.Generator) -> None:
+    patched = EDM2(img_resolution=8, img_channels=1, patch_size=4, **PATCHED).eval()
+    plain = EDM2(img_resolution=2, img_channels=16, **PATCHED).eval()
+    plain.load_state_dict(patched.state_dict())
+    with torch.no_grad():
+        patched.unet.out_gain.fill_(1.0)
+        plain.unet.out_gain.fill_(1.0)
+        x, sigma = torch.randn(5, 1, 8, 8, generator=generator), torch.tensor(0.7)
+        labels = torch.arange(5) % 3
+        # Channel 4 i + j of a patch is its pixel in row i, column j.
+        rows = x.reshape(5, 2, 4, 2, 4).permute(0, 2, 4, 1, 3).reshape(5, 16, 2, 2)
+        found = patched(x, sigma, labels).reshape(5, 2, 4, 2, 4).permute(0, 2, 4, 1, 3)
+        assert torch.equal(found.reshape(5, 16, 2, 2), plain(rows, sigma, labels))
+    assert patched.sample_shape == (1, 8, 8)
+
+
+def test_patches_that_do_not_fit_are_refused() -> None:
+    config = {"model": "edm2", "img_resolution": 9, "img_channels": 1, "patch_size": 4, **PATCHED}
+    with pytest.raises(ConfigError, match="img_resolution 9 is no multiple of 4"):
+        build_model(config)
