@@ -31,6 +31,7 @@ def test_the_readme_is_short_and_shows_a_command_first() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 180
     assert any(line.startswith("    mergerl ") for line in lines[:40])
+    assert any("](docs/_static/" in line for line in lines[:40])
 
 
 def test_help_quotes_what_the_code_says() -> None:
