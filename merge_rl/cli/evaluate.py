@@ -93,7 +93,7 @@ def evaluate(
 
 
 def _metrics(config: EvaluateConfig) -> list[str]:
-    return [name.strip() for name in config.metrics.split(",")]
+    return list(config.metric_names)
 
 
 def _generated(model: Path, config: EvaluateConfig, *, named: bool) -> dict[str, Any]:

@@ -95,3 +95,8 @@ class EvaluateConfig(GenerationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.max_rows >= 2, "max_rows", ">= 2", self.max_rows)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics one by one."""
+        return tuple(name.strip() for name in self.metrics.split(","))

@@ -27,7 +27,8 @@ from merge_rl.config import (
 )
 from merge_rl.core.distances.intervals import summarize
 from merge_rl.errors import BudgetError, ConfigError, RunError
-from merge_rl.interfaces import NullTracker, Tracker
+from merge_rl.interfaces import Tracker
+from merge_rl.progress import tracker_of
 from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
 from merge_rl.storage.files import is_vacant, locked
 from merge_rl.storage.runs import SETTINGS, RunDir, find_set, require_same
@@ -54,8 +55,9 @@ from merge_rl.workflows.compare.searchers import (
     check_seeds,
     parse_contenders,
 )
-from merge_rl.workflows.compare.trials import Jobs, run_trial
+from merge_rl.workflows.compare.trials import Jobs, NamedTracker, run_trial
 from merge_rl.workflows.optimize import check_names, make_searcher
+from merge_rl.workflows.report import CompareResult
 from merge_rl.workflows.rollout import require_device
 
 CURVE_IMAGES = 2000  # at most, where nothing is said
@@ -69,7 +71,8 @@ def compare_searchers(
     seeds: Sequence[int] = (0, 1, 2),
     curve_images: int | None = None,
     tracker: Tracker | None = None,
-) -> dict[str, Any]:
+    progress: bool = True,
+) -> CompareResult:
     """Search with every searcher and seed, score all results on the same fresh seeds.
 
     Args:
@@ -82,15 +85,15 @@ def compare_searchers(
         seeds: of the searches.
         curve_images: N of the scores along the searches, 0 for none; by default N of the result's,
             2,000 at most.
-        tracker: hears of progress.
+        tracker: hears of progress; by default it is printed, unless `progress` is off.
 
-    Returns what is written to compare.json. Raises ConfigError before anything runs for what cannot
-    work, RunError for a folder of other settings.
+    Returns the ranking, and all that is written to compare.json. Raises ConfigError before anything
+    runs for what cannot work, RunError for a folder of other settings.
     """
-    tracker = tracker or NullTracker()
+    heard = tracker_of(tracker, progress)
 
     def announce(text: str) -> None:
-        tracker.event({"kind": "note", "text": text})
+        heard.event({"kind": "note", "text": text})
 
     seeds = check_seeds(seeds)
     contenders = parse_contenders(DEFAULT if searchers is None else searchers)
@@ -115,8 +118,8 @@ def compare_searchers(
     for text in left_out:
         announce(f"left out: {text}")
     match = _Match(
-        base=base, opened=opened, jobs=jobs, folder=folder, tracker=tracker,
-        scores=FreshScores(folder, base.seed, tracker),
+        base=base, opened=opened, jobs=jobs, folder=folder, tracker=heard,
+        scores=FreshScores(folder, base.seed, heard),
         curve_images=curve_images,
     )  # fmt: skip
     with locked(folder.path):
@@ -124,7 +127,7 @@ def compare_searchers(
         document = {key: without_nan(value) for key, value in document.items()}
         document["left_out"] = left_out
         folder.write("compare.json", document)
-    return document
+    return CompareResult(document)
 
 
 _PLAIN = SearchConfig().name
@@ -244,7 +247,7 @@ class _Match:
         name = f"{contender.label} seed {seed}"
         job = self.jobs.of(settings)
         path = self.folder.path / f"{contender.slug}-seed{seed}"
-        trial = run_trial(path, settings, job, _Named(self.tracker, name))
+        trial = run_trial(path, settings, job, NamedTracker(self.tracker, name))
         return ScoredTrial(
             trial=trial,
             scores=self.scores.repeats(job, settings, trial.coefficients, name),
@@ -277,23 +280,3 @@ class _Match:
             "device": config.device,
             "threads": torch.get_num_threads(),
         }
-
-
-class _Named:
-    """A tracker that says which search a phase belongs to, and does not list its rounds."""
-
-    def __init__(self, tracker: Tracker, name: str) -> None:
-        self._tracker, self._name = tracker, name
-
-    def phase(self, name: str, total: int) -> None:
-        """A phase of this search."""
-        self._tracker.phase(f"{self._name}: {name}", total)
-
-    def advance(self, count: int) -> None:
-        """As it is."""
-        self._tracker.advance(count)
-
-    def event(self, event: Any) -> None:
-        """All but rounds, of which there are too many."""
-        if event.get("kind") != "round":
-            self._tracker.event(event)

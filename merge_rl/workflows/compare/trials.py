@@ -156,3 +156,23 @@ class Jobs:
             self._last = (shared, build_job(config, self._checkpoints, self._announce))
             return self._last[1]
         return self._last[1].with_reward(config)
+
+
+class NamedTracker:
+    """A tracker that says which search a phase belongs to, and does not list its rounds."""
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name = tracker, name
+
+    def phase(self, name: str, total: int) -> None:
+        """A phase of this search."""
+        self._tracker.phase(f"{self._name}: {name}", total)
+
+    def advance(self, count: int) -> None:
+        """As it is."""
+        self._tracker.advance(count)
+
+    def event(self, event: Any) -> None:
+        """All but rounds, of which there are too many."""
+        if event.get("kind") != "round":
+            self._tracker.event(event)

@@ -4,6 +4,7 @@ from merge_rl.workflows.report import compare_page
 from merge_rl.workflows.report.compare_page import write_comparison
 from merge_rl.workflows.report.figures import can_draw, drawing, steps_axis
 from merge_rl.workflows.report.plots import draw_run
+from merge_rl.workflows.report.results import CompareResult, EvaluateResult, Score, SearcherScore
 from merge_rl.workflows.report.run_page import search_lines
 from merge_rl.workflows.report.text import NAMES, interval, markdown_table, number
 from merge_rl.workflows.report.verdicts import (
@@ -17,8 +18,12 @@ from merge_rl.workflows.report.writing import LivePage, Report, write_report
 
 __all__ = [
     "NAMES",
+    "CompareResult",
+    "EvaluateResult",
     "LivePage",
     "Report",
+    "Score",
+    "SearcherScore",
     "Verdict",
     "can_draw",
     "compare_page",
