@@ -19,14 +19,6 @@ import matplotlib.pyplot as plt
 import torch
 
 import merge_rl as mrl
-from merge_rl.config import (
-    EvaluationConfig,
-    MergeConfig,
-    OptimizeConfig,
-    RewardConfig,
-    SamplerConfig,
-    SearchConfig,
-)
 from merge_rl.demo import write_demo
 
 folder = Path(tempfile.mkdtemp())
@@ -50,19 +42,24 @@ print(len(average), "tensors, the first is", next(iter(average)))
 # merge that costs nothing; so few images begin at the newest snapshot. At the end start and result
 # are scored on fresh seeds that nothing was chosen by, against digits that the search never saw.
 
-settings = OptimizeConfig(
-    checkpoints=str(runs["sit"]),
+result = mrl.optimize(
+    runs["sit"],
+    out=folder / "run",
     track="raw",
     budget=2000,
-    sampler=SamplerConfig(solver="midpoint", num_steps=4),
-    merge=MergeConfig(start="newest"),
-    search=SearchConfig(name="pathwise", start_share=0, final_share=0),
-    reward=RewardConfig(pool_size=500),
-    evaluation=EvaluationConfig(num_images=100, repeats=3, selection_images=50),
+    searcher="pathwise",
+    start="newest",
+    start_share=0,
+    final_share=0,
+    solver="midpoint",
+    num_steps=4,
+    pool_size=500,
+    num_images=100,
+    repeats=3,
+    selection_images=50,
+    progress=False,
 )
-result = mrl.optimize(runs["sit"], out=folder / "run", config=settings)
-for name, scores in (("start", result.baseline), ("result", result.final)):
-    print(f"{name}: held-out FID {scores['heldout']['mean']:.3f}")
+print(result.verdict)
 
 # %%
 # Rows are groups of tensors, columns checkpoints; each row has the sum 1, and entries may be

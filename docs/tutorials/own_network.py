@@ -104,8 +104,7 @@ result = mrl.search(
     pool_size=1000,
     progress=False,
 )
-for name, scores in (("start", result.baseline), ("result", result.final)):
-    print(f"{name}: held-out distance {scores['heldout']['mean']:.4f}")
+print(result.verdict)
 
 # %%
 # The newest snapshot and the merge, from the same seeds.
