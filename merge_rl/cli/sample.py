@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
@@ -149,6 +150,8 @@ def generation_settings(
     config = build(cls, settings, near=to_mapping(near))
     sampler = config.sampler or near
     require_solver(sampler.solver)
+    if sampler.guide is not None:
+        sampler = replace(sampler, guide=str(meant(Path(sampler.guide))))
     return config, sampler
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import merge_rl as mrl
+from merge_rl.config import OptimizeConfig, SamplerConfig
 from merge_rl.interfaces import NullTracker
 from merge_rl.storage.checkpoints import (
     MANIFEST_NAME,
@@ -22,7 +23,7 @@ from merge_rl.storage.checkpoints import (
 )
 from merge_rl.storage.files import write_png
 from merge_rl.storage.runs import RunDir
-from merge_rl.workflows.assembly import find_defaults, find_model
+from merge_rl.workflows.assembly import find_defaults, find_model, resolve_config
 from tests.conftest import TinyConfig
 
 Mergerl = Callable[..., Any]
@@ -140,6 +141,29 @@ def test_a_folder_of_a_set_has_the_defaults_of_the_set(tiny: Path, mergerl: Merg
     found = RunDir.open("part").config()
     assert found.reference == str(tiny / "evaluation/reference.safetensors")
     assert found.sampler == find_defaults(tiny).sampler
+
+
+def test_a_guide_may_be_a_set_or_a_run(run: Path, tiny: Path, mergerl: Mergerl) -> None:
+    newest = open_checkpoints(tiny).paths[-1]
+    for number, guide in enumerate((newest, tiny, run, run / "merged")):
+        guided = ["--guidance", 1.5, "--guide", guide, "--num-images", 4, "--out", f"{number}.png"]
+        err = said(mergerl("sample", tiny / "raw/tiny-0000100.safetensors", *guided))
+        assert ("took" in err) == (number in (1, 2))
+    pictures = [Path(f"{number}.png").read_bytes() for number in range(4)]
+    assert pictures[0] == pictures[1] != pictures[2] == pictures[3]
+    config = OptimizeConfig(
+        checkpoints=str(tiny), sampler=SamplerConfig(guide=str(tiny), guidance=1.5)
+    )
+    resolved = resolve_config(config, open_checkpoints(tiny))
+    assert resolved.sampler is not None
+    assert resolved.sampler.guide == str(newest)
+
+
+def test_a_moved_set_may_be_named_by_what_holds_it(
+    run: Path, holder: Path, mergerl: Mergerl
+) -> None:
+    said(mergerl("resume", run, "--checkpoints", holder))
+    assert RunDir.open(run).config().checkpoints == str(holder / "only")
 
 
 def test_a_search_of_a_comparison_is_shown(run: Path, mergerl: Mergerl) -> None:

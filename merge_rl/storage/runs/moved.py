@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from merge_rl.config import FinetuneConfig, OptimizeConfig
 from merge_rl.errors import RunError
 from merge_rl.storage.files import absolute
+from merge_rl.storage.runs.places import find_set
 
 _FILES: Final = ("reference", "heldout", "extractor_weights", "autoencoder_weights")
 _NAMED: Final = ("extra_references", "extra_weights")
@@ -55,10 +56,11 @@ def located(
         now = _present(before, run, key, announce)
         moved = Moved(before, now)
     else:
-        now = absolute(checkpoints)
+        whole = key == "checkpoints"
+        now = absolute(find_set(checkpoints).told(announce) if whole else checkpoints)
         if not now.exists():
             raise RunError(f"{now}: no such folder; expected the {key} of {run}")
-        moved = Moved(before, now) if key == "checkpoints" else _moved_model(before, now)
+        moved = Moved(before, now) if whole else _moved_model(before, now)
         now = moved.follow(before)
 
     def place(path: str, name: str) -> str:

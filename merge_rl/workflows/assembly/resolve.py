@@ -28,6 +28,7 @@ from merge_rl.storage.checkpoints import CheckpointSet, SetDefaults, has_manifes
 from merge_rl.storage.files import absolute, spellings
 from merge_rl.workflows.assembly.extractors import named_by_file
 from merge_rl.workflows.assembly.job import unweighed_map
+from merge_rl.workflows.assembly.meaning import find_model
 from merge_rl.workflows.assembly.networks import is_public
 
 _PARENTS = 3  # how far above a model its set or run is looked for
@@ -107,7 +108,8 @@ def _completed(config: Settings, defaults: ModelDefaults, nothing: str) -> Setti
     decoder = config.autoencoder_weights or (defaults.autoencoder_weights if own else None)
     sampler = config.sampler or defaults.sampler or SamplerConfig()
     if sampler.guide is not None:
-        sampler = dataclasses.replace(sampler, guide=_absolute(sampler.guide))
+        guide = _absolute(find_model(sampler.guide).path)
+        sampler = dataclasses.replace(sampler, guide=guide)
     return dataclasses.replace(
         config,
         sampler=sampler,
