@@ -192,7 +192,7 @@ def _scaled(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfi
     found = scaled_to(dim, max(1, dim // groups), search.population)
     if search.population is None and dim > SMALL_DIM:
         search = dataclasses.replace(search, population=found.population)
-    if search.learning_rate is None and found.step < 1:
+    if search.learning_rate is None and 0 < found.step < 1:  # 0: too few, refused later
         search = dataclasses.replace(search, learning_rate=found.step)
     if merge.scale is None and found.exploration < 1:
         merge = dataclasses.replace(merge, scale=merge.unit * found.exploration)
