@@ -27,6 +27,13 @@ def test_links_lead_to_files(page: Path) -> None:
         assert path.is_file() or path in GENERATED, target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_blocks_of_code_are_closed(page: Path) -> None:
+    fences = [line for line in page.read_text(encoding="utf-8").splitlines() if "```" in line]
+    assert len(fences) % 2 == 0
+    assert all(line.strip() == "```" for line in fences[1::2])
+
+
 def test_the_readme_is_short_and_shows_a_command_first() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 180
