@@ -93,7 +93,8 @@ def empty_rollout(like: Rollout) -> MergedRollout:
 def work(group: Group, folder: Path, repeats: int) -> dict[str, Any] | None:
     torch.set_num_threads(1)
     opened = open_checkpoints(folder / "edm2", track="raw")
-    config = OptimizeConfig(checkpoints=str(folder), search=SearchConfig(population=MANY))
+    search = SearchConfig(name="policy-gradient", population=MANY)
+    config = OptimizeConfig(checkpoints=str(folder), search=search)
     config = resolve_config(config, opened)
     job = build_job(config, opened)
     empty = empty_rollout(job.rollout.rollout)

@@ -91,7 +91,8 @@ def measured(folder: Path, population: int, images: int) -> Times:
     opened = open_checkpoints(folder)
     config = OptimizeConfig(
         checkpoints=str(folder), budget=200_000,
-        reward=RewardConfig(subset_size=images), search=SearchConfig(population=population),
+        reward=RewardConfig(subset_size=images),
+        search=SearchConfig(name="policy-gradient", population=population),
         evaluation=EvaluationConfig(num_images=5000),
     )  # fmt: skip
     found = plan(resolve_config(config, opened), opened)

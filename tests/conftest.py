@@ -205,7 +205,9 @@ def tiny_config() -> TinyConfig:
                 RewardConfig,
                 {"pool_size": 40, "subset_size": 10, "refresh_size": 10, "max_gap": 1e9},
             ),
-            "search": (SearchConfig, {"population": 4, "antithetic": True}),
+            "search": (
+                SearchConfig, {"name": "policy-gradient", "population": 4, "antithetic": True},
+            ),
             "evaluation": (
                 EvaluationConfig, {"num_images": 20, "repeats": 3, "selection_images": 10},
             ),

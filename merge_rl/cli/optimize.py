@@ -66,9 +66,8 @@ def demo(
         opened = open_checkpoints(path)
         tracks = ", ".join(opened.tracks)
         typer.echo(f"wrote {path}: {len(opened)} checkpoints of {name} (tracks {tracks})")
-    small = "--track raw --budget 20000 --pool 1000 --final-images 1000"
     for path in written.values():
-        typer.echo(f"next: mergerl optimize {path} {small}")
+        typer.echo(f"next: mergerl optimize {path}")
 
 
 Out = Annotated[

@@ -77,6 +77,7 @@ class _Steps(BarTracker):
 
 def _print(found: SearchPlan) -> None:
     from merge_rl.workflows.assembly import gib
+    from merge_rl.workflows.report import duration
 
     load, memory, batch = found.workload, found.memory, found.config.batch
     stages = ", ".join(f"{stage.name} {stage.total:,}" for stage in load.stages)
@@ -92,7 +93,7 @@ def _print(found: SearchPlan) -> None:
     print_table("The search", ["what", "how much", "of which"], rows)
     times = [
         [
-            f"{e.devices}", _duration(e.seconds), f"{e.efficiency:.0%}",
+            f"{e.devices}", duration(e.seconds), f"{e.efficiency:.0%}",
             "" if e.devices == 1 else e.limit,
         ]
         for e in found.estimates
@@ -124,10 +125,3 @@ def _short(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -39,6 +39,8 @@ from merge_rl.config.numbers import (
 )
 from merge_rl.config.optimize import (
     AUTO_BATCH,
+    MOST_FINAL,
+    MOST_SELECTION,
     PRESETS,
     EvaluationConfig,
     OptimizeConfig,
@@ -83,6 +85,8 @@ __all__ = [
     "LEARN",
     "MODEL",
     "MODEL_IMAGES",
+    "MOST_FINAL",
+    "MOST_SELECTION",
     "PANELS",
     "PAPER_REWARD",
     "PATH_NAMES",

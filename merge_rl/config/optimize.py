@@ -28,26 +28,48 @@ from merge_rl.errors import UnknownNameError
 AUTO_BATCH: Final = -1  # "auto" on the command line and in files
 DTYPES: Final = ("float32", "bfloat16")
 OF_SET: Final = "that of the set"
+MOST_FINAL: Final = 5000
+MOST_SELECTION: Final = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """The comparison at the end, on fresh seeds."""
 
-    num_images: int = setting(5000, "N of one repeat.", SCORES, "--final-images")
+    num_images: int | None = setting(
+        None, "N of one repeat; where it is given, the comparison comes on top of the budget.",
+        SCORES, "--final-images", unset=f"what its share of the budget pays, {MOST_FINAL} at most",
+    )  # fmt: skip
     repeats: int = setting(4, "At least 3.", SCORES, "--repeats")
-    selection_images: int = setting(
-        1000, "Images to find the best single checkpoint, on seeds of their own.", SCORES
-    )
+    selection_images: int | None = setting(
+        None, "Images to find the best single checkpoint, on seeds of their own.", SCORES,
+        unset="as for num_images",
+    )  # fmt: skip
+    share: float = setting(0.4, "Of the budget, where num_images is not given.", SCORES)
+    reserved: int = setting(0, "Images of the budget that are kept for it.", SCORES, unset="found")
     keep_worse: bool = setting(
         False, "Write the result even where it is worse than its start, or has no score.", SCORES,
         "--keep-worse",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        require(self.num_images >= 2, "num_images", ">= 2", self.num_images)
+        for name in ("num_images", "selection_images"):
+            count = getattr(self, name)
+            if count is not None:
+                require(count >= 2, name, ">= 2", count)
         require(self.repeats >= 3, "repeats", ">= 3", self.repeats)
-        require(self.selection_images >= 2, "selection_images", ">= 2", self.selection_images)
+        require(0 < self.share < 1, "share", "in (0, 1)", self.share)
+        require(self.reserved >= 0, "reserved", ">= 0", self.reserved)
+
+    @property
+    def images(self) -> int:
+        """N of one repeat."""
+        return MOST_FINAL if self.num_images is None else self.num_images
+
+    @property
+    def selection(self) -> int:
+        """Images that each checkpoint is scored on."""
+        return MOST_SELECTION if self.selection_images is None else self.selection_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +129,8 @@ class OptimizeConfig:
     )  # fmt: skip
     num_classes: int = setting(0, "Classes of what a function generates, which take turns.", MODEL)
     budget: int = setting(
-        50_000, "Images a search may generate: pool, candidates and refreshes.",
-        SEARCH, "--budget",
+        50_000, "Images that may be generated in all, the final comparison included unless "
+        "--final-images is given.", SEARCH, "--budget",
     )  # fmt: skip
     seed: int = setting(0, "Fixes every draw.", SEARCH, "--seed")
     batch: int = setting(
@@ -143,6 +165,11 @@ class OptimizeConfig:
                 self.autoencoder_dtype)  # fmt: skip
 
         require(self.num_classes >= 0, "num_classes", ">= 0", self.num_classes)
+
+    @property
+    def search_budget(self) -> int:
+        """What of the budget is not kept for the final comparison."""
+        return self.budget - self.evaluation.reserved
 
     def round_images(self, candidates: int, round_index: int) -> int:
         """What a round of so many candidates costs, in images, with what it renews of the pool."""

@@ -80,9 +80,9 @@ class SearchConfig:
     """The searcher; what `policy-gradient` reads is marked so in its own module."""
 
     name: str = setting(
-        "policy-gradient",
-        "pathwise (the gradient through the rollout), policy-gradient, auto (the first where all "
-        "has a derivative, else the second), nevergrad:NAME, scipy:METHOD, lcsc, lr-cma, "
+        "auto",
+        "auto (pathwise where all has a derivative, else policy-gradient), pathwise (the gradient "
+        "through the rollout), policy-gradient, nevergrad:NAME, scipy:METHOD, lcsc, lr-cma, "
         "ema-grid, uniform, greedy-soup, best-checkpoint, random; or package.module:factory.",
         SEARCH, "--searcher",
     )  # fmt: skip
@@ -104,7 +104,7 @@ class SearchConfig:
         None,
         "natural: the step in units of std along a gradient without noise; adam: Adam's, in theta "
         "units, about the step of one round.",
-        SEARCH, unset="1 for natural, 0.7 for adam; 0.12 for pathwise, which changes it on its way",
+        SEARCH, unset="1 for natural, 0.7 for adam; 1 for pathwise, the length of a round's step",
     )  # fmt: skip
     momentum: float = setting(0.7, "Of the natural gradient.", SEARCH)
     width_rate: float = setting(

@@ -185,7 +185,8 @@ class SearchSpace:
     """The vectors theta (D,), the coefficients (G, K) they stand for, and what these weigh.
 
     `names`, `nimg` and `ema_std` are of the K checkpoints, None where a manifest does not say.
-    `evaluations` is about how many candidates the budget pays for, for methods that plan ahead.
+    `evaluations` is about how many candidates the budget pays for, for methods that plan ahead;
+    `renewed` is the share of the pool that a round of gradients renews.
     """
 
     map: CoefficientMap
@@ -193,6 +194,7 @@ class SearchSpace:
     nimg: tuple[int | None, ...] = ()
     ema_std: tuple[float | None, ...] = ()
     evaluations: int = 100
+    renewed: float = 0.1
     origin: Tensor = field(init=False)  # (D,) theta = 0, where every search begins
 
     def __post_init__(self) -> None:

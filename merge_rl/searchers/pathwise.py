@@ -1,25 +1,29 @@
 """A search along the reward's own gradient, as backpropagation through the rollout gives it.
 
-Adam (Kingma & Ba, 2015, arXiv:1412.6980) in whitened theta, with a step that finds itself. Fresh
-images at the mean are compared with the pool, which stands for the policies of the last rounds:
+The gradient is measured at a pool of images that the means of the last rounds made. Steps from mean
+to mean by what was wrong with means of ten rounds ago swing ever wider. So a round's mean lies a
+bounded way from the centre c of the means that filled the pool, and moves no further than these do:
 
-    l <- clip(l - RATE tanh(lag), -ln 32, ln 16)
-    step = learning_rate e^l max(LEAST, 1 - t / T)
+    c <- c + a (theta - c),   a = 2 s / (1 + s)       s: share of the pool that a round renews
+    theta = c + step / a u,   step = learning_rate / sqrt(D) max(LEAST, 1 - t / T)
 
-where `lag` is how many standard errors the fresh images are worse than images of the pool's own
-policy would be. Images that are better than the pool promised ask for longer steps, worse ones for
-shorter. Averages of the iterates, with weights that grow with t, are a finalist beside the mean.
+c has the mean age of the pool's images, (1 / s - 1) / 2 rounds. u is Adam's direction (Kingma & Ba,
+2015, arXiv:1412.6980) without the first of its corrections, so that it is short while it rests on
+few gradients; a steady one moves theta by learning_rate a round, whatever the dimension D. Averages
+of the means, with weights that grow with t, are a finalist beside the last.
 
-What is told as a reward is minus the distance of the pool at the mean, freed of its bias. The mean
-with the best one is a finalist always; a search whose pool stays worse, by more than a share of the
-distance and `SURE` times what chance does to it, goes back to it with half the step, and when it
-has done so `RETURNS` times it is done.
+What is told as a reward is minus the distance of the pool, freed of its bias; another metric of the
+pool may be told beside it. The centre where either was best is a finalist always. A search whose
+pool stays worse by one of them, by more than a share of the best and `SURE` times what chance does,
+goes back to that centre with half the step; once it has done so `RETURNS` times it is done.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -29,36 +33,67 @@ from merge_rl.config import SearchConfig
 from merge_rl.errors import ConfigError
 from merge_rl.searchers.base import AskTell, SearchSpace, planned
 
-STEP: Final = 0.12  # of theta, in the first round
+STEP: Final = 1.0  # of theta, a round
 BETAS: Final = (0.8, 0.95)
-RATE: Final = 0.1  # of the logarithm of the step, a round
-RANGE: Final = (-math.log(32), math.log(16))  # of that logarithm
 LEAST: Final = 0.05  # where the schedule of the step stops
 CLIP: Final = 3.0  # longest gradient, in running norms
-MEMORY: Final = 0.8  # of the running norm
+MEMORY: Final = 0.8  # of the running norm, and of what chance does to a level
 WORSE, SURE, PATIENCE = 0.1, 4.0, 10  # the last is how many rounds running
 RETURNS: Final = 2
+WATCHED: Final = ("best", "best by second")  # finalists, by what they are the best of
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """The best level of a metric so far, higher is better, and where it was."""
+
+    theta: Tensor | None = None  # (D,) None: no level is known
+    best: float = -math.inf
+    noise: float = 0.0  # running; what chance does to a level
+    behind: bool = False  # whether the last level was clearly worse
+
+    def seen(self, level: float, noise: float, theta: Tensor) -> Watch:
+        """After another level."""
+        noise = MEMORY * self.noise + (1 - MEMORY) * noise if self.noise else noise
+        if level > self.best:
+            return Watch(theta.clone(), level, noise)
+        margin = WORSE * abs(self.best) + SURE * noise
+        return dataclasses.replace(self, noise=noise, behind=level < self.best - margin)
+
+    def again(self) -> Watch:
+        """As it is where it was best, until that is measured once more."""
+        return dataclasses.replace(self, best=-math.inf, behind=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slope:
+    """What is told with a reward of a search along gradients."""
+
+    gradients: Tensor  # (P, D), of the rewards
+    noise: float = 0.0  # of the rewards
+    second: tuple[float, float] | None = None  # another distance and its noise, where looked at
 
 
 class Pathwise(AskTell):
     """Asks for the reward's gradient at its mean, and climbs it."""
 
     _average: Tensor
-    _best_theta: Tensor
+    _centre: Tensor  # of the means that filled the pool
     _first: Tensor  # Adam's moments
     _second: Tensor
     _age: int  # rounds since they were last forgotten
+    _slope: Slope | None = None
 
     def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
         super().__init__(config, space, seed)
         self.population_of(config)
         self.total = max(1, space.evaluations)
+        self.share = 2 * space.renewed / (1 + space.renewed)
         self.log_step = 0.0
         self.steps = self.returns = self.worse = 0
+        self.blamed = 0  # the metric that it went back for, of the reward and the second
         self.norm = math.nan  # running
-        self.noise = 0.0  # running
-        self.best = -math.inf
-        self._given: tuple[Tensor | None, float, float] = (None, 0.0, 0.0)
+        self.watches = (Watch(), Watch())  # of the reward, and of the second metric
         self._begin_at_mean()
 
     @staticmethod
@@ -73,65 +108,63 @@ class Pathwise(AskTell):
 
     @property
     def finalists(self) -> dict[str, Tensor]:
-        """The mean, the average of the iterates, and the mean whose pool was best."""
+        """The mean, the average of the means, and the centres whose pools were best."""
         found = {"mean": self.mean, "average": self._average.clone()}
-        return found | ({"best": self._best_theta.clone()} if self.best > -math.inf else {})
+        known = {n: w.theta for n, w in zip(WATCHED, self.watches, strict=True)}
+        return found | {n: theta.clone() for n, theta in known.items() if theta is not None}
 
     @property
     def step(self) -> float:
-        """How far each theta moves in the next round, about."""
+        """How far theta moves a round along a steady gradient, per sqrt(D) coordinate."""
         rate = STEP if self.config.learning_rate is None else self.config.learning_rate
-        return rate * math.exp(self.log_step) * max(LEAST, 1 - self.steps / self.total)
+        left = max(LEAST, 1 - self.steps / self.total)
+        return rate * math.exp(self.log_step) * left / math.sqrt(self.space.dim)
 
-    def tell(
-        self,
-        thetas: Tensor,
-        rewards: Tensor,
-        gradients: Tensor | None = None,
-        lag: float = 0.0,
-        noise: float = 0.0,
-    ) -> None:
-        """Rewards (P,) and their gradients (P, D) at thetas (P, D); lag of the pool, noise of them.
+    def tell(self, thetas: Tensor, rewards: Tensor, slope: Slope | None = None) -> None:
+        """Rewards (P,) and their gradients at thetas (P, D).
 
         Nothing is learned from rewards alone, nor from a gradient that is not finite.
         """
-        if gradients is not None and gradients.shape != thetas.shape:
-            expected, got = tuple(thetas.shape), tuple(gradients.shape)
+        if slope is not None and slope.gradients.shape != thetas.shape:
+            expected, got = tuple(thetas.shape), tuple(slope.gradients.shape)
             raise ConfigError(f"expected gradients {expected} of as many thetas, got {got}")
-        self._given = (gradients, lag, noise)
+        self._slope = slope
         super().tell(thetas, rewards)
-        self._given = (None, 0.0, 0.0)
+        self._slope = None
 
     def _propose(self) -> Tensor:
         return self._mean[None].clone()
 
     def _learn(self, rewards: Tensor) -> None:
-        gradients, lag, noise = self._given
-        if gradients is None or not bool(gradients.isfinite().all() & rewards.isfinite().all()):
+        slope = self._slope
+        if slope is None or not bool(slope.gradients.isfinite().all() & rewards.isfinite().all()):
             return
-        self.noise = MEMORY * self.noise + (1 - MEMORY) * noise if self.noise else noise
-        if self._keep_best(float(rewards[0])):
+        self._look(float(rewards[0]), slope)
+        if self.worse >= PATIENCE:
+            self._go_back()
             return
-        if self.steps:
-            moved = self.log_step - RATE * math.tanh(lag)
-            self.log_step = min(max(moved, RANGE[0]), RANGE[1])
-        self._climb(self._clipped(gradients[0].detach().to("cpu", torch.float64)))
+        self._centre = self._centre + self.share * (self._mean - self._centre)
+        self._climb(self._clipped(slope.gradients[0].detach().to("cpu", torch.float64)))
 
-    def _keep_best(self, level: float) -> bool:
-        """Note the best mean; whether the search went back to it."""
-        if level > self.best:
-            self.best, self._best_theta, self.worse = level, self._mean.clone(), 0
-            return False
-        margin = WORSE * abs(self.best) + SURE * self.noise
-        self.worse = self.worse + 1 if level < self.best - margin else 0
-        if self.worse < PATIENCE:
-            return False
+    def _look(self, level: float, slope: Slope) -> None:
+        """Note how good the pool is: images of the centre, about."""
+        first, second = self.watches
+        first = first.seen(level, slope.noise, self._centre)
+        if slope.second is not None:
+            distance, noise = slope.second
+            second = second.seen(-distance, noise, self._centre)
+        self.watches = (first, second)
+        self.worse = self.worse + 1 if first.behind or second.behind else 0
+
+    def _go_back(self) -> None:
+        """To where the metric was best that is worse now, the reward if both are."""
+        self.blamed = next(i for i, watch in enumerate(self.watches) if watch.behind)
+        there = self.watches[self.blamed].theta
         self.returns, self.worse = self.returns + 1, 0
-        self._mean = self._best_theta.clone()
-        self._average = self._best_theta.clone()
+        self.watches = tuple(watch.again() for watch in self.watches)  # type: ignore[assignment]
+        self._mean = there.clone()  # type: ignore[union-attr]
         self.halve()
-        self._forget()
-        return True
+        self._begin_at_mean()
 
     def _clipped(self, gradient: Tensor) -> Tensor:
         """The gradient (D,), drawn back to a few running norms."""
@@ -149,54 +182,57 @@ class Pathwise(AskTell):
         first, second = BETAS
         self._first = first * self._first + (1 - first) * gradient
         self._second = second * self._second + (1 - second) * gradient.square()
-        ahead = self._first / (1 - first**self._age)
         scale = (self._second / (1 - second**self._age)).sqrt() + 1e-12
-        self._mean = self._mean + step * ahead / scale
+        self._mean = self._centre + step / self.share * self._first / scale
         self._average = self._average + 4 / (self.steps + 3) * (self._mean - self._average)
 
     def halve(self) -> None:
         """Halve the step."""
-        self.log_step = max(self.log_step - math.log(2), RANGE[0])
+        self.damp(0.5)
 
     def damp(self, factor: float) -> None:
         """Multiply the step."""
-        moved = self.log_step + math.log(factor)
-        self.log_step = min(max(moved, RANGE[0]), RANGE[1])
+        self.log_step += math.log(factor)
 
     def _begin_at_mean(self) -> None:
-        self._average, self._best_theta = self._mean.clone(), self._mean.clone()
-        self._forget()
+        self._average = self._mean.clone()
+        self._go_on_from_mean()
 
     def _go_on_from_mean(self) -> None:
-        self._forget()
-
-    def _forget(self) -> None:
+        self._centre = self._mean.clone()
         self._first = torch.zeros_like(self._mean)
         self._second = torch.zeros_like(self._mean)
         self._age = 0
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = {"average": self._average, "best": self._best_theta}
+        found = {"average": self._average, "centre": self._centre}
         found |= {"first": self._first, "second": self._second}
+        found |= {f"best {i}": w.theta for i, w in enumerate(self.watches) if w.theta is not None}
         return {name: tensor.clone() for name, tensor in found.items()}
 
     def _scalars(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            name: getattr(self, name) for name in ("log_step", "steps", "returns", "worse", "noise")
-        }
+        names = ("log_step", "steps", "returns", "worse")
+        found: dict[str, Any] = {name: getattr(self, name) for name in names}
         # JSON has no NaN and no infinity.
-        best = None if self.best == -math.inf else self.best
-        return found | {"norm": None if math.isnan(self.norm) else self.norm,
-                        "level": best, "age": self._age}  # fmt: skip
+        found |= {"norm": None if math.isnan(self.norm) else self.norm, "age": self._age}
+        return found | {
+            f"watch {i}": [w.best if w.best > -math.inf else None, w.noise, w.behind]
+            for i, w in enumerate(self.watches)
+        }
 
     def _restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        self._average, self._best_theta = tensors["average"].clone(), tensors["best"].clone()
+        self._average, self._centre = tensors["average"].clone(), tensors["centre"].clone()
         self._first, self._second = tensors["first"].clone(), tensors["second"].clone()
         self.log_step, self._age = float(scalars["log_step"]), int(scalars["age"])
         self.steps, self.returns, self.worse = (
             int(scalars[name]) for name in ("steps", "returns", "worse")
         )
-        self.noise = float(scalars["noise"])
-        norm, level = scalars["norm"], scalars["level"]
+        norm = scalars["norm"]
         self.norm = math.nan if norm is None else float(norm)
-        self.best = -math.inf if level is None else float(level)
+        self.watches = (_watch(0, tensors, scalars), _watch(1, tensors, scalars))
+
+
+def _watch(index: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> Watch:
+    best, noise, behind = scalars[f"watch {index}"]
+    best = -math.inf if best is None else float(best)
+    return Watch(tensors.get(f"best {index}"), best, float(noise), bool(behind))

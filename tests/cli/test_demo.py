@@ -149,7 +149,7 @@ def test_demo_says_what_to_do_next(mergerl: Mergerl, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     for name, count in (("edm2", 24), ("sit", 12)):
         assert f"wrote digits/{name}: {count} checkpoints of {name} (tracks raw, " in out
-        assert f"next: mergerl optimize digits/{name} --track raw" in out
+        assert f"next: mergerl optimize digits/{name}\n" in out
     code, out, _ = mergerl("demo", "others", "--json")
     assert json.loads(out) == {"edm2": "others/edm2", "sit": "others/sit"}
 

@@ -43,7 +43,9 @@ SEARCH = SearchConfig(
     top_fraction=0.3, clip=math.inf, epochs=4, update="adam", momentum=0.25, width_rate=0.5,
     shaping="rank", start_share=0.125, final_share=0.25, incumbents=2,
 )  # fmt: skip
-EVALUATION = EvaluationConfig(num_images=60, repeats=5, selection_images=30)
+EVALUATION = EvaluationConfig(
+    num_images=60, repeats=5, selection_images=30, share=0.25, reserved=70, keep_worse=True
+)
 OPTIMIZE = OptimizeConfig(
     checkpoints="a b: c", track="0.05", select=("x", "y"), extractor="e",
     extractor_weights="w", reference="r",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merge_rl.core.distances.statistics import check_features, row_blocks
+from merge_rl.core.distances.statistics import FeatureStats, check_features, row_blocks
 from merge_rl.errors import ConfigError, StatisticsError
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -149,6 +149,26 @@ def check_block(block: int) -> None:
     """Refuse blocks without rows."""
     if block < 1:
         raise ConfigError(f"expected blocks of at least 1 row, got {block}")
+
+
+def quadratic_distance(features: Tensor, reference: FeatureStats) -> float:
+    """Squared MMD with the kernel (x·y/D + 1)² about the reference's mean, from its moments alone.
+
+        MMD² = |E x xᵀ − Σ|² / D² + 2 |E x|² / D,   x: features less the reference's mean
+
+    The degree of KID's kernel less one, for references that keep no features. Features (N, D),
+    N >= 2, lie on the reference's device. Pairs of a row with itself are left out, so that N does
+    not bias it; it may be negative. Lower is closer.
+    """
+    check_features(features, at_least=2)
+    rows = features.to(reference.mean) - reference.mean
+    count, dim = rows.shape
+    second, mean = rows.T @ rows / count, rows.mean(0)
+    norms = rows.square().sum(1) / dim
+    pairs = second.square().sum() / dim**2 + 2 * mean.square().sum() / dim
+    within = (count * pairs - (norms.square() + 2 * norms).mean()) / (count - 1)
+    across, real = (second * reference.cov).sum(), reference.cov.square().sum()
+    return float(within + (real - 2 * across) / dim**2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ from merge_rl.errors import ConfigError
 from merge_rl.searchers import SMALL_DIM, scaled_to
 from merge_rl.storage.checkpoints import CheckpointSet, SetDefaults, has_manifest, read_manifest
 from merge_rl.storage.files import absolute, spellings
+from merge_rl.workflows.assembly.comparison import resolve_evaluation
 from merge_rl.workflows.assembly.extractors import named_by_file
 from merge_rl.workflows.assembly.job import unweighed_map
 from merge_rl.workflows.assembly.meaning import find_model
@@ -153,8 +154,9 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
         defaults = _of_set(checkpoints.defaults, folder)
     else:
         defaults = _near(folder, config)
-    completed = _completed(config, defaults, "the checkpoint set names no default for")
-    config = resolve_search(completed)
+    config = _completed(config, defaults, "the checkpoint set names no default for")
+    config = dataclasses.replace(config, evaluation=resolve_evaluation(config, checkpoints))
+    config = resolve_search(config)
     config = dataclasses.replace(config, merge=resolve_merge(config, checkpoints))
     config = _scaled(config, checkpoints)
     return dataclasses.replace(
@@ -167,14 +169,14 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
 def resolve_search(config: OptimizeConfig) -> OptimizeConfig:
     """The config with a searcher for "auto", and what the searcher has no use for left out.
 
-    Its own best mean is the incumbent of one that takes gradients.
+    The incumbents of one that takes gradients are its own best means, by either metric.
     """
     search = config.search
     if search.name == AUTO_SEARCHER:
         name = "pathwise" if why_no_gradient(config) is None else "policy-gradient"
         search = dataclasses.replace(search, name=name)
     if search.takes_gradients:
-        search = dataclasses.replace(search, incumbents=min(search.incumbents, 1))
+        search = dataclasses.replace(search, incumbents=min(search.incumbents, 2))
     return dataclasses.replace(config, search=search)
 
 
@@ -226,10 +228,12 @@ def why_no_gradient(config: OptimizeConfig) -> str | None:
 
 def why_not_as_set(config: OptimizeConfig) -> str | None:
     """Why "auto" takes the policy gradient, whatever generates: reward or search are set for it."""
-    search = config.search
-    if any(term.base.endswith("-full") for term in config.reward.terms):
-        return f"the reward {config.reward.text} has no gradient"
-    if search.population is not None or search.update is not None or search.policy != "direct":
+    search, reward = config.search, config.reward
+    if any(term.base.endswith("-full") for term in reward.terms):
+        return f"the reward {reward.text} has no gradient"
+    several = reward.num_subsets * reward.num_replacements != 1 or reward.refresh != "rolling"
+    given = search.population is not None or search.update is not None
+    if several or given or search.policy != "direct":
         return "the settings are those of the policy gradient"
     return None
 
@@ -254,13 +258,14 @@ def resolve_reward(config: OptimizeConfig) -> RewardConfig:
     A candidate that is scored on its own images alone needs more of them than one that replaces
     part of a pool: a two-hundredth of the budget, which leaves about as many looks.
     """
-    name = config.reward.name or registry.default_reward(config.search.name)
+    name, budget = config.reward.name, config.search_budget
+    name = name or registry.default_reward(config.search.name)
     reward = dataclasses.replace(config.reward, name=name)
     if config.search.takes_gradients:
-        return _for_gradients(reward, config.budget)
+        return _for_gradients(reward, budget)
     if reward.subset_size is not None:
         return reward
-    own = max(LEAST_IMAGES, config.budget // LOOKS)
+    own = max(LEAST_IMAGES, budget // LOOKS)
     return dataclasses.replace(reward, subset_size=SUBSET_SIZE if reward.pooled else own)
 
 

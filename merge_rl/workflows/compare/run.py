@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,8 @@ import torch
 
 from merge_rl.config import (
     FIRST_RULES,
+    RULES,
     OptimizeConfig,
-    SearchConfig,
-    from_mapping,
     to_mapping,
     without_nan,
 )
@@ -100,10 +99,11 @@ def compare_searchers(
     if not contenders:
         raise ConfigError("expected at least one searcher, got none")
     curve_images = _curve_images(curve_images, config)
-    base = dataclasses.replace(
-        config, search=dataclasses.replace(config.search, name=_PLAIN),
-        checkpoints=str(find_set(config.checkpoints).told(announce)),
-    )  # fmt: skip
+    final = config.evaluation  # once for all, and no search's to pay
+    final = dataclasses.replace(final, num_images=final.images, selection_images=final.selection)
+    search = dataclasses.replace(config.search, name=_PLAIN)
+    checkpoints = str(find_set(config.checkpoints).told(announce))
+    base = dataclasses.replace(config, search=search, evaluation=final, checkpoints=checkpoints)
     require_device(base.device)
     opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
     allow_named(base)
@@ -112,7 +112,7 @@ def compare_searchers(
         announce(text)
     folder = RunDir(out)
     _require_ours(folder)
-    base = dataclasses.replace(base, rules=_rules(folder, base.rules))
+    base = dataclasses.replace(base, rules=_rules(folder))
     jobs = Jobs(opened, announce)
     able, left_out = _check(contenders, base, seeds[0], opened, jobs, lenient=searchers is None)
     for text in left_out:
@@ -130,7 +130,7 @@ def compare_searchers(
     return CompareResult(document)
 
 
-_PLAIN = SearchConfig().name
+_PLAIN = "policy-gradient"
 
 
 def _check(
@@ -175,16 +175,10 @@ def _require_ours(folder: RunDir) -> None:
         )
 
 
-def _rules(folder: RunDir, own: int) -> int:
-    """Those that a comparison was begun by; its own for one that begins."""
+def _rules(folder: RunDir) -> int:
+    """Those that a comparison was begun by; the newest for one that begins."""
     before = folder.read(SETTINGS)
-    return own if before is None else _begun_with(before).rules
-
-
-def _begun_with(before: Mapping[str, Any]) -> OptimizeConfig:
-    """The settings that a comparison began with, which an earlier release may have written."""
-    known = {"rules": FIRST_RULES, **before["settings"]["config"]}
-    return from_mapping(OptimizeConfig, known, SETTINGS)
+    return RULES if before is None else int(before["settings"]["config"].get("rules", FIRST_RULES))
 
 
 def _begin(folder: RunDir, shared: OptimizeConfig, job: Job, curve_images: int) -> None:
@@ -195,14 +189,14 @@ def _begin(folder: RunDir, shared: OptimizeConfig, job: Job, curve_images: int) 
     if before is None:
         folder.write(SETTINGS, {"version": __version__, **now})
         return
-    before["settings"]["config"] = to_mapping(_begun_with(before))
+    before["settings"]["config"].setdefault("rules", FIRST_RULES)
     for what, found in now.items():
         require_same(folder.path, before.get(what) or {}, found, what=what)
 
 
 def _curve_images(asked: int | None, config: OptimizeConfig) -> int:
     if asked is None:
-        return min(CURVE_IMAGES, config.evaluation.num_images)
+        return min(CURVE_IMAGES, config.evaluation.images)
     if asked < 0 or asked == 1:
         raise ConfigError(f"expected 0 or at least 2 images along the search, got {asked}")
     return asked
@@ -273,7 +267,7 @@ class _Match:
             "budget": config.budget,
             "seeds": list(seeds),
             "evaluation_seed": config.seed,
-            "num_images": config.evaluation.num_images,
+            "num_images": config.evaluation.images,
             "repeats": config.evaluation.repeats,
             "curve_images": self.curve_images,
             "headline": "heldout" if "heldout" in job.references else "reference",

@@ -167,9 +167,9 @@ class FreshScores:
     ) -> list[Scores]:
         """Of N images, once a repeat; N and repeats are those of the config's evaluation."""
         settings = config.evaluation
-        self._tracker.phase(f"{name}: fresh seeds", settings.repeats * settings.num_images)
+        self._tracker.phase(f"{name}: fresh seeds", settings.repeats * settings.images)
         return [
-            self._get(job, config, coefficients, settings.num_images, "compare", repeat)
+            self._get(job, config, coefficients, settings.images, "compare", repeat)
             for repeat in range(settings.repeats)
         ]
 
@@ -182,7 +182,7 @@ class FreshScores:
 
     def best_single(self, job: Job, config: OptimizeConfig) -> int:
         """Index of the checkpoint with the lowest FID to the reference, on seeds of its own."""
-        count = config.evaluation.selection_images
+        count = config.evaluation.selection
         self._tracker.phase("best single checkpoint", len(job.checkpoints) * count)
         found = [
             self._get(job, config, job.coefficients(i), count, "compare", "select")["reference"]

@@ -10,7 +10,7 @@ from merge_rl.workflows.evaluate.final_scores import (
     comparison_from,
 )
 from merge_rl.workflows.evaluate.run import evaluate, require_scorable
-from merge_rl.workflows.evaluate.score_store import Request, Scorer, ScoreStore
+from merge_rl.workflows.evaluate.score_store import Request, Scorer, ScoreStore, SecondMetric
 
 __all__ = [
     "ENTRIES",
@@ -19,6 +19,7 @@ __all__ = [
     "SamplerComparison",
     "ScoreStore",
     "Scorer",
+    "SecondMetric",
     "SecondScores",
     "compare",
     "comparison_from",

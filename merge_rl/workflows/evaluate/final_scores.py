@@ -23,7 +23,7 @@ from merge_rl.errors import StatisticsError
 from merge_rl.interfaces import Tracker
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.evaluate.features import sampler_summary
-from merge_rl.workflows.evaluate.score_store import NAME, Request, ScoreStore
+from merge_rl.workflows.evaluate.score_store import Request, ScoreStore
 from merge_rl.workflows.report import interval
 from merge_rl.workflows.rollout import MergedRollout
 
@@ -87,8 +87,7 @@ class Comparison(_Table):
     # Under an SDE where the rewards were made by the ODE of a velocity network: gains under one
     # need not carry over to the other.
     sde: SamplerComparison | None = None
-    # Of start and result alone, where the reference holds what it needs.
-    second: SecondScores | None = None
+    second: SecondScores | None = None  # of start and result alone
     # Of the reference and the held-out data, real images both: what no model can go below by much.
     floor: float | None = None
     # Of those without a finite score: how many images failed, and whose doing it is.
@@ -189,7 +188,7 @@ def compare(
         "best single": job.coefficients(best),
         "result": coefficients,
     }
-    tracker.phase("compare", len(entries) * settings.repeats * settings.num_images)
+    tracker.phase("compare", len(entries) * settings.repeats * settings.images)
     table = _repeats(settings, entries, scores, with_second=("start", "result"))
     sde = _compare_sde(config, job, entries, scores, tracker)
     opinion = _second_opinion(settings, scores)
@@ -202,13 +201,13 @@ def compare(
         why = failures["result"]
         raise StatisticsError(f"no score of the start or of the result, none is written: {why}")
     return Comparison(
-        settings.num_images, job.checkpoints.names[best], table, sde, opinion, floor, failures,
+        settings.images, job.checkpoints.names[best], table, sde, opinion, floor, failures,
         settings.keep_worse,
     )  # fmt: skip
 
 
 def _best_single(config: OptimizeConfig, job: Job, scores: ScoreStore, tracker: Tracker) -> int:
-    count, images = len(job.checkpoints), config.evaluation.selection_images
+    count, images = len(job.checkpoints), config.evaluation.selection
     tracker.phase("best single", count * images)
     singles = [
         Request(f"select/{name}", job.coefficients(i), images, ("select",))
@@ -232,17 +231,16 @@ def _compare_sde(
     sampler = sde_counterpart(rollout.sampler)
     merged = job.final_rollout.with_sampler(sampler)
     compared = ("start", "result")
-    tracker.phase("compare under the SDE", len(compared) * settings.repeats * settings.num_images)
+    tracker.phase("compare under the SDE", len(compared) * settings.repeats * settings.images)
     table = _repeats(settings, {e: entries[e] for e in compared}, scores, "sde/", merged)
     return SamplerComparison(sampler, table)
 
 
-def _second_opinion(settings: EvaluationConfig, scores: ScoreStore) -> SecondScores | None:
-    """The second metric of start and result; None if the reference allows none."""
+def _second_opinion(settings: EvaluationConfig, scores: ScoreStore) -> SecondScores:
+    """The second metric of start and result."""
     repeats = range(settings.repeats)
     found = {e: [scores.second(f"{e}/{r}") for r in repeats] for e in ("start", "result")}
-    known = {e: [v for v in values if v is not None] for e, values in found.items()}
-    return SecondScores(NAME, known) if all(known.values()) else None
+    return SecondScores(scores.second_metric.name, found)
 
 
 def _repeats(
@@ -259,7 +257,7 @@ def _repeats(
         Request(
             f"{prefix}{entry}/{r}",
             coefficients,
-            settings.num_images,
+            settings.images,
             ("fresh", r),
             second=entry in with_second,
         )

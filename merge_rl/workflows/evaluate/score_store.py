@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from torch import Tensor
 
 from merge_rl.config import RULES, without_nan
 from merge_rl.core.distances.frechet import FrechetReference
+from merge_rl.core.distances.kernels import quadratic_distance
 from merge_rl.core.distances.statistics import FeatureStats, check_features, feature_stats
 from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.errors import StatisticsError
@@ -30,7 +32,7 @@ class Request:
     coefficients: Tensor
     count: int
     stream: tuple[str | int, ...]
-    second: bool = False  # also by the metric that no search optimises, where there is one
+    second: bool = False  # also by the metric that no search optimises
 
 
 class ScoreStore:
@@ -40,7 +42,6 @@ class ScoreStore:
         self.job, self.run, self.seed, self.rules = job, run, seed, rules
         self.known: dict[str, dict[str, float | None]] = run.read("scores.json") or {}
         self.scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
-        self._second: SecondMetric | None = None  # made on use
 
     def get(
         self, key: str, coefficients: Tensor, count: int, *stream: str | int
@@ -85,7 +86,7 @@ class ScoreStore:
             if failures := Failures.of(features):
                 self.known[f"failed/{request.key}"] = dict(vars(failures))
             for key in self._keys(request)[1:]:
-                self.known[key] = without_nan({"reference": self._second_metric().score(features)})
+                self.known[key] = without_nan({"reference": self.second_metric.score(features)})
         self.run.write("scores.json", self.known)
 
     def failures(self, prefix: str) -> Failures:
@@ -94,21 +95,18 @@ class ScoreStore:
         names = ("samples", "features", "count")
         return Failures(*(int(sum(value[name] or 0 for value in found)) for name in names))
 
-    def second(self, key: str) -> float | None:
-        """The second metric of a score that was asked for with it; None if there is none."""
-        found = self.known.get(f"second/{key}")
-        return None if found is None else self._read(f"second/{key}")["reference"]
+    def second(self, key: str) -> float:
+        """The second metric of a score that was asked for with it."""
+        return self._read(f"second/{key}")["reference"]
 
     def _keys(self, request: Request) -> list[str]:
-        kept = self.job.references["reference"].features is not None
-        second = [f"second/{request.key}"] if request.second and kept else []
-        return [request.key, *second]
+        return [request.key, *([f"second/{request.key}"] if request.second else [])]
 
-    def _second_metric(self) -> SecondMetric:
-        if self._second is None:
-            device = str(self.job.final_rollout.rollout.device)
-            self._second = SecondMetric(self.job.references["reference"], device)
-        return self._second
+    @cached_property
+    def second_metric(self) -> SecondMetric:
+        """By the reference that is searched against."""
+        device = str(self.job.final_rollout.rollout.device)
+        return SecondMetric(self.job.references["reference"], device)
 
     def _read(self, key: str) -> dict[str, float]:
         return {k: math.nan if v is None else v for k, v in self.known[key].items()}
@@ -137,17 +135,31 @@ class Scorer:
         return None if heldout is None else self.references["reference"].distance(heldout)
 
 
-NAME: Final = "kid"
 MAX_ROWS: Final = 5000  # of either set: all pairs of rows are compared
 
 
 class SecondMetric:
-    """KID of features to a reference that keeps some of the real ones."""
+    """What no search optimises: KID, or a quadratic kernel's MMD if a reference keeps no features.
+
+    The second needs the reference's moments alone, so that there is always one.
+    """
 
     def __init__(self, reference: Reference, device: str) -> None:
-        place = "cpu" if device.startswith("mps") else device  # which lacks float64
-        source = MetricSource(name=NAME, reference=reference, device=place, max_rows=MAX_ROWS)
-        self._device, self._metric = place, kid_metric(source)
+        self._device = "cpu" if device.startswith("mps") else device  # which lacks float64
+        source = MetricSource(
+            name="kid" if reference.features is not None else "quadratic-mmd",
+            reference=reference, device=self._device, max_rows=MAX_ROWS,
+        )  # fmt: skip
+        self.name = source.name
+        self._metric = self._of(source)
+
+    @staticmethod
+    def _of(source: MetricSource) -> Callable[[Tensor], float]:
+        if source.name == "kid":
+            kid = kid_metric(source)
+            return lambda features: kid(Sample(features))["kid"]
+        moments = source.stats()
+        return lambda features: quadratic_distance(features, moments)
 
     def score(self, features: Tensor) -> float:
         """Unbiased, lower is better, may be negative; NaN where a feature is not finite."""
@@ -155,4 +167,4 @@ class SecondMetric:
             check_features(features, at_least=2)
         except StatisticsError:
             return float("nan")
-        return self._metric(Sample(features.to(self._device)))[NAME]
+        return self._metric(features.to(self._device))

@@ -18,6 +18,7 @@ from merge_rl.workflows.evaluate import Request, ScoreStore
 
 LEAST = 100  # images that an entry is scored on: fewer say too little
 FRESH = 3  # sets of seeds on which result and start are looked at once more
+AGAIN = 2 * FRESH + 1  # such looks, with the start on the seeds of the last round
 FINALISTS = 3  # beside the incumbents: start, policy mean, running average
 
 
@@ -31,6 +32,7 @@ class BudgetPlan:
     round: int  # candidates and refresh of the first round
     limit: int  # images after which no round begins that would exceed it
     final: int  # kept for the choice among the finalists
+    look: int = 0  # images of an entry in it at most, where what comes after it is paid for too
 
     @property
     def rounds(self) -> int:
@@ -47,11 +49,14 @@ def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
     reward, search = config.reward, config.search
     entries = FINALISTS + search.incumbents
     shared = not registry.chooses_itself(search.name)
-    start = (
-        tournament_rounds(starts, int(config.budget * search.start_share), LEAST) if shared else ()
-    )
-    final = int(config.budget * search.final_share) if shared else 0
-    final = final if tournament_rounds(entries, final, LEAST) else 0
+    own = config.search_budget
+    start = tournament_rounds(starts, int(own * search.start_share), LEAST) if shared else ()
+    final = int(own * search.final_share) if shared else 0
+    rungs = tournament_rounds(entries, final, LEAST)
+    final = final if rungs else 0
+    # What was paid on top of the budget before the comparison became part of it still is.
+    look = rungs[-1].images if rungs and config.evaluation.reserved else 0
+    again = AGAIN * look
     pool = reward.pool_size if reward.pooled else 0
     candidates = registry.population_of(search)
     plan = BudgetPlan(
@@ -59,8 +64,9 @@ def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
         pool=pool,
         candidates=candidates,
         round=config.round_images(candidates, 0),
-        limit=config.budget - final,
+        limit=own - final - again,
         final=final,
+        look=look,
     )
     needed = cost(start) + pool + plan.round
     if plan.limit < needed:
@@ -69,11 +75,13 @@ def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
         if search.takes_gradients:
             parts, refresh = [f"{reward.images_per_subset} images with their gradient"], 0
         parts += [f"the pool of {pool}"] * bool(pool) + [f"a refresh of {refresh}"] * bool(refresh)
-        kept = cost(start) + final
+        kept, reserved = cost(start) + final + again, config.evaluation.reserved
         parts += [f"{kept} to choose start and result"] * bool(kept)
+        parts += [f"{reserved} for the final comparison"] * bool(reserved)
+        least = math.ceil((needed + final + again) * config.budget / own)
         raise BudgetError(
             f"a budget of {config.budget} images does not pay for one round: "
-            f"{', '.join(parts)}: expected at least {needed + final}"
+            f"{', '.join(parts)}: expected at least {least}"
         )
     return plan
 
@@ -87,34 +95,46 @@ class Winner:
     images_each: int  # of the last rung
     images: int  # of all
     rungs: Sequence[Mapping[str, float]]  # label -> FID, a rung
+    second_rungs: Sequence[Mapping[str, float]] = ()  # the same by the second metric, if asked for
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with None for what could not be scored."""
-        return {
+        found = {
             "chosen": self.label, "score": self.score, "images_each": self.images_each,
             "images": self.images, "rungs": without_nan([dict(rung) for rung in self.rungs]),
         }  # fmt: skip
+        if self.second_rungs:
+            found["second_rungs"] = without_nan([dict(rung) for rung in self.second_rungs])
+        return found
 
 
 def run_tournament(
-    name: str, entries: Mapping[str, Tensor], rungs: tuple[Rung, ...], store: ScoreStore
+    name: str,
+    entries: Mapping[str, Tensor],
+    rungs: tuple[Rung, ...],
+    store: ScoreStore,
+    *,
+    second: bool = False,
 ) -> Winner:
     """Let entries, coefficients (G, K) by label, compete for the lowest FID to the reference.
 
-    All that are left see the same seeds in a rung, and every rung has seeds of its own. An entry
-    whose images are not finite drops out first; ties go to the earlier one. Without rungs, the
-    first entry wins.
+    With `second`, for the lowest mean rank in FID and the store's second metric, then the lowest
+    FID. All that are left see the same seeds in a rung, and every rung has seeds of its own. An
+    entry whose images are not finite drops out first; ties go to the earlier one. Without rungs,
+    the first entry wins.
     """
-    left, played = list(entries), []
+    left, played, also = list(entries), list[Mapping[str, float]](), list[Mapping[str, float]]()
     for index, rung in enumerate(rungs):
         asked = [
-            Request(f"{name}/{index}/{label}", entries[label], rung.images, (name, index))
+            Request(f"{name}/{index}/{label}", entries[label], rung.images, (name, index), second)
             for label in left
         ]
         found = store.get_all(asked)
         scores = {label: s["reference"] for label, s in zip(left, found, strict=True)}
         played.append(scores)
-        order = sorted(left, key=lambda label: (math.isnan(scores[label]), scores[label]))
+        if second:
+            also.append({r.key.split("/", 2)[2]: store.second(r.key) for r in asked})
+        order = ranked([scores, *also[-1:]])
         left = order[: rungs[index + 1].entries if index + 1 < len(rungs) else 1]
     best = left[0]
     last = played[-1][best] if played else math.nan
@@ -124,7 +144,22 @@ def run_tournament(
         images_each=rungs[-1].images if rungs else 0,
         images=cost(rungs),
         rungs=played,
+        second_rungs=also,
     )
+
+
+def ranked(metrics: Sequence[Mapping[str, float]]) -> list[str]:
+    """Labels from the lowest mean rank up; ties by the first metric, NaN in it last, then as given.
+
+    An entry's rank in a metric is how many entries are below it; NaN is below none.
+    """
+    first = metrics[0]
+
+    def rank(label: str) -> int:
+        values = [(metric[label], metric.values()) for metric in metrics]
+        return sum(sum(other < v or math.isnan(v) for other in all_) for v, all_ in values)
+
+    return sorted(first, key=lambda label: (math.isnan(first[label]), rank(label), first[label]))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from merge_rl.config import OptimizeConfig
 from merge_rl.core.merging.gradient import theta_gradient
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Searcher
-from merge_rl.rng import image_seeds, stream
-from merge_rl.searchers import Pathwise
+from merge_rl.rng import draw_subset, image_seeds, stream
+from merge_rl.searchers import Pathwise, Slope
 from merge_rl.workflows.assembly import Job
+from merge_rl.workflows.evaluate import SecondMetric
 from merge_rl.workflows.optimize.rounds import SearchLoop
 from merge_rl.workflows.rewards import (
+    CombinedExtractor,
     Level,
+    Pool,
     RewardGradient,
     pool_gap,
     require_gradient,
-    surprise_of,
 )
 from merge_rl.workflows.rollout import DifferentiableRollout, WorkItem, with_gradient
 
@@ -31,7 +34,8 @@ class PathwiseLoop(SearchLoop):
     """A search whose rounds make images at the mean, with their gradient.
 
     A round's images take the place of the oldest of the pool, so that none is paid for twice. An
-    image with its gradient counts as `GRADIENT_COST` images.
+    image with its gradient counts as `GRADIENT_COST` images. Whenever all of the pool is new, a
+    metric is looked at that the search does not optimise.
     """
 
     def _round(self, thetas: Tensor) -> None:
@@ -40,15 +44,17 @@ class PathwiseLoop(SearchLoop):
         level = at.level(stream(self.config.seed, "halves", self.round_index))
         before, share = level.distance, self._count / len(self._pool)
         found = self._gradient(theta, at, level)
-        searcher = self._pathwise
+        searcher, second = self._pathwise, self._second(share)
         step, returns = searcher.step, searcher.returns
-        searcher.tell(thetas, found["rewards"], found["gradients"], found["lag"], level.noise)
+        slope = Slope(gradients=found["gradients"], noise=level.noise, second=second)
+        searcher.tell(thetas, found["rewards"], slope)
         self._note_failures(found["rewards"])
         if self.failed_rounds:
             searcher.recenter(self.result_theta)
         else:
             self.result_theta = theta
         after = self.reward.pool_distance(self._pool)
+        went_back = searcher.returns > returns
         event = {
             "kind": "round",
             "round": self.round_index,
@@ -61,32 +67,61 @@ class PathwiseLoop(SearchLoop):
             "pool_after": after,
             "refreshed": self._count,
             "gap": pool_gap(before, after, share),
-            "lag": found["lag"],
             "step_length": step,
+            **({} if second is None else {self._metric.name: second[0]}),
+            **self.held_out.of(self.pool),
             "images": self.images,
             "seconds": time.monotonic() - began,
             "rollout_seconds": self.job.rollout.seconds - sampled,
         }
         self.run_dir.append_event(event)
+        if went_back:
+            self._renew_pool()
         self.round_index += 1
         self._save()
         self.tracker.event(event)
-        self._speak(found["dropped"], went_back=searcher.returns > returns)
-
-    def _speak(self, dropped: tuple[str, ...], *, went_back: bool) -> None:
-        texts = []
-        if dropped:
-            more = f" ({len(dropped)} in this round)" if len(dropped) > 1 else ""
-            texts.append(f"round {self.round_index}: left out the image of {dropped[0]}{more}")
+        if found["dropped"]:
+            self._say_dropped(found["dropped"])
         if went_back:
-            level = -self._pathwise.best
-            stopped = ": the search ends early" if self.searcher.done else " with half the step"
-            texts.append(
-                f"round {self.round_index}: clearly worse for several rounds: back to the best "
-                f"mean so far, distance {level:.3g}{stopped}"
-            )
-        for text in texts:
-            self.tracker.event({"kind": "warning", "text": text})
+            self._say_back()
+
+    def _say_dropped(self, dropped: tuple[str, ...]) -> None:
+        more = f" ({len(dropped)} in this round)" if len(dropped) > 1 else ""
+        self._announce(f"round {self.round_index}: left out the image of {dropped[0]}{more}")
+
+    def _say_back(self) -> None:
+        worse = "the distance" if self._pathwise.blamed == 0 else self._metric.name
+        stopped = ": the search ends early" if self.searcher.done else " with half the step"
+        self._announce(
+            f"round {self.round_index}: {worse} of the pool was clearly worse than it had been for "
+            f"several rounds: back to the best mean so far{stopped}"
+        )
+
+    def _renew_pool(self) -> None:
+        """Images of where the search went back to, if there is budget for them and a round."""
+        left = self.limit - self.images - self._round_cost(1)
+        if self.searcher.done or left < len(self._pool):
+            return
+        labels, names = self._pool.labels, ("pool again", self.round_index)
+        features = self._generate(self.searcher.mean, labels, *names)
+        if bool(features.isfinite().all()):
+            self.pool, self.cursor = Pool.of(features, labels), 0
+
+    @cached_property
+    def _metric(self) -> SecondMetric:
+        return SecondMetric(self.job.references["reference"], str(self.job.rollout.rollout.device))
+
+    def _second(self, share: float) -> tuple[float, float] | None:
+        """The second metric of the pool, and what chance does to it; None where nothing is new."""
+        columns = _columns(self.job)
+        if columns is None or self.round_index % max(1, round(1 / share)):
+            return None
+        features = self._pool.features[:, columns]
+        chosen = stream(self.config.seed, "second halves", self.round_index)
+        half = draw_subset(self._pool.labels, len(features) // 2, chosen)
+        other = torch.ones(len(features), dtype=torch.bool).index_fill(0, half, False)
+        parts = self._metric.score(features[half]) - self._metric.score(features[other])
+        return self._metric.score(features), abs(parts) / 2
 
     def _gradient(self, theta: Tensor, at: RewardGradient, level: Level) -> dict[str, Any]:
         """What the searcher is told of theta (D,); the images made for it go into the pool."""
@@ -100,7 +135,6 @@ class PathwiseLoop(SearchLoop):
         self.images += cost
         self.job.rollout.rollout.on_images(cost)
         sound = made.features.isfinite().all(1)
-        lag = surprise_of(at.influence(made.features[sound]), level.bias).lag
         if bool(sound.any()):
             self.pool = pool.replaced(rows[sound], made.features[sound])
             self.cursor = (self.cursor + self._count) % len(pool)
@@ -110,7 +144,6 @@ class PathwiseLoop(SearchLoop):
         return {
             "rewards": torch.tensor([reward], dtype=torch.float64),
             "gradients": -gradient[None],
-            "lag": lag,
             "dropped": made.dropped,
         }
 
@@ -153,6 +186,16 @@ def require_gradients(config: OptimizeConfig, job: Job, searcher: Searcher) -> N
             f"num_replacements of 1, got {config.reward.num_subsets} and "
             f"{config.reward.num_replacements}"
         )
+
+
+def _columns(job: Job) -> slice | None:
+    """The features of the pool that the second metric reads; None if the reward reads others."""
+    made, own, start = job.rollout.rollout.extractor, job.final_rollout.rollout.extractor, 0
+    for part in made.extractors if isinstance(made, CombinedExtractor) else (made,):
+        if part is own:
+            return slice(start, start + part.dim)
+        start += part.dim
+    return None
 
 
 def loop_of(searcher: Searcher) -> type[SearchLoop]:

@@ -30,8 +30,8 @@ class SearchLoop:
     """The search of one run: owns pool, searcher and counters; saves all of them every round.
 
     It begins at `start` with `spent` images used, and no round begins that would take it beyond
-    `limit`, the whole budget if not said. Rewards that score a candidate's own images alone need
-    no pool, and make none.
+    `limit`, the search's whole budget if not said. Rewards that score a candidate's own images
+    alone need no pool, and make none.
 
     The pool holds images of the policy mean: rows are renewed round robin (or all, every k rounds),
     so that it follows the policy.
@@ -51,7 +51,7 @@ class SearchLoop:
     ) -> None:
         self.config, self.job, self.searcher = config, job, searcher
         self.run_dir, self.tracker, self.reward = run, tracker, job.reward
-        self.limit = config.budget if limit is None else limit
+        self.limit = config.search_budget if limit is None else limit
         self.round_index = self.cursor = self.failed_rounds = 0
         self.images = spent
         self.gap_mean = 0.0

@@ -45,12 +45,16 @@ from merge_rl.workflows.assembly import (
     require_all_allowed,
     resolve_config,
     search_doubts,
-    searcher_note,
     with_network,
 )
 from merge_rl.workflows.evaluate import ScoreStore, compare
 from merge_rl.workflows.export import merged_licence
-from merge_rl.workflows.optimize.prepare import check_names, common_batch, distribute
+from merge_rl.workflows.optimize.prepare import (
+    check_names,
+    common_batch,
+    distribute,
+    opening_notes,
+)
 from merge_rl.workflows.optimize.result import OptimizeResult, from_plain, to_plain, write_merged
 from merge_rl.workflows.optimize.search import make_searcher, run_search
 from merge_rl.workflows.optimize.shown import write_samples
@@ -125,21 +129,19 @@ def begin(
     given: Given | None = None,
 ) -> OptimizeResult:
     """The search of an open set, from settings that leave open what the set says, to its end."""
-    for text in opened.notes:
-        _announce(tracker)(text)
     allow_named(base)
     with_network(opened, base.network)
     resolved = resolve_config(base, opened)
     check_names(resolved)
-    note = searcher_note(base, resolved)
-    if note and group.leads:
-        _announce(tracker)(note)
     merged_licence(opened, resolved.licence)  # refused before the search, not after it
     resolved = common_batch(resolved, opened, group, out, _announce(tracker))
     ranks, job = _gather(group, resolved, opened, tracker, given)
     if not group.leads:
         return from_plain(ranks.follow())
     make_searcher(resolved, job)  # refuses before anything is written
+    timed = given is None and resolved.generate is None
+    for text in opening_notes(base, resolved, job, group.size, timed=timed):
+        _announce(tracker)(text)
     with locked(out):
         inputs = {"hashes": job.hashes, "version": __version__}
         run = begin_run(out, resolved, inputs, group.place)

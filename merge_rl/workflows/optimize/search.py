@@ -26,6 +26,7 @@ from merge_rl.workflows.optimize.budget import (
     LEAST,
     BudgetPlan,
     Optimism,
+    Rung,
     Winner,
     look_again,
     most_entries,
@@ -133,6 +134,7 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
         nimg=tuple(job.checkpoints.nimg),
         ema_std=tuple(job.checkpoints.ema_std),
         evaluations=plan.rounds * plan.candidates,
+        renewed=min(1.0, config.reward.images_per_subset / config.reward.pool_size),
     )
     name = config.search.name
     given = (config.search, space, config.seed)
@@ -165,9 +167,11 @@ def _choose(
     entries: Mapping[str, Tensor], plan: BudgetPlan, store: ScoreStore, tracker: Tracker
 ) -> Winner:
     rungs = tournament_rounds(len(entries), plan.final, LEAST) if plan.final else ()
+    if plan.look:  # fewer finalists than planned get no more images than are kept for them
+        rungs = tuple(Rung(rung.entries, min(rung.images, plan.look)) for rung in rungs)
     if rungs:
         tracker.phase("finalists", sum(rung.entries * rung.images for rung in rungs))
-    return run_tournament("final", entries, rungs, store)
+    return run_tournament("final", entries, rungs, store, second=True)
 
 
 AUTO = "auto"
@@ -181,7 +185,7 @@ def starts_of(
     """Where the search of a config may begin, coefficients (G, K) by what they are."""
     own = registry.chooses_itself(config.search.name)
     if config.merge.start == AUTO and config.search.start_share > 0 and not own:
-        images = int(config.budget * config.search.start_share)
+        images = int(config.search_budget * config.search.start_share)
         return free_starts(checkpoints, coefficients, min(MOST, most_entries(images, LEAST)))
     label = "newest" if config.merge.start == AUTO else config.merge.start
     return {label: coefficients(torch.zeros(coefficients.dim, dtype=torch.float64))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
@@ -51,7 +51,9 @@ def write_samples(
     """
     if not job.parts.makes_images:
         return
-    merged, seed, (count, columns) = job.final_rollout, job.parts.settings.seed, _layout(job)
+    merged, settings = job.final_rollout, job.parts.settings
+    seed = settings.seed
+    count, columns = picture_layout(settings.autoencoder, job.parts.shape)
     labels = balanced_labels(count, job.num_classes)
     noise = merged.rollout.noise(range(seed, seed + count))
     tracker.phase("pictures", len(merges) * count)
@@ -77,9 +79,7 @@ def write_samples(
         run.write("samples/samples.json", {**record, "labels": shown})
 
 
-def _layout(job: Job) -> tuple[int, int]:
-    """Images and columns of a grid."""
-    large = (
-        job.parts.settings.autoencoder is not None or max(job.parts.shape[1:], default=0) > SMALL
-    )
+def picture_layout(autoencoder: str | None, shape: Sequence[int]) -> tuple[int, int]:
+    """Images and columns of a grid, by what decodes samples of a shape."""
+    large = autoencoder is not None or max(shape[1:], default=0) > SMALL
     return (12, 4) if large else (30, 10)

@@ -23,16 +23,9 @@ from merge_rl.parallel.blocks import block_size
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows.assembly import MemoryPlan, PartCosts, cost_parts, gib, plan_memory
 from merge_rl.workflows.evaluate import Scorer
+from merge_rl.workflows.optimize import SDE, Workload, search_workload
 from merge_rl.workflows.plan import calibration
-from merge_rl.workflows.plan.work import (
-    SDE,
-    Estimate,
-    Speeds,
-    Workload,
-    estimate,
-    filling_batch,
-    search_workload,
-)
+from merge_rl.workflows.plan.work import Estimate, Speeds, estimate, filling_batch
 from merge_rl.workflows.rollout import fast_hint, require_device
 
 DEVICES: Final = (1, 8, 64)
@@ -125,7 +118,8 @@ def plan(
     costed = cost_parts(config, checkpoints, lambda text: tracker.event(_note(text)))
     sampler = config.sampler or SamplerConfig()
     also_sde = prediction_of(costed.rollout.model) == VELOCITY and not sampler.is_sde
-    workload = search_workload(config, checkpoints, costed.num_groups, also_sde=also_sde)
+    shape = costed.parts.shape
+    workload = search_workload(config, checkpoints, costed.num_groups, shape, also_sde=also_sde)
     calls = {"reward": _calls(sampler, costed), SDE: 0}
     if also_sde:
         calls[SDE] = _calls(sde_counterpart(sampler), costed)
@@ -188,7 +182,7 @@ def _measure(
     """Seconds of each part on this machine; some seconds of each."""
     tracker.phase("calibration", 5)
     parts, reward, final = costed.parts, config.reward, config.evaluation
-    longest = max(reward.images_per_subset, min(4 * config.batch, final.num_images))
+    longest = max(reward.images_per_subset, min(4 * config.batch, final.images))
     images = calibration.time_images(costed.rollout, parts.num_classes, longest)
     block, image = images.of(calls["reward"])
     sde = images.of(calls[SDE])
@@ -203,7 +197,7 @@ def _measure(
     )  # fmt: skip
     tracker.advance(1)
     moments = {name: reference.stats for name, reference in parts.references.items()}
-    score = calibration.time_score(Scorer(moments), moments["reference"], final.num_images)
+    score = calibration.time_score(Scorer(moments), moments["reference"], final.images)
     tracker.advance(1)
     state = _state_bytes(config, costed.dim)
     write = calibration.time_write(state, out.resolve().parent)

@@ -1,67 +1,12 @@
-"""What a search will make: its stages, their images, blocks and network calls."""
+"""How long the stages of a search take on some devices, and the batch that keeps them busy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from merge_rl.config import OptimizeConfig
 from merge_rl.parallel.blocks import block_size, share_blocks, split_blocks
-from merge_rl.storage.checkpoints import CheckpointSet
-from merge_rl.workflows.assembly import unweighed_map
-from merge_rl.workflows.evaluate import ENTRIES
-from merge_rl.workflows.optimize import (
-    FINALISTS,
-    FRESH,
-    LEAST,
-    BudgetPlan,
-    Rung,
-    plan_budget,
-    starts_of,
-    tournament_rounds,
-)
-
-ODE, SDE = "reward", "sde"
-
-
-@dataclass(frozen=True)
-class WorkStage:
-    """Work that is handed out at once, `times` times: `items` of `images` images each."""
-
-    name: str
-    times: int
-    items: int
-    images: int
-    sampler: str = ODE
-
-    @property
-    def total(self) -> int:
-        """Images of all times."""
-        return self.times * self.items * self.images
-
-    @property
-    def merges(self) -> int:
-        """Merges on one device: one an item."""
-        return self.times * self.items
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The stages of a search and of the comparison that ends it."""
-
-    stages: tuple[WorkStage, ...]
-    rounds: int
-    scorings: int  # scores of whole sets of images in the comparison
-
-    @property
-    def images(self) -> int:
-        """Images of all stages."""
-        return sum(stage.total for stage in self.stages)
-
-    @property
-    def merges(self) -> int:
-        """Merges of all stages on one device."""
-        return sum(stage.merges for stage in self.stages)
+from merge_rl.workflows.optimize import SDE, Workload, WorkStage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,59 +122,3 @@ def filling_batch(items: int, images: int, devices: int, batch: int) -> int | No
         if all(len(share) for share in shares):
             return block_size(images, size)
     return None
-
-
-def search_workload(
-    config: OptimizeConfig, checkpoints: CheckpointSet, num_groups: int, *, also_sde: bool = False
-) -> Workload:
-    """The workload of `optimize` with a resolved config.
-
-    What a search decides on its way is not in it: a second refresh when the pool lags behind,
-    finalists that are the same, a searcher that ends early or asks for more in later rounds.
-    `also_sde`: the comparison is repeated under the SDE. Raises BudgetError as the search would.
-    """
-    budget = plan_budget(config, _count_starts(config, checkpoints, num_groups))
-    final, entries = config.evaluation, FINALISTS + config.search.incumbents
-    last = tournament_rounds(entries, budget.final, LEAST) if budget.final else ()
-    rounds, search = _rounds(config, budget)
-    stages = [
-        *_rungs("start", budget.start),
-        *search,
-        *_rungs("finalists", last),
-        # Result and start once more, and the start on the seeds of the last round.
-        *([WorkStage("optimism", 1, 2 * FRESH + 1, last[-1].images)] if last else []),
-        WorkStage("best single", 1, len(checkpoints), final.selection_images),
-        WorkStage("comparison", 1, len(ENTRIES) * final.repeats, final.num_images),
-    ]
-    if also_sde:
-        stages.append(WorkStage("comparison, SDE", 1, 2 * final.repeats, final.num_images, SDE))
-    scored = [s.items for s in stages if s.name not in ("pool", "candidates", "refresh")]
-    return Workload(tuple(stage for stage in stages if stage.total), rounds, sum(scored))
-
-
-def _rounds(config: OptimizeConfig, budget: BudgetPlan) -> tuple[int, list[WorkStage]]:
-    """How many rounds the budget pays for, and the stages of all of them."""
-    reward = config.reward
-    left = budget.limit - sum(rung.entries * rung.images for rung in budget.start) - budget.pool
-    rounds, refreshes = 0, dict[int, int]()
-    while True:
-        cost = config.round_images(budget.candidates, rounds)
-        refresh = cost - budget.candidates * reward.images_per_candidate
-        if cost > left:
-            break
-        left, rounds = left - cost, rounds + 1
-        refreshes[refresh] = refreshes.get(refresh, 0) + 1
-    draws = reward.num_subsets * reward.num_replacements
-    return rounds, [
-        WorkStage("pool", 1, 1, budget.pool),
-        WorkStage("candidates", rounds, budget.candidates * draws, reward.images_per_subset),
-        *(WorkStage("refresh", times, 1, images) for images, times in refreshes.items()),
-    ]
-
-
-def _rungs(name: str, rungs: tuple[Rung, ...]) -> list[WorkStage]:
-    return [WorkStage(name, 1, rung.entries, rung.images) for rung in rungs]
-
-
-def _count_starts(config: OptimizeConfig, checkpoints: CheckpointSet, num_groups: int) -> int:
-    return len(starts_of(config, checkpoints, unweighed_map(checkpoints, config.merge, num_groups)))

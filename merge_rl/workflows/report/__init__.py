@@ -6,7 +6,7 @@ from merge_rl.workflows.report.figures import can_draw, drawing, steps_axis
 from merge_rl.workflows.report.plots import draw_run
 from merge_rl.workflows.report.results import CompareResult, EvaluateResult, Score, SearcherScore
 from merge_rl.workflows.report.run_page import search_lines
-from merge_rl.workflows.report.text import NAMES, interval, markdown_table, number
+from merge_rl.workflows.report.text import NAMES, duration, interval, markdown_table, number
 from merge_rl.workflows.report.verdicts import (
     Verdict,
     compare_verdict,
@@ -30,6 +30,7 @@ __all__ = [
     "compare_verdict",
     "draw_run",
     "drawing",
+    "duration",
     "finetune_verdict",
     "interval",
     "markdown_table",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +100,19 @@ def _finalists(final: Mapping[str, Any]) -> list[str]:
     rungs = final["rungs"]
     if not rungs:
         return []
+    also = final.get("second_rungs", [])  # runs of old have none
+    looks = [rung for pair in zip_longest(rungs, also) for rung in pair if rung is not None]
     rows = [
-        [label, *("" if label not in rung else number(rung[label]) for rung in rungs)]
+        [label, *("" if label not in look else number(look[label], ".4g") for look in looks)]
         for label in rungs[0]
     ]
-    columns = ["finalist", *(f"round {index + 1}" for index in range(len(rungs)))]
+    kinds = ("FID", "second metric") if also else ("FID",)
+    columns = [f"round {index + 1}, {kind}" for index in range(len(rungs)) for kind in kinds]
     return [
         "## Final choice",
-        "FID to the reference; the better half goes on, with other seeds and twice the images.",
-        markdown_table(columns, rows),
+        f"By {' and '.join(kinds)} to the reference; the better half by mean rank goes on, with "
+        "other seeds and twice the images.",
+        markdown_table(["finalist", *columns], rows),
         f"Chosen: {final['chosen']}, {number(final['score'])} at N = {final['images_each']:,}"
         f"{_fresh(final, ' (below 0 the choice was flattered by its seeds)')}.",
     ]

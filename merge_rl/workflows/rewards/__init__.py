@@ -1,7 +1,7 @@
 """Distribution-wise rewards of a pool of features, alone and as weighted sums."""
 
 from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource
-from merge_rl.workflows.rewards.gradient import Level, RewardGradient, require_gradient, surprise_of
+from merge_rl.workflows.rewards.gradient import Level, RewardGradient, require_gradient
 from merge_rl.workflows.rewards.pool import Pool, pool_gap
 from merge_rl.workflows.rewards.subset_reward import SubsetReward
 from merge_rl.workflows.rewards.sum import (
@@ -33,6 +33,5 @@ __all__ = [
     "first_order_warnings",
     "pool_gap",
     "require_gradient",
-    "surprise_of",
     "term_means",
 ]

@@ -8,7 +8,6 @@ order; for the gradient of the distance of the policy's own distribution first o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -103,30 +102,6 @@ class Level:
     def unbiased(self) -> float:
         """The distance without its bias."""
         return self.distance - self.bias
-
-
-@dataclass(frozen=True)
-class Surprise:
-    """Fresh images against the pool that stands for them."""
-
-    mean: float  # influence of the fresh images
-    lag: float  # how many standard errors it is above what images of the pool's policy would have
-
-
-def surprise_of(influences: Tensor, bias: float) -> Surprise:
-    """Whether fresh images (influences (n,), NaN left out) are of the pool's distribution.
-
-        lag = (mean + 2 bias) / (std / sqrt(n))
-
-    Fresh images of the policy that made the pool have a mean influence of about -2 bias, as the
-    pool's distance is too large by its bias and theirs would be by none. Above: they are worse
-    than the pool promised, and steps were too long. 0 where fewer than two are finite.
-    """
-    sound = influences[influences.isfinite()]
-    if len(sound) < 2:
-        return Surprise(math.nan, 0.0)
-    mean, error = float(sound.mean()), float(sound.std()) / math.sqrt(len(sound))
-    return Surprise(mean, (mean + 2 * bias) / error if error > 0 else 0.0)
 
 
 def require_gradient(reward: RewardSum, who: str = "the searcher pathwise") -> None:

@@ -16,7 +16,9 @@ from merge_rl.core.distances.kernels import (
     RBFKernel,
     cubic_kernel,
     kernel_distance,
+    quadratic_distance,
 )
+from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.errors import ConfigError, StatisticsError, TooFewSamplesError
 
 PAIRS = ("a_vs_b", "a_vs_d", "c_vs_a")
@@ -177,3 +179,27 @@ def test_features_without_a_kernel_distance_are_refused() -> None:
 def test_bandwidths_that_are_none_are_refused(bandwidth: float) -> None:
     with pytest.raises(ConfigError, match=f"positive bandwidth, got {bandwidth}"):
         RBFKernel(bandwidth)
+
+
+def test_a_quadratic_distance_from_moments_by_hand() -> None:
+    # One dimension, mean 1, variance 4; rows 2 and 4 lie 1 and 3 from it. Of the kernel less its
+    # constant, z² z'² + 2 z z': the pair has 9 + 6, the mean square 5 meets the variance in 20,
+    # and the reference has 16 with itself: 15 + 16 - 2 * 20.
+    real = FeatureStats(9, torch.ones(1).double(), 4 * torch.ones(1, 1).double())
+    assert quadratic_distance(torch.tensor([[2.0], [4.0]]), real) == pytest.approx(-9.0)
+
+
+def test_a_quadratic_distance_is_that_of_its_kernel() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, y = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (12, 40))
+    cov = (y - y.mean(0)).T @ (y - y.mean(0)) / 40
+    found = quadratic_distance(x + 0.3, FeatureStats(40, y.mean(0), cov))
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a - y.mean(0), b - y.mean(0)
+        return (a @ b.T / 5 + 1).square()
+
+    pairs = kernel(x + 0.3, x + 0.3)
+    within = (pairs.sum() - pairs.trace()) / (12 * 11)
+    expected = within + kernel(y, y).mean() - 2 * kernel(x + 0.3, y).mean()
+    assert found == pytest.approx(float(expected), rel=1e-10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from merge_rl.interfaces import NullTracker
 from merge_rl.storage.checkpoints import open_checkpoints
 from merge_rl.workflows.assembly import resolve_config
 from merge_rl.workflows.assembly.resolve import searcher_note, why_no_gradient
+from merge_rl.workflows.rewards import Level, RewardGradient
 from merge_rl.workflows.rollout import DifferentiableRollout
 
 TinyConfig = Callable[..., OptimizeConfig]
@@ -126,6 +128,37 @@ def test_three_rounds_without_a_gradient_end_the_search(
     assert any("all candidates failed in 3 rounds running" in text for text in heard.said)
 
 
+def test_a_search_that_gets_worse_begins_again_at_its_best(
+    config: OptimizeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distances = iter([2.0, 1.0, *[9.0] * 11, *[20.0] * 99])
+    monkeypatch.setattr(RewardGradient, "level", lambda *_given: Level(next(distances), 0.0, 0.0))
+    heard, run = Heard(), tmp_path / "run"
+    result = mrl.optimize(config.checkpoints, out=run, config=config, budget=2000, tracker=heard)
+    rounds = rounds_of(run)
+    # Two good rounds, ten bad ones, one at the start of the new attempt, ten that are worse.
+    assert len(rounds) == 2 + 10 + 1 + 10
+    # The centre of the second round's pool, which was the best: it is still at the start.
+    assert rounds[11]["theta"] == rounds[22]["theta"] == rounds[0]["candidates"][0]
+    # A pool of 40 is made there anew; not when nothing more is asked.
+    costs = [b["images"] - a["images"] for a, b in pairwise(rounds)]
+    assert costs == [30] * 11 + [70] + [30] * 10
+    assert result.images == rounds[-1]["images"] < 800
+    said = [text for text in heard.said if "clearly worse" in text]
+    assert len(said) == 2
+    assert said[0].startswith("round 12: the distance of the pool was clearly worse")
+    assert said[0].endswith("back to the best mean so far with half the step")
+    assert said[1].endswith("the search ends early")
+
+
+def test_a_second_metric_is_looked_at_when_the_pool_is_new(
+    config: OptimizeConfig, tmp_path: Path
+) -> None:
+    mrl.optimize(config.checkpoints, out=tmp_path / "run", config=config)
+    looked = [e["round"] for e in rounds_of(tmp_path / "run") if "quadratic-mmd" in e]
+    assert looked == [0, 4, 8]  # four rounds of 10 fill a pool of 40
+
+
 def test_auto_takes_the_gradient_where_there_is_one(
     config: OptimizeConfig, shared_tiny: Path, tiny_config: TinyConfig
 ) -> None:
@@ -136,7 +169,7 @@ def test_auto_takes_the_gradient_where_there_is_one(
         return resolve_config(tiny_config(shared_tiny, search=search, **changes), opened)
 
     assert resolved().search.name == "pathwise"
-    assert resolved().search.incumbents == 1
+    assert resolved().search.incumbents == 2
     policy = [
         resolved(reward={"name": "fid-full"}),
         resolved(sampler=SamplerConfig(solver="sde-euler", num_steps=4)),

@@ -25,6 +25,7 @@ from merge_rl.workflows.optimize.budget import (
     Rung,
     look_again,
     plan_budget,
+    ranked,
     run_tournament,
 )
 from merge_rl.workflows.optimize.search import free_starts
@@ -105,8 +106,14 @@ def test_every_group_starts_alike(shared_tiny: Path) -> None:
 class Scores:
     """Stands for the store: FID by label and rung, and the seeds that were asked for."""
 
-    def __init__(self, table: dict[str, list[float]]) -> None:
-        self.table, self.asked = table, []  # type: ignore[var-annotated]
+    def __init__(
+        self, table: dict[str, list[float]], second: dict[str, list[float]] | None = None
+    ) -> None:
+        self.table, self.others, self.asked = table, second or {}, []  # type: ignore[var-annotated]
+
+    def second(self, key: str) -> float:
+        _, rung, label = key.split("/")
+        return self.others[label][int(rung)]
 
     def get_all(self, requests: list[Request]) -> list[dict[str, float]]:
         found = []
@@ -128,6 +135,23 @@ def test_the_better_half_goes_on() -> None:
         ("a", 15, ("final", 1)), ("c", 15, ("final", 1)),
     ]  # fmt: skip
     assert winner.as_dict()["rungs"][0] == {"a": 1.0, "b": None, "c": 2.0}
+
+
+def test_the_finalist_has_the_best_mean_rank() -> None:
+    # Ranks in the first rung: a 0 + 3, b 1 + 1, c 2 + 2, d 3 + 0: b goes on, and of the others,
+    # which are 3, 4, 3, a, whose FID is the lower one. Then both lead in one metric: FID decides.
+    entries = {label: torch.zeros(1, 2) for label in "abcd"}
+    scores = Scores(
+        {"a": [1, 1.5], "b": [2, 1.4], "c": [3, 0], "d": [4, 0]},
+        {"a": [9, 5.0], "b": [7, 6.0], "c": [8, 0], "d": [6, 0]},
+    )
+    rungs = (Rung(4, 10), Rung(2, 20))
+    found = run_tournament("final", entries, rungs, scores, second=True)  # type: ignore[arg-type]
+    assert list(found.rungs[1]) == ["b", "a"]
+    assert (found.label, found.score) == ("b", 1.4)
+    assert found.as_dict()["second_rungs"] == [{"a": 9, "b": 7, "c": 8, "d": 6}, {"b": 6, "a": 5}]
+    nan = math.nan
+    assert ranked([{"a": nan, "b": 2.0, "c": 1.0}, {"a": 0.0, "b": 1.0, "c": nan}]) == list("bca")
 
 
 def test_without_a_look_the_first_entry_wins() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from torch import Tensor
@@ -15,15 +15,23 @@ from torch import Tensor
 import merge_rl as mrl
 from merge_rl.config.optimize import AUTO_BATCH, OptimizeConfig
 from merge_rl.errors import BudgetError, OutOfMemoryError
+from merge_rl.interfaces import NullTracker
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
+from merge_rl.workflows.assembly import comparison
 from merge_rl.workflows.assembly.costs import cost_parts
 from merge_rl.workflows.assembly.memory import MOST_ON_CPU, fit_batch, plan_memory
 from merge_rl.workflows.assembly.resolve import resolve_config
+from merge_rl.workflows.optimize import WorkStage, budget, search, search_workload, workload
 from merge_rl.workflows.plan import calibration
 from merge_rl.workflows.plan.calibration import ImageTime
 from merge_rl.workflows.plan.run import plan
-from merge_rl.workflows.plan.work import Speeds, WorkStage, search_workload
-from merge_rl.workflows.rollout.rollout import Rollout
+from merge_rl.workflows.plan.work import Speeds
+from merge_rl.workflows.rollout.differentiable import (
+    Cotangents,
+    DifferentiableRollout,
+    Differentiated,
+)
+from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 
 TinyConfig = Callable[..., OptimizeConfig]
 
@@ -67,7 +75,7 @@ def test_the_stages_are_those_of_the_search(
     monkeypatch.setattr(Rollout, "latents", latents)  # samples that cost nothing
     search = {"population": 4, "start_share": 0.4, "final_share": 0.4, "incumbents": 1}
     config = resolve_config(tiny_config(shared_tiny, budget=2000, search=search), opened)
-    load = search_workload(config, opened, 1)
+    load = search_workload(config, opened, 1, (1, 8, 8))
     found = mrl.optimize(config.checkpoints, out=tmp_path / "run", config=config).found
     assert load.rounds == found.rounds
     by_name: dict[str, int] = {}
@@ -85,6 +93,85 @@ def test_the_stages_are_those_of_the_search(
     assert by_name["optimism"] == 7 * found.choice.images_each
 
 
+class Notes(NullTracker):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if event.get("kind") == "note":
+            self.said.append(str(event["text"]))
+
+
+@pytest.mark.parametrize("searcher", ["auto", "policy-gradient"])
+def test_a_budget_is_all_that_is_generated(
+    searcher: str, shared_tiny: Path, opened: CheckpointSet, tiny_config: TinyConfig,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    made: list[int] = []
+    plain, both = MergedRollout.features_of, DifferentiableRollout.__call__
+
+    def counted(self: MergedRollout, items: Sequence[WorkItem], phase: str = "") -> list[Tensor]:
+        made.extend(len(item.seeds) for item in items)
+        return plain(self, items, phase)
+
+    def thrice(self: DifferentiableRollout, item: WorkItem, back: Cotangents) -> Differentiated:
+        made.append(3 * len(item.seeds))
+        return both(self, item, back)
+
+    monkeypatch.setattr(MergedRollout, "features_of", counted)
+    monkeypatch.setattr(DifferentiableRollout, "__call__", thrice)
+    monkeypatch.setattr(comparison, "LEAST_FINAL", 8)
+    for module in (budget, search, workload):
+        monkeypatch.setattr(module, "LEAST", 5)
+    config = tiny_config(
+        shared_tiny, track=None, budget=1300,
+        search={"name": searcher, "population": None, "start_share": 0, "final_share": 0.3},
+        evaluation={"num_images": None, "selection_images": None, "share": 0.4},
+    )  # fmt: skip
+    wide = open_checkpoints(shared_tiny, track=None)
+    resolved = resolve_config(config, wide)
+    assert resolved.search.name == ("pathwise" if searcher == "auto" else searcher)
+    load, notes = search_workload(resolved, wide, 1, (1, 8, 8)), Notes()
+    run = mrl.optimize(config.checkpoints, out=tmp_path / "run", config=config, tracker=notes)
+    final = run.found.choice
+    # The start need not be looked at again where it came that far, and nothing if it was chosen.
+    spared = 7 if final.label == "start" else int("start" in final.rungs[-1])
+    chosen = final.images + (7 - spared) * final.images_each
+    choice = sum(s.total for s in load.stages if s.name in ("finalists", "optimism"))
+    # To the image, but that finalists which coincide share their part out anew.
+    assert sum(made) - chosen + 2 * 30 == load.images - choice
+    assert chosen > choice / 2
+    assert sum(made) + 2 * 30 <= 1300
+    # Less than a round is left, and what no division of a share gives.
+    assert load.images <= 1300 < load.images + resolved.round_images(16, 0) + 20
+    assert notes.said[0].startswith(f"{load.images:,} images in all, about ")
+    assert ("counts as three" in notes.said[0]) == (searcher == "auto")
+    both_tracks = [text for text in notes.said if "together; --track takes one" in text]
+    assert len(both_tracks) == (len(wide.tracks) > 1)
+
+
+def test_a_budget_too_small_for_the_comparison_is_refused(
+    shared_tiny: Path, opened: CheckpointSet, tiny_config: TinyConfig
+) -> None:
+    left = {"num_images": None, "selection_images": None, "repeats": 3}
+    # 4 checkpoints and 12 looks of 100 images each, and 60 pictures, are 0.4 of 4,150.
+    message = r"leaves 99 for a repeat .*: a budget of 4150, or --final-images N"
+    with pytest.raises(BudgetError, match=message):
+        resolve_config(tiny_config(shared_tiny, budget=4140, evaluation=left), opened)
+    found = resolve_config(tiny_config(shared_tiny, budget=4150, evaluation=left), opened)
+    assert (found.evaluation.images, found.evaluation.selection) == (100, 100)
+    assert found.evaluation.reserved == 1660
+    assert resolve_config(found, opened).evaluation == found.evaluation
+    # Large budgets leave to the search what 5,000 and 1,000 images do not need.
+    large = resolve_config(tiny_config(shared_tiny, budget=10**6, evaluation=left), opened)
+    assert large.search_budget == 10**6 - 12 * 5000 - 4 * 1000 - 60
+    asked = {**left, "num_images": 50}
+    found = resolve_config(tiny_config(shared_tiny, budget=500, evaluation=asked), opened)
+    assert (found.search_budget, found.evaluation.selection) == (500, 1000)
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_plan_by_hand(resolved: OptimizeConfig, opened: CheckpointSet, tmp_path: Path) -> None:
     config = dataclasses.replace(
@@ -98,11 +185,11 @@ def test_a_plan_by_hand(resolved: OptimizeConfig, opened: CheckpointSet, tmp_pat
         WorkStage("candidates", 29, 4, 10),
         WorkStage("refresh", 29, 1, 10),
     )  # fmt: skip
-    images = 40 + 29 * 50 + 40 + 240
+    images = 40 + 29 * 50 + 40 + 240 + 60
     assert found.workload.images == images
     # Heun with 2 steps: 3 calls, so 3 x 1 + 2 ms an image.
     assert found.network_calls == 3 * images
-    merges = 1 + 29 * 5 + 4 + 12
+    merges = 1 + 29 * 5 + 4 + 12 + 2
     alone = found.estimates[0]
     known = images * 0.005 + merges * 0.01 + 29 * 0.02 + 16 * 0.01
     start = alone.serial - 29 * 0.02 - 16 * 0.01

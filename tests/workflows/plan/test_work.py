@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from merge_rl.workflows.optimize import SDE, Workload, WorkStage
 from merge_rl.workflows.plan.work import (
-    SDE,
     Speeds,
-    Workload,
-    WorkStage,
     estimate,
     filling_batch,
     stage_time,

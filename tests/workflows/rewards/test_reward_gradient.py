@@ -1,4 +1,4 @@
-"""Gradients of rewards by features: against differences of distances, and the lag of a pool."""
+"""Gradients of rewards by features against differences of distances, and the bias of a pool."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from merge_rl.workflows.rewards import (
     RewardSum,
     WeightedReward,
     require_gradient,
-    surprise_of,
 )
 
 DIM, POOL = 4, 60
@@ -108,21 +107,6 @@ def test_a_reward_without_a_derivative_is_named(name: str) -> None:
         require_gradient(RewardSum([term(name, 1.0, 0, DIM)]))
 
 
-def test_images_of_the_pools_policy_are_no_surprise() -> None:
-    reward = RewardSum([term("fid-subset", 1.0, 0, DIM)])
-    lags = {0.0: [], 0.6: [], -0.6: []}  # type: dict[float, list[float]]
-    for seed in range(12):
-        pool = pool_of(images(POOL, 10 + seed, 0.8))
-        gradient = RewardGradient(reward, pool)
-        bias = gradient.level(torch.Generator().manual_seed(seed)).bias
-        for shift, found in lags.items():
-            fresh = images(100, 100 + seed, 0.8 + shift)
-            found.append(surprise_of(gradient.influence(fresh), bias).lag)
-    means = {shift: sum(found) / len(found) for shift, found in lags.items()}
-    assert abs(means[0.0]) < 1 < 3 < means[0.6]
-    assert means[-0.6] < -3
-
-
 def test_the_bias_of_a_distance_is_found_from_halves() -> None:
     # Of the distribution of the real data itself, what is left of the distance is bias.
     reward, levels = RewardSum([term("fid-subset", 1.0, 0, DIM)]), []
@@ -144,10 +128,3 @@ def test_an_unbiased_distance_has_no_bias() -> None:
         biases.append(RewardGradient(reward, pool).level(torch.Generator().manual_seed(seed)).bias)
     found = torch.tensor(biases)
     assert abs(float(found.mean())) < 3 * float(found.std()) / math.sqrt(40)
-
-
-def test_surprise_of_nothing() -> None:
-    assert surprise_of(torch.tensor([1.0, math.nan]), 0.1).lag == 0.0
-    found = surprise_of(torch.tensor([1.0, 3.0, math.nan]).double(), 0.5)
-    assert found.mean == 2.0
-    assert found.lag == pytest.approx(3.0)
