@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_rl import own_code
-from merge_rl.config import OptimizeConfig, with_settings
+from merge_rl.config import OptimizeConfig, SearchConfig, with_settings
 from merge_rl.core.distances.statistics import FeatureStats, feature_stats
 from merge_rl.errors import CheckpointError
 from merge_rl.interfaces import Tracker
@@ -63,8 +63,8 @@ def search(
         heldout: the same of data that the search never sees: final scores are of these.
         model: what the merged weights are put in for `generate`; left as it is. Without one it
             gets the first of `checkpoints` where these are modules, else weights by name.
-        searcher: as in `optimize`; "auto", without a config the default, takes "pathwise" where
-            features depend on the weights with a gradient.
+        searcher: as in `optimize`; "auto", the default, takes "pathwise" where features depend on
+            the weights with a gradient.
         config: further settings, which may leave out what the call says.
         tracker: hears of progress; by default it is printed, unless `progress` is off.
         settings: any other setting by its name: `budget`, `seed`, `batch`, `device`, `reward`,
@@ -74,7 +74,8 @@ def search(
     it. Raises MergeRLError subclasses for input that cannot work, with nothing left behind.
     """
     run, name = Path(out), own_code.name_of(generate)
-    searcher = searcher or ("auto" if config is None else None)
+    if searcher is None and (config is None or config.search.name == SearchConfig().name):
+        searcher = "auto"
     settings |= {"generate": name} | ({} if searcher is None else {"searcher": searcher})
     base = with_settings(config or OptimizeConfig(), **settings)
     tracker = tracker_of(tracker, progress)

@@ -142,7 +142,8 @@ def test_the_best_merge_is_that_of_the_real_mean(found: OptimizeResult) -> None:
     at_result = float(found.coefficients[0] @ torch.tensor([2.0, 3.0], dtype=torch.float64))
     assert abs(at_result) < 1.0 < 2.5
     assert found.final["reference"]["mean"] == pytest.approx(at_result**2, abs=0.3)
-    assert found.baseline["reference"]["mean"] > 4.0
+    # Of the start, checkpoint 0: 2^2, give or take what 3 x 50 draws are off by.
+    assert found.baseline["reference"]["mean"] == pytest.approx(4.0, abs=1.2)
 
 
 def test_the_run_is_that_of_every_search(found: OptimizeResult) -> None:
