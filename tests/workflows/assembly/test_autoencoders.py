@@ -95,14 +95,14 @@ def test_images_need_none(channels: int) -> None:
 
 
 def test_the_defaults_are_public_files() -> None:
-    assert set(DEFAULT_WEIGHTS) == set(AUTOENCODERS) - {"pixel"}
+    assert set(DEFAULT_WEIGHTS) == set(AUTOENCODERS) - {"pixel", "samples"}
     assert set(DEFAULT_WEIGHTS.values()) <= set(PUBLIC_FILES)
 
 
 def test_refusals(vae: Path, shared_tiny: Path) -> None:
     message = (
         r"samples have 4 channels, so they are latents, not images; say what decodes them with "
-        r"--autoencoder \(sd-vae-edm2, sd-vae-sit\)"
+        r"--autoencoder \(samples, sd-vae-edm2, sd-vae-sit\)"
     )
     with pytest.raises(ConfigError, match=message):
         load_autoencoder(None, shape=(4, 8, 8))
