@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,10 +57,8 @@ def reference(
     built, digest = build_extractor(extractor, extractor_weights, device, say)
     with ProgressTracker(quiet=json) as tracker:
         document = build_reference(
-            images, out, extractor=built, extractor_sha256=digest, batch=config.batch,
-            device=device, keep_features=config.max_features if config.keep_features else 0,
-            split=config.split, skip_broken=config.skip_broken, limit=config.limit,
-            balanced=config.balanced, seed=config.seed, tracker=tracker,
+            images, out, extractor=built, extractor_sha256=digest,
+            config=replace(config, device=device), tracker=tracker,
         )  # fmt: skip
     if json:
         print_json(document)

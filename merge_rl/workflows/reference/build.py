@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_rl.config import ReferenceConfig, with_settings
 from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.errors import ConfigError, ImageError, TooFewSamplesError
 from merge_rl.interfaces import FeatureExtractor, NullTracker, Tracker
@@ -41,15 +42,9 @@ def build_reference(
     *,
     extractor: FeatureExtractor,
     extractor_sha256: str | None = None,
-    batch: int = 64,
-    device: str = "cpu",
-    keep_features: int = 0,
-    split: bool = False,
-    skip_broken: bool = False,
-    limit: int | None = None,
-    balanced: bool = False,
-    seed: int = 0,
+    config: ReferenceConfig | None = None,
     tracker: Tracker | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Write statistics of a folder, zip or .npz of images; say what was made.
 
@@ -61,27 +56,27 @@ def build_reference(
         images: what `open_images` takes.
         out: file to write; must not exist. With `split` two, with "-a" and "-b" before the ending.
         extractor, extractor_sha256: recorded; statistics of another one are refused later.
-        batch, device: images in one forward pass, and where.
-        keep_features: rows of features to keep at most in each file, spread evenly over the
-            images, for KID and precision / recall.
-        split: two disjoint halves, drawn by the seed: one to optimise against, one to report.
-        skip_broken: leave out images that cannot be read, and count them.
-        limit, balanced: a subset of the images, as `choose_rows` draws it.
-        seed: of the subset and of the halves.
+        config: settings as of `mergerl reference`; it must not say otherwise than the call.
         tracker: hears of progress.
+        settings: any of `ReferenceConfig` by its name. `keep_features` may be the rows of features
+            to keep at most in each file, spread evenly over the images, for KID and precision /
+            recall.
 
     Raises ImageError for images that are broken, or of mixed size or mode, and
     TooFewSamplesError for fewer than two.
     """
-    if batch < 1 or keep_features < 0:
-        raise ConfigError(
-            f"expected batch >= 1 and kept features >= 0, got {batch}, {keep_features}"
-        )
+    keep = settings.pop("keep_features", None)
+    said = with_settings(config or ReferenceConfig(), **settings)
+    if type(keep) is not int:
+        keep = said.max_features if keep or said.keep_features else 0
+    if keep < 0:
+        raise ConfigError(f"expected kept features >= 0, got {keep}")
+    batch, seed, split, skip_broken = said.batch, said.seed, said.split, said.skip_broken
     outs = _outputs(Path(out), split)
     for file in outs:
         require_new(file)
     source = open_images(images)
-    rows = choose_rows(source, limit, balanced=balanced, seed=seed)
+    rows = choose_rows(source, said.limit, balanced=said.balanced, seed=seed)
     if len(rows) < 2 * len(outs):
         raise TooFewSamplesError(
             f"{images}: expected at least {2 * len(outs)} images, found {len(rows)}"
@@ -89,14 +84,14 @@ def build_reference(
     parts = torch.zeros(len(rows), dtype=torch.int64)
     if split:
         parts[split_rows(source, rows, seed)] = 1
-    plan = CollectPlan(rows, parts, _spread(parts, keep_features), len(outs), batch)
+    plan = CollectPlan(rows, parts, _spread(parts, keep), len(outs), batch)
     key = {
         "images": source.fingerprint, "extractor": extractor.name, "sha256": extractor_sha256,
-        "dim": extractor.dim, "batch": batch, "keep": keep_features, "split": split,
-        "skip_broken": skip_broken, "limit": limit, "balanced": balanced, "seed": seed,
+        "dim": extractor.dim, "batch": batch, "keep": keep, "split": split,
+        "skip_broken": skip_broken, "limit": said.limit, "balanced": said.balanced, "seed": seed,
     }  # fmt: skip
     with joined() as group:
-        placed = own_device(device, group.place)
+        placed = own_device(said.device, group.place)
         if group.size > 1:
             facts = {"version": __version__, "work": key, "device": device_facts(placed)}
             require_agreement(group, facts)
