@@ -230,7 +230,9 @@ def outcome() -> Outcome:
     def read(run: Path) -> dict[str, object]:
         files = {str(f.relative_to(run)): f for f in run.rglob("*") if f.is_file()}
         found: dict[str, object] = {
-            name: file.read_bytes() for name, file in files.items() if name != "config.yaml"
+            name: file.read_bytes()
+            for name, file in files.items()
+            if name != "config.yaml" and not name.startswith("report.")  # it tells the time
         }
         lines = [json.loads(line) for line in files["events.jsonl"].read_text().splitlines()]
         found["events.jsonl"] = [

@@ -91,7 +91,8 @@ def outcome_of(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: file.read_bytes()
         for name, file in files.items()
-        if name not in ("finetune.yaml", "curves.png") and not name.startswith("state/")
+        if name not in ("finetune.yaml", "curves.png", "report.html")
+        and not name.startswith("state/")
     }
     timed = ("seconds", "images_per_second", "memory_bytes")
     found["events.jsonl"] = [{**e, **dict.fromkeys(timed)} for e in events_of(run)]

@@ -81,7 +81,8 @@ def search_run(
     """A run of a search, with pictures of 2 x 2 pixels."""
     config = OptimizeConfig(checkpoints=f"/data/{set_name}", budget=2000, seed=3)
     reward = dataclasses.replace(config.reward, pool_size=100)
-    config = dataclasses.replace(config, reward=reward)
+    evaluation = dataclasses.replace(config.evaluation, selection_images=1000)
+    config = dataclasses.replace(config, reward=reward, evaluation=evaluation)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     hashes = {name: f"{index:064x}" for index, name in enumerate(checkpoints)}

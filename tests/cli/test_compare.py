@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from merge_rl.cli.compare import parse_seeds
 from merge_rl.errors import ConfigError
 from merge_rl.workflows.optimize.rounds import SearchLoop
+from tests.pages import put, search_result, search_run
 
 Mergerl = Callable[..., Any]
 SMALL: list[object] = [
@@ -35,7 +38,7 @@ def test_tables_files_and_the_same_again(tiny: Path, mergerl: Mergerl) -> None:
     assert err.count("the pool has 40 images for 64 features") == 1  # of four searches
     folder = Path("cmp")
     assert {path.name for path in folder.iterdir()} == {
-        "settings.json", "scores.json", "compare.json", "compare.md", "compare.png",
+        "settings.json", "scores.json", "compare.json", "compare.md", "compare.png", "report.html",
         "ours-seed0", "ours-seed1", "uniform-seed0", "uniform-seed1",
     }  # fmt: skip
     # The same command again searches for nothing, and says the same.
@@ -66,11 +69,44 @@ def test_a_stop_is_not_a_loss(
         code, out, err = mergerl(*arguments)
     assert (code, out) == (1, "")
     assert "what is done is kept in cmp. Go on: the same command" in err
-    code, _, err = mergerl("report", "cmp")
-    assert code == 1
-    assert "the comparison is not finished" in err
+    assert mergerl("report", "cmp").code == 0
+    assert "Not finished: some searches are still to come." in Path("cmp/report.html").read_text()
     assert mergerl(*arguments, "--curve-images", 0).code == 1  # began with another number
     assert mergerl(*arguments).code == 0
+
+
+def test_the_page_has_the_command_that_makes_it_again(tiny: Path, mergerl: Mergerl) -> None:
+    few = [*SMALL[:8], *SMALL[10:]]  # one search has one seed
+    assert mergerl("optimize", tiny, "--out", "run", *few).code == 0
+    commands = re.findall("<pre><code>(mergerl .*?)</code>", Path("run/report.html").read_text())
+    search, merge = (shlex.split(html.unescape(command))[1:] for command in commands)
+    for command in (search, merge):
+        code, _, err = mergerl(*command)
+        assert code == 0, err
+    again = [Path(folder) / "model.safetensors" for folder in ("run-again/merged", "merged")]
+    first = Path("run/merged/model.safetensors").read_bytes()
+    assert all(path.read_bytes() == first for path in again)
+
+
+def test_a_page_follows_a_run_to_its_end(
+    mergerl: Mergerl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = search_run(tmp_path / "run", ["a", "b"], finished=False)
+    seen = []
+
+    def wait(seconds: float) -> None:
+        seen.append((seconds, (run / "report.html").read_text()))
+        if len(seen) == 2:
+            put(run, "result.json", search_result(["a", "b"], ["all"]))
+
+    monkeypatch.setattr("merge_rl.cli.compare.time.sleep", wait)
+    code, out, err = mergerl("report", "run", "--watch")
+    assert code == 0, err
+    assert "run/report.html follows the run" in err
+    assert len(seen) == 2
+    assert all('http-equiv="refresh"' in text for _, text in seen)
+    assert 'http-equiv="refresh"' not in (run / "report.html").read_text()
+    assert out.startswith("wrote run/report.html, beside it run/report.md")
 
 
 def test_a_search_without_a_pool_tells_of_its_candidates(tiny: Path, mergerl: Mergerl) -> None:

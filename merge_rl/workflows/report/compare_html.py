@@ -186,13 +186,13 @@ def _again(path: Path, begun: Found, found: Found | None) -> Safe:
     if found is not None:
         command += ["--seeds", ",".join(map(str, found["seeds"]))]
         for line in found["searchers"]:
-            command += ["--searcher", _spec(line)]
+            command += ["--searcher", spec_of(line)]
     command += ["--out", f"{shown_path(path)}-again"]
     what = f"The comparison, with the settings below in {FILE}:"
     return again_section([(what, command)], FILE, json.dumps(shared, indent=2, ensure_ascii=False))
 
 
-def _spec(line: Found) -> str:
+def spec_of(line: Found) -> str:
     """A searcher as the command takes it: its name, and what is its own."""
     said = [f"{key}={json.dumps(value)}" for key, value in line["settings"].items()]
     label = [] if line["searcher"] == line["name"] else [f"label={line['searcher']}"]

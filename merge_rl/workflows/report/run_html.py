@@ -65,7 +65,7 @@ def _headline(run: RunFacts) -> Safe:
     count = len(result["checkpoints"]) if result else len(run.inputs["hashes"]["checkpoints"])
     context = (
         f"Merge of {count} checkpoints of {name}, {run.setting('search', 'name')} with "
-        f"{run.setting('reward', 'name')}, seed {run.settings.get('seed')}"
+        f"{run.setting('reward', 'name') or 'its usual reward'}, seed {run.settings.get('seed')}"
     )
     if comparison is not None:
         top = headline(run_verdict(comparison), "", context)

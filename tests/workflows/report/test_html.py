@@ -11,8 +11,9 @@ import pytest
 
 from merge_rl.errors import RunError
 from merge_rl.storage.runs import FinetuneRun, RunDir
+from merge_rl.workflows.compare.searchers import parse_contender
 from merge_rl.workflows.report import LivePage, write_report
-from merge_rl.workflows.report.compare_html import compare_document, cost_to_reach
+from merge_rl.workflows.report.compare_html import compare_document, cost_to_reach, spec_of
 from merge_rl.workflows.report.elements import Span, heat_table, strip
 from merge_rl.workflows.report.finetune_html import finetune_document
 from merge_rl.workflows.report.markup import Safe, document, joined, tag
@@ -221,6 +222,16 @@ def test_cost_to_reach_is_the_first_look_at_or_below(tmp_path: Path) -> None:
         "the best merge without a search (1.200)", "the second-best searcher's end (1.000)",
     ]  # fmt: skip
     assert rows == [["early", "100", "200"], ["late", "400", "400"]]
+
+
+@pytest.mark.parametrize(
+    "text", ["lcsc", "nevergrad:CMA search.population=4 reward.name=fid-subset",
+             "nevergrad:CMA label='a b' search.std=0.5 merge.max_abs=null"],
+)  # fmt: skip
+def test_searchers_are_named_as_the_command_takes_them(text: str) -> None:
+    before = parse_contender(text)
+    line = {"searcher": before.label, "name": before.name, "settings": dict(before.settings)}
+    assert parse_contender(spec_of(line)) == before
 
 
 def test_a_comparison_that_goes_on_lists_its_searches(tmp_path: Path) -> None:
