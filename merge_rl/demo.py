@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from merge_rl.errors import ConfigError, RunError
-from merge_rl.storage.files import locked, temporary_beside
+from merge_rl.storage.files import locked, temporary_beside, told_of
 
 DATA = Path(__file__).parent / "data" / "digits"
 DATA28 = DATA.with_name("digits28")
@@ -29,18 +29,28 @@ def write_demo(folder: Path, pixels: int = 8) -> dict[str, Path]:
     for target in targets.values():
         if target.exists():
             raise RunError(f"{target} exists already; choose another folder")
-    with locked(folder):
-        _write(data, targets, temporary_beside(folder / "demo"))
+    temporary = temporary_beside(folder / "demo")
+    with locked(folder), told_of(folder, temporary):
+        _write(data, targets, temporary)
     return targets
+
+
+def _copy(source: Path, target: Path) -> None:
+    # Not by copytree, which tells of all files that a full disk does not take.
+    for file in sorted(source.rglob("*.*")):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            shutil.copyfile(file, place)
 
 
 def _write(data: Path, targets: Mapping[str, Path], temporary: Path) -> None:
     moved = []
     try:
         for name in targets:
-            shutil.copytree(data / name, temporary / name)
+            _copy(data / name, temporary / name)
             # Beside the checkpoints, since a manifest names no path outside its folder.
-            shutil.copytree(data / "evaluation", temporary / name / "evaluation")
+            _copy(data / "evaluation", temporary / name / "evaluation")
         for name, target in targets.items():
             (temporary / name).replace(target)
             moved.append(target)

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl import own_code
-from merge_rl.config import SearchConfig
+from merge_rl.config import SearchConfig, require_sizes
 from merge_rl.errors import ConfigError, MissingLibraryError, UnknownNameError
+from merge_rl.untrusted import reason
 
 if TYPE_CHECKING:
     from merge_rl.core.network import Network
@@ -170,10 +171,13 @@ def build_model(config: Mapping[str, Any]) -> Network:
     if own_code.is_own(str(name)):
         return _own_network(str(name), options)
     factory = resolve("model", MODELS, str(name))
+    require_sizes(options, f"the {name} network does not take this config")
     try:
         model: Network = factory(**options)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise ConfigError(f"the {name} network does not take this config: {error}") from None
+        raise ConfigError(
+            f"the {name} network does not take this config: {reason(error)}"
+        ) from None
     return model.eval()
 
 

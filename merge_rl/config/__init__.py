@@ -35,6 +35,7 @@ from merge_rl.config.numbers import (
     nimg_from_kimg,
     numbers_in,
     real_number,
+    require_sizes,
     whole_number,
 )
 from merge_rl.config.optimize import (
@@ -131,6 +132,7 @@ __all__ = [
     "parse_reward",
     "preset",
     "real_number",
+    "require_sizes",
     "said_by",
     "sde_counterpart",
     "set_dotted",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from merge_rl.errors import ConfigError
 
@@ -91,3 +91,31 @@ def nimg_from_kimg(kimg: int) -> int:
             f"expected kimg of a multiple of 1024 images, got {kimg} (the next is {nimg // 1000})"
         )
     return nimg
+
+
+_COUNT: Final = re.compile(
+    r"num_\w+|\w*(resolution|channels|dim|size|depth|per_head)|channel_mult\w*"
+)
+_REPEATED: Final = re.compile(r"num_blocks|\w*depth")  # one module each, which takes time to build
+_MOST, _MOST_REPEATED, _MOST_ITEMS = 2**24, 200, 32
+
+
+def require_sizes(options: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for options of a network that none has, before any is built.
+
+    Numbers are finite; counts and sizes are whole numbers that are not negative, and no more than
+    a network can be made of; lists are short, and those of sizes not empty.
+    """
+    for key, value in options.items():
+        listed = list(value) if isinstance(value, (list, tuple)) else [value]
+        counts = _COUNT.fullmatch(key) is not None
+        if len(listed) > _MOST_ITEMS or (counts and not listed):
+            found = f"{len(listed)} items"
+            raise ConfigError(f"{where}: expected {key} of 1 to {_MOST_ITEMS} items, got {found}")
+        for item in listed:
+            most = _MOST_REPEATED if _REPEATED.fullmatch(key) else _MOST
+            if counts and item is not None and not (type(item) is int and 0 <= item <= most):
+                expected = f"{key} as a whole number from 0 to {most}"
+                raise ConfigError(f"{where}: expected {expected}, got {item!r:.60}")
+            if type(item) in (int, float) and not abs(item) < float("inf"):
+                raise ConfigError(f"{where}: expected {key} as a finite number, got {item!r:.60}")

@@ -54,6 +54,9 @@ class UNet(nn.Module):
         emb_channels = model_channels * (channel_mult_emb or max(channel_mult))
         block_options["resample_filter"] = tuple(block_options.get("resample_filter", (1, 1)))
         config = BlockConfig(**block_options)
+        if len(config.resample_filter) % 2 or not sum(config.resample_filter):
+            found = list(config.resample_filter)
+            raise ValueError(f"expected a resample_filter of even length, sum not 0, got {found}")
 
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = FourierFeatures(noise_channels)
@@ -179,6 +182,8 @@ class EDM2(Network):
         super().__init__()
         if img_resolution % patch_size:
             raise ValueError(f"img_resolution {img_resolution} is no multiple of {patch_size}")
+        if not sigma_data > 0:
+            raise ValueError(f"expected sigma_data > 0, got {sigma_data}")
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.patch_size = patch_size
         self.label_dim, self.use_fp16, self.sigma_data = label_dim, use_fp16, sigma_data

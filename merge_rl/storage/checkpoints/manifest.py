@@ -20,6 +20,7 @@ from merge_rl.untrusted import load_yaml, read_bounded
 
 MANIFEST_NAME: Final = "checkpoints_manifest.yaml"
 MANIFEST_VERSION: Final = 1
+MAX_NAME_BYTES: Final = 255  # that file systems take
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _NAME = re.compile(r"[a-z0-9_-]+")
@@ -115,6 +116,9 @@ def relative_name(text: str, where: str) -> str:
     if ".." in pure.parts or "\\" in text or "\0" in text or not pure.parts:
         problem = "without '..' or backslashes"
         raise ManifestError(f"{where}: expected a path inside the folder {problem}, found {text!r}")
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in pure.parts):
+        problem = f"of names of at most {MAX_NAME_BYTES} bytes"
+        raise ManifestError(f"{where}: expected a path {problem}, found {text!r:.60}")
     return str(pure)
 
 

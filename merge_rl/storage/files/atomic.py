@@ -38,7 +38,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(target)
     try:
-        with _naming(target, temporary):
+        with told_of(target, temporary):
             yield temporary
             _sync(temporary)
             temporary.replace(target)
@@ -51,7 +51,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(target: Path, temporary: Path) -> Iterator[None]:
+def told_of(target: Path, temporary: Path) -> Iterator[None]:
     """Errors of the disk name what was to be written.
 
     A full disk names no file by itself, a copy its source, and the rest a temporary.
@@ -59,7 +59,8 @@ def _naming(target: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str) else None
+        told = error.filename2 or error.filename  # of a copy, where it goes
+        named = Path(told) if isinstance(told, (str, Path)) else None
         if named is not None and named.is_relative_to(temporary):
             target = target / named.relative_to(temporary)
         elif error.errno is None or (named is not None and error.errno not in _FULL):
@@ -200,7 +201,7 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
     if not replace:
         require_new(target)
     temporary = temporary_beside(target)
-    with locked_output(target), _naming(target, temporary):
+    with locked_output(target), told_of(target, temporary):
         try:
             temporary.mkdir()
             yield temporary
