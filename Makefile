@@ -49,7 +49,7 @@ docs: $(READY)
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 BENCHES := moments merge_speed convert reward_speed sampling_speed reference_speed extractors \
-	precision_fid prdc_memory digits_search sample_efficiency ablation finetune scale simulate_cluster plan_accuracy survive_kills structure
+	precision_fid prdc_memory digits_search sample_efficiency ablation finetune scale simulate_cluster plan_accuracy campaign structure
 
 bench: $(READY)
 	mkdir -p build/bench

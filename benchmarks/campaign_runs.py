@@ -1,0 +1,460 @@
+"""Commands that are killed, stopped, or run out of disk, and what they leave behind.
+
+Each runs in a forked child, in a folder of its own, and is begun again as a user would: `resume`
+where there is a run, else the same command. An undisturbed one says what it should come to.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import http.server
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import merge_rl as mrl
+from benchmarks.campaign_disk import FullDisk
+from merge_rl.cli.main import main as mergerl
+from merge_rl.demo import write_demo
+from tests.children import launch_ranks, run_command
+from tests.snapshots import write_snapshot
+
+Cases = Callable[[Path, int, int, int], Iterator[tuple[int, str]]]
+"""(folder, seed, cases done, cases in all) -> (number, outcome) of those that are not done."""
+TIMED: Final = ("clock.json", "launch.json", "compare.md", "compare.png", "report.md")
+READ: Final = (".json", ".jsonl")
+SEARCH: Final = {
+    "track": "raw", "budget": 110, "sampler": {"num_steps": 2}, "search": {"population": 2},
+    "reward": {"pool_size": 40, "subset_size": 10, "refresh_size": 10},
+    "evaluation": {"num_images": 10, "repeats": 3, "selection_images": 10},
+}  # fmt: skip
+FINETUNE: Final = [
+    "--steps", "3", "--train-steps", "2", "--subsets", "4", "--pool", "20", "--subset", "4",
+    "--eval-steps", "2", "--eval-every", "2", "--eval-images", "10", "--final-images", "10",
+    "--repeats", "2", "--set", "curves.ode_solver=euler", "--set", "save_every=1",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that writes `out` in its folder; how it goes on once there is a run."""
+
+    arguments: Sequence[str]
+    going_on: Sequence[str] = ()
+    ranks: int = 1
+
+    def next(self, place: Path) -> Sequence[str]:
+        """What a user does now."""
+        run = place / "out"
+        begun = any((run / name).is_file() for name in ("config.yaml", "finetune.yaml"))
+        if self.going_on and not begun:
+            shutil.rmtree(run, ignore_errors=True)  # lost before it was a run
+        return self.going_on if self.going_on and begun else self.arguments
+
+
+def inputs(folder: Path) -> Path:
+    """Sets, snapshots and settings that all commands work with, made once."""
+    made = folder.parent / "inputs"
+    if not made.exists():
+        half = made.with_name("inputs-half")
+        shutil.rmtree(half, ignore_errors=True)
+        write_demo(half)
+        (half / "search.json").write_text(json.dumps(SEARCH))  # JSON is YAML
+        opened = mrl.open_checkpoints(half / "edm2", track="raw")
+        options = {k: v for k, v in (opened.config or {}).items() if k != "model"}
+        for index in range(4):
+            name = f"snapshots/edm2-tiny-000000{index}-0.050.pkl"
+            (half / name).parent.mkdir(exist_ok=True)
+            write_snapshot(half / name, opened.read(index), options, encoder="rgb")
+        half.rename(made)
+    return made
+
+
+def commands(made: Path) -> dict[str, Command]:
+    """By name; `out` is relative to the folder of a case."""
+    search = ["optimize", str(made / "edm2"), "--config", str(made / "search.json"), "--out", "out"]
+    newest = max((made / "edm2/raw").iterdir())
+    return {
+        "optimize": Command(search, ["resume", "out"]),
+        "finetune": Command(
+            ["finetune", str(made / "sit"), "--out", "out", *FINETUNE], ["resume", "out"]
+        ),
+        "convert": Command(["convert", str(made / "snapshots"), "out"]),
+        "compare": Command(
+            ["compare", str(made / "edm2"), "--config", str(made / "search.json"), "--out", "out",
+             "--searcher", "uniform", "--searcher", "policy-gradient", "--seeds", "0"]
+        ),
+        "evaluate": Command(
+            ["evaluate", str(newest), "--num-images", "20", "--repeats", "2",
+             "--save-features", "out"]
+        ),
+        "fetch": Command(["fetch", served(made / "snapshots"), "out", "--yes"]),
+        "merge": Command(["merge", str(made / "edm2"), "out", "--track", "raw", "--uniform"]),
+        "demo": Command(["demo", "out"]),
+    }  # fmt: skip
+
+
+@functools.cache
+def served(folder: Path) -> str:
+    """Address on this machine of a snapshot in the folder."""
+    handler = functools.partial(_Quiet, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/{min(folder.iterdir()).name}"
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+# ---------------------------------------------------------------------------------- children
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    status: int  # as a shell tells it, negative for a signal
+    said: str
+
+
+def start(
+    place: Path, arguments: Sequence[str], *, ranks: int = 1, restarts: int = 0,
+    prepare: Callable[[], object] = lambda: None, log: str = "said",
+) -> int:  # fmt: skip
+    """The process id of the command, in a group of its own."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.setsid()
+        os.chdir(place)
+        said = os.open(place / log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for descriptor in (1, 2):
+            os.dup2(said, descriptor)
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
+        sys.argv = ["mergerl", *arguments]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        prepare()
+        status = _run(arguments, ranks, restarts)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _run(arguments: Sequence[str], ranks: int, restarts: int) -> int:
+    try:
+        if ranks > 1:
+            launch_ranks(ranks, restarts, run_command, *arguments)
+            return 0
+        mergerl()
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except Exception as error:  # noqa: BLE001 (a launcher whose ranks failed)
+        print(f"launcher: {type(error).__name__}", file=sys.stderr)
+    return 1
+
+
+def end(pid: int, place: Path, log: str = "said") -> Ended:
+    """Wait for it."""
+    _, status = os.waitpid(pid, 0)
+    said = (place / log).read_text(errors="replace")
+    return Ended(os.waitstatus_to_exitcode(status), said)
+
+
+def run(place: Path, arguments: Sequence[str], **options: Any) -> Ended:
+    """Start it and wait for its end."""
+    return end(start(place, arguments, **options), place)
+
+
+def outcome(place: Path) -> dict[str, object]:
+    """What lies in `out`, by name, without times."""
+    found: dict[str, object] = {}
+    for file in sorted((place / "out").rglob("*")):
+        name = str(file.relative_to(place / "out"))
+        if file.is_file() and file.name not in TIMED:
+            found[name] = _timeless(file) if file.suffix in READ else file.read_bytes()
+    return found
+
+
+def _timeless(file: Path) -> object:
+    lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+    return [_without_times(json.loads(line)) for line in lines]
+
+
+def _without_times(value: object) -> object:
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if "second" not in k and k != "overhead"}
+        return {k: _without_times(v) for k, v in kept.items()}
+    return [_without_times(item) for item in value] if isinstance(value, list) else value
+
+
+@dataclass
+class Bench:
+    """A command, what it comes to when nothing happens, and how long that takes."""
+
+    folder: Path
+    command: Command
+    expected: dict[str, object] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        whole = self.fresh("whole")
+        began = time.monotonic()
+        ended = run(whole, self.command.arguments, ranks=self.command.ranks)
+        self.seconds = time.monotonic() - began
+        if ended.status != 0:
+            raise SystemExit(f"undisturbed: {ended.said}")
+        self.expected = outcome(whole)
+
+    def fresh(self, name: str) -> Path:
+        """A new folder of a case."""
+        place = self.folder / name
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        return place
+
+    def judged(self, place: Path) -> str:
+        """What the case came to, once it is gone on with."""
+        ended = run(place, self.command.next(place), ranks=self.command.ranks)
+        if ended.status != 0:
+            return f"cannot go on: {_last(ended)}"
+        found = outcome(place)
+        names = sorted({*found, *self.expected})
+        differ = [name for name in names if found.get(name) != self.expected.get(name)]
+        if not differ:
+            shutil.rmtree(place)
+        return f"differs: {', '.join(differ)}" if differ else "equal"
+
+
+def _last(ended: Ended) -> str:
+    lines = [line for line in ended.said.splitlines() if line.strip()]
+    return lines[-1] if lines else f"status {ended.status}"
+
+
+# -------------------------------------------------------------------------------------- kills
+
+
+def kills(name: str, ranks: int = 1) -> Cases:
+    """Kill one of its processes once or twice, then go on."""
+
+    def cases(folder: Path, seed: int, done: int, total: int) -> Iterator[tuple[int, str]]:
+        command = commands(inputs(folder))[name]
+        bench = Bench(folder, Command(command.arguments, command.going_on, ranks))
+        for number in range(done, total):
+            draw = random.Random(f"{seed} kill {name} {ranks} {number}")
+            place, killed = bench.fresh(f"case-{number}"), 0
+            for _ in range(draw.choice((1, 1, 2))):
+                killed += _kill(bench, place, draw)
+            found = bench.judged(place)
+            yield number, found if killed or found != "equal" else "too late"
+
+    return cases
+
+
+def _kill(bench: Bench, place: Path, draw: random.Random) -> bool:
+    """Whether it was still running; of several ranks one is lost, and the launcher begins again."""
+    ranks = bench.command.ranks
+    pid = start(place, bench.command.next(place), ranks=ranks, restarts=3)
+    time.sleep(draw.uniform(0.02, 1.0) * bench.seconds)
+    alive = os.waitpid(pid, os.WNOHANG) == (0, 0)
+    if alive and ranks == 1:
+        os.killpg(pid, signal.SIGKILL)
+    elif alive:
+        for victim in children(pid)[:: draw.choice((1, -1))][:1]:
+            os.kill(victim, signal.SIGKILL)
+    if alive:
+        os.waitpid(pid, 0)
+    return alive
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of its ranks."""
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [int(child) for child in found if b"resource_tracker" not in _line(child)]
+
+
+def _line(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+# -------------------------------------------------------------------------------------- disks
+
+
+def disks(name: str) -> Cases:
+    """For every write: the disk is full from there on; and files that may not grow."""
+
+    def cases(folder: Path, _seed: int, done: int, _total: int) -> Iterator[tuple[int, str]]:
+        bench = Bench(folder, commands(inputs(folder))[name])
+        place = bench.fresh("count")
+        run(place, bench.command.arguments, prepare=FullDisk(None, place / "writes").install)
+        writes = int((place / "writes").read_text())
+        limits = [0, 100, 1000, 10_000, 100_000]
+        for number in range(done, writes + len(limits)):
+            place = bench.fresh(f"case-{number}")
+            prepare: Callable[[], object] = FullDisk(number, None).install
+            if number >= writes:
+                prepare = functools.partial(_bounded, limits[number - writes])
+            ended = run(place, bench.command.arguments, prepare=prepare)
+            yield number, _complaint(ended, place) or bench.judged(place)
+
+    return cases
+
+
+def _bounded(size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def _complaint(ended: Ended, place: Path) -> str | None:
+    """What is wrong with how a command met a full disk; None if nothing is."""
+    left = [f.name for f in place.rglob("*") if f.name.startswith(".tmp-") or f.name == ".lock"]
+    if left:
+        return f"left behind: {', '.join(left)}"
+    errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
+    if ended.status == 0:  # what is written for no result, such as a lock's note
+        return None if not errors else f"exit 0, yet {errors[0]}"
+    words = (os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG))
+    if not ended.said:
+        return None  # not even a sentence could be written
+    if len(errors) != 1 or not any(word in errors[0] for word in words):
+        return f"told: {_last(ended)}"
+    return "told a temporary" if ".tmp-" in errors[0] else None
+
+
+# ------------------------------------------------------------------------- ranks and writers
+
+
+def slowed(name: str) -> Cases:
+    """A rank is stopped for a while, and goes on: the others wait for it."""
+
+    def cases(folder: Path, seed: int, done: int, total: int) -> Iterator[tuple[int, str]]:
+        command = commands(inputs(folder))[name]
+        bench = Bench(folder, Command(command.arguments, command.going_on, 2))
+        for number in range(done, total):
+            draw = random.Random(f"{seed} slow {name} {number}")
+            place = bench.fresh(f"case-{number}")
+            pid = start(place, command.arguments, ranks=2)
+            time.sleep(draw.uniform(0.1, 0.9) * bench.seconds)
+            for victim in children(pid)[:: draw.choice((1, -1))][:1]:
+                os.kill(victim, signal.SIGSTOP)
+                time.sleep(draw.uniform(0.5, 2.0))
+                os.kill(victim, signal.SIGCONT)
+            ended = end(pid, place)
+            same = outcome(place) == bench.expected
+            yield number, "equal" if ended.status == 0 and same else f"told: {_last(ended)}"
+
+    return cases
+
+
+def hung(name: str) -> Cases:
+    """A rank is stopped for good: the other says which, and ends."""
+
+    def cases(folder: Path, seed: int, done: int, total: int) -> Iterator[tuple[int, str]]:
+        command = commands(inputs(folder))[name]
+        bench = Bench(folder, Command(command.arguments, command.going_on, 2))
+        wait = functools.partial(os.environ.update, MERGERL_TIMEOUT="4")
+        for number in range(done, total):
+            draw = random.Random(f"{seed} hang {name} {number}")
+            place = bench.fresh(f"case-{number}")
+            pid = start(place, command.arguments, ranks=2, prepare=lambda: wait())
+            time.sleep(draw.uniform(0.2, 0.8) * bench.seconds)
+            victims = children(pid)[1:2]
+            for victim in victims:
+                os.kill(victim, signal.SIGSTOP)
+            time.sleep(8)
+            for victim in victims:
+                os.kill(victim, signal.SIGKILL)
+            ended = end(pid, place)
+            named = ended.status == 0 or "rank 1" in ended.said
+            yield number, "named" if named else f"told: {_last(ended)}"
+
+    return cases
+
+
+def writers(name: str) -> Cases:
+    """Two at one folder at once: whoever is refused comes again; nothing is lost."""
+
+    def cases(folder: Path, seed: int, done: int, total: int) -> Iterator[tuple[int, str]]:
+        made = inputs(folder)
+        bench = Bench(folder, commands(made)[name])
+        for number in range(done, min(total, 20)):
+            draw = random.Random(f"{seed} two {name} {number}")
+            place = bench.fresh(f"case-{number}")
+            waiting = _pair(name, made, bench)
+            while waiting:
+                pids = []
+                for index, arguments in enumerate(waiting):
+                    pids.append(start(place, arguments, log=f"said-{index}"))
+                    time.sleep(draw.uniform(0, 0.1))
+                ended = [end(pid, place, f"said-{i}") for i, pid in enumerate(pids)]
+                odd = [e for e in ended if e.status and not _is_refusal(e)]
+                if odd:
+                    yield number, f"told: {_last(odd[0])}"
+                    break
+                waiting = [a for a, e in zip(waiting, ended, strict=True)
+                           if e.status and name == "convert"]  # fmt: skip
+            else:
+                same = outcome(place).keys() == bench.expected.keys() and (
+                    name == "convert" or outcome(place) == bench.expected
+                )
+                yield number, "nothing lost" if same else "lost"
+
+    return cases
+
+
+def _pair(name: str, made: Path, bench: Bench) -> list[Sequence[str]]:
+    if name != "convert":
+        return [bench.command.arguments] * 2
+    files = sorted((made / "snapshots").iterdir())
+    return [["convert", *map(str, files[:2]), "out"], ["convert", *map(str, files[2:]), "out"]]
+
+
+def _is_refusal(ended: Ended) -> bool:
+    return "is being written by" in ended.said or "exists already" in ended.said
+
+
+_RESUMED: Final = ("optimize", "finetune", "convert", "compare", "evaluate", "fetch")
+PARTS: Final[Mapping[str, Mapping[str, Cases]]] = {
+    "kills": {
+        **{
+            n: kills(n) for n in ("optimize", "finetune", "convert", "compare", "evaluate", "fetch")
+        },
+        **{f"{n}, 2 ranks": kills(n, 2) for n in ("optimize", "evaluate")},
+    },
+    "disks": {
+        n: disks(n)
+        for n in (
+            "optimize",
+            "finetune",
+            "convert",
+            "compare",
+            "evaluate",
+            "fetch",
+            "merge",
+            "demo",
+        )
+    },
+    "ranks": {"optimize, slowed": slowed("optimize"), "optimize, hung": hung("optimize")},
+    "writers": {n: writers(n) for n in ("convert", "optimize")},
+}

@@ -1,0 +1,101 @@
+"""The campaign in short: damaged files, full disks and killed commands, a few of each."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from benchmarks import campaign_files, campaign_runs
+from benchmarks.campaign_disk import FullDisk
+from benchmarks.campaign_files import READERS, is_sound, mutate, run_cases
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("campaign") / "corpus"
+    folder.mkdir()
+    campaign_files.make_corpus(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_are_read_or_refused(name: str, corpus: Path) -> None:
+    found = dict(run_cases(name, 1, range(25), corpus))
+    assert list(found) == list(range(25))
+    assert {number: told for number, told in found.items() if not is_sound(told)} == {}
+
+
+def test_what_a_reader_does_wrong_is_seen(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # A reader of each kind that must not be: the campaign has to tell them from sound ones.
+    def spend(_path: Path) -> None:
+        while True:
+            pass
+
+    wrong = {
+        "executed: os.system": lambda _path: os.system("true"),
+        "executed: pickle.find_class": lambda _path: pickle.loads(pickle.dumps(Path("x"))),
+        "ZeroDivisionError": lambda _path: 1 // 0,
+        "crash: signal 9": lambda _path: os.kill(os.getpid(), signal.SIGSEGV),
+        "memory": lambda _path: bytearray(2**40),
+        "hang": spend,
+    }
+    monkeypatch.setattr(campaign_files, "SECONDS", 1)
+    for told, read in wrong.items():
+        reader = campaign_files.Reader(("settings.yaml",), read)
+        monkeypatch.setitem(campaign_files.READERS, "wrong", reader)
+        (outcome,) = (found for _, found in run_cases("wrong", 0, range(1), corpus))
+        assert outcome.startswith(told.split(": signal")[0]), outcome
+
+
+def test_cases_follow_from_the_seed() -> None:
+    def case(seed: int) -> bytes:
+        return mutate(bytes(range(256)) * 8, b"other", random.Random(seed))
+
+    assert case(3) == case(3)
+    assert len({case(seed) for seed in range(50)}) > 45
+
+
+def test_a_full_disk_refuses_from_its_write_on(tmp_path: Path) -> None:
+    disk = FullDisk(3, None)
+    with disk.open(tmp_path / "a", "w") as file:  # the first: its name
+        file.write("x")
+        file.flush()  # the second
+        file.write("y")
+        file.flush()  # the third
+    assert (tmp_path / "a").read_text() == "xy"
+    with pytest.raises(OSError, match="No space left"):
+        disk.open(tmp_path / "b", "wb")
+
+
+def outcomes(part: str, name: str, folder: Path, numbers: slice) -> Iterator[str]:
+    cases = campaign_runs.PARTS[part][name](folder / "runs", 2, numbers.start, numbers.stop)
+    for _, told in islice(cases, numbers.stop - numbers.start):
+        yield told
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "numbers"),
+    [
+        ("kills", "convert", slice(0, 2)),
+        ("kills", "optimize", slice(0, 1)),
+        ("disks", "merge", slice(1, 5)),
+        ("disks", "demo", slice(60, 62)),
+        ("disks", "optimize", slice(8, 9)),
+        ("writers", "convert", slice(0, 2)),
+    ],
+)
+def test_disturbed_commands_come_to_the_same(
+    part: str, name: str, numbers: slice, tmp_path: Path
+) -> None:
+    found = list(outcomes(part, name, tmp_path, numbers))
+    assert len(found) == numbers.stop - numbers.start
+    assert [told for told in found if not is_sound(told)] == []
