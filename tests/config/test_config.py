@@ -53,6 +53,7 @@ OPTIMIZE = OptimizeConfig(
     extra_references={"dinov2": "d: r"}, extra_weights={"a.b:c": "x=y"}, budget=12345, seed=-3,
     batch=9, device="cuda:1", sampler=SAMPLER, merge=MERGE, reward=REWARD, search=SEARCH,
     weights_device="disk", licence="MIT", evaluation=EVALUATION, rules=1, network="n.m:f",
+    generate="g.m:f", num_classes=7,
 )  # fmt: skip
 CONFIGS: list[Any] = [SAMPLER, MERGE, REWARD, SEARCH, EVALUATION, OPTIMIZE]
 CONFIGS += [OptimizeConfig(checkpoints="x"), MergeConfig(), SearchConfig()]
@@ -147,9 +148,18 @@ def test_wrong_types(values: dict[str, Any], message: str) -> None:
         from_mapping(OptimizeConfig, {"checkpoints": "x", **values})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needy:
+    """Settings that do not all have a default."""
+
+    path: str
+    count: int = 3
+
+
 def test_missing_setting() -> None:
-    with pytest.raises(ConfigError, match=r"run: 'checkpoints' is missing"):
-        from_mapping(OptimizeConfig, {"budget": 5}, "run")
+    assert from_mapping(Needy, {"path": "x"}) == Needy(path="x")
+    with pytest.raises(ConfigError, match=r"run: 'path' is missing"):
+        from_mapping(Needy, {"count": 5}, "run")
 
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
