@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 
 from merge_rl.config import (
     FIRST_RULES,
-    RULES,
     OptimizeConfig,
+    from_mapping,
     to_mapping,
     without_nan,
 )
@@ -112,7 +112,7 @@ def compare_searchers(
         announce(text)
     folder = RunDir(out)
     _require_ours(folder)
-    base = dataclasses.replace(base, rules=_rules(folder))
+    base = dataclasses.replace(base, rules=_rules(folder, base.rules))
     jobs = Jobs(opened, announce)
     able, left_out = _check(contenders, base, seeds[0], opened, jobs, lenient=searchers is None)
     for text in left_out:
@@ -175,10 +175,16 @@ def _require_ours(folder: RunDir) -> None:
         )
 
 
-def _rules(folder: RunDir) -> int:
-    """Those that a comparison was begun by; the newest for one that begins."""
+def _rules(folder: RunDir, own: int) -> int:
+    """Those that a comparison was begun by; its own for one that begins."""
     before = folder.read(SETTINGS)
-    return RULES if before is None else int(before["settings"]["config"].get("rules", FIRST_RULES))
+    return own if before is None else _begun_with(before).rules
+
+
+def _begun_with(before: Mapping[str, Any]) -> OptimizeConfig:
+    """The settings that a comparison began with, which an earlier release may have written."""
+    known = {"rules": FIRST_RULES, **before["settings"]["config"]}
+    return from_mapping(OptimizeConfig, known, SETTINGS)
 
 
 def _begin(folder: RunDir, shared: OptimizeConfig, job: Job, curve_images: int) -> None:
@@ -189,7 +195,7 @@ def _begin(folder: RunDir, shared: OptimizeConfig, job: Job, curve_images: int) 
     if before is None:
         folder.write(SETTINGS, {"version": __version__, **now})
         return
-    before["settings"]["config"].setdefault("rules", FIRST_RULES)
+    before["settings"]["config"] = to_mapping(_begun_with(before))
     for what, found in now.items():
         require_same(folder.path, before.get(what) or {}, found, what=what)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -17,6 +18,7 @@ import merge_rl as mrl
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.errors import BudgetError, ConfigError, RunError, UnknownNameError
 from merge_rl.interfaces import NullTracker
+from merge_rl.storage.runs import SETTINGS
 from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.assembly.job import Job, build_job
 from merge_rl.workflows.assembly.resolve import resolve_config
@@ -233,6 +235,25 @@ def test_done_is_not_done_again(
         more["fixed"]["uniform average"]["fid"]["heldout"]["mean"]
     )
     assert made == []  # the average is known already
+
+
+def test_a_comparison_of_an_earlier_release_goes_on_by_its_rules(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    out, config = tmp_path / "out", tiny_config(shared_tiny)
+    first = dataclasses.replace(config, rules=1)
+    arguments: dict[str, Any] = {"out": out, "searchers": ["best-checkpoint"], "seeds": (3,)}
+    begun = compare_searchers(first, **arguments)
+    path = out / SETTINGS
+    document = json.loads(path.read_text())
+    assert document["settings"]["config"].pop("rules") == 1
+    path.write_text(json.dumps(document))
+    (trial,) = out.glob("*/config.yaml")
+    trial.write_text(trial.read_text().replace("rules: 1\n", ""))
+    assert compare_searchers(config, **arguments) == begun
+    # One that begins now has other images.
+    now = compare_searchers(config, **{**arguments, "out": tmp_path / "now"})
+    assert now["searchers"][0]["fid"] != begun["searchers"][0]["fid"]
 
 
 class Stop(NullTracker):
