@@ -1,6 +1,7 @@
 # make demo   install, then the main job on the embedded digits run (some minutes)
 # make test   install, then all tests
 # make test-portable  the tests that compare bits or tolerances, again with the instructions of other processors
+# make test-lowest  files, options and SciPy's searchers with the lowest versions that are allowed
 # make lint   install, then format, lint and types
 # make docs   install, then the documentation into build/docs; every tutorial is run
 # make bench  the benchmarks; each prints a table and writes JSON to build/bench
@@ -11,10 +12,10 @@ READY := .venv/.ready
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable lint format docs bench clean
+.PHONY: help demo test test-portable test-lowest lint format docs bench clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -7
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "merge_rl needs Python >= 3.10")'
@@ -35,6 +36,17 @@ test: $(READY)
 test-portable: $(READY)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m numerics
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m numerics
+
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/cli/options tests/cli/test_settings.py tests/searchers/test_scipy.py tests/storage/files
+
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --requirement constraints-lowest.txt
+	@touch $@
+
+test-lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal $(LOWEST_TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -58,4 +70,4 @@ bench: $(READY)
 	done
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-lowest build

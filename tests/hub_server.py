@@ -600,7 +600,10 @@ def hub_client(monkeypatch: pytest.MonkeyPatch, hub: HubServer, home: Path) -> I
         for name, value in environment.items():
             patch.setenv(name, value)
         for name, setting in settings.items():
-            patch.setattr(constants, name, setting)
+            # Older clients have no Xet, and copy some constants where they are used.
+            for module in (constants, file_download):
+                if module is constants or hasattr(module, name):
+                    patch.setattr(module, name, setting, raising=False)
         for module in (_http, file_download):
             patch.setattr(module, "time", NoPause)
         close: Callable[[], None] = getattr(huggingface_hub, "close_session", lambda: None)

@@ -93,7 +93,7 @@ def test_members_of_a_family_resolve_to_it() -> None:
         ("scipy:cobyla", 1, 1),
         ("lcsc", None, 16),
         ("nevergrad:TBPSA", 7, 7),
-        ("nevergrad:Cobyla", None, 1),
+        ("nevergrad:NelderMead", None, 1),
         ("uniform", None, 1),
     ],
 )
@@ -106,7 +106,11 @@ def test_population_of(name: str, population: int | None, expected: int) -> None
     [
         ("policy-gradient", 1, "expected population >= 2, got 1 for policy-gradient"),
         ("scipy:powell", 4, "scipy:powell evaluates one .*: expected no population or 1, got 4"),
-        ("nevergrad:Cobyla", 4, "nevergrad:Cobyla evaluates one candidate after the other: .* 4"),
+        (
+            "nevergrad:NelderMead",
+            4,
+            "nevergrad:NelderMead evaluates one candidate after the other: .* 4",
+        ),
         ("scipy:differential-evolution", 4, "expected population >= 5, got 4 for scipy:diff"),
         ("lr-cma", 3, "expected population >= 4, got 3 for lr-cma"),
         ("ema-grid", 4, "ema-grid knows its candidates .*: expected no population, got 4"),

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from torch import Tensor
 
@@ -43,8 +44,12 @@ class Nevergrad(Replayed):
 
     @staticmethod
     def population_of(config: SearchConfig) -> int:
-        """Candidates a round; refuses unknown names, and populations of serial optimisers."""
+        """Candidates a round; refuses unknown names, and populations of serial optimisers.
+
+        Raises ConfigError too for what would hang with the installed SciPy.
+        """
         method = find_optimizer(method_name(config))
+        _require_reentrant(config.name)
         if getattr(method, "no_parallelization", False):
             return population.serial(config)
         return population.parallel(config, least=1)
@@ -161,6 +166,16 @@ def _library() -> Any:
     with _quiet(0):  # the first import draws from the global generator
         import nevergrad
     return nevergrad
+
+
+def _require_reentrant(name: str) -> None:
+    # Before 1.16 SciPy's COBYLA lets in one caller at a time. nevergrad's waits inside for its
+    # answer, and a second one, such as a restored search, would wait for the first for ever.
+    if "Cobyla" in name and tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 16):
+        raise ConfigError(
+            f"{name} needs scipy >= 1.16, found {scipy.__version__}; expected another searcher, "
+            "such as scipy:cobyla"
+        )
 
 
 @contextmanager

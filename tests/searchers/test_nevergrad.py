@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from torch import Tensor
 
@@ -18,6 +19,10 @@ from merge_rl.searchers.nevergrad_search import Nevergrad
 
 OPTIMUM = torch.tensor([2.0, -1.0, 0.5, 1.5], dtype=torch.float64)
 PARALLEL = ["CMA", "TBPSA", "TwoPointsDE", "OnePlusOne", "NGOpt", "PSO", "DiagonalCMA"]
+REENTRANT = pytest.mark.skipif(
+    tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 16), reason="refused with this SciPy"
+)
+COBYLA = pytest.param("Cobyla", marks=REENTRANT)
 DRAWN = ["RandomSearch", "StupidRandom"]  # the latter draws what it recommends
 
 
@@ -75,7 +80,7 @@ def test_recommending_is_part_of_the_log(name: str) -> None:
     assert torch.equal(restored.ask(), whole.ask())
 
 
-@pytest.mark.parametrize("name", ["OnePlusOne", "Cobyla", "NelderMead", "SQP"])
+@pytest.mark.parametrize("name", ["OnePlusOne", COBYLA, "NelderMead", "SQP"])
 def test_serial_optimisers(name: str) -> None:
     # Some of nevergrad's wait in a thread for their answer; a lost round is an answer, too.
     searcher = build(name, population=1)
@@ -93,6 +98,13 @@ def test_serial_optimisers(name: str) -> None:
     assert torch.equal(restored.ask(), searcher.ask())
 
 
+def test_a_method_that_would_hang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scipy, "__version__", "1.15.3")
+    with pytest.raises(ConfigError, match=r"nevergrad:Cobyla needs scipy >= 1.16, found 1.15.3"):
+        Nevergrad.population_of(SearchConfig(name="nevergrad:Cobyla"))
+
+
+@REENTRANT
 def test_threads_end_with_their_searcher() -> None:
     before = set(threading.enumerate())  # some of which, of earlier tests, may end meanwhile
     searcher = build("Cobyla")

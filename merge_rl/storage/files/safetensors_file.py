@@ -238,7 +238,7 @@ def write_header(
     for name in order:
         info = infos[name]
         if name == METADATA_KEY or info.code not in CODES:
-            raise CheckpointError(f"tensor {name!r} of {info} cannot be stored")
+            raise CheckpointError(f"tensor {name!r} of torch.{info.type_name} cannot be stored")
         end = position + info.nbytes
         entry = {"dtype": info.code, "shape": list(info.shape)}
         header[name] = {**entry, "data_offsets": [position, end]}

@@ -292,7 +292,8 @@ def test_the_first_odd_image_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["RGBA", "CMYK", "1", "I;16", "LA"])
 def test_modes_without_one_meaning_are_refused(mode: str, tmp_path: Path) -> None:
     Image.new(mode, (4, 4)).save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
-    with pytest.raises(ImageError, match=rf"a\.\w+ is of mode {mode}, expected RGB or grey"):
+    found = "I(;16)?" if mode == "I;16" else mode  # which older versions of Pillow call I
+    with pytest.raises(ImageError, match=rf"a\.\w+ is of mode {found}, expected RGB or grey"):
         read_all(tmp_path)
 
 
