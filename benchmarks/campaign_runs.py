@@ -32,7 +32,15 @@ from tests.snapshots import write_snapshot
 
 Cases = Callable[[Path, int, int, int], Iterator[tuple[int, str]]]
 """(folder, seed, cases done, cases in all) -> (number, outcome) of those that are not done."""
-TIMED: Final = ("clock.json", "launch.json", "compare.md", "compare.png", "report.md")
+TIMED: Final = (
+    "clock.json",
+    "launch.json",
+    "compare.md",
+    "compare.png",
+    "report.md",
+    "report.html",
+    "report.png",
+)  # pages say how long it took
 READ: Final = (".json", ".jsonl")
 SEARCH: Final = {
     "track": "raw", "budget": 110, "sampler": {"num_steps": 2}, "search": {"population": 2},
