@@ -126,13 +126,13 @@ def _follows(
     Raises ConfigError where pathwise has none; policy gradients do without, and why is said.
     """
     if config.algorithm == "pathwise":
-        require_gradient(parts.reward.reward, "the algorithm pathwise")
+        require_gradient(parts.reward.reward, "the algorithm pathwise", "one that does without")
         require_derivative(rollout)
         return True
     if config.algorithm != "pg" or not config.update.still_steps or config.rules == FIRST_RULES:
         return False
     try:
-        require_gradient(parts.reward.reward, "their gradient")
+        require_gradient(parts.reward.reward, "their gradient", "one that does without")
         require_derivative(rollout)
     except ConfigError as error:
         why = str(error).partition(";")[0]

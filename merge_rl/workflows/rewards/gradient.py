@@ -104,11 +104,15 @@ class Level:
         return self.distance - self.bias
 
 
-def require_gradient(reward: RewardSum, who: str = "the searcher pathwise") -> None:
+def require_gradient(
+    reward: RewardSum,
+    who: str = "the searcher pathwise",
+    instead: str = "the searcher auto, which does without",
+) -> None:
     """Raise ConfigError for a term without a derivative, by its name."""
     for term in reward.terms:
         if not isinstance(term.reward, Differentiable):
             raise ConfigError(
                 f"{who} needs rewards with a derivative, got {term.name!r}; "
-                "expected fid-subset, kid-subset or mmd-subset, or one that does without"
+                f"expected fid-subset, kid-subset or mmd-subset, or {instead}"
             )

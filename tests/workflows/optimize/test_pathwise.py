@@ -134,7 +134,8 @@ def test_a_search_that_gets_worse_begins_again_at_its_best(
     distances = iter([2.0, 1.0, *[9.0] * 11, *[20.0] * 99])
     monkeypatch.setattr(RewardGradient, "level", lambda *_given: Level(next(distances), 0.0, 0.0))
     heard, run = Heard(), tmp_path / "run"
-    result = mrl.optimize(config.checkpoints, out=run, config=config, budget=2000, tracker=heard)
+    long = dataclasses.replace(config, budget=2000)
+    result = mrl.optimize(config.checkpoints, out=run, config=long, tracker=heard)
     rounds = rounds_of(run)
     # Two good rounds, ten bad ones, one at the start of the new attempt, ten that are worse.
     assert len(rounds) == 2 + 10 + 1 + 10
