@@ -18,7 +18,7 @@ from merge_rl.registry import build_autoencoder, build_model, resolve
 TABLES: dict[str, Mapping[str, str]] = {
     name: table
     for name, table in vars(registry).items()
-    if name.isupper() and isinstance(table, Mapping)
+    if name.isupper() and isinstance(table, Mapping) and name != "EXTRAS"
 }
 CONFIG: dict[str, Any] = {
     "model": "edm2",
@@ -31,6 +31,10 @@ CONFIG: dict[str, Any] = {
     "attn_resolutions": [4],
     "channels_per_head": 8,
 }
+
+
+def test_libraries_are_known_of_registered_names() -> None:
+    assert registry.EXTRAS.keys() <= registry.EXTRACTORS.keys() | registry.AUTOENCODERS.keys()
 
 
 def test_all_tables_are_seen() -> None:
@@ -151,7 +155,7 @@ def test_build_model() -> None:
         ({"img_resolution": "8"}, "the edm2 network does not take this config: "),
         ({"channel_mult": 2}, "the edm2 network does not take this config: .* not iterable"),
         ({"channels_per_head": 0}, "the edm2 network does not take this config: .* by zero"),
-        ({"model_channels": -8}, "the edm2 network does not take this config: .* negative"),
+        ({"model_channels": -8}, "the edm2 network does not take this config: .* number from 0"),
     ],
 )
 def test_configs_refused(changes: dict[str, Any], message: str) -> None:

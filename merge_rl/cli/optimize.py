@@ -10,7 +10,7 @@ import typer
 
 from merge_rl.cli import ranks
 from merge_rl.cli.finetune import resume_run
-from merge_rl.cli.options import build_for_set, decimal, with_settings
+from merge_rl.cli.options import build_for_set, decimal, integer, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -50,7 +50,8 @@ def register_plan(app: typer.Typer) -> None:
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
     pixels: Annotated[
-        int, typer.Option(help="Of a digit's side: 8, or 28 for a larger EDM2 alone.")
+        int,
+        typer.Option(help="Of a digit's side: 8, or 28 for a larger EDM2 alone.", parser=integer),
     ] = 8,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:

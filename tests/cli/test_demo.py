@@ -168,7 +168,7 @@ def test_inspect_names_the_network(demo: Path, mergerl: Mergerl, golden: Path) -
     # A file without any config: its tensors tell, as far as they can.
     bare = golden / "sit/tiny/a.weights.safetensors"
     _, out, _ = mergerl("inspect", bare, "--json")
-    assert json.loads(out)["network"] == "sit (custom)"
+    assert json.loads(out)["network"] == "sit or dit"
 
 
 def test_the_edm2_run_is_searched(demo: Path, mergerl: Mergerl) -> None:
@@ -231,6 +231,6 @@ def test_guidance_without_a_null_class_is_refused(mergerl: Mergerl) -> None:
     }  # fmt: skip
     out = mrl.save_model("plain", SiT(**config).state_dict(), {"model": "sit", **config})
     assert mergerl("sample", out, "--num-images", 2, "--num-steps", 2).code == 0
-    code, _, err = mergerl("sample", out, "--num-images", 2, "--guidance", 1.5)
+    code, _, err = mergerl("sample", out, "--num-images", 2, "--guidance", 1.5, "--force")
     assert code == 1
     assert err.startswith("error: guidance 1.5 needs a network with a null class, or a guide ")
