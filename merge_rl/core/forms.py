@@ -6,6 +6,7 @@ What the networks themselves say is what counts; where this says nothing, they a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final
 
 Shape = tuple[int, ...]
@@ -20,17 +21,19 @@ _SHAPELESS: Final = {
 }  # fmt: skip
 
 
-def network_shapes(config: Mapping[str, Any]) -> dict[str, Shape] | None:
-    """Name -> shape of all tensors of the network that `config` describes; all are floating.
+def network_shapes(config: Mapping[str, Any], most: int) -> dict[str, Shape] | None:
+    """Name -> shape of the tensors of the network that `config` describes; all are floating.
 
-    None where that is not known here: another network, options that it may not take.
+    Of a network with more than `most` tensors no more than one beyond them: a config from anywhere
+    may describe billions. None where that is not known here: another network, options that it may
+    not take.
     """
     options = dict(config)
     family = _FAMILIES.get(str(options.pop("model", None)))
     if family is None or not all(_plain(value) for value in options.values()):
         return None
     try:
-        found = dict(family(**options))
+        found = dict(islice(family(**options), most + 1))
     except (TypeError, ValueError, IndexError, ArithmeticError):
         return None
     sizes = [size for shape in found.values() for size in shape]

@@ -45,7 +45,7 @@ def built(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     ],
 )
 def test_shapes_are_those_of_the_network(config: dict[str, Any]) -> None:
-    assert network_shapes(config) == built(config)
+    assert network_shapes(config, 10_000) == built(config)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -63,7 +63,7 @@ def test_shapes_of_networks_drawn_at_random(seed: int) -> None:
         "attn_resolutions": draw.sample([8, 16, 32], draw.randint(0, 3)),
         "channels_per_head": draw.choice([4, 8, 16]),
     }
-    assert network_shapes(config) == built(config)
+    assert network_shapes(config, 10_000) == built(config)
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,15 @@ def test_shapes_of_networks_drawn_at_random(seed: int) -> None:
     ],
 )
 def test_nothing_is_said_of_what_the_network_may_not_take(odd: dict[str, Any]) -> None:
-    assert network_shapes(odd) is None
+    assert network_shapes(odd, 10_000) is None
 
 
 @pytest.mark.parametrize("odd", [{**EDM2, "depth": 3}, {**SIT, "hidden_size": 22}])
 def test_what_is_not_said_here_the_network_refuses(odd: dict[str, Any]) -> None:
     with pytest.raises(MergeRLError):
         build_on_meta(odd)
+
+
+@pytest.mark.parametrize("depth", [10**9, 10**30])
+def test_no_more_shapes_are_made_than_can_matter(depth: int) -> None:
+    assert len(network_shapes({"model": "sit", "depth": depth}, 40) or {}) == 41

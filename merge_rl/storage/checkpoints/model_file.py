@@ -188,7 +188,8 @@ def require_network(tensors: Mapping[str, TensorInfo], config: Config | None, wh
     if config is None or "model" not in config:
         return
     shapes = {name: info.shape for name, info in tensors.items()}
-    if all(info.is_floating for info in tensors.values()) and shapes == network_shapes(config):
+    floating = all(info.is_floating for info in tensors.values())
+    if floating and shapes == network_shapes(config, len(shapes)):
         return
     expected = _forms(config, len(tensors), where)
     odd = [name for name in {**expected, **tensors} if not _fits(tensors, expected, name)]
