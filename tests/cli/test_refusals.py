@@ -31,7 +31,7 @@ Fork = Callable[..., Child]
 
 SMALL: list[object] = [
     "--track", "raw", "--budget", 140, "--pool", 40, "--subset", 10, "--population", 4,
-    "--set", "reward.refresh_size=10",
+    "--set", "reward.refresh_size=10", "--final-images", 20,
 ]  # fmt: skip
 
 

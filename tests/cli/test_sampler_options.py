@@ -37,7 +37,16 @@ def test_sample_takes_every_kind_of_solver(mergerl: Mergerl, tiny: Path, tmp_pat
     options.append(["--guidance", "2", "--guide", str(tiny / "raw/tiny-0000100.safetensors")])
     for extra in options:
         ended = mergerl(
-            "sample", MODEL, "--num-images", 4, "--num-steps", 4, "--out", "s.png", *extra
+            "sample",
+            MODEL,
+            "--num-images",
+            4,
+            "--num-steps",
+            4,
+            "--out",
+            "s.png",
+            "--force",
+            *extra,
         )
         assert ended.code == 0, ended.err
         pictures.add((tmp_path / "s.png").read_bytes())

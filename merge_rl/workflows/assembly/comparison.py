@@ -11,7 +11,7 @@ from merge_rl.core.sampling.compatibility import VELOCITY, prediction_of
 from merge_rl.errors import BudgetError
 from merge_rl.storage.checkpoints import CheckpointSet
 
-LEAST_FINAL, SELECTION_PARTS = 100, 6  # images of a score; part of the comparison that selects
+LEAST_FINAL, SELECTION_PARTS = 10, 6  # images of a score; part of the comparison that selects
 COMPARED, COMPARED_SDE, PICTURES = 4, 2, 60  # models of the final comparison; images to look at
 
 

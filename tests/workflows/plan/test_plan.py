@@ -156,13 +156,13 @@ def test_a_budget_too_small_for_the_comparison_is_refused(
     shared_tiny: Path, opened: CheckpointSet, tiny_config: TinyConfig
 ) -> None:
     left = {"num_images": None, "selection_images": None, "repeats": 3}
-    # 4 checkpoints and 12 looks of 100 images each, and 60 pictures, are 0.4 of 4,150.
-    message = r"leaves 99 for a repeat .*: a budget of 4150, or --final-images N"
+    # 4 checkpoints and 12 looks of 10 images each, and 60 pictures, are 0.4 of 550.
+    message = r"leaves 9 for a repeat .*: a budget of 550, or --final-images N"
     with pytest.raises(BudgetError, match=message):
-        resolve_config(tiny_config(shared_tiny, budget=4140, evaluation=left), opened)
-    found = resolve_config(tiny_config(shared_tiny, budget=4150, evaluation=left), opened)
-    assert (found.evaluation.images, found.evaluation.selection) == (100, 100)
-    assert found.evaluation.reserved == 1660
+        resolve_config(tiny_config(shared_tiny, budget=545, evaluation=left), opened)
+    found = resolve_config(tiny_config(shared_tiny, budget=550, evaluation=left), opened)
+    assert (found.evaluation.images, found.evaluation.selection) == (10, 10)
+    assert found.evaluation.reserved == 220
     assert resolve_config(found, opened).evaluation == found.evaluation
     # Large budgets leave to the search what 5,000 and 1,000 images do not need.
     large = resolve_config(tiny_config(shared_tiny, budget=10**6, evaluation=left), opened)
