@@ -84,7 +84,9 @@ def test_normalized_weights_compute_the_same() -> None:
 
 
 def test_gradients_lie_across_the_weights() -> None:
-    # The size of a row does not count, so no gradient points along it.
+    # The size of a row does not count, so no gradient points along it: but for what the 1e-4 in
+    # its norm leaves, which is small beside what lies across unless all of a row's does.
+    torch.manual_seed(0)
     network = edm2().requires_grad_(True)
     network.normalize_weights()
     network(X, AT, LABELS).square().sum().backward()

@@ -239,7 +239,7 @@ def test_labels_take_turns_and_images_go_through_an_extractor(tiny: Path, tmp_pa
     with pytest.raises(ConfigError, match="expected images uint8"):
         search(
             tmp_path / "other", extractor="digits", reference=evaluation / "reference.safetensors",
-            extractor_weights=evaluation / "extractor.safetensors", searcher="random",
+            extractor_weights=evaluation / "extractor.safetensors",
         )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def test_commands_refuse_before_anything_is_written(
         ("compare", tiny, "--track", "raw", "--out", out),
         ("finetune", model, "--out", out),
         ("evaluate", model),
-        ("sample", model, "--out", out),
+        ("sample", model, "--out", out.with_suffix(".png")),
         ("reference", tiny, "--out", out, "--extractor", "digits", "--extractor-weights",
          tiny / "evaluation/extractor.safetensors"),
     ):  # fmt: skip
@@ -80,6 +80,7 @@ def test_commands_refuse_before_anything_is_written(
         assert ended.code == 1, command
         assert ended.err.startswith("error: expected --device cpu"), (command, ended.err)
         assert not out.exists(), command
+        assert not out.with_suffix(".png").exists()
 
 
 def test_the_note_is_said_once(

@@ -49,7 +49,7 @@ def test_bfloat16_is_close_and_keeps_what_samplers_ask_for(
     model = make()
     fast = prepare_network(model, SamplerConfig(precision="bfloat16"), CPU)
     for name in ("prediction", "label_dim", "null_label"):
-        assert getattr(fast, name) == getattr(model, name, None)
+        assert getattr(fast, name, None) == getattr(model, name, None)
     x = torch.randn(2, 4, 4, 4, generator=generator)
     labels, t = torch.tensor([2, 0]), torch.tensor(0.3)
     found, exact = fast(x, t, labels), model(x, t, labels)
