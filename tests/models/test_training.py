@@ -84,9 +84,8 @@ def test_normalized_weights_compute_the_same() -> None:
 
 
 def test_gradients_lie_across_the_weights() -> None:
-    # The size of a row does not count, so no gradient points along it: but for what the 1e-4 in
-    # its norm leaves, which is small beside what lies across unless all of a row's does.
-    torch.manual_seed(0)
+    # The size of a row does not count, so no gradient points along it, but for what the 1e-4 in
+    # its norm leaves: that share of a part which is at most a few times what lies across there.
     network = edm2().requires_grad_(True)
     network.normalize_weights()
     network(X, AT, LABELS).square().sum().backward()
@@ -95,8 +94,8 @@ def test_gradients_lie_across_the_weights() -> None:
             weight, gradient = module.weight.detach().flatten(1), module.weight.grad
             assert gradient is not None
             flat = gradient.flatten(1)
-            along = (weight * flat).sum(1) / (weight.norm(dim=1) * flat.norm(dim=1) + 1e-12)
-            assert float(along.abs().max()) < 5e-4
+            along = (weight * flat).sum(1) / weight.norm(dim=1)
+            assert float(along.abs().max()) < 5e-4 * float(flat.norm())
 
 
 def test_adapters_begin_with_the_network_and_join_it() -> None:
