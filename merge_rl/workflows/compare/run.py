@@ -99,19 +99,14 @@ def compare_searchers(
     if not contenders:
         raise ConfigError("expected at least one searcher, got none")
     curve_images = _curve_images(curve_images, config)
-    final = config.evaluation  # once for all, and no search's to pay
-    final = dataclasses.replace(final, num_images=final.images, selection_images=final.selection)
-    search = dataclasses.replace(config.search, name=_PLAIN)
-    checkpoints = str(find_set(config.checkpoints).told(announce))
-    base = dataclasses.replace(config, search=search, evaluation=final, checkpoints=checkpoints)
+    base = _shared(config, str(find_set(config.checkpoints).told(announce)))
     require_device(base.device)
     opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
     allow_named(base)
     with_network(opened, base.network)
     for text in opened.notes:
         announce(text)
-    folder = RunDir(out)
-    _require_ours(folder)
+    folder = _require_ours(RunDir(out))
     base = dataclasses.replace(base, rules=_rules(folder, base.rules))
     jobs = Jobs(opened, announce)
     able, left_out = _check(contenders, base, seeds[0], opened, jobs, lenient=searchers is None)
@@ -119,8 +114,7 @@ def compare_searchers(
         announce(f"left out: {text}")
     match = _Match(
         base=base, opened=opened, jobs=jobs, folder=folder, tracker=heard,
-        scores=FreshScores(folder, base.seed, heard),
-        curve_images=curve_images,
+        scores=FreshScores(folder, base.seed, heard), curve_images=curve_images,
     )  # fmt: skip
     with locked(folder.path):
         document = match.play(able, seeds)
@@ -131,6 +125,14 @@ def compare_searchers(
 
 
 _PLAIN = "policy-gradient"
+
+
+def _shared(config: OptimizeConfig, checkpoints: str) -> OptimizeConfig:
+    """What all searches have in common; the comparison is made once, and no search's to pay."""
+    final = config.evaluation
+    final = dataclasses.replace(final, num_images=final.images, selection_images=final.selection)
+    search = dataclasses.replace(config.search, name=_PLAIN)
+    return dataclasses.replace(config, search=search, evaluation=final, checkpoints=checkpoints)
 
 
 def _check(
@@ -168,11 +170,12 @@ def _check(
     return able, left_out
 
 
-def _require_ours(folder: RunDir) -> None:
+def _require_ours(folder: RunDir) -> RunDir:
     if not is_vacant(folder.path) and not (folder.path / SETTINGS).is_file():
         raise RunError(
             f"{folder.path} exists already and holds no comparison; choose another --out"
         )
+    return folder
 
 
 def _rules(folder: RunDir, own: int) -> int:

@@ -65,45 +65,29 @@ def build_reference(
     Raises ImageError for images that are broken, or of mixed size or mode, and
     TooFewSamplesError for fewer than two.
     """
-    keep = settings.pop("keep_features", None)
-    said = with_settings(config or ReferenceConfig(), **settings)
-    if type(keep) is not int:
-        keep = said.max_features if keep or said.keep_features else 0
-    if keep < 0:
-        raise ConfigError(f"expected kept features >= 0, got {keep}")
-    batch, seed, split, skip_broken = said.batch, said.seed, said.split, said.skip_broken
-    outs = _outputs(Path(out), split)
+    said, keep = _kept(config, settings)
+    outs = _outputs(Path(out), said.split)
     for file in outs:
         require_new(file)
     source = open_images(images)
-    rows = choose_rows(source, said.limit, balanced=said.balanced, seed=seed)
-    if len(rows) < 2 * len(outs):
-        raise TooFewSamplesError(
-            f"{images}: expected at least {2 * len(outs)} images, found {len(rows)}"
-        )
-    parts = torch.zeros(len(rows), dtype=torch.int64)
-    if split:
-        parts[split_rows(source, rows, seed)] = 1
-    plan = CollectPlan(rows, parts, _spread(parts, keep), len(outs), batch)
-    key = {
-        "images": source.fingerprint, "extractor": extractor.name, "sha256": extractor_sha256,
-        "dim": extractor.dim, "batch": batch, "keep": keep, "split": split,
-        "skip_broken": skip_broken, "limit": said.limit, "balanced": said.balanced, "seed": seed,
-    }  # fmt: skip
+    plan = _plan(source, str(images), said, keep, len(outs))
+    key = _key(source, said, keep, extractor, extractor_sha256)
     with joined() as group:
         placed = own_device(said.device, group.place)
         if group.size > 1:
             facts = {"version": __version__, "work": key, "device": device_facts(placed)}
             require_agreement(group, facts)
         if not group.leads:
-            help_collect(source, plan, extractor, group, device=placed, skip_broken=skip_broken)
+            help_collect(
+                source, plan, extractor, group, device=placed, skip_broken=said.skip_broken
+            )
             return dict(group.broadcast(phase="end"))
         tracker = tracker or NullTracker()
-        tracker.phase("reference", len(rows))
+        tracker.phase("reference", len(plan.rows))
         with locked_output(out):
             work = WorkFolder(Path(out), key)
             found = collect(
-                source, plan, extractor, work, device=placed, skip_broken=skip_broken,
+                source, plan, extractor, work, device=placed, skip_broken=said.skip_broken,
                 on_images=tracker.advance, group=group,
             )  # fmt: skip
             document = _write(outs, source, plan, found, work, extractor, extractor_sha256)
@@ -112,6 +96,48 @@ def build_reference(
             tracker.event({"kind": "warning", "text": text})
         group.broadcast(document, phase="end")
         return document
+
+
+def _kept(config: ReferenceConfig | None, settings: dict[str, Any]) -> tuple[ReferenceConfig, int]:
+    """The settings, and the rows of features that each file keeps at most."""
+    keep = settings.pop("keep_features", None)
+    said = with_settings(config or ReferenceConfig(), **settings)
+    if type(keep) is not int:
+        keep = said.max_features if keep or said.keep_features else 0
+    if keep < 0:
+        raise ConfigError(f"expected kept features >= 0, got {keep}")
+    return said, keep
+
+
+def _key(
+    source: ImageSource,
+    said: ReferenceConfig,
+    keep: int,
+    extractor: FeatureExtractor,
+    sha256: str | None,
+) -> dict[str, Any]:
+    """All that the work of an interrupted call depends on."""
+    return {
+        "images": source.fingerprint, "extractor": extractor.name, "sha256": sha256,
+        "dim": extractor.dim, "batch": said.batch, "keep": keep, "split": said.split,
+        "skip_broken": said.skip_broken, "limit": said.limit, "balanced": said.balanced,
+        "seed": said.seed,
+    }  # fmt: skip
+
+
+def _plan(
+    source: ImageSource, images: str, said: ReferenceConfig, keep: int, files: int
+) -> CollectPlan:
+    """Which images there are statistics of, and in which file each."""
+    rows = choose_rows(source, said.limit, balanced=said.balanced, seed=said.seed)
+    if len(rows) < 2 * files:
+        raise TooFewSamplesError(
+            f"{images}: expected at least {2 * files} images, found {len(rows)}"
+        )
+    parts = torch.zeros(len(rows), dtype=torch.int64)
+    if said.split:
+        parts[split_rows(source, rows, said.seed)] = 1
+    return CollectPlan(rows, parts, _spread(parts, keep), files, said.batch)
 
 
 def _write(
