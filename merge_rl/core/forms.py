@@ -127,7 +127,7 @@ def _waves(name: str, channels: int) -> Named:
     yield f"{name}.phases", (channels,)
 
 
-def _sit(
+def sit_forms(
     *,
     input_size: int = 32,
     patch_size: int = 2,
@@ -140,7 +140,7 @@ def _sit(
     num_classes: int = 1000,
     learn_sigma: bool = True,
 ) -> Named:
-    """The transformer of merge_rl.models.sit."""
+    """The transformer of SiT, DiT and REPA; ValueError for sizes that do not divide."""
     if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
         raise ValueError("sizes that do not divide as they must")
     outputs, inner = (2 if learn_sigma else 1) * in_channels, int(hidden_size * mlp_ratio)
@@ -166,4 +166,6 @@ def _linear(name: str, inputs: int, outputs: int) -> Named:
     yield f"{name}.bias", (outputs,)
 
 
-_FAMILIES: Final[Mapping[str, Callable[..., Named]]] = {"edm2": _edm2, "sit": _sit}
+_FAMILIES: Final[Mapping[str, Callable[..., Named]]] = {
+    "edm2": _edm2, **dict.fromkeys(("sit", "dit", "repa"), sit_forms),
+}  # fmt: skip

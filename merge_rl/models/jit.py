@@ -12,15 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merge_rl.core.network import Network
-from merge_rl.core.sampling.compatibility import require_class_ids
-from merge_rl.errors import ConfigError
+from merge_rl.models.patches import PatchNetwork
 from merge_rl.models.transformer import (
+    Block,
+    FinalLayer,
     LabelEmbedder,
     TimeEmbedder,
-    modulate,
-    modulation,
-    position_table,
     unpatchify,
 )
 
@@ -107,39 +104,7 @@ class GatedMLP(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """Attention and MLP, each modulated and gated by the conditioning."""
-
-    def __init__(self, hidden_size: int, num_heads: int, inner_size: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = RMSNorm(hidden_size), RMSNorm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads)
-        self.mlp = GatedMLP(hidden_size, inner_size)
-        self.adaLN_modulation = modulation(hidden_size, 6)
-
-    def forward(self, x: Tensor, condition: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, 1)
-        seen = self.attn(modulate(self.norm1(x), shift1, scale1), cosines, sines)
-        x = torch.addcmul(x, gate1[:, None], seen)
-        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(self.norm2(x), shift2, scale2)))
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm and the linear map to patches (B, T, p p C)."""
-
-    def __init__(self, hidden_size: int, outputs: int) -> None:
-        super().__init__()
-        self.norm_final = RMSNorm(hidden_size)
-        self.linear = nn.Linear(hidden_size, outputs)
-        self.adaLN_modulation = modulation(hidden_size, 2)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, 1)
-        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
-        return out
-
-
-class JiT(Network):
+class JiT(PatchNetwork):
     """Velocity (D - x) / max(1 - t, 0.05) of the linear path, from the data D that it predicts.
 
     Args:
@@ -158,7 +123,6 @@ class JiT(Network):
 
     prediction: Final = "velocity"
     open_end: Final = True  # 1 - t is bounded, so that the velocity is wrong at t = 1 itself
-    fixed_names: Final = ("pos_embed",)
 
     def __init__(
         self,
@@ -176,52 +140,38 @@ class JiT(Network):
         in_context_start: int = 4,
         noise_scale: float = 1.0,
     ) -> None:
-        super().__init__()
-        for name, whole, part in (
-            ("input_size", input_size, patch_size),
-            ("hidden_size", hidden_size, 4 * num_heads),  # pairs of channels of two coordinates
-        ):
-            if part < 1 or whole < 1 or whole % part:
-                raise ConfigError(f"expected {name} to be a multiple of {part}, got {whole}")
-        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.num_classes, self.noise_scale = num_classes, noise_scale
-        self.in_context_len, self.in_context_start = in_context_len, in_context_start
+        super().__init__(
+            input_size=input_size, patch_size=patch_size, in_channels=in_channels,
+            hidden_size=hidden_size, num_classes=num_classes,
+            parts=(4 * num_heads,),  # pairs of channels of two coordinates
+        )  # fmt: skip
+        self.noise_scale, self.in_context_len = noise_scale, in_context_len
+        self.in_context_start = in_context_start
         side, head_size = input_size // patch_size, hidden_size // num_heads
-        table = torch.empty(side * side, hidden_size)
-        if not table.is_meta:  # where only shapes matter, arithmetic would load a compiler
-            table = position_table(hidden_size, side)
         self.cosines: Tensor
         self.sines: Tensor
         turns = torch.empty(2, side * side + in_context_len, head_size)
         cosines, sines = turns if turns.is_meta else rotations(head_size, side, in_context_len)
         self.register_buffer("cosines", cosines, persistent=False)
         self.register_buffer("sines", sines, persistent=False)
-        self.pos_embed = nn.Parameter(table[None], requires_grad=False)
         if in_context_len:
             self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, hidden_size))
         self.t_embedder = TimeEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes + 1, hidden_size)
         self.x_embedder = PatchBottleneck(patch_size, in_channels, bottleneck_dim, hidden_size)
         inner = int(int(hidden_size * mlp_ratio) * 2 / 3)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, inner) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
-        if in_context_len and not table.is_meta:
+        self.blocks = nn.ModuleList(
+            Block(
+                hidden_size,
+                Attention(hidden_size, num_heads),
+                GatedMLP(hidden_size, inner),
+                RMSNorm,
+            )
+            for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels, RMSNorm)
+        if in_context_len and not turns.is_meta:
             nn.init.normal_(self.in_context_posemb, std=0.02)
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, H) of one sample."""
-        return (self.in_channels, self.input_size, self.input_size)
-
-    @property
-    def label_dim(self) -> int:
-        """Number of classes, without the null class."""
-        return self.num_classes
-
-    @property
-    def null_label(self) -> int:
-        """The label that means "no class"."""
-        return self.num_classes
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Velocity dx/dt of x (B, C, H, H) at time t, one or (B,) values in [0, 1]; float32.
@@ -248,14 +198,3 @@ class JiT(Network):
     def _turns(self, count: int) -> tuple[Tensor, Tensor]:
         """Rotations of the last `count` tokens: those of the image come last."""
         return self.cosines[-count:], self.sines[-count:]
-
-    def _ids(self, labels: Tensor | None, x: Tensor) -> Tensor:
-        if labels is None:
-            return torch.full((len(x),), self.null_label, device=x.device)
-        if labels.shape != x.shape[:1] or labels.is_floating_point():
-            raise ConfigError(
-                f"expected class ids of shape {tuple(x.shape[:1])} as labels, found "
-                f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}"
-            )
-        require_class_ids(labels, self.num_classes + 1)
-        return labels.to(x.device)

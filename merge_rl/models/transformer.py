@@ -8,31 +8,14 @@ published facts; names, order and shapes of the state dict are the official chec
 from __future__ import annotations
 
 import math
-from typing import Final
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merge_rl.core.forms import FREQUENCIES
-from merge_rl.core.network import Network
-from merge_rl.core.sampling.compatibility import require_class_ids
-from merge_rl.errors import ConfigError
-
-
-def position_table(hidden_size: int, side: int) -> Tensor:
-    """Sines and cosines of the tokens' coordinates: (side^2, hidden_size) float32, row by row.
-
-    The first half of the channels is for the column, the second for the row; each half is
-    [sin(p w_0), ..., cos(p w_0), ...] with w_k = 10000^(-4 k / hidden_size), in float64.
-    """
-    quarter = hidden_size // 4
-    rates = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64).outer(rates)
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, hidden_size / 2)
-    columns = line.repeat(side, 1)
-    rows = line.repeat_interleave(side, dim=0)
-    return torch.cat([columns, rows], dim=1).float()
+from merge_rl.models.patches import PatchNetwork
 
 
 def time_frequencies(t: Tensor) -> Tensor:
@@ -141,28 +124,36 @@ def layer_norm(hidden_size: int) -> nn.LayerNorm:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a modulated layer norm and in front of a gate (adaLN-Zero)."""
+    """Attention and MLP, each behind a modulated norm and in front of a gate (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        attn: nn.Module,
+        mlp: nn.Module,
+        norm: Callable[[int], nn.Module] = layer_norm,
+    ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = layer_norm(hidden_size), layer_norm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads)
-        self.mlp = MLP(hidden_size, int(hidden_size * mlp_ratio))
+        self.norm1, self.norm2 = norm(hidden_size), norm(hidden_size)
+        self.attn, self.mlp = attn, mlp
         self.adaLN_modulation = modulation(hidden_size, 6)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Tokens (B, T, D) and conditioning (B, D) to tokens (B, T, D)."""
+    def forward(self, x: Tensor, condition: Tensor, *places: Tensor) -> Tensor:
+        """Tokens (B, T, D) and conditioning (B, D) to tokens; `places` are for the attention."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, 1)
-        x = torch.addcmul(x, gate1[:, None], self.attn(modulate(self.norm1(x), shift1, scale1)))
+        seen = self.attn(modulate(self.norm1(x), shift1, scale1), *places)
+        x = torch.addcmul(x, gate1[:, None], seen)
         return torch.addcmul(x, gate2[:, None], self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
-    """Modulated layer norm and the linear map to patches (B, T, p p C_out)."""
+    """Modulated norm and the linear map to patches (B, T, p p C_out)."""
 
-    def __init__(self, hidden_size: int, outputs: int) -> None:
+    def __init__(
+        self, hidden_size: int, outputs: int, norm: Callable[[int], nn.Module] = layer_norm
+    ) -> None:
         super().__init__()
-        self.norm_final = layer_norm(hidden_size)
+        self.norm_final = norm(hidden_size)
         self.linear = nn.Linear(hidden_size, outputs)
         self.adaLN_modulation = modulation(hidden_size, 2)
 
@@ -173,7 +164,7 @@ class FinalLayer(nn.Module):
         return out
 
 
-class DiffusionTransformer(Network):
+class DiffusionTransformer(PatchNetwork):
     """Patches through blocks to patches; what the output means, its subclasses say.
 
     Args:
@@ -189,9 +180,6 @@ class DiffusionTransformer(Network):
     Raises ConfigError for sizes that do not divide as they must.
     """
 
-    # A constant that official files store as a parameter: carried by a merge like a buffer.
-    fixed_names: Final = ("pos_embed",)
-
     def __init__(
         self,
         *,
@@ -206,38 +194,23 @@ class DiffusionTransformer(Network):
         num_classes: int = 1000,
         learn_sigma: bool = True,
     ) -> None:
-        super().__init__()
-        for name, whole, part in (
-            ("input_size", input_size, patch_size),
-            ("hidden_size", hidden_size, num_heads),
-            ("hidden_size", hidden_size, 4),  # sines and cosines of two coordinates
-        ):
-            if part < 1 or whole < 1 or whole % part:
-                raise ConfigError(f"expected {name} to be a multiple of {part}, got {whole}")
-        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.class_dropout_prob, self.num_classes = class_dropout_prob, num_classes
-        side, outputs = input_size // patch_size, (2 if learn_sigma else 1) * in_channels
-        table = torch.empty(side * side, hidden_size)
-        if not table.is_meta:  # where only shapes matter, arithmetic would load a compiler
-            table = position_table(hidden_size, side)
-        self.pos_embed = nn.Parameter(table[None], requires_grad=False)
+        super().__init__(
+            input_size=input_size, patch_size=patch_size, in_channels=in_channels,
+            hidden_size=hidden_size, num_classes=num_classes,
+            parts=(num_heads, 4),  # heads; sines and cosines of two coordinates
+        )  # fmt: skip
+        self.class_dropout_prob = class_dropout_prob
+        outputs, inner = (2 if learn_sigma else 1) * in_channels, int(hidden_size * mlp_ratio)
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimeEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes + (class_dropout_prob > 0), hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, Attention(hidden_size, num_heads), MLP(hidden_size, inner))
+            for _ in range(depth)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * outputs)
-        if not table.is_meta:
+        if not self.pos_embed.is_meta:
             self._initialise()
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, H) of one sample."""
-        return (self.in_channels, self.input_size, self.input_size)
-
-    @property
-    def label_dim(self) -> int:
-        """Number of classes, without the null class."""
-        return self.num_classes
 
     @property
     def null_label(self) -> int | None:
@@ -256,32 +229,6 @@ class DiffusionTransformer(Network):
             tokens = block(tokens, condition)
         out = unpatchify(self.final_layer(tokens, condition), self.patch_size)
         return out[:, : self.in_channels].float()
-
-    def drop_labels(self, labels: Tensor, drop: Tensor) -> Tensor:
-        """Labels (B,) with the null class where drop (B,) is true: for training.
-
-        The network never drops labels itself, so that a call is a function of its arguments alone.
-        """
-        return labels.masked_fill(drop, self._require_null())
-
-    def _ids(self, labels: Tensor | None, x: Tensor) -> Tensor:
-        if labels is None:
-            return torch.full((len(x),), self._require_null(), device=x.device)
-        if labels.shape != x.shape[:1] or labels.is_floating_point():
-            raise ConfigError(
-                f"expected class ids of shape {tuple(x.shape[:1])} as labels, found "
-                f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}"
-            )
-        require_class_ids(labels, self.y_embedder.embedding_table.num_embeddings)
-        return labels.to(x.device)
-
-    def _require_null(self) -> int:
-        if self.null_label is None:
-            raise ConfigError(
-                f"this {type(self).__name__} has no null class (its label table has "
-                f"{self.num_classes} rows); expected a label for every image and no guidance"
-            )
-        return self.null_label
 
     def _initialise(self) -> None:
         """As training starts: every block is the identity and the output is 0."""

@@ -15,8 +15,8 @@ import torch
 import merge_rl as mrl
 from merge_rl.demo import DATA, DATA28, RUNS, write_demo
 from merge_rl.features.digits import load_digits_extractor
+from merge_rl.models.patches import position_table
 from merge_rl.models.sit import SiT
-from merge_rl.models.transformer import position_table
 from merge_rl.storage.checkpoints import open_model_file
 from merge_rl.workflows.evaluate.final_scores import ENTRIES
 from merge_rl.workflows.reference import load_reference

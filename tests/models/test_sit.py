@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from merge_rl.errors import ConfigError
+from merge_rl.models.patches import position_table
 from merge_rl.models.sit import SiT
-from merge_rl.models.transformer import position_table, time_frequencies, unpatchify
+from merge_rl.models.transformer import time_frequencies, unpatchify
 from merge_rl.registry import build_model
 from merge_rl.storage.convert.sit import sit_config_from_shapes
 

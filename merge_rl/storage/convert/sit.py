@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from merge_rl.core.forms import FREQUENCIES
+from merge_rl.core.forms import sit_forms
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.convert.contents import Hints, Said, require_axes
 
@@ -131,30 +131,7 @@ def _told_classes(rows: int, said: Said, hints: Hints) -> int | None:
 
 def sit_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a SiT's state dict, in the official order."""
-    hidden, patch, channels = config["hidden_size"], config["patch_size"], config["in_channels"]
-    rows = config["num_classes"] + (config["class_dropout_prob"] > 0)
-    outputs = patch * patch * channels * (2 if config["learn_sigma"] else 1)
-    inner = int(hidden * config["mlp_ratio"])
-    tokens = (config["input_size"] // patch) ** 2
-    shapes: dict[str, tuple[int, ...]] = {"pos_embed": (1, tokens, hidden)}
-
-    def layer(name: str, *weight: int) -> None:
-        shapes[f"{name}.weight"] = weight
-        shapes[f"{name}.bias"] = weight[:1]
-
-    layer("x_embedder.proj", hidden, channels, patch, patch)
-    layer("t_embedder.mlp.0", hidden, FREQUENCIES)
-    layer("t_embedder.mlp.2", hidden, hidden)
-    shapes["y_embedder.embedding_table.weight"] = (rows, hidden)
-    for i in range(config["depth"]):
-        layer(f"blocks.{i}.attn.qkv", 3 * hidden, hidden)
-        layer(f"blocks.{i}.attn.proj", hidden, hidden)
-        layer(f"blocks.{i}.mlp.fc1", inner, hidden)
-        layer(f"blocks.{i}.mlp.fc2", hidden, inner)
-        layer(f"blocks.{i}.adaLN_modulation.1", 6 * hidden, hidden)
-    layer("final_layer.linear", outputs, hidden)
-    layer("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
-    return shapes
+    return dict(sit_forms(**{key: value for key, value in config.items() if key != "model"}))
 
 
 def sit_size_name(config: Mapping[str, Any]) -> str:
