@@ -116,6 +116,8 @@ def _reports(frame: FrameType) -> bool:
 def search_mark(frame: FrameType, event: str) -> str | None:
     """Marks of a search, by the names of the Searcher protocol: "asking", "asked", "told"."""
     name = frame.f_code.co_name
+    if "self" not in frame.f_locals:  # such as the function of the terminal that tells something
+        return None
     if name == "ask":
         return "asking" if event == "call" else "asked"
     return "told" if name == "tell" and event == "call" else None
