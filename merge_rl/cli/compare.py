@@ -83,7 +83,7 @@ def compare(
     from merge_rl.storage.runs import find_set
 
     checkpoints = find_set(checkpoints).told(note)
-    config = build_for_set(settings, checkpoints)
+    config, _ = build_for_set(settings, checkpoints)
     folder = out or Path("runs") / f"{checkpoints.resolve().name}-compare"
     note_unused_gpu(config.device)
     document = _run(config, folder, searcher, parse_seeds(seeds), curve_images, json=json)

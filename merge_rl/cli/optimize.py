@@ -27,6 +27,7 @@ from merge_rl.own_code import allow
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from merge_rl.storage.checkpoints import CheckpointSet
     from merge_rl.workflows.optimize import OptimizeResult
 
 COST: Final = "Cost, before it starts (mergerl plan)"
@@ -116,18 +117,16 @@ def optimize(
     fresh seeds and writes RUN/merged. Ctrl-C keeps the finished rounds; go on with
     [bold]mergerl resume RUN[/bold].
     """
-    from merge_rl.workflows.optimize import optimize as run_optimize
-
-    config, run_dir = search_settings(checkpoints, settings, out)
+    config, opened, run_dir = search_settings(checkpoints, settings, out)
     if dry_run:
-        show_plan(config, run_dir, devices=devices, memory=memory, json=json)
+        show_plan(config, opened, run_dir, devices=devices, memory=memory, json=json)
         return
+    from merge_rl.workflows.optimize import optimize_set
+
     note_unused_gpu(config.device)
     _drive(
         run_dir,
-        lambda tracker: run_optimize(
-            config.checkpoints, out=run_dir, config=config, tracker=tracker
-        ),
+        lambda tracker: optimize_set(config, opened, run_dir, tracker),
         json=json,
     )
 
@@ -148,19 +147,19 @@ def plan(
     numbers of devices, from a calibration of this machine that takes some seconds. Refuses what
     cannot fit, and says the largest batch that does.
     """
-    config, run_dir = search_settings(checkpoints, settings, out)
-    show_plan(config, run_dir, devices=devices, memory=memory, json=json)
+    config, opened, run_dir = search_settings(checkpoints, settings, out)
+    show_plan(config, opened, run_dir, devices=devices, memory=memory, json=json)
 
 
 def search_settings(
     checkpoints: Path, settings: Mapping[str, Any], out: Path | None
-) -> tuple[OptimizeConfig, Path]:
-    """The settings of a search over the set's own sampler, and its run directory."""
+) -> tuple[OptimizeConfig, CheckpointSet, Path]:
+    """The settings of a search over the set's own sampler, the set, and the run directory."""
     from merge_rl.storage.runs import find_set
 
     checkpoints = find_set(checkpoints).told(note)
-    config = build_for_set(settings, checkpoints)
-    return config, out or Path("runs") / f"{checkpoints.resolve().name}-seed{config.seed}"
+    config, opened = build_for_set(settings, checkpoints)
+    return config, opened, out or Path("runs") / f"{checkpoints.resolve().name}-seed{config.seed}"
 
 
 def resume(

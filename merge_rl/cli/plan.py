@@ -11,6 +11,7 @@ from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from merge_rl.config import OptimizeConfig
+    from merge_rl.storage.checkpoints import CheckpointSet
     from merge_rl.workflows.plan import SearchPlan
 
 UNITS: Final = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -18,14 +19,14 @@ UNITS: Final = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 def show_plan(
     settings: OptimizeConfig,
+    opened: CheckpointSet,
     out: Path,
     *,
     json: bool,
     devices: str,
     memory: float | None,
 ) -> None:
-    """Make the plan of a search and print it."""
-    from merge_rl.storage.checkpoints import open_checkpoints
+    """Make the plan of a search in an open set and print it."""
     from merge_rl.workflows.assembly import (
         allow_named,
         fit_batch,
@@ -38,9 +39,6 @@ def show_plan(
     counts = _counts(devices)
     if memory is not None and not memory > 0:
         raise ConfigError(f"expected --memory in GiB, > 0, got {memory:g}")
-    opened = open_checkpoints(
-        settings.checkpoints, track=settings.track, select=settings.select or None
-    )
     allow_named(settings)
     with_network(opened, settings.network)
     resolved = resolve_config(settings, opened)

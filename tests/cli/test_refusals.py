@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import merge_rl as mrl
+from merge_rl.storage.checkpoints.listing import list_folder
 from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME
 from merge_rl.storage.files.atomic import save_tensors
 from tests.children import Child
@@ -339,6 +340,20 @@ def test_what_nobody_thought_of_is_one_sentence_too(
     assert err == (
         "error: unexpected ZeroDivisionError: nobody thought of it (run with --debug for more)\n"
     )
+
+
+def test_a_search_opens_its_set_once(
+    tiny: Path, mergerl: Mergerl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listed = []
+
+    def counted(folder: Path, *rest: Any, **named: Any) -> Any:
+        listed.append(folder)
+        return list_folder(folder, *rest, **named)
+
+    monkeypatch.setattr("merge_rl.storage.checkpoints.checkpoint_set.list_folder", counted)
+    assert mergerl("optimize", tiny, *SMALL, "--out", tmp_path / "run").code == 0
+    assert listed == [tiny]
 
 
 def test_a_full_disk_is_one_sentence(

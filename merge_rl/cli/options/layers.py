@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from merge_rl.config import (
     AUTO_BATCH,
@@ -28,6 +28,9 @@ from merge_rl.config import (
     whole_number,
 )
 from merge_rl.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from merge_rl.storage.checkpoints import CheckpointSet
 
 T = TypeVar("T")
 
@@ -105,8 +108,10 @@ def split_named(option: str, given: Sequence[str]) -> tuple[str | None, dict[str
     return plain[0] if plain else None, named or None
 
 
-def build_for_set(said: Mapping[str, Any], checkpoints: Path) -> OptimizeConfig:
-    """The settings of a search in a checkpoint set; refuses a series or name that it lacks."""
+def build_for_set(
+    said: Mapping[str, Any], checkpoints: Path
+) -> tuple[OptimizeConfig, CheckpointSet]:
+    """The settings of a search and the set, open; refuses a series or name that it lacks."""
     from merge_rl.storage.checkpoints import open_checkpoints
 
     found = build(OptimizeConfig, said, checkpoints=str(checkpoints))
@@ -119,7 +124,7 @@ def build_for_set(said: Mapping[str, Any], checkpoints: Path) -> OptimizeConfig:
 
         sampler = find_defaults(checkpoints).sampler
         near = to_mapping(sampler) if sampler else {}
-    return build(OptimizeConfig, said, near=near, checkpoints=str(checkpoints))
+    return build(OptimizeConfig, said, near=near, checkpoints=str(checkpoints)), opened
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from merge_rl.workflows.optimize import function
 from merge_rl.workflows.optimize.prepare import check_names
 from merge_rl.workflows.optimize.result import OptimizeResult
-from merge_rl.workflows.optimize.run import optimize, resume
+from merge_rl.workflows.optimize.run import optimize, optimize_set, resume
 from merge_rl.workflows.optimize.search import SearchResult, make_searcher, run_search
 from merge_rl.workflows.optimize.workload import SDE, Workload, WorkStage, search_workload
 
@@ -17,6 +17,7 @@ __all__ = [
     "function",
     "make_searcher",
     "optimize",
+    "optimize_set",
     "resume",
     "run_search",
     "search_workload",

@@ -100,15 +100,22 @@ def optimize(
     base = with_settings(config or OptimizeConfig(), **settings)
     _require_place(base.checkpoints, checkpoints, folder)
     base = dataclasses.replace(base, checkpoints=str(folder))
+    opened = open_checkpoints(folder, track=base.track, select=base.select or None)
+    said = said_by(OptimizeConfig, **settings).get("sampler")
+    if isinstance(said, dict) and (config is None or config.sampler is None):
+        sampler = from_mapping(SamplerConfig, {**opened.defaults.sampler, **said}, "sampler")
+        base = dataclasses.replace(base, sampler=sampler)
+    return optimize_set(base, opened, Path(out), tracker)
+
+
+def optimize_set(
+    settings: OptimizeConfig, opened: CheckpointSet, out: Path, tracker: Tracker
+) -> OptimizeResult:
+    """`optimize` of an open set, with settings that name it and stand over its own sampler."""
     with joined() as group:
         if group.leads and not goes_on(out, group.place):
             require_new(out)
-        opened = open_checkpoints(folder, track=base.track, select=base.select or None)
-        said = said_by(OptimizeConfig, **settings).get("sampler")
-        if isinstance(said, dict) and (config is None or config.sampler is None):
-            sampler = from_mapping(SamplerConfig, {**opened.defaults.sampler, **said}, "sampler")
-            base = dataclasses.replace(base, sampler=sampler)
-        return begin(group, base, opened, Path(out), tracker)
+        return begin(group, settings, opened, out, tracker)
 
 
 def _require_place(said: str, given: str | os.PathLike[str], found: Path) -> None:
