@@ -28,6 +28,7 @@ import torch
 from benchmarks import campaign_files, campaign_runs
 
 BATCH: Final = 200
+SAVED_EVERY: Final = 10.0  # seconds
 Row = dict[str, Any]
 
 
@@ -45,14 +46,21 @@ class Progress:
         return self.rows.setdefault(f"{part}/{name}", blank)
 
     def take(self, row: Row, cases: Iterator[tuple[int, str]]) -> None:
-        """Count a batch."""
-        began = time.monotonic()
+        """Count cases; what is done is written down every few seconds."""
+        told = time.monotonic()
         for number, outcome in cases:
             row["outcomes"][outcome] = row["outcomes"].get(outcome, 0) + 1
             row["first"].setdefault(outcome, number)
             row["done"] = number + 1
-        row["seconds"] += time.monotonic() - began
+            if time.monotonic() - told > SAVED_EVERY:
+                told = self._save(row, told)
+        self._save(row, told)
+
+    def _save(self, row: Row, told: float) -> float:
+        now = time.monotonic()
+        row["seconds"] += now - told
         self._path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        return now
 
 
 def damage_files(progress: Progress, folder: Path, total: int) -> None:

@@ -42,6 +42,7 @@ TIMED: Final = (
     "report.png",
 )  # pages say how long it took
 READ: Final = (".json", ".jsonl")
+MEASURED: Final = ("overhead", "memory_bytes")  # of the machine, beside all that is in seconds
 SEARCH: Final = {
     "track": "raw", "budget": 110, "sampler": {"num_steps": 2}, "search": {"population": 2},
     "reward": {"pool_size": 40, "subset_size": 10, "refresh_size": 10},
@@ -206,7 +207,7 @@ def _timeless(file: Path) -> object:
 
 def _without_times(value: object) -> object:
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if "second" not in k and k != "overhead"}
+        kept = {k: v for k, v in value.items() if "second" not in k and k not in MEASURED}
         return {k: _without_times(v) for k, v in kept.items()}
     return [_without_times(item) for item in value] if isinstance(value, list) else value
 

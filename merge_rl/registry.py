@@ -171,14 +171,22 @@ def build_model(config: Mapping[str, Any]) -> Network:
     if own_code.is_own(str(name)):
         return _own_network(str(name), options)
     factory = resolve("model", MODELS, str(name))
-    require_sizes(options, f"the {name} network does not take this config")
+    require_options(config)
     try:
         model: Network = factory(**options)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise ConfigError(
-            f"the {name} network does not take this config: {reason(error)}"
-        ) from None
+        raise ConfigError(f"{_refusing(str(name))}: {reason(error)}") from None
     return model.eval()
+
+
+def require_options(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for options of a network of ours that none can have; builds nothing."""
+    if (name := str(config.get("model"))) in MODELS:
+        require_sizes({k: v for k, v in config.items() if k != "model"}, _refusing(name))
+
+
+def _refusing(name: str) -> str:
+    return f"the {name} network does not take this config"
 
 
 def _own_network(name: str, options: Mapping[str, Any]) -> Network:

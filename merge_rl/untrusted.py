@@ -200,8 +200,10 @@ def parse_yaml(text: str, where: str, refusal: Refusal = ManifestError) -> objec
         why = f"{error.problem}{place}"
     except RecursionError:
         why = "nested too deeply"
-    except (yaml.YAMLError, *_ESCAPING) as error:
+    except (yaml.YAMLError, ValueError) as error:
         why = reason(error)
+    except _ESCAPING:
+        why = "a value that does not fit its tag"
     raise refusal(f"{where}: not readable YAML: {why}") from None
 
 

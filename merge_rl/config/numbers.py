@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, Final, TypeVar
@@ -94,28 +95,61 @@ def nimg_from_kimg(kimg: int) -> int:
 
 
 _COUNT: Final = re.compile(
-    r"num_\w+|\w*(resolution|channels|dim|size|depth|per_head)|channel_mult\w*"
+    r"num_\w+|in_context_\w+|\w*(resolutions?|channels|dim|size|depth|per_head)|channel_mult\w*"
 )
+_FLAG: Final = re.compile(r"(use|learn)_\w+")
+_REAL: Final = re.compile(r"\w*(balance|ratio|prob|scale|data|dropout|filter|_act)")
+_LIST: Final = re.compile(r"channel_mult|attn_resolutions|resample_filter")
+_LACKING: Final = re.compile(r"channel_mult_\w+|clip_act")  # null stands for what others say
+_NONE_AT_ALL: Final = re.compile(r"label_dim|num_(classes|blocks)|in_context_\w+|\w*depth")
 _REPEATED: Final = re.compile(r"num_blocks|\w*depth")  # one module each, which takes time to build
 _MOST, _MOST_REPEATED, _MOST_ITEMS = 2**24, 200, 32
+_RANGES: Final[Mapping[str, tuple[str, Callable[[float], bool]]]] = {
+    "sigma_data": ("> 0", lambda value: value > 0),
+    "noise_scale": ("> 0", lambda value: value > 0),
+    "mlp_ratio": ("above 0, at most 1000", lambda value: 0 < value <= 1000),
+    "class_dropout_prob": ("from 0 to 1", lambda value: 0 <= value <= 1),
+}
 
 
 def require_sizes(options: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError for options of a network that none has, before any is built.
 
-    Numbers are finite; counts and sizes are whole numbers that are not negative, and no more than
-    a network can be made of; lists are short, and those of sizes not empty.
+    Numbers are finite and no text; counts and sizes are whole numbers, of which few may be 0, and
+    no more than a network can be made of; lists are short, and those of sizes not empty.
     """
     for key, value in options.items():
-        listed = list(value) if isinstance(value, (list, tuple)) else [value]
-        counts = _COUNT.fullmatch(key) is not None
-        if len(listed) > _MOST_ITEMS or (counts and not listed):
-            found = f"{len(listed)} items"
+        if value is None and _LACKING.fullmatch(key):
+            continue
+        listed, counts = isinstance(value, (list, tuple)), _COUNT.fullmatch(key) is not None
+        known = counts or _REAL.fullmatch(key) or _FLAG.fullmatch(key)
+        if known and listed != bool(_LIST.fullmatch(key)):
+            kind = "one value" if listed else "a list"
+            raise ConfigError(f"{where}: expected {key} as {kind}, got {value!r:.60}")
+        items = list(value) if listed else [value]
+        if len(items) > _MOST_ITEMS or (key == "channel_mult" and not items):
+            found = f"{len(items)} items"
             raise ConfigError(f"{where}: expected {key} of 1 to {_MOST_ITEMS} items, got {found}")
-        for item in listed:
-            most = _MOST_REPEATED if _REPEATED.fullmatch(key) else _MOST
-            if counts and item is not None and not (type(item) is int and 0 <= item <= most):
-                expected = f"{key} as a whole number from 0 to {most}"
-                raise ConfigError(f"{where}: expected {expected}, got {item!r:.60}")
-            if type(item) in (int, float) and not abs(item) < float("inf"):
-                raise ConfigError(f"{where}: expected {key} as a finite number, got {item!r:.60}")
+        for item in items:
+            if expected := _wrong(key, item):
+                raise ConfigError(f"{where}: expected {key} {expected}, got {item!r:.60}")
+
+
+def _wrong(key: str, item: object) -> str | None:
+    """What is expected of one value; None where it is as it should be, or nothing is known."""
+    number = type(item) in (int, float)
+    if _FLAG.fullmatch(key):
+        return None if type(item) is bool else "as true or false"
+    if _COUNT.fullmatch(key):
+        least = 0 if _NONE_AT_ALL.fullmatch(key) else 1
+        most = _MOST_REPEATED if _REPEATED.fullmatch(key) else _MOST
+        fits = type(item) is int and least <= item <= most
+        return None if fits else f"as a whole number from {least} to {most}"
+    if (number or _REAL.fullmatch(key)) and not (number and _is_finite(item)):
+        return "as a finite number"
+    wanted, holds = _RANGES.get(key, ("", lambda _: True))
+    return None if holds(item) else wanted
+
+
+def _is_finite(item: Any) -> bool:
+    return bool(abs(item) <= sys.float_info.max)

@@ -209,7 +209,10 @@ def test_a_run_goes_on_where_its_code_is_named_again(
         ({"network": "missing"}, "network 'OWN:missing': cannot be imported"),
         ({"network": "nothing"}, "network 'OWN:nothing': expected a torch module, got dict"),
         ({"network": "unstated"}, "network 'OWN:unstated' does not state its prediction"),
-        ({"network": "wide"}, "1 tensors do not fit the network.*'other': found nothing"),
+        (
+            {"network": "wide"},
+            "not the tensors of the network: 1 differ, first 'other': found missing",
+        ),
         ({"extractor": "Twice"}, "extractor 'OWN:Twice': expected an object with 'name'"),
         ({"autoencoder": "nothing"}, "autoencoder 'OWN:nothing': expected a method `decode`"),
         ({"searcher": "Lazy"}, "searcher 'OWN:Lazy': Lazy lacks ask, tell, mean, recenter"),

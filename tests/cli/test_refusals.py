@@ -124,7 +124,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda tiny: edit(
             tiny, lambda text: text.replace("model_channels: 8", "model_channels: 16")
         ),
-        "tensors do not fit the network of the model config, first .*: found .*, expected",
+        "not the tensors of the edm2 network that its config describes: .*: found .*, expected",
     ),
     "no such network": (
         lambda tiny: edit(tiny, lambda text: text.replace("model: edm2", "model: edm3")),

@@ -211,7 +211,7 @@ def test_refusals(golden: Path) -> None:
         ({"input_size": 9}, "expected input_size to be a multiple of 2, got 9"),
         ({"num_heads": 5}, "expected hidden_size to be a multiple of 5, got 48"),
         ({"hidden_size": 6, "num_heads": 2}, "expected hidden_size to be a multiple of 4, got 6"),
-        ({"patch_size": 0}, "expected input_size to be a multiple of 0, got 8"),
+        ({"patch_size": 0}, "expected patch_size as a whole number from 1 to 16777216, got 0"),
         ({"width": 3}, "the sit network does not take this config: .*'width'"),
         ({"depth": "2"}, "the sit network does not take this config: "),
         ({"num_classes": -3}, "the sit network does not take this config: "),

@@ -28,6 +28,7 @@ from merge_rl.storage.checkpoints.model_file import (
     metadata_config,
     model_sha256,
     open_model_file,
+    require_fit,
     require_network,
     save_checkpoint,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "plan_merge",
     "read_manifest",
     "relative_inside",
+    "require_fit",
     "require_network",
     "save_checkpoint",
     "stream_merge",

@@ -25,7 +25,6 @@ from merge_rl.core.merging.buffers import (
 from merge_rl.core.merging.groups import Groups, assign_groups
 from merge_rl.core.merging.weighted_sum import CHUNK, add_product, float32
 from merge_rl.errors import (
-    CheckpointError,
     ConfigError,
     IncompatibleCheckpointError,
     NonFiniteWeightsError,
@@ -33,6 +32,7 @@ from merge_rl.errors import (
 )
 from merge_rl.parallel.blocks import single_threaded
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet
+from merge_rl.storage.checkpoints.model_file import require_fit, require_network
 from merge_rl.storage.files import WeightsReader
 
 DISK = "disk"
@@ -70,11 +70,13 @@ def plan_merge(
     not floating are carried.
     """
     infos = checkpoints.tensors
+    where = str(checkpoints.folder)
     if model is None and checkpoints.config is not None:
-        with torch.device("meta"):
-            model = registry.build_model(checkpoints.config)
+        require_network(infos, checkpoints.config, where)
+        model = registry.build_on_meta(checkpoints.config)
+    elif model is not None:
+        require_fit(infos, model, where)
     if model is not None:
-        require_fit(checkpoints, model)
         require_shared(checkpoints, fixed_names(model))
         carried = carried_names(model)
     else:
@@ -132,22 +134,6 @@ def require_shared(checkpoints: CheckpointSet, names: Sequence[str]) -> None:
                     f"{checkpoints.paths[index]}: the constant {name!r} differs from that of "
                     f"{checkpoints.paths[0].name}; expected checkpoints of one run"
                 )
-
-
-def require_fit(checkpoints: CheckpointSet, model: nn.Module) -> None:
-    """Raise CheckpointError unless the set's tensors are those of the network of its config."""
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(info.shape) for name, info in checkpoints.tensors.items()}
-    odd = sorted(
-        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-    )
-    if odd:
-        name = odd[0]
-        raise CheckpointError(
-            f"{checkpoints.folder}: {len(odd)} tensors do not fit the network of the model "
-            f"config, first {name!r}: found {found.get(name, 'nothing')}, "
-            f"expected {expected.get(name, 'nothing')}"
-        )
 
 
 def base_index(checkpoints: CheckpointSet, start: str) -> int:

@@ -34,7 +34,7 @@ from merge_rl.storage.files import (
 from merge_rl.untrusted import load_json_mapping, read_bounded
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 CONFIG_NAME: Final = "config.json"
 CONFIG_KEY: Final = "config"  # of a safetensors file's metadata
@@ -183,15 +183,33 @@ def require_network(tensors: Mapping[str, TensorInfo], config: Config | None, wh
     Where they differ from what is known of it, or nothing is, the network is built on the meta
     device, without memory for weights, and says itself what it expects. Nothing is said where no
     config is known, or one that names no network of ours ("model" is missing). Raises
-    IncompatibleCheckpointError that counts the odd tensors and describes the first.
+    IncompatibleCheckpointError for options that no network can have, and as `require_fit`.
     """
     if config is None or "model" not in config:
         return
+    try:
+        registry.require_options(config)
+    except ConfigError as error:
+        raise IncompatibleCheckpointError(f"{where}: {error}") from None
     shapes = {name: info.shape for name, info in tensors.items()}
     floating = all(info.is_floating for info in tensors.values())
     if floating and shapes == network_shapes(config, len(shapes)):
         return
-    expected = _forms(config, len(tensors), where)
+    network = f"the {config['model']} network that its config describes"
+    _require_forms(tensors, _forms(config, len(tensors), where), where, network)
+
+
+def require_fit(tensors: Mapping[str, TensorInfo], network: nn.Module, where: str) -> None:
+    """Refuse tensors whose names, shapes or kinds are not those of a network's own state dict.
+
+    Raises IncompatibleCheckpointError that counts the odd tensors and describes the first.
+    """
+    _require_forms(tensors, _forms_of(network), where, "the network")
+
+
+def _require_forms(
+    tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo], where: str, network: str
+) -> None:
     odd = [name for name in {**expected, **tensors} if not _fits(tensors, expected, name)]
     if odd:
         wanted = expected.get(odd[0])
@@ -200,8 +218,8 @@ def require_network(tensors: Mapping[str, TensorInfo], config: Config | None, wh
         if wanted:
             want = f"{kind} {list(wanted.shape)}"
         raise IncompatibleCheckpointError(
-            f"{where}: not the tensors of the {config['model']} network that its config describes: "
-            f"{len(odd)} differ, first {odd[0]!r}: found {found}, expected {want}"
+            f"{where}: not the tensors of {network}: {len(odd)} differ, first {odd[0]!r}: "
+            f"found {found}, expected {want}"
         )
 
 
@@ -236,7 +254,11 @@ def _forms(config: Config, count: int, where: str) -> dict[str, TensorInfo]:
             f"{where}: {count} tensors, but its config describes a network of {max(parts)} parts"
         )
     try:
-        state = registry.build_on_meta(config).state_dict()
+        return _forms_of(registry.build_on_meta(config))
     except ConfigError as error:
         raise IncompatibleCheckpointError(f"{where}: {error}") from None
+
+
+def _forms_of(network: nn.Module) -> dict[str, TensorInfo]:
+    state = network.state_dict()
     return {name: TensorInfo.of(tuple(t.shape), t.dtype) for name, t in state.items()}

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from merge_rl.errors import CheckpointError, RunError
+from merge_rl.errors import CheckpointError, MergeRLError, RunError
 from merge_rl.storage.files.locks import locked_output
 from merge_rl.storage.files.safetensors_file import read_file, write_tensors
 from merge_rl.storage.files.temporaries import is_vacant, temporary_beside
+from merge_rl.untrusted import load_json_mapping, parse_json, read_bounded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,8 +144,8 @@ class WorkFolder:
             return None
         try:
             header, tensors, _ = read_file(file, hashed=False)
-            return tensors, json.loads(header.metadata["note"])
-        except (CheckpointError, KeyError, json.JSONDecodeError):
+            return tensors, load_json_mapping(header.metadata["note"], str(file))
+        except (CheckpointError, KeyError):
             return None
 
     def remove(self) -> None:
@@ -159,8 +160,8 @@ class WorkFolder:
 
     def _recorded(self) -> object:
         try:
-            return json.loads((self.path / KEY_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return parse_json(read_bounded(self.path / KEY_NAME), str(self.path))
+        except MergeRLError:
             return None
 
 
@@ -177,10 +178,10 @@ def read_state(path: Path) -> State:
     """A resume point; RunError names a file that is damaged or something else."""
     try:
         header, tensors, _ = read_file(path, hashed=False)
-        return tensors, json.loads(header.metadata["state"])
+        return tensors, load_json_mapping(header.metadata["state"], str(path))
     except KeyError:
         reason = "its header holds no state"
-    except (CheckpointError, json.JSONDecodeError) as error:
+    except CheckpointError as error:
         reason = str(error).removeprefix(f"{path}: ")
     raise RunError(f"{path}: damaged resume point: {reason}")
 

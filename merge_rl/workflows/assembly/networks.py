@@ -16,8 +16,13 @@ from merge_rl.core.network import Network
 from merge_rl.core.state_dicts import Held, hold, unwrapped
 from merge_rl.errors import CheckpointError, ConfigError, DownloadError, UnknownNameError
 from merge_rl.interfaces import Autoencoder
-from merge_rl.storage.checkpoints import model_sha256, open_model_file
-from merge_rl.storage.files import sha256_file
+from merge_rl.storage.checkpoints import (
+    model_sha256,
+    open_model_file,
+    require_fit,
+    require_network,
+)
+from merge_rl.storage.files import WeightStream, sha256_file
 from merge_rl.storage.hub import Downloaded, fetch_url, pinned_file
 from merge_rl.storage.pickles import TensorRef, read_data
 
@@ -284,10 +289,11 @@ def load_network(path: str | Path, network: str | None = None) -> Network:
         raise CheckpointError(
             f"{path}: the model config is not known; expected a config.json, or --network"
         )
+    weights = unwrapped(file.weights)
+    infos = WeightStream.of(weights).infos
+    if not own_code.is_own(str(config.get("model"))):  # before it takes memory
+        require_network(infos, config, str(path))
     model = registry.build_model(config)
-    try:
-        model.load_state_dict(unwrapped(file.weights))
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise CheckpointError(f"{path}: does not fit its model config: {lines[-1]}") from None
+    require_fit(infos, model, str(path))
+    model.load_state_dict(weights)
     return model.float().eval().requires_grad_(False)

@@ -14,7 +14,7 @@ from merge_rl.config import OptimizeConfig, SamplerConfig
 from merge_rl.core.sampling.compatibility import require_sampler
 from merge_rl.errors import CheckpointError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor
-from merge_rl.storage.checkpoints import CheckpointSet, model_sha256
+from merge_rl.storage.checkpoints import CheckpointSet, model_sha256, require_network
 from merge_rl.storage.files import sha256_file
 from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.assembly.networks import (
@@ -229,5 +229,7 @@ def blank_network(checkpoints: CheckpointSet, device: str) -> nn.Module:
             f"{checkpoints.folder}: the model config is not known; "
             "expected a manifest or config.json, or --network package.module:factory"
         )
+    if not own_code.is_own(str(checkpoints.config.get("model"))):  # before it takes memory
+        require_network(checkpoints.tensors, checkpoints.config, str(checkpoints.folder))
     network: nn.Module = registry.build_model(checkpoints.config)
     return network.to(device).requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from merge_rl.config import real_number
 from merge_rl.errors import CheckpointError, ConfigError, HashMismatchError
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import MAX_SHARD_BYTES
@@ -123,15 +125,15 @@ class Recipe:
         return value
 
     def _source(self, item: object) -> tuple[str, str | None, list[float]]:
-        try:
-            if not isinstance(item, dict) or isinstance(item["coefficients"], str):
-                raise TypeError
-            values = [float(v) for v in item["coefficients"]]
-            return str(item["name"]), item.get("sha256"), values
-        except (KeyError, TypeError, ValueError):
+        source = item if isinstance(item, dict) else {}
+        name, digest, values = (source.get(key) for key in ("name", "sha256", "coefficients"))
+        numbers = [real_number(v) for v in values] if isinstance(values, list) else [None]
+        texts = isinstance(name, str) and isinstance(digest, (str, type(None)))
+        if not texts or not all(v is not None and math.isfinite(v) for v in numbers):
             raise ConfigError(
-                f"{self.path}: expected name and coefficients of each source, found {item!r}"
-            ) from None
+                f"{self.path}: expected name and coefficients of each source, found {item!r:.200}"
+            )
+        return str(name), digest, [v for v in numbers if v is not None]
 
     def coefficients(self, checkpoints: CheckpointSet) -> Tensor:
         """(G, K) in the set's order, after checking names and hashes of the sources."""

@@ -234,12 +234,14 @@ class Reference:
 def sound_moments(count: int, mean: Tensor, cov: Tensor, where: str) -> FeatureStats:
     """Moments in float64, as given but for the type.
 
-    StatisticsError, beginning with `where`, for NaN, a covariance that is not square, not symmetric
-    or has a negative variance, a mean of another dimension, and fewer than two samples.
+    StatisticsError, beginning with `where`, for NaN, whole or complex numbers, a covariance that is
+    not square, not symmetric or has a negative variance, a mean of another dimension, and fewer
+    than two samples.
     """
     try:
-        if mean.is_complex() or cov.is_complex():
-            raise StatisticsError("expected real moments, got complex ones")
+        if odd := [t.dtype for t in (mean, cov) if not t.is_floating_point()]:
+            found = str(odd[0]).removeprefix("torch.")
+            raise StatisticsError(f"expected moments of a floating type, got {found}")
         stats = FeatureStats(count, mean.double(), cov.double())
         check_moments(stats)
     except StatisticsError as error:

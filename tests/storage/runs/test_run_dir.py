@@ -200,7 +200,9 @@ def test_a_damaged_state_is_refused(cut: int, run: RunDir) -> None:
     assert str(refusal.value).count(str(run.state_path)) == 1
 
 
-@pytest.mark.parametrize("metadata", [{}, {"state": "{"}])
+@pytest.mark.parametrize(
+    "metadata", [{}, *({"state": text} for text in ("{", "[1]", "[" * 9999, '{"a": 1, "a": 2}'))]
+)
 def test_a_state_without_its_numbers_is_refused(metadata: dict[str, str], run: RunDir) -> None:
     save_tensors(run.state_path, {"a": torch.ones(1)}, metadata)
     with pytest.raises(RunError, match=r"state.safetensors: damaged resume point: "):

@@ -148,9 +148,18 @@ def test_what_is_no_model(tiny: Path, tmp_path: Path, raw: CheckpointSet) -> Non
     save_tensors(tmp_path / "bare.safetensors", raw.read(0))
     with pytest.raises(CheckpointError, match="model config is not known; expected a config.json"):
         mrl.load_model(tmp_path / "bare.safetensors")
+    refused = {
+        "unet.out_gain": (torch.ones(1), r"found float32 \[1\], expected a floating type \[\]"),
+        "unet.emb_noise.weight": (torch.ones(8, 8).short(), "found int16 .*, expected a floating"),
+    }
+    for name, (odd, said) in refused.items():
+        weights = {**raw.read(0), name: odd}
+        place = mrl.save_model(tmp_path / name, weights, raw.config)
+        with pytest.raises(CheckpointError, match=f"1 differ, first {name!r}: {said}"):
+            mrl.load_model(place)
     lacking = {name: t.float() for name, t in raw.read(0).items() if name != "unet.out_gain"}
     out = mrl.save_model(tmp_path / "out", lacking, raw.config)
-    with pytest.raises(CheckpointError, match=r'does not fit its model config.*"unet.out_gain"'):
+    with pytest.raises(CheckpointError, match="1 differ, first 'unet.out_gain': found missing"):
         mrl.load_model(out)
 
 

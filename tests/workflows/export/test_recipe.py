@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import merge_rl as mrl
 from merge_rl.errors import CheckpointError, ConfigError, HashMismatchError, MergeRLError
@@ -129,6 +128,10 @@ def put(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (put("coefficients", "0.1"), "expected name and coefficients of each source"),
         (put("coefficients", 0.1), "expected name and coefficients of each source"),
         (put("coefficients", ["much"]), "expected name and coefficients of each source"),
+        (put("coefficients", [True]), "expected name and coefficients of each source"),
+        (put("coefficients", [float("nan")]), "expected name and coefficients of each source"),
+        (put("coefficients", [10**400]), "expected name and coefficients of each source"),
+        (put("name", 1), "expected name and coefficients of each source"),
         (put("coefficients", [0.1]), "sources have different numbers of coefficients"),
         (lambda d: d["sources"].append(copy.deepcopy(d["sources"][0])), "is listed twice"),
         (lambda d: d.update(groups=["encoder"]), "groups: expected a mapping"),
@@ -158,8 +161,8 @@ def test_documents_that_are_no_recipe(text: str, tmp_path: Path) -> None:
 def test_coefficients_that_are_not_finite_make_no_merge(
     document: dict[str, Any], written: Callable[[], Recipe], raw: CheckpointSet
 ) -> None:
-    document["sources"][0]["coefficients"][0] = float("nan")
-    assert "nan" in yaml.safe_dump(document)
     recipe = written()
+    rows = recipe.coefficients(raw)
+    rows[0, 0] = float("nan")
     with pytest.raises(ConfigError, match="expected finite coefficients"):
-        mrl.merge(raw, recipe.coefficients(raw), groups=recipe.groups)
+        mrl.merge(raw, rows, groups=recipe.groups)

@@ -88,6 +88,8 @@ def test_narrow_types_are_widened(tmp_path: Path) -> None:
         ({"sigma": torch.eye(3)}, r"a covariance \(D, D\), got shapes \(2,\) and \(3, 3\)"),
         ({"mu": torch.zeros(1, 2)}, r"a mean \(D,\) and a covariance .*, got shapes \(1, 2\)"),
         ({"mu": torch.tensor(1.0)}, r"a mean \(D,\) and a covariance .*, got shapes \(\)"),
+        ({"mu": torch.zeros(2).short()}, "expected moments of a floating type, got int16"),
+        ({"sigma": torch.eye(2) > 0}, "expected moments of a floating type, got bool"),
         ({"count": ""}, "expected the number of images, found count ''"),
         ({"count": "-4"}, "expected the number of images, found count '-4'"),
         ({"count": "²"}, "expected the number of images, found count '²'"),
