@@ -61,6 +61,7 @@ from merge_rl.config.sampler import (
 from merge_rl.config.search import MergeConfig, SearchConfig
 from merge_rl.config.setting import (
     FIRST_RULES,
+    FIXED_STEP_RULES,
     LEARN,
     MODEL,
     PANELS,
@@ -81,6 +82,7 @@ __all__ = [
     "EXAMPLES",
     "FIRST_RULES",
     "FIXED_SOLVERS",
+    "FIXED_STEP_RULES",
     "FREE_ON_RESUME",
     "LAST_STEPS",
     "LEARN",

@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 # Rules of a run, which are those of the release it began with: runs go on by them. The first had
 # image seeds of 32 bits, finalists of all rounds, and fine-tuning without a gradient through steps
-# that draw nothing.
-FIRST_RULES: Final = 1
-RULES: Final = 2
+# that draw nothing; the second had steps along gradients whose length did not find itself.
+FIRST_RULES, FIXED_STEP_RULES = 1, 2
+RULES: Final = 3
 
 ABOUT: Final = "about"  # key of a field's metadata
 GENERAL, SEARCH, LEARN, REWARD = "", "Search", "Rollouts and updates", "Reward"

@@ -5,12 +5,21 @@ to mean by what was wrong with means of ten rounds ago swing ever wider. So a ro
 bounded way from the centre c of the means that filled the pool, and moves no further than these do:
 
     c <- c + a (theta - c),   a = 2 s / (1 + s)       s: share of the pool that a round renews
-    theta = c + step / a u,   step = learning_rate / sqrt(D) max(LEAST, 1 - t / T)
+    theta = c + step / a u,   step = learning_rate e^l / sqrt(D) max(LEAST, 1 - t / T)
 
 c has the mean age of the pool's images, (1 / s - 1) / 2 rounds. u is Adam's direction (Kingma & Ba,
 2015, arXiv:1412.6980) without the first of its corrections, so that it is short while it rests on
-few gradients; a steady one moves theta by learning_rate a round, whatever the dimension D. Averages
-of the means, with weights that grow with t, are a finalist beside the last.
+few gradients; a steady one moves theta by learning_rate e^l a round, whatever the dimension D.
+Averages of the means, with weights that grow with t, are a finalist beside the last.
+
+The step finds itself by what it led to: the newer half of the pool against the older one, which is
+as large, in standard deviations of what chance does to the difference of two halves,
+
+    l <- l + min(1, 2 s t) GROW tanh z  where z > 0, else SHRINK for GROW.
+
+In round t the newer half has had 2 s t of its images from the search.
+What fresh images do to the pool's distance would not tell: of a pool on one side of the optimum
+those on the other side make a good mixture, and means swing about it ever wider.
 
 What is told as a reward is minus the distance of the pool, freed of its bias; another metric of the
 pool may be told beside it. The centre where either was best is a finalist always. A search whose
@@ -33,7 +42,9 @@ from merge_rl.config import SearchConfig
 from merge_rl.errors import ConfigError
 from merge_rl.searchers.base import AskTell, SearchSpace, planned
 
-STEP: Final = 1.0  # of theta, a round
+STEP: Final = 0.4  # of theta, a round, at first
+GROW, SHRINK = 0.15, 0.3  # of the log step, a round at most
+SHORTEST, LONGEST = -math.log(32), math.log(16)  # of the log step
 BETAS: Final = (0.8, 0.95)
 LEAST: Final = 0.05  # where the schedule of the step stops
 CLIP: Final = 3.0  # longest gradient, in running norms
@@ -71,6 +82,7 @@ class Slope:
 
     gradients: Tensor  # (P, D), of the rewards
     noise: float = 0.0  # of the rewards
+    trend: float | None = None  # what the newer half of the pool is better by, where they differ
     second: tuple[float, float] | None = None  # another distance and its noise, where looked at
 
 
@@ -143,6 +155,7 @@ class Pathwise(AskTell):
         if self.worse >= PATIENCE:
             self._go_back()
             return
+        self._pace(slope.trend)
         self._centre = self._centre + self.share * (self._mean - self._centre)
         self._climb(self._clipped(slope.gradients[0].detach().to("cpu", torch.float64)))
 
@@ -155,6 +168,16 @@ class Pathwise(AskTell):
             second = second.seen(-distance, noise, self._centre)
         self.watches = (first, second)
         self.worse = self.worse + 1 if first.behind or second.behind else 0
+
+    def _pace(self, trend: float | None) -> None:
+        """Lengthen the step where the pool gets better, shorten it where it gets worse."""
+        # Of halves whose distances differ by N(0, sd^2) the mean |difference| / 2 is the noise.
+        spread = math.sqrt(2 * math.pi) * self.watches[0].noise
+        if trend is None or not spread > 0:
+            return
+        by = math.tanh(trend / spread) * min(1.0, 2 * self.space.renewed * self._age)
+        by *= GROW if by > 0 else SHRINK
+        self.log_step = min(max(self.log_step + by, SHORTEST), LONGEST)
 
     def _go_back(self) -> None:
         """To where the metric was best that is worse now, the reward if both are."""

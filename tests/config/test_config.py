@@ -202,7 +202,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (SearchConfig, {"momentum": 1.0}, r"expected momentum in \[0, 1\), got 1.0"),
     (SearchConfig, {"final_share": 0.5}, r"expected final_share in \[0, 0.5\), got 0.5"),
     (SearchConfig, {"incumbents": -1}, "expected incumbents >= 0, got -1"),
-    (OptimizeConfig, {"checkpoints": "x", "rules": 3}, r"expected rules of a run in 1\.\.2, got 3"),
+    (OptimizeConfig, {"checkpoints": "x", "rules": 4}, r"expected rules of a run in 1\.\.3, got 4"),
     (MergeConfig, {"max_abs": 0.0}, "expected max_abs finite and > 0, got 0.0"),
     (MergeConfig, {"l2": -1.0}, "expected l2 finite and >= 0, got -1.0"),
     (SearchConfig, {"box": 0.0}, "expected box finite and > 0, got 0.0"),

@@ -99,12 +99,57 @@ def test_a_pool_that_lags_does_not_make_it_swing(dim: int) -> None:
     assert seen[-1] < 0.02 * seen[0]
 
 
+@pytest.mark.parametrize("length", [1.0, 2.0])
+def test_a_step_that_is_too_long_settles(length: float) -> None:
+    # Means that ten rounds fill a pool with swing about an optimum that is 2 from the start.
+    optimum = torch.ones(4).double()
+
+    def loss(means: list[Tensor]) -> Tensor:
+        return (torch.stack(means).mean(0) - optimum).square().sum()
+
+    def swings(*, told: bool) -> float:
+        found, filled = searcher(10**9, dim=4, learning_rate=length), [torch.zeros(4).double()] * 10
+        away = []
+        for _ in range(60):
+            thetas = found.ask()
+            filled = [*filled[1:], thetas[0]]
+            gradient = -2 * (torch.stack(filled).mean(0) - optimum)
+            trend = float(loss(filled[:5]) - loss(filled[5:])) if told else None
+            slope = Slope(gradients=gradient[None], noise=0.1, trend=trend)
+            found.tell(thetas, -loss(filled)[None], slope)
+            away.append(float((thetas[0] - optimum).norm()))
+        return max(away[-10:])
+
+    assert swings(told=True) < 1 < swings(told=False)
+
+
 def test_the_step_shrinks_to_the_end() -> None:
     ending = searcher(rounds=10)
     play(ending, 5)
-    assert ending.step == pytest.approx(1 / math.sqrt(3) / 2)
+    assert ending.step == pytest.approx(0.4 / math.sqrt(3) / 2)
     play(ending, 7)
-    assert ending.step == pytest.approx(1 / math.sqrt(3) * 0.05)
+    assert ending.step == pytest.approx(0.4 / math.sqrt(3) * 0.05)
+
+
+def test_the_step_follows_from_what_it_led_to() -> None:
+    # Halves that differ by sd have half a mean |difference| of sd / sqrt(2 pi).
+    sd, found = 0.3, searcher(rounds=10**9)
+    told, half = {"noise": sd / math.sqrt(2 * math.pi)}, sd * math.atanh(0.5)
+    play(found, 1)
+    lengths = []
+    for trend in (0.0, half, -half, None):
+        climb(found, -1.0, trend=trend, **told)
+        lengths.append(found.log_step)
+    # A round renews a tenth: the newer half has 4, then 6 tenths of its images from the search.
+    longer, shorter = 0.4 * 0.15 / 2, 0.6 * 0.3 / 2
+    assert lengths == pytest.approx([0, longer, longer - shorter, longer - shorter])
+    for bound, trend in ((math.log(16), 9.0), (-math.log(32), -9.0)):
+        for _ in range(60):
+            climb(found, -1.0, trend=trend, **told)
+        assert found.log_step == pytest.approx(bound)
+    silent = searcher()
+    climb(silent, -1.0, trend=5.0)  # nothing is known of chance
+    assert silent.log_step == 0
 
 
 def test_one_wild_gradient_moves_no_further_than_others() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_rl.config import OptimizeConfig
+from merge_rl.config import FIXED_STEP_RULES, OptimizeConfig
 from merge_rl.core.merging.gradient import theta_gradient
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Searcher
@@ -41,12 +41,17 @@ class PathwiseLoop(SearchLoop):
     def _round(self, thetas: Tensor) -> None:
         began, sampled, theta = time.monotonic(), self.job.rollout.seconds, thetas[0]
         at = RewardGradient(self.reward, self._pool)
-        level = at.level(stream(self.config.seed, "halves", self.round_index))
+        level = at.level(stream(self.config.seed, "halves", self.round_index), self.cursor)
         before, share = level.distance, self._count / len(self._pool)
         found = self._gradient(theta, at, level)
         searcher, second = self._pathwise, self._second(share)
         step, returns = searcher.step, searcher.returns
-        slope = Slope(gradients=found["gradients"], noise=level.noise, second=second)
+        # Halves of a pool that one round renews are both of its mean.
+        told = self.config.rules > FIXED_STEP_RULES and share <= 1 / 2
+        slope = Slope(
+            gradients=found["gradients"], noise=level.noise, second=second,
+            trend=level.trend if told else None,
+        )  # fmt: skip
         searcher.tell(thetas, found["rewards"], slope)
         self._note_failures(found["rewards"])
         if self.failed_rounds:

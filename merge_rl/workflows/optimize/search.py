@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from merge_rl import own_code, registry
-from merge_rl.config import OptimizeConfig
+from merge_rl.config import FIXED_STEP_RULES, OptimizeConfig
 from merge_rl.core.merging.ema_profiles import posthoc_coefficients
 from merge_rl.core.merging.maps import CoefficientMap
 from merge_rl.errors import ConfigError
@@ -136,8 +136,10 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
         evaluations=plan.rounds * plan.candidates,
         renewed=min(1.0, config.reward.images_per_subset / config.reward.pool_size),
     )
-    name = config.search.name
-    given = (config.search, space, config.seed)
+    search, name = config.search, config.search.name
+    if search.takes_gradients and config.rules <= FIXED_STEP_RULES and search.learning_rate is None:
+        search = dataclasses.replace(search, learning_rate=1.0)
+    given = (search, space, config.seed)
     if registry.own_searcher(name):
         made = own_code.call(name, "searcher", given, "settings, space and seed")
         return OwnSearcher(made, name, space.dim)

@@ -73,30 +73,40 @@ class RewardGradient:
             (found,) = torch.autograd.grad(self.influence(leaf).mean(), leaf)
         return found
 
-    def level(self, generator: torch.Generator) -> Level:
+    def level(self, generator: torch.Generator, oldest: int = 0) -> Level:
         """The distance of the pool, and from two random halves what is wrong with it.
 
         A bias that falls as 1 / N is as large as what the halves' mean lies above the whole; for
-        an unbiased distance both agree but for chance.
+        an unbiased distance both agree but for chance. Rows count as newer from `oldest` on.
         """
-        half = draw_subset(self.pool.labels, len(self.pool) // 2, generator)
-        other = torch.ones(len(self.pool), dtype=torch.bool).index_fill(0, half, False)
-        whole, first, second = 0.0, 0.0, 0.0
-        for term, reward, view in self._terms:
-            whole += term.weight * reward.pool_distance(view)
-            first += term.weight * reward.distance_of(view.features[half])
-            second += term.weight * reward.distance_of(view.features[other])
-        bias = (first + second) / 2 - whole
-        return Level(whole, bias, abs(first - second) / 2)
+        count = len(self.pool)
+        drawn = draw_subset(self.pool.labels, count // 2, generator)
+        half = torch.zeros(count, dtype=torch.bool).index_fill(0, drawn, True)
+        older = (torch.arange(count) - oldest) % count < count // 2
+        whole = sum(term.weight * reward.pool_distance(view) for term, reward, view in self._terms)
+        first, second = self._distance(half), self._distance(~half)
+        return Level(
+            distance=whole,
+            bias=(first + second) / 2 - whole,
+            noise=abs(first - second) / 2,
+            trend=self._distance(older) - self._distance(~older),
+        )
+
+    def _distance(self, rows: Tensor) -> float:
+        """Of those rows (N,) bool of the pool on their own."""
+        return sum(
+            term.weight * r.distance_of(view.features[rows]) for term, r, view in self._terms
+        )
 
 
 @dataclass(frozen=True)
 class Level:
-    """A distance of a pool, about how much too large it is, and about how much of it is chance."""
+    """A distance of a pool, and what its halves tell of it."""
 
     distance: float
-    bias: float
-    noise: float
+    bias: float  # about how much too large it is
+    noise: float  # about how much of it is chance
+    trend: float = 0.0  # what the newer half is better by than the older one
 
     @property
     def unbiased(self) -> float:

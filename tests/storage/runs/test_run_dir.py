@@ -37,10 +37,11 @@ def test_create_and_open(run: RunDir) -> None:
 
 
 def test_a_run_that_says_no_rules_goes_on_by_the_first(run: RunDir) -> None:
-    assert run.config().rules == 2
+    said = f"rules: {run.config().rules}"
     lines = run.config_path.read_text().splitlines()
-    assert "rules: 2" in lines
-    run.config_path.write_text("\n".join(line for line in lines if line != "rules: 2"))
+    assert run.config().rules > 1
+    assert said in lines
+    run.config_path.write_text("\n".join(line for line in lines if line != said))
     assert run.config().rules == 1
 
 

@@ -84,6 +84,23 @@ def test_interrupted_and_resumed(
     assert outcome(run) == outcome(whole)
 
 
+def test_a_run_of_an_earlier_release_keeps_its_steps(
+    config: OptimizeConfig, tmp_path: Path, outcome: Outcome
+) -> None:
+    before = dataclasses.replace(config, rules=2)
+    mrl.optimize(config.checkpoints, out=tmp_path / "whole", config=before)
+    with pytest.raises(KeyboardInterrupt):
+        mrl.optimize(
+            config.checkpoints, out=tmp_path / "run", config=before, tracker=Heard(3)
+        )  # fmt: skip
+    mrl.resume(tmp_path / "run")
+    rounds = rounds_of(tmp_path / "run")
+    lengths, left = [e["step_length"] for e in rounds], len(rounds)
+    wide = lengths[0] * torch.linspace(1, 1 / left, left).double()
+    torch.testing.assert_close(torch.tensor(lengths).double(), wide)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
 def test_too_small_a_budget_is_refused(config: OptimizeConfig, tmp_path: Path) -> None:
     message = r"does not pay for one round: 10 images with their gradient.* at least 70"
     small = dataclasses.replace(config, budget=60)

@@ -21,6 +21,7 @@ from merge_rl.workflows.rewards import (
     WeightedReward,
     require_gradient,
 )
+from merge_rl.workflows.rewards.gradient import Differentiable
 
 DIM, POOL = 4, 60
 
@@ -119,6 +120,19 @@ def test_the_bias_of_a_distance_is_found_from_halves() -> None:
     assert abs(unbiased) < 0.6 * mean
     # The typical size of what chance does to the distance.
     assert 0.4 * float(found[:, 0].std()) < noise < 2.5 * float(found[:, 0].std())
+
+
+def test_the_trend_is_what_the_newer_half_is_better_by() -> None:
+    reward = RewardSum([term("fid-subset", 1.0, 0, DIM)])
+    made, quarter = images(POOL, 3), POOL // 4
+    pool = pool_of(made)
+    at = RewardGradient(reward, pool).level(torch.Generator().manual_seed(0), 3 * quarter)
+    older = torch.cat([pool.features[3 * quarter :], pool.features[:quarter]])
+    newer = pool.features[quarter : 3 * quarter]
+    fid = reward.terms[0].reward
+    assert isinstance(fid, Differentiable)
+    assert at.trend == pytest.approx(fid.distance_of(older) - fid.distance_of(newer), rel=1e-9)
+    assert abs(at.trend) > 0
 
 
 def test_an_unbiased_distance_has_no_bias() -> None:
