@@ -91,7 +91,7 @@ def settings(folder: Path, name: str, budget: int) -> OptimizeConfig:
         sampler=case.sampler,
         merge=case.merge,
         reward=RewardConfig(pool_size=1000),
-        evaluation=EvaluationConfig(num_images=2000, repeats=4, selection_images=2000),
+        evaluation=EvaluationConfig(num_images=2000, repeats=4, selection_images=500),
     )
 
 
@@ -145,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", default="sit,edm2")
     parser.add_argument("--budget", type=int, default=90_000)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--curve-images", type=int, help="0: ends alone are scored")
     parser.add_argument("--ours", default=OURS, help="whose goals are judged")
     parser.add_argument("--searchers", default=",".join((OURS, *BLACK_BOXES, *FREE)))
     parser.add_argument("--folder", type=Path, default=Path("build/bench/searchers"))
@@ -158,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document = compare_searchers(
             settings(given.folder / "digits", name, given.budget),
             out=given.folder / name, searchers=given.searchers.split(","), seeds=seeds,
+            curve_images=given.curve_images,
         )  # fmt: skip
         print(json.dumps(document["searchers"], indent=1))
         found[name] = {"verdicts": verdicts(document, given.ours), "comparison": document}

@@ -56,8 +56,9 @@ def compare(
             metavar="'NAME [KEY=VALUE ...]'",
             help="Repeatable. Settings of its own are search.*, merge.* and reward.*, and "
             "label=TEXT names it in tables.",
-            show_default="policy-gradient, nevergrad:TBPSA, nevergrad:CMA, lcsc, greedy-soup, "
-            "ema-grid, best-checkpoint, uniform",
+            show_default="pathwise, policy-gradient, nevergrad:TBPSA, nevergrad:CMA, lcsc, the "
+            "last three with reward.name=fid-subset too, greedy-soup, ema-grid, best-checkpoint, "
+            "uniform",
             rich_help_panel=SEARCH,
         ),
     ] = None,

@@ -70,7 +70,7 @@ def result_document(result: OptimizeResult) -> dict[str, Any]:
 def print_result(result: OptimizeResult) -> None:
     """Tables of the comparison, where the merge lies, and the verdict last."""
     from merge_rl.workflows.evaluate import ENTRIES
-    from merge_rl.workflows.report import run_verdict
+    from merge_rl.workflows.report import floor_lines, run_verdict
 
     comparison = result.comparison
     rows = []
@@ -83,6 +83,8 @@ def print_result(result: OptimizeResult) -> None:
         "seeds, mean [95 % interval]"
     )
     print_table(title, ["model", *comparison.references], rows)
+    for line in floor_lines(vars(comparison)):
+        tell(line)
     for other in ENTRIES[:-1]:
         _print_gain(comparison, other)
     if comparison.second is not None:

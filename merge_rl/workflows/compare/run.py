@@ -57,7 +57,7 @@ from merge_rl.workflows.compare.searchers import (
 from merge_rl.workflows.compare.trials import Jobs, NamedTracker, run_trial
 from merge_rl.workflows.optimize import check_names, make_searcher
 from merge_rl.workflows.report import CompareResult
-from merge_rl.workflows.rollout import require_device
+from merge_rl.workflows.rollout import calls_an_image, require_device
 
 CURVE_IMAGES = 2000  # at most, where nothing is said
 
@@ -122,6 +122,12 @@ def compare_searchers(
         document["left_out"] = left_out
         folder.write("compare.json", document)
     return CompareResult(document)
+
+
+def calls_of(config: OptimizeConfig, job: Job) -> int:
+    """Network evaluations an image of a search takes; a function of the user's counts as one."""
+    rollout = job.rollout.rollout
+    return 1 if config.generate else calls_an_image(rollout.sampler, rollout.model)
 
 
 _PLAIN = "policy-gradient"
@@ -254,6 +260,7 @@ class _Match:
         return ScoredTrial(
             trial=trial,
             scores=self.scores.repeats(job, settings, trial.coefficients, name),
+            calls=calls_of(settings, job),
             curve=curve_scores(self.scores, job, trial, self.curve_images, name),
         )
 
@@ -262,7 +269,9 @@ class _Match:
         best = self.scores.best_single(job, config)
         entries: dict[str, Any] = {}
         for name, rows in fixed_merges(job, best).items():
-            entries[name] = {"fid": summarize(self.scores.repeats(job, config, rows, name))}
+            found = summarize(self.scores.repeats(job, config, rows, name))
+            fid = {reference: found.pop(reference) for reference in job.references}
+            entries[name] = {"fid": fid, "others": found}
             if self.curve_images:
                 along = self.scores.along(job, config, [rows], self.curve_images, name)
                 entries[name]["curve"] = along[0]
@@ -279,6 +288,7 @@ class _Match:
             "num_images": config.evaluation.images,
             "repeats": config.evaluation.repeats,
             "curve_images": self.curve_images,
+            "floor": self.scores.floor(job, config),
             "headline": "heldout" if "heldout" in job.references else "reference",
             "device": config.device,
             "threads": torch.get_num_threads(),

@@ -20,7 +20,7 @@ from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.compare.searchers import BASELINES, SearcherSpec
 from merge_rl.workflows.compare.trials import Trial
-from merge_rl.workflows.evaluate import ScoreStore
+from merge_rl.workflows.evaluate import Request, ScoreStore
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +28,18 @@ class ScoredTrial:
     """A search with its scores on the shared fresh seeds."""
 
     trial: Trial
-    scores: Sequence[Mapping[str, float]]  # repeat -> reference -> FID
+    scores: Sequence[Mapping[str, float]]  # repeat -> reference -> FID, and a second metric
+    calls: int  # network evaluations an image
     curve: Sequence[Mapping[str, float]]  # "images" and FID by reference, along the budget
 
     def mean(self, name: str) -> float:
         """Over repeats."""
         return statistics.fmean(score[name] for score in self.scores)
+
+    @property
+    def evaluations(self) -> int:
+        """Of the network, an image with its gradient as three images."""
+        return self.calls * self.trial.images
 
     @property
     def overhead(self) -> float | None:
@@ -50,6 +56,7 @@ class ScoredTrial:
             "subset_size": self.trial.config.reward.images_per_subset,
             "images": self.trial.images,
             "rounds": found["rounds"],
+            "evaluations": self.evaluations,
             "seconds": self.trial.seconds,
             "overhead": self.overhead,
             "start": found["start"]["label"],
@@ -93,13 +100,17 @@ def standing(
 ) -> dict[str, Any]:
     """A line of the table, for JSON; `names` are those of the references."""
     plain = [scored.trial for scored in trials]
+    metrics = trials[0].scores[0]
+    found = {name: spread_of([scored.mean(name) for scored in trials]) for name in metrics}
     curves = zip(*(scored.curve for scored in trials), strict=True)
     return {
         "searcher": contender.label,
         "name": contender.name,
         "settings": dict(contender.settings),
         "images": int(statistics.median(trial.images for trial in plain)),
-        "fid": {name: spread_of([scored.mean(name) for scored in trials]) for name in names},
+        "evaluations": int(statistics.median(scored.evaluations for scored in trials)),
+        "fid": {name: found.pop(name) for name in names},
+        "others": found,
         "optimism": median([trial.found["final"]["optimism"] for trial in plain]),
         "seconds": median([trial.seconds for trial in plain]),
         "overhead": median([scored.overhead for scored in trials]),
@@ -165,11 +176,14 @@ class FreshScores:
     def repeats(
         self, job: Job, config: OptimizeConfig, coefficients: Tensor, name: str
     ) -> list[Scores]:
-        """Of N images, once a repeat; N and repeats are those of the config's evaluation."""
+        """Of N images, once a repeat; N and repeats are those of the config's evaluation.
+
+        By a metric too that no search optimises, under its name.
+        """
         settings = config.evaluation
         self._tracker.phase(f"{name}: fresh seeds", settings.repeats * settings.images)
         return [
-            self._get(job, config, coefficients, settings.images, "compare", repeat)
+            self._get(job, config, coefficients, settings.images, "compare", repeat, second=True)
             for repeat in range(settings.repeats)
         ]
 
@@ -190,15 +204,26 @@ class FreshScores:
         ]
         return min(range(len(found)), key=lambda i: (math.isnan(found[i]), found[i], i))
 
-    def _get(
-        self, job: Job, config: OptimizeConfig, rows: Tensor, count: int, *stream: str | int
-    ) -> Scores:
+    def floor(self, job: Job, config: OptimizeConfig) -> float | None:
+        """Distance between the reference and the held-out data; None without these."""
+        references = {name: reference.stats for name, reference in job.references.items()}
+        return self._of(job, config).scorer.floor(references)
+
+    def _of(self, job: Job, config: OptimizeConfig) -> ScoreStore:
         final = job.final_rollout
         if self._store is None or self._store.job.final_rollout is not final:
             self._store = ScoreStore(job, self._run, self._seed, config.rules)
         final.rollout.on_images = self._tracker.advance
+        return self._store
+
+    def _get(
+        self, job: Job, config: OptimizeConfig, rows: Tensor, count: int, *stream: str | int,
+        second: bool = False,
+    ) -> Scores:  # fmt: skip
+        store = self._of(job, config)
         key = "/".join([*map(str, stream), str(count), _digest(rows, config)])
-        return self._store.get(key, rows, count, *stream)
+        (found,) = store.get_all([Request(key, rows, count, stream, second)])
+        return {**found, store.second_metric.name: store.second(key)} if second else found
 
 
 def _digest(rows: Tensor, config: OptimizeConfig) -> str:

@@ -12,12 +12,15 @@ from merge_rl.config import OptimizeConfig, from_mapping, preset, to_mapping
 from merge_rl.errors import ConfigError
 from merge_rl.untrusted import parse_yaml
 
-DEFAULT: Final = (
-    "policy-gradient", "nevergrad:TBPSA", "nevergrad:CMA", "lcsc", "greedy-soup", "ema-grid",
-    "best-checkpoint", "uniform",
-)  # fmt: skip
 BASELINES: Final = ("greedy-soup", "ema-grid", "best-checkpoint", "uniform")
 """Searchers that do no more than compare merges which everybody knows."""
+BLACK_BOXES: Final = ("nevergrad:TBPSA", "nevergrad:CMA", "lcsc")
+# These with the gradients' reward too: part of a lead may be the reward's, not the searcher's.
+SAME: Final = "fid-subset"
+DEFAULT: Final = (
+    "pathwise", "policy-gradient", *BLACK_BOXES,
+    *(f"{name} label='{name}, {SAME}' reward.name={SAME}" for name in BLACK_BOXES), *BASELINES,
+)  # fmt: skip
 SECTIONS: Final = ("search", "merge", "reward")
 """Settings a searcher may have of its own: others would change what it is compared by."""
 

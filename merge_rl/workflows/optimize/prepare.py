@@ -12,8 +12,6 @@ from merge_rl import registry
 from merge_rl.config import AUTO_BATCH, OptimizeConfig, SamplerConfig, to_mapping
 from merge_rl.core.sampling.compatibility import (
     balanced_labels,
-    count_network_calls,
-    prediction_of,
     require_reward_solver,
     require_solver,
 )
@@ -33,6 +31,7 @@ from merge_rl.workflows.report import duration
 from merge_rl.workflows.rollout import (
     DistributedRollout,
     Rollout,
+    calls_an_image,
     on_device,
     require_same_everywhere,
 )
@@ -147,9 +146,6 @@ def image_seconds(rollout: Rollout, num_classes: int, most: int) -> float:
     while count < most and seconds(many, count) < ENOUGH:
         count = min(2 * count, most)
     short, long = seconds(few, count), seconds(many, count)
-    call, sampler = max(0.0, long - short) / (many - few), rollout.sampler
-    calls = count_network_calls(
-        sampler.solver, sampler.num_steps, prediction=prediction_of(rollout.model),
-        last_step=sampler.last_step,
-    )  # fmt: skip
+    call = max(0.0, long - short) / (many - few)
+    calls = calls_an_image(rollout.sampler, rollout.model)
     return (call * calls + max(0.0, short - few * call)) / count

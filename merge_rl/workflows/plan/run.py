@@ -11,12 +11,7 @@ from typing import Any, Final
 
 from merge_rl import registry
 from merge_rl.config import OptimizeConfig, SamplerConfig, sde_counterpart
-from merge_rl.core.sampling.compatibility import (
-    VELOCITY,
-    count_network_calls,
-    has_open_end,
-    prediction_of,
-)
+from merge_rl.core.sampling.compatibility import VELOCITY, prediction_of
 from merge_rl.errors import RunError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.parallel.blocks import block_size
@@ -26,7 +21,7 @@ from merge_rl.workflows.evaluate import Scorer
 from merge_rl.workflows.optimize import SDE, Workload, search_workload
 from merge_rl.workflows.plan import calibration
 from merge_rl.workflows.plan.work import Estimate, Speeds, estimate, filling_batch
-from merge_rl.workflows.rollout import fast_hint, require_device
+from merge_rl.workflows.rollout import calls_an_image, fast_hint, require_device
 
 DEVICES: Final = (1, 8, 64)
 REQUEST_SECONDS: Final = 0.005  # to hand out a round and take it up, on one machine
@@ -120,9 +115,9 @@ def plan(
     also_sde = prediction_of(costed.rollout.model) == VELOCITY and not sampler.is_sde
     shape = costed.parts.shape
     workload = search_workload(config, checkpoints, costed.num_groups, shape, also_sde=also_sde)
-    calls = {"reward": _calls(sampler, costed), SDE: 0}
+    calls = {"reward": calls_an_image(sampler, costed.rollout.model), SDE: 0}
     if also_sde:
-        calls[SDE] = _calls(sde_counterpart(sampler), costed)
+        calls[SDE] = calls_an_image(sde_counterpart(sampler), costed.rollout.model)
     found = plan_memory(config, checkpoints, costed, memory)
     found.require_fit(config.batch)
     dim = costed.dim
@@ -145,13 +140,6 @@ def plan(
 
 def _note(text: str) -> dict[str, str]:
     return {"kind": "note", "text": text}
-
-
-def _calls(sampler: SamplerConfig, costed: PartCosts) -> int:
-    return count_network_calls(
-        sampler.solver, sampler.num_steps, prediction=prediction_of(costed.rollout.model),
-        open_end=has_open_end(costed.rollout.model), last_step=sampler.last_step,
-    )  # fmt: skip
 
 
 def _existing(path: Path) -> Path:

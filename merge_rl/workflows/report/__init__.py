@@ -6,7 +6,14 @@ from merge_rl.workflows.report.figures import can_draw, drawing, steps_axis
 from merge_rl.workflows.report.plots import draw_run
 from merge_rl.workflows.report.results import CompareResult, EvaluateResult, Score, SearcherScore
 from merge_rl.workflows.report.run_page import search_lines
-from merge_rl.workflows.report.text import NAMES, duration, interval, markdown_table, number
+from merge_rl.workflows.report.text import (
+    NAMES,
+    duration,
+    floor_lines,
+    interval,
+    markdown_table,
+    number,
+)
 from merge_rl.workflows.report.verdicts import (
     Verdict,
     compare_verdict,
@@ -32,6 +39,7 @@ __all__ = [
     "drawing",
     "duration",
     "finetune_verdict",
+    "floor_lines",
     "interval",
     "markdown_table",
     "number",

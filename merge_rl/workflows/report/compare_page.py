@@ -9,7 +9,7 @@ from typing import Any
 from merge_rl.errors import ConfigError
 from merge_rl.storage.files import write_text
 from merge_rl.workflows.report.plots import draw_comparison
-from merge_rl.workflows.report.text import NAMES, Row, interval, markdown_table
+from merge_rl.workflows.report.text import NAMES, Row, floor_lines, interval, markdown_table
 from merge_rl.workflows.report.verdicts import compare_verdict, ranged
 
 
@@ -20,12 +20,19 @@ def quality_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
         [
             line["searcher"],
             *(ranged(line["fid"][name]) for name in names),
+            *(ranged(value, ".3g") for value in line.get("others", {}).values()),
             _shown(line["ratio"], ".3f"),
             _shown(line["optimism"], "+.3f"),
         ]
         for line in document["searchers"]
     ]
-    return ["searcher", *(f"{NAMES[name]} FID" for name in names), "ratio", "optimism"], rows
+    heads = [f"{NAMES[name]} FID" for name in names] + others_of(document)
+    return ["searcher", *heads, "ratio", "optimism"], rows
+
+
+def others_of(document: Mapping[str, Any]) -> list[str]:
+    """The metrics beside FID; those of an earlier release have none."""
+    return [name.upper() for name in document["searchers"][0].get("others", {})]
 
 
 def _references(document: Mapping[str, Any]) -> list[str]:
@@ -39,6 +46,7 @@ def cost_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
         [
             line["searcher"],
             f"{line['images']:,}",
+            _shown(line.get("evaluations"), ","),
             _shown(line["seconds"], ".0f"),
             _shown(line["overhead"], ".1%"),
             _shown(line["coefficient_spread"], ".3f"),
@@ -46,7 +54,7 @@ def cost_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
         ]
         for line in document["searchers"]
     ]
-    return ["searcher", "images", "seconds", "overhead", "spread", "max |c|"], rows
+    return ["searcher", "images", "network calls", "seconds", "overhead", "spread", "max |c|"], rows
 
 
 def fixed_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
@@ -55,8 +63,9 @@ def fixed_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     rows = []
     for name, entry in document["fixed"].items():
         label = f"{name} ({document['best_single']})" if name == "best single" else name
-        rows.append([label, *(interval(entry["fid"][key]) for key in names)])
-    return ["no search", *(f"{NAMES[name]} FID" for name in names)], rows
+        others = (interval(value, ".3g") for value in entry.get("others", {}).values())
+        rows.append([label, *(interval(entry["fid"][key]) for key in names), *others])
+    return ["no search", *(f"{NAMES[name]} FID" for name in names), *others_of(document)], rows
 
 
 def title(document: Mapping[str, Any]) -> str:
@@ -83,6 +92,8 @@ def legend(document: Mapping[str, Any]) -> list[str]:
         )
     lines += [
         "optimism: score of the final choice minus that on fresh seeds; below 0 it was flattered",
+        *floor_lines(document),
+        "network calls: images times evaluations an image; an image with its gradient is three",
         "overhead: share of the time outside sampling and features",
         "spread: standard deviation of a coefficient over seeds, median; max |c|: the largest",
     ]

@@ -11,6 +11,7 @@ from merge_rl.config import OptimizeConfig
 from merge_rl.workflows.report.text import (
     NAMES,
     Row,
+    floor_lines,
     interval,
     markdown_table,
     number,
@@ -78,6 +79,7 @@ def _comparison(comparison: Mapping[str, Any]) -> list[str]:
             f"- result against {other}: {interval(gain, '+.3f')} {head} FID gained"
             for other, gain in comparison["gain_over"].items()
         ),
+        *floor_lines(comparison),
     ]
     second = comparison.get("second")
     if second is not None:

@@ -34,6 +34,12 @@ def interval(
     return mean if mean == number(None) else f"{mean} [{low}, {high}]"
 
 
+def floor_lines(document: Mapping[str, Any]) -> list[str]:
+    """How near real images come to real images; none where that is not known."""
+    floor = document.get("floor")
+    return [] if floor is None else [f"floor: both halves of the real images are {floor:.3f} apart"]
+
+
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; a bar in a cell is escaped."""
     lines = [list(columns), ["---"] * len(columns), *map(list, rows)]

@@ -166,10 +166,10 @@ def compare_verdict(document: Mapping[str, Any]) -> Verdict:
     )
 
 
-def ranged(value: Mapping[str, Any]) -> str:
+def ranged(value: Mapping[str, Any], form: str = ".3f") -> str:
     """Median [lowest, highest] over seeds."""
     alone = len(value["values"]) == 1
-    return number(value["median"]) if alone else interval(value, middle="median")
+    return number(value["median"], form) if alone else interval(value, form, middle="median")
 
 
 def _lead(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]], head: str) -> str:

@@ -23,6 +23,7 @@ from merge_rl.workflows.rollout.distributed import (
     require_same_everywhere,
 )
 from merge_rl.workflows.rollout.execution import (
+    calls_an_image,
     exact_products,
     fast_hint,
     is_out_of_memory,
@@ -53,6 +54,7 @@ __all__ = [
     "Room",
     "Subject",
     "WorkItem",
+    "calls_an_image",
     "choose_place",
     "cpu_workers",
     "device_facts",

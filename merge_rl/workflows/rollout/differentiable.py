@@ -18,7 +18,6 @@ from torch import Tensor
 
 from merge_rl.config import FIXED_SOLVERS
 from merge_rl.core.merging.gradient import coefficient_gradient
-from merge_rl.core.sampling.compatibility import count_network_calls, has_open_end, prediction_of
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.solvers import Velocity
 from merge_rl.errors import ConfigError, OutOfMemoryError
@@ -32,6 +31,7 @@ from merge_rl.workflows.rollout.derivatives import (
     room_for,
 )
 from merge_rl.workflows.rollout.execution import (
+    calls_an_image,
     exact_products,
     is_out_of_memory,
     matmul_precision,
@@ -90,12 +90,7 @@ class DifferentiableRollout:
     @property
     def calls(self) -> int:
         """Evaluations of the guided network an image takes."""
-        sampler = self.rollout.sampler
-        model = self.rollout.model
-        return count_network_calls(
-            sampler.solver, sampler.num_steps, prediction=prediction_of(model),
-            open_end=has_open_end(model),
-        )  # fmt: skip
+        return calls_an_image(self.rollout.sampler, self.rollout.model)
 
     @property
     def room(self) -> Room:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
+from merge_rl.core.sampling.compatibility import count_network_calls, has_open_end, prediction_of
 from merge_rl.errors import ConfigError, OutOfMemoryError
 from merge_rl.interfaces import Denoiser
 from merge_rl.parallel.blocks import single_threaded
@@ -53,6 +54,14 @@ def prepare_network(model: Denoiser, settings: SamplerConfig, device: torch.devi
     if settings.precision == "bfloat16" and not own_half:
         prepared = Autocast(prepared, model)
     return prepared
+
+
+def calls_an_image(settings: SamplerConfig, model: Denoiser) -> int:
+    """Evaluations of the guided network an image takes; ConfigError for an adaptive solver."""
+    return count_network_calls(
+        settings.solver, settings.num_steps, prediction=prediction_of(model),
+        open_end=has_open_end(model), last_step=settings.last_step,
+    )  # fmt: skip
 
 
 def fast_hint(settings: SamplerConfig, device: str) -> list[str]:

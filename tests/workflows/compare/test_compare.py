@@ -27,7 +27,7 @@ from merge_rl.workflows.compare.searchers import check_seeds, parse_contender, p
 from merge_rl.workflows.compare.trials import Jobs, Trial
 from merge_rl.workflows.evaluate.score_store import ScoreStore
 from merge_rl.workflows.optimize.search import run_search
-from merge_rl.workflows.report.compare_page import write_comparison
+from merge_rl.workflows.report.compare_page import markdown, write_comparison
 from merge_rl.workflows.report.plots import window
 
 TinyConfig = Callable[..., OptimizeConfig]
@@ -191,6 +191,11 @@ def test_the_numbers_of_the_table(compared: Compared) -> None:
         assert row["coefficient_spread"] == pytest.approx(float(spread.quantile(0.5)))
         assert row["largest_coefficient"] == float(rows.abs().max())
         assert 0 < row["overhead"] < 1
+        # Two steps of Heun with an open end, of every image.
+        assert row["evaluations"] == 3 * row["images"]
+        (name,) = row["others"]
+        found = [run["scores"][name]["mean"] for run in row["runs"]]
+        assert row["others"][name]["median"] == pytest.approx(sum(found) / 2)
         assert row["images"] <= compared.config.budget
         assert [point["images"] for point in row["curve"]] == [190 * f for f in (
             1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1,
@@ -369,7 +374,14 @@ def test_table_and_plot(compared: Compared, tmp_path: Path) -> None:
     assert write_comparison(compared.document, tmp_path) is None
     text = (tmp_path / "compare.md").read_text()
     assert "budget 190 images, median [range] of 2 seeds; FID at N = 20" in text
-    assert "| searcher | held-out FID | reference FID | ratio | optimism |" in text
+    heads = "| searcher | held-out FID | reference FID | QUADRATIC-MMD | ratio | optimism |"
+    assert heads in text
+    assert f"- floor: both halves of the real images are {compared.document['floor']:.3f}" in text
+    assert "| searcher | images | network calls | seconds |" in text
+    old = {key: value for key, value in compared.document.items() if key != "floor"}
+    drop = {"others", "evaluations"}
+    old["searchers"] = [{k: v for k, v in o.items() if k not in drop} for o in old["searchers"]]
+    assert "| searcher | held-out FID | reference FID | ratio |" in markdown(old)
     assert f"best single ({compared.document['best_single']})" in text
     assert text.count("| adam |") == 2
     assert (tmp_path / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
