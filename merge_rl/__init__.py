@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from merge_rl.workflows.assembly import load_model
     from merge_rl.workflows.compare import compare_searchers
     from merge_rl.workflows.evaluate import evaluate
-    from merge_rl.workflows.export import merge, push, save_model
+    from merge_rl.workflows.export import MergedModel, merge, push, save_model
     from merge_rl.workflows.finetune import FinetuneResult, finetune
     from merge_rl.workflows.finetune.resume import resume
     from merge_rl.workflows.optimize import OptimizeResult, optimize
@@ -73,6 +73,7 @@ _HOMES: Final = {
     "open_checkpoints": "storage.checkpoints",
     "ConvertResult": "storage.convert",
     "convert": "storage.convert",
+    "MergedModel": "workflows.export",
     "push": "workflows.export",
     "compare_searchers": "workflows.compare",
     "evaluate": "workflows.evaluate",
@@ -99,6 +100,7 @@ __all__ = [
     "LineTracker",
     "MergeConfig",
     "MergeRLError",
+    "MergedModel",
     "Network",
     "OptimizeConfig",
     "OptimizeResult",

@@ -25,6 +25,7 @@ MODELS: Final[Mapping[str, str]] = {
     "dit": "merge_rl.models.dit:DiT",
     "repa": "merge_rl.models.sit:REPA",
     "jit": "merge_rl.models.jit:JiT",
+    "diffusers": "merge_rl.models.diffusers_networks:diffusers_network",
 }
 AUTOENCODERS: Final[Mapping[str, str]] = {
     "pixel": "merge_rl.models.autoencoder:PixelEncoder",
@@ -73,7 +74,7 @@ METRICS: Final[Mapping[str, str]] = {
 
 EXTRAS: Final[Mapping[str, tuple[str, str]]] = {
     **dict.fromkeys(("dinov2", "dinov2-dgm"), ("transformers", "dinov2")),
-    **dict.fromkeys(("sd-vae-edm2", "sd-vae-sit"), ("diffusers", "latent")),
+    **dict.fromkeys(("sd-vae-edm2", "sd-vae-sit", "diffusers"), ("diffusers", "latent")),
 }
 """Name -> the library that builds it, and our extra that brings the library."""
 

@@ -34,7 +34,8 @@ CONFIG: dict[str, Any] = {
 
 
 def test_libraries_are_known_of_registered_names() -> None:
-    assert registry.EXTRAS.keys() <= registry.EXTRACTORS.keys() | registry.AUTOENCODERS.keys()
+    known = registry.EXTRACTORS.keys() | registry.AUTOENCODERS.keys() | registry.MODELS.keys()
+    assert registry.EXTRAS.keys() <= known
 
 
 def test_all_tables_are_seen() -> None:

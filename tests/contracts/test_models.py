@@ -17,7 +17,7 @@ import merge_rl as mrl
 from merge_rl.config.sampler import SDE_SOLVERS, SOLVERS
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.sampling.compatibility import balanced_labels
-from merge_rl.registry import MODELS, build_model
+from merge_rl.registry import EXTRAS, MODELS, build_model
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
@@ -52,8 +52,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "depth": 2, "num_heads": 2, "num_classes": 10, "bottleneck_dim": 4, "in_context_len": 2,
         "in_context_start": 1,
     },
+    "diffusers": {
+        "model": "diffusers", "num_classes": 10, "scheduler": {"beta_schedule": "linear"},
+        "network": {
+            "_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1,
+            "block_out_channels": [8, 8], "down_block_types": ["DownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "UpBlock2D"], "layers_per_block": 1,
+            "norm_num_groups": 4, "num_class_embeds": 10, "add_attention": False,
+        },
+    },
 }  # fmt: skip
 STEPS = 3
+WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors"}  # of a model folder
 
 
 def random_weights(config: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
@@ -95,7 +105,13 @@ def write_set(folder: Path, config: dict[str, Any], evaluation: Path) -> Path:
 @pytest.fixture(params=sorted(MODELS))
 def family(request: pytest.FixtureRequest) -> str:
     name: str = request.param
+    if name in EXTRAS:
+        pytest.importorskip(EXTRAS[name][0])
     return name
+
+
+def weights_file(family: str) -> str:
+    return WEIGHTS.get(family, "model.safetensors")
 
 
 @pytest.fixture
@@ -143,7 +159,7 @@ def test_saved_weights_load_everywhere(family: str, folder: Path, tmp_path: Path
     by_folder = mrl.load_model(saved)
     plain = mrl.build_model(CONFIGS[family])
     # As the official code does it: a state dict of the same names.
-    plain.load_state_dict(load_file(saved / "model.safetensors"))
+    plain.load_state_dict(load_file(saved / weights_file(family)))
     noise, labels = noise_and_labels(3)
     with torch.no_grad():
         outs = [m(noise, torch.tensor(0.7), labels) for m in (by_file, by_folder, plain)]
@@ -209,7 +225,7 @@ def test_two_rounds_of_search_and_the_export(
     assert float(result.coefficients.sum()) == pytest.approx(1)
     merged = Path("run/merged")
     by_coefficients = mrl.merge(mrl.open_checkpoints(folder), result.coefficients)
-    exported = load_file(merged / "model.safetensors")
+    exported = load_file(merged / weights_file(family))
     assert list(exported) == list(by_coefficients)
     assert all(torch.equal(exported[name], t) for name, t in by_coefficients.items())
     for command in (
@@ -220,5 +236,5 @@ def test_two_rounds_of_search_and_the_export(
     ):  # fmt: skip
         ended = mergerl(*command)
         assert ended.code == 0, (command, ended.err)
-    again = Path("again/model.safetensors").read_bytes()
-    assert again == (merged / "model.safetensors").read_bytes()
+    again = (Path("again") / weights_file(family)).read_bytes()
+    assert again == (merged / weights_file(family)).read_bytes()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from merge_rl.config import PATH_NAMES
 from merge_rl.core.network import Network
 from merge_rl.core.sampling.paths import VP
-from merge_rl.core.sampling.steps import StepLevels
+from merge_rl.core.sampling.steps import SPACINGS, StepLevels
 from merge_rl.errors import ConfigError
 
 PREDICTIONS: Final = ("denoised", "velocity", "noise")
@@ -33,6 +33,8 @@ class Statement:
     betas: tuple[float, ...] | None = None
     label_dim: int = 0
     null_label: int | None = None
+    spacing: str = "linspace"
+    offset: int = 0
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -61,6 +63,12 @@ class Statement:
                 )
             if not all(0 < beta < 1 for beta in self.betas) or len(self.betas) < 2:
                 raise ConfigError("expected betas, two at least, between 0 and 1")
+        if self.spacing not in SPACINGS:
+            raise ConfigError(_expected("spacing", SPACINGS, self.spacing))
+        if type(self.offset) is not int or not 0 <= self.offset < len(self.betas or (0,)):
+            raise ConfigError(
+                f"expected an offset within the steps of the betas, got {self.offset}"
+            )
 
     @property
     def family(self) -> str:
@@ -93,6 +101,8 @@ def describe(
     betas: Sequence[float] | Tensor | None = None,
     label_dim: int = 0,
     null_label: int | None = None,
+    spacing: str = "linspace",
+    offset: int = 0,
 ) -> Network:
     """The module as a network that every command takes; its weights keep their names.
 
@@ -124,16 +134,19 @@ def describe(
             output with twice the channels the first half is taken.
         label_dim: number of classes; 0: the module takes no labels.
         null_label: the class id that means no class.
+        spacing, offset: how steps of the betas are chosen, see `StepLevels.ladder`.
 
     Networks over noise levels, and all that predict the clean sample or the noise, are sampled over
     noise levels as EDM's are, those of betas at the levels of their steps (Euler's step is DDIM's);
     velocities along their path. Raises ConfigError for what is no
     statement.
     """
-    steps = None if betas is None else tuple(torch.as_tensor(betas, dtype=torch.float64).tolist())
+    steps = None
+    if betas is not None:  # on the CPU even where a network is built on the meta device
+        steps = tuple(torch.as_tensor(betas, dtype=torch.float64, device="cpu").tolist())
     statement = Statement(
         prediction=prediction, time=time, sample_shape=tuple(sample_shape), path=path, betas=steps,
-        label_dim=label_dim, null_label=null_label,
+        label_dim=label_dim, null_label=null_label, spacing=spacing, offset=offset,
     )  # fmt: skip
     kind = type(module)
     stated = types.new_class(kind.__name__, (StatedNetwork, kind))
@@ -165,7 +178,7 @@ def network_of(built: Any, name: str) -> Network:
             )
     given = {
         key: getattr(built, key)
-        for key in Statement.__dataclass_fields__
+        for key in Statement.__dataclass_fields__.keys() - {"spacing", "offset"}  # common names
         if getattr(built, key, None) is not None
     }
     try:
@@ -197,8 +210,11 @@ class StatedNetwork(Network):
     @property
     def noise_levels(self) -> Callable[..., Tensor] | None:
         """(num_steps, dtype) -> the levels of its own steps, where it was trained on such."""
-        betas = self.statement.betas
-        return None if betas is None else _levels(betas).ladder
+        said = self.statement
+        if said.betas is None:
+            return None
+        ladder = _levels(said.betas).ladder
+        return functools.partial(ladder, spacing=said.spacing, offset=said.offset)
 
     @property
     def label_dim(self) -> int:

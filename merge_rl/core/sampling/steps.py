@@ -13,6 +13,7 @@ et al., 2022, arXiv:2206.00364, section C.1).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from merge_rl.errors import ConfigError
 
 NoisePrediction = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """(x_k of unit variance, step k, labels) -> the unit noise in it, of the shape of x_k."""
+
+SPACINGS: Final = ("linspace", "leading", "trailing")
 
 
 def linear_betas(count: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
@@ -50,17 +53,40 @@ class StepLevels:
         kept = torch.log1p(-betas).cumsum(0)
         self.log_sigmas = (torch.expm1(-kept).log() / 2).tolist()  # rising
 
-    def ladder(self, num_steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Decreasing levels (num_steps + 1,) of equally spaced steps from the last, then 0.
+    def ladder(
+        self,
+        num_steps: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        spacing: str = "linspace",
+        offset: int = 0,
+    ) -> Tensor:
+        """Decreasing levels (num_steps + 1,) of N equally spaced steps, then 0.
 
-        Steps are those of the public samplers: round(i (T - 1) / (N - 1)) for i = N - 1 .. 0.
-        Raises ConfigError for N < 2 or above T.
+        With T steps in all and i = N - 1 .. 0, the steps are those of the public samplers, named as
+        in Lin et al., 2024 (arXiv:2305.08891, table 2):
+
+            linspace   round(i (T - 1) / (N - 1)), both ends among them
+            leading    i (T // N) + offset
+            trailing   round((i + 1) T / N) - 1
+
+        Raises ConfigError for N above T or below 1 (2 for linspace), and for steps beyond T - 1.
         """
         last = len(self.log_sigmas) - 1
-        if not 2 <= num_steps <= last + 1:
-            raise ConfigError(f"need num_steps in 2..{last + 1} for this network, got {num_steps}")
-        stride = last / (num_steps - 1)
-        taken = [self.log_sigmas[round(i * stride)] for i in reversed(range(num_steps))]
+        least = 2 if spacing == "linspace" else 1
+        if not least <= num_steps <= last + 1:
+            known = f"{least}..{last + 1}"
+            raise ConfigError(f"need num_steps in {known} for this network, got {num_steps}")
+        if spacing == "linspace":
+            stride = last / (num_steps - 1)
+            steps = [round(i * stride) for i in range(num_steps)]
+        elif spacing == "leading":
+            steps = [i * ((last + 1) // num_steps) + offset for i in range(num_steps)]
+        else:
+            steps = [round((i + 1) * (last + 1) / num_steps) - 1 for i in range(num_steps)]
+        if not 0 <= steps[0] <= steps[-1] <= last:
+            raise ConfigError(f"expected steps in 0..{last}, got {steps[0]}..{steps[-1]}")
+        taken = [self.log_sigmas[step] for step in reversed(steps)]
         levels = torch.tensor(taken, dtype=torch.float64, device="cpu").exp()
         return torch.cat([levels, levels.new_zeros(1)]).to(dtype)
 

@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING, Any
 from merge_rl.late import offered
 from merge_rl.storage.checkpoints.catalogue import KnownSet, load_catalogue
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
+from merge_rl.storage.checkpoints.diffusers_folder import (
+    SCHEDULER_NAME,
+    SCHEDULER_PLACE,
+    is_network_config,
+    is_of_library,
+    library_documents,
+    network_config,
+)
 from merge_rl.storage.checkpoints.listing import Origin, find_origin, newest_model
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
@@ -25,6 +33,7 @@ from merge_rl.storage.checkpoints.model_file import (
     CONFIG_NAME,
     ModelFile,
     check_model_file,
+    library_document,
     metadata_config,
     model_sha256,
     open_model_file,
@@ -50,6 +59,8 @@ __all__ = [
     "DISK",
     "MANIFEST_NAME",
     "MAX_EMA_STD",
+    "SCHEDULER_NAME",
+    "SCHEDULER_PLACE",
     "CheckpointEntry",
     "CheckpointSet",
     "KnownSet",
@@ -62,12 +73,17 @@ __all__ = [
     "check_model_file",
     "find_origin",
     "has_manifest",
+    "is_network_config",
+    "is_of_library",
     "keep_states",
+    "library_document",
+    "library_documents",
     "load_catalogue",
     "load_checkpoints",
     "metadata_config",
     "model_sha256",
     "module_of",
+    "network_config",
     "newest_model",
     "open_checkpoints",
     "open_model_file",

@@ -30,7 +30,9 @@ from merge_rl.storage.checkpoints.model_file import (
 from merge_rl.storage.files import (
     StoredWeights,
     absolute,
+    averaged,
     natural_key,
+    network_name,
     open_weights,
     spellings,
     weights_in,
@@ -138,6 +140,8 @@ def set_config(listing: Listing, first: StoredWeights) -> dict[str, Any] | None:
     config = folder_config(listing.folder)
     if config is None:
         config = metadata_config(listing.path(0), first.metadata)
+    if config is None:
+        config = folder_config(listing.path(0).parent)
     if config is None and (listed := find_listing(listing.path(0))):
         config = dict(listed[0].model)
     return config
@@ -149,11 +153,16 @@ def _entries_by_name(folder: Path) -> tuple[CheckpointEntry, ...]:
         foreign = sum(1 for file in folder.iterdir() if file.suffix in (".pkl", ".pt", ".pth"))
         hint = f"; `mergerl convert` makes them from the {foreign} .pkl or .pt files there"
         raise CheckpointError(f"{folder}: no .safetensors files{hint if foreign else ''}")
-    progress = [parse_stem(weights_stem(file.name)) for file in files]
+    names = [file.relative_to(folder) for file in files]
+    several = len({averaged(name) for name in names}) > 1
+    progress = [parse_stem(network_name(name)) for name in names]
     return tuple(
-        CheckpointEntry(file=file.name, nimg=nimg, ema_std=ema_std)
-        for file, (nimg, ema_std) in zip(files, progress, strict=True)
-    )
+        CheckpointEntry(
+            file=name.as_posix(), nimg=nimg, ema_std=ema_std,
+            track=("ema" if averaged(name) else "raw") if several else None,
+        )
+        for name, (nimg, ema_std) in zip(names, progress, strict=True)
+    )  # fmt: skip
 
 
 def _by_progress(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, ...]:
@@ -171,14 +180,22 @@ def _by_numbers(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, 
 
 
 def _unique_names(entries: Sequence[CheckpointEntry]) -> tuple[str, ...]:
-    """File stems; with their folder where a stem occurs twice (raw/a and ema/a)."""
+    """File stems; with their folder where a stem occurs twice (raw/a and ema/a).
+
+    Files of one name in folders of their own are called by those.
+    """
     paths = [PurePosixPath(entry.file) for entry in entries]
-    stems = [weights_stem(path.name) for path in paths]
+    stems = [network_name(path) for path in paths]
     count = Counter(stems)
     return tuple(
-        stem if count[stem] == 1 else str(path.with_name(stem))
+        stem if count[stem] == 1 else _long_name(path)
         for path, stem in zip(paths, stems, strict=True)
     )
+
+
+def _long_name(path: PurePosixPath) -> str:
+    stem = weights_stem(path.name)
+    return str(path.with_name(stem) if network_name(path) == stem else path.parent)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from merge_rl import registry
 from merge_rl.core.forms import network_shapes
 from merge_rl.core.state_dicts import own_names
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
+from merge_rl.storage.checkpoints.diffusers_folder import is_network_config, network_config
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME: Final = "config.json"
 CONFIG_KEY: Final = "config"  # of a safetensors file's metadata
+_REPEATED: Final = ("depth", "num_blocks", "num_layers", "layers_per_block")  # a module each
 _PARENTS: Final = 3  # the file's own folder and two above, where its manifest may lie
 
 
@@ -130,7 +132,24 @@ def save_checkpoint(
 
 
 def folder_config(folder: Path) -> dict[str, Any] | None:
-    """The `config.json` of a folder, None if there is none."""
+    """The config that a folder's `config.json` says, None if there is none.
+
+    That of a network of diffusers is told in our words, with its scheduler's.
+    """
+    document = _config_document(folder)
+    if document is not None and is_network_config(document):
+        return network_config(document, folder)
+    return document
+
+
+def library_document(folder: Path) -> dict[str, Any] | None:
+    """The `config.json` of a folder that diffusers wrote, None if there is no such file."""
+    document = _config_document(folder)
+    of_library = document is not None and "model" not in document and "_class_name" in document
+    return document if of_library else None
+
+
+def _config_document(folder: Path) -> dict[str, Any] | None:
     file = folder / CONFIG_NAME
     return load_json_mapping(read_bounded(file), str(file)) if os.path.lexists(file) else None
 
@@ -245,10 +264,17 @@ def _fits(tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo],
     return found.is_floating == wanted.is_floating
 
 
+def _nested(config: Config) -> Config:
+    """The options of a network within a config, where they have a section of their own."""
+    found = config.get("network")
+    return found if isinstance(found, Mapping) else {}
+
+
 def _forms(config: Config, count: int, where: str) -> dict[str, TensorInfo]:
     """The network's own state dict; one far larger than `count` tensors is not even begun."""
-    parts = [value for key in ("depth", "num_blocks") if type(value := config.get(key)) is int]
-    parts += [len(value) for value in config.values() if isinstance(value, (list, tuple))]
+    options = {**config, **_nested(config)}
+    parts = [value for key in _REPEATED if type(value := options.get(key)) is int]
+    parts += [len(value) for value in options.values() if isinstance(value, (list, tuple))]
     if max(parts, default=0) > count:
         raise IncompatibleCheckpointError(
             f"{where}: {count} tensors, but its config describes a network of {max(parts)} parts"

@@ -105,6 +105,8 @@ def make_plan(
     """
     existing = _existing(folder)
     found = [item for path in paths for item in extract(path, weights, hints)]
+    if not found:
+        raise CheckpointError(f"{paths[0]}: holds no {weights!r} weights; see --weights")
     _require_one_network(found, folder, existing)
     config, assumed = _network(found, existing, folder)
     told = hints.num_classes not in (None, config.get("label_dim")) or hints.null_class is not None

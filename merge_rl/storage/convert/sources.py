@@ -14,15 +14,16 @@ from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import has_manifest, metadata_config
 from merge_rl.storage.convert import edm2 as edm2_source
 from merge_rl.storage.convert.contents import NO_HINTS, Extracted, Hints, require_size, state_dict
+from merge_rl.storage.convert.library import read_library
 from merge_rl.storage.convert.states import holds_states, read_states
 from merge_rl.storage.files import (
     INDEX_SUFFIX,
     is_weights_name,
     natural_key,
+    network_name,
     open_weights,
     parse_index,
     weights_in,
-    weights_stem,
 )
 from merge_rl.storage.pickles import (
     ByteSource,
@@ -150,5 +151,9 @@ def _read_safetensors(path: Path, weights: str, hints: Hints) -> list[Extracted]
         storage = StorageRef(info.code, math.prod(info.shape), span)
         tensors[name] = TensorRef(storage, 0, info.shape, tuple(row_major(info.shape)))
     config = metadata_config(path, stored.metadata)
-    found = read_states(state_dict(tensors, str(path)), path, weights, hints, config)
-    return [replace(item, stem=weights_stem(path.name)) for item in found]
+    named = state_dict(tensors, str(path))
+    library = read_library(path, named, weights, hints) if config is None else None
+    if library is not None:
+        return library
+    found = read_states(named, path, weights, hints, config)
+    return [replace(item, stem=network_name(path)) for item in found]

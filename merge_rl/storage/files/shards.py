@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MODEL_NAME: Final = "model.safetensors"
-INDEX_NAME: Final = "model.safetensors.index.json"
+MODEL_STEM: Final = "model"
+DIFFUSERS_STEM: Final = "diffusion_pytorch_model"  # what diffusers' from_pretrained looks for
+MODEL_NAME: Final = f"{MODEL_STEM}.safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
+INDEX_NAME: Final = f"{MODEL_STEM}{INDEX_SUFFIX}"
 MAX_SHARD_BYTES: Final = 5 * 10**9  # what the Hub's own libraries split at
 
 
@@ -72,15 +74,19 @@ def write_weights(
     metadata: Mapping[str, str],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    stem: str = MODEL_STEM,
 ) -> list[Path]:
     """Write `model.safetensors`, or shards and `model.safetensors.index.json`; the paths written.
 
-    Each file appears when it is complete. Weights that are not finite are refused
-    (NonFiniteWeightsError). At most one tensor is held at a time.
+    Another `stem` stands in the place of "model" in the names. Each file appears when it is
+    complete. Weights that are not finite are refused (NonFiniteWeightsError). At most one tensor
+    is held at a time.
     """
     shards = plan_shards(stream.infos, max_shard_bytes)
     names = [
-        MODEL_NAME if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        f"{stem}.safetensors"
+        if len(shards) == 1
+        else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         for i in range(1, len(shards) + 1)
     ]
     tensors = iter(stream.tensors)
@@ -92,8 +98,8 @@ def write_weights(
         total = sum(info.nbytes for info in stream.infos.values())
         homes = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": homes}
-        write_json(folder / INDEX_NAME, index)
-        paths.append(folder / INDEX_NAME)
+        paths.append(folder / f"{stem}{INDEX_SUFFIX}")
+        write_json(paths[-1], index)
     return paths
 
 
@@ -139,9 +145,16 @@ def tensor_file(
             raise CheckpointError(f"{path}: tensor {next(iter(begins))!r} did not come")
 
 
-def read_index(folder: Path) -> dict[str, Path] | None:
+def stem_in(folder: Path) -> str:
+    """What the weights of a model folder are called: as diffusers calls them, or as others do."""
+    names = (f"{DIFFUSERS_STEM}.safetensors", f"{DIFFUSERS_STEM}{INDEX_SUFFIX}")
+    library = any(os.path.lexists(folder / name) for name in names)
+    return DIFFUSERS_STEM if library else MODEL_STEM
+
+
+def read_index(folder: Path, stem: str = MODEL_STEM) -> dict[str, Path] | None:
     """Tensor name -> shard, as a model folder's index says; None if there is no index."""
-    path = folder / INDEX_NAME
+    path = folder / f"{stem}{INDEX_SUFFIX}"
     return parse_index(path) if os.path.lexists(path) else None
 
 
@@ -160,4 +173,14 @@ def parse_index(path: Path) -> dict[str, Path]:
     return {name: path.parent / file for name, file in homes.items()}
 
 
-SHARD_PATTERN: Final = "model-*-of-*.safetensors"
+def shard_pattern(stem: str = MODEL_STEM) -> str:
+    """What shards are called."""
+    return f"{stem}-*-of-*.safetensors"
+
+
+LAYOUTS: Final = tuple(
+    name
+    for stem in (MODEL_STEM, DIFFUSERS_STEM)
+    for name in (f"{stem}.safetensors", f"{stem}{INDEX_SUFFIX}", shard_pattern(stem))
+)
+"""Names of all files that a model's weights are written to."""

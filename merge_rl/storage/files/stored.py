@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Final
 
 from merge_rl.errors import CheckpointError
@@ -15,7 +15,13 @@ from merge_rl.storage.files.hashing import Progress, sha256_file
 from merge_rl.storage.files.naming import natural_key
 from merge_rl.storage.files.safetensors_file import TensorReader, check_file, map_file, read_file
 from merge_rl.storage.files.safetensors_header import Header, TensorInfo, read_header
-from merge_rl.storage.files.shards import INDEX_NAME, INDEX_SUFFIX, parse_index
+from merge_rl.storage.files.shards import (
+    DIFFUSERS_STEM,
+    INDEX_NAME,
+    INDEX_SUFFIX,
+    MODEL_NAME,
+    parse_index,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,12 +135,24 @@ class WeightsReader:
         return self._readers[self._homes[name]].read_bytes(known, begin, size)
 
 
+_PARTS: Final = ("unet", "transformer", "unet_ema", "transformer_ema")  # diffusers' folders
+_SAVED: Final = re.compile(r"(checkpoint|step|epoch)[-_]?[0-9]+")  # a training program's folder
+_PLAIN: Final = (f"{DIFFUSERS_STEM}{SUFFIX}", f"{DIFFUSERS_STEM}{INDEX_SUFFIX}")
+
+
 def weights_in(folder: Path) -> list[Path]:
     """What holds the weights of a network each, in natural order: `.safetensors`, and indexes.
 
-    Shards are left to their index, hidden files (unfinished writes) aside. CheckpointError for
-    shards without one: a part of a model is no model.
+    Of a folder without any, those of the networks within, as pipelines and training programs lay
+    them out: `unet/`, `transformer/` and their averages (`unet_ema/`), or the same in
+    `checkpoint-500/`, or a `model.safetensors` there. Shards are left to their index, hidden files
+    (unfinished writes) aside. CheckpointError for shards without one: a part of a model is no
+    model.
     """
+    return _right_in(folder) or _networks_within(folder)
+
+
+def _right_in(folder: Path) -> list[Path]:
     indexes = [file for file in folder.glob(f"*{INDEX_SUFFIX}") if file.name[0] != "."]
     shards = {shard for index in indexes for shard in parse_index(index).values()}
     whole = (
@@ -149,6 +167,34 @@ def weights_in(folder: Path) -> list[Path]:
         if _SHARD.search(file.name):
             raise CheckpointError(f"{file}: a shard of a model, expected its index ({INDEX_NAME})")
     return found
+
+
+def _networks_within(folder: Path) -> list[Path]:
+    inner = [item for item in folder.iterdir() if _SAVED.fullmatch(item.name) and item.is_dir()]
+    saved = sorted(inner, key=lambda item: natural_key(item.name))
+    found = []
+    for home in saved or [folder]:
+        parts = [home / name for name in _PARTS if (home / name).is_dir()]
+        found += [file for place in parts or (saved and [home]) for file in _right_in(place)]
+    return [file for file in found if file.name in (MODEL_NAME, *_PLAIN)]
+
+
+def network_name(path: PurePath) -> str:
+    """What a network is called by its file: the stem, or the folder of files that have one name.
+
+    "checkpoint-500/unet/diffusion_pytorch_model.safetensors" is "checkpoint-500".
+    """
+    folders = [part for part in path.parent.parts if part not in _PARTS]
+    fixed = path.name in _PLAIN or (
+        path.name == MODEL_NAME and folders and _SAVED.fullmatch(folders[-1])
+    )
+    named = fixed and folders and folders[-1] not in ("/", "..")
+    return folders[-1] if named else weights_stem(path.name)
+
+
+def averaged(path: PurePath) -> bool:
+    """Whether the folder says that it holds an average (`unet_ema`)."""
+    return path.parent.name in _PARTS and path.parent.name.endswith("_ema")
 
 
 def index_of(file: Path) -> Path | None:

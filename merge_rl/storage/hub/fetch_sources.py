@@ -16,13 +16,14 @@ from merge_rl.errors import ConfigError, DownloadError, HubError, UnknownNameErr
 from merge_rl.storage.checkpoints import (
     CONFIG_NAME,
     MANIFEST_NAME,
+    SCHEDULER_NAME,
     Manifest,
     has_manifest,
     load_catalogue,
     parse_stem,
     read_manifest,
 )
-from merge_rl.storage.files import INDEX_NAME
+from merge_rl.storage.files import INDEX_SUFFIX
 from merge_rl.storage.hub.download import probe_file
 from merge_rl.storage.hub.repository import Repository, download_file, open_repository, split_repo
 from merge_rl.storage.hub.upload import CARD_NAME, RECIPE_NAME
@@ -120,7 +121,7 @@ def _from_hub(name: str, revision: str | None) -> Source:
     if manifest is not None:
         return _converted_set(repository, manifest, files)
     weights = [file for name, file in files.items() if name.endswith(".safetensors")]
-    beside = (CONFIG_NAME, INDEX_NAME, RECIPE_NAME, CARD_NAME) if weights else ()
+    beside = [name for name in files if weights and _describes(name)]
     snapshots = weights or [
         file
         for name, file in files.items()
@@ -131,10 +132,16 @@ def _from_hub(name: str, revision: str | None) -> Source:
     return Source(
         name=repo_id,
         files=tuple(snapshots),
-        companions=tuple(files[name] for name in beside if name in files),
+        companions=tuple(files[name] for name in beside),
         licence=repository.licence,
         repository=repository,
     )
+
+
+def _describes(name: str) -> bool:
+    """Whether a file goes along with the weights of a repository."""
+    known = name in (RECIPE_NAME, CARD_NAME) or name.endswith(INDEX_SUFFIX)
+    return known or PurePosixPath(name).name in (CONFIG_NAME, SCHEDULER_NAME)
 
 
 def _hub_manifest(repository: Repository) -> Manifest | None:

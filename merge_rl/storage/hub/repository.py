@@ -16,8 +16,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from merge_rl.errors import HashMismatchError, HubError
-from merge_rl.storage.checkpoints import CONFIG_NAME, relative_inside
-from merge_rl.storage.files import INDEX_NAME, MODEL_NAME, SHARD_PATTERN, Progress, sha256_file
+from merge_rl.storage.checkpoints import (
+    CONFIG_NAME,
+    SCHEDULER_NAME,
+    SCHEDULER_PLACE,
+    relative_inside,
+)
+from merge_rl.storage.files import LAYOUTS, Progress, sha256_file
 from merge_rl.storage.hub.client import (
     HUB_LIBRARY,
     UnreachableError,
@@ -29,6 +34,8 @@ from merge_rl.storage.hub.client import (
 )
 
 TIMEOUT_SECONDS: Final = 30.0
+_LAYOUTS: Final = (LAYOUTS[:3], LAYOUTS[3:])  # file, index, shards: ours, and diffusers'
+_DESCRIBING: Final = (CONFIG_NAME, SCHEDULER_NAME, SCHEDULER_PLACE)
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,95}[A-Za-z0-9_])?"
 _REPO = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9_][A-Za-z0-9_./-]{{0,199}}))?")
@@ -231,20 +238,23 @@ def cached_model(text: str) -> Path:
         return _offline_model(repo_id, revision, error)
     names = [file.name for file in repository.files]
     weights = _weights_among(repo_id, names)
-    wanted = [*weights, *(name for name in names if name == CONFIG_NAME)]
+    wanted = [*weights, *(name for name in names if name in _DESCRIBING)]
     paths = [_cached_file(repository, repository.find(name), revision) for name in wanted]
-    if any(path.parent.name != repository.commit for path in paths):
+    if any(
+        path.parts[-1 - name.count("/") - 1] != repository.commit
+        for path, name in zip(paths, wanted, strict=True)
+    ):
         raise HubError(f"{repo_id}: the repository changed during the download; try again")
     return paths[0] if len(weights) == 1 else paths[0].parent
 
 
 def _weights_among(repo_id: str, names: list[str]) -> list[str]:
     """Which of these files are the weights of one model; an index comes first."""
-    if INDEX_NAME in names:
-        shards = fnmatch.filter(names, SHARD_PATTERN)
-        return [INDEX_NAME, *sorted(shards)]
-    if MODEL_NAME in names:
-        return [MODEL_NAME]
+    for whole, index, pattern in _LAYOUTS:
+        if index in names:
+            return [index, *sorted(fnmatch.filter(names, pattern))]
+        if whole in names:
+            return [whole]
     found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if len(found) != 1:
         several = f"{len(found)} .safetensors files" if found else "no .safetensors file"
@@ -266,7 +276,8 @@ def _cached_file(repository: Repository, file: HubFile, revision: str | None) ->
 def _offline_model(repo_id: str, revision: str | None, error: UnreachableError) -> Path:
     from huggingface_hub import try_to_load_from_cache
 
-    for name in (INDEX_NAME, MODEL_NAME, CONFIG_NAME):
+    known = [name for whole, index, _ in _LAYOUTS for name in (index, whole)]
+    for name in (*known, CONFIG_NAME):
         found = try_to_load_from_cache(repo_id, name, revision=revision)
         if isinstance(found, str):
             folder = Path(found).parent

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.errors import CheckpointError, HubError
-from merge_rl.storage.checkpoints import CONFIG_NAME
+from merge_rl.storage.checkpoints import CONFIG_NAME, SCHEDULER_PLACE
 from merge_rl.storage.files import (
-    INDEX_NAME,
-    MODEL_NAME,
-    SHARD_PATTERN,
+    INDEX_SUFFIX,
+    LAYOUTS,
     read_header,
     read_index,
     require_unlocked,
+    shard_pattern,
+    stem_in,
 )
 from merge_rl.storage.hub.client import call_hub, client, endpoint, quiet_client
 from merge_rl.storage.hub.repository import open_repository, split_repo
@@ -120,7 +121,7 @@ def _upload(
             revision=branch,
             commit_message=message,
             allow_patterns=[glob.escape(file.name) for file in files],
-            delete_patterns=[MODEL_NAME, INDEX_NAME, SHARD_PATTERN],
+            delete_patterns=list(LAYOUTS),
         )
 
     with quiet_client():
@@ -130,6 +131,7 @@ def _upload(
 
 CARD_NAME: Final = "README.md"
 RECIPE_NAME: Final = "merge.yaml"
+MERGEKIT_NAME: Final = "mergekit.yaml"
 PICTURE_ENDINGS: Final = (".png", ".jpg", ".jpeg", ".webp")
 PICTURE_FOLDER: Final = "images"
 
@@ -154,26 +156,27 @@ def list_model(folder: Path) -> list[FolderFile]:
 
 
 def _weights(folder: Path) -> list[str]:
-    homes, single = read_index(folder), (folder / MODEL_NAME).is_file()
+    stem = stem_in(folder)
+    whole, index, pattern = f"{stem}.safetensors", f"{stem}{INDEX_SUFFIX}", shard_pattern(stem)
+    homes, single = read_index(folder, stem), (folder / whole).is_file()
     if homes is None and not single:
-        raise CheckpointError(f"{folder}: expected {MODEL_NAME}, or shards with {INDEX_NAME}")
+        raise CheckpointError(f"{folder}: expected {whole}, or shards with {index}")
     if homes is not None and single:
-        raise CheckpointError(f"{folder}: found both {MODEL_NAME} and {INDEX_NAME}, expected one")
+        raise CheckpointError(f"{folder}: found both {whole} and {index}, expected one")
     shards = sorted({path.name for path in homes.values()}) if homes else []
     for name in shards:
-        if not fnmatchcase(name, SHARD_PATTERN):
-            raise CheckpointError(
-                f"{folder}: expected shards named {SHARD_PATTERN}, found {name!r}"
-            )
-    for name in shards or [MODEL_NAME]:
+        if not fnmatchcase(name, pattern):
+            raise CheckpointError(f"{folder}: expected shards named {pattern}, found {name!r}")
+    for name in shards or [whole]:
         read_header(folder / name)  # refuses a missing or truncated file
-    return [*shards, INDEX_NAME] if shards else [MODEL_NAME]
+    return [*shards, index] if shards else [whole]
 
 
 def _companions(folder: Path) -> Iterator[str]:
     if not (folder / CARD_NAME).is_file():
         raise CheckpointError(f"{folder}: expected a model card, {CARD_NAME}")
-    yield from (n for n in (CONFIG_NAME, RECIPE_NAME, CARD_NAME) if (folder / n).is_file())
+    known = (CONFIG_NAME, SCHEDULER_PLACE, RECIPE_NAME, MERGEKIT_NAME, CARD_NAME)
+    yield from (name for name in known if (folder / name).is_file())
     for place in (folder, folder / PICTURE_FOLDER):
         found = sorted(place.iterdir()) if place.is_dir() else []
         for file in found:

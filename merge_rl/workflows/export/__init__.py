@@ -2,6 +2,7 @@
 
 from merge_rl.workflows.export.card import hub_header, hub_repositories, model_card
 from merge_rl.workflows.export.folder import carried_metadata, save_merge, save_model, set_facts
+from merge_rl.workflows.export.merged_model import MergedModel
 from merge_rl.workflows.export.profiles import ema_coefficients, merge, save_profiles
 from merge_rl.workflows.export.publish import push
 from merge_rl.workflows.export.recipe import (
@@ -14,6 +15,7 @@ from merge_rl.workflows.export.recipe import (
 
 __all__ = [
     "TOOL",
+    "MergedModel",
     "Recipe",
     "carried_metadata",
     "ema_coefficients",

@@ -172,11 +172,13 @@ weights = load_file("path/to/this/folder/model.safetensors")  # for load_state_d
 
 def _loading(facts: CardFacts) -> list[str]:
     known = _LOADING.format(labels=", torch.arange(4)" if facts.conditional else "")
+    library = ["diffusers' own `from_pretrained` loads this folder too.", ""]
     return [
         "## Loading",
         "",
         f"```python\n{_READING if facts.family is None else known}\n```",
         "",
+        *(library if facts.family == "diffusers" else []),
         f"The weights have the official network's names and shapes, in {facts.dtype}; "
         "`merge.yaml` lists the sources with their SHA-256, and "
         "`mergerl merge CHECKPOINTS OUT --recipe merge.yaml` makes the same files again.",

@@ -12,9 +12,18 @@ import torch
 from torch import Tensor
 
 from merge_rl.errors import ConfigError
-from merge_rl.storage.checkpoints import CheckpointSet, MergePlan, stream_merge
+from merge_rl.storage.checkpoints import (
+    SCHEDULER_PLACE,
+    CheckpointSet,
+    MergePlan,
+    is_of_library,
+    library_documents,
+    stream_merge,
+)
 from merge_rl.storage.files import (
+    DIFFUSERS_STEM,
     MAX_SHARD_BYTES,
+    MODEL_STEM,
     TensorInfo,
     WeightStream,
     new_folder,
@@ -24,7 +33,13 @@ from merge_rl.storage.files import (
     write_yaml,
 )
 from merge_rl.workflows.export.card import CardFacts, base_models, model_card
-from merge_rl.workflows.export.recipe import TOOL, merge_recipe, recipe_metadata
+from merge_rl.workflows.export.recipe import (
+    MERGEKIT_NAME,
+    TOOL,
+    merge_recipe,
+    mergekit_document,
+    recipe_metadata,
+)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -43,6 +58,10 @@ def save_model(
     replace: bool = False,
 ) -> Path:
     """Write a model folder: model.safetensors, config.json, merge.yaml, README.md.
+
+    A network of diffusers is written as that library lays it out, so that its `from_pretrained`
+    loads the folder: diffusion_pytorch_model.safetensors, the library's config.json, and the
+    scheduler's in scheduler/.
 
     Args:
         out: folder; must not exist unless `replace`. It appears whole or not at all.
@@ -65,11 +84,19 @@ def save_model(
     stream = weights if isinstance(weights, WeightStream) else WeightStream.of(weights)
     header = {**(recipe_metadata(recipe) if recipe and "sources" in recipe else {})}
     header |= {"config": json.dumps(dict(config), sort_keys=True)} if config else {}
-    header |= metadata or {}
+    header = {"format": "pt", **header, **(metadata or {})}
+    library = config is not None and is_of_library(config)
     with new_folder(out, replace=replace) as folder:
-        write_weights(folder, stream.cast(DTYPES[dtype]), header, max_shard_bytes=max_shard_bytes)
+        write_weights(
+            folder, stream.cast(DTYPES[dtype]), header, max_shard_bytes=max_shard_bytes,
+            stem=DIFFUSERS_STEM if library else MODEL_STEM,
+        )  # fmt: skip
         if config:
-            write_json(folder / "config.json", dict(config))
+            own, scheduler = library_documents(config) if library else (dict(config), None)
+            write_json(folder / "config.json", own)
+            if scheduler:
+                (folder / SCHEDULER_PLACE).parent.mkdir()
+                write_json(folder / SCHEDULER_PLACE, scheduler)
         written = dict(recipe or {})
         if written:
             written |= {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
@@ -77,6 +104,9 @@ def save_model(
             written["coefficients"] = torch.as_tensor(coefficients, dtype=torch.float64).tolist()
         if written:
             write_yaml(folder / "merge.yaml", written)
+        other = mergekit_document(written)
+        if other is not None:
+            write_yaml(folder / MERGEKIT_NAME, other)
         write_text(folder / "README.md", card or "# A merged diffusion model\n")
     return Path(out)
 
@@ -150,3 +180,9 @@ def set_facts(
 
 
 CARRIED_METADATA = ("encoder",)
+
+
+def dtype_of(weights: Mapping[str, Tensor]) -> str:
+    """The floating type that all of the weights have, float32 for several."""
+    kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    return next((name for name, dtype in DTYPES.items() if kinds == {dtype}), "float32")

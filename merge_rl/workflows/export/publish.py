@@ -8,19 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 import yaml
-from torch import Tensor
 
 from merge_rl.storage.checkpoints import Origin, find_origin, open_model_file, require_network
-from merge_rl.storage.files import INDEX_NAME, MODEL_NAME, WeightStream
+from merge_rl.storage.files import INDEX_SUFFIX, WeightStream, stem_in
 from merge_rl.storage.hub import CARD_NAME, Pushed, push_folder
 from merge_rl.workflows.assembly import find_model
 from merge_rl.workflows.export.card import TASK, hub_licence, hub_repositories
-from merge_rl.workflows.export.folder import CARRIED_METADATA, DTYPES, save_model
-
-WEIGHTS: Final = (MODEL_NAME, INDEX_NAME)
+from merge_rl.workflows.export.folder import CARRIED_METADATA, dtype_of, save_model
 
 
 def push(
@@ -60,8 +56,10 @@ def push(
 @contextmanager
 def publishable(path: Path) -> Iterator[Path]:
     """The folder of a model as it is, or one made for a file that has no card beside it."""
-    folder = path.parent if path.name in WEIGHTS else path
-    whole = any((folder / name).is_file() for name in WEIGHTS)
+    place = path if path.is_dir() else path.parent
+    names = [f"{stem_in(place)}{ending}" for ending in (".safetensors", INDEX_SUFFIX)]
+    folder = place if path.name in names else path
+    whole = any((folder / name).is_file() for name in names)
     if whole and (path.is_dir() or (folder / CARD_NAME).is_file()):
         yield folder
         return
@@ -71,7 +69,7 @@ def publishable(path: Path) -> Iterator[Path]:
         kept = {key: origin.metadata[key] for key in CARRIED_METADATA if key in origin.metadata}
         yield save_model(
             Path(place) / "model", weights, origin.config, card=checkpoint_card(origin),
-            dtype=_dtype(weights), metadata=kept,
+            dtype=dtype_of(weights), metadata=kept,
         )  # fmt: skip
 
 
@@ -99,9 +97,3 @@ def checkpoint_card(origin: Origin) -> str:
             "",
         ]
     )
-
-
-def _dtype(weights: dict[str, Tensor]) -> str:
-    """The floating type that all of the weights have, float32 for several."""
-    kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
-    return next((name for name, dtype in DTYPES.items() if kinds == {dtype}), "float32")

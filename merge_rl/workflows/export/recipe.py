@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from merge_rl.config import real_number
 from merge_rl.errors import CheckpointError, ConfigError, HashMismatchError
 from merge_rl.storage.checkpoints import CheckpointSet
-from merge_rl.storage.files import MAX_SHARD_BYTES
+from merge_rl.storage.files import MAX_SHARD_BYTES, network_name, weights_stem
 from merge_rl.untrusted import load_yaml
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import find_model
@@ -82,6 +82,40 @@ def recipe_metadata(recipe: Mapping[str, Any]) -> dict[str, str]:
     how = {key: recipe[key] for key in ("base", "groups", "frozen") if key in recipe}
     how["sources"] = sources
     return {"format": "pt", "tool": recipe["tool"], "merge": json.dumps(how, sort_keys=True)}
+
+
+MERGEKIT_NAME: Final = "mergekit.yaml"
+
+
+def mergekit_document(recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The recipe as a configuration of mergekit's method "linear"; None where it is none.
+
+    That is a weighted sum of all tensors: expressible are merges with one coefficient a checkpoint
+    that sum to 1 (buffers that all checkpoints share stay as they are then) and with nothing
+    frozen. A model is called by its folder in the set, or by its file without the ending.
+    """
+    sources = recipe.get("sources")
+    if not sources or recipe.get("groups") or recipe.get("frozen"):
+        return None
+    weights = [source["coefficients"] for source in sources]
+    if any(len(row) != 1 for row in weights):
+        return None
+    if abs(math.fsum(row[0] for row in weights) - 1) > 1e-6:
+        return None
+    models = [
+        {"model": _place(PurePosixPath(source["file"])), "parameters": {"weight": row[0]}}
+        for source, row in zip(sources, weights, strict=True)
+        if row[0] != 0
+    ]
+    return {
+        "merge_method": "linear", "models": models, "parameters": {"normalize": False},
+        "dtype": recipe.get("dtype", "float32"),
+    }  # fmt: skip
+
+
+def _place(file: PurePosixPath) -> str:
+    stem = weights_stem(file.name)
+    return str(file.with_name(stem) if network_name(file) == stem else file.parent)
 
 
 class Recipe:
