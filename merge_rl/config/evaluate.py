@@ -59,7 +59,7 @@ class EvaluateConfig(GenerationConfig):
     repeats: int = setting(3, "Disjoint blocks of seeds, or of images.", flag="--repeats")
     seed: int = setting(0, "Of the images; no two seeds share one.", flag="--seed")
     metrics: str = setting(
-        "fid", "Comma-separated: fid, kid, mmd, prdc, fid-infinity.", flag="--metrics"
+        "fid", "Comma-separated: fid, kid, mmd, prdc, fid-infinity, fd-mean.", flag="--metrics"
     )
     extractor: str | None = setting(
         None, "Feature extractor, or package.module:factory.", DATA, "--extractor",

@@ -15,7 +15,8 @@ from merge_rl.errors import ConfigError
 from merge_rl.own_code import is_own
 
 _NUMBER: Final = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_NAME: Final = r"[A-Za-z](?:[\w.:-]*\w)?"
+_NAME: Final = r"[A-Za-z](?:[\w.:,-]*\w)?"
+_MEAN: Final = "fd-mean"  # of several encoders, "fd-mean:inception,dinov2"
 _TERM: Final = re.compile(rf"\s*(?:({_NUMBER})\s*\*\s*)?({_NAME})\s*")
 
 
@@ -59,6 +60,8 @@ def parse_reward(text: str) -> tuple[RewardTerm, ...]:
 
 
 def _named(name: str, weight: float) -> RewardTerm:
+    if name.partition(":")[0] == _MEAN:
+        return RewardTerm(name, _MEAN, name.partition(":")[2] or None, weight)
     if is_own(name) and not name.startswith(("fd-", "kid-", "mmd-")):  # of an own extractor
         return RewardTerm(name, name, None, weight)
     metric, _, rest = name.partition("-")
@@ -87,7 +90,8 @@ class RewardConfig:
     name: str | None = setting(
         None,
         "fid-, kid- or mmd- with subset or full, fid-influence (first order, faster), on another "
-        "extractor as fd-NAME-subset, or a sum: 'fid-subset + 0.2 * fd-dinov2-subset'.",
+        "extractor as fd-NAME-subset, fd-mean of several (--extractor inception,dinov2), or a sum: "
+        "'fid-subset + 0.2 * fd-dinov2-subset'.",
         REWARD, "--reward",
         unset="fid-subset, or fid-full for searchers that remember rewards",
     )  # fmt: skip

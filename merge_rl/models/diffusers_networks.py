@@ -79,7 +79,7 @@ class _Called(nn.Module):
             if labels is None:
                 raise ConfigError("the network has no null class; expected labels, got none")
             require_class_ids(labels, self.label_rows)
-        out: Tensor = super().forward(x, t, class_labels=labels, return_dict=False)[0]  # type: ignore[misc]
+        out: Tensor = super().forward(x, t, class_labels=labels, return_dict=False)[0]
         return out
 
 

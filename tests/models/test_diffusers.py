@@ -172,7 +172,8 @@ def test_classes_are_those_of_the_label_table() -> None:
         )
         for rows, classes in ((11, 10), (10, 10), (None, 0))
     ]  # fmt: skip
-    assert [(m.label_dim, m.null_label) for m in found] == [(10, 10), (10, None), (0, None)]
+    known = [(getattr(m, "label_dim"), getattr(m, "null_label")) for m in found]  # noqa: B009
+    assert known == [(10, 10), (10, None), (0, None)]
     with pytest.raises(ConfigError, match="no null class; expected labels, got none"):
         found[1](torch.zeros(2, 1, 8, 8), torch.tensor(1.0))
     with pytest.raises(ConfigError, match=r"expected labels in 0\.\.10, found 11"):

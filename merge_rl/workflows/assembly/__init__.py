@@ -3,6 +3,8 @@
 from merge_rl.workflows.assembly.costs import PartCosts, cost_parts
 from merge_rl.workflows.assembly.extractors import (
     build_extractor,
+    encoder_spans,
+    encoders,
     named_by_file,
     require_known,
 )
@@ -20,7 +22,6 @@ from merge_rl.workflows.assembly.memory import (
 )
 from merge_rl.workflows.assembly.networks import (
     Announce,
-    is_public,
     load_autoencoder,
     load_network,
     load_weights,
@@ -28,6 +29,7 @@ from merge_rl.workflows.assembly.networks import (
 )
 from merge_rl.workflows.assembly.own import allow_named, require_all_allowed
 from merge_rl.workflows.assembly.parts import Parts, network_rollout, with_network
+from merge_rl.workflows.assembly.published import is_public
 from merge_rl.workflows.assembly.references import (
     ExtractorId,
     Statistics,
@@ -71,6 +73,8 @@ __all__ = [
     "build_map",
     "check_reward",
     "cost_parts",
+    "encoder_spans",
+    "encoders",
     "expected_extractor",
     "extractor_of",
     "find_defaults",

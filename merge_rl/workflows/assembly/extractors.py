@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+from collections.abc import Sequence
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from merge_rl import own_code, registry
+from merge_rl.config import FinetuneConfig, OptimizeConfig
 from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.workflows.assembly.networks import Announce, load_weights
@@ -18,6 +23,7 @@ DEFAULT_WEIGHTS: Final = {
     "inception-clean": "inception-2015-12-05",
     "dinov2": "facebook/dinov2-large",
     "dinov2-dgm": "facebook/dinov2-large",
+    "efficientnet-lite0": "efficientnet-lite0",
 }
 """Published weights that an extractor fetches when none are given."""
 DIMS: Final = {
@@ -27,6 +33,7 @@ DIMS: Final = {
     "inception-clean": 2048,
     "dinov2": 1024,
     "dinov2-dgm": 1024,
+    "efficientnet-lite0": 1280,
 }
 """Features an image of the registered extractors, known before their weights are."""
 
@@ -40,10 +47,12 @@ def build_extractor(
     """The named extractor on a device, and the SHA-256 of its weights' file.
 
     Args:
-        name: a registered name, or "package.module:factory". The factory is called without
+        name: a registered name, several of them with commas between ("inception,dinov2": their
+            features side by side), or "package.module:factory". The factory is called without
             arguments, or with the weights (name -> tensor) if some are given, and returns an
             object as `FeatureExtractor` describes.
-        weights: file, folder, or name of public weights; None for the extractor's own default.
+        weights: file, folder, or name of public weights; None for the extractor's own default. Of
+            several extractors "NAME=WEIGHTS" with commas between.
         device: where a network goes.
         announce: hears of downloads.
 
@@ -51,6 +60,8 @@ def build_extractor(
     ConfigError for a module that cannot be used, CheckpointError for weights that do not fit.
     """
     require_device(device)
+    if len(encoders(name)) > 1:
+        return _build_several(name, weights, device, announce)
     source = weights_source(name, weights)
     if own_code.is_own(name):
         loaded = load_weights(source, announce, as_stored=True) if source else None
@@ -70,6 +81,76 @@ def build_extractor(
     return extractor, loaded.sha256 if loaded else None
 
 
+def encoders(name: str) -> tuple[str, ...]:
+    """The names in "inception,dinov2", each once; ConfigError where one is twice or the user's."""
+    names = tuple(name.split(","))
+    if len(names) > 1:
+        for one in names:
+            if names.count(one) > 1:
+                raise ConfigError(f"extractor {name!r}: {one!r} comes twice")
+            if own_code.is_own(one):
+                raise ConfigError(f"extractor {name!r}: a module, {one!r}, goes by itself alone")
+    return names
+
+
+def encoder_spans(name: str, dim: int) -> tuple[tuple[int, int], ...]:
+    """The columns start..stop-1 of each extractor of "inception,dinov2" among `dim` features."""
+    names = encoders(name)
+    if len(names) == 1:
+        return ((0, dim),)
+    stops = list(itertools.accumulate(DIMS[one] for one in names))
+    if stops[-1] != dim:
+        raise ConfigError(f"expected {stops[-1]} features of {name}, got {dim}")
+    return tuple(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def weights_by_name(name: str, weights: str | None) -> dict[str, str]:
+    """Extractor -> its weights, of "inception=a.pth,digits=b.safetensors"; {} for None.
+
+    Of one extractor the text itself. Raises ConfigError for weights of none of them.
+    """
+    names = encoders(name)
+    if weights is None or len(names) == 1:
+        return {} if weights is None else {name: weights}
+    found = dict(part.partition("=")[::2] for part in weights.split(","))
+    odd = [key for key, value in found.items() if key not in names or not value]
+    if odd:
+        raise ConfigError(
+            f"expected weights of several extractors as NAME=FILE with NAME one of "
+            f"{', '.join(names)}, got {weights!r}"
+        )
+    return found
+
+
+def own_weights(config: OptimizeConfig | FinetuneConfig) -> str | None:
+    """The weights of a config's extractor; of several, those given by name, "NAME=FILE,..."."""
+    names, by_name = encoders(config.extractor or ""), config.extra_weights
+    given = [f"{one}={by_name[one]}" for one in names if len(names) > 1 and one in by_name]
+    return ",".join(given) or config.extractor_weights
+
+
+def _build_several(
+    name: str, weights: str | None, device: str, announce: Announce
+) -> tuple[FeatureExtractor, str | None]:
+    given = weights_by_name(name, weights)
+    built = [build_extractor(one, given.get(one), device, announce) for one in encoders(name)]
+    digest = hashlib.sha256("".join(sha256 or "" for _, sha256 in built).encode()).hexdigest()
+    return SideBySide([extractor for extractor, _ in built], name), digest
+
+
+class SideBySide(nn.Module):
+    """Several extractors as one: images (B, ...) -> their features (B, dim), in their order."""
+
+    def __init__(self, extractors: Sequence[FeatureExtractor], name: str) -> None:
+        super().__init__()
+        self.extractors, self.name = tuple(extractors), name
+        self.networks = nn.ModuleList(one for one in extractors if isinstance(one, nn.Module))
+        self.dim = sum(extractor.dim for extractor in extractors)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([extractor(images).float() for extractor in self.extractors], 1)
+
+
 def weights_source(name: str, weights: str | None) -> str | None:
     """What an extractor's weights are read from: as given, else its published ones.
 
@@ -87,7 +168,10 @@ def weights_source(name: str, weights: str | None) -> str | None:
 
 def require_known(name: str) -> None:
     """Raise UnknownNameError or ConfigError for a name that is no extractor's; imports nothing."""
-    if own_code.is_own(name):
+    if len(several := encoders(name)) > 1:
+        for one in several:
+            require_known(one)
+    elif own_code.is_own(name):
         own_code.require_readable(name, "extractor")
     elif name not in registry.EXTRACTORS:
         raise UnknownNameError("extractor", name, registry.EXTRACTORS)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -14,7 +12,11 @@ from merge_rl import own_code, registry
 from merge_rl.config import SamplerConfig
 from merge_rl.core.network import Network
 from merge_rl.core.state_dicts import Held, hold, unwrapped
-from merge_rl.errors import CheckpointError, ConfigError, DownloadError, UnknownNameError
+from merge_rl.errors import (
+    CheckpointError,
+    ConfigError,
+    UnknownNameError,
+)
 from merge_rl.interfaces import Autoencoder
 from merge_rl.storage.checkpoints import (
     model_sha256,
@@ -23,8 +25,8 @@ from merge_rl.storage.checkpoints import (
     require_network,
 )
 from merge_rl.storage.files import WeightStream, sha256_file
-from merge_rl.storage.hub import Downloaded, fetch_url, pinned_file
 from merge_rl.storage.pickles import TensorRef, read_data
+from merge_rl.workflows.assembly.published import fetch_public, is_public
 
 T = TypeVar("T")
 
@@ -116,85 +118,6 @@ def require_known_autoencoder(name: str) -> None:
         raise UnknownNameError("autoencoder", name, registry.AUTOENCODERS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublicFile:
-    """A file that others publish."""
-
-    url: str  # https://..., or hf://user/repo@commit/name for a file of the Hub
-    size: int  # bytes
-    sha256: str | None  # None: the address names a commit, the hash is not published
-
-
-PUBLIC_FILES: Final[Mapping[str, PublicFile]] = {
-    # The 2015 TensorFlow graph, ported by pytorch-fid; torch-fidelity publishes the same bytes.
-    "inception-2015-12-05": PublicFile(
-        url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-        "pt_inception-2015-12-05-6726825d.pth",
-        size=95_628_359,
-        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-    ),
-    "facebook/dinov2-large": PublicFile(
-        url="hf://facebook/dinov2-large@47b73eefe95e8d44ec3623f8890bd894b6ea2d6c/model.safetensors",
-        size=1_217_522_888,
-        sha256="399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
-    ),
-    "stabilityai/sd-vae-ft-mse": PublicFile(
-        url="hf://stabilityai/sd-vae-ft-mse@31f26fdeee1355a5c34592e401dd41e45d25a493/"
-        "diffusion_pytorch_model.safetensors",
-        size=334_643_276,
-        sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
-    ),
-    "stabilityai/sd-vae-ft-ema": PublicFile(
-        url="hf://stabilityai/sd-vae-ft-ema@f04b2c4b98319346dad8c65879f680b1997b204a/"
-        "diffusion_pytorch_model.safetensors",
-        size=334_643_276,
-        sha256=None,
-    ),
-}
-
-
-def fetch_public(
-    name: str,
-    files: Mapping[str, PublicFile] = PUBLIC_FILES,
-    *,
-    announce: Callable[[str], None] = lambda _text: None,
-) -> Downloaded:
-    """The named file in the cache, downloaded if it is not there yet.
-
-    A file of the Hub comes through its client, into the client's cache. `announce` is called with
-    a sentence before a download. Raises UnknownNameError, DownloadError, HubError, and
-    HashMismatchError for a file that is not the pinned one.
-    """
-    if name not in files:
-        raise UnknownNameError("public weights", name, files)
-    file = files[name]
-    if file.url.startswith("hf://"):
-        path = pinned_file(file.url, file.size, file.sha256, announce)
-        digest = file.sha256 or sha256_file(path)
-        return Downloaded(path=path, size=file.size, sha256=digest, resumed=0)
-    target = cache_folder() / name.replace("/", "--") / file.url.rpartition("/")[2]
-    present = target.is_file() and target.stat().st_size == file.size
-    if present and file.sha256 is None:
-        return Downloaded(path=target, size=file.size, sha256=sha256_file(target), resumed=0)
-    if not present:
-        announce(f"downloading {name} ({file.size / 1e6:,.0f} MB) to {target}")
-    try:
-        return fetch_url(file.url, target, size=file.size, sha256=file.sha256)
-    except OSError as error:
-        raise DownloadError(
-            f"{target}: cannot be written ({error.strerror or error}); "
-            "XDG_CACHE_HOME moves the folder that weights are kept in"
-        ) from None
-
-
-def cache_folder() -> Path:
-    """Where fetched weights are kept; the folder need not exist."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: relative paths are to be ignored.
-    root = Path(given) if given and Path(given).is_absolute() else Path.home() / ".cache"
-    return root / "merge_rl" / "weights"
-
-
 TORCH_SUFFIXES: Final = (".pth", ".pt", ".bin", ".ckpt")
 Announce = Callable[[str], None]
 """Called with a sentence before something that takes long."""
@@ -222,11 +145,6 @@ def load_weights(
         fetched = fetch_public(source, announce=announce)
         return _read(fetched.path, announce, as_stored)._replace(sha256=fetched.sha256)
     return _read(Path(source), announce, as_stored)
-
-
-def is_public(source: str) -> bool:
-    """Whether `source` means published weights, not a file."""
-    return source in PUBLIC_FILES and not Path(source).exists()
 
 
 def _read(path: Path, announce: Announce, as_stored: bool) -> Weights:

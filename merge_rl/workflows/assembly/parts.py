@@ -16,7 +16,7 @@ from merge_rl.errors import CheckpointError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor
 from merge_rl.storage.checkpoints import CheckpointSet, model_sha256, require_network
 from merge_rl.storage.files import sha256_file
-from merge_rl.workflows.assembly.extractors import build_extractor
+from merge_rl.workflows.assembly.extractors import build_extractor, own_weights
 from merge_rl.workflows.assembly.networks import (
     Announce,
     load_autoencoder,
@@ -107,7 +107,7 @@ class Parts:
     def _extractor(self) -> tuple[FeatureExtractor, str | None]:
         settings = self.settings
         return build_extractor(
-            settings.extractor or "", settings.extractor_weights, settings.device, self.announce
+            settings.extractor or "", own_weights(settings), settings.device, self.announce
         )
 
     @cached_property
@@ -127,8 +127,10 @@ class Parts:
     @cached_property
     def reward(self) -> BuiltReward:
         """The reward and the extractor of the features that it reads."""
-        reference, path = self.references["reference"], self.settings.reference or ""
-        own = ExtractorReference(extractor=self.extractor, reference=reference, path=path)
+        own = ExtractorReference(
+            extractor=self.extractor, reference=self.references["reference"],
+            path=self.settings.reference or "", heldout=self.references.get("heldout"),
+        )  # fmt: skip
         return build_reward(self.settings, own, self.announce)
 
     def with_reward(self, settings: OptimizeConfig) -> Parts:

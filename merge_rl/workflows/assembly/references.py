@@ -16,10 +16,12 @@ from merge_rl.own_code import is_own
 from merge_rl.workflows.assembly.extractors import (
     DIMS,
     build_extractor,
+    encoders,
     named_by_file,
+    weights_by_name,
     weights_source,
 )
-from merge_rl.workflows.assembly.networks import PUBLIC_FILES, is_public
+from merge_rl.workflows.assembly.published import PUBLIC_FILES, is_public
 from merge_rl.workflows.reference import (
     Reference,
     SavedFeatures,
@@ -45,6 +47,10 @@ def expected_extractor(name: str, weights: str | None) -> ExtractorId | None:
 
     The hash is that of pinned public weights. Raises as `build_extractor` does for names.
     """
+    if len(several := encoders(name)) > 1:
+        given = weights_by_name(name, weights)
+        found = [expected_extractor(one, given.get(one)) for one in several]
+        return ExtractorId(name, None, sum(one.dim for one in found if one is not None))
     source = weights_source(name, weights)
     if is_own(name):
         return None

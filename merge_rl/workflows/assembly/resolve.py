@@ -27,10 +27,10 @@ from merge_rl.searchers import SMALL_DIM, scaled_to
 from merge_rl.storage.checkpoints import CheckpointSet, SetDefaults, has_manifest, read_manifest
 from merge_rl.storage.files import absolute, spellings
 from merge_rl.workflows.assembly.comparison import resolve_evaluation
-from merge_rl.workflows.assembly.extractors import named_by_file
+from merge_rl.workflows.assembly.extractors import named_by_file, own_weights
 from merge_rl.workflows.assembly.job import unweighed_map
 from merge_rl.workflows.assembly.meaning import find_model
-from merge_rl.workflows.assembly.networks import is_public
+from merge_rl.workflows.assembly.published import is_public
 
 _PARENTS = 3  # how far above a model its set or run is looked for
 
@@ -61,7 +61,7 @@ def find_defaults(model: str | Path) -> ModelDefaults:
         if (folder / "config.yaml").is_file() and (folder / "inputs.json").is_file():
             run = load_config(OptimizeConfig, folder / "config.yaml")
             copied = {key: getattr(run, key) for key in (*_COPIED, "autoencoder_dtype", "sampler")}
-            return ModelDefaults(**copied)
+            return ModelDefaults(**{**copied, "extractor_weights": own_weights(run)})
         if folder.is_dir() and has_manifest(folder):
             return _of_set(read_manifest(folder).defaults.resolved(folder), folder)
     return ModelDefaults()
@@ -218,7 +218,8 @@ def why_no_gradient(config: OptimizeConfig) -> str | None:
     if config.generate is not None:
         return "whether what generate returns has a gradient is not known"
     extractors = [config.extractor or "", *config.extra_references]
-    foreign = [name for name in extractors if name not in DIFFERENTIABLE]
+    singles = [one for name in extractors for one in name.split(",")]
+    foreign = [name for name in singles if name not in DIFFERENTIABLE]
     if solver not in FIXED_SOLVERS:
         return f"the solver {solver} has no gradient"
     if foreign:
@@ -285,5 +286,9 @@ def _absolute(path: str | Path) -> str:
 
 
 def _weights(source: str | Path) -> str:
-    """An absolute path, or the name of public weights as it is."""
+    """An absolute path, or the name of public weights as it is; each of NAME=WEIGHTS,..."""
+    parts = str(source).split(",")
+    if all("=" in part for part in parts) and not Path(source).exists():  # of several extractors
+        named = (part.partition("=") for part in parts)
+        return ",".join(f"{name}={_weights(one)}" for name, _, one in named)
     return str(source) if is_public(str(source)) else _absolute(source)

@@ -13,7 +13,13 @@ from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.interfaces import FeatureExtractor, Reward
 from merge_rl.registry import REWARDS
 from merge_rl.storage.files import sha256_file
-from merge_rl.workflows.assembly.extractors import build_extractor, require_known
+from merge_rl.workflows.assembly.extractors import (
+    build_extractor,
+    encoder_spans,
+    encoders,
+    own_weights,
+    require_known,
+)
 from merge_rl.workflows.assembly.networks import Announce
 from merge_rl.workflows.assembly.own import OwnReward
 from merge_rl.workflows.assembly.references import require_comparable
@@ -34,6 +40,7 @@ class ExtractorReference:
     extractor: FeatureExtractor
     reference: Reference
     path: str
+    heldout: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,9 @@ def check_reward(config: OptimizeConfig) -> None:
                 f"statistics of real data, --reference {name}=PATH"
             )
     used = set(_others(terms, config.extractor))
+    several = encoders(config.extractor or "")
     for given in (config.extra_references, config.extra_weights):
-        spare = sorted(set(given) - used)
+        spare = sorted(set(given) - used - set(several if len(several) > 1 else ()))
         if spare:
             raise ConfigError(
                 f"the reward {config.reward.text!r} has no use for a file of {spare[0]!r}, "
@@ -85,7 +93,7 @@ def require_targets(config: OptimizeConfig) -> None:
     No weights are read or fetched. The config is resolved, and `check_reward` has seen it.
     """
     own = (config.reference, config.heldout)
-    require_comparable(config.extractor or "", config.extractor_weights, own)
+    require_comparable(config.extractor or "", own_weights(config), own)
     for name in _others(known_terms(config.reward), config.extractor):
         require_comparable(name, config.extra_weights.get(name), [config.extra_references[name]])
 
@@ -125,8 +133,9 @@ def _make(term: RewardTerm, target: ExtractorReference, device: str) -> Reward[P
     # Moments are in float64, which Apple's GPUs do not have.
     place = "cpu" if torch.device(device).type == "mps" else device
     source = RewardSource(
-        name=term.name, reference=target.reference, path=target.path, device=place
-    )
+        name=term.name, reference=target.reference, path=target.path, device=place,
+        heldout=target.heldout, spans=encoder_spans(target.extractor.name, target.extractor.dim),
+    )  # fmt: skip
     if own_code.is_own(term.base):
         return OwnReward(own_code.call(term.base, "reward", [source], "its source"), term.base)
     factory: Callable[[RewardSource], Reward[Pool]] = registry.resolve(

@@ -5,6 +5,7 @@
     mmd           the same with a Gaussian kernel as wide as the median distance of real images
     prdc          precision, recall, density, coverage with 5 neighbours
     fid-infinity  FID extrapolated to infinitely many images
+    fd-mean       mean over encoders of FD / FD of held-out real images, and the FD of each
 
 KID, MMD and prdc compare pairs of rows, so they take a random part of large sets; the result
 states how many. KID, MMD and FID-infinity are estimates without bias and may fall below 0 where
@@ -35,7 +36,9 @@ from merge_rl.core.distances.neighbours import prdc
 from merge_rl.core.distances.statistics import FeatureStats, check_features, feature_stats
 from merge_rl.errors import ConfigError
 from merge_rl.rng import stream
+from merge_rl.workflows.assembly import encoder_spans, encoders
 from merge_rl.workflows.reference import Reference
+from merge_rl.workflows.rewards import columns, real_distances
 
 MAX_ROWS: Final = 10_000
 NEIGHBOURS: Final = 5
@@ -53,6 +56,7 @@ class MetricSource:
     device: str = "cpu"
     max_rows: int = MAX_ROWS  # of either set, where pairs of rows are compared
     seed: int = 0
+    real: tuple[Reference, Reference | None] | None = None  # reference, held-out; None: itself
 
     def stats(self) -> FeatureStats:
         """The reference's moments on the device."""
@@ -105,6 +109,32 @@ class FIDInfinity:
         generator = stream(self._seed, "fid-infinity")
         found = frechet_infinity(sample.features, self._stats, generator=generator)
         return {"fid-infinity": found.value}
+
+
+class MeanFD:
+    """fd-mean, see `merge_rl.workflows.rewards.mean`; of several encoders, "fd-NAME" of each too.
+
+    Raises StatisticsError where it is not known how far real images are apart.
+    """
+
+    def __init__(self, source: MetricSource) -> None:
+        stats, name = source.stats(), source.reference.extractor
+        spans = encoder_spans(name, stats.dim)
+        reference, heldout = source.real or (source.reference, None)
+        apart = real_distances(reference, heldout, spans, source.path)
+        self._parts = [
+            (one, span, distance, FrechetReference.from_stats(columns(stats, span)))
+            for one, span, distance in zip(encoders(name), spans, apart, strict=True)
+        ]
+
+    def __call__(self, sample: Sample) -> dict[str, float]:
+        found, total = {}, 0.0
+        for name, span, apart, reference in self._parts:
+            distance = reference.distance(columns(sample.stats, span))
+            found[f"fd-{name}"] = distance
+            total += distance / apart
+        mean = {"fd-mean": total / len(self._parts)}
+        return {**mean, **found} if len(found) > 1 else mean
 
 
 class KernelMetric:
@@ -198,11 +228,15 @@ class MetricScores:
             (name, registry.resolve("metric", registry.METRICS, name))
             for name in dict.fromkeys(metrics)
         ]
+        real = None
+        if "reference" in references:
+            other = references.get("heldout")
+            real = references["reference"][0], other[0] if other else None
         self._metrics: dict[str, list[Metric]] = {}
         for key, (reference, path) in references.items():
             of_one = functools.partial(
                 MetricSource, reference=reference, path=path, device=place, max_rows=max_rows,
-                seed=seed,
+                seed=seed, real=real,
             )  # fmt: skip
             self._metrics[key] = [factory(of_one(name=name)) for name, factory in factories]
 

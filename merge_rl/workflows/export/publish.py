@@ -63,12 +63,12 @@ def publishable(path: Path) -> Iterator[Path]:
     if whole and (path.is_dir() or (folder / CARD_NAME).is_file()):
         yield folder
         return
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as made:
         origin, weights = find_origin(path), open_model_file(path).weights
         require_network(WeightStream.of(weights).infos, origin.config, str(path))
         kept = {key: origin.metadata[key] for key in CARRIED_METADATA if key in origin.metadata}
         yield save_model(
-            Path(place) / "model", weights, origin.config, card=checkpoint_card(origin),
+            Path(made) / "model", weights, origin.config, card=checkpoint_card(origin),
             dtype=dtype_of(weights), metadata=kept,
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource
 from merge_rl.workflows.rewards.gradient import Level, RewardGradient, require_gradient
+from merge_rl.workflows.rewards.mean import columns, real_distances
 from merge_rl.workflows.rewards.pool import Pool, pool_gap
 from merge_rl.workflows.rewards.subset_reward import SubsetReward
 from merge_rl.workflows.rewards.sum import (
@@ -29,9 +30,11 @@ __all__ = [
     "RewardSum",
     "SubsetReward",
     "WeightedReward",
+    "columns",
     "first_order_line",
     "first_order_warnings",
     "pool_gap",
+    "real_distances",
     "require_gradient",
     "term_means",
 ]

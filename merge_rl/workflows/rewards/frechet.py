@@ -32,6 +32,8 @@ class RewardSource:
     reference: Reference
     path: str = "reference"  # of the reference, for messages
     device: str = "cpu"
+    heldout: Reference | None = None  # the other real images
+    spans: tuple[tuple[int, int], ...] = ()  # columns of each encoder; (): there is one
 
     def stats(self) -> FeatureStats:
         """The reference's moments on the device."""

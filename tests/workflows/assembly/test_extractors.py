@@ -17,14 +17,15 @@ from merge_rl.registry import EXTRACTORS
 from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.storage.files.hashing import sha256_file
 from merge_rl.workflows.assembly import extractors
-from merge_rl.workflows.assembly import networks as public_weights
+from merge_rl.workflows.assembly import published as public_weights
 from merge_rl.workflows.assembly.extractors import (
     DEFAULT_WEIGHTS,
     build_extractor,
     named_by_file,
     require_known,
 )
-from merge_rl.workflows.assembly.networks import PublicFile, is_public, load_weights
+from merge_rl.workflows.assembly.networks import load_weights
+from merge_rl.workflows.assembly.published import PublicFile, is_public
 from tests.hub_server import FileServer
 
 MODULE = '''

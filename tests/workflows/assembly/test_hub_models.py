@@ -29,7 +29,7 @@ def test_a_pushed_run_loads_by_name(hub: HubServer, run: Path) -> None:
     hub.fail("PUT", "/upload/", Cut(1000))
     pushed = mrl.push(run, "user/repo")
     repo = hub.repos["user/repo"]
-    names = {"README.md", "config.json", "merge.yaml", "mergekit.yaml", "model.safetensors"}
+    names = {"README.md", "config.json", "merge.yaml", "model.safetensors"}
     assert set(repo.files) - {".gitattributes"} == names
     for name in names:
         assert repo.files[name] == (run / "merged" / name).read_bytes()

@@ -20,12 +20,12 @@ from merge_rl.errors import (
     UnknownNameError,
 )
 from merge_rl.workflows.assembly.extractors import build_extractor
-from merge_rl.workflows.assembly.networks import (
+from merge_rl.workflows.assembly.networks import load_autoencoder
+from merge_rl.workflows.assembly.published import (
     PUBLIC_FILES,
     PublicFile,
     cache_folder,
     fetch_public,
-    load_autoencoder,
 )
 from tests.hub_server import FileServer, HubServer, Repo
 
@@ -80,7 +80,7 @@ def test_other_files_are_refused(web: FileServer, cache: Path) -> None:
 @pytest.mark.parametrize("name", sorted(PUBLIC_FILES))
 def test_every_file_is_pinned(name: str) -> None:
     file = PUBLIC_FILES[name]
-    assert re.match(r"https://|hf://[\w-]+/[\w-]+@[0-9a-f]{40}/", file.url)
+    assert re.match(r"https://|package://|hf://[\w-]+/[\w-]+@[0-9a-f]{40}/", file.url)
     assert file.size > 2**20
     if file.sha256 is None:
         assert file.url.startswith("hf://")

@@ -39,6 +39,8 @@ def test_all_metrics_are_those_of_the_core() -> None:
     values = {name: of["reference"] for name, of in found.items()}
     rbf = RBFKernel(median_bandwidth(REAL))
     drawn = some_rows(FAKE, 60, 0, "sample")  # as many as there are real ones
+    order = torch.randperm(60, generator=stream(0, "halves"))
+    halves = REAL[order[:30]], REAL[order[30:]]
     assert values == pytest.approx(
         {
             "fid": frechet_distance(feature_stats(FAKE), feature_stats(REAL)),
@@ -48,6 +50,9 @@ def test_all_metrics_are_those_of_the_core() -> None:
             "fid-infinity": frechet_infinity(
                 FAKE, feature_stats(REAL), generator=stream(0, "fid-infinity")
             ).value,
+            # In units of what two random halves of the kept features are apart.
+            "fd-mean": frechet_distance(feature_stats(FAKE), feature_stats(REAL))
+            / frechet_distance(feature_stats(halves[0]), feature_stats(halves[1])),
         },
         rel=1e-9,
     )
