@@ -68,14 +68,28 @@ for module in (
 INTERRUPTED = 130  # what some versions of the parser return for KeyboardInterrupt
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    # Schedulers send SIGTERM before they kill: treated as Ctrl-C, which keeps what is saved.
-    raise KeyboardInterrupt
+class Stop:
+    """What Ctrl-C and SIGTERM do: the first raises KeyboardInterrupt, others nothing.
+
+    Schedulers send SIGTERM before they kill: treated as Ctrl-C, which keeps what is saved. While
+    the command ends it is not interrupted again: Python takes a thread for ended when the wait for
+    it is broken off, and what that thread still computes would abort the process.
+    """
+
+    ending = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        if not self.ending:
+            self.ending = True
+            raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line; exit 0, or 1 after one sentence on stderr."""
-    signal.signal(signal.SIGTERM, _terminate)
+    stop = Stop()
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, stop)
     ranks.quiet_followers()
     try:
         code = app(standalone_mode=False)

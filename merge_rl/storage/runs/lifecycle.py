@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from merge_rl.config import (
     FREE_ON_RESUME,
@@ -33,15 +33,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While entered, both signals raise KeyboardInterrupt; inside `held` at its end.
+    """While entered, the first of both signals raises KeyboardInterrupt; inside `held` at its end.
 
-    Batch systems send SIGTERM before they kill. Outside of the main thread, where no signal
-    arrives, it does nothing.
+    Batch systems send SIGTERM before they kill. Others do nothing until it is left: they would
+    break off the wait for threads. Outside of the main thread, where no signal arrives, it does
+    nothing.
     """
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
-        self._holding = self._pending = False
+        self._holding = self._pending = self._ending = False
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -56,12 +57,20 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._before, self._ending = {}, False
 
     def _arrived(self, _number: int, _frame: FrameType | None) -> None:
-        if not self._holding:
-            raise KeyboardInterrupt
-        self._pending = True
+        if self._holding:
+            self._pending = True
+        elif not self._ending:
+            self._interrupt()
+
+    def _interrupt(self) -> NoReturn:
+        self._ending = True
+        for handler in self._before.values():  # the command's own hears of it, and is as quiet
+            if hasattr(handler, "ending"):
+                handler.ending = True
+        raise KeyboardInterrupt
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -74,7 +83,7 @@ class StopSignals:
             yield
         if self._pending and not within:
             self._pending = False
-            raise KeyboardInterrupt
+            self._interrupt()
 
     @contextmanager
     def noted(self) -> Iterator[None]:

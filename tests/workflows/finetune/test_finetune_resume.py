@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import merge_rl as mrl
+from merge_rl.cli.main import Stop
 from merge_rl.config.finetune import FinetuneConfig
 from merge_rl.errors import RunError, TrainingError
 from merge_rl.interfaces import NullTracker
@@ -186,12 +187,38 @@ def test_signals_wait_for_the_end_of_a_block() -> None:
             threading.Event().wait(0.01)
             reached.append("end")
 
-    with signals:
-        for held in (True, False):
-            with pytest.raises(KeyboardInterrupt):
-                terminated(held)
+    for held in (True, False):
+        with signals, pytest.raises(KeyboardInterrupt):
+            terminated(held)
     assert reached == ["end"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_only_the_first_signal_interrupts() -> None:
+    # One more would break off the wait for threads, which the interpreter then leaves running.
+    stop, signals, reached = Stop(), StopSignals(), []
+    before = signal.signal(signal.SIGTERM, stop)
+
+    def interrupted_twice() -> None:
+        with signals:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                threading.Event().wait(0.01)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                threading.Event().wait(0.01)
+                reached.append("put in order")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_twice()
+        os.kill(os.getpid(), signal.SIGTERM)  # nor does the command's own handler from here on
+        threading.Event().wait(0.01)
+        assert reached == ["put in order"]
+        with pytest.raises(KeyboardInterrupt):
+            Stop()(signal.SIGTERM, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---------------------------------------------------------------------------- what is not finite
