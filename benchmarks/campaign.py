@@ -1,7 +1,8 @@
 """What can be done to the files and processes of this project, and what it came to.
 
-    python -m benchmarks.campaign [--parts files,kills,disks,ranks] [--cases 100000] [--kills 100]
-                                  [--seed 0] [--folder build/campaign] [--out FILE.json]
+    python -m benchmarks.campaign [--parts files,kills,disks,ranks,writers] [--cases 100000]
+                                  [--kills 100] [--only NAME ...] [--seed 0]
+                                  [--folder build/campaign] [--out FILE.json]
 
 files   damaged and hostile files for every reader: nothing runs, hangs, dies or is half written
 kills   commands killed (SIGKILL) at random moments, on one and two processes, and begun again:
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,7 +64,7 @@ class Progress:
         return now
 
 
-def damage_files(progress: Progress, folder: Path, total: int) -> None:
+def damage_files(progress: Progress, folder: Path, total: int, only: Sequence[str]) -> None:
     """`total` cases, shared by all readers, in turns."""
     corpus = folder / "corpus"
     if not corpus.exists():
@@ -71,7 +72,7 @@ def damage_files(progress: Progress, folder: Path, total: int) -> None:
         campaign_files.make_corpus(corpus)
     each = -(-total // len(campaign_files.READERS))
     for end in range(BATCH, each + BATCH, BATCH):
-        for name in campaign_files.READERS:
+        for name in only or campaign_files.READERS:
             row = progress.of("files", name)
             numbers = range(row["done"], min(end, each))
             if numbers:
@@ -79,9 +80,10 @@ def damage_files(progress: Progress, folder: Path, total: int) -> None:
                 progress.take(row, cases)
 
 
-def disturb(progress: Progress, folder: Path, part: str, total: int) -> None:
+def disturb(progress: Progress, folder: Path, part: str, total: int, only: Sequence[str]) -> None:
     """`total` disturbances of each kind of command; of disks one for every write."""
-    for name, cases in campaign_runs.PARTS[part].items():
+    for name in only or campaign_runs.PARTS[part]:
+        cases = campaign_runs.PARTS[part][name]
         row = progress.of(part, name)
         place = folder / "runs" / f"{part}-{name.replace(' ', '-')}"
         progress.take(row, cases(place, progress.seed, row["done"], total))
@@ -106,6 +108,7 @@ def show(rows: Mapping[str, Row]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The campaign.")
     parser.add_argument("--parts", default="files,kills,disks,ranks,writers")
+    parser.add_argument("--only", nargs="*", default=[], help="rows of the table, by name")
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -119,9 +122,9 @@ def main() -> None:
     print(f"seed {arguments.seed}, in {folder}", flush=True)
     for part in arguments.parts.split(","):
         if part == "files":
-            damage_files(progress, folder, arguments.cases)
+            damage_files(progress, folder, arguments.cases, arguments.only)
         else:
-            disturb(progress, folder, part, arguments.kills)
+            disturb(progress, folder, part, arguments.kills, arguments.only)
     sound = show(progress.rows)
     if arguments.out:
         document = {"seed": arguments.seed, "rows": list(progress.rows.values())}

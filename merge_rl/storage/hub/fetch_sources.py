@@ -262,7 +262,7 @@ def select_files(
         times = [file.nimg or 0 for file in trained]
         kept = set(choose_times(times, last=selection.last, every=selection.every))
         chosen = [file for file in trained if file.nimg in kept]
-    elif not selection.files:
+    elif not selection.files and len(files) > 1:  # an address of one file means that one
         chosen = [file for file in chosen if file.nimg != 0]
     if not chosen:
         raise ConfigError(f"{where}: the selection of files is empty")
