@@ -18,15 +18,19 @@ class FullDisk:
     With `count_in`, nothing is refused, and the number is written there as it grows.
     """
 
+    real_write = staticmethod(os.write)  # which never counts
+
     def __init__(self, first: int | None, count_in: Path | None) -> None:
         self.first, self.count_in, self.count = first, count_in, 0
-        self._open, self._write = io.open, os.write
+        self._open = io.open
 
-    def use(self) -> None:
-        """One more; OSError once it is full."""
+    def use(self, *names: Any) -> None:
+        """One more; OSError once it is full, which knows the names that the system would."""
         number, self.count = self.count, self.count + 1
         if self.first is not None and number >= self.first:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            files = [os.fspath(name) for name in names if isinstance(name, (str, os.PathLike))]
+            known = (files[0], None, *files[1:2]) if files else ()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *known)
         if self.count_in is not None:
             with self._open(self.count_in, "w") as file:
                 file.write(str(self.count))
@@ -40,7 +44,7 @@ class FullDisk:
 
     def _before(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def used(*arguments: Any, **options: Any) -> Any:
-            self.use()
+            self.use(*arguments)
             return function(*arguments, **options)
 
         return used
@@ -51,7 +55,7 @@ class FullDisk:
         """As `open`, of a file whose writes count."""
         if not set(mode) & set("wax+") or isinstance(file, int):
             return self._open(file, mode, buffering, encoding, errors, newline, closefd, opener)
-        self.use()
+        self.use(file)
         raw = _Counted(file, mode.replace("b", "").replace("t", ""), opener=opener)
         raw.disk = self
         if buffering == 0:

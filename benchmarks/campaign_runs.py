@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 import merge_rl as mrl
 from benchmarks.campaign_disk import FullDisk
 from merge_rl.cli.main import main as mergerl
@@ -80,6 +82,8 @@ def inputs(folder: Path) -> Path:
         shutil.rmtree(half, ignore_errors=True)
         write_demo(half)
         (half / "search.json").write_text(json.dumps(SEARCH))  # JSON is YAML
+        pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
+        np.savez(half / "images.npz", images=pixels)
         opened = mrl.open_checkpoints(half / "edm2", track="raw")
         options = {k: v for k, v in (opened.config or {}).items() if k != "model"}
         for index in range(4):
@@ -111,6 +115,12 @@ def commands(made: Path) -> dict[str, Command]:
         "fetch": Command(["fetch", served(made / "snapshots"), "out", "--yes"]),
         "merge": Command(["merge", str(made / "edm2"), "out", "--track", "raw", "--uniform"]),
         "demo": Command(["demo", "out"]),
+        "reference": Command(
+            ["reference", str(made / "images.npz"), "--out", "out/real.safetensors",
+             "--extractor", "digits", "--extractor-weights",
+             str(next(made.rglob("extractor.safetensors")))]
+        ),
+        "resume": Command(search),
     }  # fmt: skip
 
 
@@ -410,6 +420,8 @@ def writers(name: str) -> Cases:
         for number in range(done, min(total, 20)):
             draw = random.Random(f"{seed} two {name} {number}")
             place = bench.fresh(f"case-{number}")
+            if name == "resume":
+                _begin(bench, place)
             waiting = _pair(name, made, bench)
             while waiting:
                 pids = []
@@ -434,9 +446,20 @@ def writers(name: str) -> Cases:
 
 def _pair(name: str, made: Path, bench: Bench) -> list[Sequence[str]]:
     if name != "convert":
-        return [bench.command.arguments] * 2
+        return [["resume", "out"] if name == "resume" else bench.command.arguments] * 2
     files = sorted((made / "snapshots").iterdir())
     return [["convert", *map(str, files[:2]), "out"], ["convert", *map(str, files[2:]), "out"]]
+
+
+def _begin(bench: Bench, place: Path) -> None:
+    """A run that is killed once a round of it is there."""
+    pid = start(place, bench.command.arguments)
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if (place / "out/events.jsonl").exists():
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return
+        time.sleep(0.01)
 
 
 def _is_refusal(ended: Ended) -> bool:
@@ -465,5 +488,7 @@ PARTS: Final[Mapping[str, Mapping[str, Cases]]] = {
         )
     },
     "ranks": {"optimize, slowed": slowed("optimize"), "optimize, hung": hung("optimize")},
-    "writers": {n: writers(n) for n in ("convert", "optimize")},
+    "writers": {
+        n: writers(n) for n in ("convert", "optimize", "resume", "fetch", "reference", "evaluate")
+    },
 }

@@ -31,6 +31,7 @@ from merge_rl.storage.files import (
     State,
     is_vacant,
     read_state,
+    told_of,
     write_json,
     write_state,
     write_text,
@@ -98,8 +99,12 @@ class RunDir:
 
     def append_event(self, event: Mapping[str, Any]) -> None:
         """Add one line to events.jsonl and force it to disk."""
-        with self.events_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event, allow_nan=False) + "\n")
+        line = json.dumps(event, allow_nan=False) + "\n"
+        with (
+            told_of(self.events_path, self.events_path),
+            self.events_path.open("a", encoding="utf-8") as file,
+        ):
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
 
