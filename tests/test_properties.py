@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_arrays_are_read_whole_or_not_at_all(
     save_tensors(folder / "a.safetensors", {"a": tensor})
     np.savez_compressed(folder / "a.npz", a=array)
     torch.save({"a": tensor}, folder / "a.pt")
-    readers = {
+    readers: dict[str, Callable[[Path], Any]] = {
         "a.safetensors": lambda path: read_file(path, hashed=False)[1]["a"].numpy(),
         "a.npz": lambda path: read_array(path, "a", "biufc"),
     }
