@@ -129,6 +129,8 @@ def _set_document(opened: CheckpointSet, failed: dict[str, str]) -> dict[str, An
                 "track": entry.track,
                 "nimg": entry.nimg,
                 "ema_std": entry.ema_std,
+                "ema_gamma": entry.ema_gamma,
+                "ema_start": entry.ema_start,
                 "error": failed.get(name),
             }
             for name, entry in zip(opened.names, opened.entries, strict=True)
@@ -266,4 +268,6 @@ def _network_name(
 def _width(entry: CheckpointEntry) -> str:
     if entry.ema_std is not None:
         return f"{entry.ema_std:.3f}"
+    if entry.ema_gamma is not None:
+        return f"wider ({entry.ema_gamma:.2f})"
     return "raw" if entry.track in (None, "raw") else "-"

@@ -82,10 +82,10 @@ def _open(checkpoints: Path, config: SingleMergeConfig, known: Recipe | None) ->
     opened = open_checkpoints(checkpoints, track=track, distinct=known is None)
     if known and set(known.names) < set(opened.names):
         opened = open_checkpoints(checkpoints, track=track, select=known.names, distinct=False)
-    if config.ema_std and track is None and None in opened.ema_std:
+    if config.ema_std and track is None and None in opened.ema_gamma:
         # A profile is rebuilt from profiles; raw snapshots of the same set have no part in it.
-        pairs = zip(opened.names, opened.ema_std, strict=True)
-        profiles = [name for name, width in pairs if width is not None]
+        pairs = zip(opened.names, opened.ema_gamma, strict=True)
+        profiles = [name for name, gamma in pairs if gamma is not None]
         opened = open_checkpoints(checkpoints, select=profiles) if profiles else opened
     if known is None:
         note_all(opened.notes)

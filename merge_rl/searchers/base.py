@@ -18,6 +18,7 @@ from torch import Tensor
 from merge_rl.config import SearchConfig
 from merge_rl.core.merging.linear_maps import FreeMap
 from merge_rl.core.merging.maps import BoundedMap, CoefficientMap
+from merge_rl.core.merging.posthoc import Profiles
 from merge_rl.errors import ConfigError, RunError
 from merge_rl.rng import derive_seed, stream
 
@@ -184,7 +185,8 @@ def planned(config: SearchConfig) -> int:
 class SearchSpace:
     """The vectors theta (D,), the coefficients (G, K) they stand for, and what these weigh.
 
-    `names`, `nimg` and `ema_std` are of the K checkpoints, None where a manifest does not say.
+    `names`, `nimg` and `ema_std` are of the K checkpoints, None where a manifest does not say;
+    `profiles` are the averages that they are, None where one is none, or not known.
     `evaluations` is about how many candidates the budget pays for, for methods that plan ahead;
     `renewed` is the share of the pool that a round of gradients renews.
     """
@@ -193,6 +195,7 @@ class SearchSpace:
     names: tuple[str, ...]
     nimg: tuple[int | None, ...] = ()
     ema_std: tuple[float | None, ...] = ()
+    profiles: Profiles | None = None
     evaluations: int = 100
     renewed: float = 0.1
     origin: Tensor = field(init=False)  # (D,) theta = 0, where every search begins

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SearchConfig
-from merge_rl.core.merging.ema_profiles import posthoc_coefficients
+from merge_rl.core.merging.ema_profiles import exponent_from_std
+from merge_rl.core.merging.posthoc import Profiles, profile_name
 from merge_rl.errors import ConfigError
 from merge_rl.searchers import base as population
 from merge_rl.searchers.base import AskTell, SearchSpace, average, bound, reach, singles
@@ -147,8 +148,9 @@ class EmaGrid(HalvingSearch):
     """Successive halving over EMA profiles."""
 
     def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
-        nimg, ema_std = known_profiles(space, config.name)
-        rows = profile_grid(nimg, ema_std, limit=space.evaluations // EVALUATIONS_EACH)
+        rows = profile_grid(
+            known_profiles(space, config.name), limit=space.evaluations // EVALUATIONS_EACH
+        )
         largest = {label: float(row.abs().max()) for label, row in rows.items()}
         # If none is inside the map's box, the refusal names the bound that the nearest one needs.
         limit = max(bound(space), min(largest.values()))
@@ -157,8 +159,10 @@ class EmaGrid(HalvingSearch):
         super().__init__(config, space, seed, candidates)
 
 
-def known_profiles(space: SearchSpace, searcher: str) -> tuple[list[int], list[float]]:
-    """nimg and ema_std of all K checkpoints; ConfigError lists what is not known."""
+def known_profiles(space: SearchSpace, searcher: str) -> Profiles:
+    """The profiles of all K checkpoints; ConfigError lists what is not known."""
+    if space.profiles is not None:
+        return space.profiles
     missing = []
     for kind, values in (("nimg", space.nimg), ("ema_std", space.ema_std)):
         names = [n for n, value in zip(space.names, values, strict=True) if value is None]
@@ -170,8 +174,8 @@ def known_profiles(space: SearchSpace, searcher: str) -> tuple[list[int], list[f
             f"{searcher} needs nimg and ema_std of every checkpoint in the manifest,"
             f" missing: {'; '.join(missing)}"
         )
-    nimg = [int(value) for value in space.nimg if value is not None]
-    return nimg, [float(value) for value in space.ema_std if value is not None]
+    nimg = [float(value) for value in space.nimg if value is not None]
+    return Profiles.of_widths(nimg, [value for value in space.ema_std if value is not None])
 
 
 def grid_ends(nimg: Sequence[int], count: int) -> list[int]:
@@ -182,37 +186,30 @@ def grid_ends(nimg: Sequence[int], count: int) -> list[int]:
     return [later[i] for i in places]
 
 
-def profile_grid(nimg: Sequence[int], ema_std: Sequence[float], *, limit: int) -> dict[str, Tensor]:
+def profile_grid(profiles: Profiles, *, limit: int) -> dict[str, Tensor]:
     """label -> coefficients (K,) float64 of each profile; about `limit`, one end's at the least.
 
     A profile that ends at T is rebuilt from the checkpoints up to T; later ones get 0. Fits that
     are ill-conditioned and repetitions are left out. ConfigError if nothing remains.
     """
-    widths = sorted({*WIDTHS, *ema_std})
+    own = sorted(set(profiles.gamma.tolist()))
+    named = {profile_name(gamma): gamma for gamma in [*map(exponent_from_std, WIDTHS), *own]}
     found: dict[str, Tensor] = {}
     refusal = ""
-    for end in grid_ends(nimg, max(1, limit // len(widths))):
-        for width in widths:
+    ends = [int(end) for end in profiles.nimg.tolist()]
+    for end in grid_ends(ends, max(1, limit // len(named))):
+        for name, gamma in sorted(named.items(), key=lambda item: -item[1]):
             try:
-                row = profile_row(nimg, ema_std, end, width)
+                row = profiles.row(end, gamma)
             except ConfigError as error:
                 refusal = f": {error}"
                 continue
             new = all(float((row - other).abs().max()) > SAME for other in found.values())
             if new and float(row.abs().sum()) <= LARGEST_SUM:
-                found[f"ema_std {width:g} at nimg {end}"] = row
+                found[f"{name} at nimg {end}"] = row
     if not found:
         raise ConfigError(f"no EMA profile can be rebuilt from these checkpoints{refusal}")
     return found
-
-
-def profile_row(nimg: Sequence[int], ema_std: Sequence[float], end: int, width: float) -> Tensor:
-    """Coefficients (K,) of the EMA of that width that ends at nimg = `end`."""
-    seen = [i for i, time in enumerate(nimg) if time <= end]
-    row = torch.zeros(len(nimg), dtype=torch.float64)
-    times, widths = [nimg[i] for i in seen], [ema_std[i] for i in seen]
-    row[seen] = posthoc_coefficients(times, widths, [end], [width])[:, 0]
-    return row
 
 
 class BestCheckpoint(HalvingSearch):

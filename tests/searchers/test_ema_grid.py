@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from merge_rl.config.optimize import SearchConfig
-from merge_rl.core.merging.ema_profiles import posthoc_coefficients
+from merge_rl.core.merging.ema_profiles import exponent_from_std
 from merge_rl.core.merging.linear_maps import FreeMap
 from merge_rl.core.merging.maps import BoundedMap, SoftmaxMap
+from merge_rl.core.merging.posthoc import Profiles, posthoc_coefficients
 from merge_rl.errors import ConfigError
 from merge_rl.searchers.base import SearchSpace
-from merge_rl.searchers.baselines import WIDTHS, EmaGrid, grid_ends, profile_grid, profile_row
+from merge_rl.searchers.baselines import WIDTHS, EmaGrid, grid_ends, profile_grid
 
 NIMG = [1024, 1024, 2048, 2048, 4096, 4096, 8192, 8192]
 STDS = [0.05, 0.10] * 4
+PROFILES = Profiles.of_widths(NIMG, STDS)
 
 
 def build(**changes: Any) -> EmaGrid:
@@ -54,37 +56,39 @@ def test_candidates_are_posthoc_emas() -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         assert float(found.sum()) == pytest.approx(1)
     # What was saved is on the grid, as itself; later checkpoints have no part in earlier ends.
-    assert profile_row(NIMG, STDS, 4096, 0.05).tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
+    assert PROFILES.row(4096, exponent_from_std(0.05)).tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
     assert {"ema_std 0.05 at nimg 8192", "ema_std 0.1 at nimg 4096"} <= set(searcher.labels)
 
 
 def test_the_budget_bounds_the_grid() -> None:
     # 15 widths, those of the checkpoints among them: one end of 15, or two.
     assert len({*WIDTHS, *STDS}) == 15
-    few, more = profile_grid(NIMG, STDS, limit=29), profile_grid(NIMG, STDS, limit=30)
+    few, more = profile_grid(PROFILES, limit=29), profile_grid(PROFILES, limit=30)
     assert {label.split()[-1] for label in few} == {"8192"}
     assert {label.split()[-1] for label in more} == {"8192", "4096"}
-    assert profile_grid(NIMG, STDS, limit=0).keys() == few.keys()
+    assert profile_grid(PROFILES, limit=0).keys() == few.keys()
     assert len(few) <= 15
     # A width of another kind of run joins them.
-    assert "ema_std 0.07 at nimg 8192" in profile_grid(NIMG, [0.05, 0.07] * 4, limit=1)
+    assert "ema_std 0.07 at nimg 8192" in profile_grid(
+        Profiles.of_widths(NIMG, [0.05, 0.07] * 4), limit=1
+    )
 
 
 def test_repetitions_are_dropped() -> None:
     # One checkpoint before the end: whatever the width, the fit is that checkpoint.
-    found = profile_grid([100, 200, 300], [0.1, 0.1, 0.1], limit=1)
+    found = profile_grid(Profiles.of_widths([100, 200, 300], [0.1, 0.1, 0.1]), limit=1)
     rows = torch.stack(list(found.values()))
     gaps = (rows[:, None] - rows).abs().amax(2) + torch.eye(len(rows))
     assert float(gaps.min()) > 1e-6
-    assert len(profile_grid([100], [0.1], limit=100)) == 1
+    assert len(profile_grid(Profiles.of_widths([100], [0.1]), limit=100)) == 1
 
 
 def test_fits_of_large_parts_are_skipped() -> None:
     # Widths that almost agree: their difference, blown up, would make the narrow profiles.
-    nimg, stds = [1000, 1000], [0.1, 0.1001]
-    row = profile_row(nimg, stds, 1000, 0.01)
+    almost = Profiles.of_widths([1000, 1000], [0.1, 0.1001])
+    row = almost.row(1000, exponent_from_std(0.01))
     assert float(row.abs().sum()) > 100
-    found = profile_grid(nimg, stds, limit=1)
+    found = profile_grid(almost, limit=1)
     assert 2 <= len(found) < 10
     assert all(float(row.abs().sum()) <= 10 for row in found.values())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from merge_rl.config.optimize import SearchConfig
 from merge_rl.core.merging.linear_maps import AffineMap, FreeMap, WhitenedMap
 from merge_rl.core.merging.maps import BoundedMap, CoefficientMap, EmaMap, SoftmaxMap
+from merge_rl.core.merging.posthoc import Profiles
 from merge_rl.errors import ConfigError
 from merge_rl.rng import stream
 from merge_rl.searchers.base import SearchSpace
@@ -161,7 +162,11 @@ def test_it_finds_coefficients(kind: CoefficientMap, seed: int) -> None:
     "kind",
     [
         SoftmaxMap(init=torch.full((K,), 1 / K), scale=1.0),
-        EmaMap(nimg=torch.arange(1, 7), ema_std=torch.full((K,), 0.1), base=K - 1, scale=0.1),
+        EmaMap(
+            profiles=Profiles.of_widths(torch.arange(1, 7), torch.full((K,), 0.1)),
+            base=K - 1,
+            scale=0.1,
+        ),
     ],
     ids=["softmax", "ema"],
 )

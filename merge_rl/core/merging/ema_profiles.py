@@ -1,4 +1,4 @@
-"""Power-function EMA of weights, and the coefficients that rebuild another EMA from saved ones.
+"""Power-function EMA of weights: exponents, widths, decays.
 
 Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
 arXiv:2312.02696, section 3 and appendix C. An EMA of exponent γ that ends at time T averages the
@@ -93,46 +93,6 @@ def ema_response(end: float, ema_std: float, length: int) -> Tensor:
     return response / response.sum()
 
 
-def profile_correlation(nimg_a: Floats, std_a: Floats, nimg_b: Floats, std_b: Floats) -> Tensor:
-    """Inner products ∫ p_a(t) p_b(t) dt of two lists of profiles: (A,), (A,), (B,), (B,) -> (A, B).
-
-        <p_a, p_b> = (γa+1)(γb+1) / ((γa+γb+1) max(Ta,Tb)) · (min(T)/max(T))^γ_later
-
-    where γ_later belongs to the profile that ends later (appendix C).
-    """
-    return _log_correlation(*_profiles(nimg_a, std_a), *_profiles(nimg_b, std_b)).exp()
-
-
-def posthoc_coefficients(
-    in_nimg: Floats, in_std: Floats, out_nimg: Floats, out_std: Floats
-) -> Tensor:
-    """Coefficients that rebuild output EMAs from input EMAs: (I,), (I,), (O,), (O,) -> (I, O).
-
-    Least-squares fit of each output profile by a sum of the input profiles: A X = B with
-    A = <in, in>, B = <in, out>; each column is then divided by its own sum, so that it sums to 1
-    (section 3.2). Coefficients may be negative and above 1. An output equal to one of the inputs
-    gives exactly that input. Repeated or indistinguishable inputs are refused.
-    """
-    t_in, g_in = _profiles(in_nimg, in_std)
-    t_out, g_out = _profiles(out_nimg, out_std)
-    log_gram = _log_correlation(t_in, g_in, t_in, g_in)
-    # Unit diagonal: the solution does not depend on the unit of time, and the condition number is
-    # that of the shapes alone.
-    norm = log_gram.diagonal() / 2
-    gram = (log_gram - norm[:, None] - norm).exp()
-    _check_independent(gram, t_in, as_float64(in_std))
-    log_target = _log_correlation(t_in, g_in, t_out, g_out) - norm[:, None]
-    # Each column is normalised in the end, so its scale is free: a narrow output far from every
-    # input would otherwise underflow to 0 / 0.
-    target = (log_target - log_target.amax(0)).exp()
-    solution = torch.linalg.solve(gram, target) * (norm.min() - norm).exp()[:, None]
-    coefficients = solution / solution.sum(0)
-    same = (t_in[:, None] == t_out) & (g_in[:, None] == g_out)
-    # Exact in value, yet with the derivative of the formula: 0 is added to it.
-    exact = same.double() + (coefficients - coefficients.detach())
-    return torch.where(same.any(0), exact, coefficients)
-
-
 def parse_std_list(text: str) -> list[float]:
     """Widths written as "0.05,0.10" or as a range "0.010,0.015,...,0.250"; sorted, each once."""
     parts = [part.strip() for part in text.split(",")]
@@ -157,42 +117,6 @@ def _width(text: str) -> float:
     if number is None:
         raise ValueError(text)
     return number
-
-
-def _profiles(nimg: Floats, ema_std: Floats) -> tuple[Tensor, Tensor]:
-    """End times and exponents of a list of profiles, both (P,) float64."""
-    times, widths = as_float64(nimg), as_float64(ema_std)
-    if times.ndim != 1 or times.shape != widths.shape or times.numel() == 0:
-        got = f"{tuple(times.shape)} and {tuple(widths.shape)}"
-        raise ConfigError(f"expected as many nimg as ema_std, in two lists, got shapes {got}")
-    if not bool(((times > 0) & times.isfinite()).all()):
-        raise ConfigError(f"expected nimg > 0, got {times.tolist()}")
-    return times, exponent_from_std(widths)
-
-
-def _log_correlation(t_a: Tensor, g_a: Tensor, t_b: Tensor, g_b: Tensor) -> Tensor:
-    """Logarithm of `profile_correlation`, from times and exponents: (A,)², (B,)² -> (A, B)."""
-    t_a, g_a = t_a[:, None], g_a[:, None]
-    later = torch.where(t_a >= t_b, g_a, g_b)
-    # In logs: a ratio of times such as 1/256 to the power of a γ near 200 underflows.
-    ratio = -(t_a.log() - t_b.log()).abs()
-    scale = torch.log1p(g_a) + torch.log1p(g_b) - torch.log1p(g_a + g_b)
-    return scale - torch.maximum(t_a, t_b).log() + later * ratio
-
-
-def _check_independent(gram: Tensor, nimg: Tensor, ema_std: Tensor) -> None:
-    pairs = list(zip(nimg.tolist(), ema_std.tolist(), strict=True))
-    repeated = sorted({pair for pair in pairs if pairs.count(pair) > 1})
-    if repeated:
-        listed = ", ".join(f"nimg {t:.0f} with ema_std {s:g}" for t, s in repeated)
-        raise ConfigError(f"expected each input profile once, got more than one of {listed}")
-    spread = torch.linalg.eigvalsh(gram)
-    # 1e-13: beyond this condition number float64 leaves fewer than three digits to a coefficient.
-    if not float(spread[0]) > 1e-13 * float(spread[-1]):
-        raise ConfigError(
-            f"expected input profiles that differ, got {len(pairs)} with a condition number"
-            f" above 1e13: two of them are almost equal"
-        )
 
 
 def _range_after(first: float, second: float, *, last: float) -> list[float]:

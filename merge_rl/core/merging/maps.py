@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from merge_rl.core.merging.ema_profiles import posthoc_coefficients
+from merge_rl.core.merging.ema_profiles import exponent_from_std, std_from_exponent
 from merge_rl.core.merging.linear_maps import (
     AffineMap,
     FreeMap,
@@ -25,6 +25,7 @@ from merge_rl.core.merging.linear_maps import (
     check_sizes,
     theta_rows,
 )
+from merge_rl.core.merging.posthoc import Profiles
 from merge_rl.errors import ConfigError, UnknownNameError
 
 MAPS = ("whitened", "affine", "free", "softmax", "ema")
@@ -125,9 +126,12 @@ def make_map(
     init: Tensor,
     nimg: Sequence[int] | Tensor | None = None,
     ema_std: Sequence[float | None] | Tensor | None = None,
+    profiles: Profiles | None = None,
     gram: Tensor | None = None,
 ) -> CoefficientMap:
-    """The map of that kind, one of `MAPS`: "ema" needs `nimg` and `ema_std`, "whitened" `gram`.
+    """The map of that kind, one of `MAPS`: "ema" needs `profiles`, "whitened" `gram`.
+
+    `nimg` and `ema_std` are profiles too, where no exponents are known.
 
     `init` (K,) is what theta = 0 gives. The ema map can only start at a checkpoint, so its `init`
     must be 1 at `base` and 0 elsewhere.
@@ -151,9 +155,10 @@ def make_map(
     if not torch.equal(init.to(alone), alone):
         got = init.tolist()
         raise ConfigError(f"expected the ema map to start at checkpoint {base} alone, got {got}")
-    times = _known("nimg", nimg, num_checkpoints)
-    widths = _known("ema_std", ema_std, num_checkpoints)
-    return EmaMap(nimg=times, ema_std=widths, base=base, scale=scale, num_groups=num_groups)
+    if profiles is None:
+        times = _known("nimg", nimg, num_checkpoints)
+        profiles = Profiles.of_widths(times, _known("ema_std", ema_std, num_checkpoints))
+    return EmaMap(profiles=profiles, base=base, scale=scale, num_groups=num_groups)
 
 
 def _known(name: str, values: Sequence[float | None] | Tensor | None, length: int) -> Tensor:
@@ -171,6 +176,7 @@ def _known(name: str, values: Sequence[float | None] | Tensor | None, length: in
 
 SMOOTHING = 0.1  # share of the uniform average mixed into a softmax start that has zeros
 STD_RANGE = (0.001, 0.288)  # widths a search may reach, inside the open interval (0, 1/√12)
+NARROWEST = 997.0  # exponent of the narrowest
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -219,37 +225,36 @@ class EmaMap:
         ema_std = ema_std[base] · exp(scale · theta_0)     kept inside STD_RANGE
         end     = nimg[base] · exp(scale · theta_1)        at least the earliest checkpoint's nimg,
                                                            at most the newest one's
-        coefficients = posthoc_coefficients(checkpoints up to end, end, ema_std)
+        coefficients = those of `Profiles.row(end, exponent of ema_std)`
 
-    Checkpoints later than `end` get 0, as the profile gives no weight to what it has not seen.
-    theta = 0 is exactly the checkpoint `base`. `nimg` and `ema_std` are (K,); D = 2 G.
+    Of a start wider than the flat profile, which no ema_std says, γ + 1 is divided by exp(scale ·
+    theta_0) instead. Checkpoints later than `end` get 0, as the profile gives no weight to what it
+    has not seen. theta = 0 is exactly the checkpoint `base`. D = 2 G.
     """
 
-    nimg: Tensor
-    ema_std: Tensor
+    profiles: Profiles
     base: int
     scale: float
     num_groups: int = 1
     kind: ClassVar[str] = "ema"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "nimg", self.nimg.to(torch.float64))
-        object.__setattr__(self, "ema_std", self.ema_std.to(torch.float64))
         check_sizes(self.num_checkpoints, self.num_groups, self.scale)
         check_base(self.base, self.num_checkpoints)
         lowest, highest = STD_RANGE
-        start = float(self.ema_std[self.base])
-        if not lowest <= start <= highest:
+        gamma = self.profiles.gamma[self.base]
+        if gamma > 0 and not lowest <= std_from_exponent(float(gamma)) <= highest:
             raise ConfigError(
-                f"expected an ema_std of {lowest} to {highest} at the start, got {start:g}"
+                f"expected an ema_std of {lowest} to {highest} at the start, got "
+                f"{std_from_exponent(float(gamma)):g}"
             )
         # Once, here: repeated or misshapen inputs would otherwise surface in the first round.
-        posthoc_coefficients(self.nimg, self.ema_std, self.nimg, self.ema_std)
+        self.profiles.coefficients(self.profiles)
 
     @property
     def num_checkpoints(self) -> int:
         """Number of checkpoints K."""
-        return self.nimg.numel()
+        return self.profiles.nimg.numel()
 
     @property
     def dim(self) -> int:
@@ -258,9 +263,9 @@ class EmaMap:
 
     def __call__(self, theta: Tensor) -> Tensor:
         factors = (self.scale * theta_rows(theta, self.num_groups, self.dim)).exp()
-        widths = (self.ema_std[self.base] * factors[:, 0]).clamp(*STD_RANGE)
-        ends = (self.nimg[self.base] * factors[:, 1]).clamp(self.nimg.min(), self.nimg.max())
-        rows = [self._row(end, width) for end, width in zip(ends, widths, strict=True)]
+        nimg = self.profiles.nimg
+        ends = (nimg[self.base] * factors[:, 1]).clamp(nimg.min(), nimg.max())
+        rows = [self._row(end, wider) for end, wider in zip(ends, factors[:, 0], strict=True)]
         return torch.stack(rows)
 
     def theta_of(self, coefficients: Tensor) -> Tensor:
@@ -274,11 +279,15 @@ class EmaMap:
             )
         return origin
 
-    def _row(self, end: Tensor, width: Tensor) -> Tensor:
-        if bool(end.isnan() | width.isnan()):
-            return torch.full_like(self.nimg, torch.nan)
-        seen = self.nimg <= end
-        row = torch.zeros_like(self.nimg)
-        fitted = posthoc_coefficients(self.nimg[seen], self.ema_std[seen], end[None], width[None])
-        row[seen] = fitted[:, 0]
-        return row
+    def _row(self, end: Tensor, wider: Tensor) -> Tensor:
+        gamma = self.profiles.gamma[self.base]
+        if bool(end.isnan() | wider.isnan()):
+            return torch.full_like(self.profiles.nimg, torch.nan)
+        if gamma > 0:
+            width = (std_from_exponent(gamma) * wider).clamp(*STD_RANGE)
+            moved = exponent_from_std(width)
+        else:
+            moved = ((gamma + 1) / wider - 1).clamp(max=NARROWEST)
+        # Exact at the origin, where a width there and back would differ in its last bits.
+        moved = torch.where(wider == 1, gamma + (moved - moved.detach()), moved)
+        return self.profiles.row(end, moved)

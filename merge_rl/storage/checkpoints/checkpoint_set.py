@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.late import torch
+from merge_rl.storage.checkpoints.averages import Averages
 from merge_rl.storage.checkpoints.duplicates import find_duplicates, without
 from merge_rl.storage.checkpoints.listing import (
     Listing,
@@ -18,7 +19,7 @@ from merge_rl.storage.checkpoints.listing import (
     read_headers,
     select_entries,
 )
-from merge_rl.storage.checkpoints.manifest import CheckpointEntry, Manifest, SetDefaults
+from merge_rl.storage.checkpoints.manifest import Manifest, SetDefaults
 from merge_rl.storage.checkpoints.model_file import ModelFile, open_model_file, save_checkpoint
 from merge_rl.storage.files import (
     Progress,
@@ -61,7 +62,7 @@ class FileCheck:
         return self.error is None
 
 
-class CheckpointSet:
+class CheckpointSet(Averages):
     """Checkpoints of one run, equal in tensor names, shapes and dtypes.
 
     Made by `open_checkpoints`. `names`, `paths`, `entries`, `nimg` and `ema_std` share the order of
@@ -75,18 +76,15 @@ class CheckpointSet:
         config: dict[str, Any] | None,
         duplicates: Mapping[str, str] | None = None,
     ) -> None:
-        self.folder: Path = listing.folder
+        self.folder = listing.folder
         self.manifest: Manifest | None = listing.manifest
-        self.entries: tuple[CheckpointEntry, ...] = listing.entries
+        self.entries = listing.entries
         self.names: tuple[str, ...] = listing.names
         self.config = config
         self.duplicates: Mapping[str, str] = duplicates or {}  # name -> the name it repeats
         self._headers = tuple(headers)
         # Hash by index, with the size and time of change it belongs to.
         self._hashes: dict[int, tuple[tuple[tuple[int, int], ...], str]] = {}
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
     def __repr__(self) -> str:
         return f"CheckpointSet({str(self.folder)!r}, {len(self)} checkpoints)"
@@ -97,21 +95,6 @@ class CheckpointSet:
         return tuple(self.folder / entry.file for entry in self.entries)
 
     @property
-    def nimg(self) -> list[int | None]:
-        """Training images seen, per checkpoint."""
-        return [entry.nimg for entry in self.entries]
-
-    @property
-    def ema_std(self) -> list[float | None]:
-        """Relative EMA width per checkpoint, None for raw weights."""
-        return [entry.ema_std for entry in self.entries]
-
-    @property
-    def tracks(self) -> list[str]:
-        """The distinct tracks, in order of appearance."""
-        return list(dict.fromkeys(entry.track for entry in self.entries if entry.track))
-
-    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name -> shape and dtype, in the order of the first file; the same for every file."""
         return self._headers[0].tensors
@@ -120,14 +103,6 @@ class CheckpointSet:
     def defaults(self) -> SetDefaults:
         """The manifest's defaults with paths under the folder; empty without a manifest."""
         return (self.manifest.defaults if self.manifest else SetDefaults()).resolved(self.folder)
-
-    @property
-    def newest(self) -> int:
-        """Index of the largest (nimg, ema_std); the last one if some nimg is unknown."""
-        indices = range(len(self))
-        if any(nimg is None for nimg in self.nimg):
-            return indices[-1]
-        return max(indices, key=lambda i: (self.nimg[i] or 0, self.ema_std[i] or 0.0, i))
 
     @property
     def notes(self) -> list[str]:

@@ -168,7 +168,12 @@ def _entries_by_name(folder: Path) -> tuple[CheckpointEntry, ...]:
 def _by_progress(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, ...]:
     if any(entry.nimg is None for entry in entries):
         return _by_numbers(entries)
-    return tuple(sorted(entries, key=lambda entry: (entry.nimg or 0, entry.ema_std or 0.0)))
+    return tuple(sorted(entries, key=progress))
+
+
+def progress(entry: CheckpointEntry) -> tuple[int, float, float]:
+    """What checkpoints are sorted by: (nimg, ema_std, exponent of those wider than any)."""
+    return entry.nimg or 0, entry.ema_std or 0.0, entry.ema_gamma or 0.0
 
 
 def _by_numbers(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, ...]:

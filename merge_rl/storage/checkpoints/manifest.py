@@ -6,6 +6,7 @@ leads out of its folder, one sentence for whatever does not fit.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ class CheckpointEntry:
     file: str  # relative to the folder, forward slashes
     nimg: int | None = None  # training images seen
     ema_std: float | None = None  # relative EMA width; None for raw weights
+    ema_gamma: float | None = None  # exponent of an average wider than any ema_std says
+    ema_start: float | None = None  # images at which the average began as a copy of the weights
     track: str | None = None  # the series the file belongs to
     sha256: str | None = None  # 64 hexadecimal digits, lower case
     source: str | None = None
@@ -179,6 +182,11 @@ def _parse_entry(item: Fields) -> CheckpointEntry:
     ema_std = item.number("ema_std")
     if ema_std is not None and not 0 < ema_std < MAX_EMA_STD:
         raise item.refuse("ema_std", f"a width between 0 and {MAX_EMA_STD}, both excluded")
+    ema_gamma, ema_start = item.number("ema_gamma"), item.number("ema_start")
+    if ema_gamma is not None and (ema_std is not None or not -1 < ema_gamma < MAX_EMA_GAMMA):
+        raise item.refuse("ema_gamma", f"an exponent of -1 to {MAX_EMA_GAMMA}, without ema_std")
+    if ema_start is not None and not 0 <= ema_start < math.inf:
+        raise item.refuse("ema_start", "a number of images")
     sha256 = item.text("sha256")
     if sha256 is not None and not _SHA256.fullmatch(sha256):
         raise item.refuse("sha256", "64 hexadecimal digits")
@@ -186,6 +194,8 @@ def _parse_entry(item: Fields) -> CheckpointEntry:
         file=name,
         nimg=item.count("nimg"),
         ema_std=ema_std,
+        ema_gamma=ema_gamma,
+        ema_start=ema_start,
         track=item.text("track"),
         sha256=sha256.lower() if sha256 else None,
         source=item.text("source"),
@@ -242,6 +252,7 @@ def _plain(value: Any) -> Any:
 
 # Above 1 / sqrt(12) = 0.2887 no power-function EMA exists; 0.289 is the bound the names go by.
 MAX_EMA_STD = 0.289
+MAX_EMA_GAMMA = 1e6
 
 _PROGRESS = re.compile(r"-(?P<kimg>[0-9]{7,12})(?:-(?P<std>0\.[0-9]{1,6}))?$")
 

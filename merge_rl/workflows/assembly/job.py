@@ -47,6 +47,7 @@ def build_map(
         init=init,
         nimg=None if any(n is None for n in nimg) else [int(n or 0) for n in nimg],
         ema_std=checkpoints.ema_std,
+        profiles=checkpoints.profiles() if merge.map == "ema" else None,
         gram=gram,
     )
     return made if merge.max_abs is None else BoundedMap(made, merge.max_abs)

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from merge_rl.core.merging.ema_profiles import posthoc_coefficients
+from merge_rl.core.merging.ema_profiles import exponent_from_std
+from merge_rl.core.merging.posthoc import Profiles
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import (
     MANIFEST_NAME,
@@ -115,11 +116,11 @@ def ema_coefficients(checkpoints: CheckpointSet, ema_std: float, nimg: int | Non
     Uses every checkpoint with 0 < nimg <= the end (Karras et al., 2024, arXiv:2312.02696, section
     3.2); the end is the newest checkpoint's by default. All of them need an ema_std.
     """
-    times, widths = checkpoints.nimg, checkpoints.ema_std
+    times, exponents = checkpoints.nimg, checkpoints.ema_gamma
     lacking = [
         name
-        for name, time, width in zip(checkpoints.names, times, widths, strict=True)
-        if time is None or width is None
+        for name, time, gamma in zip(checkpoints.names, times, exponents, strict=True)
+        if time is None or gamma is None
     ]
     if lacking:
         raise ConfigError(
@@ -128,10 +129,11 @@ def ema_coefficients(checkpoints: CheckpointSet, ema_std: float, nimg: int | Non
         )
     known = torch.tensor([float(t or 0) for t in times], dtype=torch.float64)
     end = float(nimg) if nimg is not None else float(known.max())
-    seen = (known > 0) & (known <= end)
-    if not bool(seen.any()):
+    begun = known > checkpoints.ema_start
+    if not bool(begun.any()):
         raise ConfigError(f"no checkpoint ends at or before {end:.0f} images")
-    std = torch.tensor([float(w or 0) for w in widths], dtype=torch.float64)
+    gamma = torch.tensor([g for g in exponents if g is not None], dtype=torch.float64)
+    profiles = Profiles(known[begun], gamma[begun], checkpoints.ema_start)
     row = torch.zeros(len(checkpoints), dtype=torch.float64)
-    row[seen] = posthoc_coefficients(known[seen], std[seen], [end], [ema_std])[:, 0]
+    row[begun] = profiles.row(end, exponent_from_std(ema_std))
     return row

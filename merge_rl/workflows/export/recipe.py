@@ -55,6 +55,7 @@ def merge_recipe(
                 "source": checkpoints.entries[i].source,
                 "nimg": checkpoints.nimg[i],
                 "ema_std": checkpoints.ema_std[i],
+                **({"ema_gamma": gamma} if (gamma := checkpoints.entries[i].ema_gamma) else {}),
                 "sha256": checkpoints.sha256(i),
                 "coefficients": rows[:, i].tolist(),
             }

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from merge_rl import own_code, registry
 from merge_rl.config import FIXED_STEP_RULES, OptimizeConfig
-from merge_rl.core.merging.ema_profiles import posthoc_coefficients
+from merge_rl.core.merging.ema_profiles import as_float64, exponent_from_std
 from merge_rl.core.merging.maps import CoefficientMap
-from merge_rl.errors import ConfigError
+from merge_rl.core.merging.posthoc import Profiles
+from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.searchers import OwnSearcher, SearchSpace
 from merge_rl.storage.checkpoints import CheckpointSet
@@ -133,6 +134,7 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
         names=tuple(job.checkpoints.names),
         nimg=tuple(job.checkpoints.nimg),
         ema_std=tuple(job.checkpoints.ema_std),
+        profiles=job.checkpoints.profiles() if config.search.name == "ema-grid" else None,
         evaluations=plan.rounds * plan.candidates,
         renewed=min(1.0, config.reward.images_per_subset / config.reward.pool_size),
     )
@@ -245,17 +247,20 @@ def _tracks(checkpoints: CheckpointSet) -> dict[str, list[int]]:
 
 
 def _profiles(checkpoints: CheckpointSet) -> dict[str, Tensor]:
-    nimg, ema_std = checkpoints.nimg, checkpoints.ema_std
-    known = [i for i in range(len(checkpoints)) if nimg[i] and ema_std[i]]
+    nimg, gamma = checkpoints.nimg, checkpoints.ema_gamma
+    known = [i for i in range(len(checkpoints)) if nimg[i] and gamma[i] is not None]
     if len(known) < 2:
         return {}
-    times = [float(nimg[i] or 0) for i in known]
-    widths = [float(ema_std[i] or 0) for i in known]
+    widths = [width for i in known if (width := checkpoints.ema_std[i]) is not None]
     rows = {}
-    for width in _widths(widths):
+    for width in _widths(widths or [0.1]):
         try:
-            fitted = posthoc_coefficients(times, widths, [max(times)], [width])[:, 0]
-        except ConfigError:  # profiles that cannot be told apart
+            profiles = Profiles(
+                as_float64([float(nimg[i] or 0) for i in known]),
+                as_float64([float(gamma[i] or 0) for i in known]), checkpoints.ema_start,
+            )  # fmt: skip
+            fitted = profiles.row(profiles.nimg.max(), exponent_from_std(width))
+        except (ConfigError, CheckpointError):  # profiles that cannot be told apart
             continue
         row = torch.zeros(len(checkpoints), dtype=torch.float64)
         row[known] = fitted

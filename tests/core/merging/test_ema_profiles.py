@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from merge_rl.config.numbers import nimg_from_kimg
 from merge_rl.core.merging.ema_profiles import (
@@ -16,9 +18,13 @@ from merge_rl.core.merging.ema_profiles import (
     ema_response,
     exponent_from_std,
     parse_std_list,
+    std_from_exponent,
+)
+from merge_rl.core.merging.posthoc import (
+    Profiles,
     posthoc_coefficients,
     profile_correlation,
-    std_from_exponent,
+    sparse_profile,
 )
 from merge_rl.errors import ConfigError
 
@@ -200,3 +206,99 @@ def test_kimg_of_file_names_gives_exact_nimg(official: dict[str, Any]) -> None:
         nimg_from_kimg(42)
     with pytest.raises(ConfigError, match="got -1"):
         nimg_from_kimg(-1)
+
+
+def tracked(gamma: float, update_every: int, ends: list[int]) -> Tensor:
+    """Weight of each training step (E, T + 1) in averages that skip steps, as ema-pytorch's do."""
+    weights, rows = torch.zeros(max(ends) + 1, dtype=torch.float64), []
+    for k in range(max(ends)):
+        if k == 0:
+            weights[1] = 1
+        elif k % update_every == 0:
+            beta = (1 - 1 / (k + 2)) ** (gamma + 1)
+            weights *= beta
+            weights[k + 1] += 1 - beta
+        if k + 1 in ends:
+            rows.append(weights.clone())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("ema_std", "update_every"), [(0.05, 1), (0.05, 10), (0.28, 10), (0.05, 80)]
+)
+def test_averages_that_skip_steps_are_as_wide_as_is_said(ema_std: float, update_every: int) -> None:
+    end = 4000
+    weights = tracked(exponent_from_std(ema_std), update_every, [end])[0]
+    gamma, start = sparse_profile(exponent_from_std(ema_std), update_every)
+    time = torch.arange(end + 1, dtype=torch.float64) / end
+    mean = float((weights * time).sum())
+    std = float((weights * (time - mean).square()).sum().sqrt())
+    # A step more or less of those that are taken, of the whole run: the sums are no integrals.
+    bound = update_every / end
+    assert mean == pytest.approx((gamma + 1) / (gamma + 2), abs=bound)
+    expected = ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
+    assert std == pytest.approx(expected, abs=bound)
+    assert float(weights[1]) == pytest.approx((start / end) ** (gamma + 1), rel=bound, abs=1e-12)
+
+
+def test_skipped_steps_make_exponents_below_the_flat_profile() -> None:
+    # (7 + 1) / 4 - 1 = 1; 0.25 / 2 - 1. One step at a time leaves the exponent as it is.
+    assert sparse_profile(7, 4)[0] == 1
+    assert sparse_profile(-0.75, 2)[0] == -0.875
+    # Γ(3) / Γ(2) = 2; u = 2: 2 (Γ(2) / Γ(1.5))² = 8 / π.
+    assert sparse_profile(7, 1) == (7, pytest.approx(2))
+    assert sparse_profile(7, 2)[1] == pytest.approx(8 / math.pi)
+    with pytest.raises(ConfigError, match="expected update_every >= 1"):
+        sparse_profile(7, 0)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
+def test_profiles_rebuilt_from_seldom_updated_averages(width: float) -> None:
+    # Random walks, whose averages over time differ as much as their profiles do.
+    ends, every = list(range(500, 4001, 500)), 10
+    nominal = [exponent_from_std(std) for std in (0.05, 0.28)]
+    averages = torch.cat([tracked(gamma, every, ends) for gamma in nominal])
+    true = [sparse_profile(gamma, every) for gamma in nominal]
+    assert true[1][0] < -0.8
+    nimg = torch.tensor(ends * 2, dtype=torch.float64)
+    walk = torch.randn(4001, 20, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
+    time = torch.arange(4001, dtype=torch.float64) / 4000
+    wanted = (time.pow(exponent_from_std(width) + 1).diff() @ walk[1:]) / walk[-1].norm()
+    errors = []
+    for gammas in ([gamma for gamma, _ in true], nominal):
+        exponents = torch.tensor(gammas).double().repeat_interleave(len(ends))
+        row = Profiles(nimg, exponents, true[0][1]).row(4000, exponent_from_std(width))
+        errors.append(
+            float((row @ averages @ walk / walk[-1].norm() - wanted).square().mean().sqrt())
+        )
+    assert errors[0] < 0.01
+    assert errors[1] > 10 * errors[0]
+
+
+def test_overlaps_with_a_start_are_those_of_their_sums() -> None:
+    nimg, gamma = torch.tensor([50.0, 80.0, 80.0]), torch.tensor([-0.9, -0.5, 1.5])
+    profiles = Profiles(nimg, gamma, 2.0)
+    time = torch.linspace(0, 80, 800_001, dtype=torch.float64)[1:]
+    density = [
+        torch.where(time <= 2, (2 / t) ** (g + 1) / 2, (g + 1) / t * (time / t) ** g) * (time <= t)
+        for t, g in zip(nimg.double(), gamma.double(), strict=True)
+    ]
+    sums = torch.stack([torch.stack([(a * b).sum() for b in density]) for a in density]) * 1e-4
+    torch.testing.assert_close(profiles.overlap(profiles).exp(), sums, rtol=1e-3, atol=0)
+
+
+def test_a_start_far_in_the_past_changes_nothing() -> None:
+    times, widths, out = [500.0, 1000.0, 1000.0], [0.1, 0.1, 0.25], exponent_from_std(0.2)
+    plain = Profiles.of_widths(times, widths)
+    begun = Profiles(plain.nimg, plain.gamma, 1e-9)
+    torch.testing.assert_close(begun.row(1000, out), plain.row(1000, out), rtol=1e-8, atol=0)
+
+
+def test_profiles_without_a_distance_are_refused() -> None:
+    times = torch.tensor([10.0, 20.0])
+    with pytest.raises(ConfigError, match="exponents as small as -0.8 .* expected ema_start"):
+        Profiles(times, torch.tensor([-0.8, -0.8])).row(20.0, 1.0)
+    with pytest.raises(ConfigError, match="end after their start at 15 images"):
+        Profiles(times, torch.tensor([0.5, 0.5]), 15.0)
+    with pytest.raises(ConfigError, match="expected exponents > -1"):
+        Profiles(times, torch.tensor([0.5, -1.0]))
