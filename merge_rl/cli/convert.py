@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from merge_rl.cli.inspect import width_text
 from merge_rl.cli.options import build, with_settings
 from merge_rl.cli.output import ByteTracker, JsonFlag, print_json, print_table
 from merge_rl.config import ConvertConfig
@@ -31,12 +32,15 @@ def convert(
     settings: Mapping[str, Any],
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Turn EDM2, SiT, DiT, REPA and JiT files into safetensors with a manifest, not running them.
+    """Turn checkpoints of any network into safetensors with a manifest, not running them.
 
     EDM2: network snapshots (.pkl), and training-state-*.pt where they are named one by one or
-    have their folder to themselves. The others: released weights and training checkpoints (.pt,
-    .pth). A pickle can run any program when it is loaded; here it is read as data, and a file that
-    asks for anything else is refused by what it asks for. Types are kept: float16 stays float16.
+    have their folder to themselves. SiT, DiT, REPA and JiT: released weights and training
+    checkpoints (.pt, .pth). Of any network: state dicts, post-hoc EMA folders, Lightning's .ckpt,
+    folders of accelerate, diffusers and torch.distributed, LoRA adapters of PEFT; each format is
+    told by what the files hold. A pickle can run any program when it is loaded; here it is read as
+    data, and a file that asks for anything else is refused by what it asks for. Types are kept:
+    float16 stays float16.
 
     All files must be of the same network. What is in DIR already and sound is kept, so start an
     interrupted conversion again as it was:
@@ -44,6 +48,9 @@ def convert(
     [bold]mergerl convert network-snapshot-*.pkl ckpts/[/bold]
 
     [bold]mergerl convert results/000-SiT-XL-2/checkpoints ckpts/ --weights both[/bold]
+
+    [bold]mergerl convert post-hoc-ema-checkpoints ckpts/ --ema-std 0.05,0.28 --update-every
+    10[/bold]
 
     Then look at it with [bold]mergerl inspect ckpts/[/bold].
     """
@@ -82,6 +89,8 @@ def _show(result: ConvertResult, *, json: bool) -> None:
             "track": entry.track,
             "nimg": entry.nimg,
             "ema_std": entry.ema_std,
+            "ema_gamma": entry.ema_gamma,
+            "ema_start": entry.ema_start,
             "sha256": entry.sha256,
         }
         for entry in manifest.checkpoints
@@ -107,7 +116,8 @@ def _show(result: ConvertResult, *, json: bool) -> None:
         [
             [
                 str(row["file"]).removesuffix(".safetensors"),
-                *(_text(row[key]) for key in ("track", "nimg", "ema_std")),
+                *(_text(row[key]) for key in ("track", "nimg")),
+                width_text(row["ema_std"], row["ema_gamma"]) or "-",
                 f"{row['bytes'] / 1e6:.1f}",
                 str(row["status"]),
             ]

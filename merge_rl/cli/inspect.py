@@ -266,8 +266,14 @@ def _network_name(
 
 
 def _width(entry: CheckpointEntry) -> str:
-    if entry.ema_std is not None:
-        return f"{entry.ema_std:.3f}"
-    if entry.ema_gamma is not None:
-        return f"wider ({entry.ema_gamma:.2f})"
+    said = width_text(entry.ema_std, entry.ema_gamma)
+    if said:
+        return said
     return "raw" if entry.track in (None, "raw") else "-"
+
+
+def width_text(ema_std: float | None, ema_gamma: float | None) -> str | None:
+    """An average's width as tables show it, or the exponent of one wider than any."""
+    if ema_std is not None:
+        return f"{ema_std:.3f}"
+    return None if ema_gamma is None else f"exponent {ema_gamma:.3f}"

@@ -10,6 +10,9 @@ from merge_rl.config.setting import require_choices, setting
 from merge_rl.errors import ConfigError
 
 WEIGHTS: Final = ("auto", "model", "ema", "both")
+FORMATS: Final = (
+    *("auto", "weights", "posthoc-ema", "lightning", "accelerate", "diffusers", "distcp", "peft"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,40 @@ class ConvertConfig:
         flag="--null-class/--no-null-class",
     )  # fmt: skip
 
+    format: str = setting(
+        "auto", "Refuse what is of another format than this.", flag="--format", choices=FORMATS
+    )
+    network: str | None = setting(
+        None, "Your own, package.module:factory; its name goes into the manifest.",
+        flag="--network", unset="a known family, else none",
+    )  # fmt: skip
+    part: str | None = setting(
+        None, "Of models with several networks: the one whose names begin so.", flag="--part",
+        metavar="NAME", unset="all, or the one that is known",
+    )  # fmt: skip
+    images_per_step: int | None = setting(
+        None, "Training images in one step, for nimg.", flag="--images-per-step",
+        unset="what the files say, else 256",
+    )  # fmt: skip
+    ema_std: str | None = setting(
+        None, "Widths that the averages of a post-hoc EMA folder were given, by index: 0.05,0.28.",
+        flag="--ema-std", unset="what the files say",
+    )  # fmt: skip
+    update_every: int | None = setting(
+        None, "Steps from one update of those averages to the next.", flag="--update-every"
+    )
+    adapters: str = setting(
+        "factors", "LoRA: factors, whose merge is an adapter of the same rank, or products, which "
+        "are merged exactly and are as large as the layers.",
+        flag="--adapters", choices=("factors", "products"),
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         require_choices(self)
+        for name in ("images_per_step", "update_every"):
+            value = getattr(self, name)
+            if value is not None:
+                require(value >= 1, name, ">= 1", value)
         if self.workers is not None:
             require(self.workers >= 1, "workers", ">= 1", self.workers)
 

@@ -136,7 +136,7 @@ def set_config(listing: Listing, first: StoredWeights) -> dict[str, Any] | None:
     Else that of a manifest further up that lists the first file.
     """
     if listing.manifest is not None:
-        return dict(listing.manifest.model)
+        return dict(listing.manifest.model) or None
     config = folder_config(listing.folder)
     if config is None:
         config = metadata_config(listing.path(0), first.metadata)
@@ -144,14 +144,16 @@ def set_config(listing: Listing, first: StoredWeights) -> dict[str, Any] | None:
         config = folder_config(listing.path(0).parent)
     if config is None and (listed := find_listing(listing.path(0))):
         config = dict(listed[0].model)
-    return config
+    return config or None
 
 
 def _entries_by_name(folder: Path) -> tuple[CheckpointEntry, ...]:
     files = weights_in(folder)
     if not files:
-        foreign = sum(1 for file in folder.iterdir() if file.suffix in (".pkl", ".pt", ".pth"))
-        hint = f"; `mergerl convert` makes them from the {foreign} .pkl or .pt files there"
+        known = (".pkl", ".pt", ".pth", ".ckpt")
+        foreign = sum(1 for file in folder.iterdir() if file.suffix in known)
+        hint = f"; `mergerl convert` makes them from the {foreign} {{}} files there"
+        hint = hint.format(".ckpt" if any(folder.glob("*.ckpt")) else ".pkl or .pt")
         raise CheckpointError(f"{folder}: no .safetensors files{hint if foreign else ''}")
     names = [file.relative_to(folder) for file in files]
     several = len({averaged(name) for name in names}) > 1

@@ -70,7 +70,7 @@ class SetDefaults:
 class Manifest:
     """A checked manifest."""
 
-    model: Mapping[str, Any]  # {"model": name, constructor options...}
+    model: Mapping[str, Any]  # {"model": name, constructor options...}, {} of an unknown network
     checkpoints: tuple[CheckpointEntry, ...]
     name: str | None = None
     licence: str | None = None
@@ -150,7 +150,7 @@ def _parse(document: object, file: Path) -> Manifest:
     if top.count("version") != MANIFEST_VERSION:
         raise top.refuse("version", str(MANIFEST_VERSION))
     model = top.mapping("model")
-    if not isinstance(model.get("model"), str):
+    if model and not isinstance(model.get("model"), str):
         raise ManifestError(f"{where}, model: expected a key 'model' that names the network")
     return Manifest(
         model=model,

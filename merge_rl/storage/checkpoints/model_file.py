@@ -176,7 +176,7 @@ def _first_config(
     if config is None:
         config = folder_config(file.parent)
     if config is None and manifest is not None:
-        config = dict(manifest.model)
+        config = dict(manifest.model) or None
     return config
 
 

@@ -18,6 +18,7 @@ MAX_TENSORS: Final = 20_000
 _NAME: Final = re.compile(rf"[0-9A-Za-z_.-]{{1,{MAX_NAME}}}")
 _MAX_VALUES: Final = 2000
 _MAX_TEXT: Final = 1000
+DEFAULT_BATCH: Final = 256  # images a step, in SiT's public training
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,17 +27,20 @@ class Extracted:
 
     path: Path
     tensors: Mapping[str, TensorRef]
-    config: Mapping[str, Any] | None  # None where the file does not say it
+    config: Mapping[str, Any] | None  # None where the file does not say it, {} of an unknown one
     stem: str  # of the output's name
     folder: str = ""  # of the output, for a file that holds several tracks
     nimg: int | None = None
     ema_std: float | None = None
+    ema_gamma: float | None = None
+    ema_start: float | None = None
     track: str | None = None
     autoencoder: str | None = None  # registered name of what makes images of the samples
     sampler: tuple[tuple[str, Any], ...] = ()  # settings that differ from the defaults
     facts: Mapping[str, Any] = field(default_factory=dict)  # kept as JSON in the output
     assumed: Mapping[str, str] = field(default_factory=dict)  # option of the config -> what and why
     notes: tuple[str, ...] = ()  # what else the user should hear of
+    kind: str = "weights"  # the format that it was read as
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +146,13 @@ class Hints:
     num_heads: int | None = None
     num_classes: int | None = None
     null_class: bool | None = None
+    network: str | None = None
+    images_per_step: int | None = None
+    ema_std: str | None = None
+    update_every: int | None = None
+    adapters: str = "factors"
+    part: str | None = None
+    format: str = "auto"
 
 
 NO_HINTS: Final = Hints()

@@ -44,6 +44,20 @@ def fitting(shapes: Shapes) -> tuple[str, ...]:
     return ("sit", "dit") if outputs == 2 * single else ("sit", "repa")
 
 
+_MARKS: Final = (
+    {"unet.out_conv.weight", "unet.emb_noise.weight", "logvar_linear.weight"},
+    {"pos_embed", "x_embedder.proj.weight", "final_layer.linear.weight"},
+    {"pos_embed", "x_embedder.proj1.weight", "final_layer.linear.weight"},
+)
+
+
+def is_foreign(shapes: Shapes) -> bool:
+    """Whether tensors are those of a module, and of no family here, not even of a damaged one."""
+    modular = any("." in name or name in ("weight", "bias") for name in shapes)
+    alike = any(len(marks & shapes.keys()) > 1 for marks in _MARKS)
+    return modular and not alike and not fitting(shapes)
+
+
 def find_family(
     shapes: Shapes, said: Said, config: Mapping[str, Any] | None, stem: str, hints: Hints
 ) -> tuple[str, str | None]:

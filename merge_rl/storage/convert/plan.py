@@ -23,6 +23,7 @@ from merge_rl.storage.checkpoints import (
     relative_inside,
     require_network,
 )
+from merge_rl.storage.convert.adapters import require_one_rank
 from merge_rl.storage.convert.contents import (
     NO_HINTS,
     Extracted,
@@ -33,7 +34,7 @@ from merge_rl.storage.convert.contents import (
     shapes_of,
 )
 from merge_rl.storage.convert.edm2_shapes import ASSUMED, DEFAULTS, edm2_config_from_shapes
-from merge_rl.storage.convert.sources import extract, fingerprint
+from merge_rl.storage.convert.sources import extract, files_of, fingerprint
 from merge_rl.storage.files import TensorInfo, read_header
 
 ORIGIN_KEY: Final = "converted_from"  # of an output's metadata
@@ -82,6 +83,8 @@ class ConversionPlan:
             file=job.file,
             nimg=found.nimg,
             ema_std=found.ema_std,
+            ema_gamma=found.ema_gamma,
+            ema_start=found.ema_start,
             track=found.track,
             sha256=sha256,
             source=found.path.name,
@@ -107,10 +110,11 @@ def make_plan(
     found = [item for path in paths for item in extract(path, weights, hints)]
     if not found:
         raise CheckpointError(f"{paths[0]}: holds no {weights!r} weights; see --weights")
+    require_one_rank(found)
     _require_one_network(found, folder, existing)
     config, assumed = _network(found, existing, folder)
     told = hints.num_classes not in (None, config.get("label_dim")) or hints.null_class is not None
-    if config["model"] == "edm2" and told:
+    if config.get("model") == "edm2" and told:
         raise ConfigError("an EDM2 network says its classes itself; expected no word of them")
     require_network(infos_of(found[0].tensors), config, str(found[0].path))
     known = {path: _known_set(path.name) for path in paths}
@@ -233,12 +237,15 @@ def _file_name(found: Extracted, folder: Path) -> str:
 
 def _metadata(found: Extracted, config: Mapping[str, Any], samples: str) -> dict[str, str]:
     """What an output says of itself; all but text as JSON."""
-    origin = {"name": found.path.name, "bytes": found.path.stat().st_size, "samples": samples}
+    size = sum(part.stat().st_size for part in files_of(found.path))
+    origin = {"name": found.path.name, "bytes": size, "samples": samples}
     facts = {
-        CONFIG_KEY: dict(config),
+        CONFIG_KEY: dict(config) or None,
         ORIGIN_KEY: {**origin, "track": found.track},
         "nimg": found.nimg,
         "ema_std": found.ema_std,
+        "ema_gamma": found.ema_gamma,
+        "ema_start": found.ema_start,
         **found.facts,
     }
     return {

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -76,10 +76,7 @@ def convert(
     config = config or from_mapping(ConvertConfig, settings)
     tracker = tracker or NullTracker()
     files, repeated = list_files(sources)
-    hints = Hints(
-        family=config.family, num_heads=config.num_heads, num_classes=config.num_classes,
-        null_class=config.null_class,
-    )  # fmt: skip
+    hints = Hints(**{item.name: getattr(config, item.name) for item in fields(Hints)})
     with locked(folder):  # which the manifest of the plan is read under, too
         plan = make_plan(
             files, Path(folder), config.weights, name=config.name, licence=config.licence,

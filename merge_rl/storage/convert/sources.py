@@ -5,25 +5,52 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from merge_rl.core.state_dicts import hold
 from merge_rl.errors import CheckpointError, ConfigError
-from merge_rl.storage.checkpoints import has_manifest, metadata_config
+from merge_rl.storage.checkpoints import (
+    has_manifest,
+    is_network_config,
+    library_document,
+    metadata_config,
+)
 from merge_rl.storage.convert import edm2 as edm2_source
-from merge_rl.storage.convert.contents import NO_HINTS, Extracted, Hints, require_size, state_dict
-from merge_rl.storage.convert.library import read_library
+from merge_rl.storage.convert.adapters import (
+    CONFIG,
+    adapter_config,
+    as_factors,
+    as_products,
+    facts_of,
+)
+from merge_rl.storage.convert.contents import (
+    DEFAULT_BATCH,
+    NO_HINTS,
+    Extracted,
+    Hints,
+    require_size,
+    state_dict,
+)
+from merge_rl.storage.convert.distcp import files_of_metadata, read_distcp
+from merge_rl.storage.convert.layouts import Place, files_in, place_of, steps_of
 from merge_rl.storage.convert.states import holds_states, read_states
+from merge_rl.storage.convert.trajectories import (
+    SHADOWS,
+    arranged,
+    is_average,
+    is_lightning,
+    named_like,
+    weights_of,
+    with_profile,
+)
 from merge_rl.storage.files import (
     INDEX_SUFFIX,
     is_weights_name,
-    natural_key,
-    network_name,
     open_weights,
     parse_index,
-    weights_in,
 )
 from merge_rl.storage.pickles import (
     ByteSource,
@@ -36,7 +63,6 @@ from merge_rl.storage.pickles import (
     shown,
 )
 
-SUFFIXES: Final = (".pkl", ".pt", ".pth")
 _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
 
@@ -44,17 +70,16 @@ _SAMPLE_BYTES: Final = 4096
 def list_files(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
 ) -> tuple[list[Path], list[str]]:
-    """The files that are meant: themselves, or those of a folder by their endings; each once.
+    """The files that are meant: themselves, or those of a folder; each once.
 
-    Beside them a sentence for each other name of a file among them, a link to it.
-    Of a folder with snapshots (.pkl), training states are left out: they are several times larger
-    and of another type, so that both cannot form one set.
+    A folder that holds one checkpoint stands for itself (`layouts.place_of`). Beside them a
+    sentence for each other name of a file among them, a link to it.
     """
     given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     names: dict[Path, list[Path]] = {}
     for item in map(Path, given):
         if item.is_dir():
-            within = _convertible(item) or weights_in(item)
+            within = files_in(item)
             if not within and has_manifest(item):
                 raise CheckpointError(f"{item}: a set of .safetensors already, nothing to convert")
             if not within:
@@ -78,31 +103,110 @@ def list_files(
     return files, repeated
 
 
-def _convertible(folder: Path) -> list[Path]:
-    found = (
-        file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()
-    )
-    files = sorted(found, key=lambda file: natural_key(file.name))
-    states = [file for file in files if file.name.startswith("training-state-")]
-    snapshots = any(file.suffix.lower() == ".pkl" for file in files)
-    return [file for file in files if file not in states] if snapshots else files
-
-
 def extract(path: Path, weights: str = "auto", hints: Hints = NO_HINTS) -> list[Extracted]:
-    """The weights in a file, one result a track; CheckpointError if it is of no known kind."""
-    if is_weights_name(path.name):
+    """The weights in a file or folder, one result a track; CheckpointError if of no known kind."""
+    if path.is_dir():
+        found = _read_place(path, weights, hints)
+    elif is_weights_name(path.name):
         found = _read_safetensors(path, weights, hints)
     else:
         found = _read_pickled(path, weights, hints)
     for item in found:
-        require_size(item, sum(part.stat().st_size for part in files_of(path)))
+        if hints.format not in ("auto", item.kind):
+            raise CheckpointError(f"{path}: expected the format {hints.format}, found {item.kind}")
+        if item.facts.get("adapter_as") != "products":
+            require_size(item, sum(part.stat().st_size for part in files_of(path)))
     return found
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that a source consists of: itself, and the shards of an index."""
+    """The files that a source consists of: itself, the shards of an index, those of a folder."""
+    if path.is_dir():
+        place = place_of(path)
+        inner = [place.weights, *place.averages] if place else []
+        if place and place.kind == "distcp":
+            return files_of_metadata(place.weights)
+        config = [path / CONFIG] if place and place.kind == "peft" else []
+        return [*config, *(part for item in inner for part in files_of(item))]
     shards = parse_index(path).values() if path.name.endswith(INDEX_SUFFIX) else ()
     return [path, *sorted(set(shards))]
+
+
+def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
+    """A folder of one checkpoint: its weights, and their averages that lie beside them."""
+    place = place_of(path)
+    if place is None:
+        raise CheckpointError(f"{path}: no checkpoint of a known kind")
+    if place.kind == "distcp":
+        found = read_states(read_distcp(place.weights), path, weights, hints, steps=steps_of(path))
+    elif place.kind == "peft":
+        found = [_read_adapter(path, place.weights, hints)]
+    else:
+        known = _read_known(place, weights, hints)
+        if known is not None:
+            batch, steps = hints.images_per_step or DEFAULT_BATCH, steps_of(path)
+            nimg = None if steps is None else steps * batch
+            return [
+                replace(i, path=path, nimg=nimg, stem=path.name, kind=place.kind) for i in known
+            ]
+        data: dict[str, Any] = dict(_tensors_of(place.weights))
+        averages, left = _averages(place, data)
+        if averages:
+            data = {"model": data, **averages}
+        found = read_states(data, path, weights, hints, steps=steps_of(path))
+        found = [replace(item, notes=(*item.notes, *left)) for item in found]
+    return [replace(item, stem=path.name, kind=place.kind) for item in found]
+
+
+def _read_known(place: Place, weights: str, hints: Hints) -> list[Extracted] | None:
+    """The networks of diffusers in a place; None where they are none that can be built here."""
+    document = library_document(place.weights.parent)
+    if document is None or not is_network_config(document) or hints.network:
+        return None
+    files = [place.weights, *(place.averages if place.kind == "diffusers" else ())]
+    found = [read_library(file, _tensors_of(file), weights, hints) or [] for file in files]
+    return [item for items in found for item in items]
+
+
+def _averages(place: Place, weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """({"ema": the average's tensors} or {}, a sentence for each file without one)."""
+    found: dict[str, Any] = {}
+    left = []
+    for file in place.averages:
+        data: Any = _tensors_of(file) if is_weights_name(file.name) else read_data(file)
+        kept = data if isinstance(data, dict) else {}
+        states = hold(kept, TensorRef).among(averaged=True)
+        named = kept if place.kind == "diffusers" else None
+        if states:
+            named = hold(kept, TensorRef).states[states[0]]
+        elif named is None:
+            listed = next((kept[k] for k in SHADOWS if k in kept), None)
+            # A safetensors file keeps no order, in which an average without names would lie.
+            ordered = not is_weights_name(place.weights.name)
+            named = named_like(listed, weights if ordered else {})
+        if named and "ema" not in found:
+            found["ema"] = named
+        else:
+            left.append(f"left {file.name}, in which no average by the names of the weights is")
+    return found, left
+
+
+def _read_adapter(path: Path, file: Path, hints: Hints) -> Extracted:
+    config, tensors = adapter_config(path), _tensors_of(file)
+    if hints.adapters == "products":
+        tensors = as_products(tensors, config, path)
+    else:
+        tensors = as_factors(tensors, path)
+    steps, batch = steps_of(path), hints.images_per_step or DEFAULT_BATCH
+    what = {
+        "products": "its products, which change the weights of the layers; merged exactly",
+        "factors": "its factors, averaged each by itself; the merge is an adapter of the same rank",
+    }
+    return Extracted(
+        path=path, tensors=tensors, config={}, stem=path.name,
+        nimg=None if steps is None else steps * batch, facts=facts_of(config, hints.adapters),
+        notes=(f"an adapter: took {what[hints.adapters]} (--adapters)",),
+    )  # fmt: skip
 
 
 def fingerprint(path: Path) -> str:
@@ -123,6 +227,16 @@ def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
     data = read_data(path)
     if not isinstance(data, dict):
         raise _unknown(path, kind_of(data))
+    if "param_groups" in data and "state" in data:
+        raise CheckpointError(f"{path}: the state of an optimizer, and no weights of a network")
+    if is_average(data, path):
+        if weights == "model":
+            raise CheckpointError(f"{path}: holds an average, no raw weights")
+        read = read_states(weights_of(data, path), path, "auto", hints)
+        return [replace(with_profile(item, data, hints), kind="posthoc-ema") for item in read]
+    if is_lightning(data):
+        read = read_states(arranged(data), path, weights, hints)
+        return [replace(item, kind="lightning") for item in read]
     if edm2_source.is_snapshot(data):
         if weights == "model":
             raise CheckpointError(f"{path}: a network snapshot holds an EMA, no raw weights")
@@ -131,6 +245,8 @@ def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
         return edm2_source.read_training_state(data, path, weights)
     if holds_states(data):
         return read_states(data, path, weights, hints)
+    if any(str(key).startswith("optim") for key in data):
+        raise CheckpointError(f"{path}: the state of an optimizer, and no weights of a network")
     keys = [shown(key, 30) for key in data if isinstance(key, str)][:8]
     raise _unknown(path, f"a mapping with the keys {', '.join(keys) or '(none)'}")
 
@@ -142,6 +258,23 @@ def _unknown(path: Path, found: str) -> CheckpointError:
 
 def _read_safetensors(path: Path, weights: str, hints: Hints) -> list[Extracted]:
     """Weights that have the right form already, be it in shards; what they say of themselves."""
+    config = metadata_config(path, open_weights(path).metadata)
+    named = _tensors_of(path)
+    library = read_library(path, named, weights, hints) if config is None else None
+    if library is not None:
+        return library
+    found = read_states(named, path, weights, hints, config)
+    return [replace(item, stem=network_name(path)) for item in found]
+
+
+def _tensors_of(path: Path) -> dict[str, TensorRef]:
+    """The tensors of a file by name: of a safetensors, of shards, or of a pickled state dict."""
+    if not is_weights_name(path.name):
+        data = read_data(path)
+        held = hold(data, TensorRef).states if isinstance(data, dict) else {}
+        if len(held) != 1:
+            raise CheckpointError(f"{path}: expected the tensors of one network")
+        return next(iter(held.values()))
     stored = open_weights(path)
     sources = {file: ByteSource(file) for file in stored.parts}
     tensors = {}
@@ -150,10 +283,4 @@ def _read_safetensors(path: Path, weights: str, hints: Hints) -> list[Extracted]
         span = Span(sources[home], stored.parts[home].begins[name], info.nbytes)
         storage = StorageRef(info.code, math.prod(info.shape), span)
         tensors[name] = TensorRef(storage, 0, info.shape, tuple(row_major(info.shape)))
-    config = metadata_config(path, stored.metadata)
-    named = state_dict(tensors, str(path))
-    library = read_library(path, named, weights, hints) if config is None else None
-    if library is not None:
-        return library
-    found = read_states(named, path, weights, hints, config)
-    return [replace(item, stem=network_name(path)) for item in found]
+    return state_dict(tensors, str(path))

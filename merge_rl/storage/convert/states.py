@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from merge_rl import own_code
 from merge_rl.core.state_dicts import Held, hold, is_average
 from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.storage.checkpoints import parse_stem
 from merge_rl.storage.convert.contents import (
+    DEFAULT_BATCH,
     Extracted,
     Hints,
     Said,
@@ -20,12 +22,11 @@ from merge_rl.storage.convert.contents import (
     shapes_of,
     state_dict,
 )
-from merge_rl.storage.convert.families import PROJECTORS, find_family, fitting, path_of
+from merge_rl.storage.convert.families import PROJECTORS, find_family, fitting, is_foreign, path_of
 from merge_rl.storage.convert.jit import ROTATIONS, describe_jit
 from merge_rl.storage.convert.sit import describe_sit
 from merge_rl.storage.pickles import TensorRef
 
-DEFAULT_BATCH: Final = 256  # images a step, in SiT's public training
 _STEP: Final = re.compile(r"(?:.*[-_.])?(\d{7,9})")
 State = Mapping[str, TensorRef]
 
@@ -41,13 +42,16 @@ def read_states(
     weights: str,
     hints: Hints,
     config: Mapping[str, Any] | None = None,
+    steps: int | None = None,
 ) -> list[Extracted]:
     """The networks in a file: of raw weights and their average, "auto" takes the average.
 
     `config` is what the file says of its network in another way. nimg is steps * images a step:
-    the steps as the file counts them, else the number in its name; images as its settings say,
-    else 256. Optimizers are left alone.
+    the steps as the file counts them, else `steps`, else the number in its name; images as the user
+    or its settings say, else 256. Optimizers are left alone.
     """
+    if hints.part is not None:
+        data = part_of(data, hints.part, path)
     held, found = hold(data, TensorRef), list[Extracted]()
     said = read_said(data if config is None else {**data, "config": config})
     for place in _wanted(held, path, weights):
@@ -55,10 +59,13 @@ def read_states(
         item = Extracted(path=path, tensors=tensors, config=config, stem=path.stem)
         family, assumed = _family(item, said, hints)
         item = replace(item, assumed={} if assumed is None else {"model": assumed})
-        item = _edm2(item) if family == "edm2" else _network(item, family, said, hints, config)
-        if place.partition("/")[0] in data or is_average(place):  # else names alone say the place
+        item = _described(item, family, said, hints, config)
+        placed = place.partition("/")[0] in data or is_average(place)
+        if placed:  # else names alone say the place
             track = _track_of(place)
-            item = _trained(replace(item, folder=track, track=track), said)
+            item = replace(item, folder=track, track=track)
+        if placed or steps is not None:
+            item = _trained(item, said, hints, steps)
         left = [*(other for other in held.states if other != place), *held.others]
         if left and weights != "both":
             what = f"took {place or 'the weights'}" + " (an average)" * is_average(place)
@@ -74,12 +81,17 @@ def _wanted(held: Held[TensorRef], path: Path, weights: str) -> list[str]:
     known = [place for place, state in held.states.items() if _is_known(state)]
     if known:
         raw, averaged = ([p for p in places if p in known] for places in (raw, averaged))
+    # Beside a network under its known name lies what training alone needs: losses, encoders.
+    raw, averaged = (
+        [p for p in places if not any(q.startswith(f"{p}/") for q in places)]
+        for places in (raw, averaged)
+    )
     several = [place for place in averaged if _track_of(place) == "ema"]
     for places in (raw, several):
         if len(places) > 1:
             raise CheckpointError(
                 f"{path}: holds several networks, {', '.join(places)}; expected one, or one and "
-                "its average"
+                "its average (--part NAME chooses by the beginning of names)"
             )
     if [*raw, *averaged] == [""]:
         return [""]
@@ -102,7 +114,41 @@ def _is_known(state: State) -> bool:
     return bool(fitting(shapes_of(state)))
 
 
+def part_of(data: Mapping[str, object], part: str, path: Path) -> dict[str, object]:
+    """The tensors of one part of a model, wherever in data, without its name before theirs."""
+    found: dict[str, object] = {}
+    for key, value in data.items():
+        inner = part_of(value, part, path) if isinstance(value, dict) else {}
+        if isinstance(value, TensorRef) and str(key).startswith(f"{part}."):
+            found[str(key).removeprefix(f"{part}.")] = value
+        elif any(isinstance(item, (TensorRef, dict)) for item in inner.values()):
+            found[key] = inner
+        elif not isinstance(value, (TensorRef, dict)):
+            found[key] = value
+    return found
+
+
+def _described(
+    item: Extracted, family: str, said: Said, hints: Hints, stated: Mapping[str, Any] | None
+) -> Extracted:
+    """With its network: of a family, the user's own, or none that is known ({})."""
+    if family == "edm2":
+        return _edm2(item)
+    if family:
+        return _network(item, family, said, hints, stated)
+    own = {} if hints.network is None else {"model": own_code.allow(hints.network)}
+    told = () if own else (
+        "the tensors of no network that is known, taken as they are; what needs to build it takes "
+        "--network package.module:factory",
+    )  # fmt: skip
+    return replace(item, config=own, notes=(*item.notes, *told))
+
+
 def _family(item: Extracted, said: Said, hints: Hints) -> tuple[str, str | None]:
+    shapes = shapes_of(item.tensors)
+    stated = bool(item.config and item.config.get("model"))
+    if hints.family is None and (hints.network or (is_foreign(shapes) and not stated)):
+        return "", None
     try:
         return find_family(shapes_of(item.tensors), said, item.config, item.path.stem, hints)
     except MergeRLError as error:
@@ -155,16 +201,20 @@ def _joined_blocks(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def _trained(item: Extracted, said: Said) -> Extracted:
+def _trained(item: Extracted, said: Said, hints: Hints, counted: int | None) -> Extracted:
     """With what the training program kept beside the weights: settings and progress."""
     named, step = item.nimg, _STEP.fullmatch(item.path.stem)
-    steps = said.steps if said.steps is not None else int(step[1]) if step else None
+    counted = int(step[1]) if counted is None and step else counted
+    steps, batch = (
+        counted if said.steps is None else said.steps,
+        hints.images_per_step or said.batch,
+    )
     notes = item.notes
-    if steps is not None and said.batch is None:
+    if steps is not None and batch is None:
         notes += (f"no batch size said; nimg takes {DEFAULT_BATCH} images a step",)
     return replace(
         item,
-        nimg=named if steps is None else steps * (said.batch or DEFAULT_BATCH),
+        nimg=named if steps is None else steps * (batch or DEFAULT_BATCH),
         facts={"training": plain(said.settings)} if said.settings else {},
         notes=notes,
     )

@@ -137,6 +137,8 @@ class WeightsReader:
 
 _PARTS: Final = ("unet", "transformer", "unet_ema", "transformer_ema")  # diffusers' folders
 _SAVED: Final = re.compile(r"(checkpoint|step|epoch)[-_]?[0-9]+")  # a training program's folder
+# In the folder of a checkpoint alone: the folder of one model is called by its files elsewhere.
+_SHARED: Final = (MODEL_NAME, INDEX_NAME, "adapter_model.safetensors")
 _PLAIN: Final = (f"{DIFFUSERS_STEM}{SUFFIX}", f"{DIFFUSERS_STEM}{INDEX_SUFFIX}")
 
 
@@ -176,7 +178,7 @@ def _networks_within(folder: Path) -> list[Path]:
     for home in saved or [folder]:
         parts = [home / name for name in _PARTS if (home / name).is_dir()]
         found += [file for place in parts or (saved and [home]) for file in _right_in(place)]
-    return [file for file in found if file.name in (MODEL_NAME, *_PLAIN)]
+    return [file for file in found if file.name in (*_SHARED, *_PLAIN)]
 
 
 def network_name(path: PurePath) -> str:
@@ -186,7 +188,7 @@ def network_name(path: PurePath) -> str:
     """
     folders = [part for part in path.parent.parts if part not in _PARTS]
     fixed = path.name in _PLAIN or (
-        path.name == MODEL_NAME and folders and _SAVED.fullmatch(folders[-1])
+        path.name in _SHARED and folders and _SAVED.fullmatch(folders[-1])
     )
     named = fixed and folders and folders[-1] not in ("/", "..")
     return folders[-1] if named else weights_stem(path.name)

@@ -27,6 +27,16 @@ _CLASSES: Final = (
     "ml_collections.config_dict.config_dict.FieldReference",
     *(f"torch.nn.modules.container.{name}" for name in ("ModuleDict", "ModuleList", "Sequential")),
 )
+_DISTRIBUTED: Final = (  # of torch.distributed.checkpoint
+    *(f"metadata.{name}StorageMetadata" for name in ("Tensor", "Chunk", "Bytes")),
+    *("metadata.Metadata", "metadata.MetadataIndex", "metadata.StorageMeta"),
+    *("metadata.TensorProperties", "metadata._MEM_FORMAT_ENCODING", "filesystem._StorageInfo"),
+)
+_ATTRIBUTES: Final = (  # dicts of settings, as Lightning's releases call them
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
 _SETTINGS: Final = (
     *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"),
     *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Float", "Integer", "String")),
@@ -79,6 +89,13 @@ def _default_mapping(args: tuple[object, ...], m: Machine) -> dict[object, objec
     if len(args) > 1 or not (not args or args[0] is None or isinstance(args[0], Global)):
         raise m.refuse("a mapping with a default that is not a class")
     return {}
+
+
+def _counter(args: tuple[object, ...], m: Machine) -> dict[object, object]:
+    """Counts by key, as schedules of learning rates keep them."""
+    if len(args) > 1 or not all(isinstance(arg, dict) for arg in args):
+        raise m.refuse("counts that are not made from a mapping")
+    return {key: value for arg in args if isinstance(arg, dict) for key, value in arg.items()}
 
 
 def _path(args: tuple[object, ...], m: Machine) -> str:
@@ -196,6 +213,10 @@ PERMITTED: Final[Mapping[str, Handler | None]] = {
     "dnnlib.util.EasyDict": _mapping,
     "collections.OrderedDict": _mapping,
     "collections.defaultdict": _default_mapping,
+    "collections.Counter": _counter,
+    **dict.fromkeys(_ATTRIBUTES, _mapping),
+    **{name: _record(name) for name in (f"torch.distributed.checkpoint.{n}" for n in _DISTRIBUTED)},
+    "torch.serialization._get_layout": _record("layout"),
     "easydict.EasyDict": _mapping,
     "typing.Any": None,
     **{f"{module}.{kind}Path": _path for module in _PATHS for kind in ("Posix", "Windows")},

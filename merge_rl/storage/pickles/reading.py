@@ -24,7 +24,7 @@ from merge_rl.storage.pickles import tensors as torch_legacy
 from merge_rl.storage.pickles.machine import Machine, require_tree
 from merge_rl.storage.pickles.names import PERMITTED
 from merge_rl.storage.pickles.opcodes import run
-from merge_rl.storage.pickles.spans import ByteSource, Cursor, Readable, Span
+from merge_rl.storage.pickles.spans import ByteSource, Cursor, PartSource, Readable, Span
 from merge_rl.storage.pickles.tensors import StorageRef, storage_of
 from merge_rl.storage.pickles.values import Budget, shown
 
@@ -35,9 +35,9 @@ def read_pickle(content: Readable, name: str | None = None) -> object:
     return _checked(_plain_pickle(source, _budget(source)), source)
 
 
-def read_data(content: Readable, name: str | None = None) -> object:
+def read_data(content: Readable | Span, name: str | None = None) -> object:
     """The value of a pickle or of anything torch.save wrote, whatever the file is called."""
-    source = ByteSource(content, name)
+    source = PartSource(content) if isinstance(content, Span) else ByteSource(content, name)
     budget, first = _budget(source), source.read(0, min(source.size, 32))
     if first.startswith(FIRST_BYTES):
         return _checked(read_archive(source, budget), source)

@@ -115,6 +115,18 @@ class Span:
             yield self.source.read(self.offset + begin, min(size, self.length - begin))
 
 
+class PartSource(ByteSource):
+    """A stretch of a file as a file of its own."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+        self.name, self.size = span.source.name, span.length
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset` on; CheckpointError if there are fewer."""
+        return self._span.part(offset, length).read()
+
+
 class Cursor:
     """Reads a span from its start to its end through a small window."""
 

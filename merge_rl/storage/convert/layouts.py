@@ -1,0 +1,121 @@
+"""Folders that training programs write: a checkpoint each, or a series of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from merge_rl.errors import CheckpointError
+from merge_rl.storage.files import natural_key, weights_in, weights_stem
+
+SUFFIXES: Final = (".pkl", ".pt", ".pth", ".ckpt")
+# What libraries call the weights in the folder of a checkpoint.
+GENERIC: Final = ("model", "diffusion_pytorch_model", "pytorch_model", "adapter_model")
+_PICKLED: Final = ("pytorch_model.bin", "adapter_model.bin", "diffusion_pytorch_model.bin")
+# What lies beside the weights to go on with: optimizers, schedules, states of generators.
+_BESIDE: Final = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|dl_state|rng_state|random_states|custom_checkpoint"
+    r"|training_args|trainer_state)"
+)
+POSTHOC: Final = re.compile(r"(?P<index>[0-9]{1,4})\.(?P<step>[0-9]{1,12})\.pt")
+_STEPS: Final = re.compile(
+    r"(?:checkpoint-|(?:global_?)?steps?[-_=]?|iter(?:ation)?[-_]?)([0-9]+)$"
+)
+_FSDP: Final = ("pytorch_model_fsdp_0", "distributed_checkpoint")
+
+
+class Place(NamedTuple):
+    """A folder that holds one checkpoint: what its weights and their averages are in."""
+
+    kind: str  # "accelerate", "diffusers", "distcp" or "peft"
+    weights: Path  # a file, an index of shards, or the .metadata of a torch checkpoint
+    averages: tuple[Path, ...] = ()
+
+
+def place_of(folder: Path) -> Place | None:
+    """What a folder of one checkpoint holds; None for any other folder.
+
+    Weights under a name that all checkpoints share make one of it where its own name has a number,
+    or what training goes on with lies beside them.
+    """
+    for inner in (folder, *(folder / name for name in _FSDP)):
+        if (inner / ".metadata").is_file():
+            return Place("distcp", inner / ".metadata")
+    if (folder / "adapter_config.json").is_file():
+        found = _generic(folder)
+        if found is None:
+            raise CheckpointError(
+                f"{folder}: an adapter_config.json without adapter_model.safetensors or .bin"
+            )
+        return Place("peft", found)
+    pairs = [inner for inner in _folders(folder) if (folder / f"{inner.name}_ema").is_dir()]
+    if len(pairs) > 1:
+        listed = ", ".join(inner.name for inner in pairs)
+        raise CheckpointError(f"{folder}: holds several networks, {listed}; name one's folder")
+    if pairs:
+        raw, average = _generic(pairs[0]), _generic(folder / f"{pairs[0].name}_ema")
+        if raw and average:
+            return Place("diffusers", raw, (average,))
+    found = _generic(folder)
+    beside = [item for item in folder.iterdir() if _BESIDE.match(item.name)]
+    if found and (beside or re.search("[0-9]", folder.name)):
+        custom = sorted(folder.glob("custom_checkpoint_*.pkl"), key=lambda f: natural_key(f.name))
+        return Place("accelerate", found, tuple(custom))
+    return None
+
+
+def files_in(folder: Path) -> list[Path]:
+    """What of a folder is converted: files, or folders of one checkpoint each; [] for nothing.
+
+    Of a folder with snapshots (.pkl), training states are left out: they are several times larger
+    and of another type, so that both cannot form one set.
+    """
+    if place_of(folder) is not None:
+        return [folder]
+    posthoc = [file for file in folder.iterdir() if POSTHOC.fullmatch(file.name)]
+    if posthoc:
+        return sorted(posthoc, key=lambda file: [int(n) for n in file.name.split(".")[:2]])
+    found = [
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in SUFFIXES and file.is_file() and not _BESIDE.match(file.name)
+    ]
+    files = sorted(found, key=lambda file: natural_key(file.name))
+    states = [file for file in files if file.name.startswith("training-state-")]
+    if any(file.suffix.lower() == ".pkl" for file in files):
+        files = [file for file in files if file not in states]
+    if files or weights_in(folder):
+        return files or weights_in(folder)
+    inner = [item for item in _folders(folder) if place_of(item) is not None]
+    if not inner:
+        require_weights(folder, [item.name for item in folder.iterdir()])
+    return inner
+
+
+def require_weights(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a folder that holds nothing but what training goes on with."""
+    beside = [name for name in names if _BESIDE.match(name)]
+    if beside:
+        raise CheckpointError(
+            f"{folder}: holds {beside[0]}, what training goes on with, and no weights of a network"
+        )
+
+
+def steps_of(path: Path) -> int | None:
+    """The steps of training that the name of a folder says; None where its number is another's."""
+    found = _STEPS.search(path.name)
+    return int(found[1]) if found else None
+
+
+def _folders(folder: Path) -> list[Path]:
+    found = (item for item in folder.iterdir() if item.is_dir() and item.name[0] != ".")
+    return sorted(found, key=lambda item: natural_key(item.name))
+
+
+def _generic(folder: Path) -> Path | None:
+    """The weights of a folder under a name that every checkpoint has, in safetensors first."""
+    named = [file for file in weights_in(folder) if weights_stem(file.name) in GENERIC]
+    pickled = [folder / name for name in _PICKLED if (folder / name).is_file()]
+    return next(iter([*named, *pickled]), None)
