@@ -1,9 +1,11 @@
 """Converting an EDM2 snapshot of the XS size, against copying the file and reading it once.
 
 The snapshot is synthetic: the published network's names and shapes, random float16. Peak memory is
-that of a process of its own, libraries included. Run from the repository's root:
+that of a process of its own, libraries included. With `--formats`, the same weights as each library
+writes them, against a plain state dict of them. Run from the repository's root:
 
     python -m benchmarks.convert [--out FILE.json]
+    python -m benchmarks.convert --formats [--megabytes 128]
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from merge_rl.registry import build_model
 from merge_rl.storage.checkpoints.catalogue import load_catalogue
 from merge_rl.storage.convert.run import convert
+from merge_rl.storage.files import save_tensors
 from tests.snapshots import random_weights, write_snapshot
 
 CHUNK = 2**20
@@ -52,6 +55,66 @@ def make_snapshot(name: str, folder: Path) -> Path:
     path = folder / "network-snapshot-0008388-0.050.pkl"
     write_snapshot(path, weights, {key: v for key, v in config.items() if key != "model"})
     return path
+
+
+def write_formats(folder: Path, megabytes: int) -> dict[str, Path]:
+    """Format -> a file or folder of float16 weights of that size, as its library writes them."""
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    shapes = [(f"layers.{i}.weight", (1024, 1024)) for i in range(megabytes // 2)]
+    weights = random_weights(shapes, torch.float16, seed=0)
+    prefixed = {f"model.{name}": value for name, value in weights.items()}
+    average = {f"ema_model.{name}": value for name, value in weights.items()}
+    counts = {"initted": torch.ones(()).half(), "step": torch.tensor(1000.0).half()}
+    factors = {
+        f"base_model.model.{i}.lora_{part}.weight": value.reshape(shape)
+        for i, value in enumerate(weights.values())
+        for part, shape in (("A", (16, 65536)), ("B", (65536, 16)))
+    }
+    places = {
+        name: folder / name / "checkpoint-1000" for name in ("accelerate", "diffusers", "peft")
+    }
+    parts = {
+        places["accelerate"] / "model.safetensors": weights,
+        places["diffusers"] / "unet" / "diffusion_pytorch_model.safetensors": weights,
+        places["diffusers"] / "unet_ema" / "diffusion_pytorch_model.safetensors": weights,
+        places["peft"] / "adapter_model.safetensors": factors,
+    }
+    for path, tensors in parts.items():
+        path.parent.mkdir(parents=True)
+        save_tensors(path, tensors, {"format": "pt"})
+    settings = {"peft_type": "LORA", "r": 16, "lora_alpha": 16}
+    (places["peft"] / "adapter_config.json").write_text(json.dumps(settings))
+    files = {
+        "weights": (folder / "state.pt", weights),
+        "posthoc-ema": (folder / "0.1000.pt", average | counts),
+        "lightning": (
+            folder / "a.ckpt", {"state_dict": prefixed, "epoch": 1, "global_step": 1000},
+        ),
+    }  # fmt: skip
+    for path, data in files.values():
+        torch.save(data, path)
+    save({"model": weights}, checkpoint_id=folder / "distcp/step_1000", no_dist=True)
+    found = {name: path for name, (path, _) in files.items()}
+    return {**found, **places, "distcp": folder / "distcp/step_1000"}
+
+
+def measure_formats(megabytes: int, repeats: int, folder: Path) -> dict[str, float | str]:
+    """Speed of each format in MB of output a second, and relative to a plain state dict."""
+    out, rates = folder / "out", dict[str, list[float]]()
+    places = write_formats(folder, megabytes)
+    for _ in range(repeats):  # in turn, so that all meet the same load of the machine
+        for name, path in places.items():
+            shutil.rmtree(out, ignore_errors=True)
+            took, _ = seconds(lambda path=path: convert(path, out, workers=1))  # type: ignore[misc]
+            written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+            rates.setdefault(name, []).append(written / 1e6 / took)
+    plain = statistics.median(rates["weights"])
+    found: dict[str, float | str] = {"megabytes": megabytes}
+    for name, each in rates.items():
+        found[f"{name} MB/s"] = statistics.median(each)
+        found[f"{name} of a state dict's speed"] = statistics.median(each) / plain
+    return found
 
 
 def copy_and_read(source: Path, target: Path) -> None:
@@ -113,12 +176,18 @@ def main() -> None:
     parser.add_argument("--network", default="edm2-img512-xs", help="a set of the catalogue")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary one by default")
+    parser.add_argument("--formats", action="store_true", help="the formats of libraries instead")
+    parser.add_argument("--megabytes", type=int, default=128, help="of weights in each format")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        result = measure(options.network, options.repeats, Path(folder))
+        result = (
+            measure_formats(options.megabytes, options.repeats, Path(folder))
+            if options.formats
+            else measure(options.network, options.repeats, Path(folder))
+        )
     for name, value in result.items():
-        print(f"{name:30} {value if isinstance(value, str) else format(value, '.4g')}")
+        print(f"{name:42} {value if isinstance(value, str) else format(value, '.4g')}")
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

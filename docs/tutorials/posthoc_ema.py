@@ -73,7 +73,7 @@ def half_moons(count: int) -> Tensor:
 
 
 network = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
-optimizer = torch.optim.Adam(network.parameters(), lr=2e-2)
+optimizer = torch.optim.Adam(network.parameters(), lr=4e-2)
 averages = Averages(network, widths=(0.05, 0.2), update_every=2)
 for step in range(1, 801):
     data, noise, t = half_moons(128), torch.randn(128, 2), torch.rand(128, 1)
@@ -142,7 +142,7 @@ result = mrl.search(
     heldout=features(half_moons(5000)),
     out=folder / "run",
     searcher="ema-grid",
-    budget=60_000,
+    budget=30_000,
     pool_size=500,
     progress=False,
 )

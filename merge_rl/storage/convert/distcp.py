@@ -28,6 +28,7 @@ from merge_rl.storage.pickles import (
 
 _MODULE: Final = "torch.distributed.checkpoint"
 _OPTIMIZER: Final = ("optim", "optimizer", "optimizers", "opt_state")
+_MOST_PARTS: Final = 1024  # of a tensor that is cut along several axes
 _Place = tuple[str, int, int]  # file, offset, length
 
 
@@ -147,10 +148,7 @@ def _require_cover(
         and all(a + b <= limit for a, b, limit in zip(o, n, shape, strict=True))
         for o, n in boxes
     )
-    apart = all(
-        any(a + n <= b or b + m <= a for a, n, b, m in zip(o, s, p, t, strict=True))
-        for (o, s), (p, t) in itertools.combinations([b for b in boxes if math.prod(b[1])], 2)
-    )
+    apart = inside and _apart([box for box in boxes if math.prod(box[1])], shape)
     full = sum(math.prod(part.shape) for _, part in parts) == math.prod(shape)
     alike = len({part.storage.code for _, part in parts}) == 1
     if not (inside and full and apart and alike):
@@ -158,6 +156,18 @@ def _require_cover(
             f"{metadata}: the {len(parts)} parts of {shown(name)} do not cover a tensor of shape "
             f"{list(shape)}; expected all files of the checkpoint"
         )
+
+
+def _apart(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> bool:
+    """Whether boxes (offsets, sizes) within a shape have no element in common."""
+    if all(sizes[1:] == shape[1:] for _, sizes in boxes):  # rows, as they are mostly cut
+        rows = sorted((offsets[:1], sizes[:1]) for offsets, sizes in boxes)
+        pairs = itertools.pairwise(rows)
+        return all(sum(o) + sum(n) <= sum(p) and bool(o) for (o, n), (p, _) in pairs)
+    return len(boxes) <= _MOST_PARTS and all(
+        any(a + n <= b or b + m <= a for a, n, b, m in zip(o, s, p, t, strict=True))
+        for (o, s), (p, t) in itertools.combinations(boxes, 2)
+    )
 
 
 def _field(record: object, name: str) -> object:

@@ -60,7 +60,8 @@ def place_of(folder: Path) -> Place | None:
             return Place("diffusers", raw, (average,))
     found = _generic(folder)
     beside = [item for item in folder.iterdir() if _BESIDE.match(item.name)]
-    if found and (beside or re.search("[0-9]", folder.name)):
+    alone = len(weights_in(folder)) < 2 and not any(folder.glob("*.pt"))
+    if found and (beside or (alone and re.search("[0-9]", folder.name))):
         custom = sorted(folder.glob("custom_checkpoint_*.pkl"), key=lambda f: natural_key(f.name))
         return Place("accelerate", found, tuple(custom))
     return None

@@ -19,7 +19,7 @@ from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpoint
 from merge_rl.searchers import SearchSpace
 from merge_rl.searchers.baselines import EmaGrid
 from merge_rl.storage.checkpoints import open_checkpoints, read_manifest
-from merge_rl.storage.convert.distcp import PiecedRef
+from merge_rl.storage.convert.distcp import PiecedRef, _require_cover
 from merge_rl.storage.convert.run import convert
 from merge_rl.storage.convert.trajectories import parse_widths
 from merge_rl.storage.files import save_tensors
@@ -350,6 +350,24 @@ def test_distributed_checkpoints_as_torch_writes_them(tmp_path: Path) -> None:
     (tmp_path / "run/step_7/__0_0.distcp").write_bytes(b"")
     with pytest.raises(CheckpointError, match="truncated"):
         convert(tmp_path / "run", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("begins", "fits"), [([0, 2], True), ([2, 0], True), ([0, 1], False), ([0, 3], False)]
+)
+def test_parts_must_cover_their_tensor(begins: list[int], fits: bool, tmp_path: Path) -> None:
+    torch.save(torch.ones(2, 3), tmp_path / "a.pt")
+    part: Any = read_data(tmp_path / "a.pt")
+    for turned in (False, True):  # cut along the first axis, or along both
+        parts: list[tuple[tuple[int, ...], Any]] = [((begin, 0), part) for begin in begins]
+        shape: tuple[int, ...] = (4, 3)
+        if turned:
+            parts, shape = [((y, x), part) for y in begins for x in (0, 3)], (4, 6)
+        if fits:
+            _require_cover(tmp_path, "w", shape, parts)
+        else:
+            with pytest.raises(CheckpointError, match="do not cover a tensor of shape"):
+                _require_cover(tmp_path, "w", shape, parts)
 
 
 def test_a_distributed_checkpoint_of_an_optimizer_is_refused(tmp_path: Path) -> None:
