@@ -50,6 +50,7 @@ def place_of(folder: Path) -> Place | None:
                 f"{folder}: an adapter_config.json without adapter_model.safetensors or .bin"
             )
         return Place("peft", found)
+    beside = [item for item in folder.iterdir() if _BESIDE.match(item.name)]
     pairs = [inner for inner in _folders(folder) if (folder / f"{inner.name}_ema").is_dir()]
     if len(pairs) > 1:
         listed = ", ".join(inner.name for inner in pairs)
@@ -59,8 +60,10 @@ def place_of(folder: Path) -> Place | None:
         if raw and average:
             return Place("diffusers", raw, (average,))
     found = _generic(folder)
-    beside = [item for item in folder.iterdir() if _BESIDE.match(item.name)]
-    alone = len(weights_in(folder)) < 2 and not any(folder.glob("*.pt"))
+    alone = len(_right_in(folder)) < 2 and not any(folder.glob("*.pt"))
+    within = [file for file in weights_in(folder) if file.parent.parent == folder]
+    if found is None and len(within) == 1 and (beside or steps_of(folder) is not None):
+        return Place("diffusers", within[0])
     if found and (beside or (alone and re.search("[0-9]", folder.name))):
         custom = sorted(folder.glob("custom_checkpoint_*.pkl"), key=lambda f: natural_key(f.name))
         return Place("accelerate", found, tuple(custom))
@@ -87,9 +90,10 @@ def files_in(folder: Path) -> list[Path]:
     states = [file for file in files if file.name.startswith("training-state-")]
     if any(file.suffix.lower() == ".pkl" for file in files):
         files = [file for file in files if file not in states]
-    if files or weights_in(folder):
-        return files or weights_in(folder)
+    if files or _right_in(folder):
+        return files or _right_in(folder)
     inner = [item for item in _folders(folder) if place_of(item) is not None]
+    inner = inner or weights_in(folder)
     if not inner:
         require_weights(folder, [item.name for item in folder.iterdir()])
     return inner
@@ -115,8 +119,12 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda item: natural_key(item.name))
 
 
+def _right_in(folder: Path) -> list[Path]:
+    return [file for file in weights_in(folder) if file.parent == folder]
+
+
 def _generic(folder: Path) -> Path | None:
     """The weights of a folder under a name that every checkpoint has, in safetensors first."""
-    named = [file for file in weights_in(folder) if weights_stem(file.name) in GENERIC]
+    named = [file for file in _right_in(folder) if weights_stem(file.name) in GENERIC]
     pickled = [folder / name for name in _PICKLED if (folder / name).is_file()]
     return next(iter([*named, *pickled]), None)
