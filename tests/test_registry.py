@@ -154,9 +154,18 @@ def test_build_model() -> None:
         ({"model": None}, r'expected "model" in the model config, found keys \[\'attn_resolutions'),
         ({"depth": 28}, r"the edm2 network does not take this config: .*'depth'"),
         ({"img_resolution": "8"}, "the edm2 network does not take this config: "),
-        ({"channel_mult": 2}, "the edm2 network does not take this config: .* not iterable"),
-        ({"channels_per_head": 0}, "the edm2 network does not take this config: .* by zero"),
-        ({"model_channels": -8}, "the edm2 network does not take this config: .* number from 0"),
+        (
+            {"channel_mult": 2},
+            "edm2 network does not take .*channel_mult as a list",
+        ),
+        (
+            {"channels_per_head": 0},
+            "edm2 network does not take .*channels_per_head as a whole number from 1",
+        ),
+        (
+            {"model_channels": -8},
+            "edm2 network does not take .*model_channels as a whole number from 1",
+        ),
     ],
 )
 def test_configs_refused(changes: dict[str, Any], message: str) -> None:

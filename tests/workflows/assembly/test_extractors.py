@@ -167,7 +167,7 @@ def test_other_torch_files_are_refused(content: object, message: str, tmp_path: 
 def test_names_are_known_before_anything_is_built() -> None:
     require_known("inception-clean")
     require_known("nowhere_at_all.module:factory")  # imports nothing
-    with pytest.raises(UnknownNameError, match="unknown extractor 'dino'; did you mean 'dinov2'"):
+    with pytest.raises(UnknownNameError, match="unknown extractor 'dino'; did you mean 'dinov3'"):
         require_known("dino")
     with pytest.raises(ConfigError, match="expected an extractor as package.module:factory"):
         require_known("a/b.py:f")
