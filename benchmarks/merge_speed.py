@@ -50,7 +50,8 @@ def read_once(folder: Path) -> None:
 
 def hash_once(folder: Path) -> None:
     opened = mrl.open_checkpoints(folder)
-    opened.hash_files()
+    for index in opened.hashes.missing():
+        opened.sha256(index)
 
 
 def command(arguments: list[str], out: Path, repeats: int) -> dict[str, float]:

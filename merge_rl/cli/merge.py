@@ -14,7 +14,8 @@ from merge_rl.config import SingleMergeConfig, byte_count, numbers_in, real_numb
 from merge_rl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    import numpy.typing as npt
 
     from merge_rl.storage.checkpoints import CheckpointSet
     from merge_rl.workflows.export import Recipe
@@ -37,7 +38,6 @@ def merge(
     OUT gets model.safetensors, config.json, a model card and merge.yaml: a recipe from which
     [bold]--recipe[/bold] makes the same file again, bit for bit.
     """
-    from merge_rl.core.merging.ema_profiles import parse_std_list
     from merge_rl.storage.files import require_new
     from merge_rl.storage.runs import find_set
     from merge_rl.workflows.export import Recipe, merged_licence
@@ -46,7 +46,7 @@ def merge(
     require_new(out)
     if config.max_shard_size:
         parse_size(config.max_shard_size)
-    stds = parse_std_list(config.ema_std) if config.ema_std else []
+    stds = _widths(config.ema_std) if config.ema_std else []
     known = Recipe(config.recipe) if config.recipe else None
     opened = _open(checkpoints, config, known)
     terms = merged_licence(opened, config.licence or (known.licence if known else None))
@@ -75,7 +75,6 @@ def merge(
 def _open(checkpoints: Path, config: SingleMergeConfig, known: Recipe | None) -> CheckpointSet:
     """The checkpoints that are merged: those of the recipe, or of the series."""
     from merge_rl.storage.checkpoints import open_checkpoints
-    from merge_rl.workflows.assembly import with_network
 
     # A recipe may name a checkpoint and a copy of it; it makes the same file again.
     track = config.track
@@ -89,14 +88,17 @@ def _open(checkpoints: Path, config: SingleMergeConfig, known: Recipe | None) ->
         opened = open_checkpoints(checkpoints, select=profiles) if profiles else opened
     if known is None:
         note_all(opened.notes)
-    with_network(opened, config.network)
+    if config.network is not None:
+        from merge_rl.workflows.assembly import with_network
+
+        with_network(opened, config.network)
     return opened
 
 
 def _save(
     out: Path,
     opened: CheckpointSet,
-    values: Tensor,
+    values: npt.NDArray[np.float64],
     config: SingleMergeConfig,
     known: Recipe | None,
     licence: str | None,
@@ -127,13 +129,17 @@ def _how(config: SingleMergeConfig) -> str:
     if config.recipe is not None:
         return "Made again from a recipe."
     if config.ema_std:
-        from merge_rl.core.merging.ema_profiles import parse_std_list
-
-        width = parse_std_list(config.ema_std)[0]
+        width = _widths(config.ema_std)[0]
         return f"The power-function EMA of relative width {width:.3f}, rebuilt after training."
     if config.coefficients is None:
         return "The plain average."
     return "Merged with coefficients that were given."
+
+
+def _widths(text: str) -> list[float]:
+    from merge_rl.core.merging.ema_profiles import parse_std_list
+
+    return parse_std_list(text)
 
 
 def _merge_profiles(
@@ -166,16 +172,16 @@ def parse_size(text: str) -> int:
 
 def _coefficients(
     opened: CheckpointSet, config: SingleMergeConfig, stds: Sequence[float]
-) -> Tensor:
-    import torch
+) -> npt.NDArray[np.float64]:
+    import numpy as np
 
     from merge_rl.workflows.export import ema_coefficients
 
     if stds:
-        return ema_coefficients(opened, stds[0])
+        return ema_coefficients(opened, stds[0]).numpy()
     count, text = len(opened), config.coefficients
     if text is None:
-        return torch.full((count,), 1 / count, dtype=torch.float64)
+        return np.full(count, 1 / count)
     values = numbers_in(text, real_number)
     if values is None:
         raise ConfigError(f"expected numbers in --coefficients, got {text!r}")
@@ -183,4 +189,4 @@ def _coefficients(
         raise ConfigError(
             f"expected {count} coefficients, one for each checkpoint, got {len(values)}"
         )
-    return torch.tensor(values, dtype=torch.float64)
+    return np.array(values, np.float64)

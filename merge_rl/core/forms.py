@@ -40,6 +40,20 @@ def network_shapes(config: Mapping[str, Any], most: int) -> dict[str, Shape] | N
     return found if all(type(size) is int and size >= 1 for size in sizes) else None
 
 
+def network_constants(
+    config: Mapping[str, Any] | None, shapes: Mapping[str, Shape]
+) -> tuple[set[str], tuple[str, ...]] | None:
+    """(what a merge carries, what all checkpoints of a run share) of the network of `config`.
+
+    None unless `shapes` are those of a network that is known here.
+    """
+    if config is None or network_shapes(config, len(shapes)) != dict(shapes):
+        return None
+    if config["model"] == "edm2":
+        return {name for name in shapes if name.endswith((".freqs", ".phases"))}, ()
+    return {"pos_embed"}, ("pos_embed",)
+
+
 def _plain(value: object) -> bool:
     parts = value if isinstance(value, (list, tuple)) else [value]
     return all(isinstance(part, _NUMBERS) for part in parts)

@@ -19,6 +19,11 @@ COMMANDS = {
     "settings": (["settings"], "reward.pool_size"),
     "convert": (["convert", "{}/sit/raw", "{}/out", "--num-heads", "4"], "digits-0002097"),
     "convert a pickle": (["convert", "{}/sit.pt", "{}/new", "--num-heads", "4"], "sit"),
+    "merge": (["merge", "{}/edm2", "{}/one", "--track", "raw", "--uniform"], "+0.1250"),
+    "merge in half": (
+        ["merge", "{}/sit", "{}/two", "--track", "raw", "--uniform", "--dtype", "bfloat16"],
+        "merged 8 checkpoints",
+    ),
     "no such set": (["fetch", "edm2-img512-xss", "{}/new"], "did you mean 'edm2-img512-xs'"),
     "no plan": (["plan", "{}/nothing"], "no such folder"),
 }

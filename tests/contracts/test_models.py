@@ -18,6 +18,7 @@ from merge_rl.config.sampler import SDE_SOLVERS, SOLVERS
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.registry import EXTRAS, MODELS, build_model
+from merge_rl.storage.checkpoints import load_checkpoints, plan_merge
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
@@ -25,7 +26,6 @@ from merge_rl.storage.checkpoints.manifest import (
     SetDefaults,
     write_manifest,
 )
-from merge_rl.storage.checkpoints.merging import load_checkpoints, plan_merge
 from merge_rl.storage.checkpoints.model_file import save_checkpoint
 
 # A small network of 8x8 images with one channel and ten classes, for every family.

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from merge_rl.core.forms import network_shapes
+from merge_rl.core.forms import network_constants, network_shapes
 from merge_rl.errors import MergeRLError
 from merge_rl.registry import build_on_meta
+from merge_rl.storage.checkpoints.plan import carried_names, fixed_names
 
 EDM2: dict[str, Any] = {
     "model": "edm2", "img_resolution": 16, "img_channels": 3, "label_dim": 10,
@@ -46,6 +47,10 @@ def built(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 )
 def test_shapes_are_those_of_the_network(config: dict[str, Any]) -> None:
     assert network_shapes(config, 10_000) == built(config)
+    model = build_on_meta(config)
+    found = network_constants(config, built(config))
+    assert found == (carried_names(model), fixed_names(model))
+    assert network_constants(config, {**built(config), "other": (1,)}) is None
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -25,8 +25,8 @@ from merge_rl.features.inception import (
 from merge_rl.models.edm2 import EDM2
 from merge_rl.models.sit import SiT
 from merge_rl.registry import build_model
+from merge_rl.storage.checkpoints import load_checkpoints, plan_merge
 from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
-from merge_rl.storage.checkpoints.merging import load_checkpoints, plan_merge
 from merge_rl.workflows.assembly.meaning import load_model
 from merge_rl.workflows.rollout.execution import exact_products
 

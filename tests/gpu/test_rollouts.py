@@ -14,8 +14,8 @@ from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.errors import NonFiniteSamplesError
 from merge_rl.rng import image_seeds
+from merge_rl.storage.checkpoints import load_checkpoints, plan_merge
 from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
-from merge_rl.storage.checkpoints.merging import load_checkpoints, plan_merge
 from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.assembly.meaning import load_model
 from merge_rl.workflows.assembly.parts import network_rollout

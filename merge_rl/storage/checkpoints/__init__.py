@@ -41,17 +41,12 @@ from merge_rl.storage.checkpoints.model_file import (
     require_network,
     save_checkpoint,
 )
+from merge_rl.storage.checkpoints.one_pass import merge_pass
+from merge_rl.storage.checkpoints.plan import MergePlan, base_index, plan_merge
 
 if TYPE_CHECKING:
     from merge_rl.storage.checkpoints.held import keep_states, module_of
-    from merge_rl.storage.checkpoints.merging import (
-        DISK,
-        MergePlan,
-        base_index,
-        load_checkpoints,
-        plan_merge,
-        stream_merge,
-    )
+    from merge_rl.storage.checkpoints.merging import DISK, load_checkpoints, merge_into_memory
 
 __all__ = [
     "CONFIG_KEY",
@@ -80,6 +75,8 @@ __all__ = [
     "library_documents",
     "load_catalogue",
     "load_checkpoints",
+    "merge_into_memory",
+    "merge_pass",
     "metadata_config",
     "model_sha256",
     "module_of",
@@ -94,16 +91,12 @@ __all__ = [
     "require_fit",
     "require_network",
     "save_checkpoint",
-    "stream_merge",
     "write_manifest",
 ]
 
 _LATE = {
     **dict.fromkeys(("keep_states", "module_of"), "held"),
-    **dict.fromkeys(
-        ("DISK", "MergePlan", "base_index", "load_checkpoints", "plan_merge", "stream_merge"),
-        "merging",
-    ),
+    **dict.fromkeys(("DISK", "load_checkpoints", "merge_into_memory"), "merging"),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.late import torch
 from merge_rl.storage.checkpoints.averages import Averages
 from merge_rl.storage.checkpoints.duplicates import find_duplicates, without
+from merge_rl.storage.checkpoints.hashes import FileHashes
 from merge_rl.storage.checkpoints.listing import (
     Listing,
     list_folder,
@@ -28,7 +29,7 @@ from merge_rl.storage.files import (
     WeightsReader,
     nearest,
     require_finite,
-    require_hash,
+    tensor_bytes,
 )
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class CheckpointSet(Averages):
         self.config = config
         self.duplicates: Mapping[str, str] = duplicates or {}  # name -> the name it repeats
         self._headers = tuple(headers)
-        # Hash by index, with the size and time of change it belongs to.
-        self._hashes: dict[int, tuple[tuple[tuple[int, int], ...], str]] = {}
+        recorded = [entry.sha256 for entry in self.entries]
+        self.hashes = FileHashes(self.paths, self._headers, recorded)
 
     def __repr__(self) -> str:
         return f"CheckpointSet({str(self.folder)!r}, {len(self)} checkpoints)"
@@ -145,7 +146,7 @@ class CheckpointSet(Averages):
 
         The hash is compared when the file is read first, and again after it has changed.
         """
-        return self._load(index, hashed=self._needs_hash(index))
+        return self._load(index, hashed=index in self.hashes.to_compare())
 
     def read_tensor(self, index: int, name: str) -> Tensor:
         """One tensor of one checkpoint, without the rest of the file; finite, hash not compared."""
@@ -155,95 +156,67 @@ class CheckpointSet(Averages):
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
         with self.reader(index) as reader:
-            reader.read_into(name, 0, tensor)
+            reader.fill(name, 0, tensor_bytes(tensor))
         require_finite(self.paths[index], name, tensor)
         return tensor
 
-    def reader(self, index: int) -> WeightsReader:
+    def reader(self, index: int, *, hashed: bool = False) -> WeightsReader:
         """One file opened to read parts of its tensors; neither hash nor values are checked."""
-        return self._headers[index].reader()
+        return self._headers[index].reader(hashed=hashed)
+
+    def in_order(self, index: int) -> tuple[str, ...]:
+        """The tensors as they follow one another in one file."""
+        return self._headers[index].in_order
 
     def mapped(self, index: int) -> dict[str, Tensor]:
         """All tensors of one checkpoint as views of the file, which stays on disk.
 
         Checked first, in pieces: values finite, and the hash the recorded one.
         """
-        if self._needs_hash(index):
-            require_hash(self.paths[index], self.sha256(index), self.entries[index].sha256)
+        if index in self.hashes.to_compare():
+            self.hashes.learn(index, self.hashes.stamp(index))
         weights = self._headers[index].mapped()
         for name, tensor in weights.items():
             require_finite(self.paths[index], name, tensor)
         return weights
 
-    def check_hashes(self, spread: Callable[..., Iterable[None]] = map) -> None:
-        """Compare every recorded hash that was not compared since the file changed last.
-
-        `spread` is a map over files, e.g. one that works in threads.
-        """
-
-        def check(index: int) -> None:
-            require_hash(self.paths[index], self.sha256(index), self.entries[index].sha256)
-
-        for _ in spread(check, [i for i in range(len(self)) if self._needs_hash(i)]):
-            pass
-
-    def hash_files(self, spread: Callable[..., Iterable[str]] = map) -> None:
-        """Compute every hash that is not known yet; `spread` is a map over files."""
-        for _ in spread(self.sha256, range(len(self))):
-            pass
-
     def sha256(self, index: int, progress: Progress | None = None) -> str:
         """SHA-256 of one file, kept until the file changes; not compared with the manifest."""
-        stamp = self._stamp(index)
-        kept = self._hashes.get(index)
-        if kept is None or kept[0] != stamp:
-            kept = (stamp, self._headers[index].sha256(progress))
-            self._hashes[index] = kept
-        return kept[1]
+        return self.hashes.get(index, progress)
 
     def verify(self) -> Iterator[FileCheck]:
         """Read and check every file: structure, finite values, hash. One result a file."""
         for index, entry in enumerate(self.entries):
             error: MergeRLError | None = None
-            self._hashes.pop(index, None)
+            self.hashes.forget(index)
             try:
                 self._check(index)
             except CheckpointError as found:
                 error = found
-            kept = self._hashes.get(index)
             yield FileCheck(
                 index=index,
                 name=self.names[index],
                 path=self.paths[index],
-                sha256=kept[1] if kept else None,
+                sha256=self.hashes.known(index),
                 recorded=entry.sha256 is not None,
                 error=error,
             )
 
     def _check(self, index: int) -> None:
-        stamp = self._stamp(index)
+        stamp = self.hashes.stamp(index)
         digest, problem = self._headers[index].check()
-        self._hashes[index] = (stamp, digest)
-        require_hash(self.paths[index], digest, self.entries[index].sha256)
+        self.hashes.learn(index, stamp, digest)
         if problem:
             raise problem
 
     def _load(self, index: int, *, hashed: bool) -> dict[str, Tensor]:
-        path, stamp = self.paths[index], self._stamp(index)
+        stamp = self.hashes.stamp(index)
         weights, digest = self._headers[index].read(hashed=hashed)
         if digest is not None:
-            self._hashes[index] = (stamp, digest)
-            require_hash(path, digest, self.entries[index].sha256)
+            self.hashes.learn(index, stamp, digest)
         for name, tensor in weights.items():
-            require_finite(path, name, tensor)
+            require_finite(self.paths[index], name, tensor)
         return weights
-
-    def _needs_hash(self, index: int) -> bool:
-        expected = self.entries[index].sha256
-        return expected is not None and self._hashes.get(index) != (self._stamp(index), expected)
-
-    def _stamp(self, index: int) -> tuple[tuple[int, int], ...]:
-        return self._headers[index].stamp()
 
 
 def open_checkpoints(

@@ -64,15 +64,6 @@ def read_file(path: Path, *, hashed: bool) -> tuple[Header, dict[str, Tensor], s
     return header, tensors, digest.hexdigest() if hashed else None
 
 
-def read_one(path: Path, header: Header, name: str) -> Tensor:
-    """One tensor of a file whose header was read before."""
-    info = header.tensors[name]
-    values = torch.empty(info.shape, dtype=info.dtype)
-    with TensorReader(path, header) as reader:
-        reader.read_into(name, 0, values)
-    return values
-
-
 class TensorReader:
     """An open file from which parts of tensors are read; several threads may share it."""
 
@@ -90,18 +81,8 @@ class TensorReader:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def read_into(self, name: str, start: int, values: Tensor) -> None:
-        """Fill `values` (contiguous, of the tensor's dtype) with its elements from `start` on."""
-        self._fill(tensor_bytes(values), name, start * values.dtype.itemsize)
-
-    def read_bytes(self, name: str, begin: int, size: int) -> bytes:
-        """`size` bytes of a tensor from byte `begin` on."""
-        found = bytearray(size)
-        self._fill(memoryview(found), name, begin)
-        return bytes(found)
-
-    def _fill(self, target: memoryview, name: str, begin: int) -> None:
-        begin += self.header.begins[name]
+    def fill(self, target: memoryview, begin: int) -> None:
+        """Fill `target` with the bytes of the file from `begin` on."""
         try:
             while len(target):
                 count = os.preadv(self._file.fileno(), [target], begin)
@@ -179,7 +160,7 @@ def check_file(path: Path, header: Header) -> tuple[str, CheckpointError | None]
                 for part in _pieces(file, _slices(memoryview(piece), info.nbytes), path):
                     digest.update(part)
                     odd += count_nonfinite(part, info.code)
-                problem = problem or (_nonfinite(path, name, odd, info) if odd else None)
+                problem = problem or (nonfinite(path, name, odd, info) if odd else None)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     return digest.hexdigest(), problem
@@ -191,7 +172,8 @@ def _slices(buffer: memoryview, size: int) -> Iterator[memoryview]:
         yield buffer[: min(len(buffer), size - start)]
 
 
-def _nonfinite(path: Path, name: str, count: int, info: TensorInfo) -> NonFiniteWeightsError:
+def nonfinite(path: Path, name: str, count: int, info: TensorInfo) -> NonFiniteWeightsError:
+    """What to raise for so many values of a tensor in the file at `path`."""
     numel = math.prod(info.shape)
     return NonFiniteWeightsError(
         f"{path}: tensor {name!r} holds NaN or infinity in {count} of {numel} values"
@@ -211,7 +193,7 @@ def require_finite(path: Path, name: str, tensor: Tensor) -> None:
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         info = TensorInfo.of(tuple(tensor.shape), tensor.dtype)
-        raise _nonfinite(path, name, tensor.numel() - int(finite.sum()), info)
+        raise nonfinite(path, name, tensor.numel() - int(finite.sum()), info)
 
 
 def write_tensors(

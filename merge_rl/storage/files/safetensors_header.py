@@ -53,6 +53,10 @@ class TensorInfo:
         """Of a tensor in memory."""
         return cls(shape, code_of(dtype))
 
+    def cast(self, code: str) -> TensorInfo:
+        """The same in another floating type, unless it is not floating."""
+        return TensorInfo(self.shape, code) if self.is_floating else self
+
     @property
     def dtype(self) -> torch.dtype:
         """The type in torch; CheckpointError where this version has none of that kind."""

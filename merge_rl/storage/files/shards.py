@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, TypeAlias
+
+import numpy as np
 
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.files.atomic import atomic_path, write_json
@@ -16,8 +19,9 @@ from merge_rl.storage.files.safetensors_header import TensorInfo
 from merge_rl.untrusted import load_json_mapping, read_bounded
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
+
+Buffer: TypeAlias = memoryview | np.ndarray[Any, np.dtype[Any]]
 
 MODEL_STEM: Final = "model"
 DIFFUSERS_STEM: Final = "diffusion_pytorch_model"  # what diffusers' from_pretrained looks for
@@ -40,14 +44,10 @@ class WeightStream:
         infos = {name: TensorInfo.of(tuple(t.shape), t.dtype) for name, t in weights.items()}
         return cls(infos, weights.items())
 
-    def cast(self, dtype: torch.dtype) -> WeightStream:
-        """The same with floating tensors in `dtype`, each cast when it comes."""
-
-        def target(own: torch.dtype) -> torch.dtype:
-            return dtype if own.is_floating_point else own
-
-        infos = {k: TensorInfo.of(info.shape, target(info.dtype)) for k, info in self.infos.items()}
-        return WeightStream(infos, ((k, t.to(target(t.dtype))) for k, t in self.tensors))
+    def cast(self, code: str) -> WeightStream:
+        """The same with floating tensors in the type of that name, each cast when it comes."""
+        infos = {name: info.cast(code) for name, info in self.infos.items()}
+        return WeightStream(infos, ((k, t.to(infos[k].dtype)) for k, t in self.tensors))
 
 
 def plan_shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[list[str]]:
@@ -78,71 +78,143 @@ def write_weights(
 ) -> list[Path]:
     """Write `model.safetensors`, or shards and `model.safetensors.index.json`; the paths written.
 
-    Another `stem` stands in the place of "model" in the names. Each file appears when it is
-    complete. Weights that are not finite are refused (NonFiniteWeightsError). At most one tensor
-    is held at a time.
+    Another `stem` stands in the place of "model" in the names. Weights that are not finite are
+    refused (NonFiniteWeightsError). At most one tensor is held at a time.
     """
-    shards = plan_shards(stream.infos, max_shard_bytes)
+    tensors = iter(stream.tensors)
+    with weights_files(
+        folder, stream.infos, metadata, max_shard_bytes=max_shard_bytes, stem=stem
+    ) as files:
+        for name in stream.infos:
+            found, tensor = next(tensors)
+            file = files.homes[name]
+            if found != name:
+                raise CheckpointError(f"{file.path}: expected tensor {name!r}, got {found!r}")
+            file.put(name, tensor)
+    return files.paths
+
+
+class WeightsFiles(NamedTuple):
+    """Files of one model that are being filled."""
+
+    homes: Mapping[str, TensorFile]  # tensor -> the file that it goes to
+    paths: list[Path]
+
+    def write(self, name: str, begin: int, data: Buffer) -> None:
+        """See `TensorFile.write`."""
+        self.homes[name].write(name, begin, data)
+
+    def describe(self, metadata: Mapping[str, str]) -> None:
+        """See `TensorFile.describe`; of every file."""
+        for file in dict.fromkeys(self.homes.values()):
+            file.describe(metadata)
+
+
+@contextmanager
+def weights_files(
+    folder: Path,
+    infos: Mapping[str, TensorInfo],
+    metadata: Mapping[str, str],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    stem: str = MODEL_STEM,
+) -> Iterator[WeightsFiles]:
+    """`model.safetensors`, or shards, which the block fills; with them the index of the shards.
+
+    Another `stem` stands in the place of "model" in the names. They appear when the block ends, or
+    not at all.
+    """
+    shards = plan_shards(infos, max_shard_bytes)
     names = [
         f"{stem}.safetensors"
         if len(shards) == 1
         else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         for i in range(1, len(shards) + 1)
     ]
-    tensors = iter(stream.tensors)
-    for file, shard in zip(names, shards, strict=True):
-        infos = {name: stream.infos[name] for name in shard}
-        _write_shard(folder / file, infos, tensors, metadata)
     paths = [folder / name for name in names]
+    with ExitStack() as stack:
+        homes: dict[str, TensorFile] = {}
+        for path, shard in zip(paths, shards, strict=True):
+            own = {name: infos[name] for name in shard}
+            file = stack.enter_context(tensor_file(path, own, metadata))
+            homes |= dict.fromkeys(shard, file)
+        if len(shards) > 1:
+            paths.append(folder / f"{stem}{INDEX_SUFFIX}")
+        yield WeightsFiles(homes, paths)
     if len(shards) > 1:
-        total = sum(info.nbytes for info in stream.infos.values())
-        homes = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": homes}
-        paths.append(folder / f"{stem}{INDEX_SUFFIX}")
-        write_json(paths[-1], index)
-    return paths
+        total = sum(info.nbytes for info in infos.values())
+        places = {name: homes[name].path.name for name in infos}
+        write_json(paths[-1], {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _write_shard(
-    path: Path,
-    infos: Mapping[str, TensorInfo],
-    tensors: Iterator[tuple[str, Tensor]],
-    metadata: Mapping[str, str],
-) -> None:
-    with tensor_file(path, infos, metadata) as put:
-        for name in infos:
-            found, tensor = next(tensors)
-            if found != name:
-                raise CheckpointError(f"{path}: expected tensor {name!r}, got {found!r}")
-            put(name, tensor)
+class TensorFile:
+    """A safetensors file that is being filled, by any number of threads; see `tensor_file`."""
+
+    def __init__(
+        self,
+        path: Path,
+        file: BinaryIO,
+        infos: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str],
+    ) -> None:
+        self.path, self._file, self._infos = path, file, infos
+        order = write_header(file, infos, metadata)
+        self._start = position = file.tell()
+        file.flush()
+        self._begins: dict[str, int] = {}
+        for name in order:
+            self._begins[name] = position
+            position += infos[name].nbytes
+        self._left = {name: info.nbytes for name, info in infos.items()}
+        self._lock = threading.Lock()
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """A whole tensor; one of another form than announced is refused, as is what is not finite.
+
+        Raises CheckpointError and NonFiniteWeightsError.
+        """
+        if TensorInfo.of(tuple(tensor.shape), tensor.dtype) != self._infos[name]:
+            raise CheckpointError(f"{self.path}: expected {self._infos[name]} for tensor {name!r}")
+        require_finite(self.path, name, tensor)
+        self.write(name, 0, tensor_bytes(tensor))
+
+    def write(self, name: str, begin: int, data: Buffer) -> None:
+        """Bytes of a tensor from byte `begin` on; each once."""
+        view = (data if isinstance(data, memoryview) else data.data).cast("B")
+        with self._lock:
+            self._left[name] -= len(view)
+        position = self._begins[name] + begin
+        while len(view):
+            count = os.pwrite(self._file.fileno(), view, position)
+            view, position = view[count:], position + count
+
+    def describe(self, metadata: Mapping[str, str]) -> None:
+        """Other metadata, of as many bytes as what was announced."""
+        self._file.seek(0)
+        write_header(self._file, self._infos, metadata)
+        if self._file.tell() != self._start:
+            raise ValueError(f"{self.path}: expected metadata of as many bytes as announced")
+        self._file.flush()
+
+    def require_whole(self) -> None:
+        """CheckpointError unless every byte of every tensor came."""
+        missing = [name for name, count in self._left.items() if count]
+        if missing:
+            raise CheckpointError(f"{self.path}: tensor {missing[0]!r} did not come")
 
 
 @contextmanager
 def tensor_file(
     path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
-) -> Iterator[Callable[[str, Tensor], None]]:
-    """A safetensors file that is filled tensor by tensor: the block gets put(name, tensor).
+) -> Iterator[TensorFile]:
+    """A safetensors file for the block to fill: under its name when the block ends, or not at all.
 
-    It appears under its name when the block ends, or not at all. Tensors of another form than
-    announced are refused, as are values that are not finite.
+    Raises CheckpointError where tensors are missing by then.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        order = write_header(file, infos, metadata)
-        position, begins = file.tell(), {}
-        for name in order:
-            begins[name] = position
-            position += infos[name].nbytes
-
-        def put(name: str, tensor: Tensor) -> None:
-            if TensorInfo.of(tuple(tensor.shape), tensor.dtype) != infos[name]:
-                raise CheckpointError(f"{path}: expected {infos[name]} for tensor {name!r}")
-            require_finite(path, name, tensor)
-            file.seek(begins.pop(name))
-            file.write(tensor_bytes(tensor))
-
-        yield put
-        if begins:
-            raise CheckpointError(f"{path}: tensor {next(iter(begins))!r} did not come")
+        filled = TensorFile(path, file, infos, metadata)
+        yield filled
+        filled.require_whole()
 
 
 def stem_in(folder: Path) -> str:

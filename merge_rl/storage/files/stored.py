@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Final
 
 from merge_rl.errors import CheckpointError
-from merge_rl.storage.files.hashing import Progress, sha256_file
+from merge_rl.storage.files.hashing import CHUNK_BYTES, Progress, sha256_file
 from merge_rl.storage.files.naming import natural_key
 from merge_rl.storage.files.safetensors_file import TensorReader, check_file, map_file, read_file
 from merge_rl.storage.files.safetensors_header import Header, TensorInfo, read_header
@@ -81,9 +81,20 @@ class StoredWeights:
         problem = next((problem for _, problem in found if problem), None)
         return _joined([digest for digest, _ in found]), problem
 
-    def reader(self) -> WeightsReader:
+    def reader(self, *, hashed: bool = False) -> WeightsReader:
         """The files opened to read parts of tensors; neither hashes nor values are checked."""
-        return WeightsReader(self)
+        return WeightsReader(self, hashed=hashed)
+
+    @property
+    def in_order(self) -> tuple[str, ...]:
+        """The tensors as they follow one another in the files."""
+        numbers = {file: number for number, file in enumerate(self.parts)}
+
+        def place(name: str) -> tuple[int, int]:
+            home = self.homes[name]
+            return numbers[home], self.parts[home].begins[self.in_files.get(name, name)]
+
+        return tuple(sorted(self.tensors, key=place))
 
     def mapped(self) -> dict[str, Tensor]:
         """All tensors as views of the files, which stay on disk; see `map_file`."""
@@ -107,9 +118,13 @@ class StoredWeights:
 
 
 class WeightsReader:
-    """Open files from which parts of tensors are read; several threads may share it."""
+    """Open files from which parts of tensors are read; several threads may share it.
 
-    def __init__(self, weights: StoredWeights) -> None:
+    Where `hashed`, whole tensors are read by one thread, in the order of the files, and what lies
+    between them is read too: in the end `sha256` is that of the files.
+    """
+
+    def __init__(self, weights: StoredWeights, *, hashed: bool = False) -> None:
         self._homes, self._in_files = weights.homes, weights.in_files
         with ExitStack() as stack:
             self._readers = {
@@ -117,6 +132,8 @@ class WeightsReader:
                 for file, header in weights.parts.items()
             }
             self._files = stack.pop_all()
+        self._digests = {file: hashlib.sha256() for file in weights.parts} if hashed else {}
+        self._hashed = dict.fromkeys(self._digests, 0)  # bytes from the start of each file
 
     def __enter__(self) -> WeightsReader:
         return self
@@ -124,15 +141,36 @@ class WeightsReader:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def read_into(self, name: str, start: int, values: Tensor) -> None:
-        """Fill `values` (contiguous, of the tensor's dtype) with its elements from `start` on."""
-        known = self._in_files.get(name, name)
-        self._readers[self._homes[name]].read_into(known, start, values)
+    def fill(self, name: str, begin: int, target: memoryview) -> None:
+        """Fill `target` with the bytes of a tensor from byte `begin` on."""
+        file = self._homes[name]
+        reader = self._readers[file]
+        begin += reader.header.begins[self._in_files.get(name, name)]
+        if file in self._digests:
+            self._hash_until(file, begin)
+        reader.fill(target, begin)
+        if file in self._digests:
+            self._digests[file].update(target)
+            self._hashed[file] = begin + len(target)
 
     def read_bytes(self, name: str, begin: int, size: int) -> bytes:
         """`size` bytes of a tensor from byte `begin` on."""
-        known = self._in_files.get(name, name)
-        return self._readers[self._homes[name]].read_bytes(known, begin, size)
+        found = bytearray(size)
+        self.fill(name, begin, memoryview(found))
+        return bytes(found)
+
+    def sha256(self) -> str:
+        """Of the files, see `StoredWeights.sha256`; what was not read is read now."""
+        for file, reader in self._readers.items():
+            self._hash_until(file, reader.header.file_bytes)
+        return _joined([digest.hexdigest() for digest in self._digests.values()])
+
+    def _hash_until(self, file: Path, end: int) -> None:
+        while (begin := self._hashed[file]) < end:
+            piece = memoryview(bytearray(min(end - begin, CHUNK_BYTES)))
+            self._readers[file].fill(piece, begin)
+            self._digests[file].update(piece)
+            self._hashed[file] += len(piece)
 
 
 _PARTS: Final = ("unet", "transformer", "unet_ema", "transformer_ema")  # diffusers' folders

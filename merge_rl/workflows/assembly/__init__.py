@@ -1,61 +1,68 @@
 """Settings into objects: networks, extractors, references, rewards; their memory and cost."""
 
-from merge_rl.workflows.assembly.costs import PartCosts, cost_parts
-from merge_rl.workflows.assembly.extractors import (
-    build_extractor,
-    encoder_spans,
-    encoders,
-    named_by_file,
-    require_known,
-)
-from merge_rl.workflows.assembly.given import Given
-from merge_rl.workflows.assembly.job import Job, build_job, build_map, unweighed_map
-from merge_rl.workflows.assembly.meaning import find_model, load_model
-from merge_rl.workflows.assembly.memory import (
-    MemoryPlan,
-    fit_batch,
-    gib,
-    memory_advice,
-    peak_memory,
-    plan_memory,
-    require_memory,
-)
-from merge_rl.workflows.assembly.networks import (
-    Announce,
-    load_autoencoder,
-    load_network,
-    load_weights,
-    require_known_autoencoder,
-)
-from merge_rl.workflows.assembly.own import allow_named, require_all_allowed
-from merge_rl.workflows.assembly.parts import Parts, network_rollout, with_network
-from merge_rl.workflows.assembly.published import is_public
-from merge_rl.workflows.assembly.references import (
-    ExtractorId,
-    Statistics,
-    expected_extractor,
-    extractor_of,
-    find_extractor,
-    find_references,
-    image_size,
-    name_extractor,
-    notes_of,
-    other_resolutions,
-    search_doubts,
-)
-from merge_rl.workflows.assembly.resolve import (
-    ModelDefaults,
-    find_defaults,
-    resolve_config,
-    resolve_finetune,
-    searcher_note,
-    why_not_as_set,
-)
-from merge_rl.workflows.assembly.reward import (
-    check_reward,
-    known_terms,
-    require_targets,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from merge_rl.late import offered
+
+if TYPE_CHECKING:
+    from merge_rl.workflows.assembly.costs import PartCosts, cost_parts
+    from merge_rl.workflows.assembly.extractors import (
+        build_extractor,
+        encoder_spans,
+        encoders,
+        named_by_file,
+        require_known,
+    )
+    from merge_rl.workflows.assembly.given import Given
+    from merge_rl.workflows.assembly.job import Job, build_job, build_map, unweighed_map
+    from merge_rl.workflows.assembly.meaning import find_model, load_model
+    from merge_rl.workflows.assembly.memory import (
+        MemoryPlan,
+        fit_batch,
+        gib,
+        memory_advice,
+        peak_memory,
+        plan_memory,
+        require_memory,
+    )
+    from merge_rl.workflows.assembly.networks import (
+        Announce,
+        load_autoencoder,
+        load_network,
+        load_weights,
+        require_known_autoencoder,
+    )
+    from merge_rl.workflows.assembly.own import allow_named, require_all_allowed
+    from merge_rl.workflows.assembly.parts import Parts, network_rollout, with_network
+    from merge_rl.workflows.assembly.published import is_public
+    from merge_rl.workflows.assembly.references import (
+        ExtractorId,
+        Statistics,
+        expected_extractor,
+        extractor_of,
+        find_extractor,
+        find_references,
+        image_size,
+        name_extractor,
+        notes_of,
+        other_resolutions,
+        search_doubts,
+    )
+    from merge_rl.workflows.assembly.resolve import (
+        ModelDefaults,
+        find_defaults,
+        resolve_config,
+        resolve_finetune,
+        searcher_note,
+        why_not_as_set,
+    )
+    from merge_rl.workflows.assembly.reward import (
+        check_reward,
+        known_terms,
+        require_targets,
+    )
 
 __all__ = [
     "Announce",
@@ -111,3 +118,72 @@ __all__ = [
     "why_not_as_set",
     "with_network",
 ]
+
+# Each is loaded when it is asked for: some need torch, others do without.
+_HOMES = {
+    **dict.fromkeys(("PartCosts", "cost_parts"), "costs"),
+    **dict.fromkeys(
+        ("build_extractor", "encoder_spans", "encoders", "named_by_file", "require_known"),
+        "extractors",
+    ),
+    "Given": "given",
+    **dict.fromkeys(("Job", "build_job", "build_map", "unweighed_map"), "job"),
+    **dict.fromkeys(("find_model", "load_model"), "meaning"),
+    **dict.fromkeys(
+        (
+            "MemoryPlan",
+            "fit_batch",
+            "gib",
+            "memory_advice",
+            "peak_memory",
+            "plan_memory",
+            "require_memory",
+        ),
+        "memory",
+    ),
+    **dict.fromkeys(
+        (
+            "Announce",
+            "load_autoencoder",
+            "load_network",
+            "load_weights",
+            "require_known_autoencoder",
+        ),
+        "networks",
+    ),
+    **dict.fromkeys(("allow_named", "require_all_allowed"), "own"),
+    **dict.fromkeys(("Parts", "network_rollout", "with_network"), "parts"),
+    "is_public": "published",
+    **dict.fromkeys(
+        (
+            "ExtractorId",
+            "Statistics",
+            "expected_extractor",
+            "extractor_of",
+            "find_extractor",
+            "find_references",
+            "image_size",
+            "name_extractor",
+            "notes_of",
+            "other_resolutions",
+            "search_doubts",
+        ),
+        "references",
+    ),
+    **dict.fromkeys(
+        (
+            "ModelDefaults",
+            "find_defaults",
+            "resolve_config",
+            "resolve_finetune",
+            "searcher_note",
+            "why_not_as_set",
+        ),
+        "resolve",
+    ),
+    **dict.fromkeys(("check_reward", "known_terms", "require_targets"), "reward"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    return offered(__name__, name, _HOMES)

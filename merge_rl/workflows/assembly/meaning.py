@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_rl import own_code
-from merge_rl.core.network import Network
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.checkpoints import newest_model
 from merge_rl.storage.files import index_of, is_weights_name
@@ -21,7 +20,10 @@ from merge_rl.storage.runs import (
     only_inside,
     result_of,
 )
-from merge_rl.workflows.assembly.networks import Announce, load_network
+
+if TYPE_CHECKING:
+    from merge_rl.core.network import Network
+    from merge_rl.workflows.assembly.networks import Announce
 
 
 def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
@@ -73,5 +75,7 @@ def load_model(
     "user/repo@revision" means a model of the Hub, unless there is such a path here; it is
     downloaded to the cache of the Hub's client.
     """
+    from merge_rl.workflows.assembly.networks import load_network
+
     named = None if network is None else own_code.allow(network)
     return load_network(find_model(path).told(announce), named)

@@ -1,17 +1,24 @@
 """Merged weights as folders with recipe, model card and licence."""
 
-from merge_rl.workflows.export.card import hub_header, hub_repositories, model_card
-from merge_rl.workflows.export.folder import carried_metadata, save_merge, save_model, set_facts
-from merge_rl.workflows.export.merged_model import MergedModel
-from merge_rl.workflows.export.profiles import ema_coefficients, merge, save_profiles
-from merge_rl.workflows.export.publish import push
-from merge_rl.workflows.export.recipe import (
-    TOOL,
-    Recipe,
-    merge_recipe,
-    merged_licence,
-    without_places,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from merge_rl.late import offered
+
+if TYPE_CHECKING:
+    from merge_rl.workflows.export.card import hub_header, hub_repositories, model_card
+    from merge_rl.workflows.export.folder import carried_metadata, save_merge, save_model, set_facts
+    from merge_rl.workflows.export.merged_model import MergedModel
+    from merge_rl.workflows.export.profiles import ema_coefficients, merge, save_profiles
+    from merge_rl.workflows.export.publish import push
+    from merge_rl.workflows.export.recipe import (
+        TOOL,
+        Recipe,
+        merge_recipe,
+        merged_licence,
+        without_places,
+    )
 
 __all__ = [
     "TOOL",
@@ -32,3 +39,19 @@ __all__ = [
     "set_facts",
     "without_places",
 ]
+
+# Each is loaded when it is asked for: some need torch, others do without.
+_HOMES = {
+    **dict.fromkeys(("hub_header", "hub_repositories", "model_card"), "card"),
+    **dict.fromkeys(("carried_metadata", "save_merge", "save_model", "set_facts"), "folder"),
+    "MergedModel": "merged_model",
+    **dict.fromkeys(("ema_coefficients", "merge", "save_profiles"), "profiles"),
+    "push": "publish",
+    **dict.fromkeys(
+        ("TOOL", "Recipe", "merge_recipe", "merged_licence", "without_places"), "recipe"
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    return offered(__name__, name, _HOMES)

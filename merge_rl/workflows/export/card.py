@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from torch import Tensor
-
 from merge_rl.storage.checkpoints import CheckpointSet
-from merge_rl.workflows.evaluate import ENTRIES, Comparison
 from merge_rl.workflows.report import interval, markdown_table
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
+
+    from merge_rl.workflows.evaluate import Comparison
 
 TASK: Final = "unconditional-image-generation"  # the Hub's nearest name, with classes or without
 
@@ -28,7 +27,7 @@ class CardFacts:
     family: str | None  # "edm2", "sit"
     checkpoints: Sequence[str]
     group_names: Sequence[str]
-    coefficients: Tensor  # (G, K)
+    coefficients: Sequence[Sequence[float]]  # (G, K)
     dtype: str
     how: str  # a sentence: how the coefficients were found
     conditional: bool = True  # whether the network takes labels
@@ -119,6 +118,8 @@ def evaluation_results(facts: CardFacts) -> list[EvalResult]:
 
 def score_table(comparison: Comparison) -> str:
     """A Markdown table: one row an entry and sampler, one column a reference."""
+    from merge_rl.workflows.evaluate import ENTRIES
+
     names = comparison.references
     rows = [
         (f"{entry} ({comparison.best_single})" if entry == "best single" else entry,
@@ -135,10 +136,9 @@ def score_table(comparison: Comparison) -> str:
 
 def coefficient_table(facts: CardFacts) -> str:
     """A Markdown table: one row a checkpoint, one column a group of tensors."""
-    columns = facts.coefficients.reshape(-1, len(facts.checkpoints)).T.tolist()
     rows = [
         [name, *(f"{value:+.4f}" for value in own)]
-        for name, own in zip(facts.checkpoints, columns, strict=True)
+        for name, *own in zip(facts.checkpoints, *facts.coefficients, strict=True)
     ]
     return markdown_table(["checkpoint", *facts.group_names], rows)
 

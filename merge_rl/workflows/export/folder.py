@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from merge_rl.errors import ConfigError
+from merge_rl.core.merging.stored_numbers import Raw, narrow
+from merge_rl.errors import ConfigError, NonFiniteWeightsError
 from merge_rl.storage.checkpoints import (
     SCHEDULER_PLACE,
     CheckpointSet,
     MergePlan,
     is_of_library,
     library_documents,
-    stream_merge,
+    merge_pass,
 )
 from merge_rl.storage.files import (
     DIFFUSERS_STEM,
@@ -27,6 +28,7 @@ from merge_rl.storage.files import (
     TensorInfo,
     WeightStream,
     new_folder,
+    weights_files,
     write_json,
     write_text,
     write_weights,
@@ -36,12 +38,16 @@ from merge_rl.workflows.export.card import CardFacts, base_models, model_card
 from merge_rl.workflows.export.recipe import (
     MERGEKIT_NAME,
     TOOL,
+    coefficient_rows,
     merge_recipe,
     mergekit_document,
     recipe_metadata,
 )
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as the format says
 
 
 def save_model(
@@ -49,7 +55,7 @@ def save_model(
     weights: Mapping[str, Tensor] | WeightStream,
     config: Mapping[str, Any] | None,
     *,
-    coefficients: Tensor | Sequence[float] | None = None,
+    coefficients: npt.ArrayLike | None = None,
     recipe: Mapping[str, Any] | None = None,
     card: str | None = None,
     dtype: str = "float32",
@@ -79,42 +85,67 @@ def save_model(
 
     Weights that are not finite are refused (NonFiniteWeightsError).
     """
+    code = stored_as(dtype)
+    stream = weights if isinstance(weights, WeightStream) else WeightStream.of(weights)
+    written = dict(recipe or {})
+    if written:
+        written |= {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    if coefficients is not None:
+        written["coefficients"] = np.asarray(coefficients, np.float64).tolist()
+    with new_folder(out, replace=replace) as folder:
+        header = _header(recipe, config, metadata)
+        write_weights(
+            folder, stream.cast(code), header, max_shard_bytes=max_shard_bytes,
+            stem=_stem(config),
+        )  # fmt: skip
+        _write_papers(folder, config, written, card)
+    return Path(out)
+
+
+def stored_as(dtype: str) -> str:
+    """What the format calls it; ConfigError for a type that no merge is written in."""
     if dtype not in DTYPES:
         raise ConfigError(f"expected dtype one of {', '.join(DTYPES)}, got {dtype!r}")
-    stream = weights if isinstance(weights, WeightStream) else WeightStream.of(weights)
-    header = {**(recipe_metadata(recipe) if recipe and "sources" in recipe else {})}
+    return DTYPES[dtype]
+
+
+def _header(
+    recipe: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None,
+    metadata: Mapping[str, str] | None,
+) -> dict[str, str]:
+    header = recipe_metadata(recipe) if recipe and "sources" in recipe else {}
     header |= {"config": json.dumps(dict(config), sort_keys=True)} if config else {}
-    header = {"format": "pt", **header, **(metadata or {})}
-    library = config is not None and is_of_library(config)
-    with new_folder(out, replace=replace) as folder:
-        write_weights(
-            folder, stream.cast(DTYPES[dtype]), header, max_shard_bytes=max_shard_bytes,
-            stem=DIFFUSERS_STEM if library else MODEL_STEM,
-        )  # fmt: skip
-        if config:
-            own, scheduler = library_documents(config) if library else (dict(config), None)
-            write_json(folder / "config.json", own)
-            if scheduler:
-                (folder / SCHEDULER_PLACE).parent.mkdir()
-                write_json(folder / SCHEDULER_PLACE, scheduler)
-        written = dict(recipe or {})
-        if written:
-            written |= {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-        if coefficients is not None:
-            written["coefficients"] = torch.as_tensor(coefficients, dtype=torch.float64).tolist()
-        if written:
-            write_yaml(folder / "merge.yaml", written)
-        other = mergekit_document(written)
-        if other is not None:
-            write_yaml(folder / MERGEKIT_NAME, other)
-        write_text(folder / "README.md", card or "# A merged diffusion model\n")
-    return Path(out)
+    return {"format": "pt", **header, **(metadata or {})}
+
+
+def _stem(config: Mapping[str, Any] | None) -> str:
+    return DIFFUSERS_STEM if config is not None and is_of_library(config) else MODEL_STEM
+
+
+def _write_papers(
+    folder: Path, config: Mapping[str, Any] | None, recipe: Mapping[str, Any], card: str | None
+) -> None:
+    if config:
+        own, scheduler = (
+            library_documents(config) if is_of_library(config) else (dict(config), None)
+        )
+        write_json(folder / "config.json", own)
+        if scheduler:
+            (folder / SCHEDULER_PLACE).parent.mkdir()
+            write_json(folder / SCHEDULER_PLACE, scheduler)
+    if recipe:
+        write_yaml(folder / "merge.yaml", recipe)
+    other = mergekit_document(recipe)
+    if other is not None:
+        write_yaml(folder / MERGEKIT_NAME, other)
+    write_text(folder / "README.md", card or "# A merged diffusion model\n")
 
 
 def save_merge(
     out: str | os.PathLike[str],
     checkpoints: CheckpointSet,
-    coefficients: Tensor,
+    coefficients: npt.ArrayLike,
     *,
     plan: MergePlan,
     groups: Mapping[str, str],
@@ -124,28 +155,54 @@ def save_merge(
     tool: str = TOOL,
     how: str = "Merged with coefficients that were given.",
 ) -> Path:
-    """Merge a set with coefficients (G, K) and write the model folder, streaming.
+    """Merge a set with coefficients (G, K) and write the model folder, in one pass over the files.
 
-    At no time are more than a few tensors in memory. `licence` is that of the merge, see
-    `merged_licence`; `how` a sentence for the card.
+    They are hashed and summed as they are read, and each block is written when it is summed; see
+    `merge_pass`. `licence` is that of the merge, see `merged_licence`; `how` a sentence for the
+    card.
     """
-    recipe = merge_recipe(
-        checkpoints, coefficients, base=plan.base, groups=groups, frozen=plan.frozen,
-        licence=licence, tool=tool,
-    )  # fmt: skip
-    infos = {name: _merged_info(info) for name, info in checkpoints.tensors.items()}
-    rows = coefficients.reshape(1, len(plan.groups.names), len(checkpoints))
-    merged = ((name, outs[0]) for name, outs in stream_merge(checkpoints, plan, rows))
-    facts = set_facts(checkpoints, plan.groups.names, coefficients, dtype, how, licence)
-    return save_model(
-        out, WeightStream(infos, merged), checkpoints.config, recipe=recipe,
-        card=model_card(facts), dtype=dtype, max_shard_bytes=max_shard_bytes,
-        metadata=carried_metadata(checkpoints, plan.base),
-    )  # fmt: skip
+    code, rows = stored_as(dtype), coefficient_rows(coefficients, len(checkpoints))
+
+    def recipe(digests: Sequence[str] | None) -> dict[str, Any]:
+        return merge_recipe(
+            checkpoints, rows, base=plan.base, groups=groups, frozen=plan.frozen,
+            licence=licence, tool=tool, digests=digests,
+        )  # fmt: skip
+
+    def header(found: Mapping[str, Any]) -> dict[str, str]:
+        return _header(found, checkpoints.config, carried_metadata(checkpoints, plan.base))
+
+    infos = {name: info.cast(code) for name, info in checkpoints.tensors.items()}
+    # The header has the hashes, and comes first: room for them until they are known.
+    draft = header(recipe(["0" * 64] * len(checkpoints)))
+    with new_folder(out) as folder:
+        with weights_files(
+            folder, infos, draft, max_shard_bytes=max_shard_bytes, stem=_stem(checkpoints.config)
+        ) as files:
+            merge_pass(checkpoints, plan, [rows], writer([files.write], infos), hashed=True)
+            made = recipe(None)
+            files.describe(header(made))
+        facts = set_facts(checkpoints, plan.groups.names, rows, dtype, how, licence)
+        made |= {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+        _write_papers(folder, checkpoints.config, made, model_card(facts))
+    return Path(out)
 
 
-def _merged_info(info: TensorInfo) -> TensorInfo:
-    return TensorInfo(info.shape, "F32" if info.is_floating else info.code)
+def writer(
+    sinks: Sequence[Callable[[str, int, Raw], None]], infos: Mapping[str, TensorInfo]
+) -> Callable[[int, str, int, Raw], None]:
+    """What takes the blocks of a `merge_pass` to one file a merge, in the types of `infos`."""
+
+    def put(p: int, name: str, start: int, values: Raw) -> None:
+        info = infos[name]
+        stored = narrow(values, info.code) if info.is_floating else values
+        if stored is None:
+            raise NonFiniteWeightsError(
+                f"tensor {name!r} of the merge overflows {info.type_name}; expected a wider type"
+            )
+        sinks[p](name, start * info.itemsize, stored)
+
+    return put
 
 
 def carried_metadata(checkpoints: CheckpointSet, base: int) -> dict[str, str]:
@@ -157,7 +214,7 @@ def carried_metadata(checkpoints: CheckpointSet, base: int) -> dict[str, str]:
 def set_facts(
     checkpoints: CheckpointSet,
     group_names: Sequence[str],
-    coefficients: Tensor,
+    coefficients: npt.ArrayLike,
     dtype: str,
     how: str,
     licence: str | None,
@@ -170,7 +227,7 @@ def set_facts(
         family=str(config["model"]) if "model" in config else None,
         checkpoints=checkpoints.names,
         group_names=group_names,
-        coefficients=coefficients,
+        coefficients=coefficient_rows(coefficients, len(checkpoints)),
         dtype=dtype,
         how=how,
         conditional=bool(config.get("label_dim") or config.get("num_classes")),
@@ -184,5 +241,6 @@ CARRIED_METADATA = ("encoder",)
 
 def dtype_of(weights: Mapping[str, Tensor]) -> str:
     """The floating type that all of the weights have, float32 for several."""
-    kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
-    return next((name for name, dtype in DTYPES.items() if kinds == {dtype}), "float32")
+    infos = WeightStream.of(weights).infos.values()
+    kinds = {info.code for info in infos if info.is_floating}
+    return next((name for name, code in DTYPES.items() if kinds == {code}), "float32")

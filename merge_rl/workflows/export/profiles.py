@@ -5,25 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from merge_rl.core.merging.ema_profiles import exponent_from_std
-from merge_rl.core.merging.posthoc import Profiles
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import (
     MANIFEST_NAME,
     CheckpointEntry,
     CheckpointSet,
     Manifest,
+    merge_pass,
     plan_merge,
-    stream_merge,
     write_manifest,
 )
-from merge_rl.storage.files import TensorInfo, new_folder, sha256_file, tensor_file
-from merge_rl.workflows.export.folder import DTYPES, carried_metadata
+from merge_rl.storage.files import new_folder, sha256_file, tensor_file
+from merge_rl.workflows.export.folder import carried_metadata, stored_as, writer
 from merge_rl.workflows.export.recipe import merge_recipe, recipe_metadata
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def save_profiles(
@@ -42,8 +44,7 @@ def save_profiles(
     carries its coefficients and the hashes of its sources. The profiles end at the newest
     checkpoint (Karras et al., 2024, arXiv:2312.02696, section 3.2).
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"expected dtype one of {', '.join(DTYPES)}, got {dtype!r}")
+    code = stored_as(dtype)
     nimg = max(int(n or 0) for n in checkpoints.nimg)
     names = [f"phema-{nimg // 1000:07d}-{std:.3f}" for std in ema_stds]
     if len(set(names)) < len(names):
@@ -52,22 +53,30 @@ def save_profiles(
         )
     rows = [ema_coefficients(checkpoints, std) for std in ema_stds]
     plan = plan_merge(checkpoints, base=base)
-    infos = {
-        name: TensorInfo.of(info.shape, DTYPES[dtype] if info.is_floating else info.dtype)
-        for name, info in checkpoints.tensors.items()
-    }
+    infos = {name: info.cast(code) for name, info in checkpoints.tensors.items()}
     inherited = carried_metadata(checkpoints, plan.base)
+
+    def headers(digests: Sequence[str] | None) -> list[dict[str, str]]:
+        recipes = [
+            merge_recipe(
+                checkpoints, row, base=plan.base, groups={}, licence=licence, digests=digests
+            )
+            for row in rows
+        ]
+        return [recipe_metadata(recipe) | inherited for recipe in recipes]
+
     with new_folder(out) as folder:
         with ExitStack() as stack:
-            sinks = []
-            for name, row in zip(names, rows, strict=True):
-                recipe = merge_recipe(checkpoints, row, base=plan.base, groups={}, licence=licence)
-                metadata = {**recipe_metadata(recipe), **inherited}
-                path = folder / f"{name}.safetensors"
-                sinks.append(stack.enter_context(tensor_file(path, infos, metadata)))
-            for tensor, outs in stream_merge(checkpoints, plan, torch.stack(rows)[:, None]):
-                for put, merged in zip(sinks, outs, strict=True):
-                    put(tensor, merged.to(infos[tensor].dtype))
+            drafts = headers(["0" * 64] * len(checkpoints))
+            files = [
+                stack.enter_context(tensor_file(folder / f"{name}.safetensors", infos, metadata))
+                for name, metadata in zip(names, drafts, strict=True)
+            ]
+            table = np.stack([row.numpy() for row in rows])[:, None]
+            put = writer([file.write for file in files], infos)
+            merge_pass(checkpoints, plan, table, put, hashed=True)
+            for file, metadata in zip(files, headers(None), strict=True):
+                file.describe(metadata)
         entries = [
             CheckpointEntry(
                 file=f"{name}.safetensors", nimg=nimg, ema_std=round(std, 12),
@@ -87,7 +96,7 @@ def save_profiles(
 
 def merge(
     checkpoints: CheckpointSet,
-    coefficients: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    coefficients: npt.ArrayLike,
     *,
     groups: Mapping[str, str] | None = None,
     base: str = "newest",
@@ -104,10 +113,13 @@ def merge(
     The files are read once, a piece at a time: besides the result a few MiB are held. Raises
     ConfigError for coefficients of another shape, or that are not finite.
     """
-    values = torch.as_tensor(coefficients, dtype=torch.float64)
+    from merge_rl.storage.checkpoints import merge_into_memory
+
+    values = np.asarray(coefficients, np.float64)
     plan = plan_merge(checkpoints, groups=groups, base=base)
     rows = values.reshape(1, -1) if values.ndim == 1 else values
-    return {name: outs[0] for name, outs in stream_merge(checkpoints, plan, rows[None])}
+    found = merge_into_memory(checkpoints, plan, rows[None])
+    return {name: outs[0] for name, outs in found.items()}
 
 
 def ema_coefficients(checkpoints: CheckpointSet, ema_std: float, nimg: int | None = None) -> Tensor:
@@ -116,6 +128,11 @@ def ema_coefficients(checkpoints: CheckpointSet, ema_std: float, nimg: int | Non
     Uses every checkpoint with 0 < nimg <= the end (Karras et al., 2024, arXiv:2312.02696, section
     3.2); the end is the newest checkpoint's by default. All of them need an ema_std.
     """
+    import torch
+
+    from merge_rl.core.merging.ema_profiles import exponent_from_std
+    from merge_rl.core.merging.posthoc import Profiles
+
     times, exponents = checkpoints.nimg, checkpoints.ema_gamma
     lacking = [
         name

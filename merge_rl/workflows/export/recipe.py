@@ -7,14 +7,15 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from merge_rl.config import real_number
-from merge_rl.errors import CheckpointError, ConfigError, HashMismatchError
+from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import MAX_SHARD_BYTES, network_name, weights_stem
 from merge_rl.untrusted import load_yaml
@@ -26,21 +27,24 @@ TOOL: Final = f"merge_rl {__version__}"
 
 def merge_recipe(
     checkpoints: CheckpointSet,
-    coefficients: Tensor,
+    coefficients: npt.ArrayLike,
     *,
     base: int,
     groups: Mapping[str, str],
     frozen: Sequence[str] = (),
     licence: str | None = None,
     tool: str = TOOL,
+    digests: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What it takes to make the merge again: sources with hashes, coefficients, groups, base.
 
-    `frozen` are the patterns of the tensors that stay as in the base.
+    `frozen` are the patterns of the tensors that stay as in the base; `digests` stand for the
+    hashes of the sources where those are not known yet.
     """
-    rows = coefficients.reshape(-1, len(checkpoints))
-    with ThreadPoolExecutor() as pool:  # hashing takes longer than merging
-        checkpoints.hash_files(pool.map)
+    rows = coefficient_rows(coefficients, len(checkpoints))
+    if digests is None:
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(checkpoints.sha256, range(len(checkpoints))))
     return {
         "version": 1,
         "tool": tool,
@@ -56,12 +60,18 @@ def merge_recipe(
                 "nimg": checkpoints.nimg[i],
                 "ema_std": checkpoints.ema_std[i],
                 **({"ema_gamma": gamma} if (gamma := checkpoints.entries[i].ema_gamma) else {}),
-                "sha256": checkpoints.sha256(i),
-                "coefficients": rows[:, i].tolist(),
+                "sha256": digests[i],
+                "coefficients": [row[i] for row in rows],
             }
             for i, name in enumerate(checkpoints.names)
         ],
     }
+
+
+def coefficient_rows(coefficients: npt.ArrayLike, count: int) -> list[list[float]]:
+    """(G, K) as float64 of one row a group; `count` is K. Takes tensors too."""
+    rows: list[list[float]] = np.asarray(coefficients, np.float64).reshape(-1, count).tolist()
+    return rows
 
 
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,19 +180,20 @@ class Recipe:
             )
         return str(name), digest, [v for v in numbers if v is not None]
 
-    def coefficients(self, checkpoints: CheckpointSet) -> Tensor:
-        """(G, K) in the set's order, after checking names and hashes of the sources."""
+    def coefficients(self, checkpoints: CheckpointSet) -> npt.NDArray[np.float64]:
+        """(G, K) in the set's order, after checking the names of the sources.
+
+        Their hashes are demanded of the set, so that another file is refused when it is read.
+        """
         rows: dict[str, list[float]] = {}
         for name, digest, values in self.sources:
             if name not in checkpoints.names:
                 raise CheckpointError(
                     f"{checkpoints.folder}: the recipe needs checkpoint {name!r}, which is missing"
                 )
-            found = checkpoints.sha256(checkpoints.names.index(name))
-            if digest is not None and found != digest:
-                raise HashMismatchError(
-                    f"{name}: SHA-256 is {found}, the recipe was made with {digest}"
-                )
+            if digest is not None:
+                index, told = checkpoints.names.index(name), partial(_other_source, name, digest)
+                checkpoints.hashes.demand(index, digest, told)
             if name in rows:
                 raise ConfigError(f"{self.path}: {name!r} is listed twice")
             rows[name] = values
@@ -191,7 +202,12 @@ class Recipe:
             raise ConfigError(f"{self.path}: sources have different numbers of coefficients")
         zeros = [0.0] * groups.pop()
         table = [rows.get(name, zeros) for name in checkpoints.names]
-        return torch.tensor(table, dtype=torch.float64).T.contiguous()
+        found: npt.NDArray[np.float64] = np.array(table, np.float64).T.copy()
+        return found
+
+
+def _other_source(name: str, expected: str, found: str) -> str:
+    return f"{name}: SHA-256 is {found}, the recipe was made with {expected}"
 
 
 def merged_licence(checkpoints: CheckpointSet, given: str | None = None) -> str | None:

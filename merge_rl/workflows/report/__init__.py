@@ -1,27 +1,39 @@
 """Pages and pictures of runs and comparisons."""
 
-from merge_rl.workflows.report import compare_page
-from merge_rl.workflows.report.compare_page import write_comparison
-from merge_rl.workflows.report.figures import can_draw, drawing, steps_axis
-from merge_rl.workflows.report.plots import draw_run
-from merge_rl.workflows.report.results import CompareResult, EvaluateResult, Score, SearcherScore
-from merge_rl.workflows.report.run_page import search_lines
-from merge_rl.workflows.report.text import (
-    NAMES,
-    duration,
-    floor_lines,
-    interval,
-    markdown_table,
-    number,
-)
-from merge_rl.workflows.report.verdicts import (
-    Verdict,
-    compare_verdict,
-    finetune_verdict,
-    outcome,
-    run_verdict,
-)
-from merge_rl.workflows.report.writing import LivePage, Report, write_report
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from merge_rl.late import offered
+
+if TYPE_CHECKING:
+    from merge_rl.workflows.report import compare_page
+    from merge_rl.workflows.report.compare_page import write_comparison
+    from merge_rl.workflows.report.figures import can_draw, drawing, steps_axis
+    from merge_rl.workflows.report.plots import draw_run
+    from merge_rl.workflows.report.results import (
+        CompareResult,
+        EvaluateResult,
+        Score,
+        SearcherScore,
+    )
+    from merge_rl.workflows.report.run_page import search_lines
+    from merge_rl.workflows.report.text import (
+        NAMES,
+        duration,
+        floor_lines,
+        interval,
+        markdown_table,
+        number,
+    )
+    from merge_rl.workflows.report.verdicts import (
+        Verdict,
+        compare_verdict,
+        finetune_verdict,
+        outcome,
+        run_verdict,
+    )
+    from merge_rl.workflows.report.writing import LivePage, Report, write_report
 
 __all__ = [
     "NAMES",
@@ -50,3 +62,24 @@ __all__ = [
     "write_comparison",
     "write_report",
 ]
+
+# Each is loaded when it is asked for: some need torch, others do without. A module that is offered
+# whole is found without being named.
+_HOMES = {
+    "write_comparison": "compare_page",
+    **dict.fromkeys(("can_draw", "drawing", "steps_axis"), "figures"),
+    "draw_run": "plots",
+    **dict.fromkeys(("CompareResult", "EvaluateResult", "Score", "SearcherScore"), "results"),
+    "search_lines": "run_page",
+    **dict.fromkeys(
+        ("NAMES", "duration", "floor_lines", "interval", "markdown_table", "number"), "text"
+    ),
+    **dict.fromkeys(
+        ("Verdict", "compare_verdict", "finetune_verdict", "outcome", "run_verdict"), "verdicts"
+    ),
+    **dict.fromkeys(("LivePage", "Report", "write_report"), "writing"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    return offered(__name__, name, _HOMES)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from merge_rl.core.distances.intervals import Interval
+if TYPE_CHECKING:
+    from merge_rl.core.distances.intervals import Interval
 
 Row = list[str]
 NAMES: Final = {"heldout": "held-out", "reference": "reference"}
@@ -29,7 +30,7 @@ def interval(
     value: Mapping[str, Any] | Interval, form: str = ".3f", *, middle: str = "mean"
 ) -> str:
     """Mean [low, high], or another `middle`; "+.3f" shows the sign of a difference."""
-    found = vars(value) if isinstance(value, Interval) else value
+    found = value if isinstance(value, Mapping) else vars(value)
     mean, low, high = (number(found[key], form) for key in (middle, "low", "high"))
     return mean if mean == number(None) else f"{mean} [{low}, {high}]"
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from merge_rl.errors import CheckpointError, ConfigError, HashMismatchError, NonFiniteWeightsError
-from merge_rl.storage.checkpoints import merging
-from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
-from merge_rl.storage.checkpoints.merging import load_checkpoints, plan_merge, stream_merge
-from merge_rl.storage.checkpoints.model_file import save_checkpoint
+from merge_rl.storage.checkpoints import (
+    load_checkpoints,
+    merge_into_memory,
+    one_pass,
+    open_checkpoints,
+    plan_merge,
+    save_checkpoint,
+)
 from merge_rl.storage.files.safetensors_file import TensorReader
 
 pytestmark = pytest.mark.numerics
@@ -33,10 +39,10 @@ def test_all_ways_give_the_same_bits(
     opened = open_checkpoints(shared_tiny, track="raw")
     plan = plan_merge(opened, groups=GROUPS, base=opened.names[1])
     table = random_rows(2, 3, 4)
-    monkeypatch.setattr(merging, "CHUNK", chunk)
+    monkeypatch.setattr(one_pass, "PART", chunk)
     torch.set_num_threads(threads)
     try:
-        streamed = dict(stream_merge(opened, plan, table))
+        streamed = merge_into_memory(opened, plan, table)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(1)
@@ -62,7 +68,7 @@ def test_what_is_frozen_stays_as_in_the_base(shared_tiny: Path) -> None:
     assert set(frozen) <= set(plan.carried)
     assert not set(frozen) & set(plan.merged)
     base, table = opened.read(1), random_rows(1, 1, 4)
-    for name, outs in stream_merge(opened, plan, table):
+    for name, outs in merge_into_memory(opened, plan, table).items():
         assert torch.equal(outs[0], base[name].float()) == (name in plan.carried)
 
 
@@ -79,30 +85,81 @@ def test_what_cannot_be_frozen(pattern: str, message: str, shared_tiny: Path) ->
         plan_merge(open_checkpoints(shared_tiny, track="raw"), freeze=[pattern])
 
 
-def test_every_byte_of_a_tensor_is_read_once(
-    shared_tiny: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("block", [1, 300, 1 << 22])
+def test_every_byte_of_a_file_is_read_once(
+    shared_tiny: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = open_checkpoints(shared_tiny, track="raw")
     plan = plan_merge(opened)
-    reads: list[tuple[str, int]] = []
-    original = TensorReader.read_into
+    reads: dict[Path, list[tuple[int, int]]] = {}
+    original = TensorReader.fill
 
-    def counting(self: TensorReader, name: str, start: int, values: Tensor) -> None:
-        reads.extend((f"{self.path.name}/{name}", i) for i in range(start, start + len(values)))
-        original(self, name, start, values)
+    def counting(self: TensorReader, target: memoryview, begin: int) -> None:
+        reads.setdefault(self.path, []).append((begin, begin + len(target)))
+        original(self, target, begin)
 
-    monkeypatch.setattr(TensorReader, "read_into", counting)
-    monkeypatch.setattr(merging, "CHUNK", 50)
+    monkeypatch.setattr(TensorReader, "fill", counting)
+    monkeypatch.setattr(one_pass, "PART", 50)
+    monkeypatch.setattr(one_pass, "BLOCK_BYTES", block)
     # Five profiles at a time, and the third checkpoint has no part in any of them.
     table = random_rows(5, 1, 4)
     table[:, :, 2] = 0
-    for _ in stream_merge(opened, plan, table):
-        pass
-    assert len(reads) == len(set(reads))
-    sizes = sum(opened.tensors[name].nbytes // 2 for name in plan.merged)
-    carried = sum(opened.tensors[name].nbytes // 2 for name in plan.carried)
-    assert len(reads) == 3 * sizes + carried
-    assert not any(name.startswith(opened.paths[2].name) for name, _ in reads)
+    names: list[tuple[int, str, int]] = []
+    one_pass.merge_pass(
+        opened, plan, table, lambda p, name, start, _: names.append((p, name, start)), hashed=True
+    )
+    assert len(names) == len(set(names))
+    assert set(reads) == {opened.paths[k] for k in (0, 1, 3)}
+    for path, parts in reads.items():
+        # One after the other, from the first byte to the last: what was summed was hashed.
+        assert [begin for begin, _ in parts] == [0, *(end for _, end in parts[:-1])]
+        assert parts[-1][1] == path.stat().st_size
+    for k, path in enumerate(opened.paths):
+        assert opened.hashes.known(k) == hashlib.sha256(path.read_bytes()).hexdigest()
+    reads.clear()
+    merge_into_memory(opened, plan, table)
+    # Hashes are known by now: only what is merged is read, and the carried ones of the base.
+    merged = sum(opened.tensors[name].nbytes for name in plan.merged)
+    carried = sum(opened.tensors[name].nbytes for name in plan.carried)
+    assert sum(end - begin for parts in reads.values() for begin, end in parts) == (
+        3 * merged + carried
+    )
+
+
+def test_files_in_other_orders_make_the_same_merge(tmp_path: Path) -> None:
+    # Of one type, so that the bytes lie in the order of the names.
+    generator = torch.Generator().manual_seed(0)
+    for index in range(3):
+        weights = {name: torch.randn(7, 3, generator=generator).half() for name in "abc"}
+        weights = dict(reversed(weights.items())) if index == 1 else weights
+        save_checkpoint(tmp_path / f"run-{index}.safetensors", weights)
+    opened = open_checkpoints(tmp_path)
+    assert opened.in_order(0) != opened.in_order(1)
+    plan, row = plan_merge(opened), torch.tensor([[[0.3, -1.7, 0.9]]])
+    found: dict[str, Any] = {}
+    one_pass.merge_pass(
+        opened, plan, row, lambda _, name, _start, values: found.update({name: values.copy()}),
+        hashed=True,
+    )  # fmt: skip
+    expected = load_checkpoints(opened, plan).weights(row[0])
+    assert all(found[name].tolist() == expected[name].flatten().tolist() for name in "abc")
+    for k, path in enumerate(opened.paths):
+        assert opened.hashes.known(k) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("spoilt", ["sources", "both"])
+def test_halves_that_are_not_finite_are_named(tmp_path: Path, spoilt: str) -> None:
+    # Integer operations take the infinity of a half for 65536: it is looked for by its bits.
+    for index, value in enumerate((1.0, float("-inf"))):
+        weights = {name: torch.full((3,), index + 1.0).half() for name in "ab"}
+        save_checkpoint(tmp_path / f"run-{index}.safetensors", weights)
+        data = (tmp_path / f"run-{index}.safetensors").read_bytes()
+        bits = torch.tensor([value if spoilt == "sources" else float("nan")]).half()
+        (tmp_path / f"run-{index}.safetensors").write_bytes(data[:-2] + bits.numpy().tobytes())
+    opened = open_checkpoints(tmp_path)
+    bad = "run-1" if spoilt == "sources" else "run-0"
+    with pytest.raises(NonFiniteWeightsError, match=f"{bad}.* tensor 'b' holds NaN or infinity"):
+        merge_into_memory(opened, plan_merge(opened), [[[0.5, 0.5]]])
 
 
 def write_set(folder: Path, *values: float) -> Path:
@@ -117,18 +174,18 @@ def test_overflow_and_bad_files_are_named(tmp_path: Path) -> None:
     opened = open_checkpoints(write_set(tmp_path / "big", 1e38, 2e38))
     plan = plan_merge(opened)
     with pytest.raises(NonFiniteWeightsError, match="'b' of the merge overflows float32"):
-        list(stream_merge(opened, plan, torch.tensor([[[3.0, 2.0]]])))
+        merge_into_memory(opened, plan, torch.tensor([[[3.0, 2.0]]]))
     folder = write_set(tmp_path / "bad", 1.0, 2.0)
     opened = open_checkpoints(folder)
     data = (folder / "run-1.safetensors").read_bytes()
     nan = torch.tensor([float("nan")]).numpy().tobytes()
     (folder / "run-1.safetensors").write_bytes(data[:-8] + nan + data[-4:])
     with pytest.raises(NonFiniteWeightsError, match=r"run-1.safetensors: tensor 'b' holds NaN"):
-        list(stream_merge(opened, plan_merge(opened), torch.tensor([[[0.5, 0.5]]])))
+        merge_into_memory(opened, plan_merge(opened), torch.tensor([[[0.5, 0.5]]]))
     with pytest.raises(NonFiniteWeightsError, match=r"run-1.safetensors: tensor 'b' holds NaN"):
         load_checkpoints(opened, plan_merge(opened), "disk")
     # A file that has no part in the merge does no harm.
-    list(stream_merge(opened, plan_merge(opened), torch.tensor([[[1.0, 0.0]]])))
+    merge_into_memory(opened, plan_merge(opened), torch.tensor([[[1.0, 0.0]]]))
 
 
 def test_recorded_hashes_are_compared(tiny: Path) -> None:
@@ -139,7 +196,7 @@ def test_recorded_hashes_are_compared(tiny: Path) -> None:
     opened = open_checkpoints(tiny, track="raw")
     plan = plan_merge(opened)
     with pytest.raises(HashMismatchError, match="tiny-0000200"):
-        list(stream_merge(opened, plan, random_rows(1, 1, 4)))
+        merge_into_memory(opened, plan, random_rows(1, 1, 4))
     with pytest.raises(HashMismatchError, match="tiny-0000200"):
         load_checkpoints(opened, plan, "disk")
 
@@ -150,7 +207,7 @@ def test_a_file_cut_short_is_named(tmp_path: Path) -> None:
     data = (folder / "run-1.safetensors").read_bytes()
     (folder / "run-1.safetensors").write_bytes(data[:-6])
     with pytest.raises(CheckpointError, match=r"run-1.safetensors: the file became shorter"):
-        list(stream_merge(opened, plan_merge(opened), torch.tensor([[[0.5, 0.5]]])))
+        merge_into_memory(opened, plan_merge(opened), torch.tensor([[[0.5, 0.5]]]))
 
 
 def test_coefficients_that_do_not_fit_are_refused(shared_tiny: Path) -> None:
@@ -158,8 +215,8 @@ def test_coefficients_that_do_not_fit_are_refused(shared_tiny: Path) -> None:
     plan = plan_merge(opened)
     for wrong in (random_rows(1, 4), random_rows(1, 2, 4), random_rows(1, 1, 3)):
         with pytest.raises(ConfigError, match=r"expected coefficients \(1, 4\), got"):
-            list(stream_merge(opened, plan, wrong))
+            merge_into_memory(opened, plan, wrong)
     bad = random_rows(1, 1, 4)
     bad[0, 0, 2] = float("inf")
     with pytest.raises(ConfigError, match="expected finite coefficients"):
-        list(stream_merge(opened, plan, bad))
+        merge_into_memory(opened, plan, bad)

@@ -96,7 +96,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
 
 
 def test_casting_keeps_whole_numbers(tmp_path: Path) -> None:
-    write_weights(tmp_path, WeightStream.of(weights()).cast(torch.float16), {})
+    write_weights(tmp_path, WeightStream.of(weights()).cast("F16"), {})
     found = load_file(tmp_path / "model.safetensors")
     assert found["b"].dtype == torch.float16
     assert found["steps"].dtype == torch.int64
@@ -131,9 +131,9 @@ def test_what_does_not_fit_the_announcement_is_refused(tmp_path: Path) -> None:
         write_weights(tmp_path, WeightStream.of(bad), {})
     with (
         pytest.raises(CheckpointError, match="'steps' did not come"),
-        tensor_file(tmp_path / "x.safetensors", infos(given), {}) as put,
+        tensor_file(tmp_path / "x.safetensors", infos(given), {}) as file,
     ):
-        put("a", given["a"])
+        file.put("a", given["a"])
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="at least 1 byte, got 0"):
         plan_shards(infos(given), 0)

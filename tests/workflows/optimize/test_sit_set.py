@@ -12,13 +12,13 @@ from torch import Tensor
 import merge_rl as mrl
 from merge_rl.errors import IncompatibleCheckpointError
 from merge_rl.models.sit import SiT
-from merge_rl.storage.checkpoints.merging import (
-    carried_names,
+from merge_rl.storage.checkpoints import (
     load_checkpoints,
+    merge_into_memory,
     plan_merge,
-    stream_merge,
+    save_checkpoint,
 )
-from merge_rl.storage.checkpoints.model_file import save_checkpoint
+from merge_rl.storage.checkpoints.plan import carried_names
 from merge_rl.storage.files.atomic import write_json
 
 CONFIG: dict[str, Any] = {
@@ -63,7 +63,7 @@ def test_the_position_table_is_carried(folder: Path) -> None:
     for weights in (
         mrl.merge(opened, row),
         load_checkpoints(opened, plan, "disk").weights(torch.tensor(row)),
-        {name: outs[0] for name, outs in stream_merge(opened, plan, torch.tensor([[row]]))},
+        {k: outs[0] for k, outs in merge_into_memory(opened, plan, [[row]]).items()},
     ):
         assert torch.equal(weights["pos_embed"], opened.read(0)["pos_embed"])
         name = "blocks.0.attn.qkv.weight"
