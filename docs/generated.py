@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 import merge_rl
-from merge_rl.cli.main import app
+from merge_rl.cli.main import command_line
 from merge_rl.cli.options import COMMANDS
 from merge_rl.cli.settings import page
 
@@ -35,7 +35,7 @@ def commands() -> Iterator[str]:
     """Every command with its usage, arguments and options, as `--help` has them."""
     yield "# Commands\n"
     yield "What `mergerl COMMAND --help` says. [Settings](settings.md) has what `--set` reaches.\n"
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(command_line())
     for name, command in sorted(group.commands.items()):
         if command.hidden:
             continue

@@ -2,4 +2,6 @@
 
 import merge_rl.cli.main
 import merge_rl.workflows.finetune
-import merge_rl.workflows.optimize  # noqa: F401
+import merge_rl.workflows.optimize
+
+merge_rl.cli.main.command_line()

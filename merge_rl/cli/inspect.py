@@ -11,7 +11,6 @@ import typer
 
 from merge_rl.cli.output import JsonFlag, note, note_all, print_json, print_table
 from merge_rl.cli.results import interval_text
-from merge_rl.cli.sample import meant
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
 from merge_rl.own_code import allow
 
@@ -56,9 +55,15 @@ def inspect(
     elif _holds_statistics(place):
         _show_references(place, json=json)
     elif kind in ("file", "model"):
-        _show_file(place if place.exists() else meant(path), json=json)
+        _show_file(place if place.exists() else _meant(path), json=json)
     else:
         _show_set(find_set(place).path, track=track, quick=quick, network=network, json=json)
+
+
+def _meant(path: Path) -> Path:
+    from merge_rl.cli.sample import meant
+
+    return meant(path)
 
 
 def _show_set(

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
+from collections.abc import Mapping
+from importlib import import_module
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import typer
 
-from merge_rl.cli import compare, finetune, hub, ranks, reference
-from merge_rl.cli import convert as conversion
-from merge_rl.cli import evaluate as scoring
-from merge_rl.cli import inspect as inspection
-from merge_rl.cli import merge as merging
-from merge_rl.cli import optimize as search
-from merge_rl.cli import sample as evaluation
-from merge_rl.cli import settings as listing
+from merge_rl.cli import ranks
 from merge_rl.cli.output import complain
 from merge_rl.errors import MergeRLError
 from merge_rl.version import __version__
 
-app = typer.Typer(
-    name="mergerl",
-    no_args_is_help=True,
-    add_completion=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+# In the order of the help: what registers commands, and which.
+COMMANDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "optimize:register": ("demo", "optimize", "resume"),
+    "compare:register": ("compare", "report"),
+    "optimize:register_plan": ("plan",),
+    "convert:register": ("convert",),
+    "merge:register": ("merge",),
+    "finetune:register": ("finetune",),
+    "sample:register": ("sample",),
+    "evaluate:register": ("evaluate",),
+    "reference:register": ("reference",),
+    "inspect:register": ("inspect",),
+    "settings:register": ("settings",),
+    "hub:register": ("fetch", "push"),
+}
 
 
 def _print_version(value: bool) -> None:
@@ -38,7 +41,6 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
     context: typer.Context,
     _version: Annotated[
@@ -56,13 +58,22 @@ def options(
         os.environ["MERGERL_DEBUG"] = "1"
 
 
-search.register(app)
-compare.register(app)
-search.register_plan(app)
-for module in (
-    conversion, merging, finetune, evaluation, scoring, reference, inspection, listing, hub,
-):  # fmt: skip
-    module.register(app)
+@functools.cache
+def command_line(*homes: str) -> typer.Typer:
+    """The commands of these rows of `COMMANDS`; of all, if none is named."""
+    made = typer.Typer(
+        name="mergerl",
+        no_args_is_help=True,
+        add_completion=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(options)
+    for home in homes or COMMANDS:
+        module, _, register = home.partition(":")
+        getattr(import_module(f"merge_rl.cli.{module}"), register)(made)
+    return made
 
 
 INTERRUPTED = 130  # what some versions of the parser return for KeyboardInterrupt
@@ -91,7 +102,10 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, stop)
     ranks.quiet_followers()
+    # Where a command is named first, those of other files need not be loaded to be listed.
+    first = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
+        app = command_line(*(home for home, names in COMMANDS.items() if first in names))
         code = app(standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt

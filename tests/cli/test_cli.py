@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import typer.main
 import yaml
 from PIL import Image
 
 import merge_rl as mrl
+from merge_rl.cli import main as main_module
 from merge_rl.version import __version__
 from tests.children import Child, run_command
 
@@ -97,6 +99,14 @@ def test_the_commands_are_listed(mergerl: Mergerl) -> None:
         assert (code, err) == (0, "")
         for command in COMMANDS:
             assert f"│ {command} " in out
+
+
+def test_each_command_is_registered_where_it_is_said_to_be() -> None:
+    for home, names in main_module.COMMANDS.items():
+        alone = typer.main.get_command(main_module.command_line(home))
+        assert tuple(alone.commands) == names  # type: ignore[attr-defined]
+    everything = typer.main.get_command(main_module.command_line())
+    assert sorted(everything.commands) == sorted(COMMANDS)  # type: ignore[attr-defined]
 
 
 def test_the_version(mergerl: Mergerl) -> None:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import pytest
 
-from merge_rl.cli.main import app
+from merge_rl.cli.main import command_line
 from merge_rl.cli.options.layers import window
 from merge_rl.cli.options.signature import decimal, integer, positive
 from merge_rl.config import (
@@ -68,7 +68,7 @@ def test_what_is_no_number(written: object) -> None:
 def _numeric_options() -> dict[str, object]:
     """(command, parameter) of every option or argument that is a number -> what reads it."""
     found = {}
-    for command in app.registered_commands:
+    for command in command_line().registered_commands:
         assert command.callback is not None
         signature = inspect.signature(command.callback, eval_str=True)
         for name, parameter in signature.parameters.items():

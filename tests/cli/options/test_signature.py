@@ -149,7 +149,7 @@ def test_trackers_that_a_track_named_formerly(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_table_of_former_names_fits_the_commands() -> None:
-    assert command_line.app is not None  # all commands are there
+    assert command_line.command_line()  # all commands are there
     assert len({(name, former.old) for former in FORMER for name in former.commands}) == sum(
         len(former.commands) for former in FORMER
     )
