@@ -6,7 +6,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import FrameType
 from typing import Annotated, Final, NoReturn
@@ -79,6 +79,12 @@ def command_line(*homes: str) -> typer.Typer:
 INTERRUPTED = 130  # what some versions of the parser return for KeyboardInterrupt
 
 
+def _needed(arguments: Sequence[str]) -> list[str]:
+    """The row of the command that stands first, if one does; `settings` is about all of them."""
+    first = next(iter(arguments), "settings")
+    return [home for home, names in COMMANDS.items() if first in names and first != "settings"]
+
+
 class Stop:
     """What Ctrl-C and SIGTERM do: the first raises KeyboardInterrupt, others nothing.
 
@@ -102,11 +108,8 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, stop)
     ranks.quiet_followers()
-    # Where a command is named first, those of other files need not be loaded to be listed.
-    first = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
-        app = command_line(*(home for home, names in COMMANDS.items() if first in names))
-        code = app(standalone_mode=False)
+        code = command_line(*_needed(sys.argv[1:]))(standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
