@@ -39,7 +39,7 @@ class FullDisk:
         """From here on, for all that this process writes by Python's own means."""
         vars(shutil)["_USE_CP_SENDFILE"] = False  # copies by reading and writing
         vars(builtins)["open"] = vars(io)["open"] = self.open
-        for name in ("mkdir", "rename", "replace", "write", "symlink", "link"):
+        for name in ("mkdir", "rename", "replace", "write", "pwrite", "symlink", "link"):
             setattr(os, name, self._before(getattr(os, name)))
 
     def _before(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from merge_rl.demo import write_demo
-from merge_rl.storage.checkpoints import open_checkpoints
+from merge_rl.storage.checkpoints import open_checkpoints, open_model_file
+from merge_rl.workflows.export import merge, save_model
 
 # What a command is given, and a piece of what it prints; {} stands for the folder below.
 COMMANDS = {
@@ -20,6 +21,7 @@ COMMANDS = {
     "convert": (["convert", "{}/sit/raw", "{}/out", "--num-heads", "4"], "digits-0002097"),
     "convert a pickle": (["convert", "{}/sit.pt", "{}/new", "--num-heads", "4"], "sit"),
     "merge": (["merge", "{}/edm2", "{}/one", "--track", "raw", "--uniform"], "+0.1250"),
+    "push what was merged": (["push", "{}/merged", "user/repo", "--dry-run"], "would push"),
     "merge in half": (
         ["merge", "{}/sit", "{}/two", "--track", "raw", "--uniform", "--dtype", "bfloat16"],
         "merged 8 checkpoints",
@@ -48,6 +50,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_demo(folder)
     weights = open_checkpoints(folder / "sit", track="raw").read(0)
     torch.save({"ema": weights}, folder / "sit.pt")
+    save_model(folder / "merged", weights, None)
     return folder
 
 
@@ -62,6 +65,21 @@ def test_a_command_loads_no_torch(name: str, demo: Path, tmp_path: Path) -> None
     said = " ".join((ended.stdout + ended.stderr).split())
     assert "was loaded" not in said
     assert expected in said
+
+
+def test_a_merge_without_torch_has_the_bits_of_one_with_it(demo: Path, tmp_path: Path) -> None:
+    given = ["--track", "raw", "--coefficients", "0.3,-1.7,0.1,0,0.4,0.9,1e-3,1"]
+    for dtype in ("float16", "bfloat16"):
+        subprocess.run(
+            [sys.executable, "-c", FORBIDDING, "merge", str(demo / "edm2"), dtype, *given,
+             "--dtype", dtype],
+            check=True, capture_output=True, timeout=120, cwd=tmp_path,
+        )  # fmt: skip
+        opened = open_checkpoints(demo / "edm2", track="raw")
+        row = [float(value) for value in given[-1].split(",")]
+        merged = save_model(tmp_path / "other", merge(opened, row), None, dtype=dtype, replace=True)
+        found = [open_model_file(folder).weights for folder in (tmp_path / dtype, merged)]
+        assert all(torch.equal(found[0][name], found[1][name]) for name in opened.tensors)
 
 
 def test_torch_is_what_is_forbidden() -> None:

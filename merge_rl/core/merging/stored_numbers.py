@@ -6,6 +6,7 @@ take each number by itself, four times as long as the integer operations on whol
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
@@ -34,7 +35,7 @@ def raw_type(code: str) -> np.dtype[Any]:
 
 
 def finite_halves(raw: Raw) -> bool:
-    """Whether no stored half (n,) is NaN or infinite."""
+    """Whether no stored half (n,), given as its bits, is NaN or infinite."""
     return int(raw.max()) < 0xFC00 and int(raw.view(np.int16).max()) < 0x7C00
 
 
@@ -82,6 +83,8 @@ def _widen_others(raw: Raw, code: str, out: Floats) -> None:
         bits = out.view(np.uint32)
         np.copyto(bits, raw)
         np.left_shift(bits, np.uint32(16), out=bits)
+    elif raw.dtype == np.float16 and "torch" in sys.modules:
+        torch.from_numpy(out).copy_(torch.from_numpy(raw))
     elif code in _RAW:
         np.copyto(out, raw, casting="unsafe")
     else:
@@ -136,10 +139,13 @@ def _halves(values: Floats) -> Raw | None:
     return rounded.astype(np.uint16)
 
 
-def as_kept(raw: Raw, code: str) -> Raw:
-    """The same for a thread in which numbers below 2^-126 are lost: halves cast by NumPy.
+def as_numbers(raw: Raw, code: str) -> Raw:
+    """Halves as such, where their bits are not to be moved about.
 
-    Some libraries, and torch.set_flush_denormal, switch processors to that.
+    That is where torch is loaded, whose casts are as fast, and in a thread in which numbers below
+    2^-126 are lost: some libraries, and torch.set_flush_denormal, switch processors to that.
     """
+    if code != "F16":
+        return raw
     kept = bool(np.multiply(np.float32(2.0**-140), np.ones(8, np.float32)).all())
-    return raw if kept or code != "F16" else raw.view(np.float16)
+    return raw if kept and "torch" not in sys.modules else raw.view(np.float16)

@@ -7,9 +7,9 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn, TypeAlias
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from merge_rl.core.merging.stored_numbers import (
     Floats,
     Raw,
-    as_kept,
+    as_numbers,
     finite_halves,
     product,
     raw_type,
@@ -32,9 +32,9 @@ from merge_rl.storage.files import WeightsReader
 Put: TypeAlias = Callable[[int, str, int, Raw], None]
 """Takes (merge, tensor, first element, values): float32, or as stored what is not floating."""
 
-PART: Final = 1 << 16  # elements summed at a time: with what is added to them, what a cache holds
-BLOCK_BYTES: Final = 1 << 22  # of each file, read while the block before is summed
-HELD_BYTES: Final = 1 << 27  # of all files together, at most
+PART: Final = 1 << 17  # elements summed at a time: with what is added to them, what a cache holds
+BLOCK_BYTES: Final = 1 << 20  # of each file, read while the block before is summed
+HELD_BYTES: Final = 1 << 26  # of all files together, at most
 ALIGNED: Final = 64
 
 
@@ -52,6 +52,10 @@ class Segment:
     def nbytes(self) -> int:
         """In a file, and in a block."""
         return self.count * raw_type(self.code).itemsize
+
+    def within(self, row: npt.NDArray[np.uint8]) -> Raw:
+        """The numbers, from what a block holds of a file."""
+        return row[self.offset : self.offset + self.nbytes].view(raw_type(self.code))
 
 
 def merge_pass(
@@ -74,13 +78,17 @@ def merge_pass(
 
     Each product and each sum is rounded once, in the order of k, as `weighted_sum` does: the bits
     do not depend on the machine. Files whose tensors follow one another in the same order are read
-    once; where they differ, once more for their hashes. 128 MiB are held at most. Raises
+    once; where they differ, once more for their hashes. 64 MiB are held at most. Raises
     ConfigError for coefficients that do not fit, HashMismatchError, and NonFiniteWeightsError that
     names the file, or the tensor that overflows; `put` may have been called by then.
     """
     table = _table(checkpoints, plan, coefficients)
     workers = threads()
     with ExitStack() as stack:
+        if "torch" in sys.modules:
+            from merge_rl.parallel.blocks import single_threaded
+
+            stack.enter_context(single_threaded(workers))  # inside each operation
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         _Pass(checkpoints, plan, table, put).run(pool, workers, stack, hashed=hashed)
 
@@ -134,7 +142,11 @@ class _Pass:
         passed = [k for k in wanted if k not in aside]
         readers = {k: stack.enter_context(known.reader(k, hashed=k in passed)) for k in self._read}
         size = min(BLOCK_BYTES, max(HELD_BYTES // (2 * max(len(readers), 1)), PART * 8))
-        self._go_through(pool, workers, readers, list(_blocks(known, order, size)))
+        blocks = list(_blocks(known, order, size))
+        if passed:
+            self._go_through(pool, workers, readers, blocks)
+        else:
+            _settle([pool.submit(self._read_and_sum, readers, block) for block in blocks])
         for k, digest in zip(passed, pool.map(lambda k: readers[k].sha256(), passed), strict=True):
             known.hashes.learn(k, stamps[k], digest)
         for hashing in apart:
@@ -160,6 +172,18 @@ class _Pass:
         for under_way in sums:
             _settle(under_way)
 
+    def _read_and_sum(self, readers: dict[int, WeightsReader], block: Sequence[Segment]) -> None:
+        """A block part by part, where nothing is hashed: summed while the cache holds it."""
+        held = self._own.__dict__.setdefault("held", np.empty(PART * 8, np.uint8))
+        for part in block:
+            alone = replace(part, offset=0)
+
+            def read(k: int, alone: Segment = alone) -> Raw:
+                self._fill(k, readers[k], [alone], held)
+                return alone.within(held)
+
+            self._sum_part(alone, read)
+
     def _fill(
         self, k: int, reader: WeightsReader, block: Sequence[Segment], row: npt.NDArray[np.uint8]
     ) -> None:
@@ -170,38 +194,35 @@ class _Pass:
                 reader.fill(part.name, begin, target)
 
     def _sum(self, parts: Sequence[Segment], held: dict[int, npt.NDArray[np.uint8]]) -> None:
+        for part in parts:
+            self._sum_part(part, lambda k, part=part: part.within(held[k]))  # type: ignore[misc]
+
+    def _sum_part(self, part: Segment, source: Callable[[int], Raw]) -> None:
         with np.errstate(all="ignore"):
-            for part in parts:
-                raw = {
-                    k: row[part.offset : part.offset + part.nbytes].view(raw_type(part.code))
-                    for k, row in held.items()
-                }
-                if part.name in self._group_of:
-                    self._merge(part, raw)
-                else:
-                    self._carry(part, raw[self._base])
+            if part.name in self._group_of:
+                self._merge(part, source)
+            else:
+                self._carry(part, source(self._base))
 
     def _carry(self, part: Segment, raw: Raw) -> None:
         values = raw
         if self._checkpoints.tensors[part.name].is_floating:
-            if part.code == "F16" and not finite_halves(raw):
-                self._blame(part.name)
             values = self._scratch(0, part.count)
-            widen(as_kept(raw, part.code), part.code, values)
+            widen(self._numbers(part, raw), part.code, values)
             self._require_finite(part.name, values)
         for p in range(len(self._table)):
             self._put(p, part.name, part.start, values)
 
-    def _merge(self, part: Segment, raw: dict[int, Raw]) -> None:
+    def _merge(self, part: Segment, read: Callable[[int], Raw]) -> None:
         rows = self._table[:, self._group_of[part.name]]
         outs = [self._scratch(p + 2, part.count) for p in range(len(rows))]
         begun, term = [False] * len(rows), self._scratch(0, part.count)
         wide = self._scratch(1, part.count) if len(rows) > 1 else None
         # A source is summed while the cache holds it: file by file, for all merges.
         for k in self._used:
-            if part.code == "F16" and rows[:, k].any() and not finite_halves(raw[k]):
-                self._blame(part.name)
-            source = as_kept(raw[k], part.code)
+            if not rows[:, k].any():
+                continue
+            source = self._numbers(part, read(k))
             if wide is not None:
                 widen(source, part.code, wide)
             for p, factor in enumerate(rows[:, k].tolist()):
@@ -220,6 +241,13 @@ class _Pass:
                 out.fill(0)
             self._require_finite(part.name, out)
             self._put(p, part.name, part.start, out)
+
+    def _numbers(self, part: Segment, raw: Raw) -> Raw:
+        found = as_numbers(raw, part.code)
+        # Moved about, the bits of infinity become a number, so that no sum would tell.
+        if part.code == "F16" and found.dtype != np.float16 and not finite_halves(raw):
+            self._blame(part.name)
+        return found
 
     def _scratch(self, number: int, count: int) -> Floats:
         """(count,) of this thread's, kept: fresh memory costs more than what is written to it."""
@@ -244,8 +272,10 @@ class _Pass:
 
 
 def _settle(futures: Sequence[Future[Any]]) -> None:
-    wait(futures)
-    for future in futures:
+    done, others = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in others:
+        future.cancel()
+    for future in done:
         future.result()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from merge_rl.core.merging.stored_numbers import as_kept, finite_halves, narrow, product, widen
+from merge_rl.core.merging.stored_numbers import as_numbers, finite_halves, narrow, product, widen
 
 pytestmark = pytest.mark.numerics
 
@@ -99,7 +99,7 @@ def test_halves_survive_where_small_numbers_are_lost() -> None:
     if not torch.set_flush_denormal(True):
         pytest.skip("the processor has no such mode")
     try:
-        raw = as_kept(small.view(np.uint16), "F16")
+        raw = as_numbers(small.view(np.uint16), "F16")
         found = widened(raw, "F16").tolist()
     finally:
         torch.set_flush_denormal(False)

@@ -31,6 +31,14 @@ def random_rows(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
+@pytest.fixture(params=["with torch", "without"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves as they are where torch is loaded, and by their bits, as where it is not."""
+    if request.param == "without":
+        monkeypatch.setattr(one_pass, "as_numbers", lambda raw, _code: raw)
+
+
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 18])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_all_ways_give_the_same_bits(
@@ -147,6 +155,7 @@ def test_files_in_other_orders_make_the_same_merge(tmp_path: Path) -> None:
         assert opened.hashes.known(k) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("spoilt", ["sources", "both"])
 def test_halves_that_are_not_finite_are_named(tmp_path: Path, spoilt: str) -> None:
     # Integer operations take the infinity of a half for 65536: it is looked for by its bits.

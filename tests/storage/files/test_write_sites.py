@@ -36,7 +36,8 @@ SITES: Final = {
     # A folder in a work folder, a file in a folder made for it, and folders that go by themselves.
     "workflows/optimize/function:_keep_statistics", "storage/runs/trackers:__init__",
     "storage/hub/fetch_sources:_hub_manifest", "workflows/export/publish:publishable",
-    "workflows/plan/calibration:time_write",
+    "workflows/plan/calibration:time_write", "workflows/export/folder:_write_papers",
+    "workflows/export/merged_model:push_to_hub",
 }  # fmt: skip
 ALWAYS: Final = {
     "write_bytes", "mkdir", "makedirs", "rename", "symlink_to", "hardlink_to", "touch", "copyfile",

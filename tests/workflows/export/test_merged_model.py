@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 import merge_rl as mrl
 from merge_rl.errors import ConfigError
+from merge_rl.storage.checkpoints import plan_merge
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet
-from merge_rl.storage.checkpoints.merging import plan_merge
 from merge_rl.workflows.export.folder import save_merge
 from merge_rl.workflows.export.recipe import mergekit_document
 from tests.hub_server import HubServer
