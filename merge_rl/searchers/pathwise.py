@@ -13,9 +13,9 @@ few gradients; a steady one moves theta by learning_rate e^l a round, whatever t
 Averages of the means, with weights that grow with t, are a finalist beside the last.
 
 The step finds itself by what it led to: the newer half of the pool against the older one, which is
-as large, in standard deviations of what chance does to the difference of two halves,
+z better, in standard deviations of what chance does to the difference of two halves,
 
-    l <- l + min(1, 2 s t) GROW tanh z  where z > 0, else SHRINK for GROW.
+    l <- l + min(1, 2 s t) GROW tanh max(|z| - DOUBT, 0)   where z > 0, else with - SHRINK.
 
 In round t the newer half has had 2 s t of its images from the search.
 What fresh images do to the pool's distance would not tell: of a pool on one side of the optimum
@@ -42,9 +42,10 @@ from merge_rl.config import SearchConfig
 from merge_rl.errors import ConfigError
 from merge_rl.searchers.base import AskTell, SearchSpace, planned
 
-STEP: Final = 0.4  # of theta, a round, at first
+STEP: Final = 0.5  # of theta, a round, at first
 GROW, SHRINK = 0.15, 0.3  # of the log step, a round at most
-SHORTEST, LONGEST = -math.log(32), math.log(16)  # of the log step
+SHORTEST, LONGEST = -math.log(4), math.log(16)  # of the log step
+DOUBT: Final = 0.5  # what of a difference counts as chance, in standard deviations of it
 BETAS: Final = (0.8, 0.95)
 LEAST: Final = 0.05  # where the schedule of the step stops
 CLIP: Final = 3.0  # longest gradient, in running norms
@@ -175,8 +176,9 @@ class Pathwise(AskTell):
         spread = math.sqrt(2 * math.pi) * self.watches[0].noise
         if trend is None or not spread > 0:
             return
-        by = math.tanh(trend / spread) * min(1.0, 2 * self.space.renewed * self._age)
-        by *= GROW if by > 0 else SHRINK
+        sure = max(abs(trend) / spread - DOUBT, 0.0)
+        by = math.tanh(sure) * min(1.0, 2 * self.space.renewed * self._age)
+        by *= GROW if trend > 0 else -SHRINK
         self.log_step = min(max(self.log_step + by, SHORTEST), LONGEST)
 
     def _go_back(self) -> None:

@@ -99,8 +99,7 @@ def test_a_pool_that_lags_does_not_make_it_swing(dim: int) -> None:
     assert seen[-1] < 0.02 * seen[0]
 
 
-@pytest.mark.parametrize("length", [1.0, 2.0])
-def test_a_step_that_is_too_long_settles(length: float) -> None:
+def test_a_step_that_is_too_long_settles() -> None:
     # Means that ten rounds fill a pool with swing about an optimum that is 2 from the start.
     optimum = torch.ones(4).double()
 
@@ -108,7 +107,7 @@ def test_a_step_that_is_too_long_settles(length: float) -> None:
         return (torch.stack(means).mean(0) - optimum).square().sum()
 
     def swings(*, told: bool) -> float:
-        found, filled = searcher(10**9, dim=4, learning_rate=length), [torch.zeros(4).double()] * 10
+        found, filled = searcher(10**9, dim=4), [torch.zeros(4).double()] * 10
         away = []
         for _ in range(60):
             thetas = found.ask()
@@ -126,24 +125,24 @@ def test_a_step_that_is_too_long_settles(length: float) -> None:
 def test_the_step_shrinks_to_the_end() -> None:
     ending = searcher(rounds=10)
     play(ending, 5)
-    assert ending.step == pytest.approx(0.4 / math.sqrt(3) / 2)
+    assert ending.step == pytest.approx(0.5 / math.sqrt(3) / 2)
     play(ending, 7)
-    assert ending.step == pytest.approx(0.4 / math.sqrt(3) * 0.05)
+    assert ending.step == pytest.approx(0.5 / math.sqrt(3) * 0.05)
 
 
 def test_the_step_follows_from_what_it_led_to() -> None:
     # Halves that differ by sd have half a mean |difference| of sd / sqrt(2 pi).
     sd, found = 0.3, searcher(rounds=10**9)
-    told, half = {"noise": sd / math.sqrt(2 * math.pi)}, sd * math.atanh(0.5)
+    told, half = {"noise": sd / math.sqrt(2 * math.pi)}, sd * (0.5 + math.atanh(0.5))
     play(found, 1)
     lengths = []
-    for trend in (0.0, half, -half, None):
+    for trend in (sd / 2, half, -half, None):  # half an sd is chance
         climb(found, -1.0, trend=trend, **told)
         lengths.append(found.log_step)
     # A round renews a tenth: the newer half has 4, then 6 tenths of its images from the search.
     longer, shorter = 0.4 * 0.15 / 2, 0.6 * 0.3 / 2
     assert lengths == pytest.approx([0, longer, longer - shorter, longer - shorter])
-    for bound, trend in ((math.log(16), 9.0), (-math.log(32), -9.0)):
+    for bound, trend in ((math.log(16), 9.0), (-math.log(4), -9.0)):
         for _ in range(60):
             climb(found, -1.0, trend=trend, **told)
         assert found.log_step == pytest.approx(bound)
