@@ -46,6 +46,7 @@ from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.workflows.reference.file import save_reference
 from tests.children import Child, run_command
 from tests.hub_server import FileServer, HubServer, hub_client, only_loopback, running
+from tests.quick import draw_figures, draw_nothing, without_network
 
 TINY_MODEL: dict[str, Any] = {
     "model": "edm2",
@@ -99,6 +100,23 @@ def _no_waiting_for_disks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_figures() -> None:
+    draw_nothing()
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages have their figures, which they lack in other tests."""
+    draw_figures(monkeypatch)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollouts make samples that cost next to nothing and depend on every weight."""
+    without_network(monkeypatch)
 
 
 # ------------------------------------------------------------------------------- the tiny set

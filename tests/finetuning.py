@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -22,18 +21,12 @@ from merge_rl.storage.checkpoints.manifest import (
     write_manifest,
 )
 from merge_rl.storage.checkpoints.model_file import save_checkpoint
-from merge_rl.workflows.finetune import page as finetune_report
 
 SIT: dict[str, Any] = {
     "model": "sit", "input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 8,
     "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "class_dropout_prob": 0.1, "num_classes": 10,
     "learn_sigma": False,
 }  # fmt: skip
-
-
-def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One test draws the curves: no need to in all."""
-    monkeypatch.setattr(finetune_report, "draw_curves", lambda *_arguments: False)
 
 
 def sit_weights(seed: int = 0) -> dict[str, Tensor]:

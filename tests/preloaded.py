@@ -3,5 +3,7 @@
 import merge_rl.cli.main
 import merge_rl.workflows.finetune
 import merge_rl.workflows.optimize
+from tests.quick import draw_nothing
 
+draw_nothing()
 merge_rl.cli.main.command_line()

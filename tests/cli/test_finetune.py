@@ -11,7 +11,7 @@ import pytest
 
 from merge_rl.config.finetune import CURVES
 from merge_rl.storage.runs.run_dir import FinetuneRun
-from tests.finetuning import without_curves, write_sit_set
+from tests.finetuning import write_sit_set
 
 SMALL = [
     "--steps", 2, "--train-steps", 3, "--subsets", 4, "--pool", 20, "--subset", 4, "--refresh", 2,
@@ -21,8 +21,7 @@ SMALL = [
 
 
 @pytest.fixture
-def small(tmp_path: Path, shared_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    without_curves(monkeypatch)
+def small(tmp_path: Path, shared_tiny: Path) -> Path:
     return write_sit_set(tmp_path / "sit", shared_tiny)
 
 

@@ -35,10 +35,10 @@ def drawing(
     `size` is that of the picture in inches. Raises ConfigError, naming the extra, where the library
     is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingLibraryError("a plot", "matplotlib", "report") from None
+    if not can_draw():
+        raise MissingLibraryError("a plot", "matplotlib", "report")
+    from matplotlib.figure import Figure
+
     # Without pyplot: no window system, and no figures that live on.
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -121,12 +121,12 @@ def chart(
 
     Nothing without matplotlib. Lines that ask for C0 to C7 have the page's colours.
     """
-    try:
-        import matplotlib
-        from cycler import cycler
-        from matplotlib.figure import Figure
-    except ImportError:
+    if not can_draw():
         return NOTHING
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.figure import Figure
+
     look: dict[Any, Any] = {**_LOOK, "axes.prop_cycle": cycler(color=_SERIES)}
     with matplotlib.rc_context(look):
         found = Figure(figsize=size, layout="constrained")

@@ -43,23 +43,29 @@ def write_report(path: str | os.PathLike[str], *, reloads: bool = False) -> Repo
     else.
     """
     folder = find_run(path).path
-    html = folder / HTML
+    html = _write_html(folder, reloads=reloads)
     if (folder / SETTINGS).is_file():
-        with fitting(folder, f"{SETTINGS} or compare.json"):
-            text = compare_document(RunDir(folder), reloads=reloads)
-        write_text(html, text)
         return _of_comparison(folder, html)
     if is_finetune_run(folder):
-        run = FinetuneRun.open(folder)
-        write_text(html, finetune_document(run, reloads=reloads))
         page, curves = (folder / name for name in ("report.md", "curves.png"))
         done = (folder / "result.json").is_file()
         return Report(
             html, page if page.is_file() else None, curves if curves.is_file() else None, None, done
         )
-    search = RunDir.open(folder)
-    write_text(html, run_document(search, reloads=reloads))
-    return _of_search(search, html)
+    return _of_search(RunDir.open(folder), html)
+
+
+def _write_html(folder: Path, *, reloads: bool) -> Path:
+    """Write the page alone, of whatever the folder holds."""
+    if (folder / SETTINGS).is_file():
+        with fitting(folder, f"{SETTINGS} or compare.json"):
+            text = compare_document(RunDir(folder), reloads=reloads)
+    elif is_finetune_run(folder):
+        text = finetune_document(FinetuneRun.open(folder), reloads=reloads)
+    else:
+        text = run_document(RunDir.open(folder), reloads=reloads)
+    write_text(folder / HTML, text)
+    return folder / HTML
 
 
 def _of_search(run: RunDir, html: Path) -> Report:
@@ -101,7 +107,7 @@ class LivePage:
         if began < self._next:
             return
         try:
-            write_report(self._folder, reloads=True)
+            _write_html(self._folder, reloads=True)
         except Exception:  # noqa: BLE001 (a page is worth no search)
             self._next = float("inf")
             return

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -370,7 +369,7 @@ def test_what_comes_from_the_default_list_is_left_out(
 # ----------------------------------------------------------------------------------- what is seen
 
 
-def test_table_and_plot(compared: Compared, tmp_path: Path) -> None:
+def test_table_and_plot(compared: Compared, figures: None, tmp_path: Path) -> None:
     assert write_comparison(compared.document, tmp_path) is None
     text = (tmp_path / "compare.md").read_text()
     assert "budget 190 images, median [range] of 2 seeds; FID at N = 20" in text
@@ -387,10 +386,7 @@ def test_table_and_plot(compared: Compared, tmp_path: Path) -> None:
     assert (tmp_path / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_without_the_library_there_is_a_table(
-    compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def test_without_the_library_there_is_a_table(compared: Compared, tmp_path: Path) -> None:
     note = write_comparison(compared.document, tmp_path)
     assert note is not None
     assert "pip install 'merge_rl[report]'" in note

@@ -24,10 +24,12 @@ from merge_rl.errors import (
 )
 from merge_rl.storage.checkpoints.manifest import read_manifest
 from merge_rl.storage.checkpoints.model_file import save_checkpoint
+from merge_rl.storage.runs.run_dir import FinetuneRun
 from merge_rl.workflows.assembly import memory as finetune_memory
 from merge_rl.workflows.assembly.memory import memory_advice, training_bytes
 from merge_rl.workflows.assembly.resolve import resolve_finetune
 from merge_rl.workflows.finetune import job as finetune_job
+from merge_rl.workflows.finetune.page import draw_curves
 from merge_rl.workflows.finetune.updates import PolicyGradient
 from merge_rl.workflows.reference.file import load_reference, save_reference
 from tests.finetuning import (
@@ -35,7 +37,6 @@ from tests.finetuning import (
     outcome_of,
     sit_weights,
     small_config,
-    without_curves,
     write_sit_set,
 )
 
@@ -44,11 +45,6 @@ WATCHED = {
     "images_per_second", "memory_bytes", "seconds",
 }  # fmt: skip
 RATIOS = {"ratio_mean", "clip_fraction", "approx_kl"}
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_curves(monkeypatch)
 
 
 @pytest.fixture
@@ -69,9 +65,7 @@ def shared_small(tmp_path_factory: pytest.TempPathFactory, shared_tiny: Path) ->
 @pytest.fixture(scope="module")
 def finished(shared_small: Path, tmp_path_factory: pytest.TempPathFactory) -> mrl.FinetuneResult:
     """A run with the small settings: to look at."""
-    with pytest.MonkeyPatch.context() as patch:
-        without_curves(patch)
-        return run_of(shared_small, tmp_path_factory.mktemp("finished") / "run")
+    return run_of(shared_small, tmp_path_factory.mktemp("finished") / "run")
 
 
 def weights_of(path: Path) -> dict[str, Tensor]:
@@ -149,6 +143,16 @@ def test_an_edm2_keeps_its_weights_normalized(tiny: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
     start = weights_of(model)
     assert not torch.equal(weights["unet.out_gain"], start["unet.out_gain"])
+
+
+def test_curves_are_drawn_from_two_points_on(
+    finished: mrl.FinetuneResult, figures: None, tmp_path: Path
+) -> None:
+    config, path = FinetuneRun.open(finished.run_dir).config(), tmp_path / "curves.png"
+    assert not draw_curves(path, config, {0: finished.curves[0]}, "heldout")
+    assert not path.exists()
+    assert draw_curves(path, config, finished.curves, "heldout")
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 @pytest.mark.numerics

@@ -30,12 +30,7 @@ from merge_rl.workflows.finetune.learner import Learner
 from merge_rl.workflows.finetune.rollout import PolicyRollout
 from merge_rl.workflows.finetune.run import resume_finetune
 from merge_rl.workflows.finetune.updates import PolicyGradient, RejectionSampling
-from tests.finetuning import events_of, outcome_of, small_config, without_curves, write_sit_set
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_curves(monkeypatch)
+from tests.finetuning import events_of, outcome_of, small_config, write_sit_set
 
 
 @pytest.fixture

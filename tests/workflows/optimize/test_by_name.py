@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import merge_rl as mrl
 from merge_rl.config import said_by, with_settings
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.storage.runs import RunDir
-from tests.conftest import Ended
 
 SMALL: dict[str, Any] = {
     "track": "raw", "budget": 90, "population": 4, "pool_size": 40, "subset_size": 10,
@@ -75,9 +73,8 @@ def test_a_result_is_shown_as_its_verdict(found: mrl.OptimizeResult) -> None:
 
 
 def test_a_result_draws_its_search_and_its_samples(
-    found: mrl.OptimizeResult, mergerl: Callable[..., Ended], tmp_path: Path
+    found: mrl.OptimizeResult, figures: None, tmp_path: Path
 ) -> None:
-    pytest.importorskip("matplotlib")
     assert found.plot(tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
     images = found.samples(6, seed=3)
     assert (images.dtype, tuple(images.shape)) == (torch.uint8, (6, 1, 8, 8))

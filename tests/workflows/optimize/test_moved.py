@@ -21,7 +21,7 @@ from merge_rl.storage.runs.moved import Moved, located
 from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir
 from merge_rl.workflows.export.recipe import without_places
 from merge_rl.workflows.finetune.run import resume_finetune
-from tests.finetuning import outcome_of, small_config, without_curves, write_sit_set
+from tests.finetuning import outcome_of, small_config, write_sit_set
 
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]
@@ -34,11 +34,6 @@ SMALL: dict[str, Any] = {
     "reward": {"pool_size": 20},
     "evaluation": {"num_images": 10, "repeats": 3},
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_curves(monkeypatch)
 
 
 class StopAfter(NullTracker):

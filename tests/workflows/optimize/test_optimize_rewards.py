@@ -24,6 +24,7 @@ from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.optimize import prepare
 from merge_rl.workflows.reference.file import save_reference
+from tests.quick import without_network
 
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]
@@ -53,7 +54,7 @@ class Tone:
 
 
 @pytest.fixture(autouse=True)
-def _user_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def _user_module(monkeypatch: pytest.MonkeyPatch, no_network: None) -> None:
     module = ModuleType("mine_for_tests")
     module.make_tone = Tone  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mine_for_tests", module)
@@ -112,7 +113,9 @@ def whole_of(
     def under(reward: str) -> Whole:
         config = settings(tiny_config, shared_tiny, files, reward)
         name = f"run{len(list(folder.iterdir()))}"
-        return config, mrl.optimize(shared_tiny, out=folder / name, config=config)
+        with pytest.MonkeyPatch.context() as patch:
+            without_network(patch)
+            return config, mrl.optimize(shared_tiny, out=folder / name, config=config)
 
     return under
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 import merge_rl as mrl
 from merge_rl.config.optimize import OptimizeConfig
@@ -26,7 +25,8 @@ from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.export import folder as export
 from merge_rl.workflows.optimize import resume
 from merge_rl.workflows.reference.file import load_reference, save_reference
-from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout
+from merge_rl.workflows.rollout.rollout import MergedRollout
+from tests.quick import without_network
 
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]
@@ -98,22 +98,6 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
     return wire
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_network(monkeypatch)
-
-
-def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples that cost nothing: noise times a merged weight, shifted by the class."""
-
-    def latents(self: Rollout, noise: Tensor, labels: Tensor, **_: object) -> Tensor:
-        gain = self.model.get_parameter("unet.out_gain")  # type: ignore[attr-defined]
-        made: Tensor = (gain * noise + labels[:, None, None, None] / 20) / 2
-        return made
-
-    monkeypatch.setattr(Rollout, "latents", latents)
-
-
 def drive(run: Path, config: OptimizeConfig) -> mrl.OptimizeResult:
     """What a user does: start, and once there is a run, resume."""
     if (run / "config.yaml").is_file():
@@ -164,7 +148,7 @@ def whole(
 PARTS = 6
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_interrupted_at_every_place(
     part: int, whole: Whole, tmp_path: Path, outcome: Outcome, tripwire: Tripwire
@@ -182,7 +166,7 @@ def test_interrupted_at_every_place(
 
 
 @pytest.mark.numerics
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("first", [0, 4, 9, 16, 20, 31, 44, 77, -1])
 def test_interrupted_again_and_again(
     first: int, whole: Whole, tmp_path: Path, outcome: Outcome, tripwire: Tripwire
@@ -232,6 +216,12 @@ def small_config(make: TinyConfig, folder: Path, changes: dict[str, Any]) -> Opt
     return make(folder, **merged)
 
 
+def quicken(kind: str, patch: pytest.MonkeyPatch) -> None:
+    """No network, unless it is what makes the pool worse."""
+    if kind != "gaps acted on":
+        without_network(patch)
+
+
 @pytest.fixture(scope="module")
 def whole_of(
     shared_tiny: Path, tiny_config: TinyConfig, run_whole: Make,
@@ -241,7 +231,9 @@ def whole_of(
 
     @functools.cache
     def of_kind(kind: str) -> Whole:
-        return run_whole(folder / kind, small_config(tiny_config, shared_tiny, KINDS[kind]))
+        with pytest.MonkeyPatch.context() as patch:
+            quicken(kind, patch)
+            return run_whole(folder / kind, small_config(tiny_config, shared_tiny, KINDS[kind]))
 
     return of_kind
 
@@ -249,9 +241,10 @@ def whole_of(
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_run_resumes(
     kind: str, whole_of: Callable[[str], Whole], tmp_path: Path, outcome: Outcome,
-    tripwire: Tripwire,
+    tripwire: Tripwire, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     config, places, _, expected = whole_of(kind)
+    quicken(kind, monkeypatch)
     events = expected["events.jsonl"]
     assert isinstance(events, list)
     assert len(events) >= 3
@@ -314,7 +307,7 @@ def test_a_guide_is_found_from_any_folder(
 
 
 def test_a_finished_run_stays_as_it_is(
-    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, outcome: Outcome
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, outcome: Outcome, no_network: None
 ) -> None:
     config = tiny_config(shared_tiny, **SMALL)
     first = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
@@ -329,8 +322,9 @@ def test_a_finished_run_stays_as_it_is(
 
 
 def test_resuming_a_finished_run_generates_nothing(
-    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, no_network: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     config = tiny_config(shared_tiny, **SMALL)
     first = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
 
@@ -361,7 +355,7 @@ def stopped_template(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def stopped(
-    stopped_template: Path, shared_tiny: Path, tiny: Path, tmp_path: Path, quick: None
+    stopped_template: Path, shared_tiny: Path, tiny: Path, tmp_path: Path, no_network: None
 ) -> Path:
     """A run that was stopped in its third round, on a set of the test's own."""
     run = tmp_path / "run"

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 import merge_rl as mrl
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.interfaces import NullTracker
-from merge_rl.workflows.rollout.rollout import Rollout
 
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]
@@ -40,18 +38,7 @@ class StopAfter(NullTracker):
             raise KeyboardInterrupt
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples that cost nothing: noise times a merged weight."""
-
-    def latents(self: Rollout, noise: Tensor, labels: Tensor, **_: object) -> Tensor:
-        gain = self.model.get_parameter("unet.out_gain")  # type: ignore[attr-defined]
-        made: Tensor = (gain * noise + labels[:, None, None, None] / 20) / 2
-        return made
-
-    monkeypatch.setattr(Rollout, "latents", latents)
-
-
+@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize(("name", "search", "track"), CASES, ids=[case[0] for case in CASES])
 def test_interrupted_and_resumed(
     name: str, search: dict[str, Any], track: str, shared_tiny: Path, tiny_config: TinyConfig,

@@ -19,6 +19,7 @@ from PIL import Image
 
 from merge_rl.workflows.report import write_report
 from tests.pages import HOSTILE, comparison_folder, search_run, searcher, tuning_run
+from tests.quick import draw_figures
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -84,7 +85,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         tuning_run(folder / "tuning"),
         comparison_folder(folder / "cmp", [searcher("a", 1, 2, 3), searcher(HOSTILE, 4, 5, 6)]),
     ]
-    return [write_report(path).html for path in made]
+    with pytest.MonkeyPatch.context() as patch:
+        draw_figures(patch)
+        return [write_report(path).html for path in made]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

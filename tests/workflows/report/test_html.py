@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -90,7 +89,7 @@ ORDER = [
 ]  # fmt: skip
 
 
-def test_the_page_of_a_search(tmp_path: Path) -> None:
+def test_the_page_of_a_search(figures: None, tmp_path: Path) -> None:
     run = search_run(tmp_path / "run", NAMES, ["enc", "dec"])
     page = Seen(run_document(RunDir(run)))
     assert page.titles == ORDER
@@ -177,10 +176,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     assert not (run / "report.html").exists()
 
 
-def test_without_matplotlib_only_the_charts_are_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def test_without_matplotlib_only_the_charts_are_missing(tmp_path: Path) -> None:
     page = Seen(run_document(RunDir(search_run(tmp_path / "run", NAMES))))
     assert page.titles == ORDER
     assert "svg" not in page.tags
@@ -193,7 +189,7 @@ def test_without_matplotlib_only_the_charts_are_missing(
 # ------------------------------------------------------------------------------ other pages
 
 
-def test_the_page_of_fine_tuning(tmp_path: Path) -> None:
+def test_the_page_of_fine_tuning(figures: None, tmp_path: Path) -> None:
     page = Seen(finetune_document(FinetuneRun(tuning_run(tmp_path / "run"))))
     assert page.tags.count("svg") == 4
     assert page.tags.count("img") == 2
@@ -203,7 +199,7 @@ def test_the_page_of_fine_tuning(tmp_path: Path) -> None:
     assert "Not finished: step 20 of 20." in begun.text
 
 
-def test_the_page_of_a_comparison(tmp_path: Path) -> None:
+def test_the_page_of_a_comparison(figures: None, tmp_path: Path) -> None:
     lines = [searcher("late", 0.9, 1.0, 1.1), searcher("early", 0.5, 0.6, 0.7)]
     folder = comparison_folder(tmp_path / "cmp", lines)
     page = Seen(compare_document(RunDir(folder)))
@@ -245,7 +241,7 @@ def test_a_comparison_that_goes_on_lists_its_searches(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- what is not shown
 
 
-def test_names_from_files_stay_names(tmp_path: Path) -> None:
+def test_names_from_files_stay_names(figures: None, tmp_path: Path) -> None:
     pages = [
         run_document(RunDir(search_run(
             tmp_path / "run", [HOSTILE, "b"], [HOSTILE, "g"], set_name="a<b>"))),
@@ -259,7 +255,7 @@ def test_names_from_files_stay_names(tmp_path: Path) -> None:
     assert HOSTILE in "".join(Seen(pages[0]).words)
 
 
-def test_a_page_loads_nothing(tmp_path: Path) -> None:
+def test_a_page_loads_nothing(figures: None, tmp_path: Path) -> None:
     for text in (
         run_document(RunDir(search_run(tmp_path / "run", NAMES))),
         finetune_document(FinetuneRun(tuning_run(tmp_path / "ft"))),
@@ -272,7 +268,7 @@ def test_a_page_loads_nothing(tmp_path: Path) -> None:
         assert {"script", "link", "iframe", "object", "base"}.isdisjoint(page.tags)
 
 
-def test_one_page_is_the_same_every_time(tmp_path: Path) -> None:
+def test_one_page_is_the_same_every_time(figures: None, tmp_path: Path) -> None:
     run = RunDir(search_run(tmp_path / "run", NAMES))
     assert run_document(run) == run_document(run)
 
@@ -287,6 +283,7 @@ def test_a_live_page_waits_and_never_fails(tmp_path: Path, monkeypatch: pytest.M
     now[0] = 20.0
     live.refresh()
     assert (run / "report.html").is_file()
+    assert not (run / "report.md").exists()  # whoever asks for it, or the end, writes the rest
     (run / "report.html").unlink()
     now[0] = 30.0  # not again so soon
     live.refresh()

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,7 +184,7 @@ def text_of(written: Report) -> str:
     return written.page.read_text()
 
 
-def test_the_page_of_a_run(finished: OptimizeResult, tmp_path: Path) -> None:
+def test_the_page_of_a_run(finished: OptimizeResult, figures: None, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.run_dir, run)
     written = write_report(run)
@@ -206,7 +205,7 @@ def test_the_page_of_a_run(finished: OptimizeResult, tmp_path: Path) -> None:
 
 
 def test_the_page_of_a_merge_by_stages(
-    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path
+    shared_tiny: Path, tiny_config: TinyConfig, figures: None, tmp_path: Path
 ) -> None:
     config = tiny_config(shared_tiny, merge={"grouping": "stages"})
     result = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
@@ -219,7 +218,8 @@ def test_the_page_of_a_merge_by_stages(
         rows = [found["start"]["coefficients"][0], *found["coefficients"]]
         assert f"| {name} | {' | '.join(f'{row[index]:+.4f}' for row in rows)} |" in text
     assert "each group of tensors sums to 1.0000." in text
-    assert report.picture is None or report.picture.read_bytes().startswith(PNG)
+    assert report.picture is not None
+    assert report.picture.read_bytes().startswith(PNG)
 
 
 def test_the_page_of_a_run_that_goes_on(finished: OptimizeResult, tmp_path: Path) -> None:
@@ -233,19 +233,16 @@ def test_the_page_of_a_run_that_goes_on(finished: OptimizeResult, tmp_path: Path
 
 
 def test_a_reward_without_a_pool_has_a_plot(
-    tiny: Path, tiny_config: TinyConfig, tmp_path: Path
+    tiny: Path, tiny_config: TinyConfig, figures: None, tmp_path: Path
 ) -> None:
     config = tiny_config(tiny, budget=90, reward={"name": "fid-full", "pool_size": 40})
     result = mrl.optimize(tiny, out=tmp_path / "run", config=config)
     assert write_report(result.run_dir).picture is not None
 
 
-def test_without_the_library_there_is_a_page(
-    finished: OptimizeResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_library_there_is_a_page(finished: OptimizeResult, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.run_dir, run)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     written = write_report(run)
     assert written.picture is None
     assert "pip install 'merge_rl[report]'" in (written.note or "")

@@ -1,0 +1,43 @@
+"""What takes long, left out where a test does not look at it: figures, and the network."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from merge_rl.workflows.report import figures
+from merge_rl.workflows.rollout.rollout import Rollout
+
+
+def draw_nothing() -> None:
+    """From now on pages have no figures, as where matplotlib is missing.
+
+    A figure takes longer than all else that a tiny search does.
+    """
+    figures.find_spec = _not_found  # type: ignore[attr-defined]
+
+
+def _not_found(name: str, package: str | None = None) -> None:
+    """No library, in place of `find_spec`."""
+
+
+def draw_figures(patch: pytest.MonkeyPatch) -> None:
+    """Pages have figures until `patch` is undone; the test is skipped without matplotlib."""
+    pytest.importorskip("matplotlib")
+    patch.setattr(figures, "find_spec", importlib.util.find_spec)
+
+
+def without_network(patch: pytest.MonkeyPatch) -> None:
+    """Samples that cost next to nothing: noise times a number that every weight moves, and the
+    class."""
+
+    def latents(self: Rollout, noise: Tensor, labels: Tensor, **_: object) -> Tensor:
+        weights = self.model.parameters()  # type: ignore[attr-defined]
+        level = torch.stack([weight.float().mean() for weight in weights]).sum()
+        made: Tensor = (level * noise + labels[:, None, None, None] / 20) / 2
+        return made
+
+    patch.setattr(Rollout, "latents", latents)
