@@ -40,6 +40,7 @@ class MissingLibraryError(ConfigError):
     """A library of an extra that is not installed; the message says how to."""
 
     def __init__(self, use: str, library: str, extra: str) -> None:
+        self.library = library
         super().__init__(
             f"{use} needs the library {library}, which is not installed; "
             f"pip install 'merge_rl[{extra}]'"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from merge_rl.config.optimize import (
     SearchConfig,
 )
 from merge_rl.core.distances.statistics import feature_stats
+from merge_rl.errors import MissingLibraryError
 from merge_rl.features.digits import DigitsNet, load_digits_extractor
 from merge_rl.models.edm2 import EDM2
 from merge_rl.storage.checkpoints.manifest import (
@@ -76,6 +78,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(folder in item.path.parents for folder in folders):
             item.add_marker("numerics")
+
+
+def _skipping_without_library() -> Generator[None, object, object]:
+    """A test of an extra that is not installed is skipped, wherever it is that this is noticed."""
+    try:
+        return (yield)
+    except MissingLibraryError as error:
+        if importlib.util.find_spec(error.library) is not None:
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, object, object]:
+    return (yield from _skipping_without_library())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    return (yield from _skipping_without_library())
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Dinov2Config, Dinov2Model
 
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.features.dinov2 import (
@@ -23,6 +22,7 @@ from merge_rl.features.dinov2 import (
     resample_positions,
 )
 
+transformers = pytest.importorskip("transformers")
 TINY: dict[str, Any] = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -30,7 +30,9 @@ TINY: dict[str, Any] = {"hidden_size": 12, "num_hidden_layers": 2, "num_attentio
 def weights() -> dict[str, Tensor]:
     """Of a tiny network with a table of 5 x 5 positions; every tensor random."""
     generator = torch.Generator().manual_seed(3)
-    shapes = Dinov2Model(Dinov2Config(**{**VIT_L14, **TINY}, image_size=70)).state_dict()
+    shapes = transformers.Dinov2Model(
+        transformers.Dinov2Config(**{**VIT_L14, **TINY}, image_size=70)
+    ).state_dict()
     return {
         name: 0.4 * torch.randn(tensor.shape, generator=generator)
         for name, tensor in shapes.items()
@@ -47,7 +49,9 @@ def test_features_are_the_class_token_of_the_prepared_image(
     weights: dict[str, Tensor], images: Tensor
 ) -> None:
     # The same steps written out, through the library's own forward pass.
-    network = Dinov2Model(Dinov2Config(**{**VIT_L14, **TINY}, image_size=224)).eval()
+    network = transformers.Dinov2Model(
+        transformers.Dinov2Config(**{**VIT_L14, **TINY}, image_size=224)
+    ).eval()
     network.load_state_dict({**weights, POSITIONS: resample_positions(weights[POSITIONS], 16)})
     resized = F.interpolate(images / 255.0, (224, 224), mode="bicubic", antialias=True)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -75,7 +79,7 @@ def test_published_names_load_too(weights: dict[str, Tensor], images: Tensor) ->
 def test_the_default_network_is_the_published_one() -> None:
     # 1 217 522 888 bytes are published: these parameters in float32, and 48 kB of names.
     with torch.device("meta"):
-        network = Dinov2Model(Dinov2Config(**VIT_L14, image_size=518))
+        network = transformers.Dinov2Model(transformers.Dinov2Config(**VIT_L14, image_size=518))
     count = sum(tensor.numel() for tensor in network.state_dict().values())
     assert count == 304_368_640
     assert 0 < 1_217_522_888 - 4 * count < 60_000

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cmaes import CMA
 
 from merge_rl.config.optimize import SearchConfig
 from merge_rl.errors import ConfigError
@@ -16,6 +15,7 @@ from merge_rl.rng import stream
 from merge_rl.searchers.base import SearchSpace
 from merge_rl.searchers.lr_cma import LearningRateCMA
 
+cmaes = pytest.importorskip("cmaes")
 OPTIMUM = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
 
 
@@ -26,7 +26,7 @@ def build(seed: int = 0, **settings: Any) -> LearningRateCMA:
 
 def test_a_round_is_a_generation_of_the_library() -> None:
     searcher = build(population=8, std=0.7)
-    own = CMA(
+    own = cmaes.CMA(
         mean=np.zeros(3), sigma=0.7, population_size=8, lr_adapt=True, seed=searcher._seed("cma", 0)
     )
     for _ in range(6):

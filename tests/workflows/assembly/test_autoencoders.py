@@ -50,7 +50,7 @@ LATENT: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random VAE, as diffusers writes one."""
-    from diffusers import AutoencoderKL
+    diffusers = pytest.importorskip("diffusers")
 
     config = {
         **SD_VAE, "block_out_channels": [4, 4, 4, 4], "layers_per_block": 1, "norm_num_groups": 2,
@@ -58,7 +58,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(6)
     weights = {
         name: 0.5 * torch.randn(t.shape, generator=generator)
-        for name, t in AutoencoderKL(**config).state_dict().items()
+        for name, t in diffusers.AutoencoderKL(**config).state_dict().items()
     }
     folder = tmp_path_factory.mktemp("vae")
     save_tensors(folder / "diffusion_pytorch_model.safetensors", weights, {})
