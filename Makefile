@@ -1,7 +1,7 @@
 # make demo   install, then the main job on the embedded digits run (some minutes)
 # make test   install, then all tests
 # make test-portable  the tests that compare bits or tolerances, again with the instructions of other processors
-# make test-lowest  files, options and SciPy's searchers with the lowest versions that are allowed
+# make test-lowest  what other libraries' versions matter to, with the lowest that are allowed
 # make lint   install, then format, lint and types
 # make docs   install, then the documentation into build/docs; every tutorial is run
 # make bench  the benchmarks; each prints a table and writes JSON to build/bench
@@ -38,7 +38,8 @@ test-portable: $(READY)
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m numerics
 
 LOWEST := .venv-lowest
-LOWEST_TESTS := tests/cli/options tests/cli/test_settings.py tests/searchers/test_scipy.py tests/storage/files
+LOWEST_TESTS := tests/cli/options tests/cli/test_settings.py tests/config tests/core/merging tests/searchers \
+	tests/storage/checkpoints tests/storage/files
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
@@ -46,7 +47,7 @@ $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	@touch $@
 
 test-lowest: $(LOWEST)/.ready
-	$(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal $(LOWEST_TESTS)
+	PYTHONPATH=$(CURDIR) $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal $(LOWEST_TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

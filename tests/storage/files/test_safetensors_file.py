@@ -141,7 +141,13 @@ def test_every_type_of_torch_is_read_as_the_library_reads_it(tmp_path: Path, nam
     data = bytes(1 if i % size == size - 1 else 0 for i in range(3 * size))
     header = {"a": tensor_entry(0, 3 * size, dtype=name, shape=[3])}
     path = raw_file(tmp_path / "a.safetensors", header, data)
-    found, expected = open_model_file(path).weights["a"], safetensors.torch.load_file(path)["a"]
+    try:
+        expected = safetensors.torch.load_file(path)["a"]
+    except safetensors.SafetensorError:  # a version that does not know it yet
+        with pytest.raises(CheckpointError, match=f"unknown variant `{name}`"):
+            open_model_file(path)
+        return
+    found = open_model_file(path).weights["a"]
     assert found.dtype == expected.dtype == TensorInfo((), name).dtype
     assert size == expected.dtype.itemsize
     assert TensorInfo.of((3,), expected.dtype) == TensorInfo((3,), name)
