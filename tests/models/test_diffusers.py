@@ -16,6 +16,7 @@ import merge_rl as mrl
 from merge_rl.core.sampling.steps import StepLevels, linear_betas
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from merge_rl.models.diffusers_networks import betas_of
+from tests.hub_server import HubServer
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -313,3 +314,26 @@ def test_a_search_in_a_run_of_folders(
         assert ended.code == 0, (command, ended.err)
     name = "diffusion_pytorch_model.safetensors"
     assert (Path("again") / name).read_bytes() == (merged / name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+@torch.no_grad()
+def test_pushed_it_loads_by_its_name(run: Path, tmp_path: Path, hub: HubServer) -> None:
+    opened = mrl.open_checkpoints(run)
+    weights = mrl.merge(opened, [0.5, 0.25, 0.25])
+    saved = mrl.save_model(tmp_path / "out", weights, opened.config)
+    mrl.push(saved, "user/unet")
+    files = hub.repos["user/unet"].files.keys()
+    assert {"config.json", "scheduler/scheduler_config.json"} <= files
+    loaded = mrl.load_model("user/unet").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    # As the library's users publish: neither a card of ours nor a config within the weights.
+    plain = hub.add_repo("user/plain", {})
+    folder = run / "checkpoint-500/unet"
+    named = {file.name: file.read_bytes() for file in folder.iterdir()}
+    scheduler = (run / "scheduler/scheduler_config.json").read_bytes()
+    plain.files |= {**named, "scheduler/scheduler_config.json": scheduler}
+    plain.commit("a network")
+    first = opened.read(0)
+    again = mrl.load_model("user/plain").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
