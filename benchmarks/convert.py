@@ -100,13 +100,13 @@ def write_formats(folder: Path, megabytes: int) -> dict[str, Path]:
 
 
 def measure_formats(megabytes: int, repeats: int, folder: Path) -> dict[str, float | str]:
-    """Speed of each format in MB of output a second, and relative to a plain state dict."""
+    """MB of output a second of processor time, of each format, and relative to a state dict."""
     out, rates = folder / "out", dict[str, list[float]]()
     places = write_formats(folder, megabytes)
     for _ in range(repeats):  # in turn, so that all meet the same load of the machine
         for name, path in places.items():
             shutil.rmtree(out, ignore_errors=True)
-            took, _ = seconds(lambda path=path: convert(path, out, workers=1))  # type: ignore[misc]
+            _, took = seconds(lambda path=path: convert(path, out, workers=1))  # type: ignore[misc]
             written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
             rates.setdefault(name, []).append(written / 1e6 / took)
     plain = statistics.median(rates["weights"])

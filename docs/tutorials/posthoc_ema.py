@@ -142,7 +142,7 @@ result = mrl.search(
     heldout=features(half_moons(5000)),
     out=folder / "run",
     searcher="ema-grid",
-    budget=30_000,
+    budget=20_000,
     pool_size=500,
     progress=False,
 )
