@@ -17,6 +17,7 @@ from merge_rl.storage.checkpoints import (
     is_network_config,
     library_document,
     metadata_config,
+    network_config,
 )
 from merge_rl.storage.convert import edm2 as edm2_source
 from merge_rl.storage.convert.adapters import (
@@ -144,8 +145,8 @@ def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
     elif place.kind == "peft":
         found = [_read_adapter(path, place.weights, hints)]
     else:
-        known = _read_known(place, weights, hints)
-        if known is not None:
+        known, lacking = _read_known(place, weights, hints)
+        if known:
             batch, steps = hints.images_per_step or DEFAULT_BATCH, steps_of(path)
             nimg = None if steps is None else steps * batch
             return [
@@ -153,6 +154,7 @@ def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
             ]
         data: dict[str, Any] = dict(_tensors_of(place.weights))
         averages, left = _averages(place, data)
+        left += lacking
         if averages:
             data = {"model": data, **averages}
         found = read_states(data, path, weights, hints, steps=steps_of(path))
@@ -160,14 +162,18 @@ def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
     return [replace(item, stem=path.name, kind=place.kind) for item in found]
 
 
-def _read_known(place: Place, weights: str, hints: Hints) -> list[Extracted] | None:
-    """The networks of diffusers in a place; None where they are none that can be built here."""
+def _read_known(place: Place, weights: str, hints: Hints) -> tuple[list[Extracted], list[str]]:
+    """(the networks of diffusers in a place, none where they cannot be built here; why not)."""
     document = library_document(place.weights.parent)
     if document is None or not is_network_config(document) or hints.network:
-        return None
+        return [], []
+    try:  # trainings save a network without its scheduler, which merging does not need
+        network_config(document, place.weights.parent)
+    except CheckpointError as error:
+        return [], [str(error).partition(": ")[2]]
     files = [place.weights, *(place.averages if place.kind == "diffusers" else ())]
     found = [read_library(file, _tensors_of(file), weights, hints) or [] for file in files]
-    return [item for items in found for item in items]
+    return [item for items in found for item in items], []
 
 
 def _averages(place: Place, weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -288,6 +288,11 @@ def test_a_network_beside_its_average_as_diffusers_saves_them(tmp_path: Path) ->
     assert (entry.track, entry.nimg) == ("ema", 7 * 256)
     found = open_checkpoints(tmp_path / "set").read(0)
     assert torch.equal(found["last.weight"], state(2)["last.weight"])
+    # Trainings save no scheduler, without which the network is not known; its weights are.
+    (folder.parent / "unet/config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    said = heard(tmp_path / "run/checkpoint-7", tmp_path / "other")
+    assert "expected a scheduler_config.json" in said
+    assert open_checkpoints(tmp_path / "other").config is None
 
 
 def test_a_series_of_folders_is_a_set_as_it_is(tmp_path: Path) -> None:
