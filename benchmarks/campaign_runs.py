@@ -6,6 +6,7 @@ where there is a run, else the same command. An undisturbed one says what it sho
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import http.server
@@ -136,6 +137,10 @@ def served(folder: Path) -> str:
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # who asked was killed
+            super().copyfile(source, outputfile)
 
 
 # ---------------------------------------------------------------------------------- children

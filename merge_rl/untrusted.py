@@ -73,6 +73,14 @@ def open_file(path: str | os.PathLike[str], refusal: Refusal = CheckpointError) 
     return file
 
 
+def is_there(path: Path, refusal: Refusal = CheckpointError) -> bool:
+    """Whether a file lies at `path`; `refusal` for what stands there and is none."""
+    if not os.path.lexists(path):
+        return False
+    open_file(path, refusal).close()
+    return True
+
+
 def pointer_problem(content: bytes) -> str | None:
     """What to say of content that is a pointer of Git LFS, and what to do; None if it is none."""
     if not content.startswith(_POINTER):

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from merge_rl.config import OptimizeConfig, load_config
-from merge_rl.errors import CheckpointError, ConfigError, ManifestError, MergeRLError
+from merge_rl.errors import CheckpointError, ConfigError, ManifestError, MergeRLError, RunError
 from merge_rl.storage.checkpoints import has_manifest, open_checkpoints
 from merge_rl.storage.files import read_file, read_header, read_index, sha256_file
 from merge_rl.storage.pickles import read_data
+from merge_rl.storage.runs import RunDir, folder_kind
 from merge_rl.untrusted import (
     MAX_DEPTH,
     load_json_mapping,
@@ -73,6 +74,26 @@ def test_what_stands_for_a_document_is_not_passed_over(
     if "manifest" in name:
         with pytest.raises(ManifestError, match=f"expected a file, found {kind}"):
             has_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "finetune.yaml", "settings.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a device"])
+def test_what_stands_for_a_run_is_not_passed_over(kind: str, name: str, tmp_path: Path) -> None:
+    make(kind, tmp_path).rename(tmp_path / name)
+    (tmp_path / "inputs.json").write_text("{}")
+    with pytest.raises(MergeRLError, match=f"{name}: expected a file, found {kind}"):
+        folder_kind(tmp_path)
+    if name != "finetune.yaml":
+        with pytest.raises(RunError, match=f"{name}: expected a file, found {kind}"):
+            RunDir.open(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a device"])
+def test_what_stands_for_a_resume_point_does_not_begin_anew(kind: str, tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", OptimizeConfig(checkpoints="x"), {})
+    make(kind, tmp_path).rename(run.state_path)
+    with pytest.raises(RunError, match=f"resume point: expected a file, found {kind}"):
+        run.load_state()
 
 
 def test_files_of_holes_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from merge_rl.errors import CheckpointError, RunError
 from merge_rl.storage.checkpoints import CONFIG_NAME, has_manifest
 from merge_rl.storage.files import absolute, is_image_name, read_header, weights_in
 from merge_rl.storage.runs.run_dir import SETTINGS, FinetuneRun, RunDir, is_finetune_run
+from merge_rl.untrusted import is_there
 
 FolderKind = Literal["run", "fine-tuning run", "comparison", "set", "model", "images", "nothing"]
 _DATA: Final = frozenset({"features", "reps", "images"})  # tensors that no network has
@@ -25,9 +26,9 @@ def folder_kind(folder: Path) -> FolderKind:
     features or pictures is none of weights. A config.json alone makes a model of a folder only
     where there are no pictures: "model", whose weights are missing.
     """
-    if (folder / SETTINGS).is_file():
+    if is_there(folder / SETTINGS):
         return "comparison"
-    if (folder / "config.yaml").is_file() and (folder / "inputs.json").is_file():
+    if is_there(folder / "config.yaml") and is_there(folder / "inputs.json"):
         return "run"
     if is_finetune_run(folder):
         return "fine-tuning run"

@@ -36,7 +36,14 @@ from merge_rl.storage.files import (
     write_state,
     write_text,
 )
-from merge_rl.untrusted import describe, load_json_mapping, open_file, parse_json, reason
+from merge_rl.untrusted import (
+    describe,
+    is_there,
+    load_json_mapping,
+    open_file,
+    parse_json,
+    reason,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,9 +78,9 @@ class RunDir:
         run = cls(path)
         if not run.path.is_dir():
             raise RunError(f"{run.path}: no such run directory")
-        if (run.path / SETTINGS).is_file():
+        if is_there(run.path / SETTINGS, RunError):
             raise RunError(f"{run.path}: a comparison goes on with the command that began it")
-        if not run.config_path.is_file():
+        if not is_there(run.config_path, RunError):
             raise RunError(f"{run.path}: not a run directory, config.yaml is missing")
         return run
 
@@ -136,7 +143,7 @@ class RunDir:
 
     def load_state(self) -> State | None:
         """The resume point, or None if no round has begun."""
-        return read_state(self.state_path) if self.state_path.is_file() else None
+        return read_state(self.state_path) if os.path.lexists(self.state_path) else None
 
 
 def _make(path: Path, otherwise: str) -> None:
@@ -179,7 +186,7 @@ CONFIG_NAME: Final = "finetune.yaml"
 
 def is_finetune_run(path: str | os.PathLike[str]) -> bool:
     """Whether a folder is a fine-tuning run."""
-    return (Path(path) / CONFIG_NAME).is_file()
+    return is_there(Path(path) / CONFIG_NAME, RunError)
 
 
 class FinetuneRun:
