@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import socket
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from merge_rl import untrusted
 from merge_rl.config import OptimizeConfig, load_config
 from merge_rl.errors import CheckpointError, ConfigError, ManifestError, MergeRLError, RunError
 from merge_rl.storage.checkpoints import has_manifest, open_checkpoints
@@ -17,12 +20,14 @@ from merge_rl.storage.pickles import read_data
 from merge_rl.storage.runs import RunDir, folder_kind
 from merge_rl.untrusted import (
     MAX_DEPTH,
+    describe,
     load_json_mapping,
     load_yaml,
     open_file,
     parse_json,
     parse_yaml,
     read_bounded,
+    reason,
 )
 from merge_rl.workflows.reference import load_features, load_reference
 
@@ -175,3 +180,23 @@ def test_what_is_within_bounds_is_read() -> None:
     assert load_json_mapping('{"a": {"a": [1, null]}}', "x") == {"a": {"a": [1, None]}}
     with pytest.raises(CheckpointError, match="x: expected a JSON object, found a list of 1"):
         load_json_mapping("[1]", "x")
+
+
+def test_what_is_quoted_is_cut_beyond_its_most() -> None:
+    assert reason(ValueError("x" * 300)) == "x" * 300
+    assert reason(ValueError("x" * 301)) == "x" * 300 + "..."
+    whole, longer = "x" * 58, "x" * 59  # of which quotes make 60 and 61 characters
+    assert describe(whole) == f"the text '{whole}'"
+    assert describe(longer) == f"the text '{longer[:56]}..."
+
+
+def test_a_disk_that_fails_while_reading_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(io.BytesIO):
+        def read(self, _size: int | None = -1, /) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(untrusted, "open_file", lambda _path, _refusal: Failing())
+    with pytest.raises(ConfigError, match="a: cannot be read: Input/output error"):
+        read_bounded(tmp_path / "a", refusal=ConfigError)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from merge_rl.core.state_dicts import hold, is_average, unwrapped
+from merge_rl.core.state_dicts import hold, is_average, load_exactly, unwrapped
+from merge_rl.errors import CheckpointError
 
 
 class Net(nn.Module):
@@ -103,3 +104,37 @@ def test_what_holds_no_tensors() -> None:
     endless: dict[str, object] = {}
     endless["model"] = endless
     assert hold(endless, Tensor).states == {}
+
+
+def test_what_is_loaded_has_the_networks_names_and_shapes() -> None:
+    weights = dict(plain())
+    net = Net()
+    load_exactly(net, weights, "a net")
+    assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in weights.items())
+    odd = {
+        "found nothing, expected (3,)": {k: t for k, t in weights.items() if k != "first.bias"},
+        "found (2,), expected (3,)": {**weights, "first.bias": torch.ones(2)},
+        "found (1,), expected nothing": {**weights, "extra": torch.ones(1)},
+    }
+    for told, given in odd.items():
+        with pytest.raises(CheckpointError) as refused:
+            load_exactly(net, given, "a net")
+        assert str(refused.value).startswith("not weights of a net: 1 tensors do not fit, first ")
+        assert told in str(refused.value)
+    assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+def test_optional_tensors_may_lack_and_ignored_ones_be_there() -> None:
+    weights = {k: t for k, t in plain().items() if k != "first.bias"}
+    net = Net()
+    bias = net.first.bias.detach().clone()
+    load_exactly(
+        net, {**weights, "extra": torch.ones(1)}, "a net",
+        optional=lambda name: name == "first.bias", ignored=lambda name: name == "extra",
+    )  # fmt: skip
+    assert torch.equal(net.first.bias, bias)
+    assert torch.equal(net.first.weight, weights["first.weight"])
+    with pytest.raises(CheckpointError, match="first 'first.bias': found"):  # there, it has to fit
+        load_exactly(
+            net, {**weights, "first.bias": torch.ones(2)}, "a net", optional=lambda _name: True
+        )

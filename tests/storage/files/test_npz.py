@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from merge_rl.errors import DataFileError
+from merge_rl.storage.files.labels import parse_labels
 from merge_rl.storage.files.npz import npz_arrays, npz_labels, read_array, read_npy, read_rows
 
 
@@ -137,6 +138,14 @@ def test_numbers_wider_than_64_bits_are_rounded(tmp_path: Path) -> None:
     found = read_array(tmp_path / "a.npz", "x")
     assert found.dtype == np.float64
     assert found.tolist() == [1 / 3, np.inf]
+
+    np.savez(tmp_path / "b.npz", x=np.array([1 + 2j], np.clongdouble), labels=np.array(["12345"]))
+    complex_ones = read_array(tmp_path / "b.npz", "x")
+    assert complex_ones.dtype == np.complex128
+    assert complex_ones.tolist() == [1 + 2j]
+    # Words are no numbers, however wide: 20 bytes here.
+    labels = npz_labels(tmp_path / "b.npz", npz_arrays(tmp_path / "b.npz"), 1)
+    assert labels == parse_labels(["12345"], str)
 
 
 @pytest.mark.parametrize("kind", ["U4", "S4", "M8[s]", "m8[s]", "V3"])
