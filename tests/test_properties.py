@@ -42,6 +42,7 @@ def whole_numbers(seed: int, most: int, *shape: int) -> torch.Tensor:
 # ------------------------------------------------------------------------------------- merging
 
 
+@pytest.mark.numerics
 @few
 @given(
     seed=SEEDS, count=some.integers(1, 8), size=some.integers(0, 40),
@@ -67,6 +68,7 @@ def test_a_merge_is_linear(
     assert torch.equal(both, ((a * first + b * second) @ torch.stack(sources).float()))
 
 
+@pytest.mark.numerics
 @few
 @given(some.data())
 def test_one_checkpoint_alone_is_itself(data: some.DataObject) -> None:
@@ -78,6 +80,7 @@ def test_one_checkpoint_alone_is_itself(data: some.DataObject) -> None:
     assert torch.equal(merged, sources[kept])
 
 
+@pytest.mark.numerics
 @fewer
 @given(
     rows=some.lists(
@@ -111,6 +114,7 @@ def test_a_recipe_gives_the_same_bytes(
 # ------------------------------------------------------------------------------------- moments
 
 
+@pytest.mark.numerics
 @few
 @given(seed=SEEDS, dim=some.integers(1, 5), replaced=some.integers(0, 16))
 def test_moments_after_replacement_are_those_computed_anew(
@@ -132,6 +136,7 @@ def test_moments_after_replacement_are_those_computed_anew(
     assert bool(((found.cov - after.cov).abs() <= torch.finfo(torch.float64).eps * sizes).all())
 
 
+@pytest.mark.numerics
 @few
 @given(seed=SEEDS, first=some.integers(2, 14), dim=some.integers(1, 4))
 def test_moments_of_any_two_parts_are_those_of_the_whole(seed: int, first: int, dim: int) -> None:

@@ -180,6 +180,8 @@ def test_every_truncation_is_refused() -> None:
         (b"I9", "a line of text"),
         (b"Fx\n.", "not written as one"),
         (b"Sx\n.", "quoted text"),
+        (b"S'a\\x41'\n.", "a quoted text that is not plain"),
+        (b"c_codecs\nencode\n(X\x02\x00\x00\x00\xc4\x80X\x06\x00\x00\x00latin1tR.", "latin1"),
         (b"X\x01\x00\x00\x00\xff.", "not utf-8"),
         (b"U\x01\xff.", "not ascii"),
         (b"V\\u12\n.", "not raw-unicode-escape"),
@@ -194,6 +196,11 @@ def test_every_truncation_is_refused() -> None:
         (b"ccollections\nOrderedDict\n(NtR.", "list of pairs"),
         (b"ccollections\nOrderedDict\n(]NatR.", "list of pairs"),
         (b"cnumpy\nndarray\n)R.", "numpy.ndarray is called"),
+        (b"cnumpy._core.multiarray\nscalar\n(NNNtR.", "a number without type and bytes"),
+        (b"cnumpy._core.multiarray\n_reconstruct\n)R.", "a class other than numpy.ndarray"),
+        (b"cnumpy._core.multiarray\n_reconstruct\n(NtR.", "a class other than numpy.ndarray"),
+        (b"cnumpy\ndtype\n)R.", "an array of type"),
+        (b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8tR.", "an array of type"),
         (b"NNR.", "nothing is called"),
     ],
 )
@@ -287,3 +294,7 @@ def test_keys_with_equal_hashes_cost_little(make: Callable[[list[int]], Any]) ->
     )
     with pytest.raises(CheckpointError, match="too many to look up"):
         read_pickle(b"}(" + more + b"u.")
+
+
+def test_quoted_text_is_plain() -> None:
+    assert read_pickle(b"S'plain'\n.") == "plain"
