@@ -16,7 +16,7 @@ from merge_rl.errors import CheckpointError
 from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
 from merge_rl.storage.checkpoints.model_file import open_model_file
 from merge_rl.storage.files.atomic import save_tensors
-from merge_rl.storage.files.safetensors_file import read_file
+from merge_rl.storage.files.safetensors_file import map_file, read_file
 from merge_rl.storage.files.safetensors_header import CODES, Header, TensorInfo, read_header
 
 FOUR = b"\0\0\x80\x3f"
@@ -197,3 +197,20 @@ def test_a_pickle_under_the_wrong_name_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(100)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="not a valid safetensors file"):
         open_checkpoints(tmp_path)
+
+
+def test_metadata_is_written_where_there_is_some(tmp_path: Path) -> None:
+    for name, metadata in (("a", {"b": "2", "a": "1"}), ("b", {})):
+        save_tensors(tmp_path / f"{name}.safetensors", {"x": torch.ones(2)}, metadata)
+        header = read_header(tmp_path / f"{name}.safetensors")
+        assert header.metadata == metadata
+        text = (tmp_path / f"{name}.safetensors").read_bytes()
+        assert (b"__metadata__" in text) == bool(metadata)
+
+
+def test_a_file_that_is_gone_is_not_mapped(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+    header = read_header(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: cannot be mapped into memory: "):
+        map_file(tmp_path / "a.safetensors", header)
