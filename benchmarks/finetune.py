@@ -1,6 +1,7 @@
 """Does fine-tuning with the distribution-wise reward pay on the embedded digits runs?
 
-    python -m benchmarks.finetune [--what quality,memory,recipes] [--seeds 0,1,2] [--out FILE.json]
+    python -m benchmarks.finetune [--what quality,memory,recipes,pathwise] [--seeds 0,1,2]
+                                  [--out FILE.json]
 
 quality   SiT, policy gradient, both credits, three seeds: held-out FID under the SDE after the last
           step against the start, recall, and how many steps per-image credit needs to reach the
@@ -9,6 +10,10 @@ quality   SiT, policy gradient, both credits, three seeds: held-out FID under th
 memory    peak memory of a process that makes training steps with 5 and with 50 solver steps.
           Goal: within 10 %.
 recipes   the four recipes of the package, one seed: FID at start and end with intervals, seconds.
+pathwise  SiT, the recipes of policy gradient and pathwise: steps and seconds of training to where
+          the policy gradient ends under the SDE, gain under the ODE, and what neither has seen:
+          KID, FID of pixels, precision and recall. Goals: a fifth of steps and seconds, a gain
+          beyond its interval, no other metric worse than the start's.
 """
 
 from __future__ import annotations
@@ -31,7 +36,10 @@ from benchmarks.digits_data import load_images, split_in_halves
 from merge_rl.config.finetune import FinetuneConfig
 from merge_rl.config.mapping import load_config
 from merge_rl.config.sampler import SamplerConfig
+from merge_rl.core.distances.frechet import frechet_distance
+from merge_rl.core.distances.kernels import kernel_distance
 from merge_rl.core.distances.neighbours import prdc
+from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.demo import write_demo
 from merge_rl.interfaces import FeatureExtractor
@@ -164,6 +172,76 @@ def _share(rows: list[dict[str, Any]], seed: int, steps: int) -> float:
     return float("inf") if reached is None else reached / steps
 
 
+# ------------------------------------------------------------------------------------ pathwise
+
+
+def pathwise_row(folder: Path, name: str, seed: int, **changes: Any) -> dict[str, Any]:
+    """One recipe with one seed, scored after every tenth of its steps."""
+    model = folder / "sit" / NEWEST
+    config = recipe(name, model, seed=seed, **changes)
+    every = max(1, config.steps // 10)
+    curves = replace(config.curves, every=every, num_images=500)
+    config = replace(config, curves=curves, snapshot_every=config.steps)
+    result = finetune(model, out=folder / f"{name}-{seed}", config=config, progress=False)
+    lines = (result.run_dir / "events.jsonl").read_text().splitlines()
+    events = [event for event in map(json.loads, lines) if event["kind"] == "step"]
+    sections = result.comparison["curves"]
+    start = result.run_dir / "snapshots/start-0000000.safetensors"
+    return {
+        "recipe": name, "seed": seed, "changes": str(changes),
+        "seconds": {event["step"]: event["seconds"] for event in events},
+        "curve": {step: point[CURVE]["heldout"] for step, point in result.curves.items()},
+        "entries": {c: {e: v["heldout"] for e, v in s["entries"].items()}
+                    for c, s in sections.items()},
+        "gains": {c: s["gain"] for c, s in sections.items()},
+        "others": {kind: {"start": other_metrics(folder, start, kind),
+                          "result": other_metrics(folder, result.model_path, kind)}
+                   for kind in ("euler", "sde-euler")},
+    }  # fmt: skip
+
+
+def other_metrics(folder: Path, model: Path, solver: str) -> dict[str, float]:
+    """KID, FID of pixels, precision and recall against held-out digits, 50 steps."""
+    extractor, _ = build_extractor("digits", str(folder / "sit/evaluation/extractor.safetensors"))
+    images, labels = load_images()
+    real = images[split_in_halves(labels)["heldout"]]
+    network = load_model(model)
+    rollout = network_rollout(network, SamplerConfig(solver=solver, num_steps=50), 250, "cpu",
+                              Rollout, extractor=extractor)  # fmt: skip
+    noise = rollout.noise(image_seeds(len(real), 0, "other metrics"))
+    made = rollout.images(noise, balanced_labels(len(real), 10))
+    fake, true = extractor(made).float(), extractor(real).float()
+    pixels = [x[:, :1].flatten(1).double() / 255 for x in (made, real)]
+    near = prdc(true, fake, 5)
+    stats = [feature_stats(x) for x in pixels]
+    return {
+        "kid": kernel_distance(fake.double(), true.double()), "pixel_fid": frechet_distance(*stats),
+        "precision": float(near.precision), "recall": float(near.recall),
+    }  # fmt: skip
+
+
+def pathwise(folder: Path, seeds: list[int]) -> dict[str, Any]:
+    """Rows of both recipes, and how soon pathwise is where the policy gradient ends."""
+    rows, reached = [], []
+    for seed in seeds:
+        own = {name: pathwise_row(folder, name, seed) for name in ("sit", "sit-pathwise")}
+        rows += own.values()
+        whole, quick = own["sit"], own["sit-pathwise"]
+        goal = whole["curve"][max(whole["curve"])]
+        step = first_step_below(quick["curve"], goal)
+        spent = sum(v for k, v in quick["seconds"].items() if step is not None and k <= step)
+        reached.append({
+            "seed": seed, "value": goal, "step": step, "of_steps": max(whole["curve"]),
+            "seconds": spent if step is not None else None,
+            "of_seconds": sum(whole["seconds"].values()),
+        })  # fmt: skip
+        print(json.dumps(reached[-1]))
+        for row in own.values():
+            print(row["recipe"], seed, json.dumps({k: row[k] for k in ("curve", "gains")}))
+            print("   ", json.dumps(row["others"]), flush=True)
+    return {"rows": rows, "reached": reached}
+
+
 # ------------------------------------------------------------------------------------- memory
 
 
@@ -252,6 +330,8 @@ def main() -> None:
             found["memory"] = memory(arguments.device)
         if "recipes" in wanted:
             found["recipes"] = recipes(Path(folder))
+        if "pathwise" in wanted:
+            found["pathwise"] = pathwise(Path(folder), [int(s) for s in arguments.seeds.split(",")])
         if "quality" in wanted:
             seeds = [int(text) for text in arguments.seeds.split(",")]
             found["quality"] = quality(Path(folder), seeds, arguments.steps)

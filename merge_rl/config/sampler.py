@@ -20,6 +20,7 @@ DIFFUSIONS: Final = (
 )  # fmt: skip
 LAST_STEPS: Final = ("mean", "euler", "tweedie", "none")
 LEVELS: Final = ("own", "edm")
+ENDS: Final = ("sharp", "shared")
 PRECISIONS: Final = ("float32", "tf32", "bfloat16")
 
 
@@ -62,6 +63,18 @@ class SamplerConfig:
     rtol: float = setting(1e-3, "Relative tolerance of dopri5.", MODEL)
     atol: float = setting(1e-6, "Absolute tolerance of dopri5.", MODEL)
     guidance: float = setting(1.0, "Strength; 1 is off.", MODEL, "--guidance")
+    guidance_interval: tuple[float, float] | None = setting(
+        None,
+        "LOW,HIGH: noise levels above LOW up to HIGH (EDM2, DiT), or such times from 0 for noise "
+        "to 1 (SiT, REPA, JiT), where guidance holds.",
+        MODEL, "--guidance-interval", metavar="LOW,HIGH", unset="everywhere",
+    )  # fmt: skip
+    guidance_ends: str = setting(
+        "sharp",
+        "Of a step that an end of the interval cuts: sharp (each call of the network is inside or "
+        "not), or shared (guided by the share of the step that is inside).",
+        MODEL, choices=ENDS,
+    )  # fmt: skip
     guide: str | None = setting(
         None, "Model file or folder of the weaker network; none: the null class.",
         MODEL, "--guide", path=True,
@@ -83,6 +96,8 @@ class SamplerConfig:
         require(self.num_steps >= 1, "num_steps", ">= 1", self.num_steps)
         require(self.sde_num_steps >= 2, "sde_num_steps", ">= 2", self.sde_num_steps)
         require(0 <= self.guidance < math.inf, "guidance", ">= 0", self.guidance)
+        if self.guidance_interval is not None:
+            self._require_interval(self.guidance_interval)
         norm = self.diffusion_norm
         require(0 <= norm < math.inf, "diffusion_norm", "finite and >= 0", norm)
         inside = 0 < self.last_step_size < 1
@@ -93,6 +108,11 @@ class SamplerConfig:
             require(self.guidance_channels >= 1, "guidance_channels", ">= 1 or null (all)",
                      self.guidance_channels)  # fmt: skip
         require_choices(self)
+
+    @staticmethod
+    def _require_interval(interval: tuple[float, ...]) -> None:
+        good = len(interval) == 2 and 0 <= interval[0] < interval[1]
+        require(good, "guidance_interval", "two numbers, 0 <= LOW < HIGH", interval)
 
     @property
     def is_sde(self) -> bool:

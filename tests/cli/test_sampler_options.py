@@ -53,6 +53,21 @@ def test_sample_takes_every_kind_of_solver(mergerl: Mergerl, tiny: Path, tmp_pat
     assert len(pictures) == len(options)
 
 
+def test_guidance_holds_in_an_interval_that_scores_record(mergerl: Mergerl, tiny: Path) -> None:
+    small = ["--num-images", 8, "--repeats", 2, "--json", "--num-steps", 3]
+    guided = [*small, "--guidance", "2", "--guide", str(tiny / "raw/tiny-0000100.safetensors")]
+    ended = mergerl("evaluate", MODEL, *guided, "--guidance-interval", "0.19,1.61")
+    assert ended.code == 0, ended.err
+    sampler = json.loads(ended.out)["sampler"]
+    assert (sampler["guidance_interval"], sampler["guidance_ends"]) == ([0.19, 1.61], "sharp")
+    # No level of three steps is in there: guidance changes nothing.
+    alone = json.loads(mergerl("evaluate", MODEL, *small).out)
+    assert json.loads(ended.out)["fid"] == alone["fid"]
+    refused = mergerl("evaluate", MODEL, *guided, "--guidance-interval", "3,2")
+    assert refused.code == 1
+    assert "expected guidance_interval two numbers, 0 <= LOW < HIGH, got (3.0, 2.0)" in refused.err
+
+
 def test_evaluate_records_the_sampler(mergerl: Mergerl, tiny: Path) -> None:
     small = ["--num-images", 8, "--repeats", 2, "--json"]
     ended = mergerl("evaluate", MODEL, *small, "--solver", "sde-heun", "--num-steps", 3)

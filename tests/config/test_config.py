@@ -27,6 +27,7 @@ SAMPLER = SamplerConfig(
     guide="g/x", path="gvp", diffusion="linear", diffusion_norm=2.0, last_step="tweedie",
     last_step_size=0.125, sde_num_steps=77, rtol=1e-4, atol=1e-7, guidance_channels=None,
     low_memory=True, precision="bfloat16", compile=True, levels="edm",
+    guidance_interval=(0.25, 1.5), guidance_ends="shared",
 )  # fmt: skip
 MERGE = MergeConfig(
     grouping="blocks", map="softmax", start="uniform", scale=0.125, max_abs=3.5, l2=0.25,

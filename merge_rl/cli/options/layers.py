@@ -45,6 +45,8 @@ def values_of(setting: Setting, given: Any) -> dict[str, Any]:
         return {name: value for name, value in said.items() if value is not None}
     if setting.type_name == "mapping":
         return {key: dict(split_pair(pair) for pair in given)}
+    if isinstance(given, list) and (about.choices or setting.type_name == "list of float"):
+        given = [part.strip() for text in given for part in text.split(",")]
     return {key: str(given) if isinstance(given, Path) else given}
 
 

@@ -48,9 +48,13 @@ def require_solver(solver: str, prediction: str = DENOISED) -> None:
 
 
 def require_sampler(
-    settings: SamplerConfig, model: Denoiser, guide: Denoiser | None = None
+    settings: SamplerConfig,
+    model: Denoiser,
+    guide: Denoiser | None = None,
+    *,
+    guided: bool = False,
 ) -> None:
-    """Raise ConfigError unless a network can be sampled with these settings."""
+    """Raise ConfigError unless a network can be sampled with these settings, `guided` at will."""
     prediction = prediction_of(model)
     require_solver(settings.solver, prediction)
     if settings.is_sde and settings.num_steps < 2:
@@ -69,7 +73,8 @@ def require_sampler(
                 f"{scale_of(model):g}"
             )
         PathSDE.of(settings, _no_velocity)  # refuses what would be infinite
-    _require_guidance(settings, model, guide)
+    if guided or settings.guidance != 1:
+        _require_guidance(settings, model, guide)
 
 
 def _no_velocity(x: Tensor, _t: Tensor) -> Tensor:
@@ -86,8 +91,11 @@ def _require_edm(settings: SamplerConfig, model: Denoiser) -> None:
 
 
 def _require_guidance(settings: SamplerConfig, model: Denoiser, guide: Denoiser | None) -> None:
-    if settings.guidance == 1:
-        return
+    if settings.is_adaptive and settings.guidance_ends == "shared":
+        raise ConfigError(
+            f"{settings.solver} chooses its own steps, of which no share can lie in an interval; "
+            "expected guidance_ends sharp, or a solver with fixed steps"
+        )
     if guide is not None:
         if prediction_of(guide) != prediction_of(model):
             raise ConfigError(
@@ -97,7 +105,9 @@ def _require_guidance(settings: SamplerConfig, model: Denoiser, guide: Denoiser 
     elif getattr(model, "null_label", None) is None:
         null = prediction_of(model) == VELOCITY or getattr(model, "noise_levels", None)
         needed = "a network with a null class, or a guide network" if null else "a guide network"
-        raise ConfigError(f"guidance {settings.guidance:g} needs {needed}; 1 switches guidance off")
+        strength = settings.guidance
+        what = f"guidance {strength:g}" if strength != 1 else "tuning guidance"
+        raise ConfigError(f"{what} needs {needed}; 1 switches guidance off")
 
 
 def require_reward_solver(settings: SamplerConfig) -> None:

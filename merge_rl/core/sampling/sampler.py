@@ -21,7 +21,7 @@ from merge_rl.core.sampling.compatibility import (
 from merge_rl.core.sampling.edm import EDMSDE, edm_velocity, levels_of
 from merge_rl.core.sampling.edm import Churn as Churn
 from merge_rl.core.sampling.edm import solve_edm as solve_edm
-from merge_rl.core.sampling.guidance import autoguided, classifier_free
+from merge_rl.core.sampling.guidance import grid_of, guidance_of, guided
 from merge_rl.core.sampling.paths import make_path, time_grid
 from merge_rl.core.sampling.sde import SDE, NoiseSource, PathSDE, solve_sde
 from merge_rl.core.sampling.solvers import (
@@ -71,6 +71,8 @@ def sample(
             "sde-euler" (Euler-Maruyama), "sde-heun".
         num_steps: solver intervals. `count_network_calls` says what they cost.
         guidance: strength; 1 is off and then `guide` is not called.
+        guidance_interval, guidance_ends: (low, high), noise levels of denoisers or times of a path,
+            where guidance holds; elsewhere `guide` is not called. See `Guidance`.
         guidance_channels, low_memory: see `classifier_free`.
         levels, sigma_min, sigma_max, rho: noise levels of denoisers, see `levels_of`.
         path: "linear", "gvp" or "vp": what a velocity network was trained on.
@@ -103,14 +105,18 @@ def sample_with(
     check_finite: bool = False,
     through: Callable[[Velocity], Velocity] | None = None,
     on_step: OnStep | None = None,
+    guidance: Tensor | None = None,
 ) -> Tensor:
     """`sample` with its settings in one object; `settings.guide`, a file, is not looked at.
+
+    `guidance` (3,) float64 is strength, low and high in the place of the settings', with shared
+    ends; samples have a derivative by it with `through`.
 
     With `through` the samples of a fixed-step ODE keep what backpropagation needs, and each
     evaluation of the guided network goes through it; `on_step` hears of the steps instead of
     `check_finite`.
     """
-    require_sampler(settings, model, guide)
+    require_sampler(settings, model, guide, guided=guidance is not None)
     require_labels(labels, model, len(noise))
     if churn is not None and (
         settings.is_sde or settings.is_adaptive or prediction_of(model) == VELOCITY
@@ -122,10 +128,10 @@ def sample_with(
     heard = on_step or watch
     with torch.set_grad_enabled(through is not None):
         if settings.is_sde:
-            sde = make_sde(settings, model, labels, guide=guide, dtype=dtype)
+            sde = make_sde(settings, model, labels, guide=guide, dtype=dtype, guidance=guidance)
             samples = solve_sde(sde, noise, draw or following(noise), on_step=heard)
         else:
-            evaluate = _network(settings, model, labels, guide, dtype)
+            evaluate = _network(settings, model, labels, guide, dtype, guidance)
             evaluate = through(evaluate) if through is not None else evaluate
             if moves:
                 start = scale_of(model) * noise.to(dtype)
@@ -147,14 +153,15 @@ def make_sde(
     *,
     guide: Denoiser | None = None,
     dtype: torch.dtype = torch.float32,
+    guidance: Tensor | None = None,
 ) -> SDE:
     """The SDE that `sample_with` solves, step by step for whoever needs the steps.
 
     With gradients where they are on: `gaussian(i, x)` at a stored state, and `step_log_prob` of
     the state that followed it, are what a policy gradient needs ("sde-euler").
     """
-    require_sampler(settings, model, guide)
-    evaluate = _network(settings, model, labels, guide, dtype)
+    require_sampler(settings, model, guide, guided=guidance is not None)
+    evaluate = _network(settings, model, labels, guide, dtype, guidance)
     if prediction_of(model) != VELOCITY:
         return EDMSDE(
             denoise=evaluate, sigmas=levels_of(settings, model, dtype),
@@ -184,23 +191,17 @@ def _network(
     labels: Tensor | None,
     guide: Denoiser | None,
     dtype: torch.dtype,
+    guidance: Tensor | None = None,
 ) -> Velocity:
     """(x, t) -> the guided network's prediction in the precision of the state."""
-    net = model
-    if settings.guidance != 1:
-        null: int | None = getattr(model, "null_label", None)
-        if guide is not None:
-            net = autoguided(model, guide, settings.guidance)
-        elif null is not None:  # require_sampler has seen to it
-            net = classifier_free(
-                model, null, settings.guidance, channels=settings.guidance_channels,
-                low_memory=settings.low_memory,
-            )  # fmt: skip
+    held = guidance_of(settings, grid_of(settings, model, dtype), guidance)
+    unguided = guidance is None and settings.guidance == 1
 
     def evaluate(x: Tensor, t: Tensor) -> Tensor:
         # The network works in float32 whatever the precision of the state. Times of a grid are on
         # the CPU; filling in a number, unlike copying it, does not wait for the device.
         here = t.float() if t.device == x.device else torch.full((), float(t), device=x.device)
+        net = guided(model, guide, settings, 1.0 if unguided else held.at(t))
         return net(x.float(), here, labels).to(dtype)
 
     return evaluate

@@ -136,6 +136,8 @@ def sampler_summary(sampler: SamplerConfig, prediction: str = DENOISED) -> dict[
         names.append("guidance_channels")
     if sampler.precision != "float32":
         names.append("precision")
+    if sampler.guidance != 1 and sampler.guidance_interval is not None:
+        names += ["guidance_interval", "guidance_ends"]
     return {name: getattr(sampler, name) for name in names}
 
 
