@@ -19,7 +19,7 @@ import torch
 import merge_rl as mrl
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.demo import write_demo
-from merge_rl.workflows.assembly.resolve import find_defaults
+from merge_rl.workflows.assembly.defaults import find_defaults
 
 
 def variants(device: str) -> dict[str, dict[str, Any]]:

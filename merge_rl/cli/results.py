@@ -61,7 +61,11 @@ def result_document(result: OptimizeResult) -> dict[str, Any]:
         "run_dir": str(result.run_dir),
         "merged": str(result.run_dir / "merged"),
         "coefficients": result.coefficients.tolist(),
-        **{key: found[key] for key in ("search_images", "images", "start", "final")},
+        **{
+            key: found[key]
+            for key in ("search_images", "images", "start", "final", "tuned")
+            if key in found
+        },
         "comparison": result.comparison.as_dict(),
         "warnings": result.comparison.warnings,
     }

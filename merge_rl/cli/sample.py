@@ -146,9 +146,12 @@ def generation_settings(
     from merge_rl.core.sampling.compatibility import require_solver
     from merge_rl.workflows.assembly import find_defaults
 
-    near = find_defaults(model).sampler or SamplerConfig()
+    found = find_defaults(model)
+    near = found.sampler or SamplerConfig()
     config = build(cls, settings, near=to_mapping(near))
     sampler = config.sampler or near
+    if found.note is not None and sampler.guidance == near.guidance:
+        note(found.note)
     require_solver(sampler.solver)
     if sampler.guide is not None:
         sampler = replace(sampler, guide=str(meant(Path(sampler.guide))))

@@ -58,7 +58,7 @@ from merge_rl.config.sampler import (
     SamplerConfig,
     sde_counterpart,
 )
-from merge_rl.config.search import MergeConfig, SearchConfig
+from merge_rl.config.search import COEFFICIENTS, GUIDANCE, GUIDE, MergeConfig, SearchConfig
 from merge_rl.config.setting import (
     FIRST_RULES,
     FIXED_STEP_RULES,
@@ -77,6 +77,7 @@ from merge_rl.config.training import CURVES, UpdateConfig
 
 __all__ = [
     "AUTO_BATCH",
+    "COEFFICIENTS",
     "CURVES",
     "DIFFUSIONS",
     "EXAMPLES",
@@ -84,6 +85,8 @@ __all__ = [
     "FIXED_SOLVERS",
     "FIXED_STEP_RULES",
     "FREE_ON_RESUME",
+    "GUIDANCE",
+    "GUIDE",
     "LAST_STEPS",
     "LEARN",
     "MODEL",

@@ -11,6 +11,7 @@ from merge_rl.config.reward import SUBSET_SIZE as SUBSET_SIZE
 from merge_rl.config.reward import RewardConfig as RewardConfig
 from merge_rl.config.sampler import SamplerConfig as SamplerConfig
 from merge_rl.config.sampler import require
+from merge_rl.config.search import GUIDANCE
 from merge_rl.config.search import MergeConfig as MergeConfig
 from merge_rl.config.search import SearchConfig as SearchConfig
 from merge_rl.config.setting import (
@@ -170,6 +171,16 @@ class OptimizeConfig:
     def search_budget(self) -> int:
         """What of the budget is not kept for the final comparison."""
         return self.budget - self.evaluation.reserved
+
+    @property
+    def tunes_guidance(self) -> bool:
+        """Whether strength and interval of guidance are searched."""
+        return GUIDANCE in self.search.tune
+
+    @property
+    def guided(self) -> bool:
+        """Whether images may be made with guidance."""
+        return self.tunes_guidance or (self.sampler is not None and self.sampler.guidance != 1)
 
     def round_images(self, candidates: int, round_index: int) -> int:
         """What a round of so many candidates costs, in images, with what it renews of the pool."""

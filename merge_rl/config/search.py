@@ -75,6 +75,10 @@ class MergeConfig:
         return WHITENED_SCALE if self.map == "whitened" else COEFFICIENT_SCALE
 
 
+COEFFICIENTS, GUIDANCE, GUIDE = "coefficients", "guidance", "guide-coefficients"
+TUNED: Final = (COEFFICIENTS, GUIDANCE, GUIDE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """The searcher; what `policy-gradient` reads is marked so in its own module."""
@@ -85,6 +89,12 @@ class SearchConfig:
         "through the rollout), policy-gradient, nevergrad:NAME, scipy:METHOD, lcsc, lr-cma, "
         "ema-grid, uniform, greedy-soup, best-checkpoint, random; or package.module:factory.",
         SEARCH, "--searcher",
+    )  # fmt: skip
+    tune: tuple[str, ...] = setting(
+        (COEFFICIENTS,),
+        "What is searched, with commas between: coefficients, guidance (strength and interval), "
+        "guide-coefficients (those of a --guide that is a set).",
+        SEARCH, "--tune", metavar="NAME,...", choices=TUNED,
     )  # fmt: skip
     policy: str = setting("direct", "direct (a free mean), or mlp (EMANet).", SEARCH, "--policy")
     update: str | None = setting(
@@ -145,6 +155,8 @@ class SearchConfig:
         if self.population is not None:
             require(self.population >= 1, "population", ">= 1", self.population)
         require_choices(self)
+        once = bool(self.tune) and len(set(self.tune)) == len(self.tune)
+        require(once, "tune", "one or several names, each once", self.tune)
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
         good = 0 <= self.width_rate < math.inf
         require(good, "width_rate", "finite and >= 0", self.width_rate)

@@ -42,7 +42,7 @@ SEARCH = SearchConfig(
     name="other", policy="mlp", population=6, antithetic=False, std=0.5, learn_std=True,
     learning_rate=1e-05, std_learning_rate=0.125, betas=(0.25, 0.75), decay=0.5, min_decay=0.25,
     top_fraction=0.3, clip=math.inf, epochs=4, update="adam", momentum=0.25, width_rate=0.5,
-    shaping="rank", start_share=0.125, final_share=0.25, incumbents=2,
+    shaping="rank", start_share=0.125, final_share=0.25, incumbents=2, tune=("guidance",),
 )  # fmt: skip
 EVALUATION = EvaluationConfig(
     num_images=60, repeats=5, selection_images=30, share=0.25, reserved=70, keep_worse=True

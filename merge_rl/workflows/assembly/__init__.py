@@ -8,6 +8,12 @@ from merge_rl.late import offered
 
 if TYPE_CHECKING:
     from merge_rl.workflows.assembly.costs import PartCosts, cost_parts
+    from merge_rl.workflows.assembly.defaults import (
+        GUIDE_FOLDER,
+        ModelDefaults,
+        find_defaults,
+        guidance_text,
+    )
     from merge_rl.workflows.assembly.extractors import (
         build_extractor,
         encoder_spans,
@@ -51,8 +57,6 @@ if TYPE_CHECKING:
         search_doubts,
     )
     from merge_rl.workflows.assembly.resolve import (
-        ModelDefaults,
-        find_defaults,
         resolve_config,
         resolve_finetune,
         searcher_note,
@@ -63,11 +67,14 @@ if TYPE_CHECKING:
         known_terms,
         require_targets,
     )
+    from merge_rl.workflows.assembly.tuning import GuideSet, require_tuning
 
 __all__ = [
+    "GUIDE_FOLDER",
     "Announce",
     "ExtractorId",
     "Given",
+    "GuideSet",
     "Job",
     "MemoryPlan",
     "ModelDefaults",
@@ -90,6 +97,7 @@ __all__ = [
     "find_references",
     "fit_batch",
     "gib",
+    "guidance_text",
     "image_size",
     "is_public",
     "known_terms",
@@ -110,6 +118,7 @@ __all__ = [
     "require_known_autoencoder",
     "require_memory",
     "require_targets",
+    "require_tuning",
     "resolve_config",
     "resolve_finetune",
     "search_doubts",
@@ -172,8 +181,6 @@ _HOMES = {
     ),
     **dict.fromkeys(
         (
-            "ModelDefaults",
-            "find_defaults",
             "resolve_config",
             "resolve_finetune",
             "searcher_note",
@@ -182,6 +189,10 @@ _HOMES = {
         "resolve",
     ),
     **dict.fromkeys(("check_reward", "known_terms", "require_targets"), "reward"),
+    **dict.fromkeys(
+        ("GUIDE_FOLDER", "ModelDefaults", "find_defaults", "guidance_text"), "defaults"
+    ),
+    **dict.fromkeys(("GuideSet", "require_tuning"), "tuning"),
 }
 
 

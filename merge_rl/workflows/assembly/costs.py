@@ -48,7 +48,7 @@ class PartCosts:
     def call_flops(self) -> float:
         """Of one image in one step of a sampler: the network, and what guides it."""
         network = self.costs["network"].flops
-        if self.rollout.sampler.guidance == 1:
+        if not self.parts.settings.guided:
             return network
         return network + (self.costs["guide"].flops if "guide" in self.costs else network)
 

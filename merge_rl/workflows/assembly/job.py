@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from merge_rl.core.merging.buffers import Checkpoints
 from merge_rl.core.merging.linear_maps import weight_gram
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.merging.maps import BoundedMap, CoefficientMap, initial_coefficients, make_map
+from merge_rl.core.merging.tuned_map import Setup, TunedMap, setup_of
 from merge_rl.storage.checkpoints import (
     CheckpointSet,
     base_index,
@@ -23,10 +25,11 @@ from merge_rl.storage.checkpoints import (
 )
 from merge_rl.workflows.assembly.given import Given, GivenParts
 from merge_rl.workflows.assembly.networks import Announce
-from merge_rl.workflows.assembly.parts import Parts, blank_network
+from merge_rl.workflows.assembly.parts import Parts, blank_network, set_hashes
+from merge_rl.workflows.assembly.tuning import GuideSet, load_guide_set, tuned_map
 from merge_rl.workflows.reference import Reference
 from merge_rl.workflows.rewards import RewardSum
-from merge_rl.workflows.rollout import MergedRollout, Rollout, place_weights
+from merge_rl.workflows.rollout import MergedRollout, Rollout, TunedRollout, place_weights
 
 
 def build_map(
@@ -73,6 +76,7 @@ class Job:
     flat: Checkpoints
     map: CoefficientMap
     group_names: tuple[str, ...]
+    guide: GuideSet | None  # where the guide's coefficients are searched
     rollout: MergedRollout  # to the features that the reward reads
     final_rollout: MergedRollout  # to those of the set's extractor: the comparison's
     hashes: dict[str, Any]
@@ -100,9 +104,13 @@ class Job:
         return dataclasses.replace(
             self,
             parts=parts,
-            rollout=_to_reward(parts, final.live, final.rollout),
+            rollout=_to_reward(parts, final),
             hashes={**hashes, **parts.reward.hashes},
         )
+
+    def setup(self, theta: Tensor) -> Setup:
+        """What theta (D,) stands for."""
+        return setup_of(self.map, self.map(theta))
 
     def coefficients(self, index: int | None) -> Tensor:
         """(G, K): checkpoint `index` alone, or the uniform average for None."""
@@ -144,19 +152,38 @@ def build_job(
     live = LiveModel(model, flat)
     whitened = config.merge.map == "whitened"
     gram = weight_gram(flat, torch.device(config.device)) if whitened else None
-    rollout = parts.rollout(Rollout, own=True)
-    digests = {name: checkpoints.sha256(i) for i, name in enumerate(checkpoints.names)}
+    inner = build_map(checkpoints, config.merge, len(plan.groups.names), gram)
+    guide = load_guide_set(parts, config)
+    whole = tuned_map(inner, None if guide is None else guide.map, config, model)
+    final = _merged(live, parts.rollout(Rollout, own=True), whole, guide)
     return Job(
         parts=parts,
         checkpoints=checkpoints,
         flat=flat,
-        map=build_map(checkpoints, config.merge, len(plan.groups.names), gram),
+        map=whole,
         group_names=plan.groups.names,
-        rollout=_to_reward(parts, live, rollout),
-        final_rollout=MergedRollout(live, rollout, name="final"),
-        hashes={"checkpoints": digests, **hashes},
+        guide=guide,
+        rollout=_to_reward(parts, final),
+        final_rollout=final,
+        hashes={"checkpoints": set_hashes(checkpoints), **hashes},
     )
 
 
-def _to_reward(parts: Parts, live: LiveModel | None, rollout: Rollout) -> MergedRollout:
-    return MergedRollout(live, rollout.with_extractor(parts.reward.extractor), name="reward")
+def _merged(
+    live: LiveModel, rollout: Rollout, coefficients: CoefficientMap, guide: GuideSet | None
+) -> MergedRollout:
+    """The rollout of what the map gives, to the features of the comparison."""
+    if not isinstance(coefficients, TunedMap):
+        return MergedRollout(live, rollout, name="final")
+    return TunedRollout(
+        live, rollout, name="final", layout=coefficients.layout,
+        guide=None if guide is None else guide.live,
+        guide_start=None if guide is None else guide.start,
+    )  # fmt: skip
+
+
+def _to_reward(parts: Parts, final: MergedRollout) -> MergedRollout:
+    other = copy.copy(final)
+    other.rollout = final.rollout.with_extractor(parts.reward.extractor)
+    other.name, other.spread, other.processes, other.seconds = "reward", None, 1, 0.0
+    return other

@@ -110,8 +110,7 @@ def plan_memory(
     }
     none = Cost(0.0, 0, 0.0)
     network = costed.costs["network"]
-    twice = config.sampler is not None and config.sampler.guidance != 1 and not rollout.guide
-    if twice and not config.sampler.low_memory:  # type: ignore[union-attr]
+    if config.guided and not rollout.guide and not rollout.sampler.low_memory:
         network = Cost(network.flops, network.fixed, 2 * network.per_image)
     return MemoryPlan(
         weights={name: size for name, size in weights.items() if size},

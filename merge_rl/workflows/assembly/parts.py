@@ -10,11 +10,16 @@ from typing import Any, Final, TypeVar
 from torch import Tensor, nn
 
 from merge_rl import own_code, registry
-from merge_rl.config import OptimizeConfig, SamplerConfig
+from merge_rl.config import GUIDE, OptimizeConfig, SamplerConfig
 from merge_rl.core.sampling.compatibility import require_sampler
-from merge_rl.errors import CheckpointError
+from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor
-from merge_rl.storage.checkpoints import CheckpointSet, model_sha256, require_network
+from merge_rl.storage.checkpoints import (
+    CheckpointSet,
+    model_sha256,
+    open_checkpoints,
+    require_network,
+)
 from merge_rl.storage.files import sha256_file
 from merge_rl.workflows.assembly.extractors import build_extractor, own_weights
 from merge_rl.workflows.assembly.networks import (
@@ -70,8 +75,15 @@ class Parts:
         return len(self.shape) == 3
 
     @cached_property
+    def guide_set(self) -> CheckpointSet | None:
+        """The set that the guide is merged from, where its coefficients are searched."""
+        return open_guide(self.sampler) if GUIDE in self.settings.search.tune else None
+
+    @cached_property
     def guide(self) -> nn.Module | None:
         """The weaker network of the sampler, on the device."""
+        if self.guide_set is not None:
+            return blank_network(self.guide_set, self.settings.device)
         return load_guide(self.sampler, self.settings.device)
 
     def require_fit(self, samplers: Iterable[SamplerConfig]) -> None:
@@ -81,7 +93,7 @@ class Parts:
         statistics of real data and the extractors.
         """
         for sampler in samplers:
-            require_sampler(sampler, self.network, self.guide)
+            require_sampler(sampler, self.network, self.guide, guided=self.settings.tunes_guidance)
         require_autoencoder(self.settings.autoencoder, self.shape)
         require_targets(self.settings)
 
@@ -146,7 +158,11 @@ class Parts:
         return {
             "extractor_weights": self._extractor[1],
             "autoencoder_weights": self._autoencoder[1],
-            "guide": model_sha256(guide) if guide else None,
+            "guide": set_hashes(self.guide_set)
+            if self.guide_set
+            else model_sha256(guide)
+            if guide
+            else None,
             **{
                 name: sha256_file(reference_file(path)[0]) if path else None
                 for name, path in self._reference_paths.items()
@@ -216,6 +232,22 @@ class _NoFeatures:
 def sample_shape(model: nn.Module) -> list[int]:
     """(C, h, w) of one sample of a network."""
     return [int(n) for n in model.sample_shape]  # type: ignore[union-attr]
+
+
+def open_guide(sampler: SamplerConfig) -> CheckpointSet:
+    """The set of a guide; ConfigError for one of a single checkpoint."""
+    opened = open_checkpoints(sampler.guide or "")
+    if len(opened) < 2:
+        raise ConfigError(
+            f"{sampler.guide}: expected a guide of at least 2 checkpoints to search its "
+            f"coefficients, got {len(opened)}"
+        )
+    return opened
+
+
+def set_hashes(checkpoints: CheckpointSet) -> dict[str, str]:
+    """SHA-256 of a set's files by name."""
+    return {name: checkpoints.sha256(i) for i, name in enumerate(checkpoints.names)}
 
 
 def with_network(checkpoints: CheckpointSet, network: str | None) -> None:

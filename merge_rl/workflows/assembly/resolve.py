@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,64 +16,18 @@ from merge_rl.config import (
     OptimizeConfig,
     RewardConfig,
     SamplerConfig,
-    from_mapping,
-    load_config,
 )
 from merge_rl.core.merging.groups import ENDS, assign_groups, grouping
 from merge_rl.errors import ConfigError
 from merge_rl.searchers import SMALL_DIM, scaled_to
-from merge_rl.storage.checkpoints import CheckpointSet, SetDefaults, has_manifest, read_manifest
-from merge_rl.storage.files import absolute, spellings
+from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.storage.files import absolute
 from merge_rl.workflows.assembly.comparison import resolve_evaluation
-from merge_rl.workflows.assembly.extractors import named_by_file, own_weights
+from merge_rl.workflows.assembly.defaults import ModelDefaults, find_defaults, of_set
+from merge_rl.workflows.assembly.extractors import named_by_file
 from merge_rl.workflows.assembly.job import unweighed_map
-from merge_rl.workflows.assembly.meaning import find_model
 from merge_rl.workflows.assembly.published import is_public
-
-_PARENTS = 3  # how far above a model its set or run is looked for
-
-
-_COPIED = (
-    "extractor", "extractor_weights", "reference", "heldout", "autoencoder", "autoencoder_weights",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelDefaults:
-    """Settings that a run or a set says of its models; None where it says nothing."""
-
-    extractor: str | None = None
-    extractor_weights: str | None = None
-    reference: str | None = None
-    heldout: str | None = None
-    autoencoder: str | None = None
-    autoencoder_weights: str | None = None
-    autoencoder_dtype: str = "float32"
-    sampler: SamplerConfig | None = None
-
-
-def find_defaults(model: str | Path) -> ModelDefaults:
-    """Settings of the run directory or checkpoint set that the model lies in."""
-    near = ([path, *path.parents][: _PARENTS + 1] for path in spellings(model))
-    for folder in itertools.chain.from_iterable(near):
-        if (folder / "config.yaml").is_file() and (folder / "inputs.json").is_file():
-            run = load_config(OptimizeConfig, folder / "config.yaml")
-            copied = {key: getattr(run, key) for key in (*_COPIED, "autoencoder_dtype", "sampler")}
-            return ModelDefaults(**{**copied, "extractor_weights": own_weights(run)})
-        if folder.is_dir() and has_manifest(folder):
-            return _of_set(read_manifest(folder).defaults.resolved(folder), folder)
-    return ModelDefaults()
-
-
-def _of_set(found: SetDefaults, folder: Path) -> ModelDefaults:
-    texts = {key: getattr(found, key) for key in _COPIED}
-    sampler = None
-    if found.sampler:
-        where = f"{folder.name} manifest, defaults.sampler"
-        sampler = from_mapping(SamplerConfig, dict(found.sampler), where)
-    said = {key: str(value) for key, value in texts.items() if value is not None}
-    return ModelDefaults(**said, sampler=sampler)
-
+from merge_rl.workflows.assembly.tuning import meant_guide, tuned_dim
 
 LEAST_IMAGES, LOOKS = 250, 200  # of a candidate that is scored on its own images alone
 GRADIENTS = (100, 250)  # images of a round that takes gradients, from small budgets to large ones
@@ -108,9 +60,8 @@ def _completed(config: Settings, defaults: ModelDefaults, nothing: str) -> Setti
     own = config.autoencoder in (None, defaults.autoencoder)
     decoder = config.autoencoder_weights or (defaults.autoencoder_weights if own else None)
     sampler = config.sampler or defaults.sampler or SamplerConfig()
-    if sampler.guide is not None:
-        guide = _absolute(find_model(sampler.guide).path)
-        sampler = dataclasses.replace(sampler, guide=guide)
+    tuned = config.search.tune if isinstance(config, OptimizeConfig) else ()
+    sampler = meant_guide(sampler, tuned)
     return dataclasses.replace(
         config,
         sampler=sampler,
@@ -151,7 +102,7 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
     if config.generate is not None:
         defaults = ModelDefaults()
     elif checkpoints.manifest is not None:
-        defaults = _of_set(checkpoints.defaults, folder)
+        defaults = of_set(checkpoints.defaults, folder)
     else:
         defaults = _near(folder, config)
     config = _completed(config, defaults, "the checkpoint set names no default for")
@@ -190,8 +141,9 @@ def _scaled(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfi
     if search.name != "policy-gradient" or not natural or config.rules == FIRST_RULES:
         return config
     groups = len(assign_groups(tuple(checkpoints.tensors), merge.groups).names)
-    dim = unweighed_map(checkpoints, merge, groups).dim
-    found = scaled_to(dim, max(1, dim // groups), search.population)
+    own = unweighed_map(checkpoints, merge, groups).dim
+    dim = tuned_dim(config, own)
+    found = scaled_to(dim, max(1, own // groups), search.population)
     if search.population is None and dim > SMALL_DIM:
         search = dataclasses.replace(search, population=found.population)
     if search.learning_rate is None and 0 < found.step < 1:  # 0: too few, refused later

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from merge_rl.config import (
+    COEFFICIENTS,
     FIRST_RULES,
     OptimizeConfig,
     from_mapping,
@@ -154,6 +155,9 @@ def _check(
 
     def fits(settings: OptimizeConfig) -> None:
         check_names(settings)
+        if settings.search.tune != (COEFFICIENTS,):
+            tuned = ",".join(settings.search.tune)
+            raise ConfigError(f"expected tune {COEFFICIENTS}, all a comparison scores, got {tuned}")
         require_targets(settings)
 
     def works(settings: OptimizeConfig) -> None:

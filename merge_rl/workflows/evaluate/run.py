@@ -248,6 +248,8 @@ def _of_network(
         raise TooFewSamplesError(f"FID needs at least 2 images, got {count}")
     if job.said.repeats < 2:
         raise TooFewSamplesError(f"an interval needs at least 2 repeats, got {job.said.repeats}")
+    if given.sampler is None and given.near is not None and given.near.note is not None:
+        job.note(given.near.note)
     settings, device = given.samplers(network), own_device(job.said.device, job.group.place)
     rollout = network_rollout(
         network, next(iter(settings.values())), job.said.batch, device, Rollout,

@@ -64,7 +64,7 @@ class PathwiseLoop(SearchLoop):
             "kind": "round",
             "round": self.round_index,
             "theta": searcher.mean.tolist(),
-            "coefficients": self.job.map(searcher.mean).tolist(),
+            **self.job.setup(searcher.mean).as_dict(),
             "candidates": thetas.tolist(),
             "rewards": [None if math.isnan(r) else r for r in found["rewards"].tolist()],
             "failed": self._count if self.failed_rounds else len(found["dropped"]),
@@ -143,8 +143,7 @@ class PathwiseLoop(SearchLoop):
         if bool(sound.any()):
             self.pool = pool.replaced(rows[sound], made.features[sound])
             self.cursor = (self.cursor + self._count) % len(pool)
-        pull = made.gradient + self._penalty(coefficients)
-        gradient = theta_gradient(self.job.map, theta, pull)
+        gradient = theta_gradient(self.job.map, theta, made.gradient + self._penalty(theta))
         reward = -level.unbiased if bool(gradient.isfinite().all()) else math.nan
         return {
             "rewards": torch.tensor([reward], dtype=torch.float64),
@@ -152,9 +151,13 @@ class PathwiseLoop(SearchLoop):
             "dropped": made.dropped,
         }
 
-    def _penalty(self, coefficients: Tensor) -> Tensor:
-        """The gradient (G, K) of what large coefficients cost."""
-        return 2 * self.config.merge.l2 * coefficients / len(coefficients)
+    def _penalty(self, theta: Tensor) -> Tensor:
+        """The gradient of what large coefficients cost, of the rows that theta (D,) stands for."""
+        rows = self.job.map(theta)
+        own = self.job.setup(theta).coefficients
+        found = torch.zeros_like(rows)
+        found[: own.shape[0], : own.shape[1]] = 2 * self.config.merge.l2 * own / len(own)
+        return found
 
     @property
     def _count(self) -> int:

@@ -24,6 +24,7 @@ from merge_rl.workflows.assembly import (
     fit_batch,
     require_known,
     require_known_autoencoder,
+    require_tuning,
     searcher_note,
 )
 from merge_rl.workflows.optimize.workload import Workload, job_workload
@@ -51,6 +52,7 @@ def check_names(config: OptimizeConfig) -> None:
     sampler = config.sampler or SamplerConfig()
     require_solver(sampler.solver)
     require_reward_solver(sampler)
+    require_tuning(config)
 
 
 def distribute(

@@ -11,13 +11,23 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_rl.config import OptimizeConfig, SamplerConfig, to_mapping
+from merge_rl.config import COEFFICIENTS, OptimizeConfig, SamplerConfig, to_mapping
+from merge_rl.core.merging.tuned_map import setup_of
 from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import base_index
 from merge_rl.storage.runs import RunDir
 from merge_rl.version import __version__
-from merge_rl.workflows.assembly import Job, load_autoencoder, load_network, network_rollout
+from merge_rl.workflows.assembly import (
+    GUIDE_FOLDER,
+    GuideSet,
+    Job,
+    find_defaults,
+    guidance_text,
+    load_autoencoder,
+    load_network,
+    network_rollout,
+)
 from merge_rl.workflows.evaluate import Comparison, comparison_from
 from merge_rl.workflows.export import (
     carried_metadata,
@@ -90,7 +100,7 @@ class OptimizeResult:
             config.autoencoder, config.autoencoder_weights, shape=network.sample_shape,
             dtype=config.autoencoder_dtype,
         )  # fmt: skip
-        sampler = config.sampler or SamplerConfig()
+        sampler = find_defaults(self.run_dir / "merged").sampler or SamplerConfig()
         rollout = network_rollout(
             network, sampler, config.batch, device, Rollout, autoencoder=decoder
         )
@@ -115,12 +125,14 @@ def from_plain(values: Mapping[str, Any]) -> OptimizeResult:
 
 
 def write_merged(
-    path: Path, job: Job, config: OptimizeConfig, coefficients: Tensor, comparison: Comparison
+    path: Path, job: Job, config: OptimizeConfig, rows: Tensor, comparison: Comparison
 ) -> None:
     """The merged model of a finished search, float32, with recipe and card.
 
-    `coefficients` are those of the entry that the comparison says is written.
+    `rows` are those of the entry that the comparison says is written. Where more than coefficients
+    was searched the recipe says how it is sampled; a guide that is a merge lies in its folder.
     """
+    coefficients, sampler = setup_of(job.map, rows).coefficients, tuned_sampler(config, job, rows)
     checkpoints, base = job.checkpoints, base_index(job.checkpoints, config.merge.start)
     licence = merged_licence(checkpoints, config.licence)
     recipe = merge_recipe(
@@ -128,6 +140,7 @@ def write_merged(
         frozen=config.merge.freeze, licence=licence,
     )  # fmt: skip
     recipe["search"] = without_places(to_mapping(config))
+    recipe |= {} if sampler is None else {"sampler": without_places(to_mapping(sampler))}
     recipe["comparison"] = comparison.as_dict()
     weights = job.flat.weights(coefficients)
     # The official order of names, so that files compare line by line with their sources.
@@ -137,6 +150,8 @@ def write_merged(
         f"reward `{config.reward.text}`, {config.budget} generated images at most, seed "
         f"{config.seed}."
     )
+    if sampler is not None:
+        how += f" To be sampled with {guidance_text(sampler)}, as `sampler` in `merge.yaml` says."
     how += "".join(f" Warning: {text}." for text in comparison.warnings)
     facts = set_facts(checkpoints, job.group_names, coefficients, "float32", how, licence)
     sources = {name: reference.source for name, reference in job.references.items()}
@@ -147,3 +162,34 @@ def write_merged(
         path, ordered, checkpoints.config, recipe=recipe, card=model_card(facts), replace=True,
         metadata=carried_metadata(checkpoints, base),
     )  # fmt: skip
+    if job.guide is not None:
+        _write_guide(path / GUIDE_FOLDER, job.guide, setup_of(job.map, rows).guide)
+
+
+def _write_guide(path: Path, guide: GuideSet, coefficients: Tensor | None) -> None:
+    """The merge that guides, as a model folder of its own."""
+    found, merge = guide.checkpoints, guide.start if coefficients is None else coefficients
+    weights = guide.flat.weights(merge)
+    groups = {name: pattern for name, pattern in guide.groups.items() if name in guide.group_names}
+    recipe = merge_recipe(
+        found, merge, base=found.newest, groups=groups, licence=merged_licence(found)
+    )
+    save_model(
+        path, {name: weights[name] for name in found.tensors}, found.config, recipe=recipe,
+        metadata=carried_metadata(found, found.newest),
+    )  # fmt: skip
+
+
+def tuned_sampler(config: OptimizeConfig, job: Job, rows: Tensor) -> SamplerConfig | None:
+    """The sampler that rows are to be sampled with; None where coefficients alone were searched."""
+    if config.search.tune == (COEFFICIENTS,):
+        return None
+    sampler, values = config.sampler or SamplerConfig(), setup_of(job.map, rows).guidance
+    if job.guide is not None:
+        sampler = dataclasses.replace(sampler, guide=GUIDE_FOLDER)
+    if values is None:
+        return sampler
+    strength, low, high = values.tolist()
+    return dataclasses.replace(
+        sampler, guidance=strength, guidance_interval=(low, high), guidance_ends="shared"
+    )

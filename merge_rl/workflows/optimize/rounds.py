@@ -137,7 +137,7 @@ class SearchLoop:
             "kind": "round",
             "round": self.round_index,
             "theta": self.searcher.mean.tolist(),
-            "coefficients": self.job.map(self.searcher.mean).tolist(),
+            **self.job.setup(self.searcher.mean).as_dict(),
             "candidates": thetas.tolist(),
             "rewards": without_nan(rewards.tolist()),
             **({"terms": term_means(terms)} if len(terms) > 1 else {}),
@@ -288,7 +288,7 @@ def penalties(job: Job, thetas: Tensor, reward: RewardConfig, l2: float) -> Tens
     if l2 == 0:
         return torch.zeros(len(thetas), dtype=torch.float64)
     share = reward.images_per_subset / reward.pool_size if reward.pooled else 1.0
-    rows = torch.stack([job.map(theta) for theta in thetas])
+    rows = torch.stack([job.setup(theta).coefficients for theta in thetas])
     return l2 * share * rows.square().sum(2).mean(1)
 
 

@@ -235,9 +235,9 @@ def _drive(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> O
         _announce(tracker)(text)
     store = ScoreStore(job, run, config.seed, config.rules)
     found = run_search(config, job, run, tracker, store)
-    comparison = compare(config, job, found.start, found.coefficients, store, tracker)
+    comparison = compare(config, job, found.start, found.rows, store, tracker)
     write_samples(run, job, found.ends, comparison, tracker)
-    written = found.start if comparison.written == "start" else found.coefficients
+    written = found.ends[comparison.written]
     write_merged(run.merged_path, job, config, written, comparison)
     result = {
         "version": __version__,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -16,6 +16,7 @@ from merge_rl.config import FIXED_STEP_RULES, OptimizeConfig
 from merge_rl.core.merging.ema_profiles import as_float64, exponent_from_std
 from merge_rl.core.merging.maps import CoefficientMap
 from merge_rl.core.merging.posthoc import Profiles
+from merge_rl.core.merging.tuned_map import anchored, before_and_after, merge_map, setup_of
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.searchers import OwnSearcher, SearchSpace
@@ -39,6 +40,8 @@ from merge_rl.workflows.optimize.budget import (
 from merge_rl.workflows.optimize.pathwise import loop_of, require_gradients
 from merge_rl.workflows.optimize.rounds import SearchLoop
 
+_TENSORS = ("coefficients", "start", "rows")
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -46,17 +49,19 @@ class SearchResult:
 
     coefficients: Tensor  # (G, K) float64
     start: Tensor  # (G, K), where it began
+    rows: Tensor  # what is scored: the coefficients, and what was searched beside them
     start_label: str
     images: int  # all that it generated
     rounds: int
     beginning: Winner
     choice: Winner
     optimism: Optimism | None  # None where nothing was compared, or the start was chosen
+    tuned: Mapping[str, Any]  # "start", "result": what was searched beside coefficients, if any
 
     @property
     def ends(self) -> dict[str, Tensor]:
         """Where it began and what it came to, (G, K) each."""
-        return {"start": self.start, "result": self.coefficients}
+        return {"start": self.start, "result": self.rows}
 
     @property
     def spent(self) -> dict[str, int]:
@@ -74,20 +79,18 @@ class SearchResult:
             "images": self.spent,
             "rounds": self.rounds,
             "final": {**self.choice.as_dict(), **optimism_fields(self.optimism)},
+            **({"tuned": self.tuned} if self.tuned else {}),
         }  # fmt: skip
 
     def to_plain(self) -> dict[str, Any]:
         """All fields as plain data."""
-        tensors = {name: getattr(self, name).tolist() for name in ("coefficients", "start")}
+        tensors = {name: getattr(self, name).tolist() for name in _TENSORS}
         return {**dataclasses.asdict(self), **tensors}
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> SearchResult:
         """What `to_plain` gave."""
-        tensors = {
-            name: torch.tensor(values[name], dtype=torch.float64)
-            for name in ("coefficients", "start")
-        }
+        tensors = {name: torch.tensor(values[name], dtype=torch.float64) for name in _TENSORS}
         winners = {name: Winner(**values[name]) for name in ("beginning", "choice")}
         found = values["optimism"]
         optimism = None if found is None else Optimism(**found)
@@ -99,36 +102,40 @@ def run_search(
 ) -> SearchResult:
     """From the resume point, or the beginning, to the coefficients that are reported."""
     job.final_rollout.rollout.on_images = tracker.advance
-    starts = starts_of(config, job.checkpoints, job.map)
+    starts = starts_of(config, job.checkpoints, merge_map(job.map))
     plan = plan_budget(config, len(starts))
     if plan.start:
         tracker.phase("start", sum(rung.entries * rung.images for rung in plan.start))
     beginning = run_tournament("start", starts, plan.start, store)
-    theta = job.map.theta_of(starts[beginning.label]) if len(starts) > 1 else None
+    start = starts[beginning.label]
+    job = replace(job, map=anchored(job.map, start))
+    theta = job.map.theta_of(start) if len(starts) > 1 else None
     searcher = make_searcher(config, job)
     loop = loop_of(searcher)(
         config, job, searcher, run, tracker,
         start=theta, spent=beginning.images, limit=plan.limit,
     )  # fmt: skip
     loop.run()
-    entries = finalists(loop, starts[beginning.label])
+    entries = finalists(loop, start)
     choice = _choose(entries, plan, store, tracker)
-    result, start = entries[choice.label], starts[beginning.label]
+    result = entries[choice.label]
     return SearchResult(
-        coefficients=result,
+        coefficients=setup_of(job.map, result).coefficients,
         start=start,
+        rows=result,
         start_label=beginning.label,
         images=loop.images + choice.images,
         rounds=loop.round_index,
         beginning=beginning,
         choice=choice,
         optimism=look_again(choice, result, start, store),
+        tuned=before_and_after(job.map, result),
     )
 
 
 def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
     """The searcher a config names, for the job's space."""
-    plan = plan_budget(config, len(starts_of(config, job.checkpoints, job.map)))
+    plan = plan_budget(config, len(starts_of(config, job.checkpoints, merge_map(job.map))))
     space = SearchSpace(
         map=job.map,
         names=tuple(job.checkpoints.names),

@@ -49,9 +49,8 @@ class SearchPlan:
     @property
     def network_calls(self) -> int:
         """Calls of the network for single images, the guide's or the null class's included."""
-        guided = self.config.sampler is not None and self.config.sampler.guidance != 1
         calls = sum(stage.total * self.calls[stage.sampler] for stage in self.workload.stages)
-        return calls * (2 if guided else 1)
+        return calls * (2 if self.config.guided else 1)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

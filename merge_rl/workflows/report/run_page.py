@@ -146,7 +146,8 @@ def _coefficients(result: Mapping[str, Any]) -> list[str]:
 
 def search_lines(found: Mapping[str, Any]) -> list[str]:
     """Where it began, what was chosen, what it cost; `found` is result.json or a part of it."""
-    return [_began(found["start"]), _chose(found["final"]), _spent(found)]
+    lines = [_began(found["start"]), _chose(found["final"]), *_tuned(found.get("tuned"))]
+    return [*lines, _spent(found)]
 
 
 def _began(start: Mapping[str, Any]) -> str:
@@ -157,6 +158,26 @@ def _began(start: Mapping[str, Any]) -> str:
         f"began at {start['label']}, the best of {len(rungs[0])} merges that cost no search "
         f"({_score(start)})"
     )
+
+
+def _tuned(tuned: Mapping[str, Any] | None) -> list[str]:
+    """What was searched beside coefficients, before and after; and what others were compared at."""
+    if tuned is None:
+        return []
+    lines = []
+    if "guidance" in tuned["result"]:
+        before, after = (_guidance(tuned[entry]["guidance"]) for entry in ("start", "result"))
+        lines.append(f"guidance: {before} at the start, {after} in the result")
+    if "guide_coefficients" in tuned["result"]:
+        moved = tuned["result"]["guide_coefficients"] != tuned["start"]["guide_coefficients"]
+        lines.append(f"the guide {'is a merge of its own' if moved else 'is as at the start'}")
+    others = "merges that need no search were compared with the guidance of the start, not with "
+    return [*lines, f"{others}that of the result"]
+
+
+def _guidance(values: Mapping[str, Any]) -> str:
+    low, high = values["interval"]
+    return f"strength {values['strength']:.4g} from {low:.4g} to {high:.4g}"
 
 
 def _chose(final: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ from merge_rl.workflows.rollout.given import (
     without_gradient,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
+from merge_rl.workflows.rollout.tuned import TunedRollout
 
 __all__ = [
     "AsTheyAre",
@@ -53,6 +54,7 @@ __all__ = [
     "Rollout",
     "Room",
     "Subject",
+    "TunedRollout",
     "WorkItem",
     "calls_an_image",
     "choose_place",

@@ -198,7 +198,10 @@ def _kept_bytes(rollout: Rollout, live: LiveModel, count: int) -> int:
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
+        values = rollout.guidance
         sample_with(
-            rollout.sampler, rollout.model, noise, labels, guide=rollout.guide, through=through
-        )
+            rollout.sampler, rollout.model, noise, labels, guide=rollout.guide, through=through,
+            # With a gradient the guide is called whatever the strength.
+            guidance=None if values is None else values.clone().requires_grad_(True),
+        )  # fmt: skip
     return max(calls)

@@ -8,9 +8,10 @@ coefficients of every group.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,7 @@ from merge_rl.workflows.rollout.execution import (
     prepare_network,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
+from merge_rl.workflows.rollout.tuned import TunedRollout
 
 Cotangents = Callable[[Tensor], Tensor]
 """Features (N, D) of sound images -> the gradient of what is wanted by them, (N, D)."""
@@ -48,7 +50,7 @@ class Differentiated:
     """Features of the images of an item, and the gradient of the coefficients."""
 
     features: Tensor  # (N, D) float32 on the CPU; NaN in rows without a finite gradient
-    gradient: Tensor  # (G, K) float64; NaN where no image has one
+    gradient: Tensor  # (G, K) float64, of all rows where more is searched; NaN: no image has one
     dropped: tuple[str, ...]  # what was wrong with an image that was left out
 
 
@@ -72,6 +74,9 @@ class DifferentiableRollout:
             raise ConfigError("expected a rollout whose network is a merge, got one without")
         self.merged, self.rollout, self.live = merged, merged.rollout, merged.live
         self.announce, self._room = announce, room
+        self.tuned = merged if isinstance(merged, TunedRollout) else None
+        self.lives = self.tuned.lives if self.tuned else [self.live]
+        self._guidance: Tensor | None = None  # of the item, with a gradient
         self._prepare()
 
     def _prepare(self) -> None:
@@ -128,15 +133,16 @@ class DifferentiableRollout:
         noise, dropped = self.rollout.noise(item.seeds), list[str]()
         sound = torch.arange(len(item.labels))
         found = torch.full((len(sound), self.rollout.extractor.dim), torch.nan)
-        layout = self.live.checkpoints.layout
-        gradient = torch.full((layout.num_groups, self.live.checkpoints.num_checkpoints), torch.nan)
+        sets = [live.checkpoints for live in self.lives]
+        shapes = [(each.layout.num_groups, each.num_checkpoints) for each in sets]
+        gradient = self._rows([torch.full(shape, torch.nan) for shape in shapes])
         while len(sound):
-            features, total, problems = self._both_ways(
+            features, totals, problems = self._both_ways(
                 noise[sound], item.labels[sound], cotangents
             )
             if not problems:
                 found[sound] = features
-                gradient = coefficient_gradient(self.live.checkpoints, total)
+                gradient = self._rows(list(map(coefficient_gradient, sets, totals)))
                 break
             dropped += [f"seed {item.seeds[int(sound[i])]}: {why}" for i, why in problems.items()]
             sound = sound[[i not in problems for i in range(len(sound))]]
@@ -144,12 +150,15 @@ class DifferentiableRollout:
 
     def _both_ways(
         self, noise: Tensor, labels: Tensor, cotangents: Cotangents
-    ) -> tuple[Tensor, Tensor, dict[int, str]]:
-        """Features, the gradient of the flat weights, and what is wrong with which images."""
+    ) -> tuple[Tensor, list[Tensor], dict[int, str]]:
+        """Features, gradients of the flat weights, and what is wrong with which images."""
         began, rollout, size = time.monotonic(), self.rollout, self.room.images
         again = len(labels) * self.calls > self.room.kept
         samples, watches = list[Tensor](), list[StepWatch]()
-        with self.live.gradients() as total, matmul_precision(rollout.sampler):
+        given = rollout.guidance
+        self._guidance = None if given is None else given.clone().requires_grad_(True)
+        with contextlib.ExitStack() as stack, matmul_precision(rollout.sampler):
+            totals = [stack.enter_context(live.gradients()) for live in self.lives]
             for part, classes in zip(
                 torch.split(noise, size), torch.split(labels, size), strict=True
             ):
@@ -167,7 +176,14 @@ class DifferentiableRollout:
                     latents.backward(pulled)  # type: ignore[no-untyped-call]
                 problems = problems_of(watches, features)
         self.merged.seconds += time.monotonic() - began
-        return features, total, problems
+        return features, totals, problems
+
+    def _rows(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Gradients of coefficients, with that of guidance, as rows where more is searched."""
+        if self.tuned is None:
+            return gradients[0]
+        guidance = None if self._guidance is None else self._guidance.grad
+        return self.tuned.gradient_rows(gradients, guidance)
 
     def _latents(self, noise: Tensor, labels: Tensor, again: bool, watch: StepWatch) -> Tensor:
         """Samples with what their way back needs; with `again` the network is called twice."""
@@ -175,6 +191,7 @@ class DifferentiableRollout:
         return sample_with(
             self.rollout.sampler, self._network, noise.to(device), labels.to(device),
             guide=self._guide, through=made_again if again else _kept, on_step=watch,
+            guidance=self._guidance,
         )  # fmt: skip
 
 

@@ -48,6 +48,8 @@ class Rollout:
     Raises ConfigError for a sampler that does not fit the network.
     """
 
+    guidance: Tensor | None = None  # (3,) as of `sample_with`, in the place of the sampler's
+
     def __init__(
         self,
         model: Denoiser,
@@ -105,13 +107,9 @@ class Rollout:
         With `check_finite` NonFiniteSamplesError names the step at which samples cease to be so.
         """
         return sample_with(
-            self.sampler,
-            self._network,
-            noise.to(self.device),
-            labels.to(self.device),
-            guide=self._guide,
-            check_finite=check_finite,
-        )
+            self.sampler, self._network, noise.to(self.device), labels.to(self.device),
+            guide=self._guide, check_finite=check_finite, guidance=self.guidance,
+        )  # fmt: skip
 
     def images(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Images (N, C, H, W) uint8 on the CPU; NonFiniteSamplesError where one is not finite."""

@@ -30,11 +30,12 @@ from merge_rl.storage.checkpoints.manifest import (
 from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.storage.files.hashing import sha256_file
 from merge_rl.storage.files.safetensors_file import read_file
+from merge_rl.workflows.assembly.defaults import find_defaults
 from merge_rl.workflows.assembly.job import build_job
 from merge_rl.workflows.assembly.networks import DEFAULT_WEIGHTS, load_autoencoder
 from merge_rl.workflows.assembly.parts import network_rollout
 from merge_rl.workflows.assembly.published import PUBLIC_FILES
-from merge_rl.workflows.assembly.resolve import find_defaults, resolve_config
+from merge_rl.workflows.assembly.resolve import resolve_config
 from merge_rl.workflows.evaluate.run import evaluate
 from merge_rl.workflows.optimize.run import optimize, resume
 from merge_rl.workflows.reference.file import save_reference

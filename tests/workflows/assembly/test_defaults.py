@@ -19,7 +19,8 @@ from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
 from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME
 from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.assembly import resolve
-from merge_rl.workflows.assembly.resolve import ModelDefaults, find_defaults, resolve_config
+from merge_rl.workflows.assembly.defaults import ModelDefaults, find_defaults
+from merge_rl.workflows.assembly.resolve import resolve_config
 
 TinyConfig = Callable[..., OptimizeConfig]
 

@@ -222,7 +222,7 @@ def test_the_trajectory_can_be_searched(
 
 
 def test_the_run_scores_its_own_model(finished: mrl.FinetuneResult, tmp_path: Path) -> None:
-    from merge_rl.workflows.assembly.resolve import find_defaults
+    from merge_rl.workflows.assembly.defaults import find_defaults
 
     near = find_defaults(finished.model_path)
     assert (near.extractor, near.sampler and near.sampler.sde_num_steps) == ("digits", 4)

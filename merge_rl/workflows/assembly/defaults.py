@@ -1,0 +1,110 @@
+"""What the run or set near a model says of it, and its own recipe of how it is sampled."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from merge_rl.config import (
+    OptimizeConfig,
+    SamplerConfig,
+    from_mapping,
+    load_config,
+    to_mapping,
+)
+from merge_rl.storage.checkpoints import SetDefaults, has_manifest, read_manifest
+from merge_rl.storage.files import spellings
+from merge_rl.untrusted import load_yaml
+from merge_rl.workflows.assembly.extractors import own_weights
+
+_PARENTS = 3  # how far above a model its set or run is looked for
+
+
+_COPIED = (
+    "extractor", "extractor_weights", "reference", "heldout", "autoencoder", "autoencoder_weights",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDefaults:
+    """Settings that a run or a set says of its models; None where it says nothing."""
+
+    extractor: str | None = None
+    extractor_weights: str | None = None
+    reference: str | None = None
+    heldout: str | None = None
+    autoencoder: str | None = None
+    autoencoder_weights: str | None = None
+    autoencoder_dtype: str = "float32"
+    sampler: SamplerConfig | None = None
+    note: str | None = None  # of guidance that a search has tuned
+
+
+def find_defaults(model: str | Path) -> ModelDefaults:
+    """Settings of the run directory or checkpoint set that the model lies in.
+
+    The sampler is that of the model's own recipe where guidance was searched with it.
+    """
+    near = _near_defaults(model)
+    tuned = own_sampler(Path(model), near.sampler)
+    if tuned is None:
+        return near
+    note = f"{model}: sampled with {guidance_text(tuned)}, which was searched with its merge"
+    return dataclasses.replace(near, sampler=tuned, note=note)
+
+
+def _near_defaults(model: str | Path) -> ModelDefaults:
+    near = ([path, *path.parents][: _PARENTS + 1] for path in spellings(model))
+    for folder in itertools.chain.from_iterable(near):
+        if (folder / "config.yaml").is_file() and (folder / "inputs.json").is_file():
+            run = load_config(OptimizeConfig, folder / "config.yaml")
+            copied = {key: getattr(run, key) for key in (*_COPIED, "autoencoder_dtype", "sampler")}
+            return ModelDefaults(**{**copied, "extractor_weights": own_weights(run)})
+        if folder.is_dir() and has_manifest(folder):
+            return of_set(read_manifest(folder).defaults.resolved(folder), folder)
+    return ModelDefaults()
+
+
+def of_set(found: SetDefaults, folder: Path) -> ModelDefaults:
+    """What a set's manifest, in its folder, says of its models."""
+    texts = {key: getattr(found, key) for key in _COPIED}
+    sampler = None
+    if found.sampler:
+        where = f"{folder.name} manifest, defaults.sampler"
+        sampler = from_mapping(SamplerConfig, dict(found.sampler), where)
+    said = {key: str(value) for key, value in texts.items() if value is not None}
+    return ModelDefaults(**said, sampler=sampler)
+
+
+GUIDE_FOLDER: Final = "guide"  # of a merged model: the merge that guides it
+
+
+def own_sampler(model: Path, near: SamplerConfig | None) -> SamplerConfig | None:
+    """The sampler that the recipe of a model, or of a run's result, names; None: it names none.
+
+    What the recipe leaves out, the place of a guide among it, is that of `near`.
+    """
+    folder = model if model.is_dir() else model.parent
+    for place in (folder, folder / "merged"):
+        recipe = place / "merge.yaml"
+        document = load_yaml(recipe) if recipe.is_file() else None
+        said = document.get("sampler") if isinstance(document, Mapping) else None
+        if isinstance(said, Mapping):
+            base = {} if near is None else to_mapping(near)
+            found = from_mapping(SamplerConfig, {**base, **said}, f"{recipe}, sampler")
+            if found.guide == GUIDE_FOLDER:
+                found = dataclasses.replace(found, guide=str(place / GUIDE_FOLDER))
+            return found
+    return None
+
+
+def guidance_text(sampler: SamplerConfig) -> str:
+    """Strength and interval in words."""
+    if sampler.guidance_interval is None:
+        return f"guidance {sampler.guidance:.4g}"
+    low, high = sampler.guidance_interval
+    return f"guidance {sampler.guidance:.4g} from {low:.4g} to {high:.4g}"
