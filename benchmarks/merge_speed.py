@@ -55,25 +55,31 @@ def hash_once(folder: Path) -> None:
 
 
 def command(arguments: list[str], out: Path, repeats: int) -> dict[str, float]:
-    """Median time and largest memory of a command that writes `out`."""
-    times, peaks = [], []
+    """Median time, wall and processor, and largest memory of a command that writes `out`."""
+    times, peaks, spent = [], [], []
     for _ in range(repeats):
         shutil.rmtree(out, ignore_errors=True)
         start = time.perf_counter()
         wrapped = [sys.executable, "-c", _WRAPPER, *arguments]
         text = subprocess.run(wrapped, capture_output=True, text=True, check=True).stdout
         times.append(time.perf_counter() - start)
-        peaks.append(float(text.splitlines()[-1]))
-    return {"seconds": statistics.median(times), "peak_mb": max(peaks)}
+        peak, processor = map(float, text.splitlines()[-1].split())
+        peaks.append(peak)
+        spent.append(processor)
+    return {
+        "seconds": statistics.median(times), "processor_s": statistics.median(spent),
+        "peak_mb": max(peaks),
+    }  # fmt: skip
 
 
-# Runs a command and says how much memory it took at most.
+# Runs a command and says how much memory it took at most, and how much time of processors.
 _WRAPPER = """
 import resource, subprocess, sys
 ended = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 if ended.returncode:
     sys.exit(ended.stderr[-2000:])
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_maxrss * 1024 / 1e6, used.ru_utime + used.ru_stime)
 """
 
 _PEAK = """
@@ -122,9 +128,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         (folder / "linear.yaml").write_text(yaml.safe_dump(recipe))
         theirs = [options.mergekit, str(folder / "linear.yaml"), str(out)]
         result["mergekit"] = command(theirs, out, repeats)
-        result["faster_than_mergekit"] = (
-            result["mergekit"]["seconds"] / result["command"]["seconds"]
-        )
+        for name, key in (("faster_than_mergekit", "seconds"), ("less_work", "processor_s")):
+            result[name] = result["mergekit"][key] / result["command"][key]
     return result
 
 

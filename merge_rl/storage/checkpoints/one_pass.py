@@ -32,8 +32,8 @@ from merge_rl.storage.files import WeightsReader
 Put: TypeAlias = Callable[[int, str, int, Raw], None]
 """Takes (merge, tensor, first element, values): float32, or as stored what is not floating."""
 
-PART: Final = 1 << 17  # elements summed at a time: with what is added to them, what a cache holds
-BLOCK_BYTES: Final = 1 << 20  # of each file, read while the block before is summed
+PART: Final = 1 << 16  # elements summed at a time; of torch, which begins slower, twice as many
+BLOCK_BYTES: Final = 1 << 22  # of each file, read while the block before is summed
 HELD_BYTES: Final = 1 << 26  # of all files together, at most
 ALIGNED: Final = 64
 
@@ -128,7 +128,7 @@ class _Pass:
         self._group_of, self._table = plan.group_of, table
         self._used = [k for k in range(len(checkpoints)) if table[:, :, k].any()]
         self._read = sorted({*self._used, *([plan.base] if plan.carried else [])})
-        self._own = threading.local()
+        self._own, self._part = threading.local(), PART * (1 + ("torch" in sys.modules))
 
     def run(
         self, pool: ThreadPoolExecutor, workers: int, stack: ExitStack, *, hashed: bool
@@ -142,7 +142,7 @@ class _Pass:
         passed = [k for k in wanted if k not in aside]
         readers = {k: stack.enter_context(known.reader(k, hashed=k in passed)) for k in self._read}
         size = min(BLOCK_BYTES, max(HELD_BYTES // (2 * max(len(readers), 1)), PART * 8))
-        blocks = list(_blocks(known, order, size))
+        blocks = list(_blocks(known, order, size, self._part))
         if passed:
             self._go_through(pool, workers, readers, blocks)
         else:
@@ -174,7 +174,7 @@ class _Pass:
 
     def _read_and_sum(self, readers: dict[int, WeightsReader], block: Sequence[Segment]) -> None:
         """A block part by part, where nothing is hashed: summed while the cache holds it."""
-        held = self._own.__dict__.setdefault("held", np.empty(PART * 8, np.uint8))
+        held = self._own.__dict__.setdefault("held", np.empty(self._part * 8, np.uint8))
         for part in block:
             alone = replace(part, offset=0)
 
@@ -253,7 +253,7 @@ class _Pass:
         """(count,) of this thread's, kept: fresh memory costs more than what is written to it."""
         kept: dict[int, Floats] = self._own.__dict__.setdefault("kept", {})
         if number not in kept:
-            kept[number] = np.empty(PART, np.float32)
+            kept[number] = np.empty(self._part, np.float32)
         return kept[number][:count]
 
     def _require_finite(self, name: str, values: Floats) -> None:
@@ -279,15 +279,17 @@ def _settle(futures: Sequence[Future[Any]]) -> None:
         future.result()
 
 
-def _blocks(checkpoints: CheckpointSet, order: Sequence[str], size: int) -> Iterator[list[Segment]]:
+def _blocks(
+    checkpoints: CheckpointSet, order: Sequence[str], size: int, longest: int
+) -> Iterator[list[Segment]]:
     """The tensors in order, cut into parts, as many to a block as `size` bytes hold."""
     block: list[Segment] = []
     offset = 0
     for name in order:
         info = checkpoints.tensors[name]
         count, width = math.prod(info.shape), raw_type(info.code).itemsize
-        for start in range(0, count, PART):
-            part = min(PART, count - start)
+        for start in range(0, count, longest):
+            part = min(longest, count - start)
             if block and offset + part * width > size:
                 yield block
                 block, offset = [], 0
