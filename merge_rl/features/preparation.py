@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merge_rl.core.sampling.rounding import rounded_down
+from merge_rl.core.sampling.sampler import rounded_down
 from merge_rl.errors import StatisticsError
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from merge_rl.core.sampling.rounding import signed_levels, unit_levels
+from merge_rl.core.sampling.sampler import signed_levels, unit_levels
 from merge_rl.core.state_dicts import load_exactly
 from merge_rl.errors import ConfigError, MissingLibraryError
 

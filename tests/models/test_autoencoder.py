@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from merge_rl.core.sampling.rounding import signed_levels, unit_levels
+from merge_rl.core.sampling.sampler import signed_levels, unit_levels
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.models.autoencoder import (
     RENAMED,

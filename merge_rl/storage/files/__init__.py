@@ -4,13 +4,17 @@ from merge_rl.storage.files.archives import LOCAL_HEADER, Archive
 from merge_rl.storage.files.atomic import (
     State,
     WorkFolder,
+    absolute,
     atomic_path,
     below,
+    natural_key,
     new_folder,
     read_state,
     require_new,
     save_tensors,
+    spellings,
     told_of,
+    without_numbers,
     write_json,
     write_state,
     write_text,
@@ -31,15 +35,14 @@ from merge_rl.storage.files.images import (
     enlarge,
     image_grid,
     is_image_name,
+    parse_labels,
     picture_address,
     picture_format,
     side_by_side,
     write_picture,
     write_png,
 )
-from merge_rl.storage.files.labels import parse_labels
 from merge_rl.storage.files.locks import locked, locked_output, require_unlocked
-from merge_rl.storage.files.naming import absolute, natural_key, spellings, without_numbers
 from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_array, read_npy
 from merge_rl.storage.files.safetensors_file import (
     TensorReader,

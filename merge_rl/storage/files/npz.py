@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from merge_rl.errors import DataFileError
 from merge_rl.storage.files.archives import Archive, reading
-from merge_rl.storage.files.labels import Labels, parse_labels
+from merge_rl.storage.files.images import Labels, parse_labels
 from merge_rl.untrusted import FREE_BYTES, MAX_EXPANSION, open_file, reason
 
 NUMBERS: Final = "biufc"  # kinds of types

@@ -22,11 +22,11 @@ from merge_rl.errors import ConfigError
 from merge_rl.searchers import SMALL_DIM, scaled_to
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import absolute
-from merge_rl.workflows.assembly.comparison import resolve_evaluation
 from merge_rl.workflows.assembly.defaults import ModelDefaults, find_defaults, of_set
 from merge_rl.workflows.assembly.extractors import named_by_file
 from merge_rl.workflows.assembly.job import unweighed_map
 from merge_rl.workflows.assembly.published import is_public
+from merge_rl.workflows.assembly.references import resolve_evaluation
 from merge_rl.workflows.assembly.tuning import meant_guide, tuned_dim
 
 LEAST_IMAGES, LOOKS = 250, 200  # of a candidate that is scored on its own images alone

@@ -26,8 +26,8 @@ from merge_rl.workflows.assembly import (
     require_known,
     require_memory,
 )
+from merge_rl.workflows.finetune.kept import PolicyRollout
 from merge_rl.workflows.finetune.learner import trainable
-from merge_rl.workflows.finetune.rollout import PolicyRollout
 from merge_rl.workflows.reference import Reference
 from merge_rl.workflows.rewards import RewardSum, require_gradient
 from merge_rl.workflows.rollout import Rollout, require_derivative

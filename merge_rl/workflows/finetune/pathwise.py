@@ -9,9 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from merge_rl.config import UpdateConfig
-from merge_rl.workflows.finetune.kept import KeptRollouts
+from merge_rl.workflows.finetune.kept import KeptRollouts, PolicyRollout
 from merge_rl.workflows.finetune.learner import Learner
-from merge_rl.workflows.finetune.rollout import PolicyRollout
 from merge_rl.workflows.finetune.updates import Update, UpdateStats
 from merge_rl.workflows.rollout import exact_products, prepare_network, pull_back
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import FIXED_STEP_RULES, OptimizeConfig
-from merge_rl.core.merging.gradient import theta_gradient
+from merge_rl.core.merging.live_model import theta_gradient
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Searcher
 from merge_rl.rng import draw_subset, image_seeds, stream

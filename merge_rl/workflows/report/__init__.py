@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from merge_rl.workflows.report import compare_page
     from merge_rl.workflows.report.compare_page import write_comparison
     from merge_rl.workflows.report.figures import can_draw, drawing, steps_axis
+    from merge_rl.workflows.report.markup import (
+        NAMES,
+        duration,
+        floor_lines,
+        interval,
+        markdown_table,
+        number,
+    )
     from merge_rl.workflows.report.plots import draw_run
     from merge_rl.workflows.report.results import (
         CompareResult,
@@ -18,14 +26,6 @@ if TYPE_CHECKING:
         SearcherScore,
     )
     from merge_rl.workflows.report.run_page import search_lines
-    from merge_rl.workflows.report.text import (
-        NAMES,
-        duration,
-        floor_lines,
-        interval,
-        markdown_table,
-        number,
-    )
     from merge_rl.workflows.report.verdicts import (
         Verdict,
         compare_verdict,

@@ -16,9 +16,12 @@ from merge_rl.workflows.report.compare_page import cost_table, legend, title
 from merge_rl.workflows.report.elements import figure, headline, span_of, strip, value_or_dash
 from merge_rl.workflows.report.figures import chart, charts
 from merge_rl.workflows.report.markup import (
+    NAMES,
     NOTHING,
+    Row,
     Safe,
     document,
+    interval,
     joined,
     listed,
     section,
@@ -34,7 +37,6 @@ from merge_rl.workflows.report.sections import (
     settings_section,
     shown_path,
 )
-from merge_rl.workflows.report.text import NAMES, Row, interval
 from merge_rl.workflows.report.verdicts import compare_verdict, ranged, ranked
 
 Found = Mapping[str, Any]

@@ -8,8 +8,8 @@ from typing import Any
 
 from merge_rl.errors import ConfigError
 from merge_rl.storage.files import write_text
+from merge_rl.workflows.report.markup import NAMES, Row, floor_lines, interval, markdown_table
 from merge_rl.workflows.report.plots import draw_comparison
-from merge_rl.workflows.report.text import NAMES, Row, floor_lines, interval, markdown_table
 from merge_rl.workflows.report.verdicts import compare_verdict, ranged
 
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from merge_rl.workflows.report.markup import NOTHING, Safe, joined, safe, tag
-from merge_rl.workflows.report.text import interval, number
+from merge_rl.workflows.report.markup import NOTHING, Safe, interval, joined, number, safe, tag
 from merge_rl.workflows.report.verdicts import Verdict
 
 FEW_COLUMNS: Final = 8  # of a heat table, up to which their names stand upright

@@ -12,7 +12,17 @@ from merge_rl.config import CURVES, FinetuneConfig, load_mapping
 from merge_rl.storage.runs import FinetuneRun
 from merge_rl.workflows.report.elements import badge, facts, figure, headline, span_of, strip
 from merge_rl.workflows.report.figures import chart, charts, steps_axis, values_axis
-from merge_rl.workflows.report.markup import NOTHING, Safe, document, joined, section, table, tag
+from merge_rl.workflows.report.markup import (
+    NAMES,
+    NOTHING,
+    Safe,
+    document,
+    interval,
+    joined,
+    section,
+    table,
+    tag,
+)
 from merge_rl.workflows.report.pictures import grids
 from merge_rl.workflows.report.sections import (
     again_section,
@@ -23,7 +33,6 @@ from merge_rl.workflows.report.sections import (
     settings_section,
     shown_path,
 )
-from merge_rl.workflows.report.text import NAMES, interval
 from merge_rl.workflows.report.verdicts import finetune_verdict, outcome
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_rl.workflows.report.text import NAMES, number
+from merge_rl.workflows.report.markup import NAMES, number
 from merge_rl.workflows.report.verdicts import Verdict, compare_verdict, ranked
 
 

@@ -13,9 +13,12 @@ from merge_rl.workflows.report.elements import (
     headline,
 )
 from merge_rl.workflows.report.markup import (
+    NAMES,
     Safe,
     document,
+    interval,
     joined,
+    number,
     section,
     tag,
 )
@@ -39,7 +42,6 @@ from merge_rl.workflows.report.sections import (
     shown_path,
     warned,
 )
-from merge_rl.workflows.report.text import NAMES, interval, number
 from merge_rl.workflows.report.verdicts import run_verdict
 from merge_rl.workflows.rewards import first_order_warnings
 

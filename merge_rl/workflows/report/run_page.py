@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_rl.config import OptimizeConfig
-from merge_rl.workflows.report.text import (
+from merge_rl.workflows.report.markup import (
     NAMES,
     Row,
     floor_lines,

@@ -11,10 +11,19 @@ from merge_rl.config import load_mapping
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.report.elements import badge, figure, heat_table, span_of, strip
 from merge_rl.workflows.report.figures import chart, charts
-from merge_rl.workflows.report.markup import NOTHING, Safe, joined, listed, section, table, tag
+from merge_rl.workflows.report.markup import (
+    NAMES,
+    NOTHING,
+    Safe,
+    interval,
+    joined,
+    listed,
+    section,
+    table,
+    tag,
+)
 from merge_rl.workflows.report.plots import gap, progress
 from merge_rl.workflows.report.run_page import search_lines
-from merge_rl.workflows.report.text import NAMES, interval
 from merge_rl.workflows.report.verdicts import outcome
 from merge_rl.workflows.rewards import first_order_line
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from merge_rl.workflows.report.text import NAMES, interval, number
+from merge_rl.workflows.report.markup import NAMES, interval, number
 
 Outcome = Literal["better", "worse", "no clear difference", "not finite"]
 Tone = Literal["good", "bad", "even"]

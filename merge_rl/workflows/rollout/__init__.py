@@ -23,6 +23,7 @@ from merge_rl.workflows.rollout.distributed import (
     require_same_everywhere,
 )
 from merge_rl.workflows.rollout.execution import (
+    Failures,
     calls_an_image,
     exact_products,
     fast_hint,
@@ -30,7 +31,6 @@ from merge_rl.workflows.rollout.execution import (
     matmul_precision,
     prepare_network,
 )
-from merge_rl.workflows.rollout.failures import Failures
 from merge_rl.workflows.rollout.given import (
     AsTheyAre,
     Generate,

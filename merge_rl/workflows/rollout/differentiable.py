@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import FIXED_SOLVERS
-from merge_rl.core.merging.gradient import coefficient_gradient
+from merge_rl.core.merging.live_model import coefficient_gradient
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.solvers import Velocity
 from merge_rl.errors import ConfigError, OutOfMemoryError

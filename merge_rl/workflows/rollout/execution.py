@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
@@ -19,6 +20,37 @@ from merge_rl.core.sampling.compatibility import count_network_calls, has_open_e
 from merge_rl.errors import ConfigError, OutOfMemoryError
 from merge_rl.interfaces import Denoiser
 from merge_rl.parallel.blocks import single_threaded
+
+
+@dataclass(frozen=True)
+class Failures:
+    """Images without finite features, and whose doing it is.
+
+    A rollout's row is NaN where the sample is not finite, and infinite where the sample is and the
+    extractor's answer is not.
+    """
+
+    samples: int
+    features: int
+    count: int  # of all images
+
+    @classmethod
+    def of(cls, features: Tensor) -> Failures:
+        """Those of the rows (N, D) of a rollout."""
+        samples = int(features.isnan().all(1).sum())
+        return cls(samples, int((~features.isfinite().all(1)).sum()) - samples, len(features))
+
+    def __bool__(self) -> bool:
+        return self.samples + self.features > 0
+
+    def said(self, extractor: str) -> str:
+        """A clause for a message."""
+        parts = {
+            "the model makes samples that are not finite": self.samples,
+            f"the extractor {extractor} gives features that are not finite": self.features,
+        }
+        said = [f"{text} for {n:,} of {self.count:,} images" for text, n in parts.items() if n]
+        return "; ".join(said)
 
 
 class Autocast:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout, MappedCheckpoints
-from merge_rl.core.merging.gradient import coefficient_gradient, theta_gradient
 from merge_rl.core.merging.groups import Groups
+from merge_rl.core.merging.live_model import coefficient_gradient, theta_gradient
 from merge_rl.core.merging.maps import (
     BoundedMap,
     CoefficientMap,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_rl.core.merging.gradient import theta_gradient
 from merge_rl.core.merging.linear_maps import FreeMap
+from merge_rl.core.merging.live_model import theta_gradient
 from merge_rl.core.merging.tuned_map import (
     END_UNIT,
     STRENGTH_UNIT,

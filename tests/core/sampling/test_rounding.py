@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from merge_rl.core.sampling.rounding import rounded_down, signed_levels, unit_levels
+from merge_rl.core.sampling.sampler import rounded_down, signed_levels, unit_levels
 
 
 def test_values_are_those_of_bytes() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from merge_rl.errors import DataFileError
-from merge_rl.storage.files.labels import parse_labels
+from merge_rl.storage.files.images import parse_labels
 from merge_rl.storage.files.npz import npz_arrays, npz_labels, read_array, read_npy, read_rows
 
 

@@ -17,7 +17,7 @@ from merge_rl.config.optimize import AUTO_BATCH, OptimizeConfig
 from merge_rl.errors import BudgetError, OutOfMemoryError
 from merge_rl.interfaces import NullTracker
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
-from merge_rl.workflows.assembly import comparison
+from merge_rl.workflows.assembly import references
 from merge_rl.workflows.assembly.costs import cost_parts
 from merge_rl.workflows.assembly.memory import MOST_ON_CPU, fit_batch, plan_memory
 from merge_rl.workflows.assembly.resolve import resolve_config
@@ -116,7 +116,7 @@ def test_a_budget_is_all_that_is_generated(
 
     monkeypatch.setattr(MergedRollout, "features_of", counted)
     monkeypatch.setattr(DifferentiableRollout, "__call__", thrice)
-    monkeypatch.setattr(comparison, "LEAST_FINAL", 8)
+    monkeypatch.setattr(references, "LEAST_FINAL", 8)
     for module in (budget, search, workload):
         monkeypatch.setattr(module, "LEAST", 5)
     config = tiny_config(

@@ -14,8 +14,7 @@ from merge_rl.config.sampler import FIXED_SOLVERS, SamplerConfig
 from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout
 from merge_rl.core.merging.groups import assign_groups
 from merge_rl.core.merging.live_model import LiveModel
-from merge_rl.core.sampling.rounding import signed_levels
-from merge_rl.core.sampling.sampler import sample_with
+from merge_rl.core.sampling.sampler import sample_with, signed_levels
 from merge_rl.errors import ConfigError, OutOfMemoryError
 from merge_rl.features.preparation import ImageFeatures, require_images
 from merge_rl.interfaces import Denoiser
