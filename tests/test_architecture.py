@@ -12,6 +12,7 @@ import ast
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -506,3 +507,17 @@ def test_loading_through_others_is_found() -> None:
     # Importing a submodule runs its package first.
     package_text = {**sources, "merge_rl.cli": "import torch"}
     assert check_lazy(package_text, "merge_rl.cli.c", "torch") == [message + "cli"]
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        ".".join(face.parent.relative_to(ROOT.parent).parts)
+        for face in sorted(ROOT.rglob("__init__.py"))
+        if "offered(" in face.read_text(encoding="utf-8")
+    ],
+)
+def test_names_that_are_imported_on_use_are_where_they_are_said_to_be(package: str) -> None:
+    face = import_module(package)
+    for name in face.__all__:
+        assert getattr(face, name) is not None, name

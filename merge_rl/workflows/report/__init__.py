@@ -72,7 +72,7 @@ _HOMES = {
     **dict.fromkeys(("CompareResult", "EvaluateResult", "Score", "SearcherScore"), "results"),
     "search_lines": "run_page",
     **dict.fromkeys(
-        ("NAMES", "duration", "floor_lines", "interval", "markdown_table", "number"), "text"
+        ("NAMES", "duration", "floor_lines", "interval", "markdown_table", "number"), "markup"
     ),
     **dict.fromkeys(
         ("Verdict", "compare_verdict", "finetune_verdict", "outcome", "run_verdict"), "verdicts"
