@@ -69,7 +69,7 @@ def test_what_is_no_sum_is_refused(text: str, message: str) -> None:
         ("fid", "unknown reward 'fid'; did you mean 'fid-"),
         ("kid-influence", "unknown reward 'kid-influence'; did you mean 'fid-influence'"),
         ("fid-subset + fdd-subset", "unknown reward 'fdd-subset'"),
-        ("fd-dinov3-subset", "unknown extractor 'dinov3'; did you mean 'dinov2'"),
+        ("fd-dinov9-subset", "unknown extractor 'dinov9'; did you mean 'dinov"),
     ],
 )
 def test_unknown_names_are_answered_with_the_nearest(text: str, message: str) -> None:
