@@ -144,7 +144,11 @@ def test_a_model_that_fails_has_no_score(settings: dict[str, Any], shared_tiny: 
     ("changes", "error", "message"),
     [
         ({"metrics": ["fidd"]}, UnknownNameError, "unknown metric 'fidd'; did you mean 'fid'"),
-        ({"metrics": ["fid", "x"]}, UnknownNameError, r"unknown metric 'x' \(known: fid, "),
+        (
+            {"metrics": ["fid", "x"]},
+            UnknownNameError,
+            r"unknown metric 'x' \(known: fd-mean, fid, ",
+        ),
         ({"num_images": 1}, TooFewSamplesError, "at least 2 images, got 1"),
         ({"num_images": 0}, TooFewSamplesError, "at least 2 images, got 0"),
         ({"repeats": 1}, TooFewSamplesError, "at least 2 repeats, got 1"),

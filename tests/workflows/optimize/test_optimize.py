@@ -48,6 +48,7 @@ Outcome = Callable[[Path], dict[str, object]]
 FILES = {
     "config.yaml", "inputs.json", "events.jsonl", "state.safetensors", "scores.json", "result.json",
     "merged/model.safetensors", "merged/config.json", "merged/merge.yaml", "merged/README.md",
+    "merged/mergekit.yaml",
     "before-after.png", "samples/start.png", "samples/result.png", "samples/samples.json",
 }  # fmt: skip
 ENTRIES = ["start", "uniform", "best single", "result"]

@@ -216,7 +216,7 @@ def test_another_file_of_another_extractor_is_another_run(
     ("reward", "changes", "error", "message"),
     [
         ("fid-subset + ", {}, ConfigError, "found nothing after 'fid-subset \\+'"),
-        ("fd-dinov3-subset", {}, UnknownNameError, "unknown extractor 'dinov3'; did you mean"),
+        ("fd-dinov9-subset", {}, UnknownNameError, "unknown extractor 'dinov9'; did you mean"),
         ("fid-subset + 0.2 * fd-dinov2-subset", {}, ConfigError,
          "compares features of 'dinov2': it needs statistics .*--reference dinov2=PATH"),
         ("fid-subset", {"extra_references": {"dinov2": "x"}}, ConfigError,
