@@ -138,8 +138,7 @@ def describe(
 
     Networks over noise levels, and all that predict the clean sample or the noise, are sampled over
     noise levels as EDM's are, those of betas at the levels of their steps (Euler's step is DDIM's);
-    velocities along their path. Raises ConfigError for what is no
-    statement.
+    velocities along their path. Raises ConfigError for what is no statement.
     """
     steps = None
     if betas is not None:  # on the CPU even where a network is built on the meta device
@@ -148,6 +147,11 @@ def describe(
         prediction=prediction, time=time, sample_shape=tuple(sample_shape), path=path, betas=steps,
         label_dim=label_dim, null_label=null_label, spacing=spacing, offset=offset,
     )  # fmt: skip
+    return _stating(module, statement)
+
+
+def _stating(module: nn.Module, statement: Statement) -> Network:
+    """The module itself, of a class of its own that answers for its statement."""
     kind = type(module)
     stated = types.new_class(kind.__name__, (StatedNetwork, kind))
     stated.__module__ = kind.__module__

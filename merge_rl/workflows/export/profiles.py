@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,14 +85,25 @@ def save_profiles(
             )
             for name, std in zip(names, ema_stds, strict=True)
         ]  # fmt: skip
-        if checkpoints.config is not None:
-            named = checkpoints.manifest.name if checkpoints.manifest else None
-            manifest = Manifest(
-                name=f"{named or checkpoints.folder.resolve().name}-phema", licence=licence,
-                model=checkpoints.config, checkpoints=tuple(entries),
-            )  # fmt: skip
-            write_manifest(folder / MANIFEST_NAME, manifest)
+        _write_manifest(folder, checkpoints, entries, licence)
     return names
+
+
+def _write_manifest(
+    folder: Path,
+    checkpoints: CheckpointSet,
+    entries: Sequence[CheckpointEntry],
+    licence: str | None,
+) -> None:
+    """The manifest of averages of a set, where its network is known."""
+    if checkpoints.config is None:
+        return
+    named = checkpoints.manifest.name if checkpoints.manifest else None
+    manifest = Manifest(
+        name=f"{named or checkpoints.folder.resolve().name}-phema", licence=licence,
+        model=checkpoints.config, checkpoints=tuple(entries),
+    )  # fmt: skip
+    write_manifest(folder / MANIFEST_NAME, manifest)
 
 
 def merge(
