@@ -1,4 +1,4 @@
-# make demo   install, then the main job on the embedded digits run (some minutes)
+# make demo   install, then the main job on the embedded digits run, with its defaults (three minutes)
 # make test   install, then all tests
 # make test-portable  the tests that compare bits or tolerances, again with the instructions of other processors
 # make test-lowest  what other libraries' versions matter to, with the lowest that are allowed
@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	rm -rf build/demo
 	$(BIN)/mergerl demo build/demo
-	$(BIN)/mergerl optimize build/demo/edm2 --config digits --out build/demo/run
+	$(BIN)/mergerl optimize build/demo/edm2 --out build/demo/run
 	$(BIN)/mergerl sample build/demo/run/merged --num-images 100 --out build/demo/samples.png
 
 test: $(READY)

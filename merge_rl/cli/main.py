@@ -51,7 +51,7 @@ def options(
     """Find the best way to merge the checkpoints of a diffusion training run.
 
     Try it: [bold]mergerl demo digits[/bold], then
-    [bold]mergerl optimize digits/edm2 --track raw[/bold].
+    [bold]mergerl optimize digits/edm2[/bold].
     """
     ranks.require_parallel(context.invoked_subcommand)
     if debug:
