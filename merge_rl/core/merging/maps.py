@@ -48,8 +48,29 @@ class CoefficientMap(Protocol):
         ...
 
 
+class AroundMap:
+    """What a map around another one, `inner`, has of it: name and numbers."""
+
+    inner: CoefficientMap
+
+    @property
+    def kind(self) -> str:
+        """The name of the inner map."""
+        return self.inner.kind
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Number of checkpoints K."""
+        return self.inner.num_checkpoints
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups G."""
+        return self.inner.num_groups
+
+
 @dataclass(frozen=True, eq=False)
-class BoundedMap:
+class BoundedMap(AroundMap):
     """Another map, held inside a box: no coefficient beyond ± `limit`.
 
     A row that would leave the box is drawn back towards the start, on the straight line to it, as
@@ -67,21 +88,6 @@ class BoundedMap:
                 f"the start has a coefficient of {largest:g}, "
                 f"expected a bound of at least that, got {self.limit:g}"
             )
-
-    @property
-    def kind(self) -> str:
-        """The name of the map that is bounded."""
-        return self.inner.kind
-
-    @property
-    def num_checkpoints(self) -> int:
-        """Number of checkpoints K."""
-        return self.inner.num_checkpoints
-
-    @property
-    def num_groups(self) -> int:
-        """Number of groups G."""
-        return self.inner.num_groups
 
     @property
     def dim(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from merge_rl.core.merging.maps import CoefficientMap
+from merge_rl.core.merging.maps import AroundMap, CoefficientMap
 from merge_rl.errors import ConfigError
 
 STRENGTH_UNIT: Final = 0.2  # of the logarithm of the strength, a unit of theta
@@ -130,7 +130,7 @@ def _mirrored(places: Tensor, steps: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TunedMap:
+class TunedMap(AroundMap):
     """theta (D,) -> rows of a `Layout`: parts of theta in the order coefficients, guidance, guide.
 
     Args:
@@ -151,21 +151,6 @@ class TunedMap:
         guide = None if self.guide is None else (self.guide.num_groups, self.guide.num_checkpoints)
         inner = self.inner
         return Layout(inner.num_groups, inner.num_checkpoints, self.guidance is not None, guide)
-
-    @property
-    def kind(self) -> str:
-        """The name of the coefficients' map."""
-        return self.inner.kind
-
-    @property
-    def num_checkpoints(self) -> int:
-        """Number of checkpoints K."""
-        return self.inner.num_checkpoints
-
-    @property
-    def num_groups(self) -> int:
-        """Number of groups G."""
-        return self.inner.num_groups
 
     @property
     def sizes(self) -> tuple[int, int, int]:
