@@ -106,8 +106,9 @@ def _require_guidance(settings: SamplerConfig, model: Denoiser, guide: Denoiser 
         null = prediction_of(model) == VELOCITY or getattr(model, "noise_levels", None)
         needed = "a network with a null class, or a guide network" if null else "a guide network"
         strength = settings.guidance
-        what = f"guidance {strength:g}" if strength != 1 else "tuning guidance"
-        raise ConfigError(f"{what} needs {needed}; 1 switches guidance off")
+        if strength == 1:
+            raise ConfigError(f"tuning guidance needs {needed}; name a weaker one with --guide")
+        raise ConfigError(f"guidance {strength:g} needs {needed}; 1 switches guidance off")
 
 
 def require_reward_solver(settings: SamplerConfig) -> None:
