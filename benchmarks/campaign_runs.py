@@ -307,19 +307,39 @@ def _kill(bench: Bench, place: Path, draw: random.Random) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of its ranks."""
-    try:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [int(child) for child in found if b"resource_tracker" not in _line(child)]
+    """Process ids of its ranks, in the order in which they began."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid and b"resource_tracker" not in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return sorted(found)
 
 
-def _line(pid: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+def killed_pairs(name: str) -> Cases:
+    """Two at one folder at once, of which one is killed; then go on."""
+
+    def cases(folder: Path, seed: int, done: int, total: int) -> Iterator[tuple[int, str]]:
+        bench = Bench(folder, commands(inputs(folder))[name])
+        for number in range(done, total):
+            draw = random.Random(f"{seed} pair {name} {number}")
+            place = bench.fresh(f"case-{number}")
+            arguments = bench.command.next(place)
+            pids = [start(place, arguments, log=f"said-{index}") for index in range(2)]
+            time.sleep(draw.uniform(0.02, 1.0) * bench.seconds)
+            victim = draw.choice(pids)
+            alive = os.waitpid(victim, os.WNOHANG) == (0, 0)
+            if alive:
+                os.killpg(victim, signal.SIGKILL)
+                os.waitpid(victim, 0)
+            other = next(pid for pid in pids if pid != victim)
+            ended = end(other, place, f"said-{pids.index(other)}")
+            odd = ended.status != 0 and not _is_refusal(ended)
+            found = f"told: {_last(ended)}" if odd else bench.judged(place)
+            yield number, found if alive or found != "equal" else "too late"
+
+    return cases
 
 
 # -------------------------------------------------------------------------------------- disks
@@ -471,28 +491,19 @@ def _is_refusal(ended: Ended) -> bool:
     return "is being written by" in ended.said or "exists already" in ended.said
 
 
-_RESUMED: Final = ("optimize", "finetune", "convert", "compare", "evaluate", "fetch")
+_KILLED: Final = ("optimize", "finetune", "convert", "fetch", "compare", "evaluate")
+_ONE_PROCESS: Final = ("convert", "fetch", "compare")  # refuse to be one of several ranks
 PARTS: Final[Mapping[str, Mapping[str, Cases]]] = {
     "kills": {
-        **{
-            n: kills(n) for n in ("optimize", "finetune", "convert", "compare", "evaluate", "fetch")
-        },
-        **{f"{n}, 2 ranks": kills(n, 2) for n in ("optimize", "evaluate")},
+        **{n: kills(n) for n in _KILLED},
+        **{f"{n}, 2 ranks": kills(n, 2) for n in _KILLED if n not in _ONE_PROCESS},
+        **{f"{n}, 2 at once": killed_pairs(n) for n in _ONE_PROCESS},
     },
-    "disks": {
-        n: disks(n)
-        for n in (
-            "optimize",
-            "finetune",
-            "convert",
-            "compare",
-            "evaluate",
-            "fetch",
-            "merge",
-            "demo",
-        )
+    "disks": {n: disks(n) for n in (*_KILLED, "merge", "demo", "reference")},
+    "ranks": {
+        **{f"{n}, slowed": slowed(n) for n in ("optimize", "finetune", "evaluate")},
+        **{f"{n}, hung": hung(n) for n in ("optimize", "finetune", "evaluate")},
     },
-    "ranks": {"optimize, slowed": slowed("optimize"), "optimize, hung": hung("optimize")},
     "writers": {
         n: writers(n) for n in ("convert", "optimize", "resume", "fetch", "reference", "evaluate")
     },
