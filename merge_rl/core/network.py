@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Network(nn.Module, ABC):
     """A denoising network with weights: a `Denoiser` that says what its samples look like."""
+
+    # Whether a forward pass is the same operations on the same addresses for equal shapes, so that
+    # it can be recorded as a CUDA graph.
+    capturable: bool = False
+
+    def kept(self) -> list[Tensor]:
+        """What it keeps and what follows from its weights, brought up to date in place."""
+        return []
 
     @property
     @abstractmethod

@@ -164,6 +164,7 @@ class EDM2(Network):
     """
 
     prediction: Final = "denoised"
+    capturable = True
     # Of the training loss alone: nothing that is sampled depends on it.
     loss_modules: Final = ("logvar_linear",)
 
@@ -215,6 +216,12 @@ class EDM2(Network):
         out = self.unet(patches, c_noise, self._label_rows(labels, x.device))
         denoised: Tensor = c_skip * x + c_out * F.pixel_shuffle(out, self.patch_size).float()
         return denoised
+
+    def kept(self) -> list[Tensor]:
+        """The effective weights of all layers that have made theirs."""
+        with torch.no_grad():
+            layers = [layer for layer in self.modules() if isinstance(layer, NormalizedWeight)]
+            return [weight for layer in layers if (weight := layer.renewed()) is not None]
 
     def normalize_weights(self) -> None:
         """Bring the rows of all weights to unit magnitude, in place: after every training step.

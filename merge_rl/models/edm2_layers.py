@@ -111,6 +111,7 @@ class NormalizedWeight(nn.Module):
         self.padding = kernel // 2
         self.weight = nn.Parameter(_draw(torch.randn, out_channels, in_channels, *window))
         self._cached: tuple[tuple[object, ...], Tensor] | None = None
+        self._asked: tuple[torch.dtype, Gain] | None = None
 
     def effective_weight(self, dtype: torch.dtype, gain: Gain = 1.0) -> Tensor:
         """w_eff in `dtype`; computed in float32 and cast once."""
@@ -119,8 +120,16 @@ class NormalizedWeight(nn.Module):
             return self._normalized(gain).to(dtype)
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, dtype, *_key(gain))
         if self._cached is None or self._cached[0] != key:
-            self._cached = (key, self._normalized(gain).to(dtype))
+            made = self._normalized(gain).to(dtype)
+            held = None if self._cached is None else self._cached[1]
+            # In the old one's place, where a CUDA graph reads it.
+            self._cached = (key, made if held is None else _into(held, made))
+            self._asked = dtype, gain
         return self._cached[1]
+
+    def renewed(self) -> Tensor | None:
+        """The w_eff that is kept, of the weights as they are now; None where none was asked for."""
+        return None if self._asked is None else self.effective_weight(*self._asked)
 
     def _normalized(self, gain: Gain) -> Tensor:
         # A float16 gain gives a float16 quotient, rounded once more, as in the official sampler.
@@ -136,6 +145,12 @@ class NormalizedWeight(nn.Module):
         if weight.ndim == 2:
             return x @ weight.T
         return F.conv2d(x, weight, padding=self.padding)
+
+
+def _into(held: Tensor, made: Tensor) -> Tensor:
+    """`made`, in the memory of `held` where it fits."""
+    alike = held.shape == made.shape and held.dtype == made.dtype and held.device == made.device
+    return held.copy_(made) if alike and not held.is_inference() else made
 
 
 def _key(gain: Gain) -> tuple[object, ...]:

@@ -38,6 +38,7 @@ class PatchNetwork(Network):
     Raises ConfigError for sizes that do not divide as they must.
     """
 
+    capturable = True
     # A constant that official files store as a parameter: carried by a merge like a buffer.
     fixed_names: Final = ("pos_embed",)
 

@@ -175,7 +175,7 @@ class Parts:
         return network_rollout(
             self.network, self.sampler, self.settings.batch, self.settings.device, kind,
             extractor=self.extractor if own else self.reward.extractor,
-            autoencoder=self.autoencoder, guide=self.guide,
+            autoencoder=self.autoencoder, guide=self.guide, announce=self.announce,
         )  # fmt: skip
 
 
@@ -190,6 +190,7 @@ def network_rollout(
     autoencoder: Autoencoder | None = None,
     guide: nn.Module | None = None,
     on_images: Callable[[int], None] | None = None,
+    announce: Announce = lambda _text: None,
 ) -> Made:
     """A rollout of one network; without an extractor it is for images alone.
 
@@ -197,7 +198,7 @@ def network_rollout(
         model: with `sample_shape`, (C, h, w); moved to the device.
         sampler, batch, device: as of `Rollout`.
         kind: `Rollout`, or a class derived from it.
-        extractor, on_images: as of `Rollout`.
+        extractor, on_images, announce: as of `Rollout`.
         autoencoder: moved to the device; None where samples are images.
         guide: the weaker network; None: the one that the sampler names, if it names one.
     """
@@ -216,6 +217,7 @@ def network_rollout(
         workers=cpu_workers(device),
         guide=guide or load_guide(sampler, device),
         on_images=on_images,
+        announce=announce,
     )
 
 

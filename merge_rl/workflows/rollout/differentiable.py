@@ -22,6 +22,7 @@ from merge_rl.core.merging.live_model import coefficient_gradient
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.solvers import Velocity
 from merge_rl.errors import ConfigError, OutOfMemoryError
+from merge_rl.interfaces import Denoiser
 from merge_rl.workflows.rollout.derivatives import (
     Room,
     StepWatch,
@@ -37,6 +38,12 @@ from merge_rl.workflows.rollout.execution import (
     is_out_of_memory,
     matmul_precision,
     prepare_network,
+)
+from merge_rl.workflows.rollout.graphs import (
+    BACK_PAYS_BELOW,
+    CapturedNetwork,
+    captured,
+    renew,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
 from merge_rl.workflows.rollout.tuned import TunedRollout
@@ -88,9 +95,12 @@ class DifferentiableRollout:
                 f"({', '.join(FIXED_SOLVERS)}), got {rollout.sampler.solver}"
             )
         require_derivative(rollout)
-        self._network = prepare_network(rollout.model, rollout.sampler, rollout.device)
-        guide = rollout.guide
-        self._guide = guide and prepare_network(guide, rollout.sampler, rollout.device)
+        self._network = self._prepared(rollout.model)
+        self._guide = rollout.guide and self._prepared(rollout.guide)
+
+    def _prepared(self, model: Denoiser) -> Denoiser:
+        prepared = prepare_network(model, self.rollout.sampler, self.rollout.device)
+        return captured(prepared, model, self.rollout.device, self.announce, BACK_PAYS_BELOW)
 
     @property
     def calls(self) -> int:
@@ -188,6 +198,8 @@ class DifferentiableRollout:
     def _latents(self, noise: Tensor, labels: Tensor, again: bool, watch: StepWatch) -> Tensor:
         """Samples with what their way back needs; with `again` the network is called twice."""
         device = self.rollout.device
+        renew(self._network, self._guide)
+        again = again and not isinstance(self._network, CapturedNetwork)  # which keeps nothing
         return sample_with(
             self.rollout.sampler, self._network, noise.to(device), labels.to(device),
             guide=self._guide, through=made_again if again else _kept, on_step=watch,

@@ -31,6 +31,7 @@ from merge_rl.workflows.rollout.execution import (
     prepare_network,
     threads,
 )
+from merge_rl.workflows.rollout.graphs import captured, renew
 
 Inputs = tuple[Tensor, Tensor]
 """Noise (B, C, h, w) and labels (B,) of one block."""
@@ -48,6 +49,7 @@ class Rollout:
     Raises ConfigError for a sampler that does not fit the network.
     """
 
+    as_graphs = True  # where that pays; not for weights that others replace or gather meanwhile
     guidance: Tensor | None = None  # (3,) as of `sample_with`, in the place of the sampler's
 
     def __init__(
@@ -63,20 +65,28 @@ class Rollout:
         guide: Denoiser | None = None,
         workers: int = 1,
         on_images: Callable[[int], None] | None = None,
+        announce: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self.model, self.shape = model, tuple(shape)
         self.autoencoder, self.extractor = autoencoder, extractor
         self.device, self.guide = torch.device(device), guide
         self.batch, self.workers = batch, workers
         self.on_images = on_images or (lambda _count: None)
-        self._sampling, self._finishing = BatchHalving(), BatchHalving()
+        self.announce = announce
+        self._sampling, self._finishing = BatchHalving(announce), BatchHalving(announce)
         self._take_sampler(sampler)
 
     def _take_sampler(self, sampler: SamplerConfig) -> None:
         require_sampler(sampler, self.model, self.guide)
         self.sampler = sampler
-        self._network = prepare_network(self.model, sampler, self.device)
-        self._guide = self.guide and prepare_network(self.guide, sampler, self.device)
+        self._network = self._prepared(self.model)
+        self._guide = self.guide and self._prepared(self.guide)
+
+    def _prepared(self, model: Denoiser) -> Denoiser:
+        prepared = prepare_network(model, self.sampler, self.device)
+        if not self.as_graphs:
+            return prepared
+        return captured(prepared, model, self.device, self.announce)
 
     def with_sampler(self, sampler: SamplerConfig) -> Rollout:
         """The same network, decoder and extractor with another sampler (and the same guide)."""
@@ -106,6 +116,7 @@ class Rollout:
 
         With `check_finite` NonFiniteSamplesError names the step at which samples cease to be so.
         """
+        renew(self._network, self._guide)
         return sample_with(
             self.sampler, self._network, noise.to(self.device), labels.to(self.device),
             guide=self._guide, check_finite=check_finite, guidance=self.guidance,
