@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -20,7 +21,11 @@ from merge_rl.workflows.assembly.defaults import find_defaults
 from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.assembly.meaning import load_model
 from merge_rl.workflows.assembly.parts import network_rollout
+from merge_rl.workflows.rollout import graphs
+from merge_rl.workflows.rollout.derivatives import Room
+from merge_rl.workflows.rollout.differentiable import DifferentiableRollout
 from merge_rl.workflows.rollout.execution import exact_products, matmul_precision
+from merge_rl.workflows.rollout.graphs import CapturedNetwork
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 
 COUNT = 200
@@ -142,3 +147,60 @@ def test_the_step_at_which_samples_break_is_told(demo: Path, solver: str) -> Non
     with pytest.raises(NonFiniteSamplesError, match="starting noise of image 3"):
         rollout.images(noise, labels)
     assert bool(rollout.features(noise, labels)[3].isnan().all())
+
+
+def merged_rollout(folder: Path, batch: int, **changes: object) -> MergedRollout:
+    """The merge of an embedded run's raw checkpoints on the GPU."""
+    opened = open_checkpoints(folder, track="raw")
+    rollout = rollout_of(folder, "cuda", batch=batch, **changes)
+    checkpoints = load_checkpoints(opened, plan_merge(opened), "cuda")
+    return MergedRollout(LiveModel(rollout.model.requires_grad_(False), checkpoints), rollout)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("family", ["edm2", "sit"])
+def test_graphs_change_no_bit(demo: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    count = 8
+    merged = merged_rollout(demo / family, 40)
+    merged.rollout._sampling.announce = told.append
+    plain = copy.copy(merged.rollout)
+    plain.graphs_below = 0
+    plain._take_sampler(plain.sampler)
+    merged.rollout._take_sampler(merged.rollout.sampler)
+    assert isinstance(merged.rollout._network, CapturedNetwork)
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 2)
+    noise, labels = merged.rollout.noise(image_seeds(100, 3, "test")), balanced_labels(100, 10)
+    for row in torch.eye(count)[[-1, -2, -3, -1]]:  # two sizes of a batch, weights that come again
+        merged.merge(row[None])
+        assert torch.equal(merged.rollout.features(noise, labels), plain.features(noise, labels))
+    assert len(merged.rollout._network._there._recordings) == 2
+    assert told == []
+
+
+@pytest.mark.parametrize("family", ["edm2", "sit"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_of_graphs_are_those_of_calls(
+    demo: Path, family: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 2)
+    told: list[str] = []
+    merged = merged_rollout(demo / family, 40, precision=precision)
+    seeds, labels = image_seeds(50, 3, "test"), balanced_labels(50, 10)
+    generator = torch.Generator().manual_seed(0)
+    back = torch.randn(50, merged.rollout.extractor.dim, generator=generator)
+    room = Room(images=25, kept=10**9)
+    found = DifferentiableRollout(merged, room=room, announce=told.append)
+    monkeypatch.setattr("merge_rl.workflows.rollout.differentiable.BACK_PAYS_BELOW", 0)
+    plain = DifferentiableRollout(merged, room=room, announce=told.append)
+    assert isinstance(found._network, CapturedNetwork)
+    assert not isinstance(plain._network, CapturedNetwork)
+    for row in torch.eye(8)[[-1, -2, -1]]:
+        item = WorkItem(row[None], seeds, labels)
+        one, other = found(item, lambda _features: back), plain(item, lambda _features: back)
+        assert torch.equal(one.features, other.features)
+        # Sums over images and calls in another order; bfloat16 rounds what is added up.
+        bound = 1e-4 if precision == "float32" else 0.05
+        off = (one.gradient - other.gradient).norm() / other.gradient.norm()
+        assert float(off) < bound
+    assert found._network._back._recordings
+    assert told == []

@@ -29,7 +29,7 @@ class PolicyRollout(Rollout):
     """
 
     window: Window | None = None
-    as_graphs = False  # its weights may be shards that are gathered for a call
+    graphs_below = 0  # its weights may be shards that are gathered for a call
 
     def sde(self, labels: Tensor, network: Denoiser | None = None) -> SDE:
         """The SDE of images with these labels; of another network of the same kind, if given."""

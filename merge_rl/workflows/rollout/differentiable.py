@@ -22,7 +22,6 @@ from merge_rl.core.merging.live_model import coefficient_gradient
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.solvers import Velocity
 from merge_rl.errors import ConfigError, OutOfMemoryError
-from merge_rl.interfaces import Denoiser
 from merge_rl.workflows.rollout.derivatives import (
     Room,
     StepWatch,
@@ -37,12 +36,11 @@ from merge_rl.workflows.rollout.execution import (
     exact_products,
     is_out_of_memory,
     matmul_precision,
-    prepare_network,
 )
 from merge_rl.workflows.rollout.graphs import (
     BACK_PAYS_BELOW,
     CapturedNetwork,
-    captured,
+    as_graphs,
     renew,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
@@ -95,12 +93,9 @@ class DifferentiableRollout:
                 f"({', '.join(FIXED_SOLVERS)}), got {rollout.sampler.solver}"
             )
         require_derivative(rollout)
-        self._network = self._prepared(rollout.model)
-        self._guide = rollout.guide and self._prepared(rollout.guide)
-
-    def _prepared(self, model: Denoiser) -> Denoiser:
-        prepared = prepare_network(model, self.rollout.sampler, self.rollout.device)
-        return captured(prepared, model, self.rollout.device, self.announce, BACK_PAYS_BELOW)
+        rest = rollout.sampler, rollout.device, self.announce, BACK_PAYS_BELOW
+        self._network = as_graphs(rollout.model, *rest)
+        self._guide = rollout.guide and as_graphs(rollout.guide, *rest)
 
     @property
     def calls(self) -> int:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from merge_rl.config import SamplerConfig
 from merge_rl.core.network import Network
 from merge_rl.interfaces import Denoiser
-from merge_rl.workflows.rollout.execution import is_out_of_memory
+from merge_rl.workflows.rollout.execution import is_out_of_memory, prepare_network
 
 PAYS_BELOW: Final = 2**28  # weights; kernels of larger networks outlast the host's work
 BACK_PAYS_BELOW: Final = 2**23  # there a call is made again, which costs larger ones more
@@ -211,17 +212,19 @@ class _Differentiated(torch.autograd.Function):
         return None, pulled, None, None, None
 
 
-def captured(
-    prepared: Denoiser,
+def as_graphs(
     network: Denoiser,
+    settings: SamplerConfig,
     device: torch.device,
     announce: Callable[[str], None],
     below: int = PAYS_BELOW,
 ) -> Denoiser:
-    """The prepared network as graphs where that pays: of fewer than `below` weights, on a GPU.
+    """The network as `prepare_network` gives it, and as graphs where that pays.
 
-    Only of families that are known to fit, see `Network.capturable`.
+    On a GPU, with fewer than `below` weights, and of a family that is known to fit
+    (`Network.capturable`).
     """
+    prepared = prepare_network(network, settings, device)
     if device.type != "cuda" or not isinstance(network, Network) or not network.capturable:
         return prepared
     if sum(weight.numel() for weight in network.parameters()) >= below:

@@ -28,10 +28,9 @@ from merge_rl.workflows.rollout.execution import (
     exact_products,
     matmul_precision,
     overlapped,
-    prepare_network,
     threads,
 )
-from merge_rl.workflows.rollout.graphs import captured, renew
+from merge_rl.workflows.rollout.graphs import PAYS_BELOW, as_graphs, renew
 
 Inputs = tuple[Tensor, Tensor]
 """Noise (B, C, h, w) and labels (B,) of one block."""
@@ -45,11 +44,10 @@ class Rollout:
     Deterministic: an image is a function of the weights, its noise and its label, with an SDE too.
     `batch` bounds memory and `workers` batches are made side by side; results depend on neither
     beyond rounding (adaptive solvers excepted, which choose their steps by the whole batch).
-
     Raises ConfigError for a sampler that does not fit the network.
     """
 
-    as_graphs = True  # where that pays; not for weights that others replace or gather meanwhile
+    graphs_below = PAYS_BELOW  # weights of a network that runs as CUDA graphs
     guidance: Tensor | None = None  # (3,) as of `sample_with`, in the place of the sampler's
 
     def __init__(
@@ -64,29 +62,23 @@ class Rollout:
         device: str = "cpu",
         guide: Denoiser | None = None,
         workers: int = 1,
-        on_images: Callable[[int], None] | None = None,
+        on_images: Callable[[int], None] = lambda _count: None,
         announce: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self.model, self.shape = model, tuple(shape)
         self.autoencoder, self.extractor = autoencoder, extractor
         self.device, self.guide = torch.device(device), guide
         self.batch, self.workers = batch, workers
-        self.on_images = on_images or (lambda _count: None)
-        self.announce = announce
+        self.on_images = on_images
         self._sampling, self._finishing = BatchHalving(announce), BatchHalving(announce)
         self._take_sampler(sampler)
 
     def _take_sampler(self, sampler: SamplerConfig) -> None:
         require_sampler(sampler, self.model, self.guide)
         self.sampler = sampler
-        self._network = self._prepared(self.model)
-        self._guide = self.guide and self._prepared(self.guide)
-
-    def _prepared(self, model: Denoiser) -> Denoiser:
-        prepared = prepare_network(model, self.sampler, self.device)
-        if not self.as_graphs:
-            return prepared
-        return captured(prepared, model, self.device, self.announce)
+        rest = sampler, self.device, self._sampling.announce, self.graphs_below
+        self._network = as_graphs(self.model, *rest)
+        self._guide = self.guide and as_graphs(self.guide, *rest)
 
     def with_sampler(self, sampler: SamplerConfig) -> Rollout:
         """The same network, decoder and extractor with another sampler (and the same guide)."""
@@ -98,8 +90,7 @@ class Rollout:
         """The same settings with another network of the same kind."""
         other = copy.copy(self)
         other.model = model
-        other._take_sampler(self.sampler)
-        return other
+        return other.with_sampler(self.sampler)
 
     def with_extractor(self, extractor: FeatureExtractor) -> Rollout:
         """The same network and settings with another extractor."""

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from merge_rl.config.sampler import SamplerConfig
 from merge_rl.core.network import Network
 from merge_rl.models.edm2 import EDM2
 from merge_rl.models.sit import SiT
 from merge_rl.workflows.rollout import graphs
-from merge_rl.workflows.rollout.graphs import CapturedNetwork, Recorder, captured
+from merge_rl.workflows.rollout.graphs import CapturedNetwork, Recorder, as_graphs
 from tests.workflows.rollout.test_fast import edm2, sit
 
 
@@ -200,13 +201,14 @@ def test_gradients_are_those_of_the_network(
     assert recorded
 
 
-def test_where_graphs_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, cuda = sit(), torch.device("cuda")
-    assert captured(model, model, torch.device("cpu"), silent) is model
-    assert isinstance(captured(model, model, cuda, silent), CapturedNetwork)
+def test_where_graphs_are_made() -> None:
+    model, rest = sit(), (SamplerConfig(), torch.device("cuda"), silent)
+    assert as_graphs(model, SamplerConfig(), torch.device("cpu"), silent) is model
+    assert isinstance(as_graphs(model, *rest), CapturedNetwork)
     weights = sum(weight.numel() for weight in model.parameters())
-    assert captured(model, model, cuda, silent, below=weights) is model
+    assert isinstance(as_graphs(model, *rest, below=weights + 1), CapturedNetwork)
+    assert as_graphs(model, *rest, below=weights) is model
     own = nn.Linear(2, 2)
-    assert captured(own, own, cuda, silent) is own
+    assert as_graphs(own, *rest) is own
     assert SiT.capturable
     assert EDM2.capturable
