@@ -189,7 +189,7 @@ def network_rollout(
     extractor: FeatureExtractor | None = None,
     autoencoder: Autoencoder | None = None,
     guide: nn.Module | None = None,
-    on_images: Callable[[int], None] = lambda _count: None,
+    on_images: Callable[[int], None] | None = None,
     announce: Announce = lambda _text: None,
 ) -> Made:
     """A rollout of one network; without an extractor it is for images alone.

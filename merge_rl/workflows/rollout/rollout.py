@@ -62,14 +62,14 @@ class Rollout:
         device: str = "cpu",
         guide: Denoiser | None = None,
         workers: int = 1,
-        on_images: Callable[[int], None] = lambda _count: None,
+        on_images: Callable[[int], None] | None = None,
         announce: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self.model, self.shape = model, tuple(shape)
         self.autoencoder, self.extractor = autoencoder, extractor
         self.device, self.guide = torch.device(device), guide
         self.batch, self.workers = batch, workers
-        self.on_images = on_images
+        self.on_images = on_images or (lambda _count: None)
         self._sampling, self._finishing = BatchHalving(announce), BatchHalving(announce)
         self._take_sampler(sampler)
 
