@@ -317,6 +317,8 @@ def in_turns(jobs: list[Any], workers: int, end: float, work: Any) -> Iterator[t
             with suppress(EOFError):
                 yield job, ready.recv()
             process.join()
+    for process, _ in going.values():
+        process.kill()
 
 
 def _send(sending: Any, work: Any, job: Any) -> None:
