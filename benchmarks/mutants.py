@@ -334,7 +334,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e6)
     parser.add_argument("--out", type=Path, default=Path("build/mutants.json"))
     arguments = parser.parse_args()
-    end = time.monotonic() + arguments.seconds
+    began = time.monotonic()
+    half, end = began + arguments.seconds / 2, began + arguments.seconds
     out: Path = arguments.out.resolve()
     os.chdir(ROOT)
     done: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
@@ -342,7 +343,7 @@ def main() -> None:
     print(f"seed {arguments.seed}, {arguments.each} of each part", flush=True)
     pytest.main(["tests/core", "tests/storage", "--collect-only", "-qq"])  # imports all
     suites = list(dict.fromkeys(tuple(PARTS[part]) for part in arguments.parts))
-    seen = dict(in_turns(suites, arguments.workers, end, watched))
+    seen = dict(in_turns(suites, arguments.workers, half, watched))
     watches = {part: seen[tuple(PARTS[part])] for part in arguments.parts
                if tuple(PARTS[part]) in seen}  # fmt: skip
     failed = sorted(set().union(*(watch.failed for watch in watches.values())))
