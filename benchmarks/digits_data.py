@@ -19,7 +19,7 @@ from merge_rl.storage.checkpoints.manifest import (
     write_manifest,
 )
 from merge_rl.storage.files.atomic import save_tensors
-from merge_rl.storage.files.hashing import sha256_file
+from merge_rl.storage.files.documents import sha256_file
 
 
 def load_images() -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from benchmarks.digits_data import load_images, split_in_halves, training_rows
 from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.features.digits import DigitsNet
 from merge_rl.storage.files.atomic import save_tensors
-from merge_rl.storage.files.hashing import sha256_file
+from merge_rl.storage.files.documents import sha256_file
 from merge_rl.workflows.reference.file import save_reference
 
 PARTS = ("evaluation", "edm2", "sit")

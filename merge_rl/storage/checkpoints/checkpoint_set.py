@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.late import torch
 from merge_rl.storage.checkpoints.averages import Averages
-from merge_rl.storage.checkpoints.duplicates import find_duplicates, without
-from merge_rl.storage.checkpoints.hashes import FileHashes
+from merge_rl.storage.checkpoints.hashes import FileHashes, find_duplicates, without
 from merge_rl.storage.checkpoints.listing import (
     Listing,
     list_folder,

@@ -20,6 +20,9 @@ _MAX_VALUES: Final = 2000
 _MAX_TEXT: Final = 1000
 DEFAULT_BATCH: Final = 256  # images a step, in SiT's public training
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensors by name, as far as a family of networks is told by them."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Extracted:

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from merge_rl.errors import CheckpointError
-
-Shapes = Mapping[str, tuple[int, ...]]
+from merge_rl.storage.convert.contents import Shapes
 
 ASSUMED: Final = "attention heads of 64 channels, sigma_data 0.5 and the published balances"
 _HEAD: Final = 64

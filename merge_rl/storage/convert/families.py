@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
-from merge_rl.storage.convert.contents import Hints, Said
+from merge_rl.storage.convert.contents import Hints, Said, Shapes
 from merge_rl.storage.convert.edm2_shapes import is_edm2
-from merge_rl.storage.convert.jit import is_jit
-from merge_rl.storage.convert.sit import is_sit
+from merge_rl.storage.convert.sit import is_jit, is_sit
 
 FAMILIES: Final = ("edm2", "sit", "dit", "repa", "jit")
 PROJECTORS: Final = "projectors."  # of REPA's loss: nothing that is sampled depends on them
@@ -19,8 +18,6 @@ _NAMED: Final = re.compile(r"(?:^|[^a-z])(sit|dit|repa|jit)(?![a-z])", re.IGNORE
 # What the programs of a family call the prediction that its network here makes.
 _PREDICTIONS: Final = {"sit": ("velocity", "v"), "repa": ("v", "velocity")}
 _PATHS: Final = {"linear": "linear", "gvp": "gvp", "cosine": "gvp", "vp": "vp"}
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def fitting(shapes: Shapes) -> tuple[str, ...]:

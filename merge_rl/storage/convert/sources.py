@@ -36,8 +36,7 @@ from merge_rl.storage.convert.contents import (
     state_dict,
 )
 from merge_rl.storage.convert.distcp import files_of_metadata, read_distcp
-from merge_rl.storage.convert.layouts import Place, files_in, place_of, steps_of
-from merge_rl.storage.convert.library import read_library
+from merge_rl.storage.convert.layouts import Place, files_in, place_of, read_library, steps_of
 from merge_rl.storage.convert.states import holds_states, read_states
 from merge_rl.storage.convert.trajectories import (
     SHADOWS,

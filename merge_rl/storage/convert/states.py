@@ -23,8 +23,7 @@ from merge_rl.storage.convert.contents import (
     state_dict,
 )
 from merge_rl.storage.convert.families import PROJECTORS, find_family, fitting, is_foreign, path_of
-from merge_rl.storage.convert.jit import ROTATIONS, describe_jit
-from merge_rl.storage.convert.sit import describe_sit
+from merge_rl.storage.convert.sit import ROTATIONS, describe_jit, describe_sit
 from merge_rl.storage.pickles import TensorRef
 
 _STEP: Final = re.compile(r"(?:.*[-_.])?(\d{7,9})")

@@ -20,8 +20,7 @@ from merge_rl.storage.files.atomic import (
     write_text,
     write_yaml,
 )
-from merge_rl.storage.files.documents import Fields, nearest
-from merge_rl.storage.files.hashing import Progress, require_hash, sha256_file
+from merge_rl.storage.files.documents import Fields, Progress, nearest, require_hash, sha256_file
 from merge_rl.storage.files.image_source import (
     ImageKind,
     ImageSource,
@@ -42,7 +41,15 @@ from merge_rl.storage.files.images import (
     write_picture,
     write_png,
 )
-from merge_rl.storage.files.locks import locked, locked_output, require_unlocked
+from merge_rl.storage.files.locks import (
+    LOCK_NAME,
+    is_leftover,
+    is_vacant,
+    locked,
+    locked_output,
+    require_unlocked,
+    temporary_beside,
+)
 from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_array, read_npy
 from merge_rl.storage.files.safetensors_file import (
     TensorReader,
@@ -85,12 +92,6 @@ from merge_rl.storage.files.stored import (
     open_weights,
     weights_in,
     weights_stem,
-)
-from merge_rl.storage.files.temporaries import (
-    LOCK_NAME,
-    is_leftover,
-    is_vacant,
-    temporary_beside,
 )
 
 __all__ = [

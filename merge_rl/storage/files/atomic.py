@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from merge_rl.errors import CheckpointError, MergeRLError, RunError
-from merge_rl.storage.files.locks import locked_output
+from merge_rl.storage.files.locks import is_vacant, locked_output, temporary_beside
 from merge_rl.storage.files.safetensors_file import read_file, write_tensors
-from merge_rl.storage.files.temporaries import is_vacant, temporary_beside
 from merge_rl.untrusted import load_json_mapping, parse_json, read_bounded
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from merge_rl.errors import CheckpointError, NonFiniteWeightsError
 from merge_rl.late import torch
-from merge_rl.storage.files.hashing import CHUNK_BYTES
+from merge_rl.storage.files.documents import CHUNK_BYTES
 from merge_rl.storage.files.safetensors_header import (
     CODES,
     METADATA_KEY,

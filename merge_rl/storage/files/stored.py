@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.files.atomic import natural_key
-from merge_rl.storage.files.hashing import CHUNK_BYTES, Progress, sha256_file
+from merge_rl.storage.files.documents import CHUNK_BYTES, Progress, sha256_file
 from merge_rl.storage.files.safetensors_file import TensorReader, check_file, map_file, read_file
 from merge_rl.storage.files.safetensors_header import Header, TensorInfo, read_header
 from merge_rl.storage.files.shards import (

@@ -11,7 +11,6 @@ from merge_rl.storage.runs.lifecycle import (
     require_resumable,
     require_same,
 )
-from merge_rl.storage.runs.moved import located
 from merge_rl.storage.runs.places import (
     Meant,
     described,
@@ -19,6 +18,7 @@ from merge_rl.storage.runs.places import (
     find_set,
     folder_kind,
     holds_weights,
+    located,
     only_inside,
     result_of,
 )

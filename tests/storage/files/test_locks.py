@@ -23,7 +23,6 @@ from merge_rl.storage.files import (
     new_folder,
     require_new,
     require_unlocked,
-    temporaries,
     temporary_beside,
     write_text,
 )
@@ -116,13 +115,13 @@ def test_what_is_made_to_be_locked_is_no_content(tmp_path: Path) -> None:
 def test_temporaries_of_living_processes_stay(tmp_path: Path) -> None:
     ours = temporary_beside(tmp_path / "a.npz")
     dead = [ours.with_name(ours.name.replace(f"-{os.getpid()}-", "-4194305-")), tmp_path / ".tmp-1"]
-    other = ours.with_name(ours.name.replace(temporaries.machine(), "0" * 8))
+    other = ours.with_name(ours.name.replace(locks.machine(), "0" * 8))
     for path in (ours, other):
         path.write_text("half")
     dead[0].mkdir()
     (dead[0] / "model.safetensors").write_text("half")
     dead[1].write_text("half")
-    long_ago = time.time() - temporaries.ABANDONED_SECONDS - 1
+    long_ago = time.time() - locks.ABANDONED_SECONDS - 1
     os.utime(dead[1], (long_ago, long_ago))
     with locked(tmp_path):
         assert names_in(tmp_path) == sorted([".lock", ours.name, other.name])

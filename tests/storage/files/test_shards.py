@@ -14,7 +14,7 @@ from torch import Tensor
 
 from merge_rl.errors import CheckpointError, ConfigError, NonFiniteWeightsError
 from merge_rl.storage.checkpoints.model_file import model_sha256, open_model_file
-from merge_rl.storage.files.hashing import sha256_file
+from merge_rl.storage.files.documents import sha256_file
 from merge_rl.storage.files.safetensors_header import TensorInfo
 from merge_rl.storage.files.shards import (
     WeightStream,

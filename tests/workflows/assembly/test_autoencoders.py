@@ -28,7 +28,7 @@ from merge_rl.storage.checkpoints.manifest import (
     write_manifest,
 )
 from merge_rl.storage.files.atomic import save_tensors
-from merge_rl.storage.files.hashing import sha256_file
+from merge_rl.storage.files.documents import sha256_file
 from merge_rl.storage.files.safetensors_file import read_file
 from merge_rl.workflows.assembly.defaults import find_defaults
 from merge_rl.workflows.assembly.job import build_job

@@ -15,7 +15,7 @@ from merge_rl.errors import CheckpointError, ConfigError, MergeRLError, UnknownN
 from merge_rl.features.digits import DigitsNet
 from merge_rl.registry import EXTRACTORS
 from merge_rl.storage.files.atomic import save_tensors
-from merge_rl.storage.files.hashing import sha256_file
+from merge_rl.storage.files.documents import sha256_file
 from merge_rl.workflows.assembly import extractors
 from merge_rl.workflows.assembly import published as public_weights
 from merge_rl.workflows.assembly.extractors import (

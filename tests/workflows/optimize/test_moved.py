@@ -17,7 +17,7 @@ from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import RunError
 from merge_rl.interfaces import NullTracker
 from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME
-from merge_rl.storage.runs.moved import Moved, located
+from merge_rl.storage.runs.places import Moved, located
 from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir
 from merge_rl.workflows.export.recipe import without_places
 from merge_rl.workflows.finetune.run import resume_finetune
