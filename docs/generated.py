@@ -14,7 +14,7 @@ from rich.text import Text
 import merge_rl
 from merge_rl.cli.main import command_line
 from merge_rl.cli.options import COMMANDS
-from merge_rl.cli.settings import page
+from merge_rl.cli.options.settings import page
 
 
 def write(folder: Path) -> None:

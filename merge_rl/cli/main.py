@@ -30,7 +30,7 @@ COMMANDS: Final[Mapping[str, tuple[str, ...]]] = {
     "evaluate:register": ("evaluate",),
     "reference:register": ("reference",),
     "inspect:register": ("inspect",),
-    "settings:register": ("settings",),
+    "options.settings:register": ("settings",),
     "hub:register": ("fetch", "push"),
 }
 

@@ -1,7 +1,15 @@
 """Options that follow from the settings of `merge_rl.config`, and what was said by them."""
 
-from merge_rl.cli.options.former import FORMER, Former, split_tracks
-from merge_rl.cli.options.layers import SHORTHANDS, build, build_for_set, layered, split_named
+from merge_rl.cli.options.layers import (
+    FORMER,
+    SHORTHANDS,
+    Former,
+    build,
+    build_for_set,
+    layered,
+    split_named,
+    split_tracks,
+)
 from merge_rl.cli.options.signature import (
     COMMANDS,
     Offer,

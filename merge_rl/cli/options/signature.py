@@ -13,8 +13,14 @@ from typing import Annotated, Any, Final, get_args
 import typer
 from rich.markup import escape
 
-from merge_rl.cli.options.former import Former, former_names
-from merge_rl.cli.options.layers import SHORTHANDS, Shorthand, layered, values_of
+from merge_rl.cli.options.layers import (
+    SHORTHANDS,
+    Former,
+    Shorthand,
+    former_names,
+    layered,
+    values_of,
+)
 from merge_rl.config import (
     EXAMPLES,
     PANELS,

@@ -13,8 +13,15 @@ import typer
 from typer.testing import CliRunner
 
 import merge_rl.cli.main as command_line
-from merge_rl.cli.options import COMMANDS, FORMER, Former, signature, split_tracks, with_settings
-from merge_rl.cli.options import former as former_module
+from merge_rl.cli.options import (
+    COMMANDS,
+    FORMER,
+    Former,
+    layers,
+    signature,
+    split_tracks,
+    with_settings,
+)
 from merge_rl.config.setting import DATA, REWARD, about, setting
 from merge_rl.errors import ConfigError, UnknownNameError
 
@@ -57,7 +64,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         Former(commands=("act",), old="--inner", new="--set", prefix="inner."),
         Former(commands=("another",), old="--magnitude", new="--size"),
     )
-    monkeypatch.setattr(former_module, "FORMER", former)
+    monkeypatch.setattr(layers, "FORMER", former)
     monkeypatch.setattr(signature, "COMMANDS", {})
     seen: list[Said] = []
 
@@ -124,7 +131,7 @@ def test_help_has_real_defaults(run: Run) -> None:
 
 def test_former_names_work_and_are_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     told: list[tuple[str, str]] = []
-    former_module.note_former, kept = lambda *names: told.append(names), former_module.note_former
+    layers.note_former, kept = lambda *names: told.append(names), layers.note_former
     try:
         assert run("--length", 5, "--inner", "rate=2", "--set", "inner.rate=3") == {
             "what": "it", "count": 3, "inner": {"size": 5, "rate": 3},
@@ -132,7 +139,7 @@ def test_former_names_work_and_are_told(run: Run, capsys: pytest.CaptureFixture[
         with pytest.raises(ConfigError, match="--length is --size now; expected one of the two"):
             run("--length", 5, "--size", 6)
     finally:
-        former_module.note_former = kept
+        layers.note_former = kept
     assert told[:2] == [("--length", "--size"), ("--inner", "--set inner....")]
     kept("--length", "--size")
     note = "note: --length is --size now; the next release does not know the old name\n"
