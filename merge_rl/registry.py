@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MODELS: Final[Mapping[str, str]] = {
     "edm2": "merge_rl.models.edm2:EDM2",
     "sit": "merge_rl.models.sit:SiT",
-    "dit": "merge_rl.models.dit:DiT",
+    "dit": "merge_rl.models.sit:DiT",
     "repa": "merge_rl.models.sit:REPA",
     "jit": "merge_rl.models.jit:JiT",
     "diffusers": "merge_rl.models.diffusers_networks:diffusers_network",

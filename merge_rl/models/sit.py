@@ -1,11 +1,13 @@
-"""SiT and REPA: transformers that predict the velocity of a path between noise and data."""
+"""SiT, REPA and DiT: transformers on one plan that predict a velocity, or the noise."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 
+from merge_rl.core.sampling.steps import StepLevels, denoise, linear_betas
 from merge_rl.models.transformer import DiffusionTransformer
 
 
@@ -41,3 +43,28 @@ class REPA(DiffusionTransformer):
         Labels and errors: see `DiffusionTransformer.run`.
         """
         return -self.run(x, 1 - t, labels)
+
+
+class DiT(DiffusionTransformer):
+    """The denoised sample D(x; sigma, labels), from noise predicted in 1000 steps of linear betas.
+
+    The published networks learned variances beside the noise (`learn_sigma`), which an ODE has no
+    use for. Options: see `DiffusionTransformer`.
+    """
+
+    prediction: Final = "denoised"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.levels = StepLevels(linear_betas())
+
+    def noise_levels(self, num_steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The levels that DDIM visits, see `StepLevels.ladder`."""
+        return self.levels.ladder(num_steps, dtype)
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The denoised sample of x (B, C, H, H) at noise level sigma, 0-dim or (B,); float32.
+
+        Labels and errors: see `DiffusionTransformer.run`.
+        """
+        return denoise(self.run, self.levels, x, sigma, labels)
