@@ -23,7 +23,7 @@ class PathwiseGradient(Update):
     """The weights' gradient of the reward of what an ODE makes; nothing is drawn but the noise.
 
     The loss is the mean over images of their influence on the pool's distance: to first order that
-    of the distance itself, and exactly its gradient (see `merge_rl.workflows.rewards.gradient`).
+    of the distance itself, and exactly its gradient (`merge_rl.workflows.rewards.subset_reward`).
     Each process differentiates its own images, and `together` sums what they found in the order of
     the ranks. A call of the network is made again when its turn comes, so that memory is that of
     one, whatever the number of steps.

@@ -1,10 +1,13 @@
 """Distribution-wise rewards of a pool of features, alone and as weighted sums."""
 
-from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource
-from merge_rl.workflows.rewards.gradient import Level, RewardGradient, require_gradient
+from merge_rl.workflows.rewards.frechet import InfluenceFrechet, Pool, RewardSource, pool_gap
 from merge_rl.workflows.rewards.mean import columns, real_distances
-from merge_rl.workflows.rewards.pool import Pool, pool_gap
-from merge_rl.workflows.rewards.subset_reward import SubsetReward
+from merge_rl.workflows.rewards.subset_reward import (
+    Level,
+    RewardGradient,
+    SubsetReward,
+    require_gradient,
+)
 from merge_rl.workflows.rewards.sum import (
     KEY,
     CombinedExtractor,

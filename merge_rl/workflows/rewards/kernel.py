@@ -20,8 +20,7 @@ from merge_rl.core.distances.kernels import (
     cubic_kernel,
     median_bandwidth,
 )
-from merge_rl.workflows.rewards.frechet import RewardSource, Subset, own_rewards
-from merge_rl.workflows.rewards.pool import Pool
+from merge_rl.workflows.rewards.frechet import Pool, RewardSource, Subset, own_rewards
 
 
 class KernelReward:

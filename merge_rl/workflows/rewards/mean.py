@@ -23,8 +23,7 @@ from merge_rl.core.distances.statistics import FeatureStats, feature_stats
 from merge_rl.errors import StatisticsError
 from merge_rl.rng import stream
 from merge_rl.workflows.reference import Reference
-from merge_rl.workflows.rewards.frechet import PoolCache, RewardSource, Subset, SubsetFrechet
-from merge_rl.workflows.rewards.pool import Pool
+from merge_rl.workflows.rewards.frechet import Pool, PoolCache, RewardSource, Subset, SubsetFrechet
 
 LEAST: Final = 4  # kept features of real images, where these are cut into two halves
 Span = tuple[int, int]

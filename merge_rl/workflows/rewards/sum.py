@@ -13,8 +13,7 @@ from torch import Tensor
 
 from merge_rl.config import without_nan
 from merge_rl.interfaces import FeatureExtractor, Reward
-from merge_rl.workflows.rewards.frechet import InfluenceFrechet, PoolCache, Subset
-from merge_rl.workflows.rewards.pool import Pool
+from merge_rl.workflows.rewards.frechet import InfluenceFrechet, Pool, PoolCache, Subset
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from merge_rl.demo import write_demo
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.storage.runs.lifecycle import StopSignals
-from merge_rl.workflows.assembly.meaning import load_model
+from merge_rl.workflows.assembly.defaults import load_model
 from merge_rl.workflows.assembly.resolve import resolve_finetune
 from merge_rl.workflows.finetune.distributed import DistributedStep
 from merge_rl.workflows.finetune.job import build_finetune

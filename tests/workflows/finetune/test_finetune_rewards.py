@@ -12,8 +12,7 @@ from merge_rl.errors import ConfigError
 from merge_rl.workflows.finetune.job import influence_name
 from merge_rl.workflows.finetune.step import assign_credit, image_rewards, relative_gap
 from merge_rl.workflows.reference.formats import Reference
-from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource, SubsetFrechet
-from merge_rl.workflows.rewards.pool import Pool
+from merge_rl.workflows.rewards.frechet import InfluenceFrechet, Pool, RewardSource, SubsetFrechet
 from merge_rl.workflows.rewards.sum import RewardSum, WeightedReward
 
 pytestmark = pytest.mark.numerics

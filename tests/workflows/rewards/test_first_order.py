@@ -20,8 +20,13 @@ from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.reference.formats import Reference
 from merge_rl.workflows.report import write_report
 from merge_rl.workflows.rewards import sum as first_order
-from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource, Subset, SubsetFrechet
-from merge_rl.workflows.rewards.pool import Pool
+from merge_rl.workflows.rewards.frechet import (
+    InfluenceFrechet,
+    Pool,
+    RewardSource,
+    Subset,
+    SubsetFrechet,
+)
 from merge_rl.workflows.rewards.sum import (
     FirstOrderWatch,
     RewardSum,

@@ -11,7 +11,7 @@ from torch import Tensor
 from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.errors import ConfigError, StatisticsError
 from merge_rl.rng import draw_subset
-from merge_rl.workflows.rewards.pool import Pool, pool_gap
+from merge_rl.workflows.rewards.frechet import Pool, pool_gap
 
 pytestmark = pytest.mark.numerics
 

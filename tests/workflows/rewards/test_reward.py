@@ -17,11 +17,11 @@ from merge_rl.workflows.reference.formats import Reference
 from merge_rl.workflows.rewards.frechet import (
     FullFrechet,
     InfluenceFrechet,
+    Pool,
     PoolCache,
     RewardSource,
     SubsetFrechet,
 )
-from merge_rl.workflows.rewards.pool import Pool
 
 pytestmark = pytest.mark.numerics
 

@@ -21,7 +21,7 @@ from merge_rl.workflows.rewards import (
     WeightedReward,
     require_gradient,
 )
-from merge_rl.workflows.rewards.gradient import Differentiable
+from merge_rl.workflows.rewards.subset_reward import Differentiable
 
 DIM, POOL = 4, 60
 

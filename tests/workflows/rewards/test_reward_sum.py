@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_rl.workflows.rewards.pool import Pool
+from merge_rl.workflows.rewards.frechet import Pool
 from merge_rl.workflows.rewards.sum import CombinedExtractor, RewardSum, WeightedReward
 
 pytestmark = pytest.mark.numerics
