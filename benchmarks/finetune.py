@@ -44,8 +44,8 @@ from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.demo import write_demo
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.rng import image_seeds
+from merge_rl.workflows.assembly.defaults import load_model
 from merge_rl.workflows.assembly.extractors import build_extractor
-from merge_rl.workflows.assembly.meaning import load_model
 from merge_rl.workflows.assembly.memory import peak_memory
 from merge_rl.workflows.assembly.parts import network_rollout
 from merge_rl.workflows.finetune.run import FinetuneResult, finetune

@@ -41,8 +41,7 @@ from merge_rl.workflows.assembly.job import Job, build_job
 from merge_rl.workflows.assembly.resolve import resolve_config
 from merge_rl.workflows.optimize.search import make_searcher
 from merge_rl.workflows.reference.file import load_reference
-from merge_rl.workflows.rewards.frechet import InfluenceFrechet, RewardSource, SubsetFrechet
-from merge_rl.workflows.rewards.pool import Pool
+from merge_rl.workflows.rewards.frechet import InfluenceFrechet, Pool, RewardSource, SubsetFrechet
 
 GOALS = {"exact": 12.0, "influence": 150.0, "error": 1e-6, "rank correlation": 0.95}
 

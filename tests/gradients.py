@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from merge_rl.core.step_policy import denoising_loss
-from merge_rl.workflows.assembly.meaning import load_model
+from merge_rl.workflows.assembly.defaults import load_model
 from merge_rl.workflows.finetune.learner import trainable
 from merge_rl.workflows.finetune.sharded import (
     average_scalars,

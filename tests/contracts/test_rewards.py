@@ -14,8 +14,7 @@ from merge_rl.errors import StatisticsError
 from merge_rl.interfaces import Reward
 from merge_rl.registry import REWARDS, resolve
 from merge_rl.workflows.reference.formats import Reference
-from merge_rl.workflows.rewards.frechet import RewardSource
-from merge_rl.workflows.rewards.pool import Pool
+from merge_rl.workflows.rewards.frechet import Pool, RewardSource
 
 pytestmark = pytest.mark.numerics
 

@@ -27,7 +27,7 @@ from merge_rl.models.sit import SiT
 from merge_rl.registry import build_model
 from merge_rl.storage.checkpoints import load_checkpoints, plan_merge
 from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
-from merge_rl.workflows.assembly.meaning import load_model
+from merge_rl.workflows.assembly.defaults import load_model
 from merge_rl.workflows.rollout.execution import exact_products
 
 

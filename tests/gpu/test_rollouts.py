@@ -17,9 +17,8 @@ from merge_rl.errors import NonFiniteSamplesError
 from merge_rl.rng import image_seeds
 from merge_rl.storage.checkpoints import load_checkpoints, plan_merge
 from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
-from merge_rl.workflows.assembly.defaults import find_defaults
+from merge_rl.workflows.assembly.defaults import find_defaults, load_model
 from merge_rl.workflows.assembly.extractors import build_extractor
-from merge_rl.workflows.assembly.meaning import load_model
 from merge_rl.workflows.assembly.parts import network_rollout
 from merge_rl.workflows.rollout import graphs
 from merge_rl.workflows.rollout.derivatives import Room

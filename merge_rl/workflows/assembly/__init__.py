@@ -12,7 +12,9 @@ if TYPE_CHECKING:
         GUIDE_FOLDER,
         ModelDefaults,
         find_defaults,
+        find_model,
         guidance_text,
+        load_model,
     )
     from merge_rl.workflows.assembly.extractors import (
         build_extractor,
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     )
     from merge_rl.workflows.assembly.given import Given
     from merge_rl.workflows.assembly.job import Job, build_job, build_map, unweighed_map
-    from merge_rl.workflows.assembly.meaning import find_model, load_model
     from merge_rl.workflows.assembly.memory import (
         MemoryPlan,
         fit_batch,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
         load_weights,
         require_known_autoencoder,
     )
-    from merge_rl.workflows.assembly.own import allow_named, require_all_allowed
     from merge_rl.workflows.assembly.parts import Parts, network_rollout, with_network
     from merge_rl.workflows.assembly.published import is_public
     from merge_rl.workflows.assembly.references import (
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
         search_doubts,
     )
     from merge_rl.workflows.assembly.resolve import (
+        allow_named,
+        require_all_allowed,
         resolve_config,
         resolve_finetune,
         searcher_note,
@@ -137,7 +139,7 @@ _HOMES = {
     ),
     "Given": "given",
     **dict.fromkeys(("Job", "build_job", "build_map", "unweighed_map"), "job"),
-    **dict.fromkeys(("find_model", "load_model"), "meaning"),
+    **dict.fromkeys(("find_model", "load_model"), "defaults"),
     **dict.fromkeys(
         (
             "MemoryPlan",
@@ -160,7 +162,7 @@ _HOMES = {
         ),
         "networks",
     ),
-    **dict.fromkeys(("allow_named", "require_all_allowed"), "own"),
+    **dict.fromkeys(("allow_named", "require_all_allowed"), "resolve"),
     **dict.fromkeys(("Parts", "network_rollout", "with_network"), "parts"),
     "is_public": "published",
     **dict.fromkeys(

@@ -1,12 +1,13 @@
-"""Settings completed from the checkpoint set: sampler, labels, track, number of images."""
+"""Settings completed from the checkpoint set, and the code of the user's that they name."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from merge_rl import registry
+from merge_rl import own_code, registry
 from merge_rl.config import (
     FIRST_RULES,
     FIXED_SOLVERS,
@@ -244,3 +245,41 @@ def _weights(source: str | Path) -> str:
         named = (part.partition("=") for part in parts)
         return ",".join(f"{name}={_weights(one)}" for name, _, one in named)
     return str(source) if is_public(str(source)) else _absolute(source)
+
+
+class Named(NamedTuple):
+    """Code that settings name: what it is, and the option that allows it."""
+
+    name: str
+    kind: str
+    flag: str
+
+
+def names_in(config: OptimizeConfig) -> Iterator[Named]:
+    """Every name of code in the settings of a search, but for the function that generates."""
+    plain = (
+        ("network", config.network), ("autoencoder", config.autoencoder),
+        ("extractor", config.extractor),
+    )  # fmt: skip
+    for kind, name in plain:
+        if name is not None and own_code.is_own(name):
+            yield Named(name, kind, f"--{kind}")
+    if registry.own_searcher(config.search.name):
+        yield Named(config.search.name, "searcher", "--searcher")
+    for term in config.reward.terms:
+        if own_code.is_own(term.base):
+            yield Named(term.base, "reward", "--reward")
+        if term.extractor is not None and own_code.is_own(term.extractor):
+            yield Named(term.extractor, "extractor", "--extractor")
+
+
+def allow_named(config: OptimizeConfig) -> None:
+    """Allow the code that settings of the user's name."""
+    for found in names_in(config):
+        own_code.allow(found.name)
+
+
+def require_all_allowed(config: OptimizeConfig, where: str) -> None:
+    """Raise ConfigError for code that settings in a file name and the user does not."""
+    for name, kind, flag in names_in(config):
+        own_code.require_allowed(name, kind, flag, where)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from merge_rl import own_code, registry
 from merge_rl.config import OptimizeConfig, RewardConfig, RewardTerm
@@ -21,7 +23,6 @@ from merge_rl.workflows.assembly.extractors import (
     require_known,
 )
 from merge_rl.workflows.assembly.networks import Announce
-from merge_rl.workflows.assembly.own import OwnReward
 from merge_rl.workflows.assembly.references import require_comparable
 from merge_rl.workflows.reference import Reference, load_reference, reference_file
 from merge_rl.workflows.rewards import (
@@ -162,3 +163,37 @@ def _extractor_of(term: RewardTerm, own: str | None) -> str | None:
 def _others(terms: tuple[RewardTerm, ...], own: str | None) -> list[str]:
     names = (_extractor_of(term, own) for term in terms)
     return [name for name in dict.fromkeys(names) if name is not None]
+
+
+class OwnReward:
+    """A reward of the user's, whose every result is checked; without a state of its own."""
+
+    def __init__(self, inner: Any, name: str) -> None:
+        missing = [what for what in ("rewards", "pool_distance") if not hasattr(inner, what)]
+        if missing:
+            found = type(inner).__name__
+            raise ConfigError(f"reward {name!r}: {found} lacks {', '.join(missing)}")
+        self.inner, self.name = inner, name
+
+    def pool_distance(self, pool: Pool) -> float:
+        """Distance of the pool to the real data."""
+        return float(self.inner.pool_distance(pool))
+
+    def rewards(self, pool: Pool, draws: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Rewards (P,) float64 on the CPU; ConfigError for another shape."""
+        count = len(draws[0][1])
+        found: object = self.inner.rewards(pool, draws)
+        if not isinstance(found, Tensor) or tuple(found.shape) != (count,):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ConfigError(f"reward {self.name!r} returned {got}, expected a tensor ({count},)")
+        return found.detach().to("cpu", torch.float64)
+
+    def state_dict(self, pool: Pool) -> Mapping[str, Tensor]:
+        """The user's, if there is one."""
+        save = getattr(self.inner, "state_dict", None)
+        return save(pool) if save is not None else {}
+
+    def load_state_dict(self, pool: Pool, state: Mapping[str, Tensor]) -> None:
+        """Continue from a saved state."""
+        if state:
+            self.inner.load_state_dict(pool, state)

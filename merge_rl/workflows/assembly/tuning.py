@@ -29,7 +29,7 @@ from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet, load_checkpoints, plan_merge
 from merge_rl.storage.files import absolute
 from merge_rl.storage.runs import find_set
-from merge_rl.workflows.assembly.meaning import find_model
+from merge_rl.workflows.assembly.defaults import find_model
 from merge_rl.workflows.assembly.parts import Parts
 
 ALONE: Final = ("lcsc", "lr-cma")  # searchers whose steps are made for coefficients

@@ -48,14 +48,16 @@ from merge_rl.workflows.compare.scores import (
     curve_scores,
     fixed_merges,
     standing,
-)
-from merge_rl.workflows.compare.searchers import (
+)  # fmt: skip
+from merge_rl.workflows.compare.trials import (
     DEFAULT,
+    Jobs,
+    NamedTracker,
     SearcherSpec,
     check_seeds,
     parse_contenders,
-)
-from merge_rl.workflows.compare.trials import Jobs, NamedTracker, run_trial
+    run_trial,
+)  # fmt: skip
 from merge_rl.workflows.optimize import check_names, make_searcher
 from merge_rl.workflows.report import CompareResult
 from merge_rl.workflows.rollout import calls_an_image, require_device
@@ -81,7 +83,7 @@ def compare_searchers(
         out: folder of the comparison. One that was cut short goes on, and what is done is not
             done again; searchers and seeds may be added to a finished one.
         searchers: "NAME [label=LABEL] [KEY=VALUE ...]" each, see `parse_contender`; by default
-            `contenders.DEFAULT`, without those that cannot work here.
+            `trials.DEFAULT`, without those that cannot work here.
         seeds: of the searches.
         curve_images: N of the scores along the searches, 0 for none; by default N of the result's,
             2,000 at most.
@@ -131,14 +133,11 @@ def calls_of(config: OptimizeConfig, job: Job) -> int:
     return 1 if config.generate else calls_an_image(rollout.sampler, rollout.model)
 
 
-_PLAIN = "policy-gradient"
-
-
 def _shared(config: OptimizeConfig, checkpoints: str) -> OptimizeConfig:
     """What all searches have in common; the comparison is made once, and no search's to pay."""
     final = config.evaluation
     final = dataclasses.replace(final, num_images=final.images, selection_images=final.selection)
-    search = dataclasses.replace(config.search, name=_PLAIN)
+    search = dataclasses.replace(config.search, name="policy-gradient")
     return dataclasses.replace(config, search=search, evaluation=final, checkpoints=checkpoints)
 
 

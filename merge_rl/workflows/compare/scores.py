@@ -18,8 +18,7 @@ from merge_rl.core.distances.intervals import summarize
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
-from merge_rl.workflows.compare.searchers import BASELINES, SearcherSpec
-from merge_rl.workflows.compare.trials import Trial
+from merge_rl.workflows.compare.trials import BASELINES, SearcherSpec, Trial
 from merge_rl.workflows.evaluate import Request, ScoreStore
 
 

@@ -1,13 +1,15 @@
-"""One search of a comparison: a run directory of its own, resumed where it was left."""
+"""The searchers of a comparison and their trials: a run each, resumed where it was left."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,17 +19,125 @@ from merge_rl.config import (
     OptimizeConfig,
     RewardConfig,
     SearchConfig,
+    from_mapping,
+    preset,
     to_mapping,
     without_nan,
 )
+from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import is_vacant, locked
 from merge_rl.storage.runs import RunDir, clear_beginnings, require_same
+from merge_rl.untrusted import parse_yaml
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import Announce, Job, build_job
 from merge_rl.workflows.evaluate import ScoreStore
 from merge_rl.workflows.optimize import run_search
+
+BASELINES: Final = ("greedy-soup", "ema-grid", "best-checkpoint", "uniform")
+"""Searchers that do no more than compare merges which everybody knows."""
+BLACK_BOXES: Final = ("nevergrad:TBPSA", "nevergrad:CMA", "lcsc")
+# These with the gradients' reward too: part of a lead may be the reward's, not the searcher's.
+SAME: Final = "fid-subset"
+DEFAULT: Final = (
+    "pathwise", "policy-gradient", *BLACK_BOXES,
+    *(f"{name} label='{name}, {SAME}' reward.name={SAME}" for name in BLACK_BOXES), *BASELINES,
+)  # fmt: skip
+SECTIONS: Final = ("search", "merge", "reward")
+"""Settings a searcher may have of its own: others would change what it is compared by."""
+
+
+@dataclass(frozen=True)
+class SearcherSpec:
+    """One searcher with its settings."""
+
+    label: str  # what tables call it
+    name: str  # what the registry calls it
+    settings: Mapping[str, Any] = field(default_factory=dict)  # "search.std" -> value
+
+    @property
+    def slug(self) -> str:
+        """The label as part of a folder's name."""
+        return re.sub(r"[^\w.=-]+", "-", self.label).strip("-.") or "searcher"
+
+    def config(self, base: OptimizeConfig, seed: int) -> OptimizeConfig:
+        """The settings of its search with one seed; ConfigError for a setting that is off."""
+        values = to_mapping(base)
+        search = {**values["search"], "name": self.name}
+        if self.name in BASELINES:  # they know how many candidates they have
+            search["population"] = None
+        values |= {"seed": seed, "search": search}
+        for key, value in self.settings.items():
+            section, _, name = key.partition(".")
+            values[section] = {**values[section], name: value}
+        return from_mapping(OptimizeConfig, values)
+
+
+def parse_contender(text: str) -> SearcherSpec:
+    """NAME [label=LABEL] [preset=NAME] [KEY=VALUE ...], with keys such as search.std or merge.map.
+
+    Raises ConfigError for what does not read so, and for settings that all must share.
+    """
+    try:
+        name, *pairs = shlex.split(text)
+    except ValueError:
+        raise ConfigError(f"expected NAME [KEY=VALUE ...], got {text!r}") from None
+    if "=" in name:
+        raise ConfigError(f"expected a searcher's name before its settings, got {text!r}")
+    label = " ".join([name, *pairs])
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if key == "label" and value:
+            label = value
+            continue
+        if key == "preset" and value:
+            settings |= _preset(value)
+            continue
+        section, dot, _ = key.partition(".")
+        if not (separator and dot):
+            raise ConfigError(f"searcher {name}: expected KEY=VALUE, got {pair!r}")
+        if section not in SECTIONS or key == "search.name":
+            raise ConfigError(
+                f"searcher {name}: {key} cannot be a setting of one searcher alone, expected "
+                f"search.*, merge.* or reward.*"
+            )
+        settings[key] = _value(name, pair, value)
+    return SearcherSpec(label, name, settings)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    sections = preset(name).items()
+    found = {f"{section}.{key}": v for section, values in sections for key, v in values.items()}
+    return {key: value for key, value in found.items() if key != "search.name"}
+
+
+def _value(name: str, pair: str, text: str) -> Any:
+    return parse_yaml(text, f"searcher {name}: {pair}", ConfigError)
+
+
+def parse_contenders(texts: Sequence[str]) -> tuple[SearcherSpec, ...]:
+    """All of them, in order; ConfigError where two could not be told apart."""
+    found = tuple(parse_contender(text) for text in texts)
+    slugs = [contender.slug for contender in found]
+    twice = next((c.label for c in found if slugs.count(c.slug) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"the searcher {twice!r} is there twice; tell them apart by label=NAME, as in "
+            f'"{twice.split()[0]} label=other search.std=0.5"'
+        )
+    return found
+
+
+def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """Seeds of the searches, one at least and each once; ConfigError otherwise."""
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    if not seeds or twice:
+        problem = f"{twice[0]} twice" if twice else "none"
+        raise ConfigError(f"expected seeds, each once, as in 0,1,2, got {problem}")
+    return tuple(seeds)
+
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 """Shares of the budget at which a search is looked at."""

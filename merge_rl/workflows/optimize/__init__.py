@@ -1,11 +1,16 @@
 """The search for merging coefficients: starts, rounds, state, finalists."""
 
 from merge_rl.workflows.optimize import function
-from merge_rl.workflows.optimize.prepare import check_names
+from merge_rl.workflows.optimize.prepare import (
+    SDE,
+    Workload,
+    WorkStage,
+    check_names,
+    search_workload,
+)
 from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.optimize.run import optimize, optimize_set, resume
 from merge_rl.workflows.optimize.search import SearchResult, make_searcher, run_search
-from merge_rl.workflows.optimize.workload import SDE, Workload, WorkStage, search_workload
 
 __all__ = [
     "SDE",

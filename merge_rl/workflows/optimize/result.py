@@ -1,4 +1,4 @@
-"""What a search found: its result, and the merged model that it writes."""
+"""What a search found: its result, the merged model that it writes, and pictures of both ends."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from merge_rl.config import COEFFICIENTS, OptimizeConfig, SamplerConfig, to_mapping
 from merge_rl.core.merging.tuned_map import setup_of
 from merge_rl.core.sampling.compatibility import balanced_labels
-from merge_rl.errors import ConfigError
+from merge_rl.errors import ConfigError, NonFiniteSamplesError
+from merge_rl.interfaces import Tracker
 from merge_rl.storage.checkpoints import base_index
+from merge_rl.storage.files import enlarge, image_grid, side_by_side, write_picture, write_png
 from merge_rl.storage.runs import RunDir
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
@@ -38,8 +41,9 @@ from merge_rl.workflows.export import (
     set_facts,
     without_places,
 )
+from merge_rl.workflows.optimize.prepare import picture_layout
 from merge_rl.workflows.optimize.search import SearchResult
-from merge_rl.workflows.report import Verdict, draw_run, run_verdict
+from merge_rl.workflows.report import NAMES, Verdict, draw_run, interval, run_verdict
 from merge_rl.workflows.rollout import Rollout
 
 
@@ -193,3 +197,44 @@ def tuned_sampler(config: OptimizeConfig, job: Job, rows: Tensor) -> SamplerConf
     return dataclasses.replace(
         sampler, guidance=strength, guidance_interval=(low, high), guidance_ends="shared"
     )
+
+
+WIDTH: Final = 480  # pixels that a grid is enlarged to, or nearly so
+
+
+def write_samples(
+    run: RunDir, job: Job, merges: Mapping[str, Tensor], comparison: Comparison, tracker: Tracker
+) -> None:
+    """RUN/samples and RUN/before-after.png: images of merges (G, K) by entry, on equal seeds.
+
+    The seeds count up from that of the run, as those of `mergerl sample --seed` do. An entry whose
+    samples are not finite has no picture, and neither has what is no image.
+    """
+    if not job.parts.makes_images:
+        return
+    merged, settings = job.final_rollout, job.parts.settings
+    seed = settings.seed
+    count, columns = picture_layout(settings.autoencoder, job.parts.shape)
+    labels = balanced_labels(count, job.num_classes)
+    noise = merged.rollout.noise(range(seed, seed + count))
+    tracker.phase("pictures", len(merges) * count)
+    panels, size = [], (0, 0)
+    for entry, rows in merges.items():
+        merged.merge(rows)
+        try:
+            images = merged.rollout.images(noise, labels)
+        except NonFiniteSamplesError:
+            continue
+        if images.dtype != torch.uint8 or images.ndim != 4:  # a decoder of the user's
+            return
+        size = (images.shape[2], images.shape[3])
+        write_png(run.path / f"samples/{entry}.png", image_grid(images, columns, padding=0))
+        grid = image_grid(images, columns)
+        score = interval(comparison.summary(entry)[comparison.headline])
+        caption = f"{entry}\n{NAMES[comparison.headline]} FID {score}"
+        panels.append((caption, enlarge(grid, max(1, WIDTH // grid.shape[-1]))))
+    if panels:
+        write_picture(run.path / "before-after.png", side_by_side(panels))
+        shown = [int(label) for label in labels] if job.num_classes else [None] * count
+        record = {"height": size[0], "width": size[1], "columns": columns, "first_seed": seed}
+        run.write("samples/samples.json", {**record, "labels": shown})

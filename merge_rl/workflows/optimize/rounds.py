@@ -15,8 +15,7 @@ from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.storage.runs import RunDir, fitting
 from merge_rl.workflows.assembly import Job
-from merge_rl.workflows.optimize.shown import HeldOutCurve
-from merge_rl.workflows.optimize.state import BestSoFar, SearchState, candidate_scores
+from merge_rl.workflows.optimize.state import BestSoFar, HeldOutCurve, SearchState, candidate_scores
 from merge_rl.workflows.rewards import KEY as FIRST_ORDER
 from merge_rl.workflows.rewards import FirstOrderWatch, Pool, RewardScores, pool_gap, term_means
 from merge_rl.workflows.rollout import Failures, WorkItem

@@ -55,9 +55,14 @@ from merge_rl.workflows.optimize.prepare import (
     distribute,
     opening_notes,
 )
-from merge_rl.workflows.optimize.result import OptimizeResult, from_plain, to_plain, write_merged
+from merge_rl.workflows.optimize.result import (
+    OptimizeResult,
+    from_plain,
+    to_plain,
+    write_merged,
+    write_samples,
+)
 from merge_rl.workflows.optimize.search import make_searcher, run_search
-from merge_rl.workflows.optimize.shown import write_samples
 from merge_rl.workflows.rollout import DistributedRollout, Generate, on_device
 
 

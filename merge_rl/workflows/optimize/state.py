@@ -1,4 +1,4 @@
-"""The state of a search as one value, and the best candidates so far."""
+"""The state of a search as one value, its best candidates so far, and its held-out curve."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_rl.core.distances.frechet import FrechetReference
 from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.storage.runs import RunDir
+from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.rewards import Pool
 
 
@@ -152,3 +154,21 @@ def candidate_scores(
         return (rewards - known.mean()) / share
     level = 0.0 if pool_distance is None else pool_distance
     return -(level + (-rewards - level) / share)
+
+
+class HeldOutCurve:
+    """Fréchet distance of the pool to held-out statistics, which no step of a search looks at.
+
+    Only where the reward reads the features that these statistics are of.
+    """
+
+    def __init__(self, job: Job) -> None:
+        own = job.rollout.rollout.extractor is job.final_rollout.rollout.extractor
+        known = job.references.get("heldout") if own else None
+        self._reference = None if known is None else FrechetReference.from_stats(known.stats)
+
+    def of(self, pool: Pool | None) -> dict[str, float]:
+        """For an event: {"heldout": FID}, or nothing."""
+        if pool is None or self._reference is None:
+            return {}
+        return {"heldout": self._reference.distance(pool.stats)}

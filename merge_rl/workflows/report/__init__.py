@@ -24,15 +24,13 @@ if TYPE_CHECKING:
         EvaluateResult,
         Score,
         SearcherScore,
-    )
-    from merge_rl.workflows.report.run_page import search_lines
-    from merge_rl.workflows.report.verdicts import (
         Verdict,
         compare_verdict,
         finetune_verdict,
         outcome,
         run_verdict,
     )
+    from merge_rl.workflows.report.run_page import search_lines
     from merge_rl.workflows.report.writing import LivePage, Report, write_report
 
 __all__ = [
@@ -75,7 +73,7 @@ _HOMES = {
         ("NAMES", "duration", "floor_lines", "interval", "markdown_table", "number"), "markup"
     ),
     **dict.fromkeys(
-        ("Verdict", "compare_verdict", "finetune_verdict", "outcome", "run_verdict"), "verdicts"
+        ("Verdict", "compare_verdict", "finetune_verdict", "outcome", "run_verdict"), "results"
     ),
     **dict.fromkeys(("LivePage", "Report", "write_report"), "writing"),
 }

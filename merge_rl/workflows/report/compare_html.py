@@ -29,6 +29,7 @@ from merge_rl.workflows.report.markup import (
     tag,
 )
 from merge_rl.workflows.report.plots import curves
+from merge_rl.workflows.report.results import compare_verdict, ranged, ranked
 from merge_rl.workflows.report.sections import (
     again_section,
     attempted,
@@ -37,7 +38,6 @@ from merge_rl.workflows.report.sections import (
     settings_section,
     shown_path,
 )
-from merge_rl.workflows.report.verdicts import compare_verdict, ranged, ranked
 
 Found = Mapping[str, Any]
 CHART: Final = (7.4, 4.4)  # inches

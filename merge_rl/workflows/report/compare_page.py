@@ -10,7 +10,7 @@ from merge_rl.errors import ConfigError
 from merge_rl.storage.files import write_text
 from merge_rl.workflows.report.markup import NAMES, Row, floor_lines, interval, markdown_table
 from merge_rl.workflows.report.plots import draw_comparison
-from merge_rl.workflows.report.verdicts import compare_verdict, ranged
+from merge_rl.workflows.report.results import compare_verdict, ranged
 
 
 def quality_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.config import CURVES, FinetuneConfig, load_mapping
 from merge_rl.storage.runs import FinetuneRun
-from merge_rl.workflows.report.elements import badge, facts, figure, headline, span_of, strip
+from merge_rl.workflows.report.elements import badge, facts, figure, grids, headline, span_of, strip
 from merge_rl.workflows.report.figures import chart, charts, steps_axis, values_axis
 from merge_rl.workflows.report.markup import (
     NAMES,
@@ -23,7 +23,7 @@ from merge_rl.workflows.report.markup import (
     table,
     tag,
 )
-from merge_rl.workflows.report.pictures import grids
+from merge_rl.workflows.report.results import finetune_verdict, outcome
 from merge_rl.workflows.report.sections import (
     again_section,
     attempted,
@@ -33,7 +33,6 @@ from merge_rl.workflows.report.sections import (
     settings_section,
     shown_path,
 )
-from merge_rl.workflows.report.verdicts import finetune_verdict, outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,13 +1,187 @@
-"""What evaluations and comparisons return: their document, typed, and shown as its verdict."""
+"""What runs came to, as one sentence, and what evaluations and comparisons return, typed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
-from merge_rl.workflows.report.markup import NAMES, number
-from merge_rl.workflows.report.verdicts import Verdict, compare_verdict, ranked
+from merge_rl.workflows.report.markup import NAMES, interval, number
+
+Outcome = Literal["better", "worse", "no clear difference", "not finite"]
+Tone = Literal["good", "bad", "even"]
+TONES: Final[Mapping[Outcome, Tone]] = {
+    "better": "good", "worse": "bad", "no clear difference": "even", "not finite": "bad",
+}  # fmt: skip
+OTHERS: Final = {
+    "start": "its start",
+    "uniform": "the uniform average",
+    "best single": "the best single checkpoint",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One outcome, for people."""
+
+    tone: Tone
+    claim: str  # a sentence
+    numbers: str  # what it rests on, a sentence
+    line: str  # both in a line of a terminal
+
+    def __str__(self) -> str:
+        return f"{self.claim} {self.numbers}"
+
+
+def outcome(gain: Mapping[str, Any]) -> Outcome:
+    """What a paired interval of (other - result) says of the result; lower scores are better."""
+    low, high = gain["low"], gain["high"]
+    if any(value is None or math.isnan(value) for value in (low, high)):
+        return "not finite"
+    return "better" if low > 0 else "worse" if high < 0 else "no clear difference"
+
+
+def run_verdict(comparison: Mapping[str, Any]) -> Verdict:
+    """Of a search: its result against the start and the merges that need no search.
+
+    `comparison` is that of result.json.
+    """
+    head, gains, entries = comparison["headline"], comparison["gain_over"], comparison["entries"]
+    found = outcome(gains["start"])
+    if found == "not finite":
+        return _not_finite(f"{NAMES[head]} FID")
+    names = {**OTHERS, "best single": f"{OTHERS['best single']} ({comparison['best_single']})"}
+    outcomes = {names[other]: outcome(gain) for other, gain in gains.items()}
+    return _verdict(found, outcomes, f"{NAMES[head]} FID", entries, gains["start"], head)
+
+
+def _verdict(
+    found: Outcome,
+    outcomes: Mapping[str, Outcome],
+    measure: str,
+    entries: Mapping[str, Any],
+    gain: Mapping[str, Any],
+    head: str,
+) -> Verdict:
+    before, after = (number(entries[entry][head]["mean"]) for entry in ("start", "result"))
+    change = interval(gain, "+.3f")
+    return Verdict(
+        TONES[found],
+        f"{_capital('; '.join(_grouped(outcomes)))}.",
+        f"{_capital(measure)} went from {before} to {after}, a gain of {change}.",
+        f"{found}: {measure} {before} to {after}, {change}",
+    )
+
+
+def _grouped(outcomes: Mapping[str, Outcome]) -> list[str]:
+    """Such as "better than A and B", then "no clear difference from C"."""
+    parts = []
+    for kind, joint in (
+        ("better", "better than"), ("no clear difference", "no clear difference from"),
+        ("worse", "worse than"), ("not finite", "no score to compare with"),
+    ):  # fmt: skip
+        members = [name for name, found in outcomes.items() if found == kind]
+        if members:
+            parts.append(f"{joint} {enumerated(members)}")
+    return parts
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """Names as a sentence has them: a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _not_finite(measure: str) -> Verdict:
+    return Verdict(
+        "bad",
+        "The result or its start has no finite score.",
+        f"There is no {measure} to judge by.",
+        f"not finite: no {measure} to judge by",
+    )
+
+
+def finetune_verdict(comparison: Mapping[str, Any], labels: Mapping[str, str]) -> Verdict:
+    """Of fine-tuning: result against start under each sampler; `labels` say which is which.
+
+    `comparison` is that of result.json. The numbers are those of the first sampler with a score,
+    of the steps of evaluation where there is one.
+    """
+    head, curves = comparison["headline"], comparison["curves"]
+    outcomes = {name: outcome(curves[name]["gain"]) for name in labels}
+    known = [name for name, found in outcomes.items() if found != "not finite"]
+    if not known:
+        return _not_finite(f"{NAMES[head]} FID")
+    own = next((name for name in known if name.endswith("-eval")), known[0])
+    kinds = {found: [n for n in labels if outcomes[n] == found] for found in outcomes.values()}
+    claim = "; ".join(f"{k} under {enumerated([labels[n] for n in of])}" for k, of in kinds.items())
+    counts = ", ".join(f"{kind} under {len(of)}" for kind, of in kinds.items())
+    gain, measure = curves[own]["gain"], f"{NAMES[head]} FID ({labels[own]})"
+    found = outcomes[own] if len(kinds) == 1 else "no clear difference"
+    base = _verdict(found, {}, measure, curves[own]["entries"], gain, head)
+    line = f"{counts} samplers ({labels[own]}: {interval(gain, '+.3f')})"
+    return Verdict(base.tone, f"{_capital(claim)}.", base.numbers, line)
+
+
+def ranked(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Searchers of a comparison, the best median first; those without a score last."""
+
+    def key(line: Mapping[str, Any]) -> float:
+        middle = line["fid"][document["headline"]]["median"]
+        return math.inf if middle is None else float(middle)
+
+    return sorted(document["searchers"], key=key)
+
+
+def compare_verdict(document: Mapping[str, Any]) -> Verdict:
+    """Of a comparison of searchers: the best median, whether it beats what needs no search.
+
+    Searchers are apart where the ranges over their seeds share no point, which one seed cannot
+    tell. `document` is compare.json.
+    """
+    head, (best, *others) = document["headline"], ranked(document)
+    own, seeds = best["fid"][head], len(document["seeds"])
+    measure = f"{NAMES[head]} FID"
+    if own["median"] is None:
+        return _not_finite(measure)
+    of = f"median of {seeds} seeds" if seeds > 1 else "one seed"
+    shown = f"{ranged(own)}, {of}"
+    free, name = document["best_free"], best["searcher"]
+    beaten = not free or own["median"] < free["fid"]
+    lead = _lead(own, [line for line in others if line["fid"][head]["median"] is not None], head)
+    claim = f"{name} found the best merges" if beaten else "No search beat the merges without one"
+    lead = f"; {lead if beaten else f'the best is {name}'}" if lead else ""
+    ratio = "" if not free else (
+        f" The best merge without a search, {free['entry']}, has {number(free['fid'])}."
+    )  # fmt: skip
+    return Verdict(
+        "bad" if not beaten else "even" if "no clear" in lead else "good",
+        f"{claim}{lead}.",
+        f"{_capital(measure)} {shown}.{ratio}",
+        f"best: {name}, {measure} {shown}" if beaten else f"none beat {free['entry']}: {shown}",
+    )
+
+
+def ranged(value: Mapping[str, Any], form: str = ".3f") -> str:
+    """Median [lowest, highest] over seeds."""
+    alone = len(value["values"]) == 1
+    return number(value["median"], form) if alone else interval(value, form, middle="median")
+
+
+def _lead(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]], head: str) -> str:
+    """How the best stands to the next one."""
+    if not others:
+        return ""
+    following = others[0]["fid"][head]
+    named = f"{others[0]['searcher']} ({number(following['median'])})"
+    several = len(own["values"]) > 1
+    if several and own["high"] is not None and own["high"] < following["low"]:
+        return f"ahead of {named} with every seed"
+    return f"no clear difference from {named}{'' if several else ', which one seed cannot tell'}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from merge_rl.config import OptimizeConfig
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.report.elements import (
+    before_after,
     facts,
     headline,
 )
@@ -22,7 +23,7 @@ from merge_rl.workflows.report.markup import (
     section,
     tag,
 )
-from merge_rl.workflows.report.pictures import before_after
+from merge_rl.workflows.report.results import run_verdict
 from merge_rl.workflows.report.run_page import costs
 from merge_rl.workflows.report.run_sections import (
     Found,
@@ -42,7 +43,6 @@ from merge_rl.workflows.report.sections import (
     shown_path,
     warned,
 )
-from merge_rl.workflows.report.verdicts import run_verdict
 from merge_rl.workflows.rewards import first_order_warnings
 
 

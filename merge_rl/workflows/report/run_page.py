@@ -16,7 +16,7 @@ from merge_rl.workflows.report.markup import (
     markdown_table,
     number,
 )
-from merge_rl.workflows.report.verdicts import run_verdict
+from merge_rl.workflows.report.results import run_verdict
 from merge_rl.workflows.rewards import first_order_line, first_order_warnings
 
 Events = Sequence[Mapping[str, Any]]

@@ -23,8 +23,8 @@ from merge_rl.workflows.report.markup import (
     tag,
 )
 from merge_rl.workflows.report.plots import gap, progress
+from merge_rl.workflows.report.results import outcome
 from merge_rl.workflows.report.run_page import search_lines
-from merge_rl.workflows.report.verdicts import outcome
 from merge_rl.workflows.rewards import first_order_line
 
 Found = Mapping[str, Any]

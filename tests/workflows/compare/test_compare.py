@@ -22,8 +22,13 @@ from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.assembly.job import Job, build_job
 from merge_rl.workflows.assembly.resolve import resolve_config
 from merge_rl.workflows.compare.run import compare_searchers
-from merge_rl.workflows.compare.searchers import check_seeds, parse_contender, parse_contenders
-from merge_rl.workflows.compare.trials import Jobs, Trial
+from merge_rl.workflows.compare.trials import (
+    Jobs,
+    Trial,
+    check_seeds,
+    parse_contender,
+    parse_contenders,
+)
 from merge_rl.workflows.evaluate.score_store import ScoreStore
 from merge_rl.workflows.optimize.search import run_search
 from merge_rl.workflows.report.compare_page import markdown, write_comparison

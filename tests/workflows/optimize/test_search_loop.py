@@ -22,7 +22,7 @@ from merge_rl.workflows.assembly.job import Job, build_job
 from merge_rl.workflows.assembly.resolve import resolve_config
 from merge_rl.workflows.optimize.rounds import DAMP, GAP_MEMORY, RECOVER, SearchLoop
 from merge_rl.workflows.optimize.search import make_searcher
-from merge_rl.workflows.rewards.pool import Pool
+from merge_rl.workflows.rewards.frechet import Pool
 from merge_rl.workflows.rewards.sum import RewardScores
 from merge_rl.workflows.rollout.rollout import MergedRollout
 

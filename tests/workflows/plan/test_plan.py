@@ -21,7 +21,7 @@ from merge_rl.workflows.assembly import references
 from merge_rl.workflows.assembly.costs import cost_parts
 from merge_rl.workflows.assembly.memory import MOST_ON_CPU, fit_batch, plan_memory
 from merge_rl.workflows.assembly.resolve import resolve_config
-from merge_rl.workflows.optimize import WorkStage, budget, search, search_workload, workload
+from merge_rl.workflows.optimize import WorkStage, budget, prepare, search, search_workload
 from merge_rl.workflows.plan import calibration
 from merge_rl.workflows.plan.calibration import ImageTime
 from merge_rl.workflows.plan.run import plan
@@ -117,7 +117,7 @@ def test_a_budget_is_all_that_is_generated(
     monkeypatch.setattr(MergedRollout, "features_of", counted)
     monkeypatch.setattr(DifferentiableRollout, "__call__", thrice)
     monkeypatch.setattr(references, "LEAST_FINAL", 8)
-    for module in (budget, search, workload):
+    for module in (budget, search, prepare):
         monkeypatch.setattr(module, "LEAST", 5)
     config = tiny_config(
         shared_tiny, track=None, budget=1300,

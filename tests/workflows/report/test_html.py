@@ -10,7 +10,7 @@ import pytest
 
 from merge_rl.errors import RunError
 from merge_rl.storage.runs import FinetuneRun, RunDir
-from merge_rl.workflows.compare.searchers import parse_contender
+from merge_rl.workflows.compare.trials import parse_contender
 from merge_rl.workflows.report import LivePage, write_report
 from merge_rl.workflows.report.compare_html import compare_document, cost_to_reach, spec_of
 from merge_rl.workflows.report.elements import Span, heat_table, strip
