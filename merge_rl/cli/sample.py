@@ -108,7 +108,7 @@ def generated(
     with ProgressTracker(quiet=quiet) as tracker:
         rollout = network_rollout(
             network, sampler, config.batch, config.device, Rollout,
-            autoencoder=decoder, on_images=tracker.advance,
+            autoencoder=decoder, on_images=tracker.advance, announce=note,
         )  # fmt: skip
         tracker.phase("sample", config.num_images)
         seeds = range(config.seed, config.seed + config.num_images)

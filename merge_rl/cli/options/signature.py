@@ -136,9 +136,11 @@ def parameters_of(own: Iterable[Parameter], offer: Offer) -> Iterator[Parameter]
 def what_was_said(offer: Offer, typed: Mapping[str, Any]) -> dict[str, Any]:
     """The nested mapping of settings, from the values of the parameters that were typed."""
     given: dict[str, Any] = {}
+    known = {setting.key for setting in offer.settings() if offer.offers(setting.key)}
     for short in offer.shorthands():
         if _name(short.flag) in typed:
-            given |= short.meaning(typed[_name(short.flag)])
+            said = short.meaning(typed[_name(short.flag)])
+            given |= {key: value for key, value in said.items() if key in known}
     for setting in offer.options():
         if _name(setting.key) in typed:
             given |= values_of(setting, typed[_name(setting.key)])

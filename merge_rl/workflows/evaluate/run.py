@@ -254,6 +254,7 @@ def _of_network(
     rollout = network_rollout(
         network, next(iter(settings.values())), job.said.batch, device, Rollout,
         extractor=extractor, autoencoder=given.decoder(network), on_images=job.tracker.advance,
+        announce=job.note,
     )  # fmt: skip
     parts = (network, rollout.guide, rollout.autoencoder, extractor)
     keyed = job.said.save_features is not None or job.group.size > 1

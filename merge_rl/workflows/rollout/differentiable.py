@@ -170,7 +170,7 @@ class DifferentiableRollout:
                 watches.append(StepWatch())
                 samples.append(self._latents(part, classes, again, watches[-1]))
             with exact_products(), torch.no_grad():
-                made = [rollout.extractor(rollout.autoencoder.decode(x)) for x in samples]
+                made = [rollout.extractor(rollout.decode(x)) for x in samples]
             features = torch.cat([rows.float().cpu() for rows in made])
             problems = problems_of(watches, features)
             if not problems:

@@ -21,9 +21,9 @@ from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.interfaces import Autoencoder, Denoiser, FeatureExtractor
 from merge_rl.parallel.blocks import Block, split_blocks
 from merge_rl.rng import ImageStreams
+from merge_rl.workflows.rollout.decoding import prepare_decoder, streams_of
 from merge_rl.workflows.rollout.execution import (
     BatchHalving,
-    CudaStreams,
     Transform,
     exact_products,
     matmul_precision,
@@ -76,9 +76,10 @@ class Rollout:
     def _take_sampler(self, sampler: SamplerConfig) -> None:
         require_sampler(sampler, self.model, self.guide)
         self.sampler = sampler
-        rest = sampler, self.device, self._sampling.announce, self.graphs_below
-        self._network = as_graphs(self.model, *rest)
-        self._guide = self.guide and as_graphs(self.guide, *rest)
+        rest = sampler, self.device, self._sampling.announce
+        self._network = as_graphs(self.model, *rest, self.graphs_below)
+        self._guide = self.guide and as_graphs(self.guide, *rest, self.graphs_below)
+        self.decode = prepare_decoder(self.autoencoder, *rest)
 
     def with_sampler(self, sampler: SamplerConfig) -> Rollout:
         """The same network, decoder and extractor with another sampler (and the same guide)."""
@@ -115,7 +116,7 @@ class Rollout:
 
     def images(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Images (N, C, H, W) uint8 on the CPU; NonFiniteSamplesError where one is not finite."""
-        return self._in_blocks(self.autoencoder.decode, noise, labels, check_finite=True)
+        return self._in_blocks(self.decode, noise, labels, check_finite=True)
 
     def features(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Features (N, D) float32 on the CPU; of rows that are not finite see `Failures`."""
@@ -131,7 +132,7 @@ class Rollout:
 
     def _extract(self, latents: Tensor) -> Tensor:
         # Latents are looked at as well: clipped to uint8, NaN is a plausible black image.
-        rows = self.extractor(self.autoencoder.decode(latents)).float()
+        rows = self.extractor(self.decode(latents)).float()
         rows = rows.masked_fill(~rows.isfinite().all(1, keepdim=True), float("inf"))
         failed = ~latents.flatten(1).isfinite().all(1)
         return rows.masked_fill(failed[:, None], float("nan"))
@@ -170,7 +171,7 @@ class Rollout:
 
         if self.device.type == "cuda":
             makers = [partial(apart, block) for block in blocks]
-            for part in overlapped(makers, exact, CudaStreams(self.device)):
+            for part in overlapped(makers, exact, streams_of(self.device)):
                 self.on_images(len(part))
                 yield part
             return
