@@ -219,8 +219,9 @@ def window(text: str) -> Mapping[str, Any]:
 
 SHORTHANDS: Final = (
     Shorthand(
-        flag="--fast", kind=bool, help="On an accelerator: network and decoder in bfloat16, compiled.",
-        panel=MODEL, key="sampler.compile", meaning=fast,
+        flag="--fast", kind=bool, panel=MODEL,
+        help="On an accelerator: network and decoder in bfloat16, compiled.",
+        key="sampler.compile", meaning=fast,
     ),
     Shorthand(
         flag="--window", kind=str, metavar="[S+]N", panel=LEARN, key="rollout.window_size",
