@@ -266,8 +266,7 @@ class MergedRollout:
 
     def rows(self, items: Sequence[WorkItem], blocks: Sequence[Block]) -> Tensor:
         """Features (N, D) of the images of some blocks of the items, in order, made here."""
-        nothing = torch.empty(0, self.rollout.extractor.dim)
-        return torch.cat([nothing, *self.parts(items, blocks)])
+        return torch.cat([torch.empty(0, self.rollout.extractor.dim), *self.parts(items, blocks)])
 
     def parts(self, items: Sequence[WorkItem], blocks: Sequence[Block]) -> Iterator[Tensor]:
         """Features (B, D) of one block after the other, made here."""
