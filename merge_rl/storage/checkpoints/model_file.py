@@ -59,7 +59,15 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
     the `config.json` beside it, then a manifest that lists it, up to two folders higher. Weights
     are checked to be finite, and against the manifest's hash where there is one.
     """
-    stored, recorded, config = _opened(path)
+    return _read(*_opened(path))
+
+
+def open_tensors(path: str | os.PathLike[str]) -> ModelFile:
+    """The same of tensors that are no network's: neither a config nor a manifest is looked for."""
+    return _read(open_weights(model_file_path(path)), None, None)
+
+
+def _read(stored: StoredWeights, recorded: str | None, config: dict[str, Any] | None) -> ModelFile:
     weights, digest = stored.read(hashed=recorded is not None)
     if digest is not None:
         require_hash(stored.path, digest, recorded)

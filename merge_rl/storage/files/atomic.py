@@ -113,6 +113,7 @@ def told_of(target: Path, temporary: Path) -> Iterator[None]:
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE: Final = "cannot be written: "
+_Dumper: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml, where it is built in
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -128,7 +129,7 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 
 def write_yaml(path: str | os.PathLike[str], value: object) -> None:
     """Write one YAML document of plain data atomically, keys in the order given."""
-    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     write_text(path, text)
 
 

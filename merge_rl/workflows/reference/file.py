@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.errors import StatisticsError
-from merge_rl.storage.checkpoints import ModelFile, open_model_file
+from merge_rl.storage.checkpoints import ModelFile, open_tensors
 from merge_rl.storage.files import ArrayInfo, image_key, npz_arrays, read_header, save_tensors
 from merge_rl.storage.pickles import read_data
 from merge_rl.storage.runs import folder_kind, only_inside
@@ -127,7 +127,7 @@ def reference_file(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
 
 
 def _from_safetensors(path: Path) -> Reference:
-    file = open_model_file(path)
+    file = open_tensors(path)
     if file.metadata.get("format") == FEATURES_FORMAT:
         return from_features(load_features(path), path)
     found = set(file.weights) - {"labels"}
