@@ -75,8 +75,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folders = [Path(__file__).parent / name for name in NUMERIC]
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         raise pytest.UsageError(f"no such folder of tests: {', '.join(missing)}")
+    numeric = {path for path in {item.path for item in items} if {*folders} & {*path.parents}}
     for item in items:
-        if any(folder in item.path.parents for folder in folders):
+        if item.path in numeric:
             item.add_marker("numerics")
 
 

@@ -195,17 +195,19 @@ def test_merges_live_saved_and_by_hand_agree(family: str, folder: Path, tmp_path
 def test_every_solver_samples(family: str, solver: str, folder: Path) -> None:
     if solver == "dopri5":
         pytest.importorskip("torchdiffeq")
+    # Random networks are stiff: how exact a solution is, is tried elsewhere.
+    options: dict[str, Any] = {"num_steps": STEPS, "rtol": 0.1, "atol": 0.1}
     model = mrl.load_model(folder / "run-0.safetensors")
     noise, labels = noise_and_labels(4)
-    samples = mrl.sample(model, noise, labels, solver=solver, num_steps=STEPS)
+    samples = mrl.sample(model, noise, labels, solver=solver, **options)
     assert samples.shape == noise.shape
     assert bool(samples.isfinite().all())
-    assert torch.equal(samples, mrl.sample(model, noise, labels, solver=solver, num_steps=STEPS))
-    other = mrl.sample(model, noise, labels.flip(0), solver=solver, num_steps=STEPS)
+    assert torch.equal(samples, mrl.sample(model, noise, labels, solver=solver, **options))
+    other = mrl.sample(model, noise, labels.flip(0), solver=solver, **options)
     assert not torch.allclose(samples, other, atol=1e-4)
     if solver != "dopri5":  # whose steps depend on the whole batch
         parts = [
-            mrl.sample(model, noise[i : i + 2], labels[i : i + 2], solver=solver, num_steps=STEPS)
+            mrl.sample(model, noise[i : i + 2], labels[i : i + 2], solver=solver, **options)
             for i in (0, 2)
         ]
         large = float(samples.abs().max().clamp(min=1))  # a random DiT's samples are hundreds

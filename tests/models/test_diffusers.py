@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import merge_rl as mrl
+from merge_rl.config.sampler import SamplerConfig
 from merge_rl.core.sampling.steps import StepLevels, linear_betas
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from merge_rl.models.diffusers_networks import betas_of
@@ -297,7 +298,7 @@ def test_a_search_in_a_run_of_folders(
 ) -> None:
     files = shared_tiny / "evaluation"
     config = tiny_config(
-        run, track=None, budget=140, extractor="digits",
+        run, track=None, budget=140, extractor="digits", sampler=SamplerConfig(num_steps=2),
         extractor_weights=str(files / "extractor.safetensors"),
         reference=str(files / "reference.safetensors"),
     )  # fmt: skip

@@ -50,6 +50,10 @@ def writes(call: ast.Call) -> bool:
     """Whether a call takes room on a disk by its own means, not by those of another function."""
     own = call.func
     name = own.attr if isinstance(own, ast.Attribute) else getattr(own, "id", "")
+    if name in ALWAYS:
+        return True
+    if name not in ("open", "fdopen", "replace", "save", "savefig", "write_text"):
+        return False
     text, method = ast.unparse(call), isinstance(own, ast.Attribute)
     modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     opened = name in ("open", "fdopen") and (
@@ -58,7 +62,7 @@ def writes(call: ast.Call) -> bool:
     # Of two words one is text's; of a picture's the second, without a name, lies in memory.
     moved = method and name == "replace" and len(call.args) == 1 and "dataclasses" not in text
     drawn = name in ("save", "savefig") and "temporary" in text
-    return name in ALWAYS or opened or moved or drawn or (method and name == "write_text")
+    return opened or moved or drawn or (method and name == "write_text")
 
 
 def functions(package: Path) -> Iterator[tuple[str, ast.FunctionDef]]:

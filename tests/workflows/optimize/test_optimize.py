@@ -442,7 +442,7 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(
 
 
 def test_the_batch_changes_no_decision(finished: Finished, tmp_path: Path) -> None:
-    evaluation = dataclasses.replace(finished.config.evaluation, num_images=10)
+    evaluation = dataclasses.replace(finished.config.evaluation, num_images=4, selection_images=4)
     config = dataclasses.replace(finished.config, budget=90, evaluation=evaluation)
     whole, *others = (
         mrl.optimize(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -148,6 +149,16 @@ def whole(
 PARTS = 6
 
 
+def files_of(run: Path) -> dict[str, bytes]:
+    """What lies there, but for times."""
+    files = {str(file.relative_to(run)): file for file in run.rglob("*") if file.is_file()}
+    found = {name: file.read_bytes() for name, file in files.items() if name != "config.yaml"}
+    times = rb'("(?:rollout_)?seconds": )[-+.e0-9]+'
+    return {name: re.sub(times, rb"\1", data) for name, data in found.items()} | {
+        name: b"" for name in files if name == "config.yaml"
+    }
+
+
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_interrupted_at_every_place(
@@ -155,13 +166,19 @@ def test_interrupted_at_every_place(
 ) -> None:
     config, places, _, expected = whole
     assert [places.count(name) for name in ("features", "append_event", "save_state")] == [26, 3, 4]
-    for place in range(part, len(places), PARTS):
+    begin, end = (len(places) * at // PARTS for at in (part, part + 1))
+    seen = []
+    for place in range(begin, end):
         run = tmp_path / f"run{place}"
         with tripwire.at(place):
             drive(run, config)
-        drive(run, config)
-        assert outcome(run) == expected, places[place]
-        shutil.rmtree(run)
+        # What a run comes to follows from its files: the same files need be resumed only once.
+        if (left := files_of(run)) not in seen:
+            seen.append(left)
+            drive(run, config)
+            assert outcome(run) == expected, places[place]
+        shutil.rmtree(run, ignore_errors=True)
+    assert len(seen) > 3
     assert list(tmp_path.rglob(".*")) == []
 
 

@@ -84,16 +84,29 @@ def wait_for(path: Path, launcher: Launcher) -> None:
         time.sleep(0.005)
 
 
+def test_the_launcher_itself(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, torchrun: Torchrun
+) -> None:
+    config = tiny_config(shared_tiny, budget=90)
+    alone = mrl.optimize(shared_tiny, out=tmp_path / "alone", config=config)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    out = tmp_path / "run"
+    command = ("optimize", shared_tiny, "--config", tmp_path / "config.yaml", "--out", out)
+    printed, errors = torchrun(1, *command, "--json").communicate(timeout=240)
+    assert json.loads(printed)["run_dir"] == str(out), errors
+    assert (out / "result.json").read_bytes() == (alone.run_dir / "result.json").read_bytes()
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
 def test_a_search_that_loses_a_rank_ends_with_the_bits_of_one_process(
-    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, torchrun: Torchrun
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, forked: Torchrun
 ) -> None:
     config = tiny_config(shared_tiny, budget=600, search={"population": 4, "start_share": 0.0})
     mrl.optimize(shared_tiny, out=tmp_path / "alone", config=config)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     out = tmp_path / "together"
     command = ("optimize", shared_tiny, "--config", tmp_path / "config.yaml", "--out", out)
-    launcher = torchrun(2, *command, "--json", restarts=2)
+    launcher = forked(2, *command, "--json", restarts=2)
     wait_for(out / "state.safetensors", launcher)
     os.kill(ranks_of(launcher)[1], signal.SIGKILL)
     printed, errors = launcher.communicate(timeout=240)

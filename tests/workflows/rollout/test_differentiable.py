@@ -166,7 +166,7 @@ def item() -> WorkItem:
 @pytest.mark.parametrize("family", ["edm2", "sit"])
 def test_central_differences(family: str, solver: str, guidance: float) -> None:
     sampler = SamplerConfig(
-        solver=solver, num_steps=3, guidance=guidance, guidance_channels=None, sigma_min=0.1,
+        solver=solver, num_steps=2, guidance=guidance, guidance_channels=None, sigma_min=0.1,
         sigma_max=3.0,
     )  # fmt: skip
     rollout = merged(family, sampler, guided=guidance != 1)
