@@ -21,6 +21,7 @@ from merge_rl.workflows.assembly.defaults import find_defaults, load_model
 from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.assembly.parts import network_rollout
 from merge_rl.workflows.rollout import graphs
+from merge_rl.workflows.rollout.decoding import streams_of
 from merge_rl.workflows.rollout.derivatives import Room
 from merge_rl.workflows.rollout.differentiable import DifferentiableRollout
 from merge_rl.workflows.rollout.execution import exact_products, matmul_precision
@@ -28,6 +29,7 @@ from merge_rl.workflows.rollout.graphs import CapturedNetwork
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 
 COUNT = 200
+SEGMENT = 20 * 2**20  # what PyTorch takes at a time for tensors of 1 to 10 MiB
 
 
 def newest(folder: Path) -> Path:
@@ -98,18 +100,40 @@ def test_merges_wait_for_their_turn(demo: Path) -> None:
     assert not torch.equal(together[0], together[1])
 
 
+def test_memory_does_not_grow_with_calls(demo: Path, gpu: torch.device) -> None:
+    """Streams have blocks and work space of their own: new ones each time would add up."""
+    assert streams_of(gpu) is streams_of(torch.device("cuda", torch.cuda.current_device()))
+    rollout = rollout_of(demo / "edm2", "cuda", batch=16)
+    noise, labels = inputs(rollout)
+    for _ in range(4):  # until all is recorded that ever will be
+        rollout.features(noise, labels)
+    reserved = torch.cuda.memory_reserved(gpu)
+    for _ in range(4):
+        rollout.features(noise, labels)
+    assert torch.cuda.memory_reserved(gpu) == reserved
+
+
 def test_what_does_not_fit_is_halved(demo: Path, gpu: torch.device) -> None:
     """Real exhaustion, of a share of the GPU's memory that this process is held to."""
-    rollout = rollout_of(demo / "edm2", "cuda", batch=4096)
+    rollout = rollout_of(demo / "edm2", "cuda", batch=40_000)
+    rollout.graphs_below = 0  # which have memory of their own
+    rollout._take_sampler(rollout.sampler)
     noise, labels = inputs(rollout)
-    noise, labels = noise.repeat(20, 1, 1, 1), labels.repeat(20)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(gpu)
+    noise, labels = noise.repeat(200, 1, 1, 1), labels.repeat(200)
     expected = rollout.features(noise, labels)
     torch.cuda.empty_cache()
-    held, most = torch.cuda.memory_reserved(gpu), torch.cuda.max_memory_reserved(gpu)
-    # A quarter of what the batch took beside the weights.
-    share = (held + (most - held) // 4) / torch.cuda.get_device_properties(gpu).total_memory
+    torch.cuda.reset_peak_memory_stats(gpu)
+    before = torch.cuda.memory_allocated(gpu)
+    samples(rollout, noise[:20_000], labels[:20_000])
+    needed = torch.cuda.max_memory_allocated(gpu) - before
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved(gpu)
+    # Half of what a block of 20,000 takes: it cannot fit, since less than the other half is free in
+    # segments that are held (20 MiB each, for the smaller tensors of two streams). A block of 5,000
+    # takes a quarter, and its features as much again.
+    assert held - before < needed // 2
+    assert needed // 4 > 2 * SEGMENT
+    share = (held + needed // 2) / torch.cuda.get_device_properties(gpu).total_memory
     told: list[str] = []
     rollout._sampling.announce = told.append
     torch.cuda.set_per_process_memory_fraction(share)
@@ -117,8 +141,8 @@ def test_what_does_not_fit_is_halved(demo: Path, gpu: torch.device) -> None:
         found = rollout.features(noise, labels)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert told  # blocks of 2,000 images: two keep two streams busy
-    assert told[0] == "out of memory with 2000 images at once: 1000 from now on"
+    assert told  # two blocks keep two streams busy
+    assert told[0] == "out of memory with 20000 images at once: 10000 from now on"
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-2)
 
 

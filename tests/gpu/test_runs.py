@@ -72,13 +72,17 @@ def test_finetuning_resumes_to_the_same_end(
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     whole = mrl.finetune(str(model), out=tmp_path / "whole", config=config)
+    peak = torch.cuda.max_memory_allocated()
     with pytest.raises(KeyboardInterrupt):
         mrl.finetune(str(model), out=tmp_path / "part", config=config, tracker=Interrupting("step"))
     again = resume_finetune(tmp_path / "part")
     assert same(*(run.model_path / "model.safetensors" for run in (whole, again)))
     steps = events_of(tmp_path / "whole", "step")
     assert len(steps) == 3
-    assert all(before < step["memory_bytes"] < before + 2**29 for step in steps)
+    # The most so far, of weights, activations and the libraries' work space.
+    sizes = [step["memory_bytes"] for step in steps]
+    assert before < sizes[0]
+    assert [*sizes, peak] == sorted([*sizes, peak])
     if algorithm == "pg":
         # On policy: rollout and gradient pass see the same weights in batches of another size.
         tolerance = 1e-5 if precision == "float32" else 2e-2
