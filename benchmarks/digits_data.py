@@ -55,7 +55,7 @@ def split_in_halves(labels: Tensor, seed: int = 1) -> dict[str, Tensor]:
 
 def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Float16 copies, as published snapshots are stored."""
-    return {name: tensor.detach().half().clone() for name, tensor in weights.items()}
+    return {name: tensor.detach().half().cpu().clone() for name, tensor in weights.items()}
 
 
 def file_of(track: str, nimg: int, ema_std: float | None) -> str:

