@@ -119,23 +119,24 @@ def training_rows(found: Mapping[str, Any]) -> Rows:
     return [["peak memory of a training step, SiT-B/2, 32 images", "one run", ", ".join(peaks)]]
 
 
-SAMPLING: Final = "--steps 4 --scale 25 --repeats 2"
+SAMPLING: Final = "--steps 4 --scale 25 --repeats 2 --only"
 FIGURES: Final = "gpu_figures"
 TASKS: Final = (
-    Task("rounds", FIGURES, "rounds", "rounds --tiny", limit=90),
-    Task("vae", FIGURES, "vae", "vae --tiny", limit=120),
-    Task("fast", "sampling_speed", f"{SAMPLING} --fast", "--steps 2 --repeats 1", 180,
-         sampling_rows),
-    Task("gradient", FIGURES, "gradient", "gradient --tiny", limit=180),
+    Task("rounds", FIGURES, "rounds", "rounds --tiny", limit=120),
     Task("pass", FIGURES, "pass", "pass --tiny"),
     Task("memory", FIGURES, "memory", "memory --tiny"),
+    Task("vae", FIGURES, "vae", "vae --tiny", limit=150),
+    Task("fast", "sampling_speed", f"{SAMPLING} fast --fast",
+         "--steps 2 --repeats 1 --only digits", 180, sampling_rows),
+    Task("gradient", FIGURES, "gradient", "gradient --tiny", limit=240),
+    Task("plan", "plan_accuracy", "--runs 2 --budget 6000", limit=90, rows=plan_rows),
     Task("merge", "merge_share", "--repeats 3", limit=120, rows=merge_rows),
     Task("overlap", "overlap", limit=120, rows=overlap_rows),
-    Task("plan", "plan_accuracy", "--runs 2 --budget 6000", limit=90, rows=plan_rows),
-    Task("precision", "precision_fid", "--num-images 2000 --repeats 4", limit=120,
-         rows=precision_rows),
+    Task("precision", "precision_fid", "--num-images 2000 --repeats 4",
+         "--num-images 20 --repeats 3", 120, precision_rows),
     Task("reward", "reward_speed", "--candidates 128 --sqrtm 0",
          "--dim 16 --pool 60 --subset 5 --candidates 4 --sqrtm 0", rows=reward_rows),
+    Task("sampling", "sampling_speed", f"{SAMPLING} heun", limit=120, rows=sampling_rows),
     Task("extractors", "extractors", "--images 200 --only dinov2", rows=extractor_rows),
     Task("training", "finetune", "--what memory", limit=60, rows=training_rows),
 )  # fmt: skip

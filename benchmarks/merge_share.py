@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.core.merging import weighted_sum
@@ -62,10 +63,11 @@ def copy_speed(device: torch.device, repeats: int) -> float:
 
 
 def checkpoints_like(
-    model: SiT, count: int, dtype: torch.dtype, device: torch.device
+    model: nn.Module, count: int, dtype: torch.dtype, device: torch.device
 ) -> FlatCheckpoints:
-    """Random checkpoints on the device."""
-    fixed = {name: t for name, t in model.state_dict().items() if name in model.fixed_names}
+    """Random checkpoints on the device; tensors that are the same in all stay as they are."""
+    kept = {name for name, _ in model.named_buffers()} | set(getattr(model, "fixed_names", ()))
+    fixed = {name: t for name, t in model.state_dict().items() if name in kept}
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in fixed}
     layout = FlatLayout.of(shapes)
     matrix = torch.empty(count, layout.size, dtype=dtype, device=device)

@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fast", action="store_true", help="bfloat16, compiled (accelerators)")
+    parser.add_argument("--only", default="", help="part of the names to measure")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -193,6 +194,8 @@ def main() -> None:
     for name, model, settings, plain, batch in cases(
         device, options.scale, options.steps, options.fast
     ):
+        if options.only not in name:
+            continue
         model.eval().requires_grad_(False).to(device)
         noise = torch.randn(batch, *model.sample_shape, device=device)
         labels = (torch.arange(batch) % model.label_dim).to(device)
@@ -202,7 +205,8 @@ def main() -> None:
         rows.append(row)
         print(
             f"{name:18} {row['nfe']:4} {row['images_per_s']:9.2f} {row['plain_images_per_s']:9.2f} "
-            f"{row['time_ratio']:10.3f} {row['difference']:10.1e}"
+            f"{row['time_ratio']:10.3f} {row['difference']:10.1e}",
+            flush=True,
         )
     if options.out is not None:
         document = {"device": str(device), "threads": options.threads, "rows": rows}
