@@ -22,8 +22,7 @@ import torch
 from torch import nn
 
 from merge_rl.config.sampler import SamplerConfig
-from merge_rl.core.merging import weighted_sum
-from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout
+from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout, add_product
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.models.sit import SiT
@@ -92,7 +91,7 @@ def merges(
 
     def chain() -> None:
         for k, (source, factor) in enumerate(zip(sources, rows[0].tolist(), strict=True)):
-            weighted_sum.add_product(flat, source, factor, term, first=k == 0)
+            add_product(flat, source, factor, term, first=k == 0)
 
     moved = checkpoints.layout.size * (count * dtype.itemsize + 4)
     found = {

@@ -17,8 +17,8 @@ from hypothesis import strategies as some
 import merge_rl as mrl
 from merge_rl.config import OptimizeConfig
 from merge_rl.core.distances.statistics import feature_stats, merge_stats, replace_rows
-from merge_rl.core.merging import weighted_sum as summing
-from merge_rl.core.merging.weighted_sum import weighted_sum
+from merge_rl.core.merging import buffers as summing
+from merge_rl.core.merging.buffers import weighted_sum
 from merge_rl.errors import MergeRLError
 from merge_rl.parallel.blocks import share_blocks, split_blocks
 from merge_rl.storage.files import read_file, save_tensors, write_yaml

@@ -183,12 +183,10 @@ class OptimizeConfig:
         return self.tunes_guidance or (self.sampler is not None and self.sampler.guidance != 1)
 
     def round_images(self, candidates: int, round_index: int) -> int:
-        """What a round of so many candidates costs, in images, with what it renews of the pool."""
-        reward = self.reward
+        """What a round costs, in images: of candidates, or with the gradient at the mean."""
         if self.search.takes_gradients:
-            return GRADIENT_COST * reward.images_per_subset
-        refresh = reward.refresh_images(round_index) if reward.pooled else 0
-        return candidates * reward.images_per_candidate + refresh
+            return GRADIENT_COST * self.reward.images_per_subset
+        return self.reward.round_images(candidates, round_index)
 
 
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {

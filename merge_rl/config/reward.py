@@ -169,6 +169,11 @@ class RewardConfig:
         share = max(1, self.pool_size // 10, 4 * self.images_per_candidate)
         return self.refresh_size or min(share, self.pool_size)
 
+    def round_images(self, candidates: int, round_index: int) -> int:
+        """What a round of so many candidates costs, in images, with what it renews of the pool."""
+        refresh = self.refresh_images(round_index) if self.pooled else 0
+        return candidates * self.images_per_candidate + refresh
+
     def refresh_images(self, round_index: int) -> int:
         """Rows that are renewed after a round, counted from 0."""
         if self.refresh == "rolling":

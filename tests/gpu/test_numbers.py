@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from merge_rl.core.distances.frechet_pool import FrechetPool, Influence, ReferenceFactor
 from merge_rl.core.distances.statistics import FeatureStats, feature_stats, replace_rows
-from merge_rl.core.merging import weighted_sum as sums
+from merge_rl.core.merging import buffers as sums
+from merge_rl.core.merging.buffers import weighted_sum
 from merge_rl.core.merging.live_model import LiveModel
-from merge_rl.core.merging.weighted_sum import weighted_sum
 from merge_rl.features.inception import (
     Inception,
     load_inception,
@@ -80,7 +80,8 @@ def test_inception_features_are_those_of_the_cpu(golden: Path, gpu: torch.device
 def test_sums_have_the_bits_of_the_cpu(
     gpu: torch.device, generator: torch.Generator, sent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sums, "SENT_BYTES", sent)  # of sources elsewhere, at a time
+    fused = pytest.importorskip("merge_rl.core.merging.fused_sum")
+    monkeypatch.setattr(fused, "SENT_BYTES", sent)  # of sources elsewhere, at a time
     rows = torch.randn(5, 300_001, generator=generator)
     factors = [0.3, -1.7, 0.0, 2.5, 1e-3]
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):

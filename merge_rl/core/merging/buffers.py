@@ -1,13 +1,15 @@
-"""Checkpoints as flat buffers, and their weighted sums."""
+"""Checkpoints as flat buffers, and their weighted sums, the same to the last bit everywhere."""
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,8 +17,81 @@ import torch
 from torch import Tensor
 
 from merge_rl.core.merging.groups import Groups
-from merge_rl.core.merging.weighted_sum import weighted_sum
 from merge_rl.errors import ConfigError
+
+CHUNK = 1 << 18  # elements summed at a time: two float32 chunks of 1 MiB stay in the L2 cache
+DEVICE_CHUNK = 1 << 24  # on an accelerator, where starting an operation costs more than memory
+
+
+def weighted_sum(
+    sources: Sequence[Tensor], coefficients: Sequence[float] | Tensor, out: Tensor
+) -> Tensor:
+    """out = sum_k coefficients[k] sources[k], in float32, in the order of k; returns `out`.
+
+    Args:
+        sources: K vectors (n,) of any real dtype and device, not altered. Float64 is rounded to
+            float32 first; the narrower types are exact in it.
+        coefficients: K numbers, rounded to float32. Where one is 0 its source is not read.
+        out: (n,) float32, overwritten; shares no memory with the sources.
+
+    Each product and each sum is rounded once, by itself: IEEE 754 then leaves no choice, and
+    neither the processor, the number of threads nor where the sources lie changes a bit. (A matrix
+    product may fuse and reorder; it is a quarter faster at most, as reading the sources dominates.)
+    On a GPU one kernel makes the whole sum where Triton is there, see `fused_sum`.
+    """
+    terms = [(s, c) for s, c in zip(sources, float32(coefficients), strict=True) if c != 0]
+    if not terms:
+        return out.zero_()
+    if out.is_cuda and _one_pass(out.device):
+        from merge_rl.core.merging.fused_sum import sum_parts
+
+        if sum_parts(terms, out):
+            return out
+    size = CHUNK if out.device.type == "cpu" else DEVICE_CHUNK
+    term = torch.empty(min(size, out.numel()), device=out.device)
+    for start in range(0, out.numel(), size):
+        part = out[start : start + size]
+        for k, (source, coefficient) in enumerate(terms):
+            # In its own dtype: torch would convert before it sends, and send twice as much.
+            given = source[start : start + size].to(out.device, non_blocking=True)
+            add_product(part, given, coefficient, term, first=k == 0)
+    return out
+
+
+@functools.cache
+def _one_pass(device: torch.device) -> bool:
+    """Whether the kernel runs here: it needs Triton, a GPU that this knows, and a C compiler."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        from merge_rl.core.merging.fused_sum import fused_sum
+
+        found = torch.zeros(2, device=device)
+        fused_sum([torch.ones(2, device=device)] * 2, [0.5, 2.0], found)
+        return found.tolist() == [2.5, 2.5]
+    except Exception:  # noqa: BLE001  (whatever is missing, the chain of operations needs none of it)
+        return False
+
+
+def add_product(
+    out: Tensor, source: Tensor, coefficient: float, term: Tensor, *, first: bool
+) -> None:
+    """out += coefficient source, or out = coefficient source if it is the `first` of a sum.
+
+    All (n,), `out` and `term` (at least (n,), overwritten) in float32; `coefficient` is a float32
+    number. Two operations on purpose: one that multiplies and adds may round once or twice,
+    depending on the machine.
+    """
+    target = out if first else term[: out.numel()]
+    target.copy_(source).mul_(coefficient)
+    if not first:
+        out.add_(target)
+
+
+def float32(coefficients: Sequence[float] | Tensor) -> list[float]:
+    """The nearest float32 numbers."""
+    values: list[float] = torch.as_tensor(coefficients, dtype=torch.float32).tolist()
+    return values
 
 
 @dataclass(frozen=True)
@@ -206,42 +281,6 @@ class FlatCheckpoints(Checkpoints):
         bounds = self.layout.group_bounds
         for group, (start, stop) in enumerate(pairwise(bounds)):
             yield Piece(start, stop, group, self.matrix[:, start:stop].unbind(0))
-
-
-class MappedCheckpoints(Checkpoints):
-    """Checkpoints whose tensors stay where they are: views of files mapped into memory.
-
-    What is not in memory is read from disk at every merge.
-    """
-
-    def __init__(
-        self,
-        layout: FlatLayout,
-        rows: Sequence[Mapping[str, Tensor]],
-        fixed: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__(layout, fixed)
-        self._flat = {name: [row[name].reshape(-1) for row in rows] for name in layout.names}
-        self._count = len(rows)
-
-    @property
-    def num_checkpoints(self) -> int:
-        """Number of checkpoints K."""
-        return self._count
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU: files are mapped there."""
-        return torch.device("cpu")
-
-    def pieces(self) -> Iterator[Piece]:
-        """One piece a tensor."""
-        layout, group = self.layout, 0
-        for name, start in zip(layout.names, layout.offsets, strict=True):
-            sources = self._flat[name]
-            while group + 1 < layout.num_groups and start >= layout.group_bounds[group + 1]:
-                group += 1
-            yield Piece(start, start + sources[0].numel(), group, sources)
 
 
 def _buffer(

@@ -19,6 +19,7 @@ from torch import Tensor
 BLOCK: Final = 4096  # elements a program sums
 WARPS: Final = 8
 WIDEST: Final = 16  # bytes of one access
+SENT_BYTES: Final = 2**28  # of all sources together, sent to an accelerator at a time
 TYPES: Final = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -74,3 +75,17 @@ def fused_sum(sources: Sequence[Tensor], coefficients: Sequence[float], out: Ten
             enable_fp_fusion=False,
         )  # fmt: skip
     torch.autograd.graph.increment_version(out)  # or whoever keeps what follows from it is wrong
+
+
+def sum_parts(terms: Sequence[tuple[Tensor, float]], out: Tensor) -> bool:
+    """Whether the sum of sources with coefficients could be made; those elsewhere go in parts."""
+    sources, factors = zip(*terms, strict=True)
+    if not can_fuse(sources):
+        return False
+    size = out.numel()
+    if any(source.device != out.device for source in sources):
+        size = max(1, min(size, SENT_BYTES // (len(sources) * sources[0].element_size())))
+    for start in range(0, out.numel(), size or 1):
+        part = slice(start, start + size)
+        fused_sum([s[part].to(out.device, non_blocking=True) for s in sources], factors, out[part])
+    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from merge_rl.core.merging.buffers import (
     Checkpoints,
     FlatCheckpoints,
     FlatLayout,
-    MappedCheckpoints,
+    Piece,
 )
 from merge_rl.core.merging.stored_numbers import Raw
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet
@@ -18,6 +20,42 @@ from merge_rl.storage.checkpoints.one_pass import merge_pass
 from merge_rl.storage.checkpoints.plan import MergePlan
 
 DISK = "disk"
+
+
+class MappedCheckpoints(Checkpoints):
+    """Checkpoints whose tensors stay where they are: views of files mapped into memory.
+
+    What is not in memory is read from disk at every merge.
+    """
+
+    def __init__(
+        self,
+        layout: FlatLayout,
+        rows: Sequence[Mapping[str, Tensor]],
+        fixed: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(layout, fixed)
+        self._flat = {name: [row[name].reshape(-1) for row in rows] for name in layout.names}
+        self._count = len(rows)
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Number of checkpoints K."""
+        return self._count
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU: files are mapped there."""
+        return torch.device("cpu")
+
+    def pieces(self) -> Iterator[Piece]:
+        """One piece a tensor."""
+        layout, group = self.layout, 0
+        for name, start in zip(layout.names, layout.offsets, strict=True):
+            sources = self._flat[name]
+            while group + 1 < layout.num_groups and start >= layout.group_bounds[group + 1]:
+                group += 1
+            yield Piece(start, start + sources[0].numel(), group, sources)
 
 
 def load_checkpoints(

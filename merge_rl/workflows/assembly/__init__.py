@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         load_weights,
         require_known_autoencoder,
     )
-    from merge_rl.workflows.assembly.parts import Parts, network_rollout, with_network
+    from merge_rl.workflows.assembly.parts import OfParts, Parts, network_rollout, with_network
     from merge_rl.workflows.assembly.published import is_public
     from merge_rl.workflows.assembly.references import (
         ExtractorId,
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from merge_rl.workflows.assembly.reward import (
         check_reward,
         known_terms,
-        require_targets,
+        open_targets,
     )
     from merge_rl.workflows.assembly.tuning import GuideSet, require_tuning
 
@@ -80,6 +80,7 @@ __all__ = [
     "Job",
     "MemoryPlan",
     "ModelDefaults",
+    "OfParts",
     "PartCosts",
     "Parts",
     "Statistics",
@@ -112,6 +113,7 @@ __all__ = [
     "named_by_file",
     "network_rollout",
     "notes_of",
+    "open_targets",
     "other_resolutions",
     "peak_memory",
     "plan_memory",
@@ -119,7 +121,6 @@ __all__ = [
     "require_known",
     "require_known_autoencoder",
     "require_memory",
-    "require_targets",
     "require_tuning",
     "resolve_config",
     "resolve_finetune",
@@ -163,7 +164,7 @@ _HOMES = {
         "networks",
     ),
     **dict.fromkeys(("allow_named", "require_all_allowed"), "resolve"),
-    **dict.fromkeys(("Parts", "network_rollout", "with_network"), "parts"),
+    **dict.fromkeys(("OfParts", "Parts", "network_rollout", "with_network"), "parts"),
     "is_public": "published",
     **dict.fromkeys(
         (
@@ -190,7 +191,7 @@ _HOMES = {
         ),
         "resolve",
     ),
-    **dict.fromkeys(("check_reward", "known_terms", "require_targets"), "reward"),
+    **dict.fromkeys(("check_reward", "known_terms", "open_targets"), "reward"),
     **dict.fromkeys(
         ("GUIDE_FOLDER", "ModelDefaults", "find_defaults", "guidance_text"), "defaults"
     ),

@@ -15,7 +15,7 @@ from merge_rl.interfaces import Autoencoder, FeatureExtractor
 from merge_rl.storage.checkpoints import CheckpointSet, module_of
 from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.assembly.parts import Made, Parts
-from merge_rl.workflows.assembly.references import ExtractorId, find_references
+from merge_rl.workflows.assembly.references import ExtractorId, Opened, find_references
 from merge_rl.workflows.reference import Reference, load_reference
 from merge_rl.workflows.rollout import (
     AsTheyAre,
@@ -77,6 +77,10 @@ class GivenParts(Parts):
         dims = {name: reference.stats.dim for name, reference in self.references.items()}
         if len(set(dims.values())) > 1:
             raise StatisticsError(f"expected statistics of one dimension, got {dims}")
+
+    @cached_property
+    def _opened(self) -> Opened:
+        return {}
 
     @cached_property
     def _autoencoder(self) -> tuple[Autoencoder, str | None]:

@@ -25,10 +25,8 @@ from merge_rl.storage.checkpoints import (
 )
 from merge_rl.workflows.assembly.given import Given, GivenParts
 from merge_rl.workflows.assembly.networks import Announce
-from merge_rl.workflows.assembly.parts import Parts, blank_network, set_hashes
+from merge_rl.workflows.assembly.parts import OfParts, Parts, blank_network, set_hashes
 from merge_rl.workflows.assembly.tuning import GuideSet, load_guide_set, tuned_map
-from merge_rl.workflows.reference import Reference
-from merge_rl.workflows.rewards import RewardSum
 from merge_rl.workflows.rollout import MergedRollout, Rollout, TunedRollout, place_weights
 
 
@@ -68,7 +66,7 @@ def unweighed_map(
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class Job(OfParts):
     """What a search or a comparison works with."""
 
     parts: Parts
@@ -80,21 +78,6 @@ class Job:
     rollout: MergedRollout  # to the features that the reward reads
     final_rollout: MergedRollout  # to those of the set's extractor: the comparison's
     hashes: dict[str, Any]
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the network; 0 for one without."""
-        return self.parts.num_classes
-
-    @property
-    def reward(self) -> RewardSum:
-        """What candidates are ranked by."""
-        return self.parts.reward.reward
-
-    @property
-    def references(self) -> dict[str, Reference]:
-        """Statistics of real data: "reference" and, if any, "heldout"."""
-        return self.parts.references
 
     def with_reward(self, config: OptimizeConfig) -> Job:
         """The same job with the reward of another config, fresh."""

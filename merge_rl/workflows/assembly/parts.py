@@ -28,18 +28,20 @@ from merge_rl.workflows.assembly.networks import (
     load_guide,
     require_autoencoder,
 )
+from merge_rl.workflows.assembly.references import Opened, fit_reference
 from merge_rl.workflows.assembly.reward import (
     BuiltReward,
     ExtractorReference,
     build_reward,
-    require_targets,
+    open_targets,
 )
-from merge_rl.workflows.reference import Reference, load_reference, reference_file
+from merge_rl.workflows.reference import Reference, reference_file
+from merge_rl.workflows.rewards import RewardSum
 from merge_rl.workflows.rollout import Rollout, cpu_workers, require_device
 
 Made = TypeVar("Made", bound=Rollout)
 # Whatever the reward is, these are the same.
-_SHARED: Final = ("sampler", "guide", "_autoencoder", "_extractor", "references")
+_SHARED: Final = ("sampler", "guide", "_autoencoder", "_extractor", "_opened", "references")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,7 +97,12 @@ class Parts:
         for sampler in samplers:
             require_sampler(sampler, self.network, self.guide, guided=self.settings.tunes_guidance)
         require_autoencoder(self.settings.autoencoder, self.shape)
-        require_targets(self.settings)
+        _ = self._opened
+
+    @cached_property
+    def _opened(self) -> Opened:
+        """The statistics of real data, read once: before any weights, where that tells enough."""
+        return open_targets(self.settings)
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -125,9 +132,9 @@ class Parts:
     @cached_property
     def references(self) -> dict[str, Reference]:
         """The statistics of real data: "reference" and, if any, "heldout"."""
-        extractor, digest = self._extractor
+        (extractor, digest), named = self._extractor, self.settings.extractor or ""
         return {
-            name: load_reference(path, extractor=extractor.name, sha256=digest, dim=extractor.dim)
+            name: fit_reference(path, extractor, digest, named, self._opened)
             for name, path in self._reference_paths.items()
             if path is not None
         }
@@ -143,7 +150,7 @@ class Parts:
             extractor=self.extractor, reference=self.references["reference"],
             path=self.settings.reference or "", heldout=self.references.get("heldout"),
         )  # fmt: skip
-        return build_reward(self.settings, own, self.announce)
+        return build_reward(self.settings, own, self.announce, self._opened)
 
     def with_reward(self, settings: OptimizeConfig) -> Parts:
         """Other settings, which differ in nothing but the reward: the same objects but for it."""
@@ -177,6 +184,27 @@ class Parts:
             extractor=self.extractor if own else self.reward.extractor,
             autoencoder=self.autoencoder, guide=self.guide, announce=self.announce,
         )  # fmt: skip
+
+
+class OfParts:
+    """What every job takes from its parts."""
+
+    parts: Parts
+
+    @cached_property
+    def num_classes(self) -> int:
+        """Classes of the network; 0 for one without."""
+        return self.parts.num_classes
+
+    @cached_property
+    def reward(self) -> RewardSum:
+        """What candidates are ranked by."""
+        return self.parts.reward.reward
+
+    @cached_property
+    def references(self) -> dict[str, Reference]:
+        """Statistics of real data: "reference" and, if any, "heldout"."""
+        return self.parts.references
 
 
 def network_rollout(

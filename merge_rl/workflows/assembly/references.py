@@ -100,19 +100,36 @@ def expected_extractor(name: str, weights: str | None) -> ExtractorId | None:
     return ExtractorId(name, pinned, DIMS[name])
 
 
-def require_comparable(
-    name: str, weights: str | None, statistics: Iterable[str | os.PathLike[str] | None]
-) -> None:
-    """Raise for files of statistics of another extractor, before weights are read or fetched.
+Opened = Mapping[tuple[str, str], Reference]
+"""Statistics that have been read, by the extractor they are compared with and their path."""
+
+
+def open_comparable(
+    name: str, weights: str | None, statistics: Iterable[str | None]
+) -> dict[tuple[str, str], Reference]:
+    """Statistics, read before weights are read or fetched; raises for those of another extractor.
 
     A module of the user's is known when it is called: for it the files are read, no more.
     """
     maker = expected_extractor(name, weights)
-    for path in [given for given in statistics if given is not None]:
-        if maker is None:
-            load_all_references(path)
-        else:
-            find_references({"reference": path}, maker)
+    paths = [path for path in statistics if path is not None]
+    if maker is not None:
+        found = find_references(dict(zip(paths, paths, strict=True)), maker)
+        return {(name, path): reference for path, (reference, _) in found.items()}
+    for path in paths:
+        load_all_references(path)
+    return {}
+
+
+def fit_reference(
+    path: str, extractor: FeatureExtractor, digest: str | None, named: str, opened: Opened
+) -> Reference:
+    """Statistics that have been read, or are now, held against the extractor `named` as built."""
+    known = opened.get((named, path))
+    if known is None:
+        return load_reference(path, extractor=extractor.name, sha256=digest, dim=extractor.dim)
+    known.require_extractor(extractor.name, digest, path, extractor.dim)
+    return known
 
 
 def name_extractor(

@@ -23,8 +23,8 @@ from merge_rl.workflows.assembly.extractors import (
     require_known,
 )
 from merge_rl.workflows.assembly.networks import Announce
-from merge_rl.workflows.assembly.references import require_comparable
-from merge_rl.workflows.reference import Reference, load_reference, reference_file
+from merge_rl.workflows.assembly.references import Opened, fit_reference, open_comparable
+from merge_rl.workflows.reference import Reference, reference_file
 from merge_rl.workflows.rewards import (
     CombinedExtractor,
     Pool,
@@ -88,23 +88,25 @@ def check_reward(config: OptimizeConfig) -> None:
         raise ConfigError(f"{full[0]} needs at least 2 images a candidate, got 1")
 
 
-def require_targets(config: OptimizeConfig) -> None:
-    """Raise for statistics of another extractor than they are to be compared with.
+def open_targets(config: OptimizeConfig) -> Opened:
+    """The statistics that a reward compares with; raises for those of another extractor.
 
     No weights are read or fetched. The config is resolved, and `check_reward` has seen it.
     """
     own = (config.reference, config.heldout)
-    require_comparable(config.extractor or "", own_weights(config), own)
+    found = open_comparable(config.extractor or "", own_weights(config), own)
     for name in _others(known_terms(config.reward), config.extractor):
-        require_comparable(name, config.extra_weights.get(name), [config.extra_references[name]])
+        weights, path = config.extra_weights.get(name), config.extra_references[name]
+        found |= open_comparable(name, weights, [path])
+    return found
 
 
 def build_reward(
-    config: OptimizeConfig, own: ExtractorReference, announce: Announce = lambda _text: None
+    config: OptimizeConfig, own: ExtractorReference, announce: Announce, opened: Opened
 ) -> BuiltReward:
     """The reward of a resolved config; `own` is what the checkpoint set's extractor compares.
 
-    `announce` hears of downloads.
+    `announce` hears of downloads; statistics that are `opened` are not read again.
     """
     terms = known_terms(config.reward)
     targets: dict[str | None, ExtractorReference] = {}
@@ -113,7 +115,7 @@ def build_reward(
         if name is None:
             targets[name] = own
         else:
-            targets[name], digest = _load_target(config, name, announce)
+            targets[name], digest = _load_target(config, name, announce, opened)
             hashes[f"extractor_weights {name}"] = digest
             hashes[f"reference {name}"] = sha256_file(reference_file(targets[name].path)[0])
     starts, dim = {}, 0
@@ -146,12 +148,12 @@ def _make(term: RewardTerm, target: ExtractorReference, device: str) -> Reward[P
 
 
 def _load_target(
-    config: OptimizeConfig, name: str, announce: Announce
+    config: OptimizeConfig, name: str, announce: Announce, opened: Opened
 ) -> tuple[ExtractorReference, str | None]:
     weights = config.extra_weights.get(name)
     extractor, digest = build_extractor(name, weights, config.device, announce)
     path = config.extra_references[name]
-    reference = load_reference(path, extractor=extractor.name, sha256=digest, dim=extractor.dim)
+    reference = fit_reference(path, extractor, digest, name, opened)
     return ExtractorReference(extractor=extractor, reference=reference, path=path), digest
 
 

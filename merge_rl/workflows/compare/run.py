@@ -36,7 +36,7 @@ from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
     Job,
     allow_named,
-    require_targets,
+    open_targets,
     resolve_config,
     search_doubts,
     with_network,
@@ -157,7 +157,7 @@ def _check(
         if settings.search.tune != (COEFFICIENTS,):
             tuned = ",".join(settings.search.tune)
             raise ConfigError(f"expected tune {COEFFICIENTS}, all a comparison scores, got {tuned}")
-        require_targets(settings)
+        open_targets(settings)
 
     def works(settings: OptimizeConfig) -> None:
         make_searcher(settings, jobs.of(settings))

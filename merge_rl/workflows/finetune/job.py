@@ -19,6 +19,7 @@ from merge_rl.rng import stream
 from merge_rl.storage.checkpoints import Origin, find_origin, model_sha256
 from merge_rl.workflows.assembly import (
     Announce,
+    OfParts,
     Parts,
     check_reward,
     known_terms,
@@ -28,13 +29,12 @@ from merge_rl.workflows.assembly import (
 )
 from merge_rl.workflows.finetune.kept import PolicyRollout
 from merge_rl.workflows.finetune.learner import trainable
-from merge_rl.workflows.reference import Reference
-from merge_rl.workflows.rewards import RewardSum, require_gradient
+from merge_rl.workflows.rewards import require_gradient
 from merge_rl.workflows.rollout import Rollout, require_derivative
 
 
 @dataclass(frozen=True, eq=False)
-class FinetuneJob:
+class FinetuneJob(OfParts):
     """What a fine-tuning run works with."""
 
     config: FinetuneConfig
@@ -50,21 +50,6 @@ class FinetuneJob:
     def network(self) -> nn.Module:
         """The network in training, in evaluation mode, on the device."""
         return self.parts.network
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the network; 0 for one without."""
-        return self.parts.num_classes
-
-    @property
-    def reward(self) -> RewardSum:
-        """What rollouts are ranked by."""
-        return self.parts.reward.reward
-
-    @property
-    def references(self) -> Mapping[str, Reference]:
-        """Statistics of real data: "reference" and, if any, "heldout"."""
-        return self.parts.references
 
 
 def check_names(config: FinetuneConfig) -> None:

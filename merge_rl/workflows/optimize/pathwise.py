@@ -13,7 +13,6 @@ from torch import Tensor
 from merge_rl.config import FIXED_STEP_RULES, OptimizeConfig
 from merge_rl.core.merging.live_model import theta_gradient
 from merge_rl.errors import ConfigError
-from merge_rl.interfaces import Searcher
 from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.searchers import Pathwise, Slope
 from merge_rl.workflows.assembly import Job
@@ -37,6 +36,9 @@ class PathwiseLoop(SearchLoop):
     image with its gradient counts as `GRADIENT_COST` images. Whenever all of the pool is new, a
     metric is looked at that the search does not optimise.
     """
+
+    def _round_cost(self, candidates: int) -> int:
+        return self.config.round_images(candidates, self.round_index)
 
     def _round(self, thetas: Tensor) -> None:
         began, sampled, theta = time.monotonic(), self.job.rollout.seconds, thetas[0]
@@ -182,10 +184,8 @@ class PathwiseLoop(SearchLoop):
         self.tracker.event({"kind": "warning", "text": text})
 
 
-def require_gradients(config: OptimizeConfig, job: Job, searcher: Searcher) -> None:
-    """Raise ConfigError, for a searcher that takes gradients, where there are none."""
-    if not isinstance(searcher, Pathwise):
-        return
+def require_gradients(config: OptimizeConfig, job: Job) -> None:
+    """Raise ConfigError where there are no gradients for a searcher that takes them."""
     require_gradient(job.reward)
     with_gradient(job.rollout)
     if config.reward.num_subsets * config.reward.num_replacements != 1:
@@ -204,8 +204,3 @@ def _columns(job: Job) -> slice | None:
             return slice(start, start + part.dim)
         start += part.dim
     return None
-
-
-def loop_of(searcher: Searcher) -> type[SearchLoop]:
-    """The loop that tells a searcher what it learns from."""
-    return PathwiseLoop if isinstance(searcher, Pathwise) else SearchLoop

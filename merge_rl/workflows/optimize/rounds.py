@@ -97,7 +97,7 @@ class SearchLoop:
             )
 
     def _round_cost(self, candidates: int) -> int:
-        return self.config.round_images(candidates, self.round_index)
+        return self.config.reward.round_images(candidates, self.round_index)
 
     def _generate(self, theta: Tensor, labels: Tensor, *names: str | int) -> Tensor:
         """Features of images at theta; the noise comes from the stream called `names`."""

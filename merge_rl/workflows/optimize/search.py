@@ -19,7 +19,7 @@ from merge_rl.core.merging.posthoc import Profiles
 from merge_rl.core.merging.tuned_map import anchored, before_and_after, merge_map, setup_of
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import Searcher, Tracker
-from merge_rl.searchers import OwnSearcher, SearchSpace
+from merge_rl.searchers import OwnSearcher, Pathwise, SearchSpace
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
@@ -37,7 +37,7 @@ from merge_rl.workflows.optimize.budget import (
     run_tournament,
     tournament_rounds,
 )
-from merge_rl.workflows.optimize.pathwise import loop_of, require_gradients
+from merge_rl.workflows.optimize.pathwise import PathwiseLoop, require_gradients
 from merge_rl.workflows.optimize.rounds import SearchLoop
 
 _TENSORS = ("coefficients", "start", "rows")
@@ -111,7 +111,7 @@ def run_search(
     job = replace(job, map=anchored(job.map, start))
     theta = job.map.theta_of(start) if len(starts) > 1 else None
     searcher = make_searcher(config, job)
-    loop = loop_of(searcher)(
+    loop = (PathwiseLoop if isinstance(searcher, Pathwise) else SearchLoop)(
         config, job, searcher, run, tracker,
         start=theta, spent=beginning.images, limit=plan.limit,
     )  # fmt: skip
@@ -153,7 +153,8 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
         made = own_code.call(name, "searcher", given, "settings, space and seed")
         return OwnSearcher(made, name, space.dim)
     searcher: Searcher = registry.resolve_searcher(name)(*given)
-    require_gradients(config, job, searcher)
+    if isinstance(searcher, Pathwise):
+        require_gradients(config, job)
     return searcher
 
 

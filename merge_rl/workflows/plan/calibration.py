@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.core.distances.statistics import FeatureStats
-from merge_rl.core.merging.weighted_sum import weighted_sum
+from merge_rl.core.merging.buffers import weighted_sum
 from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.parallel.blocks import block_size
 from merge_rl.storage.files import save_tensors

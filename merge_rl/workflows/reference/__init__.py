@@ -1,6 +1,6 @@
 """Statistics and features of real images: made, stored, read in every known format."""
 
-from merge_rl.workflows.reference.build import build_reference, few_images, source_notes
+from merge_rl.workflows.reference.build import build_reference, source_notes
 from merge_rl.workflows.reference.features import (
     FeatureStore,
     SavedFeatures,
@@ -14,7 +14,7 @@ from merge_rl.workflows.reference.file import (
     reference_file,
     save_reference,
 )
-from merge_rl.workflows.reference.formats import Reference
+from merge_rl.workflows.reference.formats import Reference, few_images
 from merge_rl.workflows.reference.moments import CollectPlan, collect, kept_features
 
 __all__ = [

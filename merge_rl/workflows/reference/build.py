@@ -26,6 +26,7 @@ from merge_rl.storage.files import (
 )
 from merge_rl.version import __version__
 from merge_rl.workflows.reference.file import save_reference
+from merge_rl.workflows.reference.formats import few_images
 from merge_rl.workflows.reference.moments import (
     Collected,
     CollectPlan,
@@ -209,16 +210,6 @@ def _warnings(document: dict[str, Any]) -> list[str]:
         texts.append(f"{document['broken']} broken images skipped; first: {first}")
     fewest = min(file["images"] for file in document["files"])
     return [*texts, *few_images(fewest, document["dim"])]
-
-
-def few_images(count: int, dim: int) -> list[str]:
-    """A sentence where N images of D features have a singular covariance: N <= D."""
-    if count > dim:
-        return []
-    return [
-        f"{count} images for {dim} features: the covariance is singular, and a Fréchet distance "
-        "says little"
-    ]
 
 
 def _outputs(out: Path, split: bool) -> list[Path]:

@@ -247,3 +247,13 @@ def sound_moments(count: int, mean: Tensor, cov: Tensor, where: str) -> FeatureS
     except StatisticsError as error:
         raise type(error)(f"{where}: {error}") from None
     return stats
+
+
+def few_images(count: int, dim: int) -> list[str]:
+    """A sentence where N images of D features have a singular covariance: N <= D."""
+    if count > dim:
+        return []
+    return [
+        f"{count} images for {dim} features: the covariance is singular, and a Fréchet distance "
+        "says little"
+    ]

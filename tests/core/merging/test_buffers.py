@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from merge_rl.core.merging import weighted_sum as sums
-from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout, MappedCheckpoints
+from merge_rl.core.merging import buffers as sums
+from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout, weighted_sum
 from merge_rl.core.merging.groups import Groups
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.merging.posthoc import posthoc_coefficients
-from merge_rl.core.merging.weighted_sum import weighted_sum
 from merge_rl.errors import ConfigError
 from merge_rl.models.edm2 import EDM2
+from merge_rl.storage.checkpoints.merging import MappedCheckpoints
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (2, 3), "gain": (), "b": (5,), "c": (1, 2, 2)}
 TINY: dict[str, Any] = {

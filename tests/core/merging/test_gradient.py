@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout, MappedCheckpoints
+from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout
 from merge_rl.core.merging.groups import Groups
 from merge_rl.core.merging.live_model import coefficient_gradient, theta_gradient
 from merge_rl.core.merging.maps import (
@@ -16,6 +16,7 @@ from merge_rl.core.merging.maps import (
     make_map,
 )
 from merge_rl.errors import ConfigError
+from merge_rl.storage.checkpoints.merging import MappedCheckpoints
 
 SHAPES = {"a": (2, 3), "b": (5,), "c": (), "d": (4,)}
 GROUPS = Groups(("x", "y"), (0, 1, 0, 1))

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from merge_rl.core.merging import linear_maps as whitening
-from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout, MappedCheckpoints
+from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout
 from merge_rl.core.merging.groups import Groups
 from merge_rl.core.merging.linear_maps import AffineMap, WhitenedMap, weight_gram, whitened_basis
 from merge_rl.core.merging.maps import BoundedMap, make_map
 from merge_rl.errors import ConfigError
+from merge_rl.storage.checkpoints.merging import MappedCheckpoints
 
 F64 = torch.float64
 
