@@ -211,7 +211,7 @@ def test_gradients_of_graphs_are_those_of_calls(
     seeds, labels = image_seeds(50, 3, "test"), balanced_labels(50, 10)
     generator = torch.Generator().manual_seed(0)
     back = torch.randn(50, merged.rollout.extractor.dim, generator=generator)
-    room = Room(images=25, kept=10**9)
+    room = Room(images=40, kept=10**9)
     found = DifferentiableRollout(merged, room=room, announce=told.append)
     monkeypatch.setattr("merge_rl.workflows.rollout.differentiable.BACK_PAYS_BELOW", 0)
     plain = DifferentiableRollout(merged, room=room, announce=told.append)
@@ -220,7 +220,11 @@ def test_gradients_of_graphs_are_those_of_calls(
     for row in torch.eye(8)[[-1, -2, -1]]:
         item = WorkItem(row[None], seeds, labels)
         one, other = found(item, lambda _features: back), plain(item, lambda _features: back)
-        assert torch.equal(one.features, other.features)
+        # As without a gradient; with one, attention in half precision may take another kernel.
+        noise = merged.rollout.noise(seeds)
+        assert torch.equal(one.features, merged.rollout.features(noise, labels))
+        if precision == "float32":
+            assert torch.equal(one.features, other.features)
         # Sums over images and calls in another order; bfloat16 rounds what is added up.
         bound = 1e-4 if precision == "float32" else 0.05
         off = (one.gradient - other.gradient).norm() / other.gradient.norm()
