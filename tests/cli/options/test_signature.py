@@ -22,6 +22,7 @@ from merge_rl.cli.options import (
     split_tracks,
     with_settings,
 )
+from merge_rl.config import OptimizeConfig, SampleConfig
 from merge_rl.config.setting import DATA, REWARD, about, setting
 from merge_rl.errors import ConfigError, UnknownNameError
 
@@ -176,3 +177,14 @@ def test_no_two_options_have_one_name(name: str) -> None:
     flags = [offer.flag(setting) for setting in offer.options()]
     flags += [short.flag for short in offer.shorthands()]
     assert len(flags) == len(set(flags))
+
+
+def test_fast_is_what_a_command_has_of_it() -> None:
+    """The decoder's dtype is a search's setting; a sample's is that of the model's run."""
+    network = {"precision": "bfloat16", "compile": True}
+    said = {
+        cls: signature.what_was_said(signature.Offer(command="x", cls=cls), {"fast": True})
+        for cls in (OptimizeConfig, SampleConfig)
+    }
+    assert said[OptimizeConfig] == {"sampler": network, "autoencoder_dtype": "bfloat16"}
+    assert said[SampleConfig] == {"sampler": network}
