@@ -378,7 +378,8 @@ def _complaint(ended: Ended, place: Path) -> str | None:
     errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
     if ended.status == 0:  # what is written for no result, such as a lock's note
         return None if not errors else f"exit 0, yet {errors[0]}"
-    words = (os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG))
+    words = [os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG)]
+    words += ["No usable temporary directory"]  # which a library looks for, and all disks are full
     if not ended.said:
         return None  # not even a sentence could be written
     if len(errors) != 1 or not any(word in errors[0] for word in words):

@@ -86,6 +86,7 @@ def outcomes(part: str, name: str, folder: Path, numbers: slice) -> Iterator[str
     ("part", "name", "numbers"),
     [
         ("kills", "convert", slice(0, 2)),
+        ("kills", "convert, 2 at once", slice(0, 1)),
         ("kills", "optimize", slice(0, 1)),
         ("disks", "merge", slice(1, 5)),
         ("disks", "demo", slice(60, 62)),

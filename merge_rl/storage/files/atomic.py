@@ -105,7 +105,7 @@ def told_of(target: Path, temporary: Path) -> Iterator[None]:
         named = Path(told) if isinstance(told, (str, Path)) else None
         if named is not None and named.is_relative_to(temporary):
             target = target / named.relative_to(temporary)
-        elif error.errno is None or (named is not None and error.errno not in _FULL):
+        elif error.errno is None or (named not in (None, target) and error.errno not in _FULL):
             raise
         reason = (error.strerror or "").removeprefix(_UNWRITABLE)
         raise OSError(error.errno, f"{_UNWRITABLE}{reason}", str(target)) from None

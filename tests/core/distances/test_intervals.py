@@ -19,6 +19,12 @@ def test_interval_by_hand() -> None:
     assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), rel=1e-6)
 
 
+def test_two_values_are_enough() -> None:
+    # Mean 5, s = sqrt(2), t_{0.975, 1} = 12.706205: half width 12.706205 sqrt(2) / sqrt(2).
+    found = mean_interval([4.0, 6.0])
+    assert (found.low, found.high) == pytest.approx((5 - 12.706205, 5 + 12.706205), rel=1e-6)
+
+
 def test_level() -> None:
     # t_{0.95, 3} = 2.353363 for a two-sided 90 % of four values; mean 5, squares 9 + 1 + 1 + 9,
     # s = sqrt(20 / 3), so s / sqrt(4) = sqrt(5 / 3).

@@ -10,6 +10,7 @@ from merge_rl.core.distances.statistics import (
     BLOCK_ROWS,
     FeatureStats,
     check_moments,
+    extend_stats,
     feature_mean,
     feature_stats,
     merge_stats,
@@ -33,6 +34,16 @@ def test_moments_by_hand() -> None:
     assert stats.mean.tolist() == [3, 4]
     assert stats.cov.tolist() == [[4, 6], [6, 12]]
     assert stats.scatter.tolist() == [[8, 12], [12, 24]]
+
+
+def test_one_row_at_a_time_by_hand() -> None:
+    # Those rows again: squares and products of the deviations sum to 8, 24 and 12.
+    stats = None
+    for row in ([1, 2], [3, 2], [5, 8]):
+        stats = extend_stats(stats, torch.tensor([row], dtype=torch.float32))
+    expected = torch.tensor([[4.0, 6.0], [6.0, 12.0]], dtype=torch.float64)
+    assert stats is not None
+    assert_same(stats, FeatureStats(3, torch.tensor([3.0, 4.0], dtype=torch.float64), expected))
 
 
 def test_blocks_do_not_show(generator: torch.Generator) -> None:

@@ -80,6 +80,15 @@ def test_a_folder_that_cannot_be_synced_is_no_error(
     assert (tmp_path / "a").read_text() == "x"
 
 
+def test_a_folder_in_the_place_of_a_file_is_named_and_stays(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    target.mkdir()
+    with pytest.raises(OSError, match="cannot be written: Is a directory") as told:
+        write_json(target, {})
+    assert told.value.filename == str(target)
+    assert names_in(tmp_path) == ["result.json"]
+
+
 def test_text_json_and_yaml_read_back(tmp_path: Path) -> None:
     value = {"name": "Fréchet", "items": [1, 2.5, None, True], "b": {"a": "0.1"}}
     write_json(tmp_path / "a.json", value)
