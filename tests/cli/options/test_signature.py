@@ -183,7 +183,7 @@ def test_fast_is_what_a_command_has_of_it() -> None:
     """The decoder's dtype is a search's setting; a sample's is that of the model's run."""
     network = {"precision": "bfloat16", "compile": True}
     said = {
-        cls: signature.what_was_said(signature.Offer(command="x", cls=cls), {"fast": True})
+        cls: signature.what_was_said(signature.Offer(command="x", cls=cls), {"said_fast": True})
         for cls in (OptimizeConfig, SampleConfig)
     }
     assert said[OptimizeConfig] == {"sampler": network, "autoencoder_dtype": "bfloat16"}
