@@ -15,6 +15,7 @@ Each writes {"rows": [[what, N, measured], ...], "values": {...}}; weights are r
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -275,12 +276,15 @@ def memory(device: str, tiny: bool) -> Figure:
         merged = random_rollout(
             network("SiT-B/2", device, tiny), SamplerConfig(num_steps=steps), 32, device
         )
-        for name, call in zip(("forward", "gradient"), both(merged, 32), strict=True):
+        calls = both(merged, 32)
+        for name, call in zip(("forward", "gradient"), calls, strict=True):
             call()
             if device != "cpu":
                 torch.cuda.reset_peak_memory_stats()
             call()
             found[f"{name} {steps}"] = _peak(device)
+        del merged, calls, call
+        gc.collect()  # or the next case has this one's network beside its own
     text = ", ".join(f"{name} steps {value / 2**20:,.0f} MiB" for name, value in found.items())
     return figure([["peak memory, SiT-B/2, 32 images", "one run each", text]], bytes=found)
 
