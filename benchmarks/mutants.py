@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import functools
 import gc
 import json
 import multiprocessing
@@ -30,7 +31,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -70,6 +70,7 @@ SWAPPED: Final[dict[type[ast.AST], type[ast.AST]]] = {
     ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
 UNCHANGED: Final = "nothing"
+_CACHE: Final = type(functools.cache(len))
 FORKED: Final = multiprocessing.get_context("fork")
 Function = ast.FunctionDef
 
@@ -163,7 +164,15 @@ def put(code: CodeType, file: str, function: str) -> int:
                 own.co_firstlineno == code.co_firstlineno
             ):
                 found.__code__, count = code, count + 1
+    forget()
     return count
+
+
+def forget() -> None:
+    """Empty what functions of the package have kept of their results."""
+    for found in gc.get_objects():
+        if type(found) is _CACHE and found.__module__.startswith(PACKAGE.name):
+            found.cache_clear()
 
 
 class Watch:
@@ -186,6 +195,7 @@ class Watch:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self._now = self.calls.setdefault(item.nodeid, set())
+        forget()  # what is kept calls nothing
         began = time.monotonic()
         sys.setprofile(self._see)
         threading.setprofile(self._see)
@@ -351,7 +361,9 @@ def main() -> None:
     print(f"left out, as they fail on the unchanged code: {failed}", flush=True)
     jobs = [job for job in drawn(list(watches), arguments.each, arguments.seed)
             if _name(job) not in done]  # fmt: skip
-    for job, row in in_turns(jobs, arguments.workers, end, partial(tried, watches=watches)):
+    for job, row in in_turns(
+        jobs, arguments.workers, end, functools.partial(tried, watches=watches)
+    ):
         done[_name(job)] = row
         out.write_text(json.dumps(done, indent=1) + "\n")
     show(done)

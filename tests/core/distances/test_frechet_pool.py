@@ -11,7 +11,7 @@ from torch import Tensor
 from merge_rl.core.distances import frechet_pool
 from merge_rl.core.distances.frechet import frechet_distance
 from merge_rl.core.distances.frechet_pool import FrechetPool, ReferenceFactor
-from merge_rl.core.distances.statistics import feature_stats
+from merge_rl.core.distances.statistics import FeatureStats, feature_stats
 from merge_rl.errors import StatisticsError, TooFewSamplesError
 
 
@@ -140,6 +140,15 @@ def test_a_reference_of_equal_images(generator: torch.Generator) -> None:
     expected = float((stats.mean - 1).square().sum() + stats.cov.trace())
     assert reference.pool(stats).distance == pytest.approx(expected, rel=1e-12)
     assert reference.rank == 1
+
+
+def test_only_directions_that_vary_are_kept() -> None:
+    # The second feature is constant, the first varies by less than one.
+    cov = torch.diag(torch.tensor([0.25, 0.0, 9.0], dtype=torch.float64))
+    stats = FeatureStats(5, torch.zeros(3, dtype=torch.float64), cov)
+    reference = ReferenceFactor.from_stats(stats)
+    assert reference.rank == 2
+    torch.testing.assert_close(reference.factor @ reference.factor.T, cov, rtol=1e-12, atol=0)
 
 
 def test_what_does_not_fit_is_refused(generator: torch.Generator) -> None:

@@ -172,6 +172,10 @@ def test_settings_hold_everywhere_unless_they_say_where() -> None:
     sde = grid_of(SamplerConfig(solver="sde-euler", num_steps=4), Noted("velocity"))
     assert sde is not None
     torch.testing.assert_close(sde, torch.tensor([0, 0.32, 0.64, 0.96, 1.0]).double())
+    noisy = SamplerConfig(solver="sde-euler", num_steps=4, last_step="none")
+    without = grid_of(noisy, Noted("velocity"))  # which ends where the path does
+    assert without is not None
+    assert without.tolist() == [0, 0.25, 0.5, 0.75, 1]
 
 
 @pytest.mark.parametrize(
