@@ -1,10 +1,14 @@
 """Settings: dataclasses that are checked once, here, and their way to and from YAML."""
 
-from merge_rl.config.evaluate import (
+from merge_rl.config.commands import (
     MODEL_IMAGES,
+    ConvertConfig,
     EvaluateConfig,
+    FetchConfig,
     GenerationConfig,
+    ReferenceConfig,
     SampleConfig,
+    SingleMergeConfig,
 )
 from merge_rl.config.finetune import (
     FREE_ON_RESUME,
@@ -13,7 +17,6 @@ from merge_rl.config.finetune import (
     FinetuneConfig,
     differing_keys,
 )
-from merge_rl.config.inputs import ConvertConfig, FetchConfig, ReferenceConfig, SingleMergeConfig
 from merge_rl.config.mapping import (
     dump_config,
     flattened,

@@ -6,6 +6,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, NoReturn
 
 from merge_rl.config.numbers import whole_number
@@ -174,8 +175,13 @@ class RewardConfig:
         refresh = self.refresh_images(round_index) if self.pooled else 0
         return candidates * self.images_per_candidate + refresh
 
+    @cached_property
+    def renewed_every(self) -> int:
+        """Rounds after which the whole pool is renewed; 1 of a rolling refresh."""
+        return whole_number(self.refresh) or 1
+
     def refresh_images(self, round_index: int) -> int:
         """Rows that are renewed after a round, counted from 0."""
         if self.refresh == "rolling":
             return self.rolling_size
-        return self.pool_size if (round_index + 1) % (whole_number(self.refresh) or 1) == 0 else 0
+        return self.pool_size if (round_index + 1) % self.renewed_every == 0 else 0

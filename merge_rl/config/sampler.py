@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from merge_rl.config.setting import MODEL, require_choices, setting
@@ -114,12 +115,12 @@ class SamplerConfig:
         good = len(interval) == 2 and 0 <= interval[0] < interval[1]
         require(good, "guidance_interval", "two numbers, 0 <= LOW < HIGH", interval)
 
-    @property
+    @cached_property
     def is_sde(self) -> bool:
         """Whether noise is added on the way."""
         return self.solver in SDE_SOLVERS
 
-    @property
+    @cached_property
     def is_adaptive(self) -> bool:
         """Whether the solver chooses its own steps, by all images of a batch."""
         return self.solver in ADAPTIVE_SOLVERS

@@ -112,7 +112,7 @@ class NaturalGradient:
         """Candidates (P, D) float64: mean + std z, in orthogonal pairs if antithetic."""
         generator = stream(self.seed, "search", "ask", self.round_index)
         draw = orthogonal_pairs if self.config.antithetic else plain_normal
-        return self._mean + self.std * draw(self.population, self.space.dim, generator)
+        return self._mean + self.std * draw(self.population, len(self._mean), generator)
 
     def tell(self, thetas: Tensor, rewards: Tensor) -> None:
         """One update from rewards (P,) of thetas (P, D); NaN ranks last."""
@@ -151,7 +151,7 @@ class NaturalGradient:
         # Squared length of a mean with these weights, if gradients were independent, of one's.
         share = (1 - memory) * (1 + memory**count) / ((1 + memory) * (1 - memory**count))
         length = math.sqrt(float(smooth.square().sum()) / (share * self._power))
-        length /= _mean_length(self.space.dim)
+        length /= _mean_length(len(self._mean))
         width = self._log_width + self.config.width_rate * (length - 1)
         self._log_width = min(max(width, -math.log(WIDEST)), math.log(WIDEST))
 

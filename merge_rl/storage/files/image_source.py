@@ -120,6 +120,15 @@ class ImageKind:
     def __str__(self) -> str:
         return f"{self.width}x{self.height} {'RGB' if self.channels == 3 else 'grey'}"
 
+    def held_against(self, known: ImageKind | None, path: Path) -> ImageKind:
+        """The kind of the images of a source; ImageError where this one is of another."""
+        if known is None or str(self) == str(known):
+            return known or self
+        raise ImageError(
+            f"{path}: {self.name} is {self}, expected {known} as {known.name}; images of one size "
+            "and mode are needed"
+        )
+
 
 @dataclass
 class ImageStream:
@@ -192,13 +201,7 @@ class ImageStream:
     def _require_kind(self, row: int, image: npt.NDArray[np.uint8]) -> None:
         height, width, channels = image.shape
         found = ImageKind(self.source.name(row), width, height, channels)
-        if self.kind is None:
-            self.kind = found
-        elif str(found) != str(self.kind):
-            raise ImageError(
-                f"{self.source.path}: {found.name} is {found}, expected {self.kind} as "
-                f"{self.kind.name}; images of one size and mode are needed"
-            )
+        self.kind = found.held_against(self.kind, self.source.path)
 
 
 def _start(

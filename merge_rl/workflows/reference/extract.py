@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_rl.errors import ImageError, StatisticsError
+from merge_rl.errors import StatisticsError
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.parallel.group import Group
 from merge_rl.storage.files import ImageKind, ImageSource, ImageStream
@@ -90,16 +90,8 @@ class SharedExtraction:
 
     def _take(self, told: dict[str, Any]) -> None:
         self.broken += told["broken"]
-        if told["kind"] is None:
-            return
-        found = ImageKind(**told["kind"])
-        if self.kind is None:
-            self.kind = found
-        elif str(found) != str(self.kind):
-            raise ImageError(
-                f"{self.source.path}: {found.name} is {found}, expected {self.kind} as "
-                f"{self.kind.name}; images of one size and mode are needed"
-            )
+        if told["kind"] is not None:
+            self.kind = ImageKind(**told["kind"]).held_against(self.kind, self.source.path)
 
 
 def extract_features(

@@ -177,8 +177,7 @@ def _cost(found: Found) -> Safe:
 
 
 def _provenance(begun: Found, shared: Found) -> Safe:
-    places = {key: value for key, value in shared.items() if isinstance(value, str)}
-    return provenance_section({"hashes": begun["inputs"], "version": begun.get("version")}, places)
+    return provenance_section({"hashes": begun["inputs"], "version": begun.get("version")}, shared)
 
 
 def _again(path: Path, begun: Found, found: Found | None) -> Safe:

@@ -220,8 +220,7 @@ def _settings(run: TuningFacts) -> Safe:
 
 
 def _provenance(run: TuningFacts) -> Safe:
-    places = {key: value for key, value in run.settings.items() if isinstance(value, str)}
-    return provenance_section(run.inputs, places)
+    return provenance_section(run.inputs, run.settings)
 
 
 def _again(run: TuningFacts) -> Safe:

@@ -153,8 +153,7 @@ def _settings(run: RunFacts) -> Safe:
 
 
 def _provenance(run: RunFacts) -> Safe:
-    places = {k: v for k, v in run.settings.items() if isinstance(v, str)}
-    return provenance_section(run.inputs, places)
+    return provenance_section(run.inputs, run.settings)
 
 
 def _again(run: RunFacts) -> Safe:

@@ -79,7 +79,7 @@ def cost_section(images: Mapping[str, float], sentences: Sequence[str]) -> Safe:
 def provenance_section(inputs: Mapping[str, Any], places: Mapping[str, Any]) -> Safe:
     """SHA-256 of everything that was read, and the version that read it.
 
-    `inputs` is inputs.json, `places` are settings that name files.
+    `inputs` is inputs.json; of the settings, `places`, those that are text name files.
     """
     rows = []
     for name, digest in flattened(inputs.get("hashes") or {}).items():
@@ -87,7 +87,11 @@ def provenance_section(inputs: Mapping[str, Any], places: Mapping[str, Any]) -> 
             continue
         place = places.get(name)
         rows.append(
-            [name, Path(str(place)).name if place else "", tag("span", str(digest), class_="hash")]
+            [
+                name,
+                Path(place).name if isinstance(place, str) else "",
+                tag("span", str(digest), class_="hash"),
+            ]
         )
     began = inputs.get("version")
     by = f"Begun with merge_rl {began}." if began else "The version that began it is not recorded."
