@@ -33,7 +33,7 @@ from merge_rl.storage.convert.contents import (
     require_same,
     shapes_of,
 )
-from merge_rl.storage.convert.edm2_shapes import ASSUMED, DEFAULTS, edm2_config_from_shapes
+from merge_rl.storage.convert.edm2 import ASSUMED, DEFAULTS, edm2_config_from_shapes
 from merge_rl.storage.convert.sources import extract, files_of, fingerprint
 from merge_rl.storage.files import TensorInfo, read_header
 

@@ -28,8 +28,7 @@ from merge_rl.models.edm2_layers import BlockConfig
 from merge_rl.storage.checkpoints.catalogue import load_catalogue
 from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME, read_manifest
 from merge_rl.storage.checkpoints.model_file import open_model_file
-from merge_rl.storage.convert.edm2 import OPTIONS
-from merge_rl.storage.convert.edm2_shapes import DEFAULTS, edm2_config_from_shapes
+from merge_rl.storage.convert.edm2 import DEFAULTS, OPTIONS, edm2_config_from_shapes
 from merge_rl.storage.convert.run import convert
 from merge_rl.storage.files.safetensors_file import count_nonfinite
 from merge_rl.storage.files.safetensors_header import CODES, TensorInfo, read_header
