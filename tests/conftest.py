@@ -48,7 +48,7 @@ from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.workflows.reference.file import save_reference
 from tests.children import Child, run_command
 from tests.hub_server import FileServer, HubServer, hub_client, only_loopback, running
-from tests.quick import draw_figures, draw_nothing, without_network
+from tests.quick import draw_figures, draw_nothing, with_network, without_network
 
 TINY_MODEL: dict[str, Any] = {
     "model": "edm2",
@@ -140,6 +140,20 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rollouts make samples that cost next to nothing and depend on every weight."""
     without_network(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def no_network_here() -> Iterator[None]:
+    """The same for all tests of a module and for what they share."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_network(patch)
+        yield
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples are the network's after all."""
+    with_network(monkeypatch)
 
 
 # ------------------------------------------------------------------------------- the tiny set

@@ -44,9 +44,17 @@ def without_network(patch: pytest.MonkeyPatch) -> None:
 
     def latents(self: Rollout, noise: Tensor, labels: Tensor, **_: object) -> Tensor:
         weights = list(self.model.parameters())  # type: ignore[attr-defined]
-        flat = torch.cat([weight.detach().reshape(-1).float() for weight in weights])
+        flat = torch.cat([weight.reshape(-1).float() for weight in weights])
         level = (flat * _shares(tuple(weight.numel() for weight in weights))).sum()
         made: Tensor = (level * noise + labels[:, None, None, None] / 20) / 2
         return made
 
     patch.setattr(Rollout, "latents", latents)
+
+
+def with_network(patch: pytest.MonkeyPatch) -> None:
+    """Samples of the network again, until `patch` is undone."""
+    patch.setattr(Rollout, "latents", _of_the_network)
+
+
+_of_the_network = Rollout.latents

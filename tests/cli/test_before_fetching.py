@@ -22,6 +22,8 @@ from merge_rl.workflows.assembly.networks import CHANNELS
 from merge_rl.workflows.reference.file import save_reference
 from tests.finetuning import write_sit_set
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 SEARCHES = ("optimize", "plan", "finetune")
 EXTRACTING = (*SEARCHES, "compare", "evaluate")
 DECODING = (*EXTRACTING, "sample")

@@ -156,6 +156,7 @@ def test_optimize_from_end_to_end(
     assert "round 2 " in err
 
 
+@pytest.mark.usefixtures("no_network")
 def test_the_default_run_directory_is_named_after_set_and_seed(
     tiny: Path, mergerl: Mergerl, tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_the_default_run_directory_is_named_after_set_and_seed(
     assert (tmp_path / "runs/tiny-seed3/result.json").is_file()
 
 
+@pytest.mark.usefixtures("no_network")
 def test_options_override_the_file_and_set_overrides_options(
     tiny: Path, mergerl: Mergerl, tmp_path: Path
 ) -> None:
@@ -187,6 +189,7 @@ def test_options_override_the_file_and_set_overrides_options(
     assert written["search"]["betas"] == [0.3, 0.8]
 
 
+@pytest.mark.usefixtures("no_network")
 def test_a_preset_lies_under_everything_else(tiny: Path, mergerl: Mergerl, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump({"search": {"clip": 0.3}}))
     code, out, err = mergerl(
@@ -207,6 +210,7 @@ def test_a_preset_lies_under_everything_else(tiny: Path, mergerl: Mergerl, tmp_p
 
 
 @pytest.mark.parametrize("track", ["raw", "ema"])
+@pytest.mark.usefixtures("no_network")
 def test_every_map_by_option(track: str, tiny: Path, mergerl: Mergerl, tmp_path: Path) -> None:
     maps = {"raw": ["free", "softmax"], "ema": ["ema", "affine"]}[track]
     small = [track if x == "raw" else 90 if x == 140 else x for x in SMALL]
@@ -218,6 +222,7 @@ def test_every_map_by_option(track: str, tiny: Path, mergerl: Mergerl, tmp_path:
         assert (config["merge"]["map"], config["track"]) == (kind, track)
 
 
+@pytest.mark.usefixtures("no_network")
 def test_the_tables_are_printed_whole(
     tiny: Path, mergerl: Mergerl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +238,7 @@ def test_the_tables_are_printed_whole(
         assert word in out
 
 
+@pytest.mark.usefixtures("no_network")
 def test_names_are_printed_as_they_are(tiny: Path, mergerl: Mergerl, tmp_path: Path) -> None:
     # Brackets and colons mean something to the library that prints.
     odd = tmp_path / "[bold]a:smile:b"
@@ -261,6 +267,7 @@ def test_merge_by_coefficients(tiny: Path, mergerl: Mergerl) -> None:
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
+@pytest.mark.usefixtures("no_network")
 def test_merge_by_recipe_is_the_same_to_the_last_bit(
     tiny: Path, mergerl: Mergerl, tmp_path: Path
 ) -> None:
@@ -506,6 +513,7 @@ def test_an_unsound_set_is_an_error_after_the_report(tiny: Path, mergerl: Merger
     assert mergerl("inspect", tiny, "--quick").code == 0  # headers only
 
 
+@pytest.mark.usefixtures("no_network")
 def test_inspect_a_run(tiny: Path, mergerl: Mergerl, tmp_path: Path) -> None:
     mergerl("optimize", tiny, "--out", "run", *SMALL)
     code, out, _ = mergerl("inspect", "run", "--json")

@@ -17,6 +17,8 @@ from merge_rl.errors import ConfigError
 from merge_rl.workflows.optimize.rounds import SearchLoop
 from tests.pages import put, search_result, search_run
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 Mergerl = Callable[..., Any]
 SMALL: list[object] = [
     "--track", "raw", "--budget", 100, "--final-images", 10, "--repeats", 3, "--seeds", "0,1",

@@ -205,6 +205,7 @@ def test_the_sit_run_is_searched_and_scored_under_both_samplers(
     assert Path("samples.png").is_file()
 
 
+@pytest.mark.usefixtures("no_network")
 def test_an_interrupted_comparison_goes_on(
     demo: Path, mergerl: Mergerl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -26,6 +26,8 @@ from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import find_defaults, find_model, resolve_config
 from tests.conftest import TinyConfig
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 Mergerl = Callable[..., Any]
 
 
@@ -143,6 +145,7 @@ def test_a_folder_of_a_set_has_the_defaults_of_the_set(tiny: Path, mergerl: Merg
     assert found.sampler == find_defaults(tiny).sampler
 
 
+@pytest.mark.usefixtures("network")
 def test_a_guide_may_be_a_set_or_a_run(run: Path, tiny: Path, mergerl: Mergerl) -> None:
     newest = open_checkpoints(tiny).paths[-1]
     for number, guide in enumerate((newest, tiny, run, run / "merged")):

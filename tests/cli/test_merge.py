@@ -18,6 +18,8 @@ from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
 from merge_rl.storage.checkpoints.model_file import open_model_file
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 Command = Callable[..., Any]
 
 

@@ -18,6 +18,8 @@ from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME
 from merge_rl.storage.files.atomic import save_tensors
 from tests.children import Child
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 
 class Ended(NamedTuple):
     """How a command ended, as the fixture `mergerl` gives it."""

@@ -16,6 +16,8 @@ from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.errors import ConfigError
 from merge_rl.workflows.reference.file import save_reference
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 Mergerl = Callable[..., Any]
 QUICK = [
     "--track", "raw", "--budget", 90, "--pool", 40, "--subset", 10, "--population", 4,

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 Mergerl = Callable[..., Any]
 QUICK = [
     "--budget", 160, "--subset", 10, "--final-images", 10, "--repeats", 3,

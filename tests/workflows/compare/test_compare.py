@@ -34,6 +34,8 @@ from merge_rl.workflows.optimize.search import run_search
 from merge_rl.workflows.report.compare_page import markdown, write_comparison
 from merge_rl.workflows.report.plots import window
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 TinyConfig = Callable[..., OptimizeConfig]
 SEARCHERS = ["policy-gradient", "policy-gradient label=adam search.update=adam", "best-checkpoint"]
 

@@ -28,6 +28,8 @@ from merge_rl.workflows.export.card import (
 )
 from merge_rl.workflows.export.recipe import merged_licence
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 
 def comparison() -> Comparison:
     def rows(*values: float) -> list[dict[str, float]]:

@@ -13,6 +13,8 @@ from merge_rl.config import said_by, with_settings
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.storage.runs import RunDir
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 SMALL: dict[str, Any] = {
     "track": "raw", "budget": 90, "population": 4, "pool_size": 40, "subset_size": 10,
     "refresh_size": 10, "evaluation": {"num_images": 10, "repeats": 3, "selection_images": 10},
@@ -72,6 +74,7 @@ def test_a_result_is_shown_as_its_verdict(found: mrl.OptimizeResult) -> None:
     assert f"{found.final['heldout']['mean']:.3f}" in text
 
 
+@pytest.mark.usefixtures("network")
 def test_a_result_draws_its_search_and_its_samples(
     found: mrl.OptimizeResult, figures: None, tmp_path: Path
 ) -> None:

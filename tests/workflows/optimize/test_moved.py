@@ -23,6 +23,8 @@ from merge_rl.workflows.export.recipe import without_places
 from merge_rl.workflows.finetune.run import resume_finetune
 from tests.finetuning import outcome_of, small_config, write_sit_set
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]
 Mergerl = Callable[..., Any]

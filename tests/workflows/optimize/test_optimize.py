@@ -298,6 +298,7 @@ def test_the_best_single_checkpoint_is_the_best_on_seeds_of_its_own(finished: Fi
     )
 
 
+@pytest.mark.usefixtures("no_network")
 def test_all_models_are_scored_on_the_same_fresh_seeds(
     tiny: Path, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +368,7 @@ def test_a_model_whose_samples_are_not_finite_has_no_score(
 # ------------------------------------------------------------------------------ the merged model
 
 
+@pytest.mark.usefixtures("no_network")
 def test_stages_have_coefficients_of_their_own(
     shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path
 ) -> None:
@@ -456,6 +458,7 @@ def test_the_batch_changes_no_decision(finished: Finished, tmp_path: Path) -> No
         torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("no_network")
 def test_candidates_of_a_round_share_their_noise(
     tiny: Path, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

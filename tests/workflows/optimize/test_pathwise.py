@@ -24,6 +24,8 @@ from merge_rl.workflows.assembly.resolve import searcher_note, why_no_gradient
 from merge_rl.workflows.rewards import Level, RewardGradient
 from merge_rl.workflows.rollout import DifferentiableRollout
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]
 

@@ -31,6 +31,8 @@ from merge_rl.workflows.optimize.budget import (
 from merge_rl.workflows.optimize.search import free_starts
 from merge_rl.workflows.optimize.state import BestSoFar, candidate_scores
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 TinyConfig = Callable[..., OptimizeConfig]
 F64 = torch.float64
 

@@ -46,7 +46,7 @@ def make(shared_tiny: Path, tiny_config: TinyConfig) -> Make:
         sampler = {"num_steps": 3, "guide": str(shared_tiny / guide), **said}
         return tiny_config(
             shared_tiny, budget=200, search=search, sampler=SamplerConfig(**sampler),
-            evaluation={"keep_worse": True},
+            evaluation={"keep_worse": True, "num_images": 10, "selection_images": 4},
         )  # fmt: skip
 
     return config

@@ -22,6 +22,8 @@ from merge_rl.workflows.optimize import run
 from merge_rl.workflows.report import write_report
 from merge_rl.workflows.rollout import Failures
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 TinyConfig = Callable[..., OptimizeConfig]
 
 

@@ -30,6 +30,8 @@ from merge_rl.workflows.reference.formats import Reference
 from merge_rl.workflows.report import Report, run_verdict, write_report
 from merge_rl.workflows.report.run_page import costs, search_lines
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 TinyConfig = Callable[..., OptimizeConfig]
 PNG = b"\x89PNG\r\n\x1a\n"
 

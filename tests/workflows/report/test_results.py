@@ -11,6 +11,8 @@ import merge_rl as mrl
 from merge_rl.errors import ConfigError
 from merge_rl.workflows.report import CompareResult, EvaluateResult, Score, SearcherScore
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 
 def summary(mean: float, half: float | None) -> dict[str, Any]:
     low, high = (None, None) if half is None else (mean - half, mean + half)

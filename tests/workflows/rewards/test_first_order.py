@@ -36,6 +36,8 @@ from merge_rl.workflows.rewards.sum import (
     first_order_warnings,
 )
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 TinyConfig = Callable[..., OptimizeConfig]
 DIM = 4
 F64 = torch.float64

@@ -25,6 +25,8 @@ from merge_rl.workflows.reference import Reference
 from merge_rl.workflows.rewards import Pool, RewardGradient, RewardSource, RewardSum, WeightedReward
 from merge_rl.workflows.rewards.mean import MeanFrechet
 
+pytestmark = pytest.mark.usefixtures("no_network_here")
+
 SPANS = ((0, 2), (2, 5))
 
 
