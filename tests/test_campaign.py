@@ -76,8 +76,15 @@ def test_a_full_disk_refuses_from_its_write_on(tmp_path: Path) -> None:
         disk.open(tmp_path / "b", "wb")
 
 
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of all disturbed commands, which share their inputs."""
+    return tmp_path_factory.mktemp("disturbed")
+
+
 def outcomes(part: str, name: str, folder: Path, numbers: slice) -> Iterator[str]:
-    cases = campaign_runs.PARTS[part][name](folder / "runs", 2, numbers.start, numbers.stop)
+    runs = folder / f"{part}-{name}"
+    cases = campaign_runs.PARTS[part][name](runs, 2, numbers.start, numbers.stop)
     for _, told in islice(cases, numbers.stop - numbers.start):
         yield told
 
@@ -94,9 +101,10 @@ def outcomes(part: str, name: str, folder: Path, numbers: slice) -> Iterator[str
         ("writers", "convert", slice(0, 2)),
     ],
 )
+@pytest.mark.usefixtures("no_network")
 def test_disturbed_commands_come_to_the_same(
-    part: str, name: str, numbers: slice, tmp_path: Path
+    part: str, name: str, numbers: slice, disturbed: Path
 ) -> None:
-    found = list(outcomes(part, name, tmp_path, numbers))
+    found = list(outcomes(part, name, disturbed, numbers))
     assert len(found) == numbers.stop - numbers.start
     assert [told for told in found if not is_sound(told)] == []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from merge_rl.storage.files.shards import (
     tensor_file,
     write_weights,
 )
+from tests.storage.convert.test_convert_hostile import largest_file
 
 INDEX = "model.safetensors.index.json"
 
@@ -190,23 +189,12 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("limit", [100, 3000])
 def test_a_full_disk_leaves_nothing(limit: int, tmp_path: Path) -> None:
-    # In a process of its own: the limit would hold for the rest of this one.
-    code = """
-import resource, sys, torch
-from pathlib import Path
-from merge_rl.storage.files.shards import WeightStream, write_weights
-weights = {str(i): torch.ones(256) for i in range(4)}
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-write_weights(Path(sys.argv[1]), WeightStream.of(weights), {}, max_shard_bytes=2048)
-"""
-    ended = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(limit)], capture_output=True, text=True
-    )
-    if limit == 3000:  # enough for either shard and the index
-        assert ended.returncode == 0, ended.stderr
-        assert len(list(tmp_path.iterdir())) == 3
-    else:
-        assert ended.returncode == 1
-        assert "cannot be written: File too large" in ended.stderr
-        assert "model-00001-of-00002.safetensors" in ended.stderr.splitlines()[-1]
-        assert list(tmp_path.iterdir()) == []
+    made = WeightStream.of({str(i): torch.ones(256) for i in range(4)})
+    with largest_file(limit):
+        if limit == 3000:  # enough for either shard and the index
+            write_weights(tmp_path, made, {}, max_shard_bytes=2048)
+        else:
+            with pytest.raises(OSError, match="cannot be written: File too large") as caught:
+                write_weights(tmp_path, made, {}, max_shard_bytes=2048)
+            assert "model-00001-of-00002.safetensors" in str(caught.value)
+    assert len(list(tmp_path.iterdir())) == (3 if limit == 3000 else 0)
