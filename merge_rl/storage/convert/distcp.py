@@ -26,7 +26,6 @@ from merge_rl.storage.pickles import (
     shown,
 )
 
-_MODULE: Final = "torch.distributed.checkpoint"
 _OPTIMIZER: Final = ("optim", "optimizer", "optimizers", "opt_state")
 _MOST_PARTS: Final = 1024  # of a tensor that is cut along several axes
 _Place = tuple[str, int, int]  # file, offset, length

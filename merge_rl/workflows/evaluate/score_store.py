@@ -112,10 +112,6 @@ class ScoreStore:
         return {k: math.nan if v is None else v for k, v in self.known[key].items()}
 
 
-FeaturesOf = Callable[[int], Tensor]
-"""repeat -> features (N, D) of that repeat's seeds."""
-
-
 class Scorer:
     """Fréchet distances to the named references, e.g. "reference" and "heldout"."""
 

@@ -96,11 +96,6 @@ def section(title: str, *children: str, note: str = "") -> Safe:
     return tag("section", tag("h2", title), *said, *children)
 
 
-def paragraphs(lines: Iterable[str], kind: str | None = None) -> Safe:
-    """A paragraph a line."""
-    return joined(tag("p", line, class_=kind) for line in lines)
-
-
 def listed(lines: Sequence[str]) -> Safe:
     """A list of sentences; nothing where there are none."""
     return tag("ul", *(tag("li", line) for line in lines)) if lines else NOTHING

@@ -252,12 +252,6 @@ class EvaluateResult(dict[str, Any]):
         return "\n".join([*lines, f"N = {self.num_images:,}, {self['repeats']} repeats"])
 
 
-def _is_metric(name: str, value: object) -> bool:
-    """Whether an entry of a section has scores by reference."""
-    scores = isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values())
-    return scores and name != "samplers"
-
-
 @dataclass(frozen=True)
 class SearcherScore:
     """Held-out FID of what a searcher found (to the reference where nothing is held out)."""
