@@ -222,14 +222,15 @@ def _network(
     guidance: Tensor | None = None,
 ) -> Velocity:
     """(x, t) -> the guided network's prediction in the precision of the state."""
-    held = guidance_of(settings, grid_of(settings, model, dtype), guidance)
-    unguided = guidance is None and settings.guidance == 1
+    held = None
+    if guidance is not None or settings.guidance != 1:
+        held = guidance_of(settings, grid_of(settings, model, dtype), guidance)
 
     def evaluate(x: Tensor, t: Tensor) -> Tensor:
         # The network works in float32 whatever the precision of the state. Times of a grid are on
         # the CPU; filling in a number, unlike copying it, does not wait for the device.
         here = t.float() if t.device == x.device else torch.full((), float(t), device=x.device)
-        net = guided(model, guide, settings, 1.0 if unguided else held.at(t))
+        net = model if held is None else guided(model, guide, settings, held.at(t))
         return net(x.float(), here, labels).to(dtype)
 
     return evaluate
