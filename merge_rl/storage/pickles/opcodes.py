@@ -23,9 +23,11 @@ _ENTRY_COST: Final = 110  # of one more key in a mapping or set
 
 def run(machine: Machine) -> object:
     """Execute instructions up to STOP; the value they leave."""
-    read_byte, spend, find = machine.cursor.byte, machine.budget.spend, OPCODES.get
+    read_byte, budget, find = machine.cursor.byte, machine.budget, OPCODES.get
     while (code := read_byte()) != STOP:
-        spend(OPCODE_COST)
+        budget.left -= OPCODE_COST  # `spend` in place: a call an instruction counts
+        if budget.left < 0:
+            budget.spend(0)
         step = find(code)
         if step is None:
             what = _NAMES.get(code, f"byte 0x{code:02x}")

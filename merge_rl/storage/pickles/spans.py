@@ -146,10 +146,13 @@ class Cursor:
 
     def byte(self) -> int:
         """The next byte."""
-        if self._at >= len(self._window):
+        try:
+            found = self._window[self._at]
+        except IndexError:
             self._fill(1)
+            found = self._window[0]
         self._at += 1
-        return self._window[self._at - 1]
+        return found
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes; small counts only, as they are copied."""

@@ -59,14 +59,14 @@ def snapshots() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     flow, kept = Flow(), []
     optimiser = torch.optim.Adam(flow.parameters(), lr=4e-3)
-    for step in range(1, 1201):
+    for step in range(1, 801):
         data, noise = ring(64, generator), torch.randn(64, 2, generator=generator)
         t = torch.rand(64, 1, generator=generator)
         loss = (flow(t * data + (1 - t) * noise, t) - (data - noise)).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        if step >= 600 and step % 100 == 0:
+        if step >= 400 and step % 66 == 4:
             kept.append({name: value.clone() for name, value in flow.state_dict().items()})
     return kept
 
@@ -186,9 +186,7 @@ def test_a_run_goes_on_with_the_function_and_ends_the_same(
     assert again.comparison == found.comparison
 
 
-def test_modules_files_and_a_folder_are_checkpoints_as_well(
-    found: OptimizeResult, tmp_path: Path
-) -> None:
+def test_modules_files_and_a_folder_are_checkpoints_as_well(tmp_path: Path) -> None:
     class Shift(nn.Module):
         def __init__(self, value: float) -> None:
             super().__init__()
@@ -203,17 +201,19 @@ def test_modules_files_and_a_folder_are_checkpoints_as_well(
         made: Tensor = model(mrl.seeded_noise(seeds, [1]))
         return made
 
-    own = Shift(2.0)
+    own, found = Shift(2.0), search(tmp_path / "states", budget=600)
     modules = search(
-        tmp_path / "modules", checkpoints={"a": own, "b": Shift(3.0)}, generate=by_module
-    )
+        tmp_path / "modules", checkpoints={"a": own, "b": Shift(3.0)}, generate=by_module,
+        budget=600,
+    )  # fmt: skip
     assert torch.equal(modules.coefficients, found.coefficients)
+    assert not torch.equal(found.coefficients, found.found.start)
     assert own.shift.tolist() == [2.0]  # left as it was
     torch.save({"shift": torch.tensor([2.0])}, tmp_path / "a.pt")
     folder = found.run_dir / "inputs" / "checkpoints"
     files = [tmp_path / "a.pt", folder / "checkpoint-1.safetensors"]
     for name, given in (("files", files), ("folder", folder)):
-        again = search(tmp_path / name, checkpoints=given)
+        again = search(tmp_path / name, checkpoints=given, budget=600)
         assert torch.equal(again.coefficients, found.coefficients)
 
 

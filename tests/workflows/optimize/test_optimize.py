@@ -445,7 +445,10 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(
 
 def test_the_batch_changes_no_decision(finished: Finished, tmp_path: Path) -> None:
     evaluation = dataclasses.replace(finished.config.evaluation, num_images=4, selection_images=4)
-    config = dataclasses.replace(finished.config, budget=90, evaluation=evaluation)
+    reward = dataclasses.replace(
+        finished.config.reward, pool_size=10, subset_size=5, refresh_size=5
+    )
+    config = dataclasses.replace(finished.config, budget=35, evaluation=evaluation, reward=reward)
     whole, *others = (
         mrl.optimize(
             finished.folder, out=tmp_path / str(batch),
