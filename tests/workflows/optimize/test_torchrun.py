@@ -19,6 +19,7 @@ from merge_rl.config.mapping import dump_config
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.storage.runs.run_dir import FinetuneRun
 from tests.children import Child, launch_ranks, run_command
+from tests.conftest import Ended
 from tests.finetuning import events_of, small_config, write_sit_set
 
 TinyConfig = Callable[..., OptimizeConfig]
@@ -85,16 +86,12 @@ def wait_for(path: Path, launcher: Launcher) -> None:
 
 
 def test_the_launcher_itself(
-    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, torchrun: Torchrun
+    shared_tiny: Path, torchrun: Torchrun, mergerl: Callable[..., Ended]
 ) -> None:
-    config = tiny_config(shared_tiny, budget=90)
-    alone = mrl.optimize(shared_tiny, out=tmp_path / "alone", config=config)
-    (tmp_path / "config.yaml").write_text(dump_config(config))
-    out = tmp_path / "run"
-    command = ("optimize", shared_tiny, "--config", tmp_path / "config.yaml", "--out", out)
-    printed, errors = torchrun(1, *command, "--json").communicate(timeout=240)
-    assert json.loads(printed)["run_dir"] == str(out), errors
-    assert (out / "result.json").read_bytes() == (alone.run_dir / "result.json").read_bytes()
+    model = shared_tiny / "raw/tiny-0000400.safetensors"
+    command = ("evaluate", model, "--num-images", 20, "--repeats", 2, "--json")
+    printed, errors = torchrun(1, *command).communicate(timeout=240)
+    assert json.loads(printed) == json.loads(mergerl(*command).out), errors
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
