@@ -114,7 +114,7 @@ class SearchConfig:
         None,
         "natural: the step in units of std along a gradient without noise; adam: Adam's, in theta "
         "units, about the step of one round.",
-        SEARCH, unset="1 for natural, 0.7 for adam; 0.5 for pathwise, its first steps",
+        SEARCH, unset="1 for natural, 0.7 for adam; 0.7 for pathwise, its first steps",
     )  # fmt: skip
     momentum: float = setting(0.7, "Of the natural gradient.", SEARCH)
     width_rate: float = setting(

@@ -42,8 +42,8 @@ from merge_rl.config import SearchConfig
 from merge_rl.errors import ConfigError
 from merge_rl.searchers.base import AskTell, SearchSpace, planned
 
-STEP: Final = 0.5  # of theta, a round, at first
-GROW, SHRINK = 0.15, 0.3  # of the log step, a round at most
+STEP: Final = 0.7  # of theta, a round, at first
+GROW, SHRINK = 0.25, 0.3  # of the log step, a round at most
 SHORTEST, LONGEST = -math.log(4), math.log(16)  # of the log step
 DOUBT: Final = 0.5  # what of a difference counts as chance, in standard deviations of it
 BETAS: Final = (0.8, 0.95)

@@ -36,12 +36,7 @@ from merge_rl.workflows.rollout.execution import (
     exact_products,
     is_out_of_memory,
     matmul_precision,
-)
-from merge_rl.workflows.rollout.graphs import (
-    BACK_PAYS_BELOW,
-    CapturedNetwork,
-    as_graphs,
-    renew,
+    prepare_network,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
 from merge_rl.workflows.rollout.tuned import TunedRollout
@@ -93,9 +88,9 @@ class DifferentiableRollout:
                 f"({', '.join(FIXED_SOLVERS)}), got {rollout.sampler.solver}"
             )
         require_derivative(rollout)
-        rest = rollout.sampler, rollout.device, self.announce, BACK_PAYS_BELOW
-        self._network = as_graphs(rollout.model, *rest)
-        self._guide = rollout.guide and as_graphs(rollout.guide, *rest)
+        self._network = prepare_network(rollout.model, rollout.sampler, rollout.device)
+        guide = rollout.guide
+        self._guide = guide and prepare_network(guide, rollout.sampler, rollout.device)
 
     @property
     def calls(self) -> int:
@@ -193,8 +188,6 @@ class DifferentiableRollout:
     def _latents(self, noise: Tensor, labels: Tensor, again: bool, watch: StepWatch) -> Tensor:
         """Samples with what their way back needs; with `again` the network is called twice."""
         device = self.rollout.device
-        renew(self._network, self._guide)
-        again = again and not isinstance(self._network, CapturedNetwork)  # which keeps nothing
         return sample_with(
             self.rollout.sampler, self._network, noise.to(device), labels.to(device),
             guide=self._guide, through=made_again if again else _kept, on_step=watch,

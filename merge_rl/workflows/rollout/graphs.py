@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from merge_rl.config import SamplerConfig
 from merge_rl.core.network import Network
@@ -21,30 +20,28 @@ from merge_rl.interfaces import Denoiser
 from merge_rl.workflows.rollout.execution import is_out_of_memory, prepare_network
 
 PAYS_BELOW: Final = 2**28  # weights; kernels of larger networks outlast the host's work
-BACK_PAYS_BELOW: Final = 2**23  # there a call is made again, which costs larger ones more
 CALLS_BEFORE: Final = 32  # of a shape: recording costs as much as several calls
-MOST: Final = 8  # graphs kept of one kind
+MOST: Final = 8  # graphs kept
 WARM_UPS: Final = 3  # libraries choose kernels and take their workspaces
 
 Given = tuple[Tensor | None, ...]
-Made = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A graph with the tensors that it reads and writes."""
+    """A graph with the tensors that it reads and the one that it writes."""
 
     graph: torch.cuda.CUDAGraph
     given: Given
-    made: Made
+    made: Tensor
 
-    def __call__(self, *given: Tensor | None) -> Made:
-        """Run on new values; what is returned is overwritten by the next run."""
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        """Run on new values."""
         for held, value in zip(self.given, given, strict=True):
             if held is not None and value is not None:
                 held.copy_(value)
         self.graph.replay()
-        return self.made
+        return self.made.clone()
 
 
 class Recorder:
@@ -53,7 +50,7 @@ class Recorder:
     A function that cannot be recorded is announced once, and runs as it is from then on.
     """
 
-    def __init__(self, function: Callable[..., Made], announce: Callable[[str], None]) -> None:
+    def __init__(self, function: Callable[..., Tensor], announce: Callable[[str], None]) -> None:
         self.function, self.announce = function, announce
         self._recordings: dict[Any, Recording] = {}
         self._calls: dict[Any, int] = {}
@@ -63,8 +60,8 @@ class Recorder:
         """Drop all graphs: an address that they know is no longer valid."""
         self._recordings.clear()
 
-    def __call__(self, *given: Tensor | None) -> Made:
-        """function(*given); what it returns may be overwritten by the next call."""
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        """function(*given)."""
         key = _signature(given)
         found = self._recordings.get(key)
         if found is None and self._worth_it(key):
@@ -89,7 +86,7 @@ class Recorder:
         return self._recordings.get(key)
 
 
-def record(function: Callable[..., Made], given: Sequence[Tensor | None]) -> Recording:
+def record(function: Callable[..., Tensor], given: Sequence[Tensor | None]) -> Recording:
     """The graph of function(*given), on copies of `given`; RuntimeError where there is none."""
     held = tuple(None if value is None else value.detach().clone() for value in given)
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -110,10 +107,9 @@ def _signature(given: Sequence[Tensor | None]) -> Any:
 
 
 class CapturedNetwork:
-    """A network that runs as graphs, forwards and, inside `LiveModel.gradients`, backwards.
+    """A network that runs as graphs where no gradient is wanted.
 
-    Backwards it keeps nothing of the way there but its inputs, and adds the gradients of weights to
-    their `grad`. Call `renew` after weights were changed and before the network is called again.
+    Call `renew` after weights were changed and before the network is called again.
 
     Args:
         forward: the network as it is prepared: compiled, in bfloat16, or itself.
@@ -125,10 +121,8 @@ class CapturedNetwork:
         self, forward: Denoiser, network: Network, announce: Callable[[str], None]
     ) -> None:
         self.forward, self._network = forward, network
-        self._there = Recorder(self._made, announce)
-        self._back = Recorder(self._pulled, announce)
+        self._recorder = Recorder(forward, announce)
         self._addresses: set[int] = set()
-        self._weights: list[nn.Parameter] = []
 
     def __getattr__(self, name: str) -> Any:
         """What samplers ask a network for, such as `prediction`."""
@@ -137,79 +131,17 @@ class CapturedNetwork:
     def renew(self) -> None:
         """Take note of the weights as they are now."""
         network = self._network
-        weights = list(network.parameters())
-        tensors = [*weights, *network.buffers(), *network.kept()]
+        tensors = [*network.parameters(), *network.buffers(), *network.kept()]
         addresses = {tensor.data_ptr() for tensor in tensors}
         if not self._addresses <= addresses:
-            self._there.forget()
-            self._back.forget()
+            self._recorder.forget()
         self._addresses = addresses
-        trained = [weight for weight in weights if weight.requires_grad]
-        if [id(weight) for weight in trained] != [id(weight) for weight in self._weights]:
-            self._back.forget()
-        self._weights = trained
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
         """The network's prediction."""
-        if torch.is_grad_enabled() and (x.requires_grad or self._weights):
-            anchor = torch.zeros((), device=x.device, requires_grad=True)
-            made: Tensor = _Differentiated.apply(self, x, sigma, labels, anchor)  # type: ignore[no-untyped-call]
-            return made
-        return self.plain(x, sigma, labels)
-
-    def plain(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """The prediction, of which nothing is kept."""
-        with torch.no_grad():
-            (made,) = self._there(x, sigma, labels)
-        assert made is not None
-        return made.clone()
-
-    def pull(self, gradient: Tensor, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """The gradient by x; those by the weights are added to their `grad`."""
-        mine, *theirs = self._back(gradient.contiguous(), x.contiguous(), sigma, labels)
-        totals, parts = list[Tensor](), list[Tensor]()
-        for weight, added in zip(self._weights, theirs, strict=True):
-            if added is not None:
-                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                totals.append(weight.grad)
-                parts.append(added)
-        if totals:
-            with torch.no_grad():
-                torch._foreach_add_(totals, parts)
-        assert mine is not None
-        return mine.clone()
-
-    def _made(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Made:
-        return (self.forward(x, sigma, labels),)
-
-    def _pulled(self, gradient: Tensor, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Made:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_(True)
-            made = self.forward(leaf, sigma, labels)
-            return torch.autograd.grad(made, [leaf, *self._weights], gradient, allow_unused=True)
-
-
-class _Differentiated(torch.autograd.Function):
-    """A call of a captured network whose way there is gone over again on the way back."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        captured: CapturedNetwork,
-        x: Tensor,
-        sigma: Tensor,
-        labels: Tensor | None,
-        _anchor: Tensor,
-    ) -> Tensor:
-        ctx.captured = captured
-        ctx.save_for_backward(x, sigma, labels)
-        return captured.plain(x, sigma, labels)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
-        pulled = ctx.captured.pull(gradient, *ctx.saved_tensors)
-        return None, pulled, None, None, None
+        if torch.is_grad_enabled():
+            return self.forward(x, sigma, labels)
+        return self._recorder(x, sigma, labels)
 
 
 def as_graphs(

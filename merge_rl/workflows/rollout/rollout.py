@@ -34,8 +34,7 @@ from merge_rl.workflows.rollout.graphs import PAYS_BELOW, as_graphs, renew
 
 Inputs = tuple[Tensor, Tensor]
 """Noise (B, C, h, w) and labels (B,) of one block."""
-Ask = Callable[[], Inputs]
-"""Called when the block is made."""
+Ask = Callable[[], Inputs]  # called when the block is made
 
 
 class Rollout:
@@ -108,7 +107,8 @@ class Rollout:
 
         With `check_finite` NonFiniteSamplesError names the step at which samples cease to be so.
         """
-        renew(self._network, self._guide)
+        if self.device.type == "cuda":
+            renew(self._network, self._guide)
         return sample_with(
             self.sampler, self._network, noise.to(self.device), labels.to(self.device),
             guide=self._guide, check_finite=check_finite, guidance=self.guidance,
