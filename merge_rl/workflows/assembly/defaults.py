@@ -31,7 +31,6 @@ from merge_rl.storage.runs import (
     result_of,
 )
 from merge_rl.untrusted import load_yaml
-from merge_rl.workflows.assembly.extractors import own_weights
 
 if TYPE_CHECKING:
     from merge_rl.core.network import Network
@@ -77,6 +76,8 @@ def _near_defaults(model: str | Path) -> ModelDefaults:
     near = ([path, *path.parents][: _PARENTS + 1] for path in spellings(model))
     for folder in itertools.chain.from_iterable(near):
         if (folder / "config.yaml").is_file() and (folder / "inputs.json").is_file():
+            from merge_rl.workflows.assembly.extractors import own_weights  # waits for torch
+
             run = load_config(OptimizeConfig, folder / "config.yaml")
             copied = {key: getattr(run, key) for key in (*_COPIED, "autoencoder_dtype", "sampler")}
             return ModelDefaults(**{**copied, "extractor_weights": own_weights(run)})
