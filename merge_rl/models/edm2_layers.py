@@ -120,7 +120,7 @@ class NormalizedWeight(nn.Module):
             return self._normalized(gain).to(dtype)
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, dtype, *_key(gain))
         if self._cached is None or self._cached[0] != key:
-            made = _laid_out(self._normalized(gain).to(dtype))
+            made = self._normalized(gain).to(dtype)
             held = None if self._cached is None else self._cached[1]
             # In the old one's place, where a CUDA graph reads it.
             self._cached = (key, made if held is None else _into(held, made))
@@ -145,16 +145,6 @@ class NormalizedWeight(nn.Module):
         if weight.ndim == 2:
             return x @ weight.T
         return F.conv2d(x, weight, padding=self.padding)
-
-
-def _laid_out(weight: Tensor) -> Tensor:
-    """As convolutions in half precision read it on a GPU: channels last, and so is what they make.
-
-    In the other order each of them would turn its activations round and back.
-    """
-    if weight.ndim == 4 and weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16):
-        return weight.contiguous(memory_format=torch.channels_last)
-    return weight
 
 
 def _into(held: Tensor, made: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +119,7 @@ class StepParts:
 
     def gradients(self, kept: KeptRollouts, epoch: int) -> dict[str, float]:
         """Gradients of the loss in the learner; what was seen, nothing if it is not finite."""
-        with matmul_precision(self.job.rollout.sampler):  # the rollouts', or ratios are off
+        with _repeatable(), matmul_precision(self.job.rollout.sampler):  # or ratios are off
             if epoch == 0:
                 self.update.begin(kept)
             self.learner.begin()
@@ -236,3 +237,14 @@ def relative_gap(distance: float, rewards: Tensor, share: float) -> float:
     """
     moved = float((-rewards).mean()) - distance
     return moved / (share * distance) if distance > 0 else 0.0
+
+
+@contextlib.contextmanager
+def _repeatable() -> Iterator[None]:
+    """Gradients of convolutions add in a fixed order on a GPU too, so that a run can be resumed."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before

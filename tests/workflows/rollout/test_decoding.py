@@ -108,5 +108,3 @@ def test_which_decoders_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.dtype == torch.uint8
     assert torch.equal(found, expected)
     assert compiler.shapes == [(2, 4, 3, 3)] * 2
-    weight = half.vae.conv.weight  # type: ignore[attr-defined]
-    assert weight.is_contiguous(memory_format=torch.channels_last)
