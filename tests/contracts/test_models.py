@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -114,10 +115,22 @@ def weights_file(family: str) -> str:
     return WEIGHTS.get(family, "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def set_of(shared_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> a set of three checkpoints: to read only."""
+
+    @functools.cache
+    def made(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family) / "set"
+        (folder / "evaluation").mkdir(parents=True)
+        return write_set(folder, CONFIGS[family], shared_tiny / "evaluation")
+
+    return made
+
+
 @pytest.fixture
-def folder(family: str, shared_tiny: Path, tmp_path: Path) -> Path:
-    (tmp_path / "set/evaluation").mkdir(parents=True)
-    return write_set(tmp_path / "set", CONFIGS[family], shared_tiny / "evaluation")
+def folder(family: str, set_of: Callable[[str], Path]) -> Path:
+    return set_of(family)
 
 
 def noise_and_labels(count: int) -> tuple[Tensor, Tensor]:

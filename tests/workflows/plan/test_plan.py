@@ -49,7 +49,7 @@ def opened(shared_tiny: Path) -> CheckpointSet:
     return open_checkpoints(shared_tiny, track="raw")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def resolved(shared_tiny: Path, opened: CheckpointSet, tiny_config: TinyConfig) -> OptimizeConfig:
     return resolve_config(tiny_config(shared_tiny, budget=1500), opened)
 
@@ -264,7 +264,7 @@ def run_on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def in_eights(resolved: OptimizeConfig, opened: CheckpointSet) -> Rollout:
     """A rollout in blocks of 8 images."""
     config = dataclasses.replace(resolved, batch=8)
