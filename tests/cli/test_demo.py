@@ -74,10 +74,10 @@ def test_runs_are_sound_sets(demo: Path, name: str, snapshots: int, averages: in
 def test_the_run_of_28_pixels(mergerl: Mergerl, tmp_path: Path) -> None:
     code, out, err = mergerl("demo", "digits28", "--pixels", 28)
     assert (code, err) == (0, "")
-    assert "wrote digits28/edm2: 19 checkpoints of edm2 (tracks " in out
+    assert "wrote digits28/edm2: 20 checkpoints of edm2 (tracks " in out
     opened = mrl.open_checkpoints(tmp_path / "digits28/edm2")
     assert all(check.ok and check.recorded for check in opened.verify())
-    assert len(mrl.open_checkpoints(tmp_path / "digits28/edm2", track="raw")) == 11
+    assert len(mrl.open_checkpoints(tmp_path / "digits28/edm2", track="raw")) == 12
     assert sorted(opened.tracks) == ["ema-0.050", "ema-0.100", "raw"]
     assert mrl.load_model(opened.paths[-1]).sample_shape == (1, 28, 28)
     assert sum(len(data) for data in contents(DATA28).values()) < 8e6
