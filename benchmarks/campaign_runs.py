@@ -252,11 +252,12 @@ class Bench:
         place.mkdir(parents=True)
         return place
 
-    def judged(self, place: Path) -> str:
-        """What the case came to, once it is gone on with."""
-        ended = run(place, self.command.next(place), ranks=self.command.ranks)
-        if ended.status != 0:
-            return f"cannot go on: {_last(ended)}"
+    def judged(self, place: Path, *, ended_well: bool = False) -> str:
+        """What the case came to, once it is gone on with where it has not ended well."""
+        if not ended_well:
+            ended = run(place, self.command.next(place), ranks=self.command.ranks)
+            if ended.status != 0:
+                return f"cannot go on: {_last(ended)}"
         found = outcome(place)
         names = sorted({*found, *self.expected})
         differ = [name for name in names if found.get(name) != self.expected.get(name)]
@@ -360,7 +361,8 @@ def disks(name: str) -> Cases:
             if number >= writes:
                 prepare = functools.partial(_bounded, limits[number - writes])
             ended = run(place, bench.command.arguments, prepare=prepare)
-            yield number, _complaint(ended, place) or bench.judged(place)
+            found = _complaint(ended, place)
+            yield number, found or bench.judged(place, ended_well=ended.status == 0)
 
     return cases
 

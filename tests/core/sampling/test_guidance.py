@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
-from merge_rl.core.sampling.guidance import Guidance, grid_of, guidance_of
+from merge_rl.core.sampling.guidance import Guidance, autoguided, grid_of, guidance_of
 from merge_rl.core.sampling.sampler import sample, sample_with
 from merge_rl.errors import ConfigError
 
@@ -189,3 +189,13 @@ def test_what_is_no_interval_is_refused(interval: tuple[float, ...]) -> None:
 def test_an_adaptive_solver_has_no_steps_to_share() -> None:
     with pytest.raises(ConfigError, match="dopri5 chooses its own steps"):
         asked({"solver": "dopri5", "guidance_ends": "shared"}, "velocity")
+
+
+def test_a_weight_of_one_is_the_strong_network_and_has_its_derivative() -> None:
+    # D = 5 x + w' 3 x at weights 1 + w': the derivative is 3 (x1 + x2).
+    x, sigma = torch.tensor([[2.0], [0.7]]), torch.ones(2)
+    weight = torch.tensor(1.0, requires_grad=True)
+    found = autoguided(lambda x, *_: 5 * x, lambda x, *_: 2 * x, weight)(x, sigma)
+    assert torch.equal(found, 5 * x)
+    (slope,) = torch.autograd.grad(found.sum(), weight)
+    torch.testing.assert_close(slope, torch.tensor(8.1))

@@ -176,3 +176,18 @@ def test_recorded_runs_have_the_grid_of_the_config(golden: Path) -> None:
     for points in (5, 11):
         data = load_file(golden / f"sit/sampler/ode_euler_n{points}.safetensors")
         torch.testing.assert_close(time_grid(points - 1), data["t_grid"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("open_end", "expected"), [(True, 5.0), (False, 9.0)])
+def test_the_last_interval_of_an_open_end_is_eulers(open_end: bool, expected: float) -> None:
+    # dx/dt = 2 t from 0: heun is exact, 1 at 1 and 9 at 3; Euler goes from 1 to 1 + 2 * 2.
+    asked = list[float]()
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t))
+        return 2 * t * torch.ones_like(x)
+
+    times = torch.tensor([0.0, 1.0, 3.0])
+    found = solve_fixed(velocity, torch.zeros(1, 1), times, solver="heun", open_end=open_end)
+    assert found.item() == expected
+    assert (3.0 in asked) is not open_end

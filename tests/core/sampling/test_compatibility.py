@@ -1,0 +1,22 @@
+"""What a sampler and a network have to agree on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from merge_rl.core.sampling.compatibility import require_class_ids
+from merge_rl.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("labels", "odd"), [([0, 12], 12), ([3, -2, 9], -2), ([-1, 10], -1), ([10], 10)]
+)
+def test_labels_outside_the_classes_are_named(labels: list[int], odd: int) -> None:
+    with pytest.raises(ConfigError, match=f"^expected labels in 0..9, found {odd}$"):
+        require_class_ids(torch.tensor(labels), 10)
+
+
+@pytest.mark.parametrize("labels", [[], [0], [9, 0], [9, 9, 4]])
+def test_labels_of_classes_pass(labels: list[int]) -> None:
+    require_class_ids(torch.tensor(labels, dtype=torch.int64), 10)
