@@ -17,9 +17,9 @@ from torch import Tensor
 from merge_rl.config import SamplerConfig
 from merge_rl.core.network import Network
 from merge_rl.interfaces import Denoiser
-from merge_rl.workflows.rollout.execution import is_out_of_memory, prepare_network
+from merge_rl.workflows.rollout.execution import prepare_network
 
-PAYS_BELOW: Final = 2**28  # weights; kernels of larger networks outlast the host's work
+PAYS_BELOW: Final = 2**25  # weights; larger ones keep the GPU busy, and a graph keeps its memory
 CALLS_BEFORE: Final = 32  # of a shape: recording costs as much as several calls
 MOST: Final = 8  # graphs kept
 WARM_UPS: Final = 3  # libraries choose kernels and take their workspaces
@@ -78,8 +78,7 @@ class Recorder:
         try:
             self._recordings[key] = record(self.function, given)
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+            self.forget()  # they hold memory, which may be what was missing
             self._able = False
             reason = " ".join(str(error).split())[:120]
             self.announce(f"no CUDA graph of this network ({reason}): it runs call by call")

@@ -99,14 +99,24 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
-def test_memory_that_runs_out_is_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_without_room_give_theirs_back(
+    recorded: list[Replayed], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_given: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(graphs, "record", refuse)
     monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
-    with pytest.raises(torch.OutOfMemoryError):
-        Recorder(lambda x: x, silent)(torch.ones(2))
+    told: list[str] = []
+    recorder = Recorder(lambda x: x, told.append)
+    recorder(torch.ones(3))
+    assert len(recorded) == 1
+    monkeypatch.setattr(graphs, "record", refuse)
+    assert recorder(torch.ones(2)).tolist() == [1, 1]
+    assert recorder(torch.ones(3)).tolist() == [1, 1, 1]
+    assert recorder._recordings == {}
+    assert told == [
+        "no CUDA graph of this network (CUDA out of memory): it runs call by call",
+    ]
 
 
 @pytest.mark.parametrize("make", [sit, edm2])
