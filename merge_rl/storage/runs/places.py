@@ -183,9 +183,12 @@ def located(
         announce: hears of what was found elsewhere.
 
     A path that is gone is looked for under the same names in the run and in the three folders above
-    it, so that a project may be moved as a whole. Raises RunError for one that is not there.
+    it, so that a project may be moved as a whole. Raises RunError for one that is not there, and
+    for settings that name none.
     """
     key = "model" if isinstance(config, FinetuneConfig) else "checkpoints"
+    if not getattr(config, key):
+        raise RunError(f"{run}: the settings of the run are damaged: they name no {key}")
     before = Path(getattr(config, key))
     if checkpoints is None:
         now = _present(before, run, key, announce)

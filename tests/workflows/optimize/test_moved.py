@@ -278,3 +278,11 @@ def test_a_moved_model_is_taken_from_elsewhere(
     found = FinetuneRun.open(run).config()
     assert found.model == str(new / "raw/sit-2.safetensors")
     assert found.extractor_weights == str(new / "evaluation/extractor.safetensors")
+
+
+def test_settings_that_name_no_input_are_refused(tmp_path: Path) -> None:
+    damaged = "the settings of the run are damaged: they name no"
+    with pytest.raises(RunError, match=f"{damaged} checkpoints"):
+        located(OptimizeConfig(), tmp_path)
+    with pytest.raises(RunError, match=f"{damaged} model"):
+        located(FinetuneConfig(), tmp_path)
