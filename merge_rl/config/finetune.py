@@ -6,25 +6,14 @@ Every default is what `mergerl finetune` does when nothing is said.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from merge_rl.config.mapping import flattened, to_mapping
-from merge_rl.config.optimize import OF_SET, OptimizeConfig
+from merge_rl.config.optimize import OptimizeConfig, RunConfig
 from merge_rl.config.reward import RewardConfig
 from merge_rl.config.sampler import FIXED_SOLVERS, SDE_SOLVERS, SamplerConfig, require
-from merge_rl.config.setting import (
-    DATA,
-    LEARN,
-    MODEL,
-    RULES,
-    RUN,
-    about,
-    require_choices,
-    require_rules,
-    setting,
-)
+from merge_rl.config.setting import LEARN, MODEL, RUN, setting
 from merge_rl.config.training import CURVES as CURVES
 from merge_rl.config.training import CurveConfig as CurveConfig
 from merge_rl.config.training import LoraConfig as LoraConfig
@@ -40,7 +29,7 @@ FREE_ON_RESUME: Final = ("steps", "save_every", "keep_last", "track", "parallel"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(RunConfig):
     """Everything that fixes the outcome of `mergerl finetune`, and where its inputs lie."""
 
     model: str = ""  # which one: the call, or the command's argument, says it too
@@ -55,52 +44,13 @@ class FinetuneConfig:
         LEARN, "--credit", choices=("set", "per-image"),
     )  # fmt: skip
     steps: int = setting(100, "Steps of the training.", LEARN, "--steps")
-    # None here and below: what the run or set of the model says.
-    extractor: str | None = setting(None, "Feature extractor.", DATA, "--extractor", unset=OF_SET)
-    extractor_weights: str | None = setting(
-        None, "Its weights; with NAME those of another extractor of the reward.",
-        DATA, "--extractor-weights", metavar="[NAME=]PATH", unset=OF_SET, named="extra_weights",
-    )  # fmt: skip
-    reference: str | None = setting(
-        None,
-        "Statistics of real data to train against; with NAME for another extractor of the reward.",
-        DATA, "--reference", metavar="[NAME=]PATH", unset=OF_SET, named="extra_references",
-    )  # fmt: skip
-    heldout: str | None = setting(
-        None, "Statistics of real data kept for the scores.",
-        DATA, "--heldout", path=True, unset=OF_SET,
-    )  # fmt: skip
-    extra_references: Mapping[str, str] = field(
-        default_factory=dict,
-        metadata=about(help="Statistics for other extractors of the reward, by name.", panel=DATA),
-    )
-    extra_weights: Mapping[str, str] = field(
-        default_factory=dict,
-        metadata=about(help="Weights of other extractors of the reward, by name.", panel=DATA),
-    )
-    autoencoder: str | None = setting(
-        None, "What makes images of latents: sd-vae-edm2 or sd-vae-sit.",
-        MODEL, "--autoencoder", unset=f"{OF_SET}, or the samples if they can be images",
-    )  # fmt: skip
-    autoencoder_weights: str | None = setting(
-        None, "Its weights: file, folder, or public name.",
-        MODEL, "--autoencoder-weights", unset=OF_SET,
-    )  # fmt: skip
-    autoencoder_dtype: str = setting(
-        "float32", "Of a latent decoder; bfloat16 halves its time and memory.", MODEL
-    )
-    seed: int = setting(0, "Fixes every draw.", RUN, "--seed")
     batch: int = setting(250, "Images in one forward pass without gradients.", MODEL, "--batch")
-    device: str = setting("cpu", "cpu, cuda, ...", MODEL, "--device")
     parallel: str = setting(
         "ddp",
         "Under torchrun: all weights in every process (ddp), or gradients and averages in shards "
         "(fsdp).",
         MODEL, "--parallel", choices=("ddp", "fsdp"),
     )  # fmt: skip
-    licence: str | None = setting(
-        None, "Of the result.", RUN, "--license", unset="that of the model"
-    )
     save_every: int = setting(10, "Steps between resume points.", RUN, "--save-every")
     keep_last: int = setting(2, "Resume points that are kept.", RUN, "--keep-last")
     snapshot_every: int = setting(
@@ -112,7 +62,6 @@ class FinetuneConfig:
         "events.jsonl is always there.",
         RUN, "--log-to",
     )  # fmt: skip
-    rules: int = setting(RULES, "Of the release that a run began with, which it goes on by.", RUN)
     sampler: SamplerConfig | None = None
     reward: RewardConfig = PAPER_REWARD
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -121,10 +70,9 @@ class FinetuneConfig:
     curves: CurveConfig = field(default_factory=CurveConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "batch", "save_every", "keep_last", "snapshot_every"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        require_choices(self)
-        require_rules(self.rules)
         for name in self.track:
             if name not in TRACKERS:
                 raise UnknownNameError("tracker", name, TRACKERS)
@@ -199,13 +147,11 @@ class FinetuneConfig:
 
     def part_settings(self) -> OptimizeConfig:
         """The same inputs as a search names them, with the sampler of rollouts."""
-        shared = (
-            "extractor", "extractor_weights", "reference", "heldout", "extra_references",
-            "extra_weights", "autoencoder", "autoencoder_weights", "autoencoder_dtype", "batch",
-            "device", "seed", "rules", "reward",
+        shared = {item.name: getattr(self, item.name) for item in dataclasses.fields(RunConfig)}
+        return OptimizeConfig(
+            checkpoints=self.model, batch=self.batch, sampler=self.rollout_sampler(),
+            reward=self.reward, **shared,
         )  # fmt: skip
-        given = {key: getattr(self, key) for key in shared}
-        return OptimizeConfig(checkpoints=self.model, sampler=self.rollout_sampler(), **given)
 
 
 def differing_keys(one: FinetuneConfig, other: FinetuneConfig) -> list[str]:

@@ -18,9 +18,11 @@ from merge_rl.config.setting import (
     DATA,
     MODEL,
     RULES,
+    RUN,
     SCORES,
     SEARCH,
     about,
+    require_choices,
     require_rules,
     setting,
 )
@@ -74,16 +76,12 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizeConfig:
-    """Everything that fixes the outcome of `mergerl optimize`, and where its inputs lie."""
+class RunConfig:
+    """What searches and fine-tuning both take: data, decoder, device, seed, licence, rules.
 
-    checkpoints: str = ""  # which set: the call, or the command's argument, says it too
-    track: str | None = setting(None, "Series of the manifest to use.", flag="--track", unset="all")
-    select: tuple[str, ...] = setting(
-        (), "A checkpoint to use, and no other; repeatable.", flag="--only", metavar="NAME",
-        unset="all",
-    )  # fmt: skip
-    # None here and below: what the checkpoints' manifest says.
+    None stands for what the set, or the run or set of a model, says.
+    """
+
     extractor: str | None = setting(None, "Feature extractor.", DATA, "--extractor", unset=OF_SET)
     extractor_weights: str | None = setting(
         None, "Its weights; with NAME those of another extractor of the reward.",
@@ -91,12 +89,12 @@ class OptimizeConfig:
     )  # fmt: skip
     reference: str | None = setting(
         None,
-        "Statistics of real data to optimise against; with NAME for another extractor of the "
+        "Statistics of real data that rewards compare with; with NAME for another extractor of the "
         "reward.",
         DATA, "--reference", metavar="[NAME=]PATH", unset=OF_SET, named="extra_references",
     )  # fmt: skip
     heldout: str | None = setting(
-        None, "Statistics of real data that the search never sees.",
+        None, "Statistics of real data that no reward sees, for the scores.",
         DATA, "--heldout", path=True, unset=OF_SET,
     )  # fmt: skip
     extra_references: Mapping[str, str] = field(
@@ -107,10 +105,6 @@ class OptimizeConfig:
         default_factory=dict,
         metadata=about(help="Weights of other extractors of the reward, by name.", panel=DATA),
     )
-    network: str | None = setting(
-        None, "Your own, package.module:factory, which says what it predicts over which time.",
-        MODEL, "--network", unset="that of the set",
-    )  # fmt: skip
     autoencoder: str | None = setting(
         None, "What makes images of latents: sd-vae-edm2, sd-vae-sit, package.module:factory.",
         MODEL, "--autoencoder", unset=f"{OF_SET}, or the samples if they can be images",
@@ -120,8 +114,35 @@ class OptimizeConfig:
         MODEL, "--autoencoder-weights", unset=OF_SET,
     )  # fmt: skip
     autoencoder_dtype: str = setting(
-        "float32", "Of a latent decoder; bfloat16 halves its time and memory.", MODEL
+        "float32", "Of a latent decoder; bfloat16 halves its time and memory.", MODEL,
+        choices=DTYPES,
+    )  # fmt: skip
+    device: str = setting("cpu", "cpu, cuda, ...", MODEL, "--device")
+    seed: int = setting(0, "Fixes every draw.", RUN, "--seed")
+    licence: str | None = setting(
+        None, "Of the result.", RUN, "--license", unset="that of the weights"
     )
+    rules: int = setting(RULES, "Of the release that a run began with, which it goes on by.", RUN)
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        require_rules(self.rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizeConfig(RunConfig):
+    """Everything that fixes the outcome of `mergerl optimize`, and where its inputs lie."""
+
+    checkpoints: str = ""  # which set: the call, or the command's argument, says it too
+    track: str | None = setting(None, "Series of the manifest to use.", flag="--track", unset="all")
+    select: tuple[str, ...] = setting(
+        (), "A checkpoint to use, and no other; repeatable.", flag="--only", metavar="NAME",
+        unset="all",
+    )  # fmt: skip
+    network: str | None = setting(
+        None, "Your own, package.module:factory, which says what it predicts over which time.",
+        MODEL, "--network", unset="that of the set",
+    )  # fmt: skip
     generate: str | None = setting(
         None,
         "package.module:function of weights, seeds and labels, to features or images for the "
@@ -133,12 +154,10 @@ class OptimizeConfig:
         50_000, "Images that may be generated in all, the final comparison included unless "
         "--final-images is given.", SEARCH, "--budget",
     )  # fmt: skip
-    seed: int = setting(0, "Fixes every draw.", SEARCH, "--seed")
     batch: int = setting(
         250, "Images in one forward pass, or auto: as many as the device has room for.",
         MODEL, "--batch", metavar="N|auto", text=True,
     )  # fmt: skip
-    device: str = setting("cpu", "cpu, cuda, ...", MODEL, "--device")
     # It changes the time, not the result.
     weights_device: str | None = setting(
         None,
@@ -146,12 +165,6 @@ class OptimizeConfig:
         "files).",
         MODEL, "--weights-device", unset="the first of the three with room",
     )  # fmt: skip
-    licence: str | None = setting(
-        None, "Of the merge.", SCORES, "--license", unset="the checkpoints'"
-    )
-    rules: int = setting(
-        RULES, "Of the release that a run began with, which it goes on by.", SEARCH
-    )
     sampler: SamplerConfig | None = None
     merge: MergeConfig = field(default_factory=MergeConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -159,12 +172,9 @@ class OptimizeConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.budget >= 1, "budget", ">= 1 image", self.budget)
-        require_rules(self.rules)
         require(self.batch >= 1 or self.batch == AUTO_BATCH, "batch", ">= 1", self.batch)
-        require(self.autoencoder_dtype in DTYPES, "autoencoder_dtype", f"in {DTYPES}",
-                self.autoencoder_dtype)  # fmt: skip
-
         require(self.num_classes >= 0, "num_classes", ">= 0", self.num_classes)
 
     @property

@@ -210,7 +210,7 @@ def _short(short: Shorthand) -> Parameter:
 def _hidden(former: Former, parameters: Iterable[Parameter]) -> Parameter:
     kind = get_args(_having(former.new, parameters).annotation)[0]
     option = typer.Option(former.old, hidden=True, parser=NUMBERS.get(_without_none(kind)))
-    return _keyword(_name(former.old), Annotated[kind, option], False if kind is bool else None)
+    return _keyword(_name(former.old), Annotated[kind, option], None)
 
 
 def _renew(names: Iterable[Former], typed: dict[str, Any], parameters: Iterable[Parameter]) -> None:
