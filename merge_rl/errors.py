@@ -103,6 +103,10 @@ class RunError(MergeRLError):
     """A run directory that exists already, is incomplete, or belongs to other inputs."""
 
 
+class BusyError(RunError):
+    """A folder or file that another process is writing."""
+
+
 class DownloadError(MergeRLError):
     """A file that cannot be downloaded, or is not what its server announced."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TextIO
 
 from merge_rl.interfaces import NullTracker, Tracker
@@ -52,6 +52,28 @@ class LineTracker:
         file = self._file or sys.stderr
         file.write(f"{text}\n")
         file.flush()
+
+
+class NoteTracker(NullTracker):
+    """Hands notes on, and forgets the rest."""
+
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self._announce = announce
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Hand a note on."""
+        if event.get("kind") == "note":
+            self._announce(str(event["text"]))
+
+
+def notes_of(tracker: Tracker) -> Tracker:
+    """Its ears for notes alone: of phases it would say that they are of images."""
+    return NoteTracker(announcing(tracker))
+
+
+def announcing(tracker: Tracker) -> Callable[[str], None]:
+    """Sentences as notes that `tracker` hears."""
+    return lambda text: tracker.event({"kind": "note", "text": text})
 
 
 def tracker_of(tracker: Tracker | None, progress: bool) -> Tracker:

@@ -417,5 +417,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A Hub, and the client set to speak to it; nothing but this machine can be reached."""
     server = HubServer()
     home = tmp_path / "hf-home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with running(server), only_loopback(monkeypatch), hub_client(monkeypatch, server, home):
         yield server

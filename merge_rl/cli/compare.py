@@ -24,6 +24,7 @@ from merge_rl.cli.output import (
     tell,
 )
 from merge_rl.cli.results import end_with_page, write_page
+from merge_rl.cli.sample import meant_set
 from merge_rl.config import SCORES, SEARCH, OptimizeConfig, numbers_in, whole_number
 from merge_rl.errors import ConfigError
 
@@ -81,9 +82,7 @@ def compare(
     coefficients differ between seeds; the plot how FID falls with the images generated. Ctrl-C
     keeps what is done: the same command goes on.
     """
-    from merge_rl.storage.runs import find_set
-
-    checkpoints = find_set(checkpoints).told(note)
+    checkpoints = meant_set(checkpoints)
     config, _ = build_for_set(settings, checkpoints)
     folder = out or Path("runs") / f"{checkpoints.resolve().name}-compare"
     note_unused_gpu(config.device)

@@ -20,7 +20,7 @@ from merge_rl.cli.output import (
     say,
 )
 from merge_rl.cli.results import interval_text, number_text
-from merge_rl.cli.sample import MODEL_HELP, find_autoencoder, generation_settings, meant
+from merge_rl.cli.sample import MODEL_HELP, find_autoencoder, generation_settings, meant, named
 from merge_rl.config import MODEL_IMAGES, EvaluateConfig, SamplerConfig
 from merge_rl.errors import ConfigError
 from merge_rl.own_code import is_own
@@ -53,12 +53,14 @@ def evaluate(
 
     What is not said comes from the run or the checkpoint set that the model lies in.
     """
+    from merge_rl.storage.hub import is_set_of_hub
     from merge_rl.workflows.assembly import build_extractor, find_defaults
     from merge_rl.workflows.evaluate import evaluate as score
     from merge_rl.workflows.reference import kind_of
 
     kind = kind_of(model)
-    if kind == "model" and model.exists():  # one of the Hub is fetched when all else is known
+    # One model of the Hub is fetched when all else is known; of a set, its manifest has to be.
+    if kind == "model" and (model.exists() or is_set_of_hub(named(model))):
         model = meant(model)
     near = find_defaults(model)
     config, sampler = generation_settings(EvaluateConfig, settings, model)

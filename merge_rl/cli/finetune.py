@@ -17,7 +17,7 @@ from merge_rl.cli.results import (
     finetuned_document,
     print_finetuned,
 )
-from merge_rl.cli.sample import MODEL_HELP, meant
+from merge_rl.cli.sample import MODEL_HELP, meant, named
 from merge_rl.config import PAPER_REWARD, FinetuneConfig, to_mapping
 
 if TYPE_CHECKING:
@@ -65,10 +65,14 @@ def finetune(
     checkpoint set of its snapshots: [bold]mergerl optimize RUN[/bold] merges the trajectory.
     Ctrl-C and SIGTERM save; [bold]mergerl resume RUN[/bold] goes on.
     """
+    from merge_rl.storage.hub import is_set_of_hub
+
     series, trackers = split_tracks(track or [])
     if trackers:
         settings = {**settings, "track": [*settings.get("track", ()), *trackers]}
-    source: str | Path = meant(model, series) if model.exists() or series else model
+    # One model of the Hub is fetched when all else is known; a sampler's rest is the set's.
+    near = model.exists() or ("sampler" in settings and is_set_of_hub(named(model)))
+    source: str | Path = meant(model, series) if near or series else named(model)
     config = build_settings(source, settings)
     run_dir = out or Path("runs") / f"{_name(Path(source))}-finetune-seed{config.seed}"
     note_unused_gpu(config.device)

@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Set, run, reference or model.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="Set, run, reference, model, or user/repo.")
+    ],
     track: Annotated[str | None, typer.Option(help="Series of the manifest to look at.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Read headers only, no weights.")] = False,
     network: Annotated[
@@ -46,6 +48,8 @@ def inspect(
 
     if network is not None:
         allow(network)
+    if not path.exists():
+        path = _fetched(path)
     place = only_inside(path) if path.is_dir() else path
     kind = folder_kind(place) if place.is_dir() else "file"
     if place != path:
@@ -55,15 +59,17 @@ def inspect(
     elif _holds_statistics(place):
         _show_references(place, json=json)
     elif kind in ("file", "model"):
-        _show_file(place if place.exists() else _meant(path), json=json)
+        _show_file(place, json=json)
     else:
         _show_set(find_set(place).path, track=track, quick=quick, network=network, json=json)
 
 
-def _meant(path: Path) -> Path:
-    from merge_rl.cli.sample import meant
+def _fetched(path: Path) -> Path:
+    """The set or model of the Hub that is named."""
+    from merge_rl.cli.sample import meant, meant_set, named
+    from merge_rl.storage.hub import is_set_of_hub
 
-    return meant(path)
+    return meant_set(path) if is_set_of_hub(named(path)) else meant(path)
 
 
 def _show_set(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_rl.cli.options import build, with_settings
-from merge_rl.cli.output import JsonFlag, note, note_all, print_json, print_table
+from merge_rl.cli.output import JsonFlag, note_all, print_json, print_table
+from merge_rl.cli.sample import meant_set
 from merge_rl.config import SingleMergeConfig, byte_count, numbers_in, real_number
 from merge_rl.errors import ConfigError
 
@@ -28,7 +29,9 @@ def register(app: typer.Typer) -> None:
 
 @with_settings(SingleMergeConfig)
 def merge(
-    checkpoints: Annotated[Path, typer.Argument(metavar="CKPTS", help="Folder of checkpoints.")],
+    checkpoints: Annotated[
+        Path, typer.Argument(metavar="CKPTS", help="Folder of checkpoints, or user/repo.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Model folder to write.")],
     settings: Mapping[str, Any],
     json: Annotated[bool, JsonFlag] = False,
@@ -39,10 +42,9 @@ def merge(
     [bold]--recipe[/bold] makes the same file again, bit for bit.
     """
     from merge_rl.storage.files import require_new
-    from merge_rl.storage.runs import find_set
     from merge_rl.workflows.export import Recipe, merged_licence
 
-    config, checkpoints = build(SingleMergeConfig, settings), find_set(checkpoints).told(note)
+    config, checkpoints = build(SingleMergeConfig, settings), meant_set(checkpoints)
     require_new(out)
     if config.max_shard_size:
         parse_size(config.max_shard_size)

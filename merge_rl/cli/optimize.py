@@ -21,6 +21,7 @@ from merge_rl.cli.output import (
 )
 from merge_rl.cli.plan import show_plan
 from merge_rl.cli.results import end_with_page, print_result, result_document
+from merge_rl.cli.sample import meant_set
 from merge_rl.config import OptimizeConfig
 from merge_rl.own_code import allow
 
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 
 COST: Final = "Cost, before it starts (mergerl plan)"
 Checkpoints = Annotated[
-    Path, typer.Argument(metavar="CKPTS", help="Folder of .safetensors, with or without manifest.")
+    Path,
+    typer.Argument(
+        metavar="CKPTS", help="Folder of .safetensors, with or without manifest, or user/repo."
+    ),
 ]
 
 
@@ -155,9 +159,7 @@ def search_settings(
     checkpoints: Path, settings: Mapping[str, Any], out: Path | None
 ) -> tuple[OptimizeConfig, CheckpointSet, Path]:
     """The settings of a search over the set's own sampler, the set, and the run directory."""
-    from merge_rl.storage.runs import find_set
-
-    checkpoints = find_set(checkpoints).told(note)
+    checkpoints = meant_set(checkpoints)
     config, opened = build_for_set(settings, checkpoints)
     return config, opened, out or Path("runs") / f"{checkpoints.resolve().name}-seed{config.seed}"
 

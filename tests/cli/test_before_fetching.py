@@ -15,7 +15,7 @@ from merge_rl.features.dinov2 import VIT_L14
 from merge_rl.features.inception import Inception, load_inception
 from merge_rl.models.autoencoder import LatentDecoder, PixelEncoder
 from merge_rl.registry import AUTOENCODERS, EXTRACTORS
-from merge_rl.storage.hub import repository as hub
+from merge_rl.storage.hub import cached as hub
 from merge_rl.workflows.assembly import published as public_weights
 from merge_rl.workflows.assembly.extractors import DIMS
 from merge_rl.workflows.assembly.networks import CHANNELS

@@ -15,7 +15,7 @@ from merge_rl.storage.checkpoints.diffusers_folder import (
     library_documents,
     network_config,
 )
-from merge_rl.storage.checkpoints.listing import Origin, find_origin, newest_model
+from merge_rl.storage.checkpoints.listing import Origin, by_progress, find_origin, newest_model
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     MAX_EMA_STD,
@@ -66,6 +66,7 @@ __all__ = [
     "Origin",
     "SetDefaults",
     "base_index",
+    "by_progress",
     "check_model_file",
     "find_origin",
     "has_manifest",

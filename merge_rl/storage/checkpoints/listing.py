@@ -63,7 +63,7 @@ def list_folder(folder: Path) -> Listing:
         raise CheckpointError(f"{folder}: expected a folder of checkpoints, found a file")
     if os.path.lexists(folder / MANIFEST_NAME):
         manifest = read_manifest(folder)
-        entries = _by_progress(manifest.checkpoints)
+        entries = by_progress(manifest.checkpoints)
     else:
         manifest, entries = None, _entries_by_name(folder)
     names = _unique_names(entries)
@@ -167,7 +167,7 @@ def _entries_by_name(folder: Path) -> tuple[CheckpointEntry, ...]:
     )  # fmt: skip
 
 
-def _by_progress(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, ...]:
+def by_progress(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, ...]:
     if any(entry.nimg is None for entry in entries):
         return _by_numbers(entries)
     return tuple(sorted(entries, key=progress))

@@ -26,7 +26,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final
 
-from merge_rl.errors import MergeRLError, RunError
+from merge_rl.errors import BusyError, MergeRLError, RunError
 from merge_rl.untrusted import load_json_mapping, reason
 
 LOCK_NAME: Final = ".lock"
@@ -230,7 +230,7 @@ def _take(descriptor: int, path: Path, what: Path, *, created: bool, shared: boo
             raise OSError
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise RunError(f"{_sentence(what, _holder(descriptor))}; wait for it, or end it") from None
+        raise BusyError(f"{_sentence(what, _holder(descriptor))}; wait for it, or end it") from None
     except OSError:  # no locks here
         return created or shared or _take_over(descriptor, path, what)
     return True
@@ -242,7 +242,7 @@ def _take_over(descriptor: int, path: Path, what: Path) -> bool:
     if holder.get("machine") == machine() and not is_alive(holder["pid"]):
         path.unlink(missing_ok=True)
         return False
-    raise RunError(f"{_sentence(what, holder)}; wait for it, or remove {path} if it is gone")
+    raise BusyError(f"{_sentence(what, holder)}; wait for it, or remove {path} if it is gone")
 
 
 def _release(path: Path, descriptor: int) -> None:

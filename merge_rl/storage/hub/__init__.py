@@ -1,10 +1,17 @@
 """Downloads and uploads: the Hub, the catalogue, plain addresses."""
 
+from merge_rl.storage.hub.cached import (
+    is_set_of_hub,
+    local_model,
+    local_place,
+    local_set,
+    user_cache,
+)
 from merge_rl.storage.hub.download import Downloaded, fetch_url
 from merge_rl.storage.hub.fetch import FetchResult, run_fetch
 from merge_rl.storage.hub.fetch_plan import FetchPlan, plan_fetch
 from merge_rl.storage.hub.fetch_sources import Selection, parse_count
-from merge_rl.storage.hub.repository import local_model, pinned_file
+from merge_rl.storage.hub.repository import pinned_file
 from merge_rl.storage.hub.upload import CARD_NAME, Pushed, push_folder
 
 __all__ = [
@@ -15,10 +22,14 @@ __all__ = [
     "Pushed",
     "Selection",
     "fetch_url",
+    "is_set_of_hub",
     "local_model",
+    "local_place",
+    "local_set",
     "parse_count",
     "pinned_file",
     "plan_fetch",
     "push_folder",
     "run_fetch",
+    "user_cache",
 ]

@@ -60,11 +60,16 @@ def scrub(text: str) -> str:
 
 
 def call_hub(
-    action: Callable[[], T], subject: str, *, wait: Callable[[float], None] = time.sleep
+    action: Callable[[], T],
+    subject: str,
+    *,
+    wait: Callable[[float], None] = time.sleep,
+    hasty: bool = False,
 ) -> T:
     """The result of `action`; passing failures are tried again, others become a HubError.
 
-    `subject` begins the sentence: the repository, or one of its files.
+    `subject` begins the sentence: the repository, or one of its files. A `hasty` call is not made
+    again where nothing answers.
     """
     for pause in (*PAUSES, None):
         try:
@@ -74,7 +79,8 @@ def call_hub(
         except Exception as error:  # the client's errors have no common root
             if isinstance(error, OSError) and error.errno is not None and error.filename:
                 raise  # of the disk
-            if pause is None or not _is_passing(error):
+            away = hasty and _kind(error) is UnreachableError
+            if pause is None or away or not _is_passing(error):
                 # The original would show request headers in a traceback.
                 raise _kind(error)(f"{subject}: {_sentence(error)}") from None
         wait(pause)

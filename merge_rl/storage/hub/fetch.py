@@ -106,7 +106,7 @@ def _fetch_one(
     target = target_path(plan.folder, file)
     relative_inside(plan.folder, target.relative_to(plan.folder).as_posix(), plan.source.name)
     tracker.phase(f"download {file.name}", file.size or 0)
-    sha256 = _download(plan, file, target, record, _advance(tracker))
+    sha256 = _download(plan, file, target, record, advancing(tracker))
     size = target.stat().st_size
     outputs = {file.name: sha256}
     if needs_conversion(file):
@@ -163,7 +163,7 @@ def _write_manifest(plan: FetchPlan, record: FetchRecord) -> None:
         write_manifest(plan.folder / MANIFEST_NAME, replace(manifest, checkpoints=here))
 
 
-def _advance(tracker: Tracker) -> Callable[[int, int], None]:
+def advancing(tracker: Tracker) -> Callable[[int, int], None]:
     """From bytes done to bytes more."""
     last = 0
 

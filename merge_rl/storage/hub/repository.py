@@ -5,10 +5,8 @@ What comes is checked against what the repository lists: names, sizes, hashes.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import inspect
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +20,9 @@ from merge_rl.storage.checkpoints import (
     SCHEDULER_PLACE,
     relative_inside,
 )
-from merge_rl.storage.files import LAYOUTS, Progress, sha256_file
+from merge_rl.storage.files import Progress, sha256_file
 from merge_rl.storage.hub.client import (
     HUB_LIBRARY,
-    UnreachableError,
     call_hub,
     client,
     endpoint,
@@ -34,8 +31,7 @@ from merge_rl.storage.hub.client import (
 )
 
 TIMEOUT_SECONDS: Final = 30.0
-_LAYOUTS: Final = (LAYOUTS[:3], LAYOUTS[3:])  # file, index, shards: ours, and diffusers'
-_DESCRIBING: Final = (CONFIG_NAME, SCHEDULER_NAME, SCHEDULER_PLACE)
+DESCRIBING: Final = (CONFIG_NAME, SCHEDULER_NAME, SCHEDULER_PLACE)
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,95}[A-Za-z0-9_])?"
 _REPO = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9_][A-Za-z0-9_./-]{{0,199}}))?")
@@ -87,8 +83,13 @@ def looks_like_repo(text: str) -> bool:
     return not repo_id.endswith(_FILE_ENDINGS)
 
 
-def open_repository(repo_id: str, revision: str | None = None) -> Repository:
+def open_repository(
+    repo_id: str, revision: str | None = None, *, hasty: bool = False
+) -> Repository:
     """Files of a repository at the newest commit of `revision`, by one request.
+
+    `hasty`: what a name means may be a slip, or lie here already; without a connection none is
+    waited for.
 
     Raises HubError if there is no such repository or revision, or if a name leaves the folder.
     """
@@ -100,6 +101,7 @@ def open_repository(repo_id: str, revision: str | None = None) -> Repository:
                 repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
             ),
             subject,
+            hasty=hasty,
         )
     if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-fA-F]{40}", info.sha):
         raise HubError(f"{subject}: the Hub named no commit, found {info.sha!r}")
@@ -211,76 +213,3 @@ def _blob_id(path: Path) -> str:
     """Git's name for a file that is stored as it is."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-def local_model(path: str | os.PathLike[str]) -> Path:
-    """A path as it is; a text that names no path here but a repository of the Hub, downloaded."""
-    if isinstance(path, str) and not os.path.lexists(path) and looks_like_repo(path):
-        try:
-            return cached_model(path)
-        except HubError as error:
-            raise HubError(
-                f"{path}: no such file or folder, and not from the Hub: {error}"
-            ) from None
-    return Path(path)
-
-
-def cached_model(text: str) -> Path:
-    """The model of "user/repo" or "user/repo@revision" in the client's cache, downloaded there.
-
-    Only the weights and `config.json` are fetched. Without a connection the cached copy serves.
-    Returns a `.safetensors` file, or the folder of a model in shards.
-    """
-    repo_id, revision = split_repo(text)
-    try:
-        repository = open_repository(repo_id, revision)
-    except UnreachableError as error:
-        return _offline_model(repo_id, revision, error)
-    names = [file.name for file in repository.files]
-    weights = _weights_among(repo_id, names)
-    wanted = [*weights, *(name for name in names if name in _DESCRIBING)]
-    paths = [_cached_file(repository, repository.find(name), revision) for name in wanted]
-    if any(
-        path.parts[-1 - name.count("/") - 1] != repository.commit
-        for path, name in zip(paths, wanted, strict=True)
-    ):
-        raise HubError(f"{repo_id}: the repository changed during the download; try again")
-    return paths[0] if len(weights) == 1 else paths[0].parent
-
-
-def _weights_among(repo_id: str, names: list[str]) -> list[str]:
-    """Which of these files are the weights of one model; an index comes first."""
-    for whole, index, pattern in _LAYOUTS:
-        if index in names:
-            return [index, *sorted(fnmatch.filter(names, pattern))]
-        if whole in names:
-            return [whole]
-    found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    if len(found) != 1:
-        several = f"{len(found)} .safetensors files" if found else "no .safetensors file"
-        raise HubError(f"{repo_id}: expected one model, found {several} (for sets: mergerl fetch)")
-    return found
-
-
-def _cached_file(repository: Repository, file: HubFile, revision: str | None) -> Path:
-    from huggingface_hub import try_to_load_from_cache
-
-    known = try_to_load_from_cache(repository.repo_id, file.name, revision=repository.commit)
-    # By the name of the revision, not the commit: offline, the cache knows names it was asked.
-    path = get_file(repository, file, revision)
-    if not isinstance(known, str):
-        check_file(path, file, f"{repository.repo_id}, {file.name}")
-    return path
-
-
-def _offline_model(repo_id: str, revision: str | None, error: UnreachableError) -> Path:
-    from huggingface_hub import try_to_load_from_cache
-
-    known = [name for whole, index, _ in _LAYOUTS for name in (index, whole)]
-    for name in (*known, CONFIG_NAME):
-        found = try_to_load_from_cache(repo_id, name, revision=revision)
-        if isinstance(found, str):
-            folder = Path(found).parent
-            weights = _weights_among(repo_id, sorted(file.name for file in folder.iterdir()))
-            return folder / weights[0] if len(weights) == 1 else folder
-    raise HubError(f"{error} (and no copy is stored here)")

@@ -19,9 +19,11 @@ from merge_rl.config import (
     to_mapping,
 )
 from merge_rl.errors import CheckpointError
+from merge_rl.interfaces import Tracker
+from merge_rl.progress import NoteTracker
 from merge_rl.storage.checkpoints import SetDefaults, has_manifest, newest_model, read_manifest
 from merge_rl.storage.files import index_of, is_weights_name, spellings
-from merge_rl.storage.hub import local_model
+from merge_rl.storage.hub import local_place
 from merge_rl.storage.runs import (
     Meant,
     described,
@@ -127,17 +129,20 @@ def guidance_text(sampler: SamplerConfig) -> str:
     return f"guidance {sampler.guidance:.4g} from {low:.4g} to {high:.4g}"
 
 
-def find_model(path: str | os.PathLike[str], track: str | None = None) -> Meant:
+def find_model(
+    path: str | os.PathLike[str], track: str | None = None, tracker: Tracker | None = None
+) -> Meant:
     """The one model that `path` means.
 
     A run means its merged model, a fine-tuning run its result, a set its newest checkpoint (of the
-    `track`, where one is named), "user/repo" the model of the Hub, a folder of none of these the
-    only one of them in it; a model folder and a single file mean themselves.
+    `track`, where one is named), "user/repo" the model or set of the Hub, a folder of none of these
+    the only one of them in it; a model folder and a single file mean themselves. `tracker` hears of
+    a download before it begins.
 
     Raises CheckpointError that says what was found for anything else, RunError for a run that is
     not finished.
     """
-    place = local_model(path)
+    place = local_place(path, track, tracker)
     if place.is_file() and is_weights_name(place.name) and not holds_weights(place):
         raise CheckpointError(f"{place}: expected a model, found statistics or features")
     index = index_of(place)
@@ -173,10 +178,11 @@ def load_model(
     names is not imported unless it is named here too. `merge_rl.describe` says what it returns.
 
     See `find_model` for which one is meant, of which `announce` hears. The text "user/repo" or
-    "user/repo@revision" means a model of the Hub, unless there is such a path here; it is
-    downloaded to the cache of the Hub's client.
+    "user/repo@revision" means a model of the Hub, or the newest of a set there, unless there is
+    such a path here; it is downloaded to a cache.
     """
     from merge_rl.workflows.assembly.networks import load_network
 
     named = None if network is None else own_code.allow(network)
-    return load_network(find_model(path).told(announce), named)
+    found = find_model(path, tracker=NoteTracker(announce))
+    return load_network(found.told(announce), named)

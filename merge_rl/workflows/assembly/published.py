@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import Final
 from merge_rl import registry
 from merge_rl.errors import DownloadError, MissingLibraryError, UnknownNameError
 from merge_rl.storage.files import require_hash, sha256_file
-from merge_rl.storage.hub import Downloaded, fetch_url, pinned_file
+from merge_rl.storage.hub import Downloaded, fetch_url, pinned_file, user_cache
 
 
 def is_public(source: str) -> bool:
@@ -118,7 +117,4 @@ def _packaged(name: str, file: PublicFile) -> Downloaded:
 
 def cache_folder() -> Path:
     """Where fetched weights are kept; the folder need not exist."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: relative paths are to be ignored.
-    root = Path(given) if given and Path(given).is_absolute() else Path.home() / ".cache"
-    return root / "merge_rl" / "weights"
+    return user_cache() / "weights"

@@ -28,6 +28,7 @@ from merge_rl.core.sampling.guidance import grid_of, guidance_of
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet, load_checkpoints, plan_merge
 from merge_rl.storage.files import absolute
+from merge_rl.storage.hub import local_set
 from merge_rl.storage.runs import find_set
 from merge_rl.workflows.assembly.defaults import find_model
 from merge_rl.workflows.assembly.parts import Parts
@@ -60,7 +61,7 @@ def meant_guide(sampler: SamplerConfig, tuned: tuple[str, ...]) -> SamplerConfig
     """The sampler with the absolute path of its guide: a set where its coefficients are tuned."""
     if sampler.guide is None:
         return sampler
-    found = find_set(sampler.guide) if GUIDE in tuned else find_model(sampler.guide)
+    found = find_set(local_set(sampler.guide)) if GUIDE in tuned else find_model(sampler.guide)
     return dataclasses.replace(sampler, guide=str(absolute(found.path)))
 
 

@@ -28,9 +28,10 @@ from merge_rl.config import (
 from merge_rl.core.distances.intervals import summarize
 from merge_rl.errors import BudgetError, ConfigError, RunError
 from merge_rl.interfaces import Tracker
-from merge_rl.progress import tracker_of
+from merge_rl.progress import announcing, notes_of, tracker_of
 from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
 from merge_rl.storage.files import is_vacant, locked
+from merge_rl.storage.hub import local_set
 from merge_rl.storage.runs import SETTINGS, RunDir, find_set, require_same
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
@@ -93,16 +94,15 @@ def compare_searchers(
     runs for what cannot work, RunError for a folder of other settings.
     """
     heard = tracker_of(tracker, progress)
-
-    def announce(text: str) -> None:
-        heard.event({"kind": "note", "text": text})
-
+    announce = announcing(heard)
     seeds = check_seeds(seeds)
     contenders = parse_contenders(DEFAULT if searchers is None else searchers)
     if not contenders:
         raise ConfigError("expected at least one searcher, got none")
     curve_images = _curve_images(curve_images, config)
-    base = _shared(config, str(find_set(config.checkpoints).told(announce)))
+    base = _shared(
+        config, str(find_set(local_set(config.checkpoints, notes_of(heard))).told(announce))
+    )
     require_device(base.device)
     opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
     allow_named(base)

@@ -15,7 +15,7 @@ from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Tracker
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
-from merge_rl.progress import tracker_of
+from merge_rl.progress import announcing, notes_of, tracker_of
 from merge_rl.storage.checkpoints import open_model_file
 from merge_rl.storage.files import locked, require_new
 from merge_rl.storage.runs import (
@@ -111,7 +111,7 @@ def finetune(
     chosen = with_settings(config or FinetuneConfig(), **settings)
     check_names(chosen)  # before a model is fetched from the Hub
     tracker = tracker_of(tracker, progress)
-    source = find_model(model).told(_announce(tracker))
+    source = find_model(model, tracker=notes_of(tracker)).told(announcing(tracker))
     resolved = resolve_finetune(dataclasses.replace(chosen, model=str(source)))
     if resume:
         return resume_finetune(out, config=resolved, wrap=wrap, tracker=tracker)
@@ -145,10 +145,10 @@ def resume_finetune(
     `checkpoints` is where the model lies now, if it was moved: its file, or the folder of its set.
     """
     tracker = tracker_of(tracker, progress=True)
-    run = FinetuneRun.open(find_run(run_dir).told(_announce(tracker)))
+    run = FinetuneRun.open(find_run(run_dir).told(announcing(tracker)))
     with joined() as group, locked(run.path if group.leads else None):
         own = continued(run, config)
-        own = located(own, run.path, checkpoints, announce=_announce(tracker))
+        own = located(own, run.path, checkpoints, announce=announcing(tracker))
         require_extras(own.track)
         job = _gather(group, own, wrap, tracker)
         require_resumable(run.files, job.hashes, tracker)
@@ -160,10 +160,6 @@ def resume_finetune(
         return _work(group, job, begin, wrap, tracker)
 
 
-def _announce(tracker: Tracker) -> Callable[[str], None]:
-    return lambda text: tracker.event({"kind": "note", "text": text})
-
-
 def _gather(
     group: Group, config: FinetuneConfig, wrap: Wrap | None, tracker: Tracker
 ) -> FinetuneJob:
@@ -171,7 +167,7 @@ def _gather(
     if wrap is not None and group.size > 1:
         raise ConfigError("several processes wrap the network themselves; expected no wrap=")
     placed = on_device(config, group)
-    job = build_finetune(placed, _announce(tracker), group.size)
+    job = build_finetune(placed, announcing(tracker), group.size)
     require_same_everywhere(group, to_mapping(config), job.hashes, placed.device)
     return job
 
@@ -193,7 +189,7 @@ def _work(
     from merge_rl.workflows.finetune.sharded import process_group
 
     with process_group(job.config.device, group):
-        parts = DistributedStep(job, group, signals, _announce(tracker))
+        parts = DistributedStep(job, group, signals, announcing(tracker))
         if not group.leads:
             return _from_plain(parts.follow())
         result = _lead(begin(), parts, signals, tracker)
@@ -216,7 +212,7 @@ def _drive(
     loop = FinetuneLoop(parts, run, tracker, unopened, signals)
     loop.restore()
     for text in search_doubts(job.parts.settings, job.references, job.scored):
-        _announce(tracker)(text)
+        announcing(tracker)(text)
     loop.boards = Boards.open(
         config.track, run.path, dataclasses.asdict(config), loop.state.step,
         lambda text: tracker.event({"kind": "warning", "text": text}),

@@ -23,9 +23,10 @@ from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Tracker
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
-from merge_rl.progress import tracker_of
+from merge_rl.progress import announcing, notes_of, tracker_of
 from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
 from merge_rl.storage.files import absolute, locked, require_new
+from merge_rl.storage.hub import local_set
 from merge_rl.storage.runs import (
     RunDir,
     begin_run,
@@ -99,7 +100,7 @@ def optimize(
     KeyboardInterrupt with the resume point saved.
     """
     tracker = tracker_of(tracker, progress)
-    folder = find_set(checkpoints).told(_announce(tracker))
+    folder = find_set(local_set(checkpoints, notes_of(tracker))).told(announcing(tracker))
     named = {"reward": reward, "searcher": searcher, "budget": budget, "seed": seed}
     settings |= {name: value for name, value in named.items() if value is not None}
     base = with_settings(config or OptimizeConfig(), **settings)
@@ -146,14 +147,14 @@ def begin(
     resolved = resolve_config(base, opened)
     check_names(resolved)
     merged_licence(opened, resolved.licence)  # refused before the search, not after it
-    resolved = common_batch(resolved, opened, group, out, _announce(tracker))
+    resolved = common_batch(resolved, opened, group, out, announcing(tracker))
     ranks, job = _gather(group, resolved, opened, tracker, given)
     if not group.leads:
         return from_plain(ranks.follow())
     make_searcher(resolved, job)  # refuses before anything is written
     timed = given is None and resolved.generate is None
     for text in opening_notes(base, resolved, job, group.size, timed=timed):
-        _announce(tracker)(text)
+        announcing(tracker)(text)
     with locked(out):
         inputs = {"hashes": job.hashes, "version": __version__}
         run = begin_run(out, resolved, inputs, group.place)
@@ -184,9 +185,9 @@ def resume(
     missing, and ConfigError without the function that a run generates with.
     """
     tracker = tracker_of(tracker, progress)
-    run = RunDir.open(find_run(run_dir).told(_announce(tracker)))
+    run = RunDir.open(find_run(run_dir).told(announcing(tracker)))
     with joined() as group, locked(run.path if group.leads else None):
-        config = located(run.config(), run.path, checkpoints, announce=_announce(tracker))
+        config = located(run.config(), run.path, checkpoints, announce=announcing(tracker))
         given = _given(config, run, generate, model)
         select = config.select or None
         require_all_allowed(config, f"the settings of {run.path}")
@@ -225,19 +226,15 @@ def _gather(
     given: Given | None,
 ) -> tuple[DistributedRollout, Job]:
     """The job of this process, and all processes that help with it."""
-    placed, announce = on_device(config, group), _announce(tracker)
+    placed, announce = on_device(config, group), announcing(tracker)
     job = build_job(placed, opened, announce, given)
     return distribute(group, config, job, placed.device, announce), job
-
-
-def _announce(tracker: Tracker) -> Callable[[str], None]:
-    return lambda text: tracker.event({"kind": "note", "text": text})
 
 
 def _drive(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> OptimizeResult:
     began = time.monotonic()
     for text in search_doubts(config, job.references, job.final_rollout.rollout):
-        _announce(tracker)(text)
+        announcing(tracker)(text)
     store = ScoreStore(job, run, config.seed, config.rules)
     found = run_search(config, job, run, tracker, store)
     comparison = compare(config, job, found.start, found.rows, store, tracker)

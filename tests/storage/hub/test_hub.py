@@ -15,11 +15,11 @@ from torch import Tensor
 from merge_rl.errors import CheckpointError, HashMismatchError, HubError, RunError
 from merge_rl.storage.files.atomic import save_tensors, write_json, write_text
 from merge_rl.storage.files.shards import WeightStream, write_weights
+from merge_rl.storage.hub.cached import local_model
+from merge_rl.storage.hub.cached_model import cached_model
 from merge_rl.storage.hub.client import endpoint, scrub
 from merge_rl.storage.hub.repository import (
-    cached_model,
     download_file,
-    local_model,
     looks_like_repo,
     open_repository,
     split_repo,
