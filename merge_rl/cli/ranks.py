@@ -11,7 +11,9 @@ from typing import Final
 from merge_rl.errors import MergeRLError, ParallelError
 
 # Commands that share their work; the others would do the same thing in every process.
-PARALLEL_COMMANDS: Final = ("optimize", "resume", "finetune", "evaluate", "reference")
+PARALLEL_COMMANDS: Final = (
+    "optimize", "resume", "compare", "finetune", "evaluate", "reference"
+)  # fmt: skip
 
 
 def launched() -> bool:

@@ -63,7 +63,7 @@ class Group:
         if self._store is None or self.size == 1:
             return
         self._store.set(f"early/{self.rank}", "")  # nothing of a process before this one counts
-        waiting = partial(self._waiting, "start")
+        waiting = partial(self.waiting, "start")
         if self.leads:
             token = welcome(self._store, self.size, waiting)
         else:
@@ -74,10 +74,12 @@ class Group:
         links: Any = prefixed("links", self._store)
         self._links = dist.ProcessGroupGloo(links, self.rank, self.size, slack)
 
-    def _waiting(self, phase: str, away: Callable[[], list[int]]) -> Iterator[None]:
+    def waiting(
+        self, phase: str, away: Callable[[], list[int]], *, patient: bool = False
+    ) -> Iterator[None]:
         """Give way to a test again and again; raise if a rank has failed, or when time is up."""
         seconds = self.timeout if self._met else min(self.timeout, START_SECONDS)
-        waited, looked = 0.0, time.monotonic()
+        said, waited, looked = "", 0.0, time.monotonic()
         now = looked
         while True:
             yield
@@ -88,7 +90,10 @@ class Group:
             waited += min(now - before, STOOD_SECONDS)
             if now - looked > LOOK_SECONDS:
                 looked = now
-                self._look()
+                self.look()
+                # Time begins anew with whatever a rank that is away says.
+                if patient and (news := self._listed(away())) != said:
+                    said, waited = news, 0.0
             if waited > seconds:
                 raise ParallelError(self._late(away(), phase, seconds))
 
@@ -109,7 +114,7 @@ class Group:
         def away() -> list[int]:
             return [r for r in range(self.size) if not self._has(f"{name}/{r}")]
 
-        for _ in self._waiting(phase, away):
+        for _ in self.waiting(phase, away):
             if self._store.add(name, 0) == self.size:
                 return
 
@@ -158,7 +163,7 @@ class Group:
             try:
                 transfer.work.wait()
             except RuntimeError:
-                self._lost(phase)
+                self.lost(phase)
         settled = {id(transfer) for transfer in transfers}
         self._begun = [transfer for transfer in self._begun if id(transfer) not in settled]
 
@@ -236,11 +241,7 @@ class Group:
         """Whether some rank was told to stop."""
         return self._has("stop")
 
-    def lost(self, phase: str) -> NoReturn:
-        """Raise for a link that broke, with the last words of whoever was at its other end."""
-        self._lost(phase)
-
-    def _look(self) -> None:
+    def look(self) -> None:
         """Raise if another rank has failed since all have met."""
         sentence = self.failure() if self._met else None
         if sentence is not None:
@@ -248,19 +249,19 @@ class Group:
             raise (ParallelError if self.leads else StoppedError)(sentence)
 
     def _wait(self, work: dist.Work, phase: str) -> None:
-        for _ in self._waiting(phase, self._busy):
+        for _ in self.waiting(phase, self._busy):
             if work.is_completed():
                 break
         try:
             work.wait()
         except RuntimeError:
-            self._lost(phase)
+            self.lost(phase)
 
-    def _lost(self, phase: str) -> NoReturn:
-        """A link broke: whoever was at its other end may have left a word."""
+    def lost(self, phase: str) -> NoReturn:
+        """Raise for a link that broke, with the last words of whoever was at its other end."""
         until = time.monotonic() + GRACE
         while time.monotonic() < until:
-            self._look()
+            self.look()
             time.sleep(PAUSE[1])
         if not self.leads:
             raise StoppedError(f"rank 0 is gone{_during(phase)}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from merge_rl.errors import ConfigError, ParallelError, StoppedError
 from merge_rl.parallel import joined
@@ -169,7 +170,7 @@ def test_time_in_which_the_machine_stood_still_does_not_count(
     clock = Clock([0.01] * 50 + [100.0] + [0.01] * 2000)
     monkeypatch.setattr("merge_rl.parallel.group.time", clock)
     group = Group(Place(rank=0, size=2, local_rank=0), timeout=5.0)
-    waiting = group._waiting("round 1", lambda: [1])
+    waiting = group.waiting("round 1", lambda: [1])
     for _ in range(51):
         next(waiting)
     assert clock.now < 1
@@ -180,6 +181,26 @@ def test_time_in_which_the_machine_stood_still_does_not_count(
             pass
     # 0.5 s before the pause, 1 s for the pause itself, 3.5 s after it.
     assert clock.now == pytest.approx(0.5 + 100 + 3.5, abs=0.05)
+
+
+def test_a_patient_wait_begins_anew_when_something_new_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock([0.1] * 200)
+    monkeypatch.setattr("merge_rl.parallel.group.time", clock)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    group, other = (Group(Place(rank=r, size=2, local_rank=r), store, 5.0) for r in (0, 1))
+    waiting = group.waiting("searches", lambda: [1], patient=True)
+    for images in range(3):
+        other.note(f"{images} images")
+        for _ in range(40):
+            next(waiting)
+    assert clock.now > 2 * 5.0
+    with pytest.raises(ParallelError, match=r"no answer for 5 s .* from rank 1 \(2 images\)"):
+        for _ in waiting:
+            pass
+    # Looks are 0.3 s apart; 5 s after the one that saw the last news.
+    assert clock.now == pytest.approx(8.0 + 5.0, abs=0.5)
 
 
 class Clock:

@@ -9,15 +9,13 @@ DIR/compare.json           the outcome; compare.md and compare.png show it
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from merge_rl.config import (
+    AUTO_BATCH,
     COEFFICIENTS,
     FIRST_RULES,
     OptimizeConfig,
@@ -25,9 +23,10 @@ from merge_rl.config import (
     to_mapping,
     without_nan,
 )
-from merge_rl.core.distances.intervals import summarize
 from merge_rl.errors import BudgetError, ConfigError, RunError
-from merge_rl.interfaces import Tracker
+from merge_rl.interfaces import NullTracker, Tracker
+from merge_rl.parallel import joined
+from merge_rl.parallel.group import Group
 from merge_rl.progress import announcing, notes_of, tracker_of
 from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
 from merge_rl.storage.files import is_vacant, locked
@@ -35,33 +34,25 @@ from merge_rl.storage.hub import local_set
 from merge_rl.storage.runs import SETTINGS, RunDir, find_set, require_same
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
-    Job,
+    Announce,
     allow_named,
+    fit_batch,
     open_targets,
     resolve_config,
-    search_doubts,
     with_network,
 )
-from merge_rl.workflows.compare.scores import (
-    FreshScores,
-    ScoredTrial,
-    add_ratios,
-    curve_scores,
-    fixed_merges,
-    standing,
-)  # fmt: skip
+from merge_rl.workflows.compare.match import Match, take_scores
+from merge_rl.workflows.compare.scores import FreshScores
 from merge_rl.workflows.compare.trials import (
     DEFAULT,
     Jobs,
-    NamedTracker,
     SearcherSpec,
     check_seeds,
     parse_contenders,
-    run_trial,
 )  # fmt: skip
 from merge_rl.workflows.optimize import check_names, make_searcher
 from merge_rl.workflows.report import CompareResult
-from merge_rl.workflows.rollout import calls_an_image, require_device
+from merge_rl.workflows.rollout import on_device
 
 CURVE_IMAGES = 2000  # at most, where nothing is said
 
@@ -94,43 +85,64 @@ def compare_searchers(
     runs for what cannot work, RunError for a folder of other settings.
     """
     heard = tracker_of(tracker, progress)
-    announce = announcing(heard)
+
     seeds = check_seeds(seeds)
     contenders = parse_contenders(DEFAULT if searchers is None else searchers)
     if not contenders:
         raise ConfigError("expected at least one searcher, got none")
-    curve_images = _curve_images(curve_images, config)
+    asked = Asked(contenders, seeds, _curve_images(curve_images, config), lenient=searchers is None)
+    with joined() as group:
+        return compare_on(group, config, RunDir(out), asked, heard)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be compared; `lenient`: without the searchers that cannot work here."""
+
+    contenders: Sequence[SearcherSpec]
+    seeds: Sequence[int]
+    curve_images: int
+    lenient: bool
+
+
+def compare_on(
+    group: Group, config: OptimizeConfig, folder: RunDir, asked: Asked, tracker: Tracker
+) -> CompareResult:
+    """The comparison on every rank of a group, each of which searches; rank 0 talks and writes."""
+    tracker = tracker if group.leads else NullTracker()
+    announce = announcing(tracker)
     base = _shared(
-        config, str(find_set(local_set(config.checkpoints, notes_of(heard))).told(announce))
+        config, str(find_set(local_set(config.checkpoints, notes_of(tracker))).told(announce))
     )
-    require_device(base.device)
+    on_device(base, group)
     opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
     allow_named(base)
     with_network(opened, base.network)
     for text in opened.notes:
         announce(text)
-    folder = _require_ours(RunDir(out))
-    base = dataclasses.replace(base, rules=_rules(folder, base.rules))
-    jobs = Jobs(opened, announce)
-    able, left_out = _check(contenders, base, seeds[0], opened, jobs, lenient=searchers is None)
+    begun = _as_begun(_require_ours(folder), base, opened, announce) if group.leads else None
+    base = dataclasses.replace(base, **group.broadcast(begun, phase="begin"))
+    jobs = Jobs(opened, announce, group)
+    able, left_out = _check(asked, base, opened, jobs)
     for text in left_out:
         announce(f"left out: {text}")
-    match = _Match(
-        base=base, opened=opened, jobs=jobs, folder=folder, tracker=heard,
-        scores=FreshScores(folder, base.seed, heard), curve_images=curve_images,
+    match = Match(
+        base=base, opened=opened, jobs=jobs, folder=folder, tracker=tracker,
+        scores=FreshScores(folder, base.seed, tracker), curve_images=asked.curve_images,
     )  # fmt: skip
-    with locked(folder.path):
-        document = match.play(able, seeds)
+    match.require_same(group, [[c.label for c in able], list(asked.seeds), asked.curve_images])
+    with locked(folder.path if group.leads else None):
+        if group.leads:
+            _begin(folder, resolve_config(base, opened), jobs, asked.curve_images)
+            take_scores(folder)
+            for text in match.doubts(able, asked.seeds[0]):
+                announce(text)
+        document = match.share(group, able, asked.seeds)
         document = {key: without_nan(value) for key, value in document.items()}
         document["left_out"] = left_out
-        folder.write("compare.json", document)
+        if group.leads:
+            folder.write("compare.json", document)
     return CompareResult(document)
-
-
-def calls_of(config: OptimizeConfig, job: Job) -> int:
-    """Network evaluations an image of a search takes; a function of the user's counts as one."""
-    rollout = job.rollout.rollout
-    return 1 if config.generate else calls_an_image(rollout.sampler, rollout.model)
 
 
 def _shared(config: OptimizeConfig, checkpoints: str) -> OptimizeConfig:
@@ -142,13 +154,7 @@ def _shared(config: OptimizeConfig, checkpoints: str) -> OptimizeConfig:
 
 
 def _check(
-    contenders: Sequence[SearcherSpec],
-    base: OptimizeConfig,
-    seed: int,
-    opened: CheckpointSet,
-    jobs: Jobs,
-    *,
-    lenient: bool,
+    asked: Asked, base: OptimizeConfig, opened: CheckpointSet, jobs: Jobs
 ) -> tuple[list[SearcherSpec], list[str]]:
     """The contenders that can work, and a sentence for each that cannot, if that is allowed."""
 
@@ -162,14 +168,14 @@ def _check(
     def works(settings: OptimizeConfig) -> None:
         make_searcher(settings, jobs.of(settings))
 
-    able, left_out = list(contenders), list[str]()
+    able, left_out = list(asked.contenders), list[str]()
     for check in (fits, works):  # what is fetched is fetched when all are known to fit
         for contender in tuple(able):
             try:
-                check(resolve_config(contender.config(base, seed), opened))
+                check(resolve_config(contender.config(base, asked.seeds[0]), opened))
             except ConfigError as error:
                 text = f"searcher {contender.label}: {error}"
-                if not lenient:
+                if not asked.lenient:
                     kind = BudgetError if isinstance(error, BudgetError) else ConfigError
                     raise kind(text) from None
                 left_out.append(text)
@@ -187,10 +193,18 @@ def _require_ours(folder: RunDir) -> RunDir:
     return folder
 
 
-def _rules(folder: RunDir, own: int) -> int:
-    """Those that a comparison was begun by; its own for one that begins."""
+def _as_begun(
+    folder: RunDir, base: OptimizeConfig, opened: CheckpointSet, announce: Announce
+) -> dict[str, int]:
+    """Rules and batch that a comparison was begun by; its own for one that begins."""
     before = folder.read(SETTINGS)
-    return own if before is None else _begun_with(before).rules
+    begun = base if before is None else _begun_with(before)
+    batch = base.batch
+    if batch == AUTO_BATCH and before is not None:
+        batch = begun.batch
+    elif batch == AUTO_BATCH:
+        batch = fit_batch(resolve_config(base, opened), opened, announce=announce).batch
+    return {"rules": begun.rules, "batch": batch}
 
 
 def _begun_with(before: Mapping[str, Any]) -> OptimizeConfig:
@@ -199,10 +213,10 @@ def _begun_with(before: Mapping[str, Any]) -> OptimizeConfig:
     return from_mapping(OptimizeConfig, known, SETTINGS)
 
 
-def _begin(folder: RunDir, shared: OptimizeConfig, job: Job, curve_images: int) -> None:
+def _begin(folder: RunDir, shared: OptimizeConfig, jobs: Jobs, curve_images: int) -> None:
     """Write what all searches share, or compare with what was written when this began."""
     values = {"config": to_mapping(shared), "curve_images": curve_images}
-    now = {"settings": values, "inputs": job.hashes}
+    now = {"settings": values, "inputs": jobs.of(shared).hashes}
     before = folder.read(SETTINGS)
     if before is None:
         folder.write(SETTINGS, {"version": __version__, **now})
@@ -218,81 +232,3 @@ def _curve_images(asked: int | None, config: OptimizeConfig) -> int:
     if asked < 0 or asked == 1:
         raise ConfigError(f"expected 0 or at least 2 images along the search, got {asked}")
     return asked
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Match:
-    """What the searches of a comparison share."""
-
-    base: OptimizeConfig
-    opened: CheckpointSet
-    jobs: Jobs
-    folder: RunDir
-    tracker: Tracker
-    scores: FreshScores
-    curve_images: int
-
-    def play(self, contenders: Sequence[SearcherSpec], seeds: Sequence[int]) -> dict[str, Any]:
-        """All searches, one after the other, and what they come to."""
-        shared = resolve_config(self.base, self.opened)
-        job = self.jobs.of(shared)
-        _begin(self.folder, shared, job, self.curve_images)
-        for text in self._doubts(contenders, seeds[0], job):
-            self.tracker.event({"kind": "note", "text": text})
-        document = {**self._facts(shared, job, seeds), **self._fixed(shared, job)}
-        lines = []
-        for contender in contenders:
-            scored = [self._search(contender, seed) for seed in seeds]
-            lines.append(standing(contender, scored, list(job.references)))
-        ratios = add_ratios(lines, document["fixed"], document["headline"])
-        return {**document, **ratios, "searchers": lines}
-
-    def _doubts(self, contenders: Sequence[SearcherSpec], seed: int, job: Job) -> list[str]:
-        """What makes the scores of any of the searches doubtful, each once."""
-        settings = (resolve_config(c.config(self.base, seed), self.opened) for c in contenders)
-        rollout = job.final_rollout.rollout
-        found = (search_doubts(each, job.references, rollout) for each in settings)
-        return list(dict.fromkeys(itertools.chain.from_iterable(found)))
-
-    def _search(self, contender: SearcherSpec, seed: int) -> ScoredTrial:
-        settings = resolve_config(contender.config(self.base, seed), self.opened)
-        name = f"{contender.label} seed {seed}"
-        job = self.jobs.of(settings)
-        path = self.folder.path / f"{contender.slug}-seed{seed}"
-        trial = run_trial(path, settings, job, NamedTracker(self.tracker, name))
-        return ScoredTrial(
-            trial=trial,
-            scores=self.scores.repeats(job, settings, trial.coefficients, name),
-            calls=calls_of(settings, job),
-            curve=curve_scores(self.scores, job, trial, self.curve_images, name),
-        )
-
-    def _fixed(self, config: OptimizeConfig, job: Job) -> dict[str, Any]:
-        """The merges that cost no search, scored once for all."""
-        best = self.scores.best_single(job, config)
-        entries: dict[str, Any] = {}
-        for name, rows in fixed_merges(job, best).items():
-            found = summarize(self.scores.repeats(job, config, rows, name))
-            fid = {reference: found.pop(reference) for reference in job.references}
-            entries[name] = {"fid": fid, "others": found}
-            if self.curve_images:
-                along = self.scores.along(job, config, [rows], self.curve_images, name)
-                entries[name]["curve"] = along[0]
-        return {"best_single": job.checkpoints.names[best], "fixed": entries}
-
-    def _facts(self, config: OptimizeConfig, job: Job, seeds: Sequence[int]) -> dict[str, Any]:
-        return {
-            "version": __version__,
-            "metric": "fid",
-            "checkpoints": list(job.checkpoints.names),
-            "budget": config.budget,
-            "seeds": list(seeds),
-            "evaluation_seed": config.seed,
-            "num_images": config.evaluation.images,
-            "repeats": config.evaluation.repeats,
-            "curve_images": self.curve_images,
-            "floor": self.scores.floor(job, config),
-            "headline": "heldout" if "heldout" in job.references else "reference",
-            "device": config.device,
-            "threads": torch.get_num_threads(),
-        }

@@ -26,6 +26,8 @@ from merge_rl.config import (
 )
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Tracker
+from merge_rl.parallel.group import Group
+from merge_rl.parallel.rendezvous import Place
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import is_vacant, locked
 from merge_rl.storage.runs import RunDir, clear_beginnings, require_same
@@ -34,6 +36,7 @@ from merge_rl.version import __version__
 from merge_rl.workflows.assembly import Announce, Job, build_job
 from merge_rl.workflows.evaluate import ScoreStore
 from merge_rl.workflows.optimize import run_search
+from merge_rl.workflows.rollout import on_device
 
 BASELINES: Final = ("greedy-soup", "ema-grid", "best-checkpoint", "uniform")
 """Searchers that do no more than compare merges which everybody knows."""
@@ -251,12 +254,16 @@ class Jobs:
     the next, which would then depend on what ran before it.
     """
 
-    def __init__(self, checkpoints: CheckpointSet, announce: Announce) -> None:
+    def __init__(
+        self, checkpoints: CheckpointSet, announce: Announce, group: Group | None = None
+    ) -> None:
         self._checkpoints, self._announce = checkpoints, announce
+        self._group = Group(Place()) if group is None else group
         self._last: tuple[OptimizeConfig, Job] | None = None
 
     def of(self, config: OptimizeConfig) -> Job:
-        """The job of a config, its reward fresh."""
+        """The job of a config on this process's device, its reward fresh."""
+        config = on_device(config, self._group)
         shared = dataclasses.replace(
             config, seed=0, budget=1, search=SearchConfig(), reward=RewardConfig(),
             evaluation=EvaluationConfig(), extra_references={}, extra_weights={},
