@@ -33,6 +33,7 @@ from rich.table import Table
 from rich.text import Text
 
 from merge_rl.cli.ranks import leads
+from merge_rl.progress import level_text, round_text
 
 if TYPE_CHECKING:
     from merge_rl.workflows.report import LivePage
@@ -252,22 +253,12 @@ class ProgressTracker(BarTracker):
             self._page.refresh()
         if event.get("kind") != "round":
             return
-        gap, number, level = event.get("gap"), event["round"] + 1, _level(event)
-        note = f"round {number}  {level}"
-        note += "" if gap is None else f"  gap {gap:+.0%}"
-        note += f"  {event['failed']} failed" if event.get("failed") else ""
         if self._live:
-            self._progress.update(self._task, note=f"round {number} {level}")
+            note = f"round {event['round'] + 1} {level_text(event)}"
+            self._progress.update(self._task, note=note)
         elif not self._quiet:
-            say(f"  {note}  {event['images']:,} images  {event['seconds']:.1f} s")
-
-
-def _level(event: Mapping[str, Any]) -> str:
-    """What a round came to: of rewards without a pool, the best candidate."""
-    if event["pool_after"] is not None:
-        return f"pool FID {event['pool_after']:.3f}"
-    rewards = [reward for reward in event["rewards"] if reward is not None]
-    return f"best candidate {-max(rewards):.3f}" if rewards else "no candidate"
+            took = f"{event['images']:,} images  {event['seconds']:.1f} s"
+            say(f"  {round_text(event)}  {took}")
 
 
 def byte_text(count: int) -> str:

@@ -40,40 +40,27 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def summarize_repeats(repeats: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """{value: {reference: summary}}: mean, 95 % interval, minimum and the values of all repeats.
-
-    The interval's ends are None where there is but one repeat: nothing tells its spread.
-    """
-    summary: dict[str, Any] = {}
-    for name, of_references in repeats[0].items():
-        summary[name] = {}
-        for key in of_references:
-            values = [repeat[name][key] for repeat in repeats]
-            bounds = mean_interval(values) if len(values) > 1 else None
-            summary[name][key] = {
-                "mean": bounds.mean if bounds else values[0],
-                "low": bounds.low if bounds else None,
-                "high": bounds.high if bounds else None,
-                "min": min(values),
-                "values": values,
-            }
-    return summary
+    """{value: {reference: summary}} over repeats; see `summarize`."""
+    return {name: summarize([repeat[name] for repeat in repeats]) for name in repeats[0]}
 
 
 def summarize(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Mean, 95 % interval, minimum and values over repeats, for each reference."""
-    summary = {}
-    for name in scores[0]:
-        values = [score[name] for score in scores]
-        interval = mean_interval(values)
-        summary[name] = {
-            "mean": interval.mean,
-            "low": interval.low,
-            "high": interval.high,
-            "min": min(values),
-            "values": values,
-        }
-    return summary
+    """{reference: summary}: mean, 95 % interval, minimum and the values of all repeats.
+
+    The interval's ends are None where there is but one repeat: nothing tells its spread.
+    """
+    return {name: _summary([score[name] for score in scores]) for name in scores[0]}
+
+
+def _summary(values: Sequence[float]) -> dict[str, Any]:
+    bounds = mean_interval(values) if len(values) > 1 else None
+    return {
+        "mean": bounds.mean if bounds else values[0],
+        "low": bounds.low if bounds else None,
+        "high": bounds.high if bounds else None,
+        "min": min(values),
+        "values": values,
+    }
 
 
 def improvement(

@@ -122,6 +122,7 @@ class SearchLoop:
         began, sampled = time.monotonic(), self.job.rollout.seconds
         rewards, terms, first_order = self._evaluate(thetas)
         rewards = rewards - penalties(self.job, thetas, self.config.reward, self.config.merge.l2)
+        self.searcher.tell(thetas, rewards)
         pooled = self.config.reward.pooled
         before = self.reward.pool_distance(self._pool) if pooled else None
         share = self.config.reward.images_per_subset / len(self._pool) if pooled else 1.0
@@ -129,7 +130,6 @@ class SearchLoop:
         scores = candidate_scores(rewards, before, share, relative=told)
         late = told and 2 * self.images > self.limit
         self.incumbents = self.incumbents.with_round(thetas, scores, late=late)
-        self.searcher.tell(thetas, rewards)
         self._note_failures(rewards)
         refresh = self._refresh(before) if before is not None else self._no_refresh()
         event = {
