@@ -1,4 +1,4 @@
-"""`mergerl evaluate`: scores of a model, of images or of features."""
+"""`mergerl evaluate` and `mergerl reference`: scores, and the statistics that they compare with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from merge_rl.cli import ranks
-from merge_rl.cli.options import with_settings
+from merge_rl.cli.options import build, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -21,7 +21,7 @@ from merge_rl.cli.output import (
 )
 from merge_rl.cli.results import interval_text, number_text
 from merge_rl.cli.sample import MODEL_HELP, find_autoencoder, generation_settings, meant, named
-from merge_rl.config import MODEL_IMAGES, EvaluateConfig, SamplerConfig
+from merge_rl.config import MODEL_IMAGES, EvaluateConfig, ReferenceConfig, SamplerConfig
 from merge_rl.errors import ConfigError
 from merge_rl.own_code import is_own
 
@@ -35,6 +35,7 @@ HIGHER_IS_BETTER: Final = ("precision", "recall", "density", "coverage")
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command()(evaluate)
+    app.command()(reference)
 
 
 @with_settings(EvaluateConfig)
@@ -91,7 +92,7 @@ def evaluate(
     if json:
         print_json({"model": str(model), **document})
     else:
-        _show(document)
+        _show_scores(document)
 
 
 def _metrics(config: EvaluateConfig) -> list[str]:
@@ -138,7 +139,7 @@ def _extractor(model: Path, config: EvaluateConfig, near: ModelDefaults) -> tupl
     return found, weights
 
 
-def _show(document: Mapping[str, Any]) -> None:
+def _show_scores(document: Mapping[str, Any]) -> None:
     """A table for each sampler, N in its title."""
     count, repeats = document["num_images"], document["repeats"]
     title = f"N = {count:,}, {repeats} {'repeats' if repeats > 1 else 'block'}"
@@ -166,3 +167,53 @@ _NO_METRICS: Final = ("sampler", "samplers")
 
 def _best(metric: str, value: Mapping[str, Any]) -> str:
     return "-" if metric in HIGHER_IS_BETTER else number_text(value["min"], value["mean"])
+
+
+@with_settings(ReferenceConfig)
+def reference(
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="Folder, .zip or .npz of images.")
+    ],
+    settings: Mapping[str, Any],
+    out: Annotated[Path, typer.Option(help="The .safetensors to write.")],
+    extractor: Annotated[str, typer.Option(help="Feature extractor, or package.module:factory.")],
+    extractor_weights: Annotated[
+        str | None, typer.Option(help="Its weights: file, folder, or public name.")
+    ] = None,
+    json: Annotated[bool, JsonFlag] = False,
+) -> None:
+    """Reference statistics of real images, to optimise against and to report.
+
+    Images stream through the extractor, so their number does not matter. Interrupted, the same
+    command goes on where it was. Labels come from a dataset.json beside the images.
+    """
+    from merge_rl.workflows.assembly import build_extractor
+    from merge_rl.workflows.reference import build_reference
+
+    config = build(ReferenceConfig, settings)
+    if not images.exists():
+        raise ConfigError(f"{images}: no such file or folder")
+    device = ranks.own_device(config.device)
+    note_unused_gpu(device)
+    built, digest = build_extractor(extractor, extractor_weights, device, say)
+    with ProgressTracker(quiet=json) as tracker:
+        document = build_reference(
+            images, out, extractor=built, extractor_sha256=digest,
+            config=replace(config, device=device), tracker=tracker,
+        )  # fmt: skip
+    if json:
+        print_json(document)
+    else:
+        _show_statistics(document)
+
+
+def _show_statistics(document: Mapping[str, Any]) -> None:
+    """A line for each file of statistics."""
+    size = document["resolution"]
+    rows = [
+        [file["out"], f"{file['images']:,}", f"{file['features_kept']:,}"]
+        for file in document["files"]
+    ]
+    title = f"{document['dim']} features of {document['extractor']}"
+    title += f", {size} x {size}" if size else ""
+    print_table(title, ["statistics", "images", "features kept"], rows)
