@@ -24,7 +24,14 @@ if TYPE_CHECKING:
         require_known,
     )
     from merge_rl.workflows.assembly.given import Given
-    from merge_rl.workflows.assembly.job import Job, build_job, build_map, unweighed_map
+    from merge_rl.workflows.assembly.job import (
+        GuideSet,
+        Job,
+        build_job,
+        build_map,
+        require_tuning,
+        unweighed_map,
+    )
     from merge_rl.workflows.assembly.memory import (
         MemoryPlan,
         fit_batch,
@@ -69,7 +76,6 @@ if TYPE_CHECKING:
         known_terms,
         open_targets,
     )
-    from merge_rl.workflows.assembly.tuning import GuideSet, require_tuning
 
 __all__ = [
     "GUIDE_FOLDER",
@@ -139,7 +145,9 @@ _HOMES = {
         "extractors",
     ),
     "Given": "given",
-    **dict.fromkeys(("Job", "build_job", "build_map", "unweighed_map"), "job"),
+    **dict.fromkeys(
+        ("GuideSet", "Job", "build_job", "build_map", "require_tuning", "unweighed_map"), "job"
+    ),
     **dict.fromkeys(("find_model", "load_model"), "defaults"),
     **dict.fromkeys(
         (
@@ -195,7 +203,6 @@ _HOMES = {
     **dict.fromkeys(
         ("GUIDE_FOLDER", "ModelDefaults", "find_defaults", "guidance_text"), "defaults"
     ),
-    **dict.fromkeys(("GuideSet", "require_tuning"), "tuning"),
 }
 
 

@@ -25,10 +25,9 @@ from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import absolute
 from merge_rl.workflows.assembly.defaults import ModelDefaults, find_defaults, of_set
 from merge_rl.workflows.assembly.extractors import named_by_file
-from merge_rl.workflows.assembly.job import unweighed_map
+from merge_rl.workflows.assembly.job import meant_guide, tuned_dim, unweighed_map
 from merge_rl.workflows.assembly.published import is_public
 from merge_rl.workflows.assembly.references import resolve_evaluation
-from merge_rl.workflows.assembly.tuning import meant_guide, tuned_dim
 
 LEAST_IMAGES, LOOKS = 250, 200  # of a candidate that is scored on its own images alone
 GRADIENTS = (100, 250)  # images of a round that takes gradients, from small budgets to large ones
