@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SearchConfig
+from merge_rl.core.merging.ema_profiles import Profiles
 from merge_rl.core.merging.linear_maps import FreeMap
 from merge_rl.core.merging.maps import BoundedMap, CoefficientMap
-from merge_rl.core.merging.posthoc import Profiles
 from merge_rl.errors import ConfigError, RunError
 from merge_rl.rng import derive_seed, stream
 

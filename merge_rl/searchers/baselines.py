@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SearchConfig
-from merge_rl.core.merging.ema_profiles import exponent_from_std
-from merge_rl.core.merging.posthoc import Profiles, profile_name
+from merge_rl.core.merging.ema_profiles import Profiles, exponent_from_std, profile_name
 from merge_rl.errors import ConfigError
 from merge_rl.searchers import base as population
 from merge_rl.searchers.base import AskTell, SearchSpace, average, bound, reach, singles

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from merge_rl.config.optimize import SearchConfig
-from merge_rl.core.merging.ema_profiles import exponent_from_std
+from merge_rl.core.merging.ema_profiles import Profiles, exponent_from_std, posthoc_coefficients
 from merge_rl.core.merging.linear_maps import FreeMap
 from merge_rl.core.merging.maps import BoundedMap, SoftmaxMap
-from merge_rl.core.merging.posthoc import Profiles, posthoc_coefficients
 from merge_rl.errors import ConfigError
 from merge_rl.searchers.base import SearchSpace
 from merge_rl.searchers.baselines import WIDTHS, EmaGrid, grid_ends, profile_grid

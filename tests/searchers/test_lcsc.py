@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from merge_rl.config.optimize import SearchConfig
+from merge_rl.core.merging.ema_profiles import Profiles
 from merge_rl.core.merging.linear_maps import AffineMap, FreeMap, WhitenedMap
 from merge_rl.core.merging.maps import BoundedMap, CoefficientMap, EmaMap, SoftmaxMap
-from merge_rl.core.merging.posthoc import Profiles
 from merge_rl.errors import ConfigError
 from merge_rl.rng import stream
 from merge_rl.searchers.base import SearchSpace

@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from merge_rl.core.merging.ema_profiles import exponent_from_std, std_from_exponent
+from merge_rl.core.merging.ema_profiles import Profiles, exponent_from_std, std_from_exponent
 from merge_rl.core.merging.linear_maps import (
     AffineMap,
     FreeMap,
@@ -25,7 +25,6 @@ from merge_rl.core.merging.linear_maps import (
     check_sizes,
     theta_rows,
 )
-from merge_rl.core.merging.posthoc import Profiles
 from merge_rl.errors import ConfigError, UnknownNameError
 
 MAPS = ("whitened", "affine", "free", "softmax", "ema")

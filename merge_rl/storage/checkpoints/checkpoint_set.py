@@ -36,7 +36,7 @@ from merge_rl.storage.files import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merge_rl.core.merging.posthoc import Profiles
+    from merge_rl.core.merging.ema_profiles import Profiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ class CheckpointSet:
 
     def profiles(self) -> Profiles | None:
         """The averages' profiles in time; None where a checkpoint's is not known."""
-        from merge_rl.core.merging.posthoc import Profiles
+        from merge_rl.core.merging.ema_profiles import Profiles
 
         return Profiles.known(self.nimg, self.ema_gamma, self.ema_start)
 

@@ -87,8 +87,11 @@ def with_profile(item: Extracted, data: Mapping[str, object], hints: Hints) -> E
 
 def _profile(width: float, hints: Hints, batch: int) -> tuple[dict[str, Any], str]:
     """(fields of the profile, a sentence) of an average that was to be `width` wide."""
-    from merge_rl.core.merging.ema_profiles import exponent_from_std, std_from_exponent
-    from merge_rl.core.merging.posthoc import sparse_profile
+    from merge_rl.core.merging.ema_profiles import (
+        exponent_from_std,
+        sparse_profile,
+        std_from_exponent,
+    )
 
     every = hints.update_every
     if every is None:

@@ -142,8 +142,7 @@ def ema_coefficients(checkpoints: CheckpointSet, ema_std: float, nimg: int | Non
     """
     import torch
 
-    from merge_rl.core.merging.ema_profiles import exponent_from_std
-    from merge_rl.core.merging.posthoc import Profiles
+    from merge_rl.core.merging.ema_profiles import Profiles, exponent_from_std
 
     times, exponents = checkpoints.nimg, checkpoints.ema_gamma
     lacking = [

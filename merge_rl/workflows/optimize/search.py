@@ -13,9 +13,8 @@ from torch import Tensor
 
 from merge_rl import own_code, registry
 from merge_rl.config import FIXED_STEP_RULES, OptimizeConfig
-from merge_rl.core.merging.ema_profiles import as_float64, exponent_from_std
+from merge_rl.core.merging.ema_profiles import Profiles, as_float64, exponent_from_std
 from merge_rl.core.merging.maps import CoefficientMap
-from merge_rl.core.merging.posthoc import Profiles
 from merge_rl.core.merging.tuned_map import anchored, before_and_after, merge_map, setup_of
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import Searcher, Tracker

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from merge_rl.core.merging import buffers as sums
 from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout, weighted_sum
+from merge_rl.core.merging.ema_profiles import posthoc_coefficients
 from merge_rl.core.merging.groups import Groups
 from merge_rl.core.merging.live_model import LiveModel
-from merge_rl.core.merging.posthoc import posthoc_coefficients
 from merge_rl.errors import ConfigError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.storage.checkpoints.merging import MappedCheckpoints

@@ -14,17 +14,13 @@ from torch import Tensor
 
 from merge_rl.config.numbers import nimg_from_kimg
 from merge_rl.core.merging.ema_profiles import (
+    Profiles,
     ema_beta,
-    ema_response,
     exponent_from_std,
     parse_std_list,
-    std_from_exponent,
-)
-from merge_rl.core.merging.posthoc import (
-    Profiles,
     posthoc_coefficients,
-    profile_correlation,
     sparse_profile,
+    std_from_exponent,
 )
 from merge_rl.errors import ConfigError
 
@@ -82,15 +78,9 @@ def test_impossible_step_is_refused(nimg: int, batch: int) -> None:
         ema_beta(0.1, nimg, batch)
 
 
-def test_responses_match_official(official: dict[str, Any]) -> None:
-    for case in official["power_function_response"]:
-        response = ema_response(case["ofs"], case["std"], case["len"])
-        np.testing.assert_allclose(response, case["response"], rtol=1e-9)
-
-
-def test_response_needs_room_for_its_end() -> None:
-    with pytest.raises(ConfigError, match="end 12 and length 12"):
-        ema_response(12, 0.1, 12)
+def profile_correlation(nimg_a: Any, std_a: Any, nimg_b: Any, std_b: Any) -> Tensor:
+    """Inner products (A, B) of profiles by their ends and widths."""
+    return Profiles.of_widths(nimg_a, std_a).overlap(Profiles.of_widths(nimg_b, std_b)).exp()
 
 
 def test_correlations_match_official(official: dict[str, Any]) -> None:

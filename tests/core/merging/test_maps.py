@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from merge_rl.core.merging.ema_profiles import posthoc_coefficients
 from merge_rl.core.merging.groups import Groups, assign_groups
 from merge_rl.core.merging.maps import CoefficientMap, initial_coefficients, make_map
-from merge_rl.core.merging.posthoc import posthoc_coefficients
 from merge_rl.errors import ConfigError, UnknownNameError
 
 KINDS = ("affine", "ema", "free", "softmax")

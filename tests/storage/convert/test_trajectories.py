@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_rl.config import MergeConfig, SearchConfig
-from merge_rl.core.merging.ema_profiles import exponent_from_std, std_from_exponent
-from merge_rl.core.merging.posthoc import sparse_profile
+from merge_rl.core.merging.ema_profiles import exponent_from_std, sparse_profile, std_from_exponent
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from merge_rl.searchers import SearchSpace
 from merge_rl.searchers.baselines import EmaGrid

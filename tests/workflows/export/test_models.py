@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import merge_rl as mrl
-from merge_rl.core.merging.posthoc import posthoc_coefficients
+from merge_rl.core.merging.ema_profiles import posthoc_coefficients
 from merge_rl.errors import (
     CheckpointError,
     ConfigError,

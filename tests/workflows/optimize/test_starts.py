@@ -15,8 +15,8 @@ from torch import Tensor
 
 import merge_rl as mrl
 from merge_rl.config.optimize import OptimizeConfig
+from merge_rl.core.merging.ema_profiles import posthoc_coefficients
 from merge_rl.core.merging.maps import make_map
-from merge_rl.core.merging.posthoc import posthoc_coefficients
 from merge_rl.errors import BudgetError
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
 from merge_rl.workflows.evaluate.score_store import Request
