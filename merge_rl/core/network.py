@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
@@ -17,6 +18,14 @@ class Network(nn.Module, ABC):
     def kept(self) -> list[Tensor]:
         """What it keeps and what follows from its weights, brought up to date in place."""
         return []
+
+    def derived_once(self) -> AbstractContextManager[None]:
+        """Inside, what follows from weights alone is made once, for all calls with gradients.
+
+        Leaving it takes the gradients of those values back to the weights, so that these have
+        theirs only then. Weights must not change inside.
+        """
+        return nullcontext()
 
     @property
     @abstractmethod

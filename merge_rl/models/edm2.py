@@ -7,7 +7,8 @@ order and shapes equal those of the official checkpoints, so that files travel b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -22,6 +23,8 @@ from merge_rl.models.edm2_layers import (
     BlockConfig,
     FourierFeatures,
     NormalizedWeight,
+    Once,
+    arranged,
     mp_cat,
     mp_silu,
     mp_sum,
@@ -133,7 +136,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """F(x, c_noise, labels) before preconditioning: x (B, C, H, W), labels (B, K) or None."""
         emb = self.embed(c_noise, labels)
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x = arranged(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
         skips = []
         for block in self.enc.values():
             x = block(x, emb) if isinstance(block, Block) else block(x)
@@ -220,8 +223,23 @@ class EDM2(Network):
     def kept(self) -> list[Tensor]:
         """The effective weights of all layers that have made theirs."""
         with torch.no_grad():
-            layers = [layer for layer in self.modules() if isinstance(layer, NormalizedWeight)]
-            return [weight for layer in layers if (weight := layer.renewed()) is not None]
+            return [weight for layer in self._layers() if (weight := layer.renewed()) is not None]
+
+    @contextmanager
+    def derived_once(self) -> Iterator[None]:
+        """Inside, all calls with gradients share each layer's effective weight."""
+        once = Once()
+        try:
+            for layer in self._layers():
+                layer.once = once
+            yield
+            once.take_back()
+        finally:
+            for layer in self._layers():
+                layer.once = None
+
+    def _layers(self) -> list[NormalizedWeight]:
+        return [layer for layer in self.modules() if isinstance(layer, NormalizedWeight)]
 
     def normalize_weights(self) -> None:
         """Bring the rows of all weights to unit magnitude, in place: after every training step.
@@ -232,9 +250,8 @@ class EDM2(Network):
         with it: dropout would make an image no function of its noise.
         """
         with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, NormalizedWeight):
-                    module.weight.copy_(normalize(module.weight.float()))
+            for layer in self._layers():
+                layer.weight.copy_(normalize(layer.weight.float()))
 
     def logvar(self, sigma: Tensor) -> Tensor:
         """u(sigma) (B, 1, 1, 1): log variance of the training loss."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from merge_rl.errors import ConfigError
 from merge_rl.models import edm2_layers as magnitude
@@ -135,31 +136,35 @@ def test_class_ids_out_of_range_are_refused(golden: Path) -> None:
             model(io["x"][:2], io["sigma"][:2], torch.tensor([3, odd]))
 
 
-def test_normalisation_runs_once_per_set_of_weights(
-    golden: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, io = _tiny(golden, "cond")
-    other, _ = _tiny(golden, "cond_b")
-    arguments = (io["x"], io["sigma"], io["class_labels"])
-    calls = []
+@pytest.fixture
+def normalised(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows by a layer whenever one makes its effective weight."""
+    calls: list[object] = []
     original = magnitude.NormalizedWeight._normalized
     monkeypatch.setattr(
         magnitude.NormalizedWeight,
         "_normalized",
         lambda self, gain: calls.append(self) or original(self, gain),  # type: ignore[func-returns-value]
     )
+    return calls
+
+
+def test_normalisation_runs_once_per_set_of_weights(golden: Path, normalised: list[object]) -> None:
+    model, io = _tiny(golden, "cond")
+    other, _ = _tiny(golden, "cond_b")
+    arguments = (io["x"], io["sigma"], io["class_labels"])
     layers = sum(isinstance(m, magnitude.NormalizedWeight) for m in model.unet.modules())
     with torch.no_grad():
         first, second = model(*arguments), model(*arguments)
         assert torch.equal(first, second)
-        assert len(calls) == layers
+        assert len(normalised) == layers
         # In-place writes of any kind are noticed: parameter copies and gains alike.
         for target, source in zip(model.parameters(), other.parameters(), strict=True):
             target.copy_(source)
         for buffer, value in zip(model.buffers(), other.buffers(), strict=True):
             buffer.copy_(value)
         changed = model(*arguments)
-        assert len(calls) == 2 * layers
+        assert len(normalised) == 2 * layers
         assert torch.equal(changed, other(*arguments))
         before = model(*arguments)
         model.unet.out_gain.mul_(2.0)
@@ -172,6 +177,41 @@ def test_gradients_flow_and_never_use_the_cache(golden: Path) -> None:
         model(io["x"], io["sigma"], io["class_labels"])  # fills the cache
     model(io["x"], io["sigma"], io["class_labels"]).square().mean().backward()
     assert all(p.grad is not None for p in model.unet.parameters())
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "made again"])
+def test_calls_that_share_effective_weights_have_the_same_gradient(
+    golden: Path, normalised: list[object], again: bool
+) -> None:
+    model, io = _tiny(golden, "cond")
+    weights = list(model.unet.parameters())
+
+    def two_calls() -> None:
+        x = io["x"].clone()
+        for _ in range(2):
+            given = x, io["sigma"], io["class_labels"]
+            x = checkpoint(model, *given, use_reentrant=False) if again else model(*given)
+        x.square().mean().backward()  # type: ignore[no-untyped-call]
+
+    two_calls()
+    expected = [weight.grad for weight in weights]
+    model.zero_grad()
+    normalised.clear()
+    with model.derived_once():
+        two_calls()
+        assert all(weight.grad is None for weight in weights)
+    layers = sum(isinstance(m, magnitude.NormalizedWeight) for m in model.unet.modules())
+    assert len(normalised) == layers
+    for weight, gradient in zip(weights, expected, strict=True):
+        # Both are sums over all positions of an image, 2^10 roundings of 2^-24 at most.
+        assert gradient is not None
+        torch.testing.assert_close(
+            weight.grad, gradient, rtol=0, atol=2**-14 * float(gradient.abs().max())
+        )
+    model.zero_grad()
+    two_calls()  # outside, each call makes its own again
+    assert len(normalised) == (5 if again else 3) * layers
+    torch.testing.assert_close([w.grad for w in weights], expected, rtol=0, atol=0)
 
 
 def test_primitives(golden: Path) -> None:

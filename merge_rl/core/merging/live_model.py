@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from merge_rl.core.merging.buffers import Checkpoints, as_float32
 from merge_rl.core.merging.maps import CoefficientMap
+from merge_rl.core.network import Network
 from merge_rl.errors import ConfigError
 
 _CHUNK = 1 << 20  # elements of each checkpoint held in float64 at a time
@@ -103,7 +104,8 @@ class LiveModel:
     def gradients(self) -> Iterator[Tensor]:
         """Inside, backward passes add the gradient of the flat weights up in the tensor (size,).
 
-        Parameters outside the merge have none, and afterwards none has.
+        It is whole once this is left. Parameters outside the merge have none, and afterwards none
+        has. Weights must not change inside.
         """
         total = torch.zeros_like(self._flat)
         views = self.checkpoints.layout.views(total)
@@ -111,7 +113,9 @@ class LiveModel:
             for name, view in views.items():
                 parameter = self.model.get_parameter(name)
                 parameter.requires_grad_(True).grad = view
-            yield total
+            network = self.model
+            with network.derived_once() if isinstance(network, Network) else nullcontext():
+                yield total
         finally:
             for name in views:
                 parameter = self.model.get_parameter(name)
