@@ -12,6 +12,7 @@ import torch
 from merge_rl.demo import write_demo
 from merge_rl.storage.checkpoints import open_checkpoints, open_model_file
 from merge_rl.workflows.export import merge, save_model
+from tests.pages import search_run
 
 # What a command is given, and a piece of what it prints; {} stands for the folder below.
 COMMANDS = {
@@ -26,6 +27,7 @@ COMMANDS = {
         ["merge", "{}/sit", "{}/two", "--track", "raw", "--uniform", "--dtype", "bfloat16"],
         "merged 8 checkpoints",
     ),
+    "report": (["report", "{}/run"], "run/report.html"),
     "no such set": (["fetch", "edm2-img512-xss", "{}/new"], "did you mean 'edm2-img512-xs'"),
     "no plan": (["plan", "{}/nothing"], "no such folder"),
 }
@@ -51,6 +53,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = open_checkpoints(folder / "sit", track="raw").read(0)
     torch.save({"ema": weights}, folder / "sit.pt")
     save_model(folder / "merged", weights, None)
+    search_run(folder / "run", ["a", "b"])
     return folder
 
 

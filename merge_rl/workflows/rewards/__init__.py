@@ -1,24 +1,33 @@
 """Distribution-wise rewards of a pool of features, alone and as weighted sums."""
 
-from merge_rl.workflows.rewards.frechet import InfluenceFrechet, Pool, RewardSource, pool_gap
-from merge_rl.workflows.rewards.mean import columns, real_distances
-from merge_rl.workflows.rewards.subset_reward import (
-    Level,
-    RewardGradient,
-    SubsetReward,
-    require_gradient,
-)
-from merge_rl.workflows.rewards.sum import (
-    KEY,
-    CombinedExtractor,
-    FirstOrderWatch,
-    RewardScores,
-    RewardSum,
-    WeightedReward,
-    first_order_line,
-    first_order_warnings,
-    term_means,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from merge_rl.late import offered
+
+if TYPE_CHECKING:
+    from merge_rl.workflows.rewards.first_order import (
+        KEY,
+        FirstOrderWatch,
+        first_order_line,
+        first_order_warnings,
+    )
+    from merge_rl.workflows.rewards.frechet import InfluenceFrechet, Pool, RewardSource, pool_gap
+    from merge_rl.workflows.rewards.mean import columns, real_distances
+    from merge_rl.workflows.rewards.subset_reward import (
+        Level,
+        RewardGradient,
+        SubsetReward,
+        require_gradient,
+    )
+    from merge_rl.workflows.rewards.sum import (
+        CombinedExtractor,
+        RewardScores,
+        RewardSum,
+        WeightedReward,
+        term_means,
+    )
 
 __all__ = [
     "KEY",
@@ -41,3 +50,22 @@ __all__ = [
     "require_gradient",
     "term_means",
 ]
+
+# Each is loaded when it is asked for: what pages of runs need does without torch.
+_HOMES = {
+    **dict.fromkeys(
+        ("KEY", "FirstOrderWatch", "first_order_line", "first_order_warnings"), "first_order"
+    ),
+    **dict.fromkeys(("InfluenceFrechet", "Pool", "RewardSource", "pool_gap"), "frechet"),
+    **dict.fromkeys(("columns", "real_distances"), "mean"),
+    **dict.fromkeys(
+        ("Level", "RewardGradient", "SubsetReward", "require_gradient"), "subset_reward"
+    ),
+    **dict.fromkeys(
+        ("CombinedExtractor", "RewardScores", "RewardSum", "WeightedReward", "term_means"), "sum"
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    return offered(__name__, name, _HOMES)

@@ -19,7 +19,13 @@ from merge_rl.interfaces import NullTracker
 from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.reference.formats import Reference
 from merge_rl.workflows.report import write_report
-from merge_rl.workflows.rewards import sum as first_order
+from merge_rl.workflows.rewards import first_order
+from merge_rl.workflows.rewards.first_order import (
+    FirstOrderWatch,
+    first_order_line,
+    first_order_ratio,
+    first_order_warnings,
+)
 from merge_rl.workflows.rewards.frechet import (
     InfluenceFrechet,
     Pool,
@@ -27,14 +33,7 @@ from merge_rl.workflows.rewards.frechet import (
     Subset,
     SubsetFrechet,
 )
-from merge_rl.workflows.rewards.sum import (
-    FirstOrderWatch,
-    RewardSum,
-    WeightedReward,
-    first_order_line,
-    first_order_ratio,
-    first_order_warnings,
-)
+from merge_rl.workflows.rewards.sum import RewardSum, WeightedReward
 
 pytestmark = pytest.mark.usefixtures("no_network_here")
 
