@@ -13,6 +13,7 @@ from merge_rl.cli.options import build, integer, positive, with_settings
 from merge_rl.cli.output import ByteTracker, JsonFlag, ProgressTracker, note, print_json, say
 from merge_rl.config import GenerationConfig, SampleConfig, SamplerConfig, to_mapping
 from merge_rl.errors import ConfigError
+from merge_rl.own_code import require_allowed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -196,6 +197,8 @@ def find_autoencoder(model: Path, network: nn.Module, config: GenerationConfig) 
 
     near = find_defaults(model)
     own = config.autoencoder in (None, near.autoencoder)
+    if config.autoencoder is None and near.autoencoder is not None:
+        require_allowed(near.autoencoder, "autoencoder", "--autoencoder", f"the run of {model}")
     built, _ = load_autoencoder(
         config.autoencoder or near.autoencoder,
         config.autoencoder_weights or (near.autoencoder_weights if own else None),

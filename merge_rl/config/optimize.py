@@ -77,7 +77,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What searches and fine-tuning both take: data, decoder, device, seed, licence, rules.
+    """What searches and fine-tuning both take: data, network, device, seed, licence, rules.
 
     None stands for what the set, or the run or set of a model, says.
     """
@@ -105,6 +105,10 @@ class RunConfig:
         default_factory=dict,
         metadata=about(help="Weights of other extractors of the reward, by name.", panel=DATA),
     )
+    network: str | None = setting(
+        None, "Your own, package.module:factory, which says what it predicts over which time.",
+        MODEL, "--network", unset="that of the set",
+    )  # fmt: skip
     autoencoder: str | None = setting(
         None, "What makes images of latents: sd-vae-edm2, sd-vae-sit, package.module:factory.",
         MODEL, "--autoencoder", unset=f"{OF_SET}, or the samples if they can be images",
@@ -138,10 +142,6 @@ class OptimizeConfig(RunConfig):
     select: tuple[str, ...] = setting(
         (), "A checkpoint to use, and no other; repeatable.", flag="--only", metavar="NAME",
         unset="all",
-    )  # fmt: skip
-    network: str | None = setting(
-        None, "Your own, package.module:factory, which says what it predicts over which time.",
-        MODEL, "--network", unset="that of the set",
     )  # fmt: skip
     generate: str | None = setting(
         None,

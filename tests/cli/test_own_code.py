@@ -17,6 +17,7 @@ from merge_rl import own_code
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import save_checkpoint
 from tests.conftest import Ended
+from tests.finetuning import small_config
 
 MODULE = '''
 import torch
@@ -201,6 +202,69 @@ def test_a_run_goes_on_where_its_code_is_named_again(
     start = torch.tensor([8.0, 6.0])
     target = torch.tensor([1.0, 0.0])
     assert float((mean - target).norm()) < 0.5 * float((start - target).norm())
+
+
+TUNING = (
+    "--train-steps", "3", "--subsets", "4", "--pool", "40", "--subset", "5", "--refresh", "2",
+    "--lr", "0.1", "--eval-steps", "3", "--eval-every", "2", "--eval-images", "20",
+    "--final-images", "40", "--repeats", "2", "--set", "curves.ode_solver=euler", "--save-every",
+    "1", "--reference", "real.pt", "--ema", "0",
+)  # fmt: skip
+
+
+def test_an_own_network_is_fine_tuned_and_goes_on(
+    mergerl: Callable[..., Ended], shifts: Path, own: str
+) -> None:
+    named = {kind: f"{own}:{name}" for kind, name in (
+        ("network", "network"), ("autoencoder", "Twice"), ("extractor", "Points"),
+        ("reward", "Nearest"),
+    )}  # fmt: skip
+    flags = {kind: (f"--{kind}", name) for kind, name in named.items()}
+    said = [part for pair in flags.values() for part in pair]
+    whole = mergerl("finetune", shifts, *TUNING, *said, "--steps", "2", "--out", "whole", "--json")
+    assert whole.code == 0, whole.err
+    comparison = json.loads(whole.out)["comparison"]["curves"]["ode-eval"]
+    assert comparison["gain"]["low"] > 0
+    assert json.loads(Path("whole/final/config.json").read_text()) == {"model": named["network"]}
+    assert mergerl("finetune", shifts, *TUNING, *said, "--steps", "1", "--out", "part").code == 0
+    settings = Path("part/finetune.yaml")
+    settings.write_text(settings.read_text().replace("steps: 1\n", "steps: 2\n", 1))
+    commands = {
+        ("resume", "part"): ("network", "autoencoder", "extractor", "reward"),
+        ("evaluate", "part", "--num-images", "40"): ("extractor", "network", "autoencoder"),
+        ("optimize", "part", *SMALL, "--searcher", "uniform", "--out", "merged"): (
+            "extractor",
+            "autoencoder",
+            "network",
+        ),
+    }
+    for command, kinds in commands.items():
+        given: list[str] = []
+        for kind in kinds:
+            forget()
+            refused = mergerl(*command, *given)
+            assert refused.code == 1
+            assert f"--{kind} {named[kind]}" in refused.err
+            given += flags[kind]
+        if command[0] != "optimize":  # a search with these is tried above
+            ended = mergerl(*command, *given)
+            assert ended.code == 0, ended.err
+    weights = [Path(f"{run}/final/model.safetensors").read_bytes() for run in ("whole", "part")]
+    assert weights[0] == weights[1]
+
+
+def test_python_fine_tunes_a_network_by_its_factory(shifts: Path, own: str) -> None:
+    module = own_code.find(f"{own}:network", "network").__globals__
+    forget()
+    factory = module["network"]
+    config = small_config(shifts, reward={"pool_size": 20}, update={"learning_rate": 0.1})
+    result = mrl.finetune(
+        shifts, out="run", config=config, network=factory, extractor=module["Points"](),
+        reference="real.pt", progress=False,
+    )  # fmt: skip
+    start, end = (mrl.load_model(place, network=factory) for place in (shifts, result.model_path))
+    assert not torch.equal(start.state_dict()["shift"], end.state_dict()["shift"])
+    assert isinstance(mrl.resume("run", progress=False), mrl.FinetuneResult)  # it has ended
 
 
 @pytest.mark.parametrize(

@@ -217,15 +217,16 @@ class Origin:
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the file
 
 
-def find_origin(path: str | os.PathLike[str]) -> Origin:
-    """What files and manifests say of the model at `path`."""
+def find_origin(path: str | os.PathLike[str], network: str | None = None) -> Origin:
+    """What files and manifests say of the model at `path`; `network` is code that builds it."""
     file = open_model_file(path)
-    if file.config is None:
+    config = file.config if network is None else {"model": network}
+    if config is None:
         raise CheckpointError(f"{path}: the model config is not known; expected a config.json")
     manifest, entry = _listing(Path(path)) or (_nearest(Path(path)), None)
     return Origin(
         name=(manifest.name if manifest else None) or absolute(path).stem,
-        config=file.config,
+        config=config,
         licence=(entry.licence if entry else None) or (manifest.licence if manifest else None),
         source=entry.source if entry else None,
         nimg=entry.nimg if entry else None,

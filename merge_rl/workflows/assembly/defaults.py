@@ -25,10 +25,12 @@ from merge_rl.storage.checkpoints import SetDefaults, has_manifest, newest_model
 from merge_rl.storage.files import index_of, is_weights_name, spellings
 from merge_rl.storage.hub import local_place
 from merge_rl.storage.runs import (
+    FinetuneRun,
     Meant,
     described,
     folder_kind,
     holds_weights,
+    is_finetune_run,
     only_inside,
     result_of,
 )
@@ -84,8 +86,17 @@ def _near_defaults(model: str | Path) -> ModelDefaults:
             copied = {key: getattr(run, key) for key in (*_COPIED, "autoencoder_dtype", "sampler")}
             return ModelDefaults(**{**copied, "extractor_weights": own_weights(run)})
         if folder.is_dir() and has_manifest(folder):
-            return of_set(read_manifest(folder).defaults.resolved(folder), folder)
+            found = of_set(read_manifest(folder).defaults.resolved(folder), folder)
+            return _with_own(found, folder) if is_finetune_run(folder) else found
     return ModelDefaults()
+
+
+def _with_own(found: ModelDefaults, folder: Path) -> ModelDefaults:
+    """With the code of the user's that a fine-tuning run names and its manifest leaves out."""
+    run = FinetuneRun.open(folder).config()
+    named = {kind: getattr(run, kind) for kind in ("extractor", "autoencoder")}
+    own = {kind: name for kind, name in named.items() if name and own_code.is_own(name)}
+    return dataclasses.replace(found, **own)
 
 
 def of_set(found: SetDefaults, folder: Path) -> ModelDefaults:

@@ -23,8 +23,8 @@ from merge_rl.errors import ConfigError
 from merge_rl.searchers import SMALL_DIM, scaled_to
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import absolute
+from merge_rl.storage.runs import is_finetune_run
 from merge_rl.workflows.assembly.defaults import ModelDefaults, find_defaults, of_set
-from merge_rl.workflows.assembly.extractors import named_by_file
 from merge_rl.workflows.assembly.job import meant_guide, tuned_dim, unweighed_map
 from merge_rl.workflows.assembly.published import is_public
 from merge_rl.workflows.assembly.references import resolve_evaluation
@@ -79,8 +79,10 @@ def _completed(config: Settings, defaults: ModelDefaults, nothing: str) -> Setti
 def _near(path: str | Path, config: Settings) -> ModelDefaults:
     """What the set or run of a path says; refuses to run code that it alone names."""
     near = find_defaults(path)
-    if config.extractor is None and near.extractor is not None:
-        named_by_file(near.extractor, f"the run or set of {path}")
+    for kind in ("extractor", "autoencoder"):
+        named = getattr(near, kind)
+        if getattr(config, kind) is None and named is not None:
+            own_code.require_allowed(named, kind, f"--{kind}", f"the run or set of {path}")
     return near
 
 
@@ -101,7 +103,7 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
     folder = checkpoints.folder
     if config.generate is not None:
         defaults = ModelDefaults()
-    elif checkpoints.manifest is not None:
+    elif checkpoints.manifest is not None and not is_finetune_run(folder):
         defaults = of_set(checkpoints.defaults, folder)
     else:
         defaults = _near(folder, config)
@@ -254,8 +256,8 @@ class Named(NamedTuple):
     flag: str
 
 
-def names_in(config: OptimizeConfig) -> Iterator[Named]:
-    """Every name of code in the settings of a search, but for the function that generates."""
+def names_in(config: OptimizeConfig | FinetuneConfig) -> Iterator[Named]:
+    """Every name of code in the settings of a run, but for the function that generates."""
     plain = (
         ("network", config.network), ("autoencoder", config.autoencoder),
         ("extractor", config.extractor),
@@ -263,7 +265,7 @@ def names_in(config: OptimizeConfig) -> Iterator[Named]:
     for kind, name in plain:
         if name is not None and own_code.is_own(name):
             yield Named(name, kind, f"--{kind}")
-    if registry.own_searcher(config.search.name):
+    if isinstance(config, OptimizeConfig) and registry.own_searcher(config.search.name):
         yield Named(config.search.name, "searcher", "--searcher")
     for term in config.reward.terms:
         if own_code.is_own(term.base):
@@ -272,13 +274,13 @@ def names_in(config: OptimizeConfig) -> Iterator[Named]:
             yield Named(term.extractor, "extractor", "--extractor")
 
 
-def allow_named(config: OptimizeConfig) -> None:
+def allow_named(config: OptimizeConfig | FinetuneConfig) -> None:
     """Allow the code that settings of the user's name."""
     for found in names_in(config):
         own_code.allow(found.name)
 
 
-def require_all_allowed(config: OptimizeConfig, where: str) -> None:
+def require_all_allowed(config: OptimizeConfig | FinetuneConfig, where: str) -> None:
     """Raise ConfigError for code that settings in a file name and the user does not."""
     for name, kind, flag in names_in(config):
         own_code.require_allowed(name, kind, flag, where)

@@ -63,8 +63,11 @@ class Given:
         """What makes images: as said, else that of the run or set."""
         if self.autoencoder is not None or self.near is None:
             return self.autoencoder
+        named = self.near.autoencoder
+        if named is not None:
+            own_code.require_allowed(named, "autoencoder", "--autoencoder", "the run of the model")
         return load_autoencoder(
-            self.near.autoencoder, self.near.autoencoder_weights,
+            named, self.near.autoencoder_weights,
             shape=[int(n) for n in network.sample_shape],  # type: ignore[union-attr]
             dtype=self.near.autoencoder_dtype,
         )[0]  # fmt: skip

@@ -155,7 +155,9 @@ class DistributedStep(StepParts):
             case "state":
                 self._take_state(asked)
             case "network":
-                network = load_network(self.config.model).to(self.config.device)
+                network = load_network(self.config.model, self.config.network).to(
+                    self.config.device
+                )
                 self.networks[asked["name"]] = network
                 _send(network)
             case method:  # of a learner in shards

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from merge_rl import registry
 from merge_rl.config import FIRST_RULES, FinetuneConfig, OptimizeConfig, RewardConfig
 from merge_rl.core.sampling.compatibility import require_reward_solver
 from merge_rl.errors import ConfigError
@@ -25,6 +24,7 @@ from merge_rl.workflows.assembly import (
     known_terms,
     load_network,
     require_known,
+    require_known_autoencoder,
     require_memory,
 )
 from merge_rl.workflows.finetune.kept import PolicyRollout
@@ -58,7 +58,7 @@ def check_names(config: FinetuneConfig) -> None:
     if config.extractor is not None:
         require_known(config.extractor)
     if config.autoencoder is not None:
-        registry.resolve("autoencoder", registry.AUTOENCODERS, config.autoencoder)
+        require_known_autoencoder(config.autoencoder)
 
 
 def check_finetune(config: FinetuneConfig) -> None:
@@ -74,7 +74,7 @@ def build_finetune(
     config: FinetuneConfig, announce: Announce = lambda _text: None, processes: int = 1
 ) -> FinetuneJob:
     """Everything that a resolved config names, loaded and brought together, for one process."""
-    network = load_network(config.model)
+    network = load_network(config.model, config.network)
     require_memory(config, sum(p.numel() for p in network.parameters()), processes)
     parts = Parts(with_reward(config.part_settings(), config.credit), network, announce)
     parts.require_fit(config.curve_samplers().values())
@@ -97,7 +97,7 @@ def build_finetune(
         reference=reference,
         rollout=rollout,
         scored=parts.rollout(Rollout, own=True),
-        origin=find_origin(config.model),
+        origin=find_origin(config.model, config.network),
         hashes={"model": model_sha256(config.model), **parts.hashes()},
         follows=_follows(config, parts, rollout, announce),
     )

@@ -33,8 +33,10 @@ from merge_rl.storage.runs import (
 )
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
+    allow_named,
     find_model,
     load_network,
+    require_all_allowed,
     resolve_finetune,
     search_doubts,
 )
@@ -100,7 +102,8 @@ def finetune(
         resume: go on with the run in `out`; it ends as if it had never been interrupted.
         wrap: what losses are computed through, see `Learner`; in one process.
         tracker: hears of progress; by default it is printed, unless `progress` is off.
-        settings: any setting by its name, as in `optimize`.
+        settings: any setting by its name, as in `optimize`; of a network of one's own
+            `network=make_network`.
 
     Raises MergeRLError subclasses for input that cannot work, before anything is written;
     KeyboardInterrupt, on SIGTERM too, with the last finished step saved; TrainingError when three
@@ -109,6 +112,7 @@ def finetune(
     named = {"algorithm": algorithm, "reward": reward, "steps": steps, "seed": seed}
     settings |= {name: value for name, value in named.items() if value is not None}
     chosen = with_settings(config or FinetuneConfig(), **settings)
+    allow_named(chosen)
     check_names(chosen)  # before a model is fetched from the Hub
     tracker = tracker_of(tracker, progress)
     source = find_model(model, tracker=notes_of(tracker)).told(announcing(tracker))
@@ -148,6 +152,7 @@ def resume_finetune(
     run = FinetuneRun.open(find_run(run_dir).told(announcing(tracker)))
     with joined() as group, locked(run.path if group.leads else None):
         own = continued(run, config)
+        require_all_allowed(own, str(run.path))
         own = located(own, run.path, checkpoints, announce=announcing(tracker))
         require_extras(own.track)
         job = _gather(group, own, wrap, tracker)
@@ -223,8 +228,8 @@ def _drive(
         step = loop.state.step if step is None else step
         weights = loop.snapshots.result_path(step)
         networks = {
-            "start": load_network(config.model).to(config.device),
-            "result": load_network(weights).to(config.device),
+            "start": load_network(config.model, config.network).to(config.device),
+            "result": load_network(weights, config.network).to(config.device),
         }
         with signals:  # SIGTERM interrupts it too; finished scores are kept
             parts.send_networks(networks)

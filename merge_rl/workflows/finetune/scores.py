@@ -99,8 +99,11 @@ class Curves:
 def write_grid(job: FinetuneJob, run: FinetuneRun, step: int, network: nn.Module) -> str | None:
     """samples/step-N.png of the same seeds at every step, under the SDE of evaluation.
 
-    None where a sample is not finite: a grid of some of the images would look sound.
+    None for samples that are no pictures, and where a sample is not finite: a grid of some of the
+    images would look sound.
     """
+    if not job.parts.makes_images:
+        return None
     rollout: Rollout = job.scored.with_network(network)
     rollout = rollout.with_sampler(job.config.curve_samplers()["sde-eval"])
     rollout.on_images = lambda _count: None

@@ -9,6 +9,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
+from merge_rl import own_code
 from merge_rl.config import FinetuneConfig, to_mapping
 from merge_rl.models import plain_state_dict
 from merge_rl.storage.checkpoints import (
@@ -89,11 +90,11 @@ class Snapshots:
     def _finish(self) -> None:
         config = self.config
         defaults = SetDefaults(
-            extractor=config.extractor,
+            extractor=_registered(config.extractor),
             extractor_weights=self._beside("extractor", config.extractor_weights),
             reference=self._beside("reference", config.reference),
             heldout=self._beside("heldout", config.heldout),
-            autoencoder=config.autoencoder,
+            autoencoder=_registered(config.autoencoder),
             autoencoder_weights=self._beside("autoencoder", config.autoencoder_weights),
             sampler=_sampler_mapping(config),
         )
@@ -117,6 +118,11 @@ class Snapshots:
             with atomic_path(target) as temporary:
                 shutil.copyfile(file, temporary)
         return relative
+
+
+def _registered(name: str | None) -> str | None:
+    """None for code of the user's, which a set does not name: it may go anywhere."""
+    return None if name is None or own_code.is_own(name) else name
 
 
 def _sampler_mapping(config: FinetuneConfig) -> dict[str, object]:

@@ -190,7 +190,7 @@ def resume(
         config = located(run.config(), run.path, checkpoints, announce=announcing(tracker))
         given = _given(config, run, generate, model)
         select = config.select or None
-        require_all_allowed(config, f"the settings of {run.path}")
+        require_all_allowed(config, str(run.path))
         opened = open_checkpoints(config.checkpoints, track=config.track, select=select)
         with_network(opened, config.network)
         ranks, job = _gather(group, config, opened, tracker, given)

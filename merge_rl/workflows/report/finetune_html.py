@@ -128,7 +128,10 @@ def _headline(run: TuningFacts) -> Safe:
 def _pictures(run: TuningFacts) -> Safe:
     known = sorted((run.path / "samples").glob("step-*.png"))
     if not known:
-        text = "There are no pictures: no step was scored, or its samples were not finite."
+        why = "no step was scored, or its samples were not finite"
+        if run.points:
+            why = "its samples are none, or were not finite"
+        text = f"There are no pictures: {why}."
         return section("Before and after", tag("p", text, class_="note"))
     after = known[-1]
     if run.result is not None:
