@@ -46,6 +46,7 @@ TIMED: Final = (
 )  # pages say how long it took
 READ: Final = (".json", ".jsonl")
 MEASURED: Final = ("overhead", "memory_bytes")  # of the machine, beside all that is in seconds
+HANGS: Final = 4.0  # seconds after which a rank that says nothing hangs
 SEARCH: Final = {
     "track": "raw", "budget": 110, "sampler": {"num_steps": 2}, "search": {"population": 2},
     "reward": {"pool_size": 40, "subset_size": 10, "refresh_size": 10},
@@ -361,7 +362,8 @@ def disks(name: str) -> Cases:
             if number >= writes:
                 prepare = functools.partial(_bounded, limits[number - writes])
             ended = run(place, bench.command.arguments, prepare=prepare)
-            found = _complaint(ended, place)
+            cut = number >= writes and (place / "said").stat().st_size >= limits[number - writes]
+            found = _complaint(ended, place, cut=cut)
             yield number, found or bench.judged(place, ended_well=ended.status == 0)
 
     return cases
@@ -372,8 +374,11 @@ def _bounded(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def _complaint(ended: Ended, place: Path) -> str | None:
-    """What is wrong with how a command met a full disk; None if nothing is."""
+def _complaint(ended: Ended, place: Path, *, cut: bool) -> str | None:
+    """What is wrong with how a command met a full disk; None if nothing is.
+
+    Of output that is cut itself, no sentence is expected.
+    """
     left = [f.name for f in place.rglob("*") if f.name.startswith(".tmp-") or f.name == ".lock"]
     if left:
         return f"left behind: {', '.join(left)}"
@@ -382,9 +387,10 @@ def _complaint(ended: Ended, place: Path) -> str | None:
         return None if not errors else f"exit 0, yet {errors[0]}"
     words = [os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG)]
     words += ["No usable temporary directory"]  # which a library looks for, and all disks are full
-    if not ended.said:
-        return None  # not even a sentence could be written
-    if len(errors) != 1 or not any(word in errors[0] for word in words):
+    if cut:
+        return None
+    named = any(f" {name}" in line for line in errors for name in ("out", str(place)))
+    if len(errors) != 1 or not any(word in errors[0] for word in words) or not named:
         return f"told: {_last(ended)}"
     return "told a temporary" if ".tmp-" in errors[0] else None
 
@@ -415,26 +421,30 @@ def slowed(name: str) -> Cases:
 
 
 def hung(name: str) -> Cases:
-    """A rank is stopped for good: the other says which, and ends."""
+    """A rank is stopped for good: the other says which one, and ends; then go on."""
 
     def cases(folder: Path, seed: int, done: int, total: int) -> Iterator[tuple[int, str]]:
         command = commands(inputs(folder))[name]
         bench = Bench(folder, Command(command.arguments, command.going_on, 2))
-        wait = functools.partial(os.environ.update, MERGERL_TIMEOUT="4")
+        limit = {"MERGERL_TIMEOUT": str(HANGS)}
         for number in range(done, total):
             draw = random.Random(f"{seed} hang {name} {number}")
-            place = bench.fresh(f"case-{number}")
-            pid = start(place, command.arguments, ranks=2, prepare=lambda: wait())
+            place, rank = bench.fresh(f"case-{number}"), draw.randrange(2)
+            wait = functools.partial(os.environ.update, limit)
+            pid = start(place, command.arguments, ranks=2, prepare=wait)
             time.sleep(draw.uniform(0.2, 0.8) * bench.seconds)
-            victims = children(pid)[1:2]
-            for victim in victims:
-                os.kill(victim, signal.SIGSTOP)
-            time.sleep(8)
-            for victim in victims:
-                os.kill(victim, signal.SIGKILL)
+            victims = children(pid)[rank : rank + 1]
+            for wanted in (signal.SIGSTOP, signal.SIGKILL):  # which the launcher sends in the end
+                for victim in victims:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(victim, wanted)
+                time.sleep(2 * HANGS if wanted == signal.SIGSTOP else 0)
             ended = end(pid, place)
-            named = ended.status == 0 or "rank 1" in ended.said
-            yield number, "named" if named else f"told: {_last(ended)}"
+            told = [line for line in ended.said.splitlines() if line.startswith("error: ")]
+            named = len(told) == 1 and f"rank {rank}" in told[0]
+            found = bench.judged(place) if named else f"told: {told or _last(ended)}"
+            late = ended.status == 0
+            yield number, "too late" if late else "named" if found == "equal" else found
 
     return cases
 

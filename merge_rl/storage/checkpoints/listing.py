@@ -168,6 +168,7 @@ def _entries_by_name(folder: Path) -> tuple[CheckpointEntry, ...]:
 
 
 def by_progress(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, ...]:
+    """In the order of a set: by training, else by the numbers of names; else as they are."""
     if any(entry.nimg is None for entry in entries):
         return _by_numbers(entries)
     return tuple(sorted(entries, key=progress))

@@ -17,6 +17,7 @@ from merge_rl.storage.checkpoints import (
     KnownSet,
     Manifest,
     SetDefaults,
+    by_progress,
     has_manifest,
     load_catalogue,
     read_manifest,
@@ -70,12 +71,15 @@ class ConversionPlan:
         return entry.sha256 if entry else None
 
     def manifest(self, hashes: Mapping[ConversionFile, str]) -> Manifest:
-        """The manifest once these outputs, and their hashes, are there."""
-        entries = dict(self.existing)
-        for job in self.jobs:
-            if job in hashes:
-                entries[job.file] = self._entry(job, hashes[job])
-        return replace(self.base, checkpoints=tuple(entries.values()))
+        """The manifest once these outputs, and their hashes, are there.
+
+        Their order is that of a set, else that of the plan: not that in which they came to be
+        there, over conversions that were cut short.
+        """
+        made = {job.file: self._entry(job, hashes[job]) for job in self.jobs if job in hashes}
+        planned = iter(made.values())
+        kept = [next(planned) if name in made else own for name, own in self.existing.items()]
+        return replace(self.base, checkpoints=by_progress((*kept, *planned)))
 
     def _entry(self, job: ConversionFile, sha256: str) -> CheckpointEntry:
         found = job.found

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from merge_rl.errors import DownloadError, HashMismatchError
-from merge_rl.storage.files import Progress, sha256_file, write_json
+from merge_rl.storage.files import Progress, sha256_file, told_of, write_json
 from merge_rl.storage.hub.web import Body, PassingError, open_url, probe, read_body, shown
 
 CHUNK_BYTES: Final = 2**20
@@ -192,7 +192,7 @@ def _append(
     part: _Part, response: http.client.HTTPResponse, size: int, progress: Progress | None
 ) -> None:
     done = part.done
-    with part.path.open("ab") as file:
+    with told_of(part.target, part.path), part.path.open("ab") as file:
         while done < size:
             try:
                 chunk = response.read1(min(CHUNK_BYTES, size - done))

@@ -221,6 +221,28 @@ def test_the_same_sources_make_the_same_bytes(tmp_path: Path) -> None:
     assert contents[0] == contents[1]
 
 
+@pytest.mark.parametrize(
+    ("names", "turns"),
+    [
+        # Images seen tell the order, whatever was there first; where names tell none, the command.
+        (["net-0000102-0.050", "net-0000204-0.050"], [[1], [0]]),
+        (["net-0000102-0.050", "net-0000204-0.050"], [[1], [0, 1]]),
+        (["second", "first", "third"], [[2], [0, 1, 2]]),
+        (["second", "first", "third"], [[2, 0], [1], [0, 1, 2]]),
+    ],
+)
+def test_a_manifest_does_not_tell_what_came_first(
+    names: list[str], turns: list[list[int]], tmp_path: Path
+) -> None:
+    files = [snapshot(tmp_path / "src", f"{name}.pkl", 1) for name in names]
+    convert(files, tmp_path / "whole")
+    for turn in turns:
+        convert([files[i] for i in turn], tmp_path / "out")
+    found = read_manifest(tmp_path / "out")
+    assert [entry.source for entry in found.checkpoints] == [f"{name}.pkl" for name in names]
+    assert found == read_manifest(tmp_path / "whole")
+
+
 # --------------------------------------------------------------------------- training states
 
 

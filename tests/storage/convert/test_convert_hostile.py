@@ -6,14 +6,12 @@ import io
 import pickle
 import pickletools
 import random
-import resource
 import subprocess
 import sys
 import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from merge_rl.storage.convert.edm2 import is_snapshot, read_snapshot
 from merge_rl.storage.convert.run import convert
 from merge_rl.storage.convert.sources import extract
 from merge_rl.storage.pickles.reading import read_data
+from tests.children import largest_file
 
 SNAPSHOTS = ["tiny_snapshot", "tiny_snapshot_legacy_names", "tiny_snapshot_rgb_uncond"]
 
@@ -200,17 +199,6 @@ def test_no_import_no_code_and_no_unpickler_is_used(golden: Path, tmp_path: Path
 
 
 # ------------------------------------------------------------------------------ a disk runs full
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Writes beyond `size` bytes fail, as they do on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 1000, 20_000, 370_000])

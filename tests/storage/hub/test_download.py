@@ -11,6 +11,7 @@ import pytest
 from merge_rl.errors import DownloadError, HashMismatchError
 from merge_rl.storage.hub.download import ATTEMPTS, fetch_url, probe_file
 from merge_rl.storage.hub.web import is_loopback, require_safe, shown
+from tests.children import largest_file
 from tests.hub_server import Cut, FileServer
 
 DATA = bytes(range(256)) * 4000  # about 1 MB, no two halves alike in place
@@ -173,6 +174,15 @@ def test_a_short_body_is_a_cut_connection(web: FileServer, tmp_path: Path) -> No
     with pytest.raises(DownloadError, match="broke after 1,024,000 of 1,024,007 bytes: closed by"):
         fetch_url(url, tmp_path / "a.pkl", wait=Waits())
     assert len(web.requests) == ATTEMPTS
+
+
+def test_a_full_disk_names_the_file_and_what_came_is_kept(web: FileServer, tmp_path: Path) -> None:
+    url = web.put("/a.pkl", DATA)
+    with largest_file(400_000), pytest.raises(OSError, match="cannot be written") as caught:
+        fetch_url(url, tmp_path / "a.pkl")
+    assert caught.value.filename == str(tmp_path / "a.pkl")
+    found = fetch_url(url, tmp_path / "a.pkl")
+    assert (found.sha256, found.resumed) == (SHA, 400_000)
 
 
 def test_a_compressed_body_is_refused(web: FileServer, tmp_path: Path) -> None:
