@@ -201,7 +201,7 @@ def parse_yaml(text: str, where: str, refusal: Refusal = ManifestError) -> objec
         if _is_usual(text):
             return yaml.load(text, Loader=_QuickLoader)
     try:
-        return _bounded(yaml.load(text, Loader=_StrictLoader))
+        return _writable(_bounded(yaml.load(text, Loader=_StrictLoader)), text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -218,7 +218,8 @@ def parse_yaml(text: str, where: str, refusal: Refusal = ManifestError) -> objec
 def parse_json(text: str | bytes, where: str, refusal: Refusal = CheckpointError) -> Any:
     """The value of a JSON document, as plain data; `where` begins the message of a refusal."""
     try:
-        return _bounded(json.loads(text, object_pairs_hook=_once))
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        return _writable(_bounded(json.loads(text, object_pairs_hook=_once)), text)
     except RecursionError:
         why = "nested too deeply"
     except ValueError as error:
@@ -259,6 +260,23 @@ def _bounded(value: object) -> object:
             return value
         level = inner
     raise RecursionError
+
+
+_ESCAPED_HALF: Final = re.compile(r"\\(u|U0000)[dD][89a-fA-F]")
+
+
+def _writable(value: object, text: str) -> object:
+    """The value itself; ValueError for escapes that are half of a character, of which no text is.
+
+    libyaml refuses them itself.
+    """
+    if _ESCAPED_HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise ValueError(f"{half} is half of a character") from None
+    return value
 
 
 def describe(value: object) -> str:

@@ -151,6 +151,8 @@ def test_aliases_do_not_blow_up(tmp_path: Path) -> None:
         ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "nested too deeply"),
         ("!!python/name:os.system", "could not determine a constructor"),
         ("a\0b", ".*special characters are not allowed"),
+        (r'"\ud800"', r"'\\ud800' is half of a character"),
+        (r'{"\U0000DFFF": 1}', r"'\\udfff' is half of a character"),
     ],
 )
 def test_yaml_refused(text: str, why: str) -> None:
@@ -167,6 +169,8 @@ def test_yaml_refused(text: str, why: str) -> None:
         (b'{"a": "\xff"}', "'utf-8' codec"),
         ("1" * 5000, "Exceeds the limit"),
         ("{", "Expecting property name"),
+        (r'["a\ud800"]', r"'\\ud800' is half of a character"),
+        (b'{"\xed\xa0\x80": 1}', "'utf-8' codec"),
     ],
 )
 def test_json_refused(text: str | bytes, why: str) -> None:
@@ -178,6 +182,7 @@ def test_what_is_within_bounds_is_read() -> None:
     deep = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     assert str(parse_json(deep, "x")) == str(parse_yaml(deep, "x")) == deep
     assert load_json_mapping('{"a": {"a": [1, null]}}', "x") == {"a": {"a": [1, None]}}
+    assert parse_json(r'"\ud83d\ude00"', "x") == "\U0001f600"  # both halves
     with pytest.raises(CheckpointError, match="x: expected a JSON object, found a list of 1"):
         load_json_mapping("[1]", "x")
 
