@@ -7,8 +7,8 @@
 files   damaged and hostile files for every reader: nothing runs, hangs, dies or is half written
 kills   commands killed (SIGKILL) at random moments, on one and two processes, and begun again:
         what they leave equals that of an undisturbed one, bit for bit
-disks   a disk that is full from the n-th write on, for every n: one sentence that names what was
-        to be written, nothing half-written, and equal results once there is room
+disks   a disk that is full from the n-th write on, n drawn from all: one sentence that names what
+        was to be written, nothing half-written, and equal results once there is room
 ranks   ranks that are stopped for a while, or for good: equal results, or one sentence
 writers two commands at one folder: nothing is lost
 
@@ -97,7 +97,7 @@ def damage_files(progress: Progress, total: int, only: Sequence[str]) -> None:
 
 
 def disturb(progress: Progress, part: str, total: int, only: Sequence[str]) -> None:
-    """`total` disturbances of each kind of command, in turns; of disks one for every write."""
+    """`total` disturbances of each kind of command, in turns; of disks one for a write at most."""
     going = {}
     for name in only or campaign_runs.PARTS[part]:
         place = progress.folder / "runs" / f"{part}-{name.replace(' ', '-')}"

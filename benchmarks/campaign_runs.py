@@ -348,15 +348,17 @@ def killed_pairs(name: str) -> Cases:
 
 
 def disks(name: str) -> Cases:
-    """For every write: the disk is full from there on; and files that may not grow."""
+    """For every write, drawn in turn: the disk is full from there on; or files may not grow."""
 
-    def cases(folder: Path, _seed: int, done: int, _total: int) -> Iterator[tuple[int, str]]:
+    def cases(folder: Path, seed: int, done: int, total: int) -> Iterator[tuple[int, str]]:
         bench = Bench(folder, commands(inputs(folder))[name])
         place = bench.fresh("count")
         run(place, bench.command.arguments, prepare=FullDisk(None, place / "writes").install)
         writes = int((place / "writes").read_text())
         limits = [0, 100, 1000, 10_000, 100_000]
-        for number in range(done, writes + len(limits)):
+        firsts = list(range(writes + len(limits)))
+        random.Random(f"{seed} disk {name}").shuffle(firsts)
+        for index, number in enumerate(firsts[:total][done:], done):
             place = bench.fresh(f"case-{number}")
             prepare: Callable[[], object] = FullDisk(number, None).install
             if number >= writes:
@@ -364,7 +366,7 @@ def disks(name: str) -> Cases:
             ended = run(place, bench.command.arguments, prepare=prepare)
             cut = number >= writes and (place / "said").stat().st_size >= limits[number - writes]
             found = _complaint(ended, place, cut=cut)
-            yield number, found or bench.judged(place, ended_well=ended.status == 0)
+            yield index, found or bench.judged(place, ended_well=ended.status == 0)
 
     return cases
 
@@ -389,7 +391,7 @@ def _complaint(ended: Ended, place: Path, *, cut: bool) -> str | None:
     words += ["No usable temporary directory"]  # which a library looks for, and all disks are full
     if cut:
         return None
-    named = any(f" {name}" in line for line in errors for name in ("out", str(place)))
+    named = any(name in line for line in errors for name in (" out", str(place)))
     if len(errors) != 1 or not any(word in errors[0] for word in words) or not named:
         return f"told: {_last(ended)}"
     return "told a temporary" if ".tmp-" in errors[0] else None
@@ -433,20 +435,28 @@ def hung(name: str) -> Cases:
             wait = functools.partial(os.environ.update, limit)
             pid = start(place, command.arguments, ranks=2, prepare=wait)
             time.sleep(draw.uniform(0.2, 0.8) * bench.seconds)
-            victims = children(pid)[rank : rank + 1]
-            for wanted in (signal.SIGSTOP, signal.SIGKILL):  # which the launcher sends in the end
-                for victim in victims:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(victim, wanted)
-                time.sleep(2 * HANGS if wanted == signal.SIGSTOP else 0)
+            ranks = children(pid)
+            _send(ranks[rank : rank + 1], signal.SIGSTOP)
+            until = time.monotonic() + 5 * HANGS
+            late = not ranks or (place / "out/result.json").exists()  # none waits for another
+            while len(children(pid)) == len(ranks) and time.monotonic() < until:
+                time.sleep(0.05)
+            time.sleep(1)  # for the sentence of the other, should it be the launcher who ends it
+            _send(ranks[rank : rank + 1], signal.SIGKILL)  # as the launcher does in the end
             ended = end(pid, place)
             told = [line for line in ended.said.splitlines() if line.startswith("error: ")]
             named = len(told) == 1 and f"rank {rank}" in told[0]
             found = bench.judged(place) if named else f"told: {told or _last(ended)}"
-            late = ended.status == 0
+            late = late or ended.status == 0
             yield number, "too late" if late else "named" if found == "equal" else found
 
     return cases
+
+
+def _send(pids: Sequence[int], wanted: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, wanted)
 
 
 def writers(name: str) -> Cases:

@@ -121,3 +121,7 @@ class ParallelError(MergeRLError):
 
 class StoppedError(ParallelError):
     """Raised where another rank has failed: that rank's sentence says why."""
+
+
+class SilentLeaderError(ParallelError):
+    """Raised on one other rank where rank 0, which would tell it, hangs itself."""

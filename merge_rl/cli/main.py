@@ -15,7 +15,7 @@ import typer
 
 from merge_rl.cli import ranks
 from merge_rl.cli.output import complain
-from merge_rl.errors import MergeRLError
+from merge_rl.errors import MergeRLError, SilentLeaderError
 from merge_rl.version import __version__
 
 # In the order of the help: what registers commands, and which.
@@ -137,7 +137,7 @@ def main() -> None:
 def _fail(error: Exception, sentence: str) -> NoReturn:
     if os.environ.get("MERGERL_DEBUG"):
         raise error
-    complain(" ".join(sentence.split()))
+    complain(" ".join(sentence.split()), anyone=isinstance(error, SilentLeaderError))
     ranks.tell(" ".join(sentence.split()))
     sys.exit(1)
 

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 JsonFlag = typer.Option("--json", help="One JSON document on stdout; all else on stderr.")
 
 
-def complain(sentence: str) -> None:
-    """One sentence on stderr, by rank 0."""
-    if not leads():
+def complain(sentence: str, *, anyone: bool = False) -> None:
+    """One sentence on stderr, by rank 0, or by any where that one hangs."""
+    if not leads() and not anyone:
         return
     console = Console(stderr=True, soft_wrap=True, emoji=False, highlight=False)
     console.print(f"[bold red]error:[/] {escape(sentence)}")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from merge_rl.errors import ParallelError, StoppedError
+from merge_rl.errors import ParallelError, SilentLeaderError, StoppedError
 from merge_rl.parallel.rendezvous import TIMEOUT, Place, Store, greet, prefixed, welcome
 
 PAUSE: Final = (1e-4, 5e-3)  # between two looks at an exchange: shortest, longest
@@ -24,6 +24,7 @@ LOOK_SECONDS: Final = 0.25  # how often a waiting rank looks for failures of oth
 STOOD_SECONDS: Final = 1.0  # longer between two looks: the machine stood, which is nobody's delay
 START_SECONDS: Final = 300.0  # that processes of one launch may start apart, at most
 GRACE: Final = 3.0  # seconds that a lost rank's last words may take
+HINT: Final = "; MERGERL_TIMEOUT sets how long to wait"
 DONE: Final = "done: "  # before the phase in which a rank has finished
 
 
@@ -72,7 +73,10 @@ class Group:
         # Our own clock ends a wait before gloo's does: it can say who is missing.
         slack = timedelta(seconds=self.timeout + 60)
         links: Any = prefixed("links", self._store)
-        self._links = dist.ProcessGroupGloo(links, self.rank, self.size, slack)
+        try:
+            self._links = dist.ProcessGroupGloo(links, self.rank, self.size, slack)
+        except RuntimeError:
+            self.lost("start")
 
     def waiting(
         self, phase: str, away: Callable[[], list[int]], *, patient: bool = False
@@ -85,8 +89,6 @@ class Group:
             yield
             time.sleep(min(max(PATIENCE * waited, PAUSE[0]), PAUSE[1]))
             before, now = now, time.monotonic()
-            # A machine that stood still for a while (paused, swapped out, short of CPUs) has heard
-            # nobody meanwhile: that time must not end the wait before another look.
             waited += min(now - before, STOOD_SECONDS)
             if now - looked > LOOK_SECONDS:
                 looked = now
@@ -95,7 +97,7 @@ class Group:
                 if patient and (news := self._listed(away())) != said:
                     said, waited = news, 0.0
             if waited > seconds:
-                raise ParallelError(self._late(away(), phase, seconds))
+                raise self._late(away(), phase, seconds)
 
     def note(self, doing: str) -> None:
         """Say what this rank is doing, for the message of whoever waits for it in vain."""
@@ -195,10 +197,8 @@ class Group:
     def abandon(self) -> None:
         """Let the links be until the process ends, with whatever is still on its way over them.
 
-        Their destructor waits for that, up to the timeout and a minute, and no Python runs
-        meanwhile: an error would be printed at once, and its process end half an hour later. What
-        was begun stays too: rows that come for a receiver that is gone keep a thread of the links
-        busy for good.
+        Their destructor waits up to the timeout and a minute, and no Python runs meanwhile. Rows
+        for a receiver that is gone would keep a thread busy: they stay too.
         """
         if self._links is not None and not self._abandoned:
             self._abandoned = True
@@ -259,23 +259,25 @@ class Group:
 
     def lost(self, phase: str) -> NoReturn:
         """Raise for a link that broke, with the last words of whoever was at its other end."""
-        until = time.monotonic() + GRACE
-        while time.monotonic() < until:
+        for _ in range(round(GRACE / PAUSE[1])):
             self.look()
             time.sleep(PAUSE[1])
         if not self.leads:
-            raise StoppedError(f"rank 0 is gone{_during(phase)}")
-        missing = self._listed(self._busy())
-        raise ParallelError(f"a rank is gone{_during(phase)}; not finished: {missing}")
+            raise self._without_leader(f"rank 0 is gone, or hangs{_during(phase)}")
+        told = f"a rank is gone, or hangs{_during(phase)}; not finished: "
+        raise ParallelError(told + self._listed(self._busy()))
 
-    def _late(self, ranks: list[int], phase: str, seconds: float) -> str:
+    def _late(self, ranks: list[int], phase: str, seconds: float) -> ParallelError:
+        during = f" for {seconds:g} s{_during(phase)}"
         if not self.leads and ranks == [0]:
-            return f"rank 0 has said nothing for {seconds:g} s{_during(phase)}"
-        said = self.failure()
-        return (
-            f"no answer for {seconds:g} s{_during(phase)} from {self._listed(ranks)}"
-            + (f", and {said}" if said else "; MERGERL_TIMEOUT sets how long to wait")
-        )  # fmt: skip
+            return self._without_leader(f"rank 0 has said nothing{during}{HINT}")
+        end = f", and {said}" if (said := self.failure()) else HINT
+        return ParallelError(f"no answer{during} from {self._listed(ranks)}{end}")
+
+    def _without_leader(self, told: str) -> ParallelError:
+        """Of all that notice, the first says so."""
+        first = self._store is not None and self._store.add("silent", 1) == 1
+        return (SilentLeaderError if first else StoppedError)(told)
 
     def _busy(self) -> list[int]:
         """On rank 0 the ranks whose last word is not that they were done; elsewhere rank 0."""
@@ -283,9 +285,8 @@ class Group:
         return [r for r in others if not self._doing(r).startswith(DONE)] or list(others)
 
     def _doing(self, rank: int) -> str:
-        if self._store is None or not self._has(f"doing/{rank}"):
-            return ""
-        return self._store.get(f"doing/{rank}").decode()
+        key = f"doing/{rank}"
+        return self._store.get(key).decode() if self._store and self._has(key) else ""
 
     def _listed(self, ranks: list[int]) -> str:
         said = ((rank, self._doing(rank)) for rank in ranks)

@@ -106,9 +106,15 @@ def test_a_silent_leader_is_named() -> None:
             return
         group.broadcast(phase="waiting for rank 0")
 
-    found = on_ranks(2, work, timeout=0.4)
-    assert isinstance(found[1], ParallelError)
-    assert "rank 0 has said nothing for 0.4 s in the phase 'waiting for rank 0'" in str(found[1])
+    found = on_ranks(3, work, timeout=0.4)
+    expected = (
+        "rank 0 has said nothing for 0.4 s in the phase 'waiting for rank 0'; MERGERL_TIMEOUT"
+    )
+    assert all(str(error).startswith(expected) for error in found[1:])
+    # One of those that noticed says so to the user.
+    assert sorted(type(error).__name__ for error in found[1:]) == [
+        "SilentLeaderError", "StoppedError",
+    ]  # fmt: skip
 
 
 def test_a_failure_reaches_all_and_rank_0_says_it() -> None:

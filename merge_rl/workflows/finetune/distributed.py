@@ -54,10 +54,11 @@ class DistributedStep(StepParts):
         self._work = SharedWork(group, announce)
         self.sharded = job.config.parallel == "fsdp"
         learner: Learner
-        if self.sharded:
-            learner = ShardedLearner(job.network, job.config.update, self._joined)
-        else:
-            learner = Learner(job.network, job.config.update, replicated)
+        with self._links("start"):
+            if self.sharded:
+                learner = ShardedLearner(job.network, job.config.update, self._joined)
+            else:
+                learner = Learner(job.network, job.config.update, replicated)
         super().__init__(job, learner)
         self.networks: dict[str, nn.Module] = {"network": job.network}
         if learner.average is not job.network:

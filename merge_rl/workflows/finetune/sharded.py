@@ -212,10 +212,15 @@ def process_group(device: str, group: Group | None = None) -> Iterator[None]:
         dist.init_process_group(kind)
     else:
         store: Any = group.store_of("gradients")
-        dist.init_process_group(
-            kind, store=store, rank=group.rank, world_size=group.size,
-            timeout=timedelta(seconds=group.timeout),
-        )  # fmt: skip
+        try:
+            dist.init_process_group(
+                kind, store=store, rank=group.rank, world_size=group.size,
+                timeout=timedelta(seconds=group.timeout),
+            )  # fmt: skip
+        except RuntimeError as error:
+            if not is_broken_link(error):
+                raise
+            group.lost("start")
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from merge_rl.storage.files.shards import (
     tensor_file,
     write_weights,
 )
-from tests.storage.convert.test_convert_hostile import largest_file
+from tests.children import largest_file
 
 INDEX = "model.safetensors.index.json"
 

@@ -32,8 +32,8 @@ def forked(tmp_path: Path) -> Iterator[Torchrun]:
     """The same with processes that are forked, which begin without their seconds of imports."""
     started: list[Child] = []
 
-    def start(ranks: int, *arguments: object, restarts: int = 0) -> Child:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MERGERL_TIMEOUT": "60"}
+    def start(ranks: int, *arguments: object, restarts: int = 0, patience: int = 60) -> Child:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MERGERL_TIMEOUT": str(patience)}
         child = Child(
             launch_ranks, ranks, restarts, run_command, *map(str, arguments),
             folder=tmp_path / f"child{len(started)}", environment=environment,
@@ -111,6 +111,32 @@ def test_a_search_that_loses_a_rank_ends_with_the_bits_of_one_process(
     for name in ("result.json", "scores.json", "state.safetensors", "merged/model.safetensors"):
         assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
     assert json.loads(printed)["run_dir"] == str(out)  # by rank 0 alone, and once
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
+def test_a_leader_that_hangs_is_named_and_the_run_goes_on(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, forked: Torchrun
+) -> None:
+    config = tiny_config(shared_tiny, budget=600, search={"population": 4, "start_share": 0.0})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    out, said = tmp_path / "run", tmp_path / "child0/err"
+    launcher = forked(
+        2, "optimize", shared_tiny, "--config", tmp_path / "config.yaml", "--out", out, patience=3
+    )
+    wait_for(out / "state.safetensors", launcher)
+    hung = ranks_of(launcher)[0]
+    os.kill(hung, signal.SIGSTOP)
+    until = time.monotonic() + 60
+    while "error: " not in said.read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(hung, signal.SIGKILL)  # as the launcher does half a minute later
+    _, errors = launcher.communicate(timeout=240)
+    (told,) = (line for line in errors.splitlines() if line.startswith("error: "))
+    assert told.startswith("error: rank 0 ")
+    assert launcher.returncode == 1
+    assert not (out / "result.json").exists()
+    mrl.resume(out, progress=False)
+    assert (out / "result.json").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
