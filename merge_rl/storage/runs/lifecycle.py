@@ -23,7 +23,7 @@ from merge_rl.config import (
 from merge_rl.errors import MergeRLError, RunError
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.files import LOCK_NAME, is_leftover, is_vacant
-from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir
+from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir, RunFolder
 from merge_rl.version import __version__
 
 if TYPE_CHECKING:
@@ -112,28 +112,31 @@ def goes_on(out: str | os.PathLike[str], place: Place) -> bool:
     return place.restarts > 0 or (place.job is not None and recorded.get("job") == place.job)
 
 
-Run = TypeVar("Run")
+C = TypeVar("C", OptimizeConfig, FinetuneConfig)
 
 
-def begin(
-    out: str | os.PathLike[str], hashes: Mapping[str, Any], place: Place,
-    *, reopen: Callable[[], Run], create: Callable[[], Run], files: Callable[[Run], RunDir],
-) -> Run:  # fmt: skip
-    """A run of any kind: new, or that of the same launch before it was restarted.
+def _begin(
+    run: RunFolder[C],
+    config: C,
+    inputs: Mapping[str, Any],
+    place: Place,
+    require_settings: Callable[[], object],
+) -> None:
+    """Begin a run of any kind, or go on with that of the same launch before it was restarted.
 
-    `reopen` raises for a directory of other settings, `create` for one that exists; RunError for
-    other inputs.
+    `require_settings` raises for a run of other settings; RunError for one of other inputs, and for
+    a directory of anything else.
     """
-    if goes_on(out, place):
-        clear_beginnings(Path(out))
-        if not is_vacant(Path(out)):
-            run = reopen()
-            require_same_inputs(files(run), hashes)
-            return run
-    run = create()
+    if goes_on(run.path, place):
+        clear_beginnings(run.path)
+        if not is_vacant(run.path):
+            run.open(run.path)
+            require_settings()
+            require_same_inputs(run, inputs["hashes"])
+            return
+    run.create(run.path, config, inputs)
     if place.job is not None:
-        files(run).write(LAUNCH_NAME, {"job": place.job})
-    return run
+        run.write(LAUNCH_NAME, {"job": place.job})
 
 
 def begin_run(
@@ -143,20 +146,26 @@ def begin_run(
 
     Raises RunError for a directory of other settings or inputs, or of anything else.
     """
+    run = RunDir(out)
 
-    def reopen() -> RunDir:
-        run = RunDir.open(out)
+    def require_settings() -> None:
         if run.config() != config:
             raise RunError(
                 f"{run.path} was begun with other settings; choose another --out, or resume that "
                 "run"
             )
-        return run
 
-    return begin(
-        out, inputs["hashes"], place, reopen=reopen,
-        create=lambda: RunDir.create(out, config, inputs), files=lambda run: run,
-    )  # fmt: skip
+    _begin(run, config, inputs, place, require_settings)
+    return run
+
+
+def begin_finetune(
+    out: str | os.PathLike[str], config: FinetuneConfig, inputs: Mapping[str, Any], place: Place
+) -> FinetuneRun:
+    """The directory of a fine-tuning run; see `begin_run`."""
+    run = FinetuneRun(out)
+    _begin(run, config, inputs, place, lambda: continued(run, config))
+    return run
 
 
 @contextmanager
@@ -184,7 +193,7 @@ _SET: Final = {"checkpoints", "model"}
 _ELSEWHERE: Final = "; resume --checkpoints PATH takes those it began with from elsewhere"
 
 
-def require_same_inputs(run: RunDir, hashes: Mapping[str, Any]) -> None:
+def require_same_inputs(run: RunFolder[Any], hashes: Mapping[str, Any]) -> None:
     """Raise RunError unless the inputs are those that a run began with."""
     recorded = (run.read("inputs.json") or {}).get("hashes")
     if recorded != hashes:
@@ -195,7 +204,7 @@ def require_same_inputs(run: RunDir, hashes: Mapping[str, Any]) -> None:
         )
 
 
-def require_resumable(run: RunDir, hashes: Mapping[str, Any], tracker: Tracker) -> None:
+def require_resumable(run: RunFolder[Any], hashes: Mapping[str, Any], tracker: Tracker) -> None:
     """Raise RunError for inputs other than a run began with; warn of another version."""
     began = (run.read("inputs.json") or {}).get("version")
     if began != __version__:
@@ -221,25 +230,6 @@ def require_same(
             f"{path} was begun with other {what}: {shown}{more}; choose another --out, or the same "
             f"{what}"
         )
-
-
-def begin_finetune(
-    out: str | os.PathLike[str], config: FinetuneConfig, inputs: Mapping[str, Any], place: Place
-) -> FinetuneRun:
-    """The run directory: new, or that of the same launch before it was restarted.
-
-    Raises RunError for a directory of other settings or inputs, or of anything else.
-    """
-
-    def reopen() -> FinetuneRun:
-        run = FinetuneRun.open(out)
-        continued(run, config)
-        return run
-
-    return begin(
-        out, inputs["hashes"], place, reopen=reopen,
-        create=lambda: FinetuneRun.create(out, config, inputs), files=lambda run: run.files,
-    )  # fmt: skip
 
 
 def continued(run: FinetuneRun, config: FinetuneConfig | None) -> FinetuneConfig:

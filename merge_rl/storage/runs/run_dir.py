@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from merge_rl.config import (
     FIRST_RULES,
@@ -47,48 +47,58 @@ from merge_rl.untrusted import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
 INPUTS: Final = "inputs"
+SETTINGS: Final = "settings.json"
+C = TypeVar("C", OptimizeConfig, FinetuneConfig)
 
 
-class RunDir:
+class RunFolder(Generic[C]):
     """Files of one run; every write is atomic or, for events, a whole appended line."""
+
+    KIND: ClassVar[str]
+    CONFIG_NAME: ClassVar[str]
+    OTHERWISE: ClassVar[str]  # what to do about a folder that is there already
+    CONFIG: ClassVar[type]
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.config_path = self.path / "config.yaml"
+        self.config_path = self.path / self.CONFIG_NAME
         self.events_path = self.path / "events.jsonl"
-        self.state_path = self.path / "state.safetensors"
-        self.merged_path = self.path / "merged"
 
     @classmethod
-    def create(
-        cls, path: str | os.PathLike[str], config: OptimizeConfig, inputs: Mapping[str, Any]
-    ) -> RunDir:
+    def create(cls, path: str | os.PathLike[str], config: C, inputs: Mapping[str, Any]) -> Self:
         """Start a run; an existing path is refused, never written into."""
         run = cls(path)
-        _make(run.path, "resume that run")
+        if not is_vacant(run.path, INPUTS):
+            raise RunError(f"{run.path} exists already; choose another --out, or {cls.OTHERWISE}")
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{run.path}: cannot be made: {error.strerror}") from None
         run.write("inputs.json", inputs)
-        write_text(run.config_path, dump_config(config))
+        run.write_config(config)
         return run
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> RunDir:
-        """An existing run; RunError if the folder is missing or is not a run."""
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """An existing run; RunError if the folder is missing or is not one."""
         run = cls(path)
         if not run.path.is_dir():
             raise RunError(f"{run.path}: no such run directory")
         if is_there(run.path / SETTINGS, RunError):
             raise RunError(f"{run.path}: a comparison goes on with the command that began it")
         if not is_there(run.config_path, RunError):
-            raise RunError(f"{run.path}: not a run directory, config.yaml is missing")
+            raise RunError(f"{run.path}: not a {cls.KIND}, {cls.CONFIG_NAME} is missing")
         return run
 
-    def config(self) -> OptimizeConfig:
+    def config(self) -> C:
         """The resolved settings of the run."""
-        return load_config(OptimizeConfig, self.config_path, rules=FIRST_RULES)
+        found: C = load_config(self.CONFIG, self.config_path, rules=FIRST_RULES)
+        return found
 
-    def write_config(self, config: OptimizeConfig) -> None:
+    def write_config(self, config: C) -> None:
         """Settings that the run goes on with."""
         write_text(self.config_path, dump_config(config))
 
@@ -132,10 +142,26 @@ class RunDir:
                         raise
         return events
 
-    def keep_events_before(self, round_index: int) -> None:
-        """Drop events at or after a round: they belong to a round that will be repeated."""
-        kept = [event for event in self.events() if event.get("round", 0) < round_index]
+    def keep_events(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop all other events: those of what will be done again."""
+        kept = [event for event in self.events() if wanted(event)]
         write_text(self.events_path, "".join(json.dumps(event) + "\n" for event in kept))
+
+
+class RunDir(RunFolder[OptimizeConfig]):
+    """A search's."""
+
+    KIND, CONFIG_NAME, OTHERWISE = "run directory", "config.yaml", "resume that run"
+    CONFIG = OptimizeConfig
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self.state_path = self.path / "state.safetensors"
+        self.merged_path = self.path / "merged"
+
+    def keep_events_before(self, round_index: int) -> None:
+        """Drop events at or after a round."""
+        self.keep_events(lambda event: event.get("round", 0) < round_index)
 
     def save_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         """Replace the resume point."""
@@ -144,15 +170,6 @@ class RunDir:
     def load_state(self) -> State | None:
         """The resume point, or None if no round has begun."""
         return read_state(self.state_path) if os.path.lexists(self.state_path) else None
-
-
-def _make(path: Path, otherwise: str) -> None:
-    if not is_vacant(path, INPUTS):
-        raise RunError(f"{path} exists already; choose another --out, or {otherwise}")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be made: {error.strerror}") from None
 
 
 @contextmanager
@@ -181,51 +198,24 @@ def _event(line: bytes, where: str) -> dict[str, Any]:
     return event
 
 
-CONFIG_NAME: Final = "finetune.yaml"
+FINETUNE_NAME: Final = "finetune.yaml"
 
 
 def is_finetune_run(path: str | os.PathLike[str]) -> bool:
     """Whether a folder is a fine-tuning run."""
-    return is_there(Path(path) / CONFIG_NAME, RunError)
+    return is_there(Path(path) / FINETUNE_NAME, RunError)
 
 
-class FinetuneRun:
-    """Files of one run; every write is atomic or, for events, a whole appended line."""
+class FinetuneRun(RunFolder[FinetuneConfig]):
+    """A fine-tuning run's."""
+
+    KIND, CONFIG_NAME, OTHERWISE = "fine-tuning run", FINETUNE_NAME, "go on with --resume"
+    CONFIG = FinetuneConfig
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.files = RunDir(path)  # events and JSON files are kept as those of a search
+        super().__init__(path)
         self.final_path = self.path / "final"
         self.state_folder = self.path / "state"
-
-    @classmethod
-    def create(
-        cls, path: str | os.PathLike[str], config: FinetuneConfig, inputs: Mapping[str, Any]
-    ) -> FinetuneRun:
-        """Start a run; an existing path is refused, never written into."""
-        run = cls(path)
-        _make(run.path, "go on with --resume")
-        run.files.write("inputs.json", inputs)
-        write_text(run.path / CONFIG_NAME, dump_config(config))
-        return run
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> FinetuneRun:
-        """An existing run; RunError if the folder is missing or is not one."""
-        run = cls(path)
-        if not run.path.is_dir():
-            raise RunError(f"{run.path}: no such run directory")
-        if not is_finetune_run(run.path):
-            raise RunError(f"{run.path}: not a fine-tuning run, {CONFIG_NAME} is missing")
-        return run
-
-    def config(self) -> FinetuneConfig:
-        """The resolved settings of the run."""
-        return load_config(FinetuneConfig, self.path / CONFIG_NAME, rules=FIRST_RULES)
-
-    def write_config(self, config: FinetuneConfig) -> None:
-        """Settings that the run goes on with."""
-        write_text(self.path / CONFIG_NAME, dump_config(config))
 
     def state_paths(self) -> list[Path]:
         """The resume points, the newest first."""
@@ -261,10 +251,5 @@ class FinetuneRun:
         return None
 
     def keep_events_up_to(self, step: int) -> None:
-        """Drop events of later steps, which will be done again."""
-        kept = [event for event in self.files.events() if event.get("step", 0) <= step]
-        lines = "".join(json.dumps(event) + "\n" for event in kept)
-        write_text(self.files.events_path, lines)
-
-
-SETTINGS = "settings.json"
+        """Drop events of later steps."""
+        self.keep_events(lambda event: event.get("step", 0) <= step)

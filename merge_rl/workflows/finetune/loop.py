@@ -92,7 +92,7 @@ class FinetuneLoop:
         event = {"kind": "score", "step": step, "scores": point}
         with self.signals.held():
             self.curves.add(step, point)
-            self.run_dir.files.append_event(event)
+            self.run_dir.append_event(event)
         self.tracker.event({**event, "headline": self.curves.headline})
         named = {
             f"fid/{curve}/{name}": value
@@ -145,7 +145,7 @@ class FinetuneLoop:
         }
         step, images = self.state.step, self.state.images
         event = {"kind": "step", "step": step, "images": images, **values}
-        self.run_dir.files.append_event(event)
+        self.run_dir.append_event(event)
         self.tracker.event(event)
         self.boards.log(step, values)
 
@@ -157,7 +157,7 @@ class FinetuneLoop:
         }  # fmt: skip
         with self.signals.held():
             self.state = self.state.passed_over()
-            self.run_dir.files.append_event(event)
+            self.run_dir.append_event(event)
         self.tracker.event(event)
         self.boards.log(self.state.step, {"skipped_steps": float(self.state.skipped)})
         if self.state.failures >= MAX_FAILURES:

@@ -156,7 +156,7 @@ def resume_finetune(
         own = located(own, run.path, checkpoints, announce=announcing(tracker))
         require_extras(own.track)
         job = _gather(group, own, wrap, tracker)
-        require_resumable(run.files, job.hashes, tracker)
+        require_resumable(run, job.hashes, tracker)
 
         def begin() -> FinetuneRun:
             run.write_config(own)
@@ -281,4 +281,4 @@ def _write(run: FinetuneRun, job: FinetuneJob, result: FinetuneResult, weights: 
         "skipped": result.skipped,
         "comparison": result.comparison,
     }
-    run.files.write("result.json", document)
+    run.write("result.json", document)

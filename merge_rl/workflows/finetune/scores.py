@@ -37,7 +37,7 @@ class Curves:
 
     def __init__(self, job: FinetuneJob, run: FinetuneRun) -> None:
         self.job, self.run, self.config = job, run, job.config
-        known = run.files.read(CURVES_FILE) or {}
+        known = run.read(CURVES_FILE) or {}
         self.points: dict[int, Point] = {int(step): point for step, point in known.items()}
         self.scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
 
@@ -93,7 +93,7 @@ class Curves:
 
     def _write(self) -> None:
         document = {str(step): self.points[step] for step in sorted(self.points)}
-        self.run.files.write(CURVES_FILE, document)
+        self.run.write(CURVES_FILE, document)
 
 
 def write_grid(job: FinetuneJob, run: FinetuneRun, step: int, network: nn.Module) -> str | None:
@@ -137,7 +137,7 @@ def final_scores(
     """
     settings, seed = job.config.curves, job.config.seed
     scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
-    known: dict[str, dict[str, float | None]] = run.files.read("scores.json") or {}
+    known: dict[str, dict[str, float | None]] = run.read("scores.json") or {}
     labels = balanced_labels(settings.final_images, job.num_classes)
     total = len(networks) * len(CURVES) * settings.repeats
     tracker.phase("final comparison", total * settings.final_images)
@@ -155,7 +155,7 @@ def final_scores(
                     )
                     features = make(rollout.with_sampler(sampler), seeds, labels, key)
                     known[key] = without_nan(scorer.score(features))
-                    run.files.write("scores.json", known)
+                    run.write("scores.json", known)
                 else:
                     tracker.advance(settings.final_images)
                 found = {k: math.nan if v is None else v for k, v in known[key].items()}

@@ -61,10 +61,10 @@ class TuningFacts:
         return cls(
             path=run.path,
             settings=load_mapping(settings),
-            events=run.files.events(),
-            points={int(k): v for k, v in (run.files.read("curves.json") or {}).items()},
-            result=run.files.read("result.json"),
-            inputs=run.files.read("inputs.json") or {},
+            events=run.events(),
+            points={int(k): v for k, v in (run.read("curves.json") or {}).items()},
+            result=run.read("result.json"),
+            inputs=run.read("inputs.json") or {},
             text=settings.read_text(encoding="utf-8"),
         )
 

@@ -22,7 +22,7 @@ from merge_rl.errors import RunError, TrainingError
 from merge_rl.interfaces import NullTracker
 from merge_rl.storage.runs import run_dir as finetune_run
 from merge_rl.storage.runs.lifecycle import StopSignals
-from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir, is_finetune_run
+from merge_rl.storage.runs.run_dir import FinetuneRun, RunFolder, is_finetune_run
 from merge_rl.workflows.finetune import scores as finetune_scores
 from merge_rl.workflows.finetune import snapshots as finetune_snapshots
 from merge_rl.workflows.finetune.kept import KeptRollouts, PolicyRollout
@@ -75,7 +75,7 @@ def tripwire(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
         (PolicyRollout, "latents"),
         (PolicyRollout, "replay"),
         (Learner, "begin"),
-        (RunDir, "write"),
+        (RunFolder, "write"),
         (finetune_run, "write_state"),
         (finetune_snapshots, "save_checkpoint"),
         (finetune_scores, "write_png"),
