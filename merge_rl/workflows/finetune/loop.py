@@ -50,8 +50,9 @@ class FinetuneLoop:
                     self.snapshots.write_start(self.job.network)
                 self._steps()
             except KeyboardInterrupt:
-                with self.signals.held():
-                    self.save()
+                if not self.updating:  # it can be, where somebody else than a signal raises it
+                    with self.signals.held():
+                        self.save()
                 raise
             except ParallelError:
                 # Another process is lost: whole weights are here, shards of them are not.

@@ -113,6 +113,27 @@ def test_interrupted_again_and_again(
     assert [name for name in found if found[name] != expected[name]] == []
 
 
+def test_an_interruption_between_two_epochs_goes_back_to_before_the_step(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Weights are ahead of the state then: saved together, the step would be made twice.
+    config = small_config(small, algorithm="rs", update={"epochs": 2})
+    expected = outcome_of(drive(tmp_path / "whole", config).run_dir)
+    apply, applied = Learner.apply, []
+
+    def interrupted(self: Learner) -> None:
+        applied.append(1)
+        if len(applied) == 4:  # the second epoch of the second step
+            raise KeyboardInterrupt
+        apply(self)
+
+    monkeypatch.setattr(Learner, "apply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        drive(tmp_path / "run", config)
+    found = outcome_of(drive(tmp_path / "run", config).run_dir)
+    assert [name for name in expected if found.get(name) != expected[name]] == []
+
+
 def test_an_interruption_saves_the_last_finished_step(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
