@@ -23,7 +23,7 @@ from merge_rl.cli.output import (
     stoppable,
     tell,
 )
-from merge_rl.cli.results import end_with_page, write_page
+from merge_rl.cli.results import write_page
 from merge_rl.cli.sample import meant_set
 from merge_rl.config import SCORES, SEARCH, OptimizeConfig, numbers_in, whole_number
 from merge_rl.errors import ConfigError
@@ -107,12 +107,11 @@ def _run(
     from merge_rl.workflows.compare import compare_searchers
 
     done = f"what is done is kept in {folder}. Go on: the same command"
-    with stoppable(folder.is_dir, done), ProgressTracker(quiet=json, page=folder) as tracker:
+    with stoppable(folder.is_dir, done), ProgressTracker(quiet=json) as tracker:
         document = compare_searchers(
             settings, out=folder, searchers=searchers, seeds=seeds, curve_images=curve_images,
             tracker=tracker,
         )  # fmt: skip
-    end_with_page(folder)
     return document
 
 

@@ -13,7 +13,6 @@ from merge_rl.cli.options import build, split_tracks, with_settings
 from merge_rl.cli.output import JsonFlag, ProgressTracker, note_unused_gpu, print_json, stoppable
 from merge_rl.cli.results import (
     FinetuneTracker,
-    end_with_page,
     finetuned_document,
     print_finetuned,
 )
@@ -117,9 +116,8 @@ def _drive(run: Path, job: Callable[[ProgressTracker], FinetuneResult], *, json:
 
     done = f"finished steps are saved. Go on with: mergerl resume {run}"
     begun = partial(is_finetune_run, run)
-    with stoppable(begun, done), FinetuneTracker(quiet=json, page=run) as tracker:
+    with stoppable(begun, done), FinetuneTracker(quiet=json) as tracker:
         result = job(tracker)
-    end_with_page(run)
     if json:
         print_json(finetuned_document(result))
     else:

@@ -20,7 +20,7 @@ from merge_rl.cli.output import (
     stoppable,
 )
 from merge_rl.cli.plan import show_plan
-from merge_rl.cli.results import end_with_page, print_result, result_document
+from merge_rl.cli.results import print_result, result_document
 from merge_rl.cli.sample import meant_set
 from merge_rl.config import OptimizeConfig
 from merge_rl.own_code import allow
@@ -205,9 +205,8 @@ def resume(
 def _drive(run_dir: Path, job: Callable[[ProgressTracker], OptimizeResult], *, json: bool) -> None:
     done = f"finished rounds are saved. Go on with: mergerl resume {run_dir}"
     begun = (run_dir / "config.yaml").is_file
-    with stoppable(begun, done), ProgressTracker(page=run_dir) as tracker:
+    with stoppable(begun, done), ProgressTracker() as tracker:
         result = job(tracker)
-    end_with_page(run_dir)
     if json:
         print_json(result_document(result))
     else:

@@ -9,9 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import typer
 from rich.console import Console, JustifyMethod
@@ -34,9 +33,6 @@ from rich.text import Text
 
 from merge_rl.cli.ranks import leads
 from merge_rl.progress import level_text, round_text
-
-if TYPE_CHECKING:
-    from merge_rl.workflows.report import LivePage
 
 JsonFlag = typer.Option("--json", help="One JSON document on stdout; all else on stderr.")
 
@@ -215,19 +211,10 @@ class BarTracker:
             say(escape(str(event["text"])))
 
 
-def _live_page(folder: Path) -> LivePage:
-    from merge_rl.workflows.report import LivePage
-
-    return LivePage(folder)
-
-
 class ProgressTracker(BarTracker):
-    """Images; a round of a search is one plain line on stderr where there is no terminal.
+    """Images; a round of a search is one plain line on stderr where there is no terminal."""
 
-    With `page`, the folder of a run, its page is kept fresh.
-    """
-
-    def __init__(self, *, quiet: bool = False, page: Path | None = None) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         super().__init__(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -238,19 +225,10 @@ class ProgressTracker(BarTracker):
             TextColumn("{task.fields[note]}"),
             quiet=quiet,
         )
-        self._page = _live_page(page) if page is not None and leads() else None
-
-    def phase(self, name: str, total: int) -> None:
-        """Start a bar for the next phase, and look whether the page is due."""
-        super().phase(name, total)
-        if self._page is not None:
-            self._page.refresh()
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Show a round's outcome, or a warning, and look whether the page is due."""
+        """Show a round's outcome, or a warning."""
         super().event(event)
-        if self._page is not None:
-            self._page.refresh()
         if event.get("kind") != "round":
             return
         if self._live:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from merge_rl.cli.output import ProgressTracker, print_table, say, tell
-from merge_rl.cli.ranks import leads
-from merge_rl.errors import MergeRLError
 
 if TYPE_CHECKING:
     from merge_rl.workflows.evaluate import Comparison, SamplerComparison, SecondScores
@@ -28,15 +26,6 @@ def write_page(run: Path, *, reloads: bool = False) -> Report:
     if written.note:
         say(f"no plot: {escape(written.note)}")
     return written
-
-
-def end_with_page(run: Path) -> None:
-    """Write the page of a run that ended; where it fails, the run did not."""
-    if leads():
-        try:
-            write_page(run)
-        except (MergeRLError, OSError) as error:
-            say(f"[yellow]note:[/] no page: {escape(str(error))}")
 
 
 def interval_text(summary: Mapping[str, Any]) -> str:

@@ -51,7 +51,7 @@ from merge_rl.workflows.compare.trials import (
     parse_contenders,
 )  # fmt: skip
 from merge_rl.workflows.optimize import check_names, make_searcher
-from merge_rl.workflows.report import CompareResult
+from merge_rl.workflows.report import CompareResult, with_page
 from merge_rl.workflows.rollout import on_device
 
 CURVE_IMAGES = 2000  # at most, where nothing is said
@@ -85,7 +85,6 @@ def compare_searchers(
     runs for what cannot work, RunError for a folder of other settings.
     """
     heard = tracker_of(tracker, progress)
-
     seeds = check_seeds(seeds)
     contenders = parse_contenders(DEFAULT if searchers is None else searchers)
     if not contenders:
@@ -126,12 +125,13 @@ def compare_on(
     able, left_out = _check(asked, base, opened, jobs)
     for text in left_out:
         announce(f"left out: {text}")
-    match = Match(
-        base=base, opened=opened, jobs=jobs, folder=folder, tracker=tracker,
-        scores=FreshScores(folder, base.seed, tracker), curve_images=asked.curve_images,
-    )  # fmt: skip
-    match.require_same(group, [[c.label for c in able], list(asked.seeds), asked.curve_images])
-    with locked(folder.path if group.leads else None):
+    place = folder.path if group.leads else None
+    with locked(place), with_page(place, tracker) as watched:
+        match = Match(
+            base=base, opened=opened, jobs=jobs, folder=folder, tracker=watched,
+            scores=FreshScores(folder, base.seed, watched), curve_images=asked.curve_images,
+        )  # fmt: skip
+        match.require_same(group, [[c.label for c in able], list(asked.seeds), asked.curve_images])
         if group.leads:
             _begin(folder, resolve_config(base, opened), jobs, asked.curve_images)
             take_scores(folder)

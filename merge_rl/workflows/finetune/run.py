@@ -52,6 +52,7 @@ from merge_rl.workflows.finetune.loop import FinetuneLoop
 from merge_rl.workflows.finetune.page import finetune_card, write_report
 from merge_rl.workflows.finetune.scores import final_scores
 from merge_rl.workflows.finetune.step import StepParts
+from merge_rl.workflows.report import with_page
 from merge_rl.workflows.rollout import on_device, require_same_everywhere
 
 
@@ -205,8 +206,11 @@ def _work(
 def _lead(
     run: FinetuneRun, parts: StepParts, signals: StopSignals, tracker: Tracker
 ) -> FinetuneResult:
-    with gone_unless(lambda: bool(run.state_paths()), run.path):
-        return _drive(run, parts, signals, tracker)
+    def begun() -> bool:
+        return bool(run.state_paths())
+
+    with gone_unless(begun, run.path), with_page(run.path, tracker) as heard:
+        return _drive(run, parts, signals, heard)
 
 
 def _drive(

@@ -64,6 +64,7 @@ from merge_rl.workflows.optimize.result import (
     write_samples,
 )
 from merge_rl.workflows.optimize.search import make_searcher, run_search
+from merge_rl.workflows.report import with_page
 from merge_rl.workflows.rollout import DistributedRollout, Generate, on_device
 
 
@@ -232,6 +233,11 @@ def _gather(
 
 
 def _drive(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> OptimizeResult:
+    with with_page(run.path, tracker) as heard:
+        return _search(run, config, job, heard)
+
+
+def _search(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> OptimizeResult:
     began = time.monotonic()
     for text in search_doubts(config, job.references, job.final_rollout.rollout):
         announcing(tracker)(text)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         run_verdict,
     )
     from merge_rl.workflows.report.run_page import search_lines
-    from merge_rl.workflows.report.writing import LivePage, Report, write_report
+    from merge_rl.workflows.report.writing import LivePage, Report, with_page, write_report
 
 __all__ = [
     "NAMES",
@@ -57,6 +57,7 @@ __all__ = [
     "run_verdict",
     "search_lines",
     "steps_axis",
+    "with_page",
     "write_comparison",
     "write_report",
 ]
@@ -75,7 +76,7 @@ _HOMES = {
     **dict.fromkeys(
         ("Verdict", "compare_verdict", "finetune_verdict", "outcome", "run_verdict"), "results"
     ),
-    **dict.fromkeys(("LivePage", "Report", "write_report"), "writing"),
+    **dict.fromkeys(("LivePage", "Report", "with_page", "write_report"), "writing"),
 }
 
 

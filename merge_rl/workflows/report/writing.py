@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.errors import ConfigError, MergeRLError
+from merge_rl.interfaces import Tracker
+from merge_rl.progress import announcing
 from merge_rl.storage.files import write_text
 from merge_rl.storage.runs import SETTINGS, FinetuneRun, RunDir, find_run, fitting, is_finetune_run
 from merge_rl.workflows.report.compare_html import compare_document
@@ -93,6 +97,42 @@ def _of_comparison(folder: Path, html: Path) -> Report:
         note = write_comparison(document, folder)
     picture = None if note else folder / "compare.png"
     return Report(html, folder / "compare.md", picture, note, True, document)
+
+
+@contextmanager
+def with_page(folder: Path | None, tracker: Tracker) -> Iterator[Tracker]:
+    """A tracker that keeps the page of a run fresh; where the block ends well it is whole.
+
+    What fails with a page fails no run: `tracker` hears of it. None, of a rank that writes none, is
+    the tracker itself.
+    """
+    if folder is None:
+        yield tracker
+        return
+    yield _Paged(tracker, LivePage(folder))
+    try:
+        written = write_report(folder)
+    except (MergeRLError, OSError) as error:
+        announcing(tracker)(f"no page: {error}")
+        return
+    if written.note:
+        announcing(tracker)(f"no plot: {written.note}")
+
+
+class _Paged:
+    """Looks whether the page is due, whenever the tracker hears of something."""
+
+    def __init__(self, heard: Tracker, page: LivePage) -> None:
+        self._heard, self._page = heard, page
+        self.advance = heard.advance
+
+    def phase(self, name: str, total: int) -> None:
+        self._heard.phase(name, total)
+        self._page.refresh()
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        self._heard.event(event)
+        self._page.refresh()
 
 
 class LivePage:

@@ -48,7 +48,7 @@ Outcome = Callable[[Path], dict[str, object]]
 FILES = {
     "config.yaml", "inputs.json", "events.jsonl", "state.safetensors", "scores.json", "result.json",
     "merged/model.safetensors", "merged/config.json", "merged/merge.yaml", "merged/README.md",
-    "merged/mergekit.yaml",
+    "merged/mergekit.yaml", "report.html", "report.md",
     "before-after.png", "samples/start.png", "samples/result.png", "samples/samples.json",
 }  # fmt: skip
 ENTRIES = ["start", "uniform", "best single", "result"]
@@ -562,7 +562,8 @@ def test_resuming_with_another_version_warns(
 
     run, heard = tmp_path / "run", Heard()
     optimize(shared_tiny, out=run, config=tiny_config(shared_tiny), tracker=heard)
-    cost, doubt = heard.notes
+    cost, doubt, page = heard.notes
+    assert page.startswith("no plot: a plot needs the library matplotlib")
     assert cost.startswith("530 images in all, about ")
     assert doubt == (
         "the pool has 40 images for 64 features: the covariance is singular, and a Fréchet "

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from merge_rl.errors import RunError
+from merge_rl.interfaces import NullTracker
 from merge_rl.storage.runs import FinetuneRun, RunDir
 from merge_rl.workflows.compare.trials import parse_contender
-from merge_rl.workflows.report import LivePage, write_report
+from merge_rl.workflows.optimize import optimize
+from merge_rl.workflows.report import LivePage, with_page, write_report, writing
 from merge_rl.workflows.report.compare_html import compare_document, cost_to_reach, spec_of
 from merge_rl.workflows.report.elements import Span, heat_table, strip
 from merge_rl.workflows.report.finetune_html import finetune_document
 from merge_rl.workflows.report.markup import Safe, document, joined, tag
 from merge_rl.workflows.report.run_html import run_document
+from tests.conftest import TinyConfig
 from tests.pages import (
     HOSTILE,
     comparison_folder,
@@ -298,3 +303,46 @@ def test_a_page_has_a_title_and_a_policy() -> None:
     text = document("<T>", tag("p", "x"))
     assert "<title>&lt;T&gt;</title>" in text
     assert 'content="default-src &#x27;none&#x27;; img-src data:' in text
+
+
+class Watching(NullTracker):
+    """Looks at the page of a run whenever it hears of a round."""
+
+    def __init__(self, page: Path) -> None:
+        self.page, self.seen, self.notes = page, set[str](), list[str]()
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "round" and self.page.is_file():
+            again = 'http-equiv="refresh"' in self.page.read_text()
+            self.seen.add("reloads" if again else "is whole")
+        if event["kind"] == "note":
+            self.notes.append(event["text"])
+
+
+def test_a_run_from_python_has_a_live_page_and_ends_with_a_whole_one(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    no_network: None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(writing, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(writing, "SHARE", 0)
+    page = tmp_path / "run/report.html"
+    heard = Watching(page)
+    optimize(shared_tiny, out=page.parent, config=tiny_config(shared_tiny), tracker=heard)
+    assert heard.seen == {"reloads"}
+    assert 'http-equiv="refresh"' not in page.read_text()
+    assert page.with_name("report.md").is_file()
+
+
+def test_a_page_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(writing, "write_text", full)
+    run = search_run(tmp_path / "run", NAMES)
+    heard = Watching(run / "report.html")
+    with with_page(run, heard):
+        pass
+    assert heard.notes == ["no page: no space left"]
+    with pytest.raises(KeyError), with_page(run, heard):
+        raise KeyError
+    assert len(heard.notes) == 1  # a run that failed has no page of its end
