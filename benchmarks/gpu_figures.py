@@ -46,7 +46,8 @@ from merge_rl.workflows.rollout import (
     WorkItem,
     exact_products,
 )
-from merge_rl.workflows.rollout.decoding import Compiled
+from merge_rl.workflows.rollout.decoding import WholeChunks
+from merge_rl.workflows.rollout.execution import Compiled
 
 Figure = dict[str, Any]
 WAYS: Final[dict[str, dict[str, Any]]] = {
@@ -157,9 +158,11 @@ def vae(device: str, tiny: bool) -> Figure:
     for chunk in (4,) if tiny else (4, 16):
         plain.chunk = chunk
         torch.compiler.reset()
-        note(f"VAE --fast, {chunk} at a time", Compiled(plain.levels, chunk, print), latents)
+        fast = Compiled(plain.levels, "decoded images", print, digits=7, dynamic=False)
+        note(f"VAE --fast, {chunk} at a time", WholeChunks(fast, chunk), latents)
     if not tiny:
-        note("Inception, compiled", Compiled(extractor, extractor.chunk, print), images)
+        fast = Compiled(extractor, "features", print, dynamic=False)
+        note("Inception, compiled", WholeChunks(fast, extractor.chunk), images)
     text = ", ".join(f"{name.removeprefix('VAE ')} {value:,.0f}" for name, value in found.items())
     return figure([["images of 256 x 256 a second", f"{count}, median of {repeats}", text]],
                   images_per_s=found)  # fmt: skip

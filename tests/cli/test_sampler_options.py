@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from merge_rl.cli.options import build, layered
 from merge_rl.cli.options.layers import fast
 from merge_rl.config import SampleConfig, SamplerConfig, to_mapping
@@ -18,7 +20,9 @@ MODEL = "tiny/raw/tiny-0000400.safetensors"
 def test_the_command_line_goes_on_top_of_what_is_near() -> None:
     near = SamplerConfig(solver="euler", num_steps=9, guide="g", rho=5.0, guidance_channels=2)
     # A command is told those of an option's settings that it has.
-    offered = {key: value for key, value in fast(True).items() if key != "autoencoder_dtype"}
+    offered = {
+        key: value for key, value in fast(True, "cuda").items() if key != "autoencoder_dtype"
+    }
     said = layered(
         {**offered, "sampler.solver": "sde-euler", "sampler.guidance": 1.5},
         overrides=["sampler.path=gvp", "sampler.guidance_channels=null", "sampler.rtol=1e-4"],
@@ -78,3 +82,12 @@ def test_evaluate_records_the_sampler(mergerl: Mergerl, tiny: Path) -> None:
         "solver": "sde-heun", "num_steps": 3, "guidance": 1.0, "sigma_min": 0.002,
         "sigma_max": 80.0, "rho": 7.0, "diffusion": "sigma", "diffusion_norm": 1.0,
     }  # fmt: skip
+
+
+def test_the_fast_way_is_left_off_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fast(True, "cpu") == fast(True, "cpu:0") == {}
+    assert capsys.readouterr().err.count("on the device cpu all runs in float32") == 2
+    meant = {"sampler.precision": "bfloat16", "autoencoder_dtype": "bfloat16"}
+    assert fast(True, "cuda:1") == meant | {"sampler.compile": True}
+    assert fast(False, "cpu") == fast(False, "cuda") == {}
+    assert not capsys.readouterr().err

@@ -104,10 +104,10 @@ def test_options_by_hand_take_numbers_as_settings_do(
     assert "'0' is not a whole number of 1 or more" in refused.err
     plan = mergerl("plan", tiny, "--devices", "1e3,0")
     assert "expected --devices as numbers >= 1, such as 1,8,64, got '1e3,0'" in plan.err
-    assert window("1e1+2e0") == {"rollout.window_size": 2, "rollout.window_start": 10}
+    assert window("1e1+2e0", "cpu") == {"rollout.window_size": 2, "rollout.window_start": 10}
     for text in ("", "1.5", "x+2", "+2", "2+"):
         with pytest.raises(ConfigError, match="expected --window N or S"):
-            window(text)
+            window(text, "cpu")
 
 
 @pytest.mark.parametrize("text", ["50k", "5e4", "50000", "50_000"])

@@ -196,18 +196,22 @@ class Shorthand:
     help: str
     panel: str
     key: str
-    # From its value to dotted keys and values; those that a command lacks are left out.
-    meaning: Callable[[Any], Mapping[str, Any]]
+    # From its value and the device to dotted keys and values; those that a command lacks are left
+    # out.
+    meaning: Callable[[Any, str], Mapping[str, Any]]
     metavar: str | None = None
 
 
-def fast(on: bool) -> Mapping[str, Any]:
-    """What --fast sets."""
+def fast(on: bool, device: str) -> Mapping[str, Any]:
+    """What --fast sets; nothing on a CPU, with a note."""
     half = {"sampler.precision": "bfloat16", "autoencoder_dtype": "bfloat16"}
+    if on and device.partition(":")[0] == "cpu":
+        say("[yellow]note:[/] --fast is for accelerators: on the device cpu all runs in float32")
+        return {}
     return {**half, "sampler.compile": True} if on else {}
 
 
-def window(text: str) -> Mapping[str, Any]:
+def window(text: str, _device: str) -> Mapping[str, Any]:
     """What --window [S+]N sets."""
     first, plus, last = text.rpartition("+")
     start, size = whole_number(first), whole_number(last)
@@ -220,7 +224,7 @@ def window(text: str) -> Mapping[str, Any]:
 SHORTHANDS: Final = (
     Shorthand(
         flag="--fast", kind=bool, panel=MODEL,
-        help="On an accelerator: network and decoder in bfloat16, compiled.",
+        help="On an accelerator: network and decoder in bfloat16, compiled; nothing on a CPU.",
         key="sampler.compile", meaning=fast,
     ),
     Shorthand(

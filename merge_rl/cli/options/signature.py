@@ -135,18 +135,20 @@ def parameters_of(own: Iterable[Parameter], offer: Offer) -> Iterator[Parameter]
 
 def what_was_said(offer: Offer, typed: Mapping[str, Any]) -> dict[str, Any]:
     """The nested mapping of settings, from the values of the parameters that were typed."""
-    given: dict[str, Any] = {}
     known = {setting.key for setting in offer.settings() if offer.offers(setting.key)}
-    for short in offer.shorthands():
-        if _name(short.flag) in typed:
-            said = short.meaning(typed[_name(short.flag)])
-            given |= {key: value for key, value in said.items() if key in known}
+    given: dict[str, Any] = {}
     for setting in offer.options():
         if _name(setting.key) in typed:
             given |= values_of(setting, typed[_name(setting.key)])
-    return layered(
-        given, file=typed.get(FILE), under=typed.get(PRESET), overrides=typed.get(PAIRS) or ()
+    layers = functools.partial(
+        layered, file=typed.get(FILE), under=typed.get(PRESET), overrides=typed.get(PAIRS) or ()
     )
+    said, meant = layers(given), dict[str, Any]()
+    for short in offer.shorthands():
+        if _name(short.flag) in typed:
+            meant |= short.meaning(typed[_name(short.flag)], str(said.get("device") or "cpu"))
+    meant = {key: value for key, value in meant.items() if key in known}
+    return layers(meant | given) if meant else said
 
 
 def _parameter(setting: Setting) -> Parameter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from merge_rl.config import SamplerConfig
 from merge_rl.interfaces import Autoencoder
 from merge_rl.models import LatentDecoder
-from merge_rl.workflows.rollout.execution import CudaStreams, Transform, is_out_of_memory
+from merge_rl.workflows.rollout.execution import MANTISSA, Compiled, CudaStreams, Transform
 
 # One second stream a device: libraries keep work space, 32 MiB on some GPUs, for every stream that
 # ever called them, and memory that a stream has given back serves that stream alone.
@@ -25,46 +24,25 @@ def streams_of(device: torch.device) -> CudaStreams:
     return _second_stream(torch.device(device.type, index))
 
 
-class Compiled:
-    """A function of rows (B, ...), compiled for `size` rows at a time.
+class WholeChunks:
+    """A compiled function of rows (B, ...), called with `size` rows at a time.
 
     One shape alone, so that it is compiled once: the last rows are filled up with copies whose
     results are left out. Fewer rows than `size`, as memory that has run out leaves them, are
-    worked on as they are, by the function itself. So are all where it cannot be compiled (no
-    compiler, an operation that it does not take): `announce` hears of that, once.
+    worked on as they are, by the function itself.
     """
 
-    def __init__(self, function: Transform, size: int, announce: Callable[[str], None]) -> None:
-        self._function, self._size, self._announce = function, size, announce
-        self._fast: Transform | None = None
-        self._failed = False
+    def __init__(self, compiled: Compiled, size: int) -> None:
+        self._compiled, self._size = compiled, size
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """function(rows), to rounding, whatever became of the compiler."""
-        if self._failed or len(rows) < self._size:
-            return self._function(rows)
+        """The function of all rows, to rounding."""
+        if len(rows) < self._size:
+            return self._compiled.function(rows)
         missing = -len(rows) % self._size
         filled = torch.cat([rows, rows[:missing]]) if missing else rows
-        try:
-            parts = [self._one(part) for part in torch.split(filled, self._size)]
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            self._failed = True
-            reason = " ".join(str(error).split())[:200]
-            self._announce(f"decoding is not compiled ({type(error).__name__}: {reason})")
-            return self._function(rows)
+        parts = [self._compiled(part) for part in torch.split(filled, self._size)]
         return torch.cat(parts)[: len(rows)]
-
-    def _one(self, rows: Tensor) -> Tensor:
-        if self._fast is not None:
-            return self._fast(rows)
-        fast = torch.compile(self._function, dynamic=False)
-        with warnings.catch_warnings():  # compilers muse about code that is not ours
-            warnings.simplefilter("ignore")
-            made: Tensor = fast(rows)
-        self._fast = fast
-        return made
 
 
 def prepare_decoder(
@@ -86,7 +64,11 @@ def prepare_decoder(
         return plain
     if autoencoder.dtype != torch.bfloat16 or not settings.compile:
         return plain
-    levels = Compiled(autoencoder.levels, autoencoder.chunk, announce)
+    digits = MANTISSA["bfloat16"]
+    compiled = Compiled(
+        autoencoder.levels, "decoded images", announce, digits=digits, dynamic=False
+    )
+    levels = WholeChunks(compiled, autoencoder.chunk)
 
     def decode(latents: Tensor) -> Tensor:
         with torch.no_grad():

@@ -88,9 +88,9 @@ class DifferentiableRollout:
                 f"({', '.join(FIXED_SOLVERS)}), got {rollout.sampler.solver}"
             )
         require_derivative(rollout)
-        self._network = prepare_network(rollout.model, rollout.sampler, rollout.device)
-        guide = rollout.guide
-        self._guide = guide and prepare_network(guide, rollout.sampler, rollout.device)
+        rest = rollout.sampler, rollout.device, self.announce
+        self._network = prepare_network(rollout.model, *rest)
+        self._guide = rollout.guide and prepare_network(rollout.guide, *rest)
 
     @property
     def calls(self) -> int:

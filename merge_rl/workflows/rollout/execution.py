@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -70,19 +71,93 @@ class Autocast:
             return self.forward(x, sigma, labels).float()
 
 
-def prepare_network(model: Denoiser, settings: SamplerConfig, device: torch.device) -> Denoiser:
+class Compiled:
+    """A function of tensors, compiled when it is first called.
+
+    Where it cannot be compiled (no compiler, an operation that it does not take), or where the
+    first result is not the function's to rounding, `announce` hears of it once and the function
+    runs as it is from then on.
+
+    Args:
+        function: returns a tensor.
+        what: it is called in the note, in the plural.
+        announce: takes the note.
+        digits: mantissa bits b of the coarsest numbers inside; the norms of both first results
+            may be 2^(-b / 2) apart, relative to the function's.
+        dynamic: as of torch.compile.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], what: str, announce: Callable[[str], None],
+        *, digits: int = 23, dynamic: bool | None = None,
+    ) -> None:  # fmt: skip
+        self.function, self._what, self._announce = function, what, announce
+        self._allowed, self._dynamic = 2 ** (-digits / 2), dynamic
+        self._fast: Callable[..., Tensor] | None = None
+        self._failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        """What samplers ask a network for, such as `prediction`."""
+        return getattr(self.function, name)
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        """function(*given), to rounding, whatever became of the compiler."""
+        if self._failed:
+            return self.function(*given)
+        try:
+            return self._first(given) if self._fast is None else self._fast(*given)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            self._give_up(f"not compiled ({type(error).__name__}: {reason})")
+            return self.function(*given)
+
+    def _first(self, given: Sequence[Tensor | None]) -> Tensor:
+        fast = torch.compile(self.function, dynamic=self._dynamic)
+        with warnings.catch_warnings():  # compilers muse about code that is not ours
+            warnings.simplefilter("ignore")
+            made: Tensor = fast(*given)
+        with torch.no_grad():
+            expected = self.function(*given).float()
+            apart = float((made.float() - expected).norm())
+            size = float(expected.norm())
+        if apart > self._allowed * size:  # not NaN: images that fail are named elsewhere
+            self._give_up(f"left as they are: compiled they are {apart / size:.2g} off")
+            return self.function(*given)
+        self._fast = fast
+        return made
+
+    def _give_up(self, why: str) -> None:
+        self._failed = True
+        self._announce(f"{self._what} are {why}")
+
+
+MANTISSA: Final = {"float32": 23, "tf32": 10, "bfloat16": 7}  # bits by precision
+FLOAT16: Final = 10
+
+
+def prepare_network(
+    model: Denoiser,
+    settings: SamplerConfig,
+    device: torch.device,
+    announce: Callable[[str], None] = lambda _text: None,
+) -> Denoiser:
     """The network as the settings want it: compiled, in bfloat16, or as it is.
 
     It stays the same module underneath, so that weights merged into it count. A network that has
     a half precision of its own on this device (EDM2's `use_fp16`) keeps it instead of bfloat16.
-    Raises ConfigError for compilation on the CPU, where it costs more than it saves.
+    `announce` is told where it cannot be compiled. Raises ConfigError for compilation on the CPU:
+    there it takes minutes for a quarter of the time, and PyTorch 2.13 gives an EDM2's embedding
+    wrong numbers.
     """
+    own_half = bool(getattr(model, "use_fp16", False)) and device.type == "cuda"
     prepared = model
     if settings.compile:
         if device.type == "cpu":
-            raise ConfigError("compile is for accelerators, got the device cpu")
-        prepared = torch.compile(model)
-    own_half = bool(getattr(model, "use_fp16", False)) and device.type == "cuda"
+            raise ConfigError("sampler.compile is for accelerators, got the device cpu")
+        digits = FLOAT16 if own_half else MANTISSA[settings.precision]
+        prepared = Compiled(model, "calls of the network", announce, digits=digits)
     if settings.precision == "bfloat16" and not own_half:
         prepared = Autocast(prepared, model)
     return prepared

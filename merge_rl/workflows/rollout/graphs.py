@@ -155,7 +155,7 @@ def as_graphs(
     On a GPU, with fewer than `below` weights, and of a family that is known to fit
     (`Network.capturable`).
     """
-    prepared = prepare_network(network, settings, device)
+    prepared = prepare_network(network, settings, device, announce)
     if device.type != "cuda" or not isinstance(network, Network) or not network.capturable:
         return prepared
     if sum(weight.numel() for weight in network.parameters()) >= below:

@@ -1,4 +1,4 @@
-"""Compiled decoding: one shape, plain where it cannot be, for which decoders."""
+"""Compiled networks and decoders: one shape, plain where they cannot be, for which decoders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import OutOfMemoryError
 from merge_rl.models.autoencoder import LatentDecoder, PixelEncoder
-from merge_rl.workflows.rollout.decoding import Compiled, prepare_decoder
+from merge_rl.workflows.rollout.decoding import WholeChunks, prepare_decoder
+from merge_rl.workflows.rollout.execution import Compiled, prepare_network
 
 FAST = SamplerConfig(precision="bfloat16", compile=True)
 
@@ -21,33 +22,32 @@ def doubled(rows: Tensor) -> Tensor:
 
 
 class Compiler:
-    """Stands for torch.compile: notes the shapes that compiled code sees; may fail."""
+    """Stands for torch.compile: notes the shapes that compiled code sees; may fail, or err."""
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error, self.shapes = error, list[tuple[int, ...]]()
+    def __init__(self, error: Exception | None = None, off: float = 0.0) -> None:
+        self.error, self.off, self.shapes = error, off, list[tuple[int, ...]]()
 
-    def __call__(self, function: object, *, dynamic: bool) -> object:
-        assert not dynamic
-
-        def run(rows: Tensor) -> Tensor:
+    def __call__(self, function: object, *, dynamic: bool | None) -> object:
+        def run(rows: Tensor, *rest: object) -> Tensor:
             self.shapes.append(tuple(rows.shape))
             if self.error is not None:
                 raise self.error
             assert callable(function)
-            made: Tensor = function(rows)
-            return made
+            made: Tensor = function(rows, *rest)
+            return made * (1 + self.off)
 
         return run
 
 
 @pytest.mark.parametrize(("count", "calls"), [(8, 2), (9, 3), (4, 1), (5, 2), (3, 0), (0, 0)])
-def test_compiled_code_sees_one_shape(
+def test_compiled_decoders_see_one_shape(
     count: int, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler, said = Compiler(), list[str]()
     monkeypatch.setattr(torch, "compile", compiler)
     rows = torch.arange(3.0 * count).view(count, 3)
-    assert torch.equal(Compiled(doubled, 4, said.append)(rows), 2 * rows)
+    ways = WholeChunks(Compiled(doubled, "images", said.append), 4)
+    assert torch.equal(ways(rows), 2 * rows)
     assert compiler.shapes == [(4, 3)] * calls
     assert not said
 
@@ -55,18 +55,56 @@ def test_compiled_code_sees_one_shape(
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler, said = Compiler(RuntimeError("no C compiler\nis here")), list[str]()
     monkeypatch.setattr(torch, "compile", compiler)
-    ways, rows = Compiled(doubled, 2, said.append), torch.ones(6, 1)
+    ways, rows = Compiled(doubled, "images", said.append), torch.ones(6, 1)
     for _ in range(3):
         assert torch.equal(ways(rows), 2 * rows)
-    assert said == ["decoding is not compiled (RuntimeError: no C compiler is here)"]
+    assert said == ["images are not compiled (RuntimeError: no C compiler is here)"]
     assert len(compiler.shapes) == 1
+
+
+@pytest.mark.parametrize(
+    ("digits", "off", "kept"),
+    [(23, 2**-12, True), (23, 2**-11, False), (7, 2**-4, True), (7, 2**-3, False)],
+)
+def test_compiled_code_with_other_numbers_is_not_used(
+    digits: int, off: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the digits must be right: 2^-11.5 of float32, 2^-3.5 of bfloat16."""
+    compiler, said = Compiler(off=off), list[str]()
+    monkeypatch.setattr(torch, "compile", compiler)
+    ways, rows = Compiled(doubled, "images", said.append, digits=digits), torch.ones(6, 1)
+    for _ in range(2):
+        assert torch.equal(ways(rows), 2 * rows * (1 + off * kept))
+    shown = {2**-11: "0.00049", 2**-3: "0.12"}.get(off)
+    assert said == ([] if kept else [f"images are left as they are: compiled they are {shown} off"])
+
+
+def test_a_network_that_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[str]()
+    monkeypatch.setattr(torch, "compile", Compiler(RuntimeError("no Triton")))
+    network = Flow()
+    fast = prepare_network(network, FAST, torch.device("cuda"), said.append)
+    assert fast.prediction == "velocity"  # type: ignore[attr-defined]
+    x = torch.ones(2, 3)
+    for _ in range(2):
+        assert torch.equal(fast(x, torch.tensor(0.5)), network(x, torch.tensor(0.5)))
+    assert said == ["calls of the network are not compiled (RuntimeError: no Triton)"]
+
+
+class Flow(torch.nn.Module):
+    """v = -x t."""
+
+    prediction = "velocity"
+
+    def forward(self, x: Tensor, t: Tensor, _labels: Tensor | None = None, /) -> Tensor:
+        return -x * t
 
 
 def test_memory_that_runs_out_is_not_the_compilers_doing(monkeypatch: pytest.MonkeyPatch) -> None:
     said = list[str]()
     monkeypatch.setattr(torch, "compile", Compiler(torch.OutOfMemoryError("out of memory")))
     with pytest.raises(torch.OutOfMemoryError):
-        Compiled(doubled, 2, said.append)(torch.ones(2, 1))
+        Compiled(doubled, "images", said.append)(torch.ones(2, 1))
     assert not said
     assert not isinstance(torch.OutOfMemoryError("x"), OutOfMemoryError)  # halving looks at both
 

@@ -13,6 +13,8 @@ from merge_rl.errors import ConfigError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.models.sit import SiT
 from merge_rl.workflows.rollout.execution import (
+    Autocast,
+    Compiled,
     exact_products,
     fast_hint,
     matmul_precision,
@@ -69,22 +71,21 @@ def test_nothing_asked_nothing_changed() -> None:
     assert prepare_network(model, SamplerConfig(precision="tf32"), CPU) is model
 
 
-def test_compilation_is_for_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_is_for_accelerators() -> None:
     settings = SamplerConfig(compile=True, precision="bfloat16")
-    with pytest.raises(ConfigError, match="compile is for accelerators, got the device cpu"):
+    with pytest.raises(
+        ConfigError, match="sampler.compile is for accelerators, got the device cpu"
+    ):
         prepare_network(sit(), settings, CPU)
-    compiled: list[object] = []
-
-    def take(model: object) -> object:
-        compiled.append(model)
-        return model
-
-    monkeypatch.setattr(torch, "compile", take)
     model, half = sit(), edm2()
-    prepare_network(model, settings, torch.device("cuda"))
+    fast = prepare_network(model, settings, torch.device("cuda"))
+    assert isinstance(fast, Autocast)
+    assert isinstance(fast.forward, Compiled)
+    assert fast.forward.function is model
     # A network with a half precision of its own keeps it.
-    assert prepare_network(half, settings, torch.device("cuda")) is half
-    assert compiled == [model, half]
+    kept = prepare_network(half, settings, torch.device("cuda"))
+    assert isinstance(kept, Compiled)
+    assert kept.function is half
 
 
 @pytest.mark.parametrize("make", [sit, edm2])
