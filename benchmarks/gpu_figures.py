@@ -46,8 +46,7 @@ from merge_rl.workflows.rollout import (
     WorkItem,
     exact_products,
 )
-from merge_rl.workflows.rollout.decoding import WholeChunks
-from merge_rl.workflows.rollout.execution import Compiled
+from merge_rl.workflows.rollout.compiled import Compiled, WholeChunks
 
 Figure = dict[str, Any]
 WAYS: Final[dict[str, dict[str, Any]]] = {

@@ -13,10 +13,7 @@ from merge_rl.workflows.rollout.device import (
     require_device,
     unused_gpu,
 )
-from merge_rl.workflows.rollout.differentiable import (
-    DifferentiableRollout,
-    Differentiated,
-)
+from merge_rl.workflows.rollout.differentiable import DifferentiableRollout, Differentiated
 from merge_rl.workflows.rollout.distributed import (
     DistributedRollout,
     require_agreement,
@@ -27,7 +24,6 @@ from merge_rl.workflows.rollout.execution import (
     calls_an_image,
     exact_products,
     fast_hint,
-    is_out_of_memory,
     matmul_precision,
     prepare_network,
 )
@@ -39,6 +35,7 @@ from merge_rl.workflows.rollout.given import (
     with_gradient,
     without_gradient,
 )
+from merge_rl.workflows.rollout.halving import is_out_of_memory
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 from merge_rl.workflows.rollout.tuned import TunedRollout
 

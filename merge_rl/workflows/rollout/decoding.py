@@ -11,7 +11,8 @@ from torch import Tensor
 from merge_rl.config import SamplerConfig
 from merge_rl.interfaces import Autoencoder
 from merge_rl.models import LatentDecoder
-from merge_rl.workflows.rollout.execution import MANTISSA, Compiled, CudaStreams, Transform
+from merge_rl.workflows.rollout.compiled import MANTISSA, Compiled, WholeChunks
+from merge_rl.workflows.rollout.execution import CudaStreams, Transform
 
 # One second stream a device: libraries keep work space, 32 MiB on some GPUs, for every stream that
 # ever called them, and memory that a stream has given back serves that stream alone.
@@ -22,27 +23,6 @@ def streams_of(device: torch.device) -> CudaStreams:
     """The same two streams of a device for all rollouts."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return _second_stream(torch.device(device.type, index))
-
-
-class WholeChunks:
-    """A compiled function of rows (B, ...), called with `size` rows at a time.
-
-    One shape alone, so that it is compiled once: the last rows are filled up with copies whose
-    results are left out. Fewer rows than `size`, as memory that has run out leaves them, are
-    worked on as they are, by the function itself.
-    """
-
-    def __init__(self, compiled: Compiled, size: int) -> None:
-        self._compiled, self._size = compiled, size
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """The function of all rows, to rounding."""
-        if len(rows) < self._size:
-            return self._compiled.function(rows)
-        missing = -len(rows) % self._size
-        filled = torch.cat([rows, rows[:missing]]) if missing else rows
-        parts = [self._compiled(part) for part in torch.split(filled, self._size)]
-        return torch.cat(parts)[: len(rows)]
 
 
 def prepare_decoder(

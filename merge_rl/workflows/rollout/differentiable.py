@@ -34,10 +34,10 @@ from merge_rl.workflows.rollout.derivatives import (
 from merge_rl.workflows.rollout.execution import (
     calls_an_image,
     exact_products,
-    is_out_of_memory,
     matmul_precision,
     prepare_network,
 )
+from merge_rl.workflows.rollout.halving import is_out_of_memory
 from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
 from merge_rl.workflows.rollout.tuned import TunedRollout
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
 from merge_rl.core.sampling.compatibility import count_network_calls, has_open_end, prediction_of
-from merge_rl.errors import ConfigError, OutOfMemoryError
+from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Denoiser
 from merge_rl.parallel.blocks import single_threaded
+from merge_rl.workflows.rollout.compiled import FLOAT16, MANTISSA, Compiled
 
 
 @dataclass(frozen=True)
@@ -69,72 +68,6 @@ class Autocast:
         """The network's prediction, float32."""
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             return self.forward(x, sigma, labels).float()
-
-
-class Compiled:
-    """A function of tensors, compiled when it is first called.
-
-    Where it cannot be compiled (no compiler, an operation that it does not take), or where the
-    first result is not the function's to rounding, `announce` hears of it once and the function
-    runs as it is from then on.
-
-    Args:
-        function: returns a tensor.
-        what: it is called in the note, in the plural.
-        announce: takes the note.
-        digits: mantissa bits b of the coarsest numbers inside; the norms of both first results
-            may be 2^(-b / 2) apart, relative to the function's.
-        dynamic: as of torch.compile.
-    """
-
-    def __init__(
-        self, function: Callable[..., Tensor], what: str, announce: Callable[[str], None],
-        *, digits: int = 23, dynamic: bool | None = None,
-    ) -> None:  # fmt: skip
-        self.function, self._what, self._announce = function, what, announce
-        self._allowed, self._dynamic = 2 ** (-digits / 2), dynamic
-        self._fast: Callable[..., Tensor] | None = None
-        self._failed = False
-
-    def __getattr__(self, name: str) -> Any:
-        """What samplers ask a network for, such as `prediction`."""
-        return getattr(self.function, name)
-
-    def __call__(self, *given: Tensor | None) -> Tensor:
-        """function(*given), to rounding, whatever became of the compiler."""
-        if self._failed:
-            return self.function(*given)
-        try:
-            return self._first(given) if self._fast is None else self._fast(*given)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            self._give_up(f"not compiled ({type(error).__name__}: {reason})")
-            return self.function(*given)
-
-    def _first(self, given: Sequence[Tensor | None]) -> Tensor:
-        fast = torch.compile(self.function, dynamic=self._dynamic)
-        with warnings.catch_warnings():  # compilers muse about code that is not ours
-            warnings.simplefilter("ignore")
-            made: Tensor = fast(*given)
-        with torch.no_grad():
-            expected = self.function(*given).float()
-            apart = float((made.float() - expected).norm())
-            size = float(expected.norm())
-        if apart > self._allowed * size:  # not NaN: images that fail are named elsewhere
-            self._give_up(f"left as they are: compiled they are {apart / size:.2g} off")
-            return self.function(*given)
-        self._fast = fast
-        return made
-
-    def _give_up(self, why: str) -> None:
-        self._failed = True
-        self._announce(f"{self._what} are {why}")
-
-
-MANTISSA: Final = {"float32": 23, "tf32": 10, "bfloat16": 7}  # bits by precision
-FLOAT16: Final = 10
 
 
 def prepare_network(
@@ -305,50 +238,3 @@ def threads(workers: int, blocks: int) -> Iterator[Callable[..., Iterable[Tensor
             yield pool.map
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-class BatchHalving:
-    """Applies a function of rows to as many rows at once as memory takes.
-
-    Out of memory halves the number, from then on; rows that are done are kept. The result is that
-    of all rows at once, up to the rounding of sums whose order a kernel chooses by its batch.
-    """
-
-    def __init__(self, announce: Callable[[str], None] = lambda _text: None) -> None:
-        self.limit: int | None = None  # rows at once; None: as many as there are
-        self.announce = announce
-
-    def __call__(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-        """function(*rows), rows (B, ...) each; OutOfMemoryError if one row is too many."""
-        count, parts, start = len(rows[0]), list[Tensor](), 0
-        while start < count or not parts:
-            size = min(self.limit or count, count - start)
-            try:
-                parts.append(function(*(x[start : start + size] for x in rows)))
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._halve(size)
-            else:
-                start += size
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _halve(self, size: int) -> None:
-        if size <= 1:
-            raise OutOfMemoryError("out of memory with one image at a time") from None
-        # Threads may meet the same limit at the same time: one of them lowers it.
-        self.limit = min(self.limit or size, math.ceil(size / 2))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.announce(f"out of memory with {size} images at once: {self.limit} from now on")
-
-
-# What allocators say differs between devices and versions.
-_SIGNS: Final = ("can't allocate memory", "not enough memory", "out of memory", "alloc_cpu")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an accelerator, or the machine, had no room for a tensor."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _SIGNS)

@@ -23,7 +23,6 @@ from merge_rl.parallel.blocks import Block, split_blocks
 from merge_rl.rng import ImageStreams
 from merge_rl.workflows.rollout.decoding import prepare_decoder, streams_of
 from merge_rl.workflows.rollout.execution import (
-    BatchHalving,
     Transform,
     exact_products,
     matmul_precision,
@@ -31,6 +30,7 @@ from merge_rl.workflows.rollout.execution import (
     threads,
 )
 from merge_rl.workflows.rollout.graphs import PAYS_BELOW, as_graphs, renew
+from merge_rl.workflows.rollout.halving import BatchHalving
 
 Inputs = tuple[Tensor, Tensor]
 """Noise (B, C, h, w) and labels (B,) of one block."""
