@@ -46,8 +46,13 @@ from merge_rl.storage.checkpoints.one_pass import merge_pass
 from merge_rl.storage.checkpoints.plan import MergePlan, base_index, plan_merge
 
 if TYPE_CHECKING:
-    from merge_rl.storage.checkpoints.held import keep_states, module_of
-    from merge_rl.storage.checkpoints.merging import DISK, load_checkpoints, merge_into_memory
+    from merge_rl.storage.checkpoints.merging import (
+        DISK,
+        keep_states,
+        load_checkpoints,
+        merge_into_memory,
+        module_of,
+    )
 
 __all__ = [
     "CONFIG_KEY",
@@ -97,10 +102,9 @@ __all__ = [
     "write_manifest",
 ]
 
-_LATE = {
-    **dict.fromkeys(("keep_states", "module_of"), "held"),
-    **dict.fromkeys(("DISK", "load_checkpoints", "merge_into_memory"), "merging"),
-}
+_LATE = dict.fromkeys(
+    ("DISK", "keep_states", "load_checkpoints", "merge_into_memory", "module_of"), "merging"
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ import merge_rl as mrl
 from benchmarks.campaign_disk import FullDisk
 from merge_rl.config import FinetuneConfig, OptimizeConfig
 from merge_rl.errors import MergeRLError
-from merge_rl.storage.checkpoints.held import keep_states
+from merge_rl.storage.checkpoints.merging import keep_states
 from merge_rl.storage.convert import convert
 from merge_rl.storage.files import WeightStream, locked_output, new_folder, write_json, write_png
 from merge_rl.storage.files.atomic import WorkFolder, save_tensors, write_state, write_yaml
@@ -24,7 +24,7 @@ from merge_rl.storage.runs import FinetuneRun, RunDir
 
 SITES: Final = {
     # What `disks` of the campaign and the writers below run into.
-    "demo:_copy", "demo:_write", "storage/checkpoints/held:keep_states",
+    "demo:_copy", "demo:_write", "storage/checkpoints/merging:keep_states",
     "storage/convert/run:write_stream", "storage/files/atomic:atomic_path",
     "storage/files/atomic:new_folder", "storage/files/atomic:save_tensors",
     "storage/files/atomic:write", "storage/files/atomic:write_text", "storage/files/images:_write",
