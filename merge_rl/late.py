@@ -22,10 +22,11 @@ else:
 
 
 def offered(package: str, name: str, homes: Mapping[str, str]) -> Any:
-    """A public name of a package from the module of it that `homes` names, imported now.
+    """A public name of a package, imported now; `homes` has its modules and the names of each.
 
     For the package's `__getattr__`: AttributeError for any other name.
     """
-    if name not in homes:
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    return getattr(import_module(f"{package}.{homes[name]}"), name)
+    for module, names in homes.items():
+        if name in names.split():
+            return getattr(import_module(f"{package}.{module}"), name)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -52,9 +52,7 @@ from merge_rl.config.optimize import (
 )
 from merge_rl.config.reward import SUBSET_SIZE, RewardConfig, RewardTerm, parse_reward
 from merge_rl.config.sampler import (
-    DIFFUSIONS,
     FIXED_SOLVERS,
-    LAST_STEPS,
     PATH_NAMES,
     SDE_SOLVERS,
     SOLVERS,
@@ -71,7 +69,6 @@ from merge_rl.config.setting import (
     RULES,
     SCORES,
     SEARCH,
-    About,
     Setting,
     default_text,
     settings_of,
@@ -82,7 +79,6 @@ __all__ = [
     "AUTO_BATCH",
     "COEFFICIENTS",
     "CURVES",
-    "DIFFUSIONS",
     "EXAMPLES",
     "FIRST_RULES",
     "FIXED_SOLVERS",
@@ -90,7 +86,6 @@ __all__ = [
     "FREE_ON_RESUME",
     "GUIDANCE",
     "GUIDE",
-    "LAST_STEPS",
     "LEARN",
     "MODEL",
     "MODEL_IMAGES",
@@ -107,7 +102,6 @@ __all__ = [
     "SOLVERS",
     "SUBSET_SIZE",
     "TRACKERS",
-    "About",
     "ConvertConfig",
     "EvaluateConfig",
     "EvaluationConfig",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.late import offered
 from merge_rl.storage.checkpoints.catalogue import KnownSet, load_catalogue
@@ -102,9 +102,9 @@ __all__ = [
     "write_manifest",
 ]
 
-_LATE = dict.fromkeys(
-    ("DISK", "keep_states", "load_checkpoints", "merge_into_memory", "module_of"), "merging"
-)
+_LATE: Final = {
+    "merging": "DISK keep_states load_checkpoints merge_into_memory module_of",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.late import offered
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         build_extractor,
         encoder_spans,
         encoders,
-        named_by_file,
         require_known,
     )
     from merge_rl.workflows.assembly.given import Given
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
         GuideSet,
         Job,
         build_job,
-        build_map,
         require_tuning,
         unweighed_map,
     )
@@ -93,7 +91,6 @@ __all__ = [
     "allow_named",
     "build_extractor",
     "build_job",
-    "build_map",
     "check_reward",
     "cost_parts",
     "encoder_spans",
@@ -116,7 +113,6 @@ __all__ = [
     "load_weights",
     "memory_advice",
     "name_extractor",
-    "named_by_file",
     "network_rollout",
     "notes_of",
     "open_targets",
@@ -138,71 +134,25 @@ __all__ = [
 ]
 
 # Each is loaded when it is asked for: some need torch, others do without.
-_HOMES = {
-    **dict.fromkeys(("PartCosts", "cost_parts"), "costs"),
-    **dict.fromkeys(
-        ("build_extractor", "encoder_spans", "encoders", "named_by_file", "require_known"),
-        "extractors",
+_HOMES: Final = {
+    "costs": "PartCosts cost_parts",
+    "defaults": "GUIDE_FOLDER ModelDefaults find_defaults find_model guidance_text load_model",
+    "extractors": "build_extractor encoder_spans encoders require_known",
+    "given": "Given",
+    "job": "GuideSet Job build_job require_tuning unweighed_map",
+    "memory": "MemoryPlan fit_batch gib memory_advice peak_memory plan_memory require_memory",
+    "networks": "Announce load_autoencoder load_network load_weights require_known_autoencoder",
+    "parts": "OfParts Parts network_rollout with_network",
+    "published": "is_public",
+    "references": (
+        "ExtractorId Statistics expected_extractor extractor_of find_extractor find_references "
+        "image_size name_extractor notes_of other_resolutions search_doubts"
     ),
-    "Given": "given",
-    **dict.fromkeys(
-        ("GuideSet", "Job", "build_job", "build_map", "require_tuning", "unweighed_map"), "job"
+    "resolve": (
+        "allow_named require_all_allowed resolve_config resolve_finetune searcher_note "
+        "why_not_as_set"
     ),
-    **dict.fromkeys(("find_model", "load_model"), "defaults"),
-    **dict.fromkeys(
-        (
-            "MemoryPlan",
-            "fit_batch",
-            "gib",
-            "memory_advice",
-            "peak_memory",
-            "plan_memory",
-            "require_memory",
-        ),
-        "memory",
-    ),
-    **dict.fromkeys(
-        (
-            "Announce",
-            "load_autoencoder",
-            "load_network",
-            "load_weights",
-            "require_known_autoencoder",
-        ),
-        "networks",
-    ),
-    **dict.fromkeys(("allow_named", "require_all_allowed"), "resolve"),
-    **dict.fromkeys(("OfParts", "Parts", "network_rollout", "with_network"), "parts"),
-    "is_public": "published",
-    **dict.fromkeys(
-        (
-            "ExtractorId",
-            "Statistics",
-            "expected_extractor",
-            "extractor_of",
-            "find_extractor",
-            "find_references",
-            "image_size",
-            "name_extractor",
-            "notes_of",
-            "other_resolutions",
-            "search_doubts",
-        ),
-        "references",
-    ),
-    **dict.fromkeys(
-        (
-            "resolve_config",
-            "resolve_finetune",
-            "searcher_note",
-            "why_not_as_set",
-        ),
-        "resolve",
-    ),
-    **dict.fromkeys(("check_reward", "known_terms", "open_targets"), "reward"),
-    **dict.fromkeys(
-        ("GUIDE_FOLDER", "ModelDefaults", "find_defaults", "guidance_text"), "defaults"
-    ),
+    "reward": "check_reward known_terms open_targets",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.late import offered
 
@@ -41,15 +41,13 @@ __all__ = [
 ]
 
 # Each is loaded when it is asked for: some need torch, others do without.
-_HOMES = {
-    **dict.fromkeys(("hub_header", "hub_repositories", "model_card"), "card"),
-    **dict.fromkeys(("carried_metadata", "save_merge", "save_model", "set_facts"), "folder"),
-    "MergedModel": "merged_model",
-    **dict.fromkeys(("ema_coefficients", "merge", "save_profiles"), "profiles"),
-    "push": "publish",
-    **dict.fromkeys(
-        ("TOOL", "Recipe", "merge_recipe", "merged_licence", "without_places"), "recipe"
-    ),
+_HOMES: Final = {
+    "card": "hub_header hub_repositories model_card",
+    "folder": "carried_metadata save_merge save_model set_facts",
+    "merged_model": "MergedModel",
+    "profiles": "ema_coefficients merge save_profiles",
+    "publish": "push",
+    "recipe": "Recipe TOOL merge_recipe merged_licence without_places",
 }
 
 

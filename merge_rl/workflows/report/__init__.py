@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.late import offered
 
@@ -64,19 +64,17 @@ __all__ = [
 
 # Each is loaded when it is asked for: some need torch, others do without. A module that is offered
 # whole is found without being named.
-_HOMES = {
-    "write_comparison": "compare_page",
-    **dict.fromkeys(("can_draw", "drawing", "steps_axis"), "figures"),
-    "draw_run": "plots",
-    **dict.fromkeys(("CompareResult", "EvaluateResult", "Score", "SearcherScore"), "results"),
-    "search_lines": "run_page",
-    **dict.fromkeys(
-        ("NAMES", "duration", "floor_lines", "interval", "markdown_table", "number"), "markup"
+_HOMES: Final = {
+    "compare_page": "write_comparison",
+    "figures": "can_draw drawing steps_axis",
+    "markup": "NAMES duration floor_lines interval markdown_table number",
+    "plots": "draw_run",
+    "results": (
+        "CompareResult EvaluateResult Score SearcherScore Verdict compare_verdict "
+        "finetune_verdict outcome run_verdict"
     ),
-    **dict.fromkeys(
-        ("Verdict", "compare_verdict", "finetune_verdict", "outcome", "run_verdict"), "results"
-    ),
-    **dict.fromkeys(("LivePage", "Report", "with_page", "write_report"), "writing"),
+    "run_page": "search_lines",
+    "writing": "LivePage Report with_page write_report",
 }
 
 

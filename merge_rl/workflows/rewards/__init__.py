@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.late import offered
 
@@ -52,18 +52,12 @@ __all__ = [
 ]
 
 # Each is loaded when it is asked for: what pages of runs need does without torch.
-_HOMES = {
-    **dict.fromkeys(
-        ("KEY", "FirstOrderWatch", "first_order_line", "first_order_warnings"), "first_order"
-    ),
-    **dict.fromkeys(("InfluenceFrechet", "Pool", "RewardSource", "pool_gap"), "frechet"),
-    **dict.fromkeys(("columns", "real_distances"), "mean"),
-    **dict.fromkeys(
-        ("Level", "RewardGradient", "SubsetReward", "require_gradient"), "subset_reward"
-    ),
-    **dict.fromkeys(
-        ("CombinedExtractor", "RewardScores", "RewardSum", "WeightedReward", "term_means"), "sum"
-    ),
+_HOMES: Final = {
+    "first_order": "FirstOrderWatch KEY first_order_line first_order_warnings",
+    "frechet": "InfluenceFrechet Pool RewardSource pool_gap",
+    "mean": "columns real_distances",
+    "subset_reward": "Level RewardGradient SubsetReward require_gradient",
+    "sum": "CombinedExtractor RewardScores RewardSum WeightedReward term_means",
 }
 
 
