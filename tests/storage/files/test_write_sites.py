@@ -30,7 +30,7 @@ SITES: Final = {
     "storage/files/atomic:write", "storage/files/atomic:write_text", "storage/files/images:_write",
     "storage/files/locks:_acquire", "storage/files/locks:_open", "storage/files/shards:tensor_file",
     "storage/hub/download:_append", "storage/hub/download:begin", "storage/hub/download:fetch_url",
-    "storage/hub/download:finish", "storage/hub/fetch:_download", "storage/runs/run_dir:_make",
+    "storage/hub/download:finish", "storage/hub/fetch:_download", "storage/runs/run_dir:create",
     "storage/runs/run_dir:append_event", "workflows/finetune/snapshots:_beside",
     "workflows/report/figures:drawing",
     # A folder in a work folder, a file in a folder made for it, and folders that go by themselves.
