@@ -154,7 +154,8 @@ class NormalizedWeight(nn.Module):
         if torch.is_grad_enabled() and weight.requires_grad:
             if self.once is None:
                 return self._normalized(gain).to(dtype)
-            return self.once(lambda: self._normalized(gain).to(dtype), (self, dtype, *_key(gain)))
+            # Cast by every call, so that gradients of all of them add up in float32.
+            return self.once(lambda: self._normalized(gain), (self, *_key(gain))).to(dtype)
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, dtype, *_key(gain))
         if self._cached is None or self._cached[0] != key:
             made = self._normalized(gain).to(dtype)

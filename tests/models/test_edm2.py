@@ -214,6 +214,17 @@ def test_calls_that_share_effective_weights_have_the_same_gradient(
     torch.testing.assert_close([w.grad for w in weights], expected, rtol=0, atol=0)
 
 
+def test_gradients_of_half_precision_calls_add_up_in_float32() -> None:
+    layer, once = magnitude.NormalizedWeight(1, 1), magnitude.Once()
+    layer.once = once
+    for part in (1.0, *[2.0**-12] * 16):  # each lost beside 1 in float16
+        layer.effective_weight(torch.float16).sum().mul(part).backward()  # type: ignore[no-untyped-call]
+    ((_, leaf),) = once._held.values()
+    assert leaf.dtype == torch.float32
+    assert leaf.grad is not None
+    assert float(leaf.grad) == 1 + 2.0**-8
+
+
 def test_primitives(golden: Path) -> None:
     p = load_file(golden / "edm2/primitives.safetensors")
     x, b, c = p["x"], p["b"], p["c"]
