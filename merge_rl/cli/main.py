@@ -6,7 +6,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import FrameType
 from typing import Annotated, Final, NoReturn
@@ -57,9 +57,22 @@ def options(
         os.environ["MERGERL_DEBUG"] = "1"
 
 
+def _described(command: Callable[..., None]) -> Callable[[], None]:
+    """A command that takes nothing and does nothing, of the same name and description."""
+
+    def described() -> None:
+        """Nothing: it is not called."""
+
+    described.__name__, described.__doc__ = command.__name__, command.__doc__
+    return described
+
+
 @functools.cache
-def command_line(*homes: str) -> typer.Typer:
-    """The commands of these rows of `COMMANDS`; of all, if none is named."""
+def command_line(*homes: str, listed: bool = False) -> typer.Typer:
+    """The commands of these rows of `COMMANDS`; of all, if none is named.
+
+    `listed`: to say what they do, without their hundreds of options.
+    """
     made = typer.Typer(
         name="mergerl",
         no_args_is_help=True,
@@ -72,6 +85,9 @@ def command_line(*homes: str) -> typer.Typer:
     for home in homes or COMMANDS:
         module, _, register = home.partition(":")
         getattr(import_module(f"merge_rl.cli.{module}"), register)(made)
+    for info in made.registered_commands if listed else ():
+        if info.callback is not None:
+            info.callback = _described(info.callback)
     return made
 
 
@@ -108,7 +124,8 @@ def main() -> None:
         signal.signal(signal.SIGINT, stop)
     ranks.quiet_followers()
     try:
-        code = command_line(*_needed(sys.argv[1:]))(standalone_mode=False)
+        listed = sys.argv[1:] in (["--help"], ["-h"])
+        code = command_line(*_needed(sys.argv[1:]), listed=listed)(standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)

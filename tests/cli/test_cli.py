@@ -128,6 +128,16 @@ def test_help_does_without_torch(arguments: list[str]) -> None:
     assert (found.returncode, found.stderr) == (0, "")
 
 
+def test_the_list_of_commands_is_that_of_the_commands(
+    mergerl: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = mergerl("--help").out
+    assert "optimize" in shown
+    whole = main_module.command_line()
+    monkeypatch.setattr(main_module, "command_line", lambda *_, **__: whole)
+    assert mergerl("--help").out == shown
+
+
 # --------------------------------------------------------------------------------- whole commands
 
 
