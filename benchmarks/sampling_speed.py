@@ -1,9 +1,11 @@
 """Sampling through `sample`, against a plain eager loop over the same network, in one run.
 
 Both make the same images from the same noise; they take turns, so that whatever else the machine
-does hits both. Prints images/s, network calls an image (nfe) and the ratio of times, and with
-`--out` writes the same numbers as JSON. On the CPU: an EDM2 of the digits' size and SiT-S/2; on an
-accelerator SiT-XL/2 too, and with `--fast` the compiled bfloat16 rollouts beside them.
+does hits both. With `--workers` ours is the rollout of a search on a CPU, that many batches side by
+side, and the plain loop has the threads inside its operations (`--threads 2 --workers 2`). Prints
+images/s, network calls an image (nfe) and the ratio of times, and with `--out` writes the same
+numbers as JSON. On the CPU: EDM2 of the digits' size and EDM2-XS, SiT-S/2; on an accelerator
+SiT-XL/2 too, and with `--fast` the compiled bfloat16 rollouts beside them.
 """
 
 from __future__ import annotations
@@ -28,17 +30,24 @@ from merge_rl.models.edm2 import EDM2
 from merge_rl.models.sit import SiT
 from merge_rl.workflows.rollout.execution import matmul_precision
 from merge_rl.workflows.rollout.graphs import CALLS_BEFORE, as_graphs, renew
+from merge_rl.workflows.rollout.rollout import Rollout
 
 Loop: TypeAlias = Callable[[], Tensor]
 
 
+def answering(network: EDM2) -> EDM2:
+    """The same, whose answers are not all 0, as those of a new network are."""
+    torch.nn.init.constant_(network.unet.out_gain, 1.0)
+    return network
+
+
 def digits_edm2() -> EDM2:
     """A network of the size of the embedded digits run's."""
-    return EDM2(
+    return answering(EDM2(
         img_resolution=8, img_channels=1, label_dim=10, use_fp16=False, model_channels=12,
         channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=12,
         logvar_channels=16,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def sit_small() -> SiT:
@@ -48,7 +57,7 @@ def sit_small() -> SiT:
 
 def edm2_xs() -> EDM2:
     """EDM2-XS at 512 x 512 (latents of 64 x 64), in float16 on a GPU."""
-    return EDM2(img_resolution=64, img_channels=4, label_dim=1000, model_channels=128)
+    return answering(EDM2(img_resolution=64, img_channels=4, label_dim=1000, model_channels=128))
 
 
 def plain_edm_heun(model: EDM2, noise: Tensor, labels: Tensor, num_steps: int) -> Loop:
@@ -114,17 +123,40 @@ def clock(call: Loop, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+class AsTheyAre:
+    """Samples for images."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, ...) -> the same."""
+        return latents
+
+
+def in_batches(
+    model: Any, settings: SamplerConfig, plain: Any, noise: Tensor, labels: Tensor, batch: int,
+    workers: int,
+) -> tuple[Loop, Loop]:  # fmt: skip
+    """The plain loop over batches, and a rollout with so many of them side by side."""
+    parts = list(zip(torch.split(noise, batch), torch.split(labels, batch), strict=True))
+    loops = [plain(model, *part, settings.num_steps) for part in parts]
+    rollout = Rollout(
+        model, model.sample_shape, sampler=settings, batch=batch, workers=workers,
+        autoencoder=AsTheyAre(), extractor=AsTheyAre(),  # type: ignore[arg-type]
+    )  # fmt: skip
+    return lambda: torch.cat([loop() for loop in loops]), lambda: rollout.images(noise, labels)
+
+
 def compare(
     name: str, model: Any, settings: SamplerConfig, plain: Loop, noise: Tensor, labels: Tensor,
-    repeats: int,
+    repeats: int, side_by_side: Loop | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Times of both, by turns; the images must be the same unless precision differs."""
     network = as_graphs(model, settings, noise.device, print)
 
-    def ours() -> Tensor:
+    def alone() -> Tensor:
         renew(network)
         return sample_with(settings, network, noise, labels)
 
+    ours = side_by_side or alone
     reference, made = plain(), ours()
     for _ in range(0, CALLS_BEFORE if noise.device.type == "cuda" else 0, settings.num_steps):
         made = ours()  # until its calls are graphs
@@ -164,10 +196,11 @@ def cases(
     ]
     networks = [("sit-s/2", sit_small())]
     quick = [SamplerConfig(num_steps=steps, precision="bfloat16", compile=True)] if fast else []
-    if device.type == "cuda":
+    xs = edm2_xs()
+    if device.type == "cpu":
+        found.append(("edm2-xs heun", xs, heun, plain_edm_heun, scale))
+    else:
         networks.append(("sit-xl/2", SiT()))
-        xs = edm2_xs()
-        torch.nn.init.constant_(xs.unet.out_gain, 1.0)  # of a new network all answers are 0
         found += [
             (f"edm2-xs {name}", xs, settings, plain_edm_heun, 2 * scale)
             for name, settings in [("heun", heun), *(("fast", chosen) for chosen in quick)]
@@ -187,6 +220,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="multiplies the batch sizes")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="batches side by side, on a CPU")
     parser.add_argument("--fast", action="store_true", help="bfloat16, compiled (accelerators)")
     parser.add_argument("--only", default="", help="part of the names to measure")
     options = parser.parse_args()
@@ -201,11 +235,14 @@ def main() -> None:
         if options.only not in name:
             continue
         model.eval().requires_grad_(False).to(device)
-        noise = torch.randn(batch, *model.sample_shape, device=device)
-        labels = (torch.arange(batch) % model.label_dim).to(device)
-        loop = plain(model, noise, labels, settings.num_steps)
+        count = batch * (2 * options.workers if options.workers > 1 else 1)
+        noise = torch.randn(count, *model.sample_shape, device=device)
+        labels = (torch.arange(count) % model.label_dim).to(device)
+        loop, beside = plain(model, noise, labels, settings.num_steps), None
+        if options.workers > 1:
+            loop, beside = in_batches(model, settings, plain, noise, labels, batch, options.workers)
         with matmul_precision(settings):
-            row = compare(name, model, settings, loop, noise, labels, options.repeats)
+            row = compare(name, model, settings, loop, noise, labels, options.repeats, beside)
         rows.append(row)
         print(
             f"{name:18} {row['nfe']:4} {row['images_per_s']:9.2f} {row['plain_images_per_s']:9.2f} "
