@@ -1,10 +1,11 @@
 """Where the rounds of a search spend their time: no phase but the networks should take 2 %.
 
-    python -m benchmarks.profile_search [--xs] [--budget 2500] [--out FILE.json]
+    python -m benchmarks.profile_search [--sit | --xs] [--budget 2500] [--out FILE.json]
 
-A default search on the embedded digits, or (`--xs`) on snapshots with the shapes of EDM2-XS whose
-weights are random. Processor time of the threads that work, each phase without those inside of it,
-so that other programs on the machine change little. One worker, one thread.
+A default search on the embedded digits, its EDM2 or (`--sit`) its SiT, or (`--xs`) on snapshots
+with the shapes of EDM2-XS whose weights are random. Rounds alone count, not what comes before them.
+Processor time of the threads that work, each phase without those inside of it, so that other
+programs on the machine change little. One worker, one thread.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from benchmarks.merge_speed import write_files
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.demo import write_demo
 from merge_rl.storage.runs import RunDir
+from merge_rl.workflows.evaluate import SecondMetric
 from merge_rl.workflows.optimize.rounds import SearchLoop
-from merge_rl.workflows.rewards import RewardSum
-from merge_rl.workflows.rollout import Rollout
+from merge_rl.workflows.rewards import RewardGradient
+from merge_rl.workflows.rewards.sum import RewardSum
+from merge_rl.workflows.rollout import Rollout, differentiable
 
 GOAL = 0.02
 NETWORKS = ("network", "gradients", "decoder", "features")
@@ -87,6 +90,7 @@ def profile(folder: Path, out: Path, budget: int, **settings: Any) -> dict[str, 
         found.watch(loop.searcher, "tell", "searcher")
 
     def alone(loop: SearchLoop) -> None:
+        found.seconds.clear()  # the start was chosen before networks were watched
         with found.phase("everything else"):
             rounds(loop)
         raise _Done
@@ -99,6 +103,12 @@ def profile(folder: Path, out: Path, budget: int, **settings: Any) -> dict[str, 
         (RunDir, "append_event", "events"), (Rollout, "noise", "noise"),
         (Rollout, "latents", "solver"), (LiveModel, "set_coefficients", "merge"),
         (RewardSum, "scores", "reward"), (RewardSum, "pool_distance", "distance of the pool"),
+        (differentiable, "sample_with", "solver"), (differentiable, "pull_back", "decoder"),
+        (differentiable, "coefficient_gradient", "gradients of coefficients"),
+        (differentiable, "room_for", "memory of a gradient"),
+        (RewardGradient, "level", "halves of the pool"),
+        (RewardGradient, "cotangents", "gradients of the reward"),
+        (SecondMetric, "score", "second metric"),
         (torch.autograd, "grad", "gradients"), (torch.autograd, "backward", "gradients"),
     ):  # fmt: skip
         found.watch(owner, method, name)
@@ -115,6 +125,7 @@ def _last(pair: tuple[str, float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--xs", action="store_true", help="shapes of EDM2-XS instead of digits")
+    parser.add_argument("--sit", action="store_true", help="the digits' SiT instead of its EDM2")
     parser.add_argument("--budget", type=int, default=2500)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -122,7 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_demo(folder / "digits")
-        sources, settings = folder / "digits/edm2", {"track": "raw"}
+        sources, settings = folder / "digits" / ("sit" if given.sit else "edm2"), {"track": "raw"}
         if given.xs:
             sources, settings = folder / "xs", {}
             sources.mkdir()

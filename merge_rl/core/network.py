@@ -8,6 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor, nn
 
 
+def against(made: Tensor, cotangent: Tensor) -> Tensor:
+    """<made, cotangent>, a scalar whose gradient by `made` is the cotangent, bit for bit.
+
+    Shapes must be equal. Handed to torch as it is, a cotangent makes it load its symbolic shapes,
+    which takes a second the first time.
+    """
+    product: Tensor = (made * cotangent).sum()
+    return product
+
+
 class Network(nn.Module, ABC):
     """A denoising network with weights: a `Denoiser` that says what its samples look like."""
 

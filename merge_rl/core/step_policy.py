@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from merge_rl.core.network import against
 from merge_rl.core.policy import clipped_policy_loss
 from merge_rl.core.sampling.paths import Path
 from merge_rl.core.sampling.sde import SDE, Gaussian, NoiseSource, noisy_step, step_log_prob
@@ -131,7 +132,8 @@ class StillSteps:
         for index, x in zip(reversed(self.steps), reversed(self.states[:-1]), strict=True):
             start = x.detach().requires_grad_(True)
             with passing(last=last and index == self.steps[0]):
-                still_step(self.sde, index, start).backward(cotangent)  # type: ignore[no-untyped-call]
+                made = still_step(self.sde, index, start)
+                against(made, cotangent).backward()  # type: ignore[no-untyped-call]
             cotangent = torch.zeros_like(x) if start.grad is None else start.grad
         return cotangent
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from merge_rl.core.network import against
+
 EPSILON = 1e-4  # added to the rms itself, neither under the root nor as a lower bound
 SILU_RMS = 0.596  # rms of silu(x) for x ~ Normal(0, 1), the rounded constant of the release
 
@@ -121,7 +123,7 @@ class Once:
     def take_back(self) -> None:
         """Add the gradients of what was made to those of what it was made of."""
         pairs = [(made, leaf.grad) for made, leaf in self._held.values() if leaf.grad is not None]
-        torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
+        torch.autograd.backward([against(made, grad) for made, grad in pairs])
 
 
 class NormalizedWeight(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from merge_rl.core.merging.buffers import Checkpoints, as_float32
 from merge_rl.core.merging.maps import CoefficientMap
-from merge_rl.core.network import Network
+from merge_rl.core.network import Network, against
 from merge_rl.errors import ConfigError
 
 _CHUNK = 1 << 20  # elements of each checkpoint held in float64 at a time
@@ -49,7 +49,7 @@ def theta_gradient(coefficients: CoefficientMap, theta: Tensor, gradient: Tensor
     point = theta.detach().to(torch.float64).clone().requires_grad_(True)
     with torch.enable_grad():
         rows = coefficients(point)
-    (found,) = torch.autograd.grad(rows, point, grad_outputs=gradient.to(rows), allow_unused=True)
+    (found,) = torch.autograd.grad(against(rows, gradient.to(rows)), point, allow_unused=True)
     return torch.zeros_like(theta, dtype=torch.float64) if found is None else found
 
 

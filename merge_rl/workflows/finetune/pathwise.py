@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from merge_rl.config import UpdateConfig
+from merge_rl.core.network import against
 from merge_rl.workflows.finetune.kept import KeptRollouts, PolicyRollout
 from merge_rl.workflows.finetune.learner import Learner
 from merge_rl.workflows.finetune.updates import Update, UpdateStats
@@ -57,7 +58,7 @@ class PathwiseGradient(Update):
         samples = self.rollout.followed(part.noise, part.labels, self.network)
         with exact_products():
             pulled = pull_back(self.rollout, samples, part.pull.to(samples.device))
-        samples.backward(-share * pulled)  # type: ignore[no-untyped-call]
+        against(samples, -share * pulled).backward()  # type: ignore[no-untyped-call]
         return pulled
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from merge_rl.core.merging.live_model import LiveModel
+from merge_rl.core.network import against
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.solvers import Velocity
 from merge_rl.errors import ConfigError
@@ -75,7 +76,7 @@ def pull_back(rollout: Rollout, latents: Tensor, cotangents: Tensor) -> Tensor:
         x.requires_grad_(True)
         with torch.enable_grad():
             features = rollout.extractor(levels(x)).float()
-        parts += torch.autograd.grad(features, x, rows.to(features))
+        parts += torch.autograd.grad(against(features, rows.to(features)), x)
     return torch.cat(parts)
 
 

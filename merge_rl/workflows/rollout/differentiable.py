@@ -19,6 +19,7 @@ from torch import Tensor
 
 from merge_rl.config import FIXED_SOLVERS
 from merge_rl.core.merging.live_model import coefficient_gradient
+from merge_rl.core.network import against
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.solvers import Velocity
 from merge_rl.errors import ConfigError, OutOfMemoryError
@@ -130,7 +131,9 @@ class DifferentiableRollout:
 
     def _differentiate(self, item: WorkItem, cotangents: Cotangents) -> Differentiated:
         self.merged.merge(item.coefficients)
+        began = time.monotonic()
         noise, dropped = self.rollout.noise(item.seeds), list[str]()
+        self.merged.seconds += time.monotonic() - began  # as without a gradient
         sound = torch.arange(len(item.labels))
         found = torch.full((len(sound), self.rollout.extractor.dim), torch.nan)
         sets = [live.checkpoints for live in self.lives]
@@ -173,7 +176,7 @@ class DifferentiableRollout:
                 for latents, rows in zip(samples, torch.split(back, size), strict=True):
                     with exact_products():
                         pulled = pull_back(rollout, latents, rows)
-                    latents.backward(pulled)  # type: ignore[no-untyped-call]
+                    against(latents, pulled).backward()  # type: ignore[no-untyped-call]
                 problems = problems_of(watches, features)
         self.merged.seconds += time.monotonic() - began
         return features, totals, problems
