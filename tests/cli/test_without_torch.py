@@ -19,7 +19,10 @@ COMMANDS = {
     "inspect a set": (["inspect", "{}/edm2"], "24 checkpoints of edm2"),
     "inspect a model": (["inspect", "{}/edm2/raw/digits-0002097.safetensors"], "float16"),
     "settings": (["settings"], "reward.pool_size"),
-    "convert": (["convert", "{}/sit/raw", "{}/out", "--num-heads", "4"], "digits-0002097"),
+    "convert": (
+        ["convert", "{}/sit/raw", "{}/out", "--num-heads", "4", "--family", "sit"],
+        "digits-0002097",
+    ),
     "convert a pickle": (["convert", "{}/sit.pt", "{}/new", "--num-heads", "4"], "sit"),
     "merge": (["merge", "{}/edm2", "{}/one", "--track", "raw", "--uniform"], "+0.1250"),
     "push what was merged": (["push", "{}/merged", "user/repo", "--dry-run"], "would push"),

@@ -57,8 +57,8 @@ def is_foreign(shapes: Shapes) -> bool:
 
 def find_family(
     shapes: Shapes, said: Said, config: Mapping[str, Any] | None, stem: str, hints: Hints
-) -> tuple[str, str | None]:
-    """(the family of a file called `stem`, what was assumed to tell it).
+) -> str:
+    """The family of a file called `stem`.
 
     The file says of itself `said` and perhaps a `config`. The user's word counts first, then the
     config's, then the tensors, the settings of the training, the name. Raises CheckpointError where
@@ -74,22 +74,17 @@ def find_family(
             raise CheckpointError(
                 f"these are not the tensors of {told}, but of {' or '.join(able) or 'none known'}"
             )
-        return told, None
+        return told
     if len(able) < 2:  # what fits none is refused for the tensor that it lacks
-        return (able[0] if able else "sit"), None
+        return able[0] if able else "sit"
     stated = None if config is None else config.get("model")
     named = _NAMED.search(stem)
     for word in (stated, _trained_as(said.settings), named and named[1].lower()):
         if word in able:
-            return str(word), None
-    if "repa" in able:  # whose own programs leave projectors, or their settings, beside the weights
-        return (
-            "sit",
-            "a network of velocities as SiT's, not REPA's, whose time runs backwards, was "
-            "assumed (--family says otherwise)",
-        )
+            return str(word)
+    apart = "which way time runs" if "repa" in able else "what they predict"
     raise CheckpointError(
-        f"{' and '.join(able)} have these tensors and differ in what they predict, and neither the "
+        f"{' and '.join(able)} have these tensors and differ in {apart}, and neither the "
         "file nor its name says which it is; say it with --family"
     )
 

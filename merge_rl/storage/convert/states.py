@@ -56,9 +56,7 @@ def read_states(
     for place in _wanted(held, path, weights):
         tensors = state_dict(held.states[place], f"{path}, {place}" if place else str(path))
         item = Extracted(path=path, tensors=tensors, config=config, stem=path.stem)
-        family, assumed = _family(item, said, hints)
-        item = replace(item, assumed={} if assumed is None else {"model": assumed})
-        item = _described(item, family, said, hints, config)
+        item = _described(item, _family(item, said, hints), said, hints, config)
         placed = place.partition("/")[0] in data or is_average(place)
         if placed:  # else names alone say the place
             track = _track_of(place)
@@ -143,11 +141,11 @@ def _described(
     return replace(item, config=own, notes=(*item.notes, *told))
 
 
-def _family(item: Extracted, said: Said, hints: Hints) -> tuple[str, str | None]:
+def _family(item: Extracted, said: Said, hints: Hints) -> str:
     shapes = shapes_of(item.tensors)
     stated = bool(item.config and item.config.get("model"))
     if hints.family is None and (hints.network or (is_foreign(shapes) and not stated)):
-        return "", None
+        return ""
     try:
         return find_family(shapes_of(item.tensors), said, item.config, item.path.stem, hints)
     except MergeRLError as error:
@@ -182,7 +180,7 @@ def _network(
         assumed = {key: text for key, text in assumed.items() if key not in stated}
         config |= {key: value for key, value in stated.items() if key in config}
     return replace(
-        item, tensors=tensors, config=config, assumed={**item.assumed, **assumed}, notes=notes,
+        item, tensors=tensors, config=config, assumed=assumed, notes=notes,
         autoencoder="sd-vae-sit" if config["in_channels"] == 4 else None,
         sampler=() if path in (None, "linear") else (("path", path),),
     )  # fmt: skip

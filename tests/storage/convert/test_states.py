@@ -211,7 +211,9 @@ TWICE = {**SIT, "learn_sigma": True}
         (TWICE, {"model": "DiT-S/2"}, "SiT", {"family": "sit"}, "sit"),
         (SIT, {"model": "SiT-S/2", "enc_type": "dinov2-vit-b"}, "0000100", {}, "repa"),
         (SIT, {}, "repa-last", {}, "repa"),
-        (SIT, {}, "position", {}, "sit"),
+        (SIT, {}, "sit-last", {}, "sit"),
+        (SIT, {"path_type": "Linear", "prediction": "velocity"}, "0000100", {}, "sit"),
+        (SIT, {}, "position", {"family": "repa"}, "repa"),
     ],
 )
 def test_what_a_file_says_tells_families_of_equal_tensors_apart(
@@ -220,19 +222,23 @@ def test_what_a_file_says_tells_families_of_equal_tensors_apart(
     state = state_of(config, 1)
     held = {"model": state, "ema": state, "args": settings} if settings else state
     torch.save(held, tmp_path / f"{name}.pt")
-    ear = Ear()
-    convert(tmp_path / f"{name}.pt", tmp_path / "out", num_heads=2, tracker=ear, **hints)
+    convert(tmp_path / f"{name}.pt", tmp_path / "out", num_heads=2, **hints)
     assert read_manifest(tmp_path / "out").model["model"] == family
-    assumed = any("--family says otherwise" in text for text in ear.heard)
-    assert assumed == (name == "position")
 
 
-def test_a_family_that_nothing_tells_is_asked_for(tmp_path: Path) -> None:
-    torch.save(state_of(TWICE, 1), tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"a\.pt: sit and dit have these tensors.*--family"):
+@pytest.mark.parametrize(
+    ("config", "other", "apart"),
+    [(TWICE, "dit", "what they predict"), (SIT, "repa", "which way time runs")],
+)
+def test_a_family_that_nothing_tells_is_asked_for(
+    config: dict[str, Any], other: str, apart: str, tmp_path: Path
+) -> None:
+    torch.save(state_of(config, 1), tmp_path / "a.pt")
+    asked = rf"a\.pt: sit and {other} have these tensors and differ in {apart}.*--family"
+    with pytest.raises(CheckpointError, match=asked):
         convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(CheckpointError, match=r"not the tensors of jit, but of sit or dit"):
+    with pytest.raises(CheckpointError, match=rf"not the tensors of jit, but of sit or {other}"):
         convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2, family="jit")
     with pytest.raises(CheckpointError, match="unknown family of networks 'dti'; did you mean"):
         convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2, family="dti")
@@ -328,11 +334,11 @@ def test_what_is_stated_counts_more_than_what_is_assumed(tmp_path: Path) -> None
     torch.save(state_of(SIT, 1), bare)
     torch.save({"ema": state_of(SIT, 2), "args": {"num_classes": 9, "num_heads": 2}}, stated)
     ear = Ear()
-    convert([bare, stated], tmp_path / "both", num_heads=2, tracker=ear)
+    convert([bare, stated], tmp_path / "both", num_heads=2, family="sit", tracker=ear)
     assert model_of(tmp_path / "both") == (9, True)
     assert not any("number of classes" in text for text in ear.heard)
     convert(stated, tmp_path / "later")
-    convert(bare, tmp_path / "later", num_heads=2)
+    convert(bare, tmp_path / "later", num_heads=2, family="sit")
     assert model_of(tmp_path / "later") == (9, True)
     assert len(mrl.open_checkpoints(tmp_path / "later")) == 2
 
@@ -383,7 +389,9 @@ def test_wrapped_networks_are_converted(
         sound = tmp_path / "sound.safetensors"
         save_checkpoint(sound, state_of(config, 1), {"config": config})
         convert(sound, tmp_path / "out")
-    hints: Any = {} if config is TINY_MODEL else {"num_heads": 2, "null_class": False}
+    hints: Any = (
+        {} if config is TINY_MODEL else {"num_heads": 2, "null_class": False, "family": "sit"}
+    )
     (written,) = convert(path, tmp_path / "out", **hints).written
     found = load_network(written).state_dict()
     assert list(found) == list(state)
@@ -398,7 +406,7 @@ def test_of_raw_weights_and_their_average_the_average_is_taken(form: str, tmp_pa
     for weights, states in expected.items():
         ear = Ear()
         out = tmp_path / weights
-        result = convert(path, out, weights=weights, num_heads=2, tracker=ear)
+        result = convert(path, out, weights=weights, num_heads=2, family="sit", tracker=ear)
         assert len(result.written) == len(states)
         for file, state in zip(result.written, states, strict=True):
             assert torch.equal(load_network(file).state_dict()["pos_embed"], state["pos_embed"])
