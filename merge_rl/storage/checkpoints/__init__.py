@@ -15,7 +15,13 @@ from merge_rl.storage.checkpoints.diffusers_folder import (
     library_documents,
     network_config,
 )
-from merge_rl.storage.checkpoints.listing import Origin, by_progress, find_origin, newest_model
+from merge_rl.storage.checkpoints.listing import (
+    Origin,
+    by_progress,
+    find_origin,
+    newest_model,
+    unknown_config,
+)
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     MAX_EMA_STD,
@@ -99,6 +105,7 @@ __all__ = [
     "require_fit",
     "require_network",
     "save_checkpoint",
+    "unknown_config",
     "write_manifest",
 ]
 

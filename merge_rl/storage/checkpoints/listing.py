@@ -11,6 +11,7 @@ from typing import Any
 
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError, UnknownNameError
 from merge_rl.storage.checkpoints.catalogue import load_catalogue
+from merge_rl.storage.checkpoints.diffusers_folder import is_network_config, network_config
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
@@ -22,6 +23,7 @@ from merge_rl.storage.checkpoints.manifest import (
 from merge_rl.storage.checkpoints.model_file import (
     find_listing,
     folder_config,
+    library_document,
     metadata_config,
     model_file_path,
     named_as_network,
@@ -223,7 +225,7 @@ def find_origin(path: str | os.PathLike[str], network: str | None = None) -> Ori
     file = open_model_file(path)
     config = file.config if network is None else {"model": network}
     if config is None:
-        raise CheckpointError(f"{path}: the model config is not known; expected a config.json")
+        raise unknown_config(path)
     manifest, entry = _listing(Path(path)) or (_nearest(Path(path)), None)
     return Origin(
         name=(manifest.name if manifest else None) or absolute(path).stem,
@@ -233,6 +235,19 @@ def find_origin(path: str | os.PathLike[str], network: str | None = None) -> Ori
         nimg=entry.nimg if entry else None,
         metadata=file.metadata,
     )
+
+
+def unknown_config(path: str | os.PathLike[str]) -> CheckpointError:
+    """What to raise where nothing says of which network the weights of a folder or file are."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    document = library_document(folder)
+    why = f"{path}: the model config is not known; expected a config.json or a manifest"
+    if document is not None and is_network_config(document):
+        try:
+            network_config(document, folder)
+        except CheckpointError as error:
+            why = str(error)
+    return CheckpointError(f"{why}, or --network package.module:factory")
 
 
 def newest_model(path: str | os.PathLike[str], track: str | None = None) -> Path:

@@ -12,7 +12,11 @@ from merge_rl import registry
 from merge_rl.core.forms import network_shapes
 from merge_rl.core.state_dicts import own_names
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
-from merge_rl.storage.checkpoints.diffusers_folder import is_network_config, network_config
+from merge_rl.storage.checkpoints.diffusers_folder import (
+    find_scheduler,
+    is_network_config,
+    network_config,
+)
 from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
@@ -37,6 +41,7 @@ from merge_rl.untrusted import load_json_mapping, read_bounded
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Config = Mapping[str, Any]
 CONFIG_NAME: Final = "config.json"
 CONFIG_KEY: Final = "config"  # of a safetensors file's metadata
 _REPEATED: Final = ("depth", "num_blocks", "num_layers", "layers_per_block")  # a module each
@@ -140,13 +145,13 @@ def save_checkpoint(
 
 
 def folder_config(folder: Path) -> dict[str, Any] | None:
-    """The config that a folder's `config.json` says, None if there is none.
+    """What a folder's `config.json` says, that of diffusers in our words; None if it is not known.
 
-    That of a network of diffusers is told in our words, with its scheduler's.
+    A network of diffusers is known with its scheduler.
     """
     document = _config_document(folder)
     if document is not None and is_network_config(document):
-        return network_config(document, folder)
+        return network_config(document, folder) if find_scheduler(folder) else None
     return document
 
 
@@ -199,9 +204,6 @@ def find_listing(file: Path) -> tuple[Manifest, CheckpointEntry] | None:
                     if entry.file == name:
                         return manifest, entry
     return None
-
-
-Config = Mapping[str, Any]
 
 
 def require_network(tensors: Mapping[str, TensorInfo], config: Config | None, where: str) -> None:

@@ -23,6 +23,7 @@ from merge_rl.storage.checkpoints import (
     open_model_file,
     require_fit,
     require_network,
+    unknown_config,
 )
 from merge_rl.storage.files import WeightStream, sha256_file
 from merge_rl.storage.pickles import TensorRef, read_data
@@ -204,9 +205,7 @@ def load_network(path: str | Path, network: str | None = None) -> Network:
     file = open_model_file(path)
     config = file.config if network is None else {"model": own_code.allow(network)}
     if config is None:
-        raise CheckpointError(
-            f"{path}: the model config is not known; expected a config.json, or --network"
-        )
+        raise unknown_config(path)
     weights = unwrapped(file.weights)
     infos = WeightStream.of(weights).infos
     if not own_code.is_own(str(config.get("model"))):  # before it takes memory

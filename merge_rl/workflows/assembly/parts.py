@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from merge_rl import own_code, registry
 from merge_rl.config import GUIDE, OptimizeConfig, SamplerConfig
 from merge_rl.core.sampling.compatibility import require_sampler
-from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor
 from merge_rl.storage.checkpoints import (
     CheckpointSet,
     model_sha256,
     open_checkpoints,
     require_network,
+    unknown_config,
 )
 from merge_rl.storage.files import sha256_file
 from merge_rl.workflows.assembly.extractors import build_extractor, own_weights
@@ -289,10 +290,7 @@ def with_network(checkpoints: CheckpointSet, network: str | None) -> None:
 def blank_network(checkpoints: CheckpointSet, device: str) -> nn.Module:
     """The network that a set's model config describes, its weights at random, on a device."""
     if checkpoints.config is None:
-        raise CheckpointError(
-            f"{checkpoints.folder}: the model config is not known; "
-            "expected a manifest or config.json, or --network package.module:factory"
-        )
+        raise unknown_config(checkpoints.paths[0])
     if not own_code.is_own(str(checkpoints.config.get("model"))):  # before it takes memory
         require_network(checkpoints.tensors, checkpoints.config, str(checkpoints.folder))
     network: nn.Module = registry.build_model(checkpoints.config)
