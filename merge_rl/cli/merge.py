@@ -108,7 +108,7 @@ def _save(
     """Write the model folder; what is not said is the recipe's."""
     from merge_rl.storage.checkpoints import plan_merge
     from merge_rl.storage.files import MAX_SHARD_BYTES
-    from merge_rl.workflows.export import TOOL, save_merge
+    from merge_rl.workflows.export import save_merge
 
     groups, start = (known.groups, known.base) if known else ({}, config.base)
     limit = parse_size(config.max_shard_size) if config.max_shard_size else None
@@ -122,14 +122,12 @@ def _save(
         dtype=config.dtype or (known.dtype if known else "float32"),
         max_shard_bytes=limit or (known.max_shard_bytes if known else MAX_SHARD_BYTES),
         licence=licence,
-        tool=known.tool if known else TOOL,
-        how=_how(config),
+        known=known,
+        how=known.how if known else _how(config),
     )  # fmt: skip
 
 
 def _how(config: SingleMergeConfig) -> str:
-    if config.recipe is not None:
-        return "Made again from a recipe."
     if config.ema_std:
         width = _widths(config.ema_std)[0]
         return f"The power-function EMA of relative width {width:.3f}, rebuilt after training."

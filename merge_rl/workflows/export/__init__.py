@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Recipe,
         merge_recipe,
         merged_licence,
+        sampled,
         without_places,
     )
 
@@ -33,6 +34,7 @@ __all__ = [
     "merged_licence",
     "model_card",
     "push",
+    "sampled",
     "save_merge",
     "save_model",
     "save_profiles",
@@ -47,7 +49,7 @@ _HOMES: Final = {
     "merged_model": "MergedModel",
     "profiles": "ema_coefficients merge save_profiles",
     "publish": "push",
-    "recipe": "Recipe TOOL merge_recipe merged_licence without_places",
+    "recipe": "Recipe TOOL merge_recipe merged_licence sampled without_places",
 }
 
 

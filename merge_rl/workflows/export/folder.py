@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -38,6 +39,7 @@ from merge_rl.workflows.export.card import CardFacts, base_models, model_card
 from merge_rl.workflows.export.recipe import (
     MERGEKIT_NAME,
     TOOL,
+    Recipe,
     coefficient_rows,
     merge_recipe,
     mergekit_document,
@@ -152,15 +154,17 @@ def save_merge(
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     licence: str | None = None,
-    tool: str = TOOL,
+    known: Recipe | None = None,
     how: str = "Merged with coefficients that were given.",
 ) -> Path:
     """Merge a set with coefficients (G, K) and write the model folder, in one pass over the files.
 
     They are hashed and summed as they are read, and each block is written when it is summed; see
-    `merge_pass`. `licence` is that of the merge, see `merged_licence`; `how` a sentence for the
+    `merge_pass`. `licence` is that of the merge, see `merged_licence`; `known` the recipe that it
+    is made again from, whose tuned sampler goes along with its guide; `how` a sentence for the
     card.
     """
+    tool, guide = (known.tool, known.guide) if known else (TOOL, None)
     code, rows = stored_as(dtype), coefficient_rows(coefficients, len(checkpoints))
 
     def recipe(digests: Sequence[str] | None) -> dict[str, Any]:
@@ -184,6 +188,10 @@ def save_merge(
             files.describe(header(made))
         facts = set_facts(checkpoints, plan.groups.names, rows, dtype, how, licence)
         made |= {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+        if known and known.sampler is not None:
+            made["sampler"] = dict(known.sampler)
+        if guide is not None:
+            shutil.copytree(guide, folder / guide.name)
         _write_papers(folder, checkpoints.config, made, model_card(facts))
     return Path(out)
 

@@ -14,13 +14,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from merge_rl.config import real_number
+from merge_rl.config import SamplerConfig, from_mapping, real_number
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import MAX_SHARD_BYTES, network_name, weights_stem
 from merge_rl.untrusted import load_yaml
 from merge_rl.version import __version__
-from merge_rl.workflows.assembly import find_model
+from merge_rl.workflows.assembly import GUIDE_FOLDER, find_model, guidance_text
 
 TOOL: Final = f"merge_rl {__version__}"
 
@@ -72,6 +72,12 @@ def coefficient_rows(coefficients: npt.ArrayLike, count: int) -> list[list[float
     """(G, K) as float64 of one row a group; `count` is K. Takes tensors too."""
     rows: list[list[float]] = np.asarray(coefficients, np.float64).reshape(-1, count).tolist()
     return rows
+
+
+def sampled(sampler: SamplerConfig) -> str:
+    """How a merge with a tuned sampler is to be sampled, for the card."""
+    text = guidance_text(sampler)
+    return f" To be sampled with {text}, as `sampler` in `merge.yaml` says."
 
 
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,11 +162,32 @@ class Recipe:
         self.licence = None if licence is None else str(licence)
         self.max_shard_bytes = self._size(document.get("max_shard_bytes", MAX_SHARD_BYTES))
         self.sources = [self._source(item) for item in document["sources"]]
+        said = document.get("sampler")
+        self.sampler: Mapping[str, Any] | None = said  # where a search has tuned it
+        if said is not None:
+            self.tuned = from_mapping(SamplerConfig, said, f"{self.path}, sampler")
+
+    tuned = SamplerConfig()
+
+    @property
+    def guide(self) -> Path | None:
+        """The merge that guides this one, beside the recipe; CheckpointError without it."""
+        if self.tuned.guide != GUIDE_FOLDER:
+            return None
+        folder = self.path.parent / GUIDE_FOLDER
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; expected the guide of the recipe")
+        return folder
 
     @property
     def names(self) -> list[str]:
         """Names of the checkpoints that are merged."""
         return [name for name, _, _ in self.sources]
+
+    @property
+    def how(self) -> str:
+        """A sentence for the card: what was made, and how it is to be sampled."""
+        return "Made again from a recipe." + ("" if self.sampler is None else sampled(self.tuned))
 
     def _size(self, value: object) -> int:
         if type(value) is not int or value < 1:

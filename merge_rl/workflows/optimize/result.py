@@ -26,7 +26,6 @@ from merge_rl.workflows.assembly import (
     GuideSet,
     Job,
     find_defaults,
-    guidance_text,
     load_autoencoder,
     load_network,
     network_rollout,
@@ -37,6 +36,7 @@ from merge_rl.workflows.export import (
     merge_recipe,
     merged_licence,
     model_card,
+    sampled,
     save_model,
     set_facts,
     without_places,
@@ -155,7 +155,7 @@ def write_merged(
         f"{config.seed}."
     )
     if sampler is not None:
-        how += f" To be sampled with {guidance_text(sampler)}, as `sampler` in `merge.yaml` says."
+        how += sampled(sampler)
     how += "".join(f" Warning: {text}." for text in comparison.warnings)
     facts = set_facts(checkpoints, job.group_names, coefficients, "float32", how, licence)
     sources = {name: reference.source for name, reference in job.references.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import NullTracker
 from merge_rl.workflows.assembly.defaults import find_defaults
 from merge_rl.workflows.optimize import SearchResult
+from tests.conftest import Ended
 
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]
@@ -102,7 +104,9 @@ def test_the_merged_model_is_sampled_as_it_was_searched(make: Make, tmp_path: Pa
     assert back.tuned == result.found.tuned
 
 
-def test_a_guide_of_checkpoints_is_merged_too(make: Make, tmp_path: Path) -> None:
+def test_a_guide_of_checkpoints_is_merged_too(
+    make: Make, tmp_path: Path, mergerl: Callable[..., Ended]
+) -> None:
     config = make("guidance", "guide-coefficients", guide="raw", guidance=1.5)
     run = tmp_path / "run"
     result = mrl.optimize(config.checkpoints, out=run, config=config)
@@ -121,6 +125,32 @@ def test_a_guide_of_checkpoints_is_merged_too(make: Make, tmp_path: Path) -> Non
     assert same == (found == newest)
     assert torch.equal(model.state_dict()[name], weights.state_dict()[name])
     assert result.samples(2).shape[0] == 2
+    # Made again from its recipe it is sampled alike, with the same guide.
+    again, places = tmp_path / "again", (config.checkpoints, tmp_path / "again", "--recipe")
+    assert mergerl("merge", *places, run / "merged/merge.yaml").code == 0
+    for file in ("model.safetensors", "guide/model.safetensors", "guide/config.json"):
+        assert (again / file).read_bytes() == (run / "merged" / file).read_bytes()
+    said = [
+        yaml.safe_load((f / "merge.yaml").read_text())["sampler"] for f in (again, run / "merged")
+    ]
+    assert said[0] == said[1]
+    assert find_defaults(again).sampler == dataclasses.replace(
+        near.sampler, guide=str(again / "guide")
+    )
+    assert (
+        "Made again from a recipe. To be sampled with guidance" in (again / "README.md").read_text()
+    )
+    shutil.rmtree(again / "guide")
+    for change, text in (
+        (None, "expected the guide of the recipe"),
+        ("strong", "sampler.guidance"),
+    ):
+        recipe = yaml.safe_load((again / "merge.yaml").read_text())
+        recipe["sampler"]["guidance"] = change or recipe["sampler"]["guidance"]
+        (again / "merge.yaml").write_text(yaml.safe_dump(recipe))
+        ended = mergerl("merge", places[0], tmp_path / "none", "--recipe", again / "merge.yaml")
+        assert (ended.code, text in ended.err) == (1, True)
+        assert not (tmp_path / "none").exists()
 
 
 def refused(config: OptimizeConfig, tmp_path: Path, match: str) -> None:
