@@ -157,7 +157,7 @@ def mutant(file: str, function: str, number: int) -> tuple[CodeType, str]:
 def put(code: CodeType, file: str, function: str) -> int:
     """Give the code to every function of that name which there is; how many there are."""
     name, count = str(PACKAGE / file), 0
-    for found in gc.get_objects():
+    for found in _objects():
         if type(found) is FunctionType:  # what is lazy would import itself if asked
             own = found.__code__
             if (own.co_filename, found.__qualname__) == (name, function) and (
@@ -170,9 +170,14 @@ def put(code: CodeType, file: str, function: str) -> int:
 
 def forget() -> None:
     """Empty what functions of the package have kept of their results."""
-    for found in gc.get_objects():
+    for found in _objects():
         if type(found) is _CACHE and found.__module__.startswith(PACKAGE.name):
             found.cache_clear()
+
+
+def _objects() -> list[Any]:
+    gc.unfreeze()  # what tests that were collected without a search for garbage have put aside
+    return gc.get_objects()
 
 
 class Watch:

@@ -197,7 +197,8 @@ def require_same_inputs(run: RunFolder[Any], hashes: Mapping[str, Any]) -> None:
     """Raise RunError unless the inputs are those that a run began with."""
     recorded = (run.read("inputs.json") or {}).get("hashes")
     if recorded != hashes:
-        changed = [k for k, v in hashes.items() if (recorded or {}).get(k) != v]
+        known = recorded if isinstance(recorded, dict) else {}
+        changed = [k for k, v in hashes.items() if known.get(k) != v]
         raise RunError(
             f"{run.path}: cannot resume, the inputs have changed since it began: "
             f"{', '.join(changed)} (by SHA-256){_ELSEWHERE if _SET & set(changed) else ''}"

@@ -41,7 +41,6 @@ from merge_rl.untrusted import (
     is_there,
     load_json_mapping,
     open_file,
-    parse_json,
     reason,
 )
 
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
 INPUTS: Final = "inputs"
 SETTINGS: Final = "settings.json"
 C = TypeVar("C", OptimizeConfig, FinetuneConfig)
+SCORES: Final = "scores.json"
 
 
 class RunFolder(Generic[C]):
@@ -106,13 +106,29 @@ class RunFolder(Generic[C]):
         """Write a JSON file of the run, atomically."""
         write_json(self.path / name, value)
 
-    def read(self, name: str) -> Any | None:
-        """Contents of a JSON file of the run; None where it is not there."""
+    def read(self, name: str) -> dict[str, Any] | None:
+        """Contents of a JSON file of the run; None where it is not there.
+
+        RunError for a file that is damaged or holds no JSON object.
+        """
         path = self.path / name
         if not os.path.lexists(path):
             return None
         with open_file(path, RunError) as file:
-            return parse_json(file.read(), f"{path}: damaged", RunError)
+            return load_json_mapping(file.read(), f"{path}: damaged", RunError)
+
+    def scores(self) -> dict[str, dict[str, float | None]]:
+        """What `scores.json` holds by key: numbers by name, null for what is not finite.
+
+        {} where there is none yet; RunError for anything else.
+        """
+        known = self.read(SCORES) or {}
+        for key, values in known.items():
+            numbers = list(values.values()) if isinstance(values, dict) else []
+            if not numbers or {type(number) for number in numbers} - {int, float, type(None)}:
+                found = f"expected numbers by name, found {describe(values)}"
+                raise RunError(f"{self.path / SCORES}: damaged in {key!r}: {found}")
+        return known
 
     def append_event(self, event: Mapping[str, Any]) -> None:
         """Add one line to events.jsonl and force it to disk."""

@@ -118,7 +118,7 @@ class Match:
         if group.leads:
             return self.folder
         own = RunDir(self.folder.path / OTHERS / str(group.rank))
-        own.write(SCORES, self.folder.read(SCORES) or {})
+        own.write(SCORES, self.folder.scores())
         return own
 
     def _read(self, contenders: Sequence[SearcherSpec], seeds: Sequence[int]) -> dict[str, Any]:
@@ -189,9 +189,9 @@ class Match:
 def take_scores(folder: RunDir) -> None:
     """Put what other ranks have scored into the comparison's own file."""
     others = folder.path / OTHERS
-    found = [RunDir(path).read(SCORES) or {} for path in sorted(others.glob("*"))]
+    found = [RunDir(path).scores() for path in sorted(others.glob("*"))]
     if found:
-        known: dict[str, Any] = folder.read(SCORES) or {}
+        known = folder.scores()
         for scores in found:
             known |= scores
         folder.write(SCORES, known)

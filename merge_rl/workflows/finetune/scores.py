@@ -137,7 +137,7 @@ def final_scores(
     """
     settings, seed = job.config.curves, job.config.seed
     scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
-    known: dict[str, dict[str, float | None]] = run.read("scores.json") or {}
+    known = run.scores()
     labels = balanced_labels(settings.final_images, job.num_classes)
     total = len(networks) * len(CURVES) * settings.repeats
     tracker.phase("final comparison", total * settings.final_images)

@@ -12,6 +12,7 @@ import torch
 from merge_rl.config.optimize import OptimizeConfig, RewardConfig, SearchConfig
 from merge_rl.errors import ConfigError, RunError
 from merge_rl.storage.files.atomic import save_tensors
+from merge_rl.storage.runs.lifecycle import require_same_inputs
 from merge_rl.storage.runs.run_dir import RunDir
 
 CONFIG = OptimizeConfig(
@@ -86,11 +87,29 @@ def test_results_round_trip(run: RunDir) -> None:
     assert run.read("result.json") == {"coefficients": []}  # the old one is still whole
 
 
-@pytest.mark.parametrize("data", [b'{"a": 1', b"", b"\xff\xfe"])
+@pytest.mark.parametrize("data", [b'{"a": 1', b"", b"\xff\xfe", b"[1]"])
 def test_damaged_results(data: bytes, run: RunDir) -> None:
     (run.path / "result.json").write_bytes(data)
     with pytest.raises(RunError, match=r"result.json: damaged: "):
         run.read("result.json")
+
+
+@pytest.mark.parametrize("entry", [1, "x", None, [1], {}, {"reference": "x"}, {"reference": True}])
+def test_scores_that_are_no_numbers_are_refused(entry: object, run: RunDir) -> None:
+    assert run.scores() == {}
+    known = {"start/0": {"reference": 1.5, "heldout": None, "count": 2}}
+    run.write("scores.json", known)
+    assert run.scores() == known
+    run.write("scores.json", known | {"end/0": entry})
+    with pytest.raises(RunError, match=r"scores.json: damaged in 'end/0': expected numbers"):
+        run.scores()
+
+
+@pytest.mark.parametrize("recorded", [[1], {"hashes": "x"}, {"hashes": {"reference": 1}}, {}])
+def test_inputs_of_another_kind_are_changed_ones(recorded: object, run: RunDir) -> None:
+    run.write("inputs.json", recorded)
+    with pytest.raises(RunError, match=r"inputs have changed.*: reference|damaged: expected"):
+        require_same_inputs(run, {"reference": "ab"})
 
 
 def events(count: int) -> list[dict[str, object]]:
