@@ -150,7 +150,8 @@ def mutant(file: str, function: str, number: int) -> tuple[CodeType, str]:
     told = changed(node) if number >= 0 else UNCHANGED
     code = compile(ast.fix_missing_locations(tree), str(path), "exec")
     for part in function.split("."):
-        code = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == part)
+        # The last of a name: signatures of other types (`overload`) stand before it.
+        code = [c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == part][-1]
     return code, f"{file}:{line}: {' '.join(told.split())[:200]}"
 
 

@@ -239,8 +239,9 @@ def test_skipped_steps_make_exponents_below_the_flat_profile() -> None:
     assert sparse_profile(7, 1)[0] == 7
     assert sparse_profile(7, 1)[1] == pytest.approx(2)
     assert sparse_profile(7, 2)[1] == pytest.approx(8 / math.pi)
-    with pytest.raises(ConfigError, match="expected update_every >= 1"):
-        sparse_profile(7, 0)
+    for gamma, update_every in ((7, 0), (-1, 2)):  # an exponent of -1 has no mass but at 0
+        with pytest.raises(ConfigError, match="expected update_every >= 1 and an exponent > -1"):
+            sparse_profile(gamma, update_every)
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
@@ -285,11 +286,20 @@ def test_a_start_far_in_the_past_changes_nothing() -> None:
     torch.testing.assert_close(begun.row(1000, out), plain.row(1000, out), rtol=1e-8, atol=0)
 
 
+def test_profiles_are_known_where_nothing_of_them_is_unknown() -> None:
+    found = Profiles.known([10, 20.0], [0.5, -0.5], 3.0)
+    assert found is not None
+    assert (found.nimg.tolist(), found.gamma.tolist(), found.start) == ([10, 20], [0.5, -0.5], 3)
+    assert Profiles.known([10, None], [0.5, -0.5]) is None
+    assert Profiles.known([10, 20], [None, -0.5]) is None
+
+
 def test_profiles_without_a_distance_are_refused() -> None:
     times = torch.tensor([10.0, 20.0])
     with pytest.raises(ConfigError, match="exponents as small as -0.8 .* expected ema_start"):
         Profiles(times, torch.tensor([-0.8, -0.8])).row(20.0, 1.0)
-    with pytest.raises(ConfigError, match="end after their start at 15 images"):
-        Profiles(times, torch.tensor([0.5, 0.5]), 15.0)
+    for start in (10.0, 15.0):
+        with pytest.raises(ConfigError, match=f"end after their start at {start:g} images"):
+            Profiles(times, torch.tensor([0.5, 0.5]), start)
     with pytest.raises(ConfigError, match="expected exponents > -1"):
         Profiles(times, torch.tensor([0.5, -1.0]))
