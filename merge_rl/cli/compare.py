@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from merge_rl.cli.optimize import NO_SDE, Checkpoints
-from merge_rl.cli.options import build_for_set, integer, with_settings
+from merge_rl.cli.options import build_for_set, integer, meant_set, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -24,7 +24,6 @@ from merge_rl.cli.output import (
     tell,
 )
 from merge_rl.cli.results import write_page
-from merge_rl.cli.sample import meant_set
 from merge_rl.config import SCORES, SEARCH, OptimizeConfig, numbers_in, whole_number
 from merge_rl.errors import ConfigError
 

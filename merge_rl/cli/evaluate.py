@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from merge_rl.cli import ranks
-from merge_rl.cli.options import build, with_settings
+from merge_rl.cli.options import MODEL_HELP, build, meant, named, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -20,7 +20,7 @@ from merge_rl.cli.output import (
     say,
 )
 from merge_rl.cli.results import interval_text, number_text
-from merge_rl.cli.sample import MODEL_HELP, find_autoencoder, generation_settings, meant, named
+from merge_rl.cli.sample import find_autoencoder, generation_settings
 from merge_rl.config import MODEL_IMAGES, EvaluateConfig, ReferenceConfig, SamplerConfig
 from merge_rl.errors import ConfigError
 from merge_rl.own_code import is_own

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from merge_rl.cli.options import build, split_tracks, with_settings
+from merge_rl.cli.options import MODEL_HELP, build, meant, named, split_tracks, with_settings
 from merge_rl.cli.output import JsonFlag, ProgressTracker, note_unused_gpu, print_json, stoppable
 from merge_rl.cli.results import (
     FinetuneTracker,
     finetuned_document,
     print_finetuned,
 )
-from merge_rl.cli.sample import MODEL_HELP, meant, named
 from merge_rl.config import PAPER_REWARD, FinetuneConfig, to_mapping
 
 if TYPE_CHECKING:

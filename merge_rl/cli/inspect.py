@@ -66,7 +66,7 @@ def inspect(
 
 def _fetched(path: Path) -> Path:
     """The set or model of the Hub that is named."""
-    from merge_rl.cli.sample import meant, meant_set, named
+    from merge_rl.cli.options import meant, meant_set, named
     from merge_rl.storage.hub import is_set_of_hub
 
     return meant_set(path) if is_set_of_hub(named(path)) else meant(path)

@@ -10,7 +10,7 @@ import typer
 
 from merge_rl.cli import ranks
 from merge_rl.cli.finetune import resume_run
-from merge_rl.cli.options import build_for_set, decimal, integer, with_settings
+from merge_rl.cli.options import build_for_set, decimal, integer, meant_set, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -21,7 +21,6 @@ from merge_rl.cli.output import (
 )
 from merge_rl.cli.plan import show_plan
 from merge_rl.cli.results import print_result, result_document
-from merge_rl.cli.sample import meant_set
 from merge_rl.config import OptimizeConfig
 from merge_rl.own_code import allow
 

@@ -1,16 +1,16 @@
-"""`mergerl sample`; which model or set is meant, and what networks are sampled with."""
+"""`mergerl sample`, and what networks are sampled with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from merge_rl.cli.options import build, integer, positive, with_settings
-from merge_rl.cli.output import ByteTracker, JsonFlag, ProgressTracker, note, print_json, say
+from merge_rl.cli.options import MODEL_HELP, build, integer, meant, positive, with_settings
+from merge_rl.cli.output import JsonFlag, ProgressTracker, note, print_json, say
 from merge_rl.config import GenerationConfig, SampleConfig, SamplerConfig, to_mapping
 from merge_rl.errors import ConfigError
 from merge_rl.own_code import require_allowed
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from merge_rl.interfaces import Autoencoder
 
-MODEL_HELP: Final = (
-    "Run (its result), set (its newest checkpoint), model folder, one .safetensors, or user/repo."
-)
 Generating = TypeVar("Generating", bound=GenerationConfig)
 
 
@@ -157,38 +154,6 @@ def generation_settings(
     if sampler.guide is not None:
         sampler = replace(sampler, guide=str(meant(Path(sampler.guide))))
     return config, sampler
-
-
-def meant(model: Path, track: str | None = None) -> Path:
-    """The model that a run, a set, a folder or a name of the Hub means, with a note of which."""
-    from merge_rl.workflows.assembly import find_model
-
-    with ByteTracker() as tracker:
-        found = find_model(named(model), track, tracker)
-    return found.told(note)
-
-
-def named(path: Path) -> Path | str:
-    """A path, or the text of one that may be a name of the Hub.
-
-    Where the folder is there, a missing file in it is a slip, not a user of the Hub.
-    """
-    return path if path.exists() or path.parent.exists() else str(path)
-
-
-def meant_set(checkpoints: Path) -> Path:
-    """The set that a folder or a name of the Hub means, with a note of which."""
-    from merge_rl.storage.runs import find_set
-
-    given = named(checkpoints)
-    if isinstance(given, str):
-        from merge_rl.storage.hub import local_set
-
-        with ByteTracker() as tracker:
-            checkpoints = local_set(given, tracker)
-        if str(checkpoints) != given:
-            note(f"{given}: took the set of the Hub, {checkpoints}")
-    return find_set(checkpoints).told(note)
 
 
 def find_autoencoder(model: Path, network: nn.Module, config: GenerationConfig) -> Autoencoder:

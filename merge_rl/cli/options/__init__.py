@@ -2,11 +2,15 @@
 
 from merge_rl.cli.options.layers import (
     FORMER,
+    MODEL_HELP,
     SHORTHANDS,
     Former,
     build,
     build_for_set,
     layered,
+    meant,
+    meant_set,
+    named,
     split_named,
     split_tracks,
 )
@@ -22,6 +26,7 @@ from merge_rl.cli.options.signature import (
 __all__ = [
     "COMMANDS",
     "FORMER",
+    "MODEL_HELP",
     "SHORTHANDS",
     "Former",
     "Offer",
@@ -30,6 +35,9 @@ __all__ = [
     "decimal",
     "integer",
     "layered",
+    "meant",
+    "meant_set",
+    "named",
     "positive",
     "split_named",
     "split_tracks",

@@ -1,7 +1,7 @@
 """Settings in layers: a preset, the file, options, --set; each says over the ones before it.
 
 An option is one setting, or stands for several at once. Former names work for one release, with a
-note on stderr.
+note on stderr. What a command's argument means, a model or a set, is told here too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from merge_rl.storage.checkpoints import CheckpointSet
 
 
-from merge_rl.cli.output import say
+from merge_rl.cli.output import ByteTracker, note, say
 from merge_rl.config import TRACKERS
 
 
@@ -233,3 +233,40 @@ SHORTHANDS: Final = (
         meaning=window,
     ),
 )  # fmt: skip
+
+
+MODEL_HELP: Final = (
+    "Run (its result), set (its newest checkpoint), model folder, one .safetensors, or user/repo."
+)
+
+
+def meant(model: Path, track: str | None = None) -> Path:
+    """The model that a run, a set, a folder or a name of the Hub means, with a note of which."""
+    from merge_rl.workflows.assembly import find_model
+
+    with ByteTracker() as tracker:
+        found = find_model(named(model), track, tracker)
+    return found.told(note)
+
+
+def named(path: Path) -> Path | str:
+    """A path, or the text of one that may be a name of the Hub.
+
+    Where the folder is there, a missing file in it is a slip, not a user of the Hub.
+    """
+    return path if path.exists() or path.parent.exists() else str(path)
+
+
+def meant_set(checkpoints: Path) -> Path:
+    """The set that a folder or a name of the Hub means, with a note of which."""
+    from merge_rl.storage.runs import find_set
+
+    given = named(checkpoints)
+    if isinstance(given, str):
+        from merge_rl.storage.hub import local_set
+
+        with ByteTracker() as tracker:
+            checkpoints = local_set(given, tracker)
+        if str(checkpoints) != given:
+            note(f"{given}: took the set of the Hub, {checkpoints}")
+    return find_set(checkpoints).told(note)

@@ -181,12 +181,18 @@ def test_no_two_options_have_one_name() -> None:
         assert len(flags) == len(set(flags)), name
 
 
-def test_fast_is_what_a_command_has_of_it() -> None:
+def test_fast_is_what_a_command_has_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     """The decoder's dtype is a search's setting; a sample's is that of the model's run."""
     network = {"precision": "bfloat16", "compile": True}
+    typed = {"said_fast": True, "said_device": "cuda"}
     said = {
-        cls: signature.what_was_said(signature.Offer(command="x", cls=cls), {"said_fast": True})
+        cls: signature.what_was_said(signature.Offer(command="x", cls=cls), typed)
         for cls in (OptimizeConfig, SampleConfig)
     }
-    assert said[OptimizeConfig] == {"sampler": network, "autoencoder_dtype": "bfloat16"}
-    assert said[SampleConfig] == {"sampler": network}
+    sampled = {"device": "cuda", "sampler": network}
+    assert said[OptimizeConfig] == {**sampled, "autoencoder_dtype": "bfloat16"}
+    assert said[SampleConfig] == sampled
+    assert "--fast" not in capsys.readouterr().err
+    offer = signature.Offer(command="x", cls=OptimizeConfig)
+    assert signature.what_was_said(offer, {"said_fast": True}) == {}
+    assert "--fast is for accelerators" in capsys.readouterr().err
