@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     )
     from merge_rl.workflows.assembly.resolve import (
         allow_named,
+        foreign_extractors,
         require_all_allowed,
         resolve_config,
         resolve_finetune,
@@ -102,6 +103,7 @@ __all__ = [
     "find_model",
     "find_references",
     "fit_batch",
+    "foreign_extractors",
     "gib",
     "guidance_text",
     "image_size",
@@ -149,8 +151,8 @@ _HOMES: Final = {
         "image_size name_extractor notes_of other_resolutions search_doubts"
     ),
     "resolve": (
-        "allow_named require_all_allowed resolve_config resolve_finetune searcher_note "
-        "why_not_as_set"
+        "allow_named foreign_extractors require_all_allowed resolve_config resolve_finetune "
+        "searcher_note why_not_as_set"
     ),
     "reward": "check_reward known_terms open_targets",
 }

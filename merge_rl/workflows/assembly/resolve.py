@@ -171,14 +171,19 @@ def why_no_gradient(config: OptimizeConfig) -> str | None:
     solver = (config.sampler or SamplerConfig()).solver
     if config.generate is not None:
         return "whether what generate returns has a gradient is not known"
-    extractors = [config.extractor or "", *config.extra_references]
-    singles = [one for name in extractors for one in name.split(",")]
-    foreign = [name for name in singles if name not in DIFFERENTIABLE]
+    foreign = foreign_extractors(config)
     if solver not in FIXED_SOLVERS:
         return f"the solver {solver} has no gradient"
     if foreign:
         return f"whether the extractor {foreign[0]} has a gradient is not known"
     return why_not_as_set(config)
+
+
+def foreign_extractors(config: OptimizeConfig) -> list[str]:
+    """Those of the settings that are not the package's, whose derivatives are not known."""
+    extractors = [config.extractor or "", *config.extra_references]
+    singles = [one for name in extractors for one in name.split(",")]
+    return [name for name in singles if name not in DIFFERENTIABLE]
 
 
 def why_not_as_set(config: OptimizeConfig) -> str | None:

@@ -24,7 +24,13 @@ from merge_rl.progress import tracker_of
 from merge_rl.storage.checkpoints import CheckpointSet, keep_states, open_checkpoints, plan_merge
 from merge_rl.storage.files import require_new
 from merge_rl.storage.runs import INPUTS, goes_on
-from merge_rl.workflows.assembly import Given, Statistics, load_weights, why_not_as_set
+from merge_rl.workflows.assembly import (
+    Given,
+    Statistics,
+    foreign_extractors,
+    load_weights,
+    why_not_as_set,
+)
 from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.optimize.run import begin
 from merge_rl.workflows.reference import Reference, save_reference
@@ -55,8 +61,9 @@ def search(
     Args:
         checkpoints: state dicts of equal names and shapes, oldest first: mappings, modules or
             files, in a sequence or by name; or a folder of .safetensors.
-        generate: (network or weights, N seeds, labels (N,)) -> features (N, D), or uint8 images
-            where `extractor` names what makes features of them. Deterministic: a row follows from
+        generate: (network or weights, N seeds, labels (N,)) -> features (N, D), or images
+            where `extractor` names what makes features of them: uint8, or floating on 0..255, whose
+            gradient goes on through the extractor. Deterministic: a row follows from
             the weights, its seed and its label. `merge_rl.seeded_noise` draws the noise of seeds.
         reference: features (M, D) of real data, their statistics, or a file of them.
         out: run directory; must not exist. What was in memory is kept in its folder `inputs`.
@@ -83,7 +90,9 @@ def search(
         if group.leads and not goes_on(run, group.place):
             require_new(run)
             shutil.rmtree(run / INPUTS, ignore_errors=True)
-        places = _kept(group, run, checkpoints, reference, heldout, base.extractor or "")
+        named = base.extractor or ""  # one's own is called as it says itself, once it is built
+        maker = "" if own_code.is_own(named) else named
+        places = _kept(group, run, checkpoints, reference, heldout, maker)
         base = dataclasses.replace(base, **places)
         opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
         given = Given(generate, model if model is not None else _first_module(checkpoints))
@@ -184,4 +193,6 @@ def _has_gradient(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> 
     labels = torch.zeros(2, dtype=torch.int64, device=base.device)
     with torch.enable_grad():
         made: object = given.generate(given.subject(network), [0, 1], labels)
-    return isinstance(made, Tensor) and made.requires_grad and base.extractor is None
+    if not isinstance(made, Tensor) or not made.requires_grad:
+        return False
+    return base.extractor is None or not foreign_extractors(base)

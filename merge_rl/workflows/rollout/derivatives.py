@@ -36,7 +36,12 @@ def require_derivative(rollout: Rollout) -> None:
     if levels is None:
         name = type(rollout.autoencoder).__name__
         raise ConfigError(f"the decoder {name} has no derivative: it has no method `levels`")
-    images: Tensor = levels(samples).detach().requires_grad_(True)
+    require_extractor_derivative(rollout, samples)
+
+
+def require_extractor_derivative(rollout: Rollout, samples: Tensor) -> None:
+    """The same of every extractor, for a decoder that is known to have one."""
+    images: Tensor = rollout.autoencoder.levels(samples).detach().requires_grad_(True)  # type: ignore[attr-defined]
     for extractor in getattr(rollout.extractor, "extractors", (rollout.extractor,)):
         with torch.no_grad():
             expected = extractor(rollout.autoencoder.decode(samples)).float()

@@ -10,9 +10,14 @@ from torch import Tensor, nn
 
 from merge_rl.config import SamplerConfig
 from merge_rl.core.merging.live_model import LiveModel
+from merge_rl.core.sampling.sampler import rounded_down
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import FeatureExtractor
-from merge_rl.workflows.rollout.derivatives import Room, StepWatch
+from merge_rl.workflows.rollout.derivatives import (
+    Room,
+    StepWatch,
+    require_extractor_derivative,
+)
 from merge_rl.workflows.rollout.differentiable import DifferentiableRollout
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout
 
@@ -24,7 +29,9 @@ class Generate(Protocol):
     """Makes what is compared with real data, one row a seed; deterministic."""
 
     def __call__(self, subject: Subject, seeds: Sequence[int], labels: Tensor, /) -> Tensor:
-        """Network or weights, N seeds, labels (N,) int64 -> features (N, D) or images uint8.
+        """Network or weights, N seeds, labels (N,) int64 -> features (N, D) or images.
+
+        Images (N, 1 or 3, H, W) are uint8, or floating on 0..255, which may carry a gradient.
 
         A row must be a function of the weights, its own seed and its own label, whatever the others
         of the call are.
@@ -52,13 +59,28 @@ class AsTheyAre(nn.Module):
     levels = decode
 
 
+class GivenImages:
+    """Images that a function gives: bytes, or floating numbers on 0..255, rounded to these."""
+
+    def decode(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) uint8."""
+        return self.levels(images).to(torch.uint8) if images.is_floating_point() else images
+
+    def levels(self, images: Tensor) -> Tensor:
+        """The nearest whole numbers on 0..255, float32; straight through, see `rounded_down`."""
+        return rounded_down(images.float().nan_to_num().clip(0, 255) + 0.5)
+
+
 class GivenRollout(Rollout):
     """A rollout whose noise is the seeds themselves, and whose samples a function makes.
 
     What the function returns is checked at every call: floating features (N, D) of the dimension of
-    the statistics, or with an extractor of images bytes (N, 1 or 3, H, W). Raises ConfigError for
-    anything else.
+    the statistics, or with an extractor of images these (N, 1 or 3, H, W), bytes or floating on
+    0..255. Raises ConfigError for anything else, and for a first call of floating images that are
+    all within -1..1.
     """
+
+    _ranged = False  # whether a range was looked at
 
     def __init__(
         self,
@@ -72,7 +94,8 @@ class GivenRollout(Rollout):
     ) -> None:
         self.generate, self.subject = generate, subject
         super().__init__(
-            _nothing, (), sampler=SamplerConfig(), autoencoder=AsTheyAre(extractor.dim),
+            _nothing, (), sampler=SamplerConfig(),
+            autoencoder=extractor if isinstance(extractor, AsTheyAre) else GivenImages(),
             extractor=extractor, batch=batch, device=device, on_images=on_images,
         )  # fmt: skip
 
@@ -93,6 +116,8 @@ class GivenRollout(Rollout):
         return made
 
     def _extract(self, latents: Tensor) -> Tensor:
+        if not self.takes_features and latents.is_floating_point():
+            return super()._extract(latents)
         rows = self.extractor(latents).float()
         # As `Failures` tells them: a function that gives features itself is the model's side.
         mark = float("nan" if self.takes_features else "inf")
@@ -105,10 +130,16 @@ class GivenRollout(Rollout):
         if self.takes_features:
             good = made.is_floating_point() and tuple(made.shape) == wanted
         else:
-            good = made.dtype == torch.uint8 and made.ndim == 4 and len(made) == count
+            known = made.dtype == torch.uint8 or made.is_floating_point()
+            good = known and made.ndim == 4 and made.shape[1] in (1, 3) and len(made) == count
         if not good:
             found = f"{str(made.dtype).removeprefix('torch.')} {tuple(made.shape)}"
             raise ConfigError(self._problem(count, found))
+        if made.is_floating_point() and not (self.takes_features or self._ranged):
+            self._ranged = True
+            if made.numel() and float(made.detach().abs().max()) <= 1:  # a later black one may be
+                found = f"{str(made.dtype).removeprefix('torch.')} within -1..1"
+                raise ConfigError(self._problem(count, found))
 
     @property
     def takes_features(self) -> bool:
@@ -119,7 +150,8 @@ class GivenRollout(Rollout):
         if self.takes_features:
             expected = f"floating features ({count}, {self.extractor.dim}), as the statistics have"
         else:
-            expected = f"images uint8 ({count}, 1 or 3, H, W) for {self.extractor.name}"
+            expected = f"images uint8, or floating on 0..255, ({count}, 1 or 3, H, W) for "
+            expected += self.extractor.name
         hint = "; extractor=NAME makes features of images" if self.takes_features else ""
         return f"generate returned {found}, expected {expected}{hint}"
 
@@ -129,7 +161,7 @@ def _nothing(x: Tensor, _sigma: Tensor, _labels: Tensor | None = None, /) -> Ten
 
 
 class GivenGradient(DifferentiableRollout):
-    """The gradient through a function whose features have one."""
+    """The gradient through a function whose features have one, or its images and the extractor."""
 
     def _prepare(self) -> None:
         self._given = _given(self.merged)
@@ -155,13 +187,20 @@ class GivenGradient(DifferentiableRollout):
 
 def without_gradient(rollout: GivenRollout, live: LiveModel) -> str | None:
     """Why features of the function have no gradient by the weights; None if they have one."""
-    labels = torch.zeros(2, dtype=torch.int64)
-    if not rollout.takes_features:
-        return "generate makes images of bytes, which have none"
+    labels, sets = torch.zeros(2, dtype=torch.int64), live.checkpoints
+    shape = (sets.layout.num_groups, sets.num_checkpoints)
+    live.set_coefficients(torch.full(shape, 1 / shape[1], dtype=torch.float64))
     with live.gradients(), torch.enable_grad():
         made = rollout.latents(rollout.noise([0, 1]), labels)
+    if not made.is_floating_point():
+        return (
+            "generate makes images of bytes, which have none: return floating ones on 0..255, or "
+            "take the searcher auto"
+        )
     if not made.requires_grad:
         return "what generate returns does not depend on one"
+    if not rollout.takes_features:
+        require_extractor_derivative(rollout, made.detach())
     return None
 
 

@@ -17,6 +17,7 @@ from merge_rl.config import EvaluationConfig, OptimizeConfig, RewardConfig, Sear
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError, RunError
 from merge_rl.workflows.optimize import OptimizeResult
 from merge_rl.workflows.rollout import Subject
+from merge_rl.workflows.rollout.given import GivenImages
 
 Generated = Callable[[Subject, Sequence[int], Tensor], Tensor]
 SMALL = OptimizeConfig(
@@ -243,10 +244,55 @@ def test_labels_take_turns_and_images_go_through_an_extractor(tiny: Path, tmp_pa
         )  # fmt: skip
 
 
+def test_floating_images_are_rounded_straight_through() -> None:
+    images = torch.tensor([-3.0, 0.4, 0.5, 100.7, 254.6, 255.0, 300.0]).requires_grad_(True)
+    levels = GivenImages().levels(images)
+    assert levels.tolist() == [0, 0, 1, 101, 255, 255, 255]
+    assert GivenImages().decode(images.detach()).tolist() == levels.tolist()
+    (pulled,) = torch.autograd.grad(levels.sum(), images)
+    assert pulled.tolist() == [0, 1, 1, 1, 1, 1, 0]  # that of the clipping
+
+
+class Halves:
+    """Mean levels of the left and the right half of an image."""
+
+    name, dim = "halves", 2
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.stack([half.float().mean((1, 2, 3)) for half in images.chunk(2, -1)], 1)
+
+
+def test_a_search_follows_floating_images_through_the_extractor(tmp_path: Path) -> None:
+    def images(weights: Subject, seeds: Sequence[int], _labels: Tensor) -> Tensor:
+        assert isinstance(weights, Mapping)
+        light = mrl.seeded_noise(seeds, [1, 1, 2]).repeat_interleave(4, -1).expand(-1, 1, 8, 8)
+        return 20 + 100 * weights["shift"] + 10 * light
+
+    # Levels about 50 are those of a shift of 0.3; the search begins at the newest, 1.
+    given: dict[str, Any] = {
+        "checkpoints": states([0.0, 1.0]), "extractor": Halves(), "searcher": "pathwise",
+        "reference": 50 + 10 * torch.randn(500, 2, generator=torch.Generator().manual_seed(0)),
+        "scale": 0.5, "start": "newest", "budget": 3000, "config": dataclasses.replace(
+            SMALL, search=SearchConfig(incumbents=1), reward=RewardConfig(pool_size=100)
+        ),
+    }  # fmt: skip
+    found = search(tmp_path / "run", generate=images, **given)
+    # Of a shift s the distance is about 2 (100 s - 30)^2: 9800 at the start.
+    assert found.baseline["reference"]["mean"] == pytest.approx(9800, rel=0.1)
+    assert found.final["reference"]["mean"] < 1500
+    for change, match in (
+        (lambda *asked: images(*asked).to(torch.uint8), "makes images of bytes.*searcher auto"),
+        (lambda *asked: images(*asked) / 1000, r"float32 within -1..1, expected images uint8, or"),
+        (lambda *asked: images(*asked).detach(), "does not depend on one"),
+        (lambda *asked: images(*asked).expand(-1, 2, -1, -1), r"float32 \(2, 2, 8, 8\), expected"),
+    ):
+        refused(given | {"generate": change, "searcher": "pathwise"}, ConfigError, match, tmp_path)
+
+
 def refused(change: dict[str, Any], error: type[Exception], match: str, folder: Path) -> None:
     with pytest.raises(error, match=match):
-        search(folder / "run", **change)
-    assert not (folder / "run").exists()
+        search(folder / "refused", **change)
+    assert not (folder / "refused").exists()
 
 
 def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
