@@ -9,10 +9,13 @@ coefficients of every group.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -55,11 +58,32 @@ class Differentiated:
     dropped: tuple[str, ...]  # what was wrong with an image that was left out
 
 
+@dataclass(frozen=True, eq=False)
+class BothWays:
+    """Features and gradient of some images; of no use where an image has a problem."""
+
+    features: Tensor  # (N, D) float32 on the CPU
+    gradient: Tensor  # as of `Differentiated`
+    problems: dict[int, str]  # what is wrong with which image
+
+
+@runtime_checkable
+class GradientSpread(Protocol):
+    """Differentiates images with the help of other processes."""
+
+    def both_ways(
+        self, rollout: DifferentiableRollout, item: WorkItem, cotangents: Cotangents, /
+    ) -> BothWays:
+        """What `rollout.both_ways` gives, to rounding, for a given number of processes."""
+        ...
+
+
 class DifferentiableRollout:
     """A merged rollout by a fixed-step ODE whose decoder and extractor have derivatives.
 
-    Made here, whatever the number of processes. `room` bounds what is kept for the way back: the
-    images that are differentiated at a time follow from it, the gradient does not, beyond rounding.
+    `room` bounds what is kept for the way back: the images that are differentiated at a time follow
+    from it, the gradient does not, beyond rounding. Where other processes help, each takes
+    neighbouring parts of that size, and their gradients are summed in the order of ranks.
 
     Raises ConfigError for a sampler, decoder or extractor without a derivative, by its name.
     """
@@ -77,7 +101,6 @@ class DifferentiableRollout:
         self.announce, self._room = announce, room
         self.tuned = merged if isinstance(merged, TunedRollout) else None
         self.lives = self.tuned.lives if self.tuned else [self.live]
-        self._guidance: Tensor | None = None  # of the item, with a gradient
         self._prepare()
 
     def _prepare(self) -> None:
@@ -113,8 +136,7 @@ class DifferentiableRollout:
         """
         while True:
             try:
-                with torch.enable_grad():
-                    return self._differentiate(item, cotangents)
+                return self._differentiate(item, cotangents)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -130,72 +152,121 @@ class DifferentiableRollout:
         self.announce(f"out of memory with the gradients of {size} images: {self._room.images} now")
 
     def _differentiate(self, item: WorkItem, cotangents: Cotangents) -> Differentiated:
-        self.merged.merge(item.coefficients)
-        began = time.monotonic()
-        noise, dropped = self.rollout.noise(item.seeds), list[str]()
-        self.merged.seconds += time.monotonic() - began  # as without a gradient
+        spread, dropped = self.merged.spread, list[str]()
+        shared = spread if isinstance(spread, GradientSpread) else None
         sound = torch.arange(len(item.labels))
         found = torch.full((len(sound), self.rollout.extractor.dim), torch.nan)
+        gradient = torch.full_like(self.no_gradient(), torch.nan)
+        while len(sound):
+            seeds = [item.seeds[i] for i in sound.tolist()]
+            part = dataclasses.replace(item, seeds=seeds, labels=item.labels[sound])
+            made = (
+                self.both_ways(part, cotangents)
+                if shared is None
+                else shared.both_ways(self, part, cotangents)
+            )
+            if not made.problems:
+                found[sound], gradient = made.features, made.gradient
+                break
+            dropped += [f"seed {seeds[i]}: {why}" for i, why in made.problems.items()]
+            sound = sound[[i not in made.problems for i in range(len(sound))]]
+        return Differentiated(found, gradient, tuple(dropped))
+
+    def both_ways(self, item: WorkItem, cotangents: Cotangents) -> BothWays:
+        """Features and gradient of the item's images, made here."""
+        with Way(self, item, self.room) as way:
+            if not way.problems():
+                way.back(cotangents(way.features))
+        return BothWays(way.features, way.gradient(), way.problems())
+
+    def no_gradient(self) -> Tensor:
+        """Zeros, as many as the gradient of coefficients has, (G, K) or rows with more."""
         sets = [live.checkpoints for live in self.lives]
         shapes = [(each.layout.num_groups, each.num_checkpoints) for each in sets]
-        gradient = self._rows([torch.full(shape, torch.nan) for shape in shapes])
-        while len(sound):
-            features, totals, problems = self._both_ways(
-                noise[sound], item.labels[sound], cotangents
-            )
-            if not problems:
-                found[sound] = features
-                gradient = self._rows(list(map(coefficient_gradient, sets, totals)))
-                break
-            dropped += [f"seed {item.seeds[int(sound[i])]}: {why}" for i, why in problems.items()]
-            sound = sound[[i not in problems for i in range(len(sound))]]
-        return Differentiated(found, gradient.double(), tuple(dropped))
+        return self.rows([torch.zeros(shape, dtype=torch.float64) for shape in shapes], None)
 
-    def _both_ways(
-        self, noise: Tensor, labels: Tensor, cotangents: Cotangents
-    ) -> tuple[Tensor, list[Tensor], dict[int, str]]:
-        """Features, gradients of the flat weights, and what is wrong with which images."""
-        began, rollout, size = time.monotonic(), self.rollout, self.room.images
-        again = len(labels) * self.calls > self.room.kept
-        samples, watches = list[Tensor](), list[StepWatch]()
-        given = rollout.guidance
-        self._guidance = None if given is None else given.clone().requires_grad_(True)
-        with contextlib.ExitStack() as stack, matmul_precision(rollout.sampler):
-            totals = [stack.enter_context(live.gradients()) for live in self.lives]
-            for part, classes in zip(
-                torch.split(noise, size), torch.split(labels, size), strict=True
-            ):
-                watches.append(StepWatch())
-                samples.append(self._latents(part, classes, again, watches[-1]))
-            with exact_products(), torch.no_grad():
-                made = [rollout.extractor(rollout.decode(x)) for x in samples]
-            features = torch.cat([rows.float().cpu() for rows in made])
-            problems = problems_of(watches, features)
-            if not problems:
-                back = cotangents(features)
-                for latents, rows in zip(samples, torch.split(back, size), strict=True):
-                    with exact_products():
-                        pulled = pull_back(rollout, latents, rows)
-                    against(latents, pulled).backward()  # type: ignore[no-untyped-call]
-                problems = problems_of(watches, features)
-        self.merged.seconds += time.monotonic() - began
-        return features, totals, problems
-
-    def _rows(self, gradients: Sequence[Tensor]) -> Tensor:
+    def rows(self, gradients: Sequence[Tensor], guidance: Tensor | None) -> Tensor:
         """Gradients of coefficients, with that of guidance, as rows where more is searched."""
         if self.tuned is None:
             return gradients[0]
-        guidance = None if self._guidance is None else self._guidance.grad
-        return self.tuned.gradient_rows(gradients, guidance)
+        return self.tuned.gradient_rows(gradients, guidance).double()
 
-    def _latents(self, noise: Tensor, labels: Tensor, again: bool, watch: StepWatch) -> Tensor:
+    def latents(
+        self, noise: Tensor, labels: Tensor, again: bool, watch: StepWatch, guidance: Tensor | None
+    ) -> Tensor:
         """Samples with what their way back needs; with `again` the network is called twice."""
         device = self.rollout.device
         return sample_with(
             self.rollout.sampler, self._network, noise.to(device), labels.to(device),
             guide=self._guide, through=made_again if again else _kept, on_step=watch,
-            guidance=self._guidance,
+            guidance=guidance,
         )  # fmt: skip
+
+
+class Way:
+    """Images of an item, made with what their way back needs; inside, weights have gradients."""
+
+    def __init__(self, maker: DifferentiableRollout, item: WorkItem, room: Room) -> None:
+        self._maker, self._item, self._room = maker, item, room
+        self._stack, self._watches = contextlib.ExitStack(), list[StepWatch]()
+        self._samples, self._totals = list[Tensor](), list[Tensor]()
+        self._guidance: Tensor | None = None  # of the item, with a gradient
+        self.features = torch.empty(0, maker.rollout.extractor.dim)  # (N, D) float32 on the CPU
+
+    def __enter__(self) -> Way:
+        merged, self._began = self._maker.merged, time.monotonic()
+        merged.merge(self._item.coefficients)
+        given = merged.rollout.guidance
+        self._guidance = None if given is None else given.clone().requires_grad_(True)
+        try:
+            self._stack.enter_context(torch.enable_grad())
+            self._stack.enter_context(matmul_precision(merged.rollout.sampler))
+            lives = self._maker.lives
+            self._totals = [self._stack.enter_context(live.gradients()) for live in lives]
+            self._make()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._stack.__exit__(kind, error, trace)
+        self._maker.merged.seconds += time.monotonic() - self._began
+
+    def _make(self) -> None:
+        rollout, labels, size = self._maker.rollout, self._item.labels, self._room.images
+        again = len(labels) * self._maker.calls > self._room.kept
+        noise = rollout.noise(self._item.seeds) if len(labels) else torch.empty(0)
+        for part, classes in zip(torch.split(noise, size), torch.split(labels, size), strict=True):
+            if len(part):  # a rank may have none
+                watch = StepWatch()
+                self._watches.append(watch)
+                made = self._maker.latents(part, classes, again, watch, self._guidance)
+                self._samples.append(made)
+        with exact_products(), torch.no_grad():
+            parts = [rollout.extractor(rollout.decode(x)).float().cpu() for x in self._samples]
+        self.features = torch.cat([self.features, *parts])
+
+    def problems(self) -> dict[int, str]:
+        """What is wrong with which image, on the way so far."""
+        return problems_of(self._watches, self.features)
+
+    def back(self, cotangents: Tensor) -> None:
+        """Add the gradients of <features, cotangents> up, rows (N, D) of both."""
+        rows = torch.split(cotangents, self._room.images) if self._samples else ()
+        for latents, part in zip(self._samples, rows, strict=True):
+            with exact_products():
+                pulled = pull_back(self._maker.rollout, latents, part)
+            against(latents, pulled).backward()  # type: ignore[no-untyped-call]
+
+    def gradient(self) -> Tensor:
+        """Of the coefficients, as of `Differentiated`; once the way is over."""
+        sets = [live.checkpoints for live in self._maker.lives]
+        guidance = None if self._guidance is None else self._guidance.grad
+        return self._maker.rows(list(map(coefficient_gradient, sets, self._totals)), guidance)
 
 
 def _kept(evaluate: Velocity) -> Velocity:

@@ -6,6 +6,7 @@ search. So nothing can drift apart, and a rank that is lost takes no state with 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -15,11 +16,22 @@ from torch import Tensor
 
 from merge_rl.config import SamplerConfig, from_mapping, to_mapping
 from merge_rl.errors import ParallelError
-from merge_rl.parallel.blocks import SharedWork, split_blocks
+from merge_rl.parallel.blocks import Block, SharedWork, gather_rows, share_blocks, split_blocks
 from merge_rl.parallel.group import Group
 from merge_rl.version import __version__
+from merge_rl.workflows.rollout.derivatives import Room
 from merge_rl.workflows.rollout.device import device_facts
+from merge_rl.workflows.rollout.differentiable import (
+    BothWays,
+    Cotangents,
+    DifferentiableRollout,
+    Way,
+)
+from merge_rl.workflows.rollout.given import with_gradient
+from merge_rl.workflows.rollout.halving import is_out_of_memory
 from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
+
+GRADIENT: Final = "gradient"  # phase
 
 
 class DistributedRollout:
@@ -41,7 +53,7 @@ class DistributedRollout:
         self._rollouts = {rollout.name: rollout for rollout in rollouts}
         if group.leads and group.size > 1:
             for rollout in self._rollouts.values():
-                rollout.spread, rollout.processes = self._spread, group.size
+                rollout.spread, rollout.processes = self, group.size
 
     def end(self, result: Any = None) -> None:
         """On rank 0: dismiss the others; `result`, plain data, is what `follow` returns there."""
@@ -56,11 +68,31 @@ class DistributedRollout:
         sampler = from_mapping(SamplerConfig, asked["sampler"])
         if sampler != rollout.rollout.sampler:
             rollout = rollout.with_sampler(sampler)
-        self._make(rollout, read_items(asked), asked["phase"])
+        if "room" in asked:
+            maker, (item,) = with_gradient(rollout, room=Room(*asked["room"])), read_items(asked)
+            with contextlib.suppress(_NoRoom):
+                share_ways(self._work.group, maker, item)
+        else:
+            self._make(rollout, read_items(asked), asked["phase"])
 
-    def _spread(
+    def both_ways(
+        self, rollout: DifferentiableRollout, item: WorkItem, cotangents: Cotangents
+    ) -> BothWays:
+        """Features and gradient of the item's images, of all ranks; on rank 0."""
+        merged, room = rollout.merged, rollout.room
+        if len(item.labels) <= room.images:  # one part
+            return rollout.both_ways(item, cotangents)
+        sampler = to_mapping(merged.rollout.sampler)
+        self._work.ask(
+            merged.name, GRADIENT, sampler=sampler, room=[room.images, room.kept],
+            **write_items([item]),
+        )  # fmt: skip
+        return share_ways(self._work.group, rollout, item, cotangents)
+
+    def __call__(
         self, rollout: MergedRollout, items: Sequence[WorkItem], phase: str
     ) -> list[Tensor]:
+        """Features of each item's images, of all ranks; on rank 0."""
         sampler = to_mapping(rollout.rollout.sampler)
         self._work.ask(rollout.name, phase, sampler=sampler, **write_items(items))
         made = self._make(rollout, items, phase)
@@ -74,6 +106,67 @@ class DistributedRollout:
         return self._work.rows(
             blocks, inner.extractor.dim, partial(rollout.parts, items), phase, inner.on_images
         )
+
+
+class _NoRoom(torch.OutOfMemoryError):
+    """A rank had none, of which all have heard."""
+
+
+def share_ways(
+    group: Group,
+    rollout: DifferentiableRollout,
+    item: WorkItem,
+    cotangents: Cotangents | None = None,
+) -> BothWays:
+    """Differentiate this rank's images; on rank 0, which has `cotangents`, what all ranks found.
+
+    All ranks call it with the same item and room. Ranks take neighbouring parts of `room.images`
+    images, and their gradients, of the coefficients, are summed in the order of ranks. Raises
+    torch.OutOfMemoryError on every rank where one had no room.
+    """
+    size, total = rollout.room.images, len(item.labels)
+    blocks = [Block(0, i, min(i + size, total)) for i in range(0, total, size)]
+    shares = [[blocks[i] for i in share] for share in share_blocks(blocks, group.size)]
+    own = shares[group.rank] or [Block(0, 0, 0)]
+    rows = slice(own[0].start, own[-1].stop)
+    part = WorkItem(item.coefficients, item.seeds[rows], item.labels[rows])
+    way = Way(rollout, part, rollout.room)
+    with contextlib.ExitStack() as stack:
+        problems = _together(group, partial(stack.enter_context, way), way, rows.start)
+        counts = [sum(block.size for block in share) for share in shares]
+        features = _gathered(group, way.features, counts)
+        if not problems:
+            asked = cotangents(features).tolist() if cotangents is not None else None
+            back = torch.tensor(group.broadcast(asked, phase=GRADIENT)[rows])
+            back = back.reshape(way.features.shape)
+            problems = _together(group, partial(way.back, back), way, rows.start)
+    found = group.gather(way.gradient(), phase=GRADIENT) or [rollout.no_gradient()]
+    return BothWays(features, torch.stack(found).sum(0), problems)
+
+
+def _together(group: Group, act: Callable[[], Any], way: Way, start: int) -> dict[int, str]:
+    """Act on every rank; what is wrong with which image of all, or _NoRoom where one had none."""
+    said: dict[str, Any] = {"room": True, "problems": []}
+    try:
+        act()
+        said["problems"] = [[start + i, why] for i, why in way.problems().items()]
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said["room"] = False
+    every = group.broadcast(group.collect(said, phase=GRADIENT), phase=GRADIENT)
+    if not all(each["room"] for each in every):
+        raise _NoRoom("out of memory with gradients")
+    return {i: why for each in every for i, why in each["problems"]}
+
+
+def _gathered(group: Group, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """The rows of all ranks, in order, on rank 0; elsewhere those that are there."""
+    into = torch.empty(sum(counts), rows.shape[1]) if group.leads else rows
+    parts = torch.split(into, list(counts)) if group.leads else ()
+    sizes = [[count] if count else [] for count in counts]
+    gather_rows(group, [rows] if len(rows) else [], sizes, parts, GRADIENT)
+    return into
 
 
 def write_items(items: Sequence[WorkItem]) -> dict[str, Any]:

@@ -179,7 +179,11 @@ class GivenGradient(DifferentiableRollout):
         """One."""
         return 1
 
-    def _latents(self, noise: Tensor, labels: Tensor, _again: bool, watch: StepWatch) -> Tensor:
+    def latents(
+        self, noise: Tensor, labels: Tensor, _again: bool, watch: StepWatch,
+        _guidance: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """What the function makes, once."""
         made = self._given.latents(noise, labels)
         watch(0, made)
         return made

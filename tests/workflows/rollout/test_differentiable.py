@@ -306,21 +306,21 @@ def test_out_of_memory_halves_the_images(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = DifferentiableRollout(rollout)(item(), weighing)
     told: list[str] = []
     made = DifferentiableRollout(rollout, announce=told.append)
-    latents = made._latents
+    latents = made.latents
 
     def limited(noise: Tensor, *rest: object) -> Tensor:
         if len(noise) > 2:
             raise torch.OutOfMemoryError("no room")
         return latents(noise, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(made, "_latents", limited)
+    monkeypatch.setattr(made, "latents", limited)
     found = made(item(), weighing)
     torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-3, atol=1e-5)
     assert told == [
         "out of memory with the gradients of 5 images: 3 now",
         "out of memory with the gradients of 3 images: 2 now",
     ]
-    monkeypatch.setattr(made, "_latents", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    monkeypatch.setattr(made, "latents", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(OutOfMemoryError, match="one image at a time"):
         made(item(), weighing)
 

@@ -16,6 +16,8 @@ from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.errors import ParallelError, StoppedError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.parallel.group import Group
+from merge_rl.workflows.rollout.derivatives import Room
+from merge_rl.workflows.rollout.differentiable import DifferentiableRollout, Differentiated
 from merge_rl.workflows.rollout.distributed import (
     DistributedRollout,
     read_items,
@@ -24,6 +26,8 @@ from merge_rl.workflows.rollout.distributed import (
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 from tests.ranks import on_ranks
+from tests.workflows.rollout.test_differentiable import HEUN, LABELS, merged, weighing
+from tests.workflows.rollout.test_differentiable import item as five_images
 from tests.workflows.rollout.test_rollout import Bytes, Pixels
 
 pytestmark = pytest.mark.numerics
@@ -175,3 +179,60 @@ def test_ranks_that_differ_are_refused(other: dict[str, Any], text: str) -> None
 def test_equal_ranks_agree() -> None:
     work: Callable[[Group], None] = lambda group: require_agreement(group, facts_of(group))  # noqa: E731
     assert on_ranks(3, work) == [None] * 3
+
+
+def differentiated(size: int, told: list[str], *, spoilt: bool = False) -> Any:
+    """What each of `size` ranks has of the gradient of five images, two at a time."""
+
+    rollouts = []
+    for _ in range(size):
+        with torch.random.fork_rng():  # networks draw what no checkpoint holds
+            torch.manual_seed(0)
+            rollouts.append(merged("edm2", HEUN, exact=False, spoilt=spoilt))
+
+    def work(group: Group) -> Any:
+        rollout = rollouts[group.rank]
+        rollout.name = "reward"
+        ranks = DistributedRollout(group, [rollout])
+        if not group.leads:
+            return ranks.follow()
+        maker = DifferentiableRollout(rollout, room=Room(2, 0), announce=told.append)
+        found = maker(five_images(), weighing)
+        ranks.end("over")
+        return found
+
+    found, *others = on_ranks(size, work)
+    assert isinstance(found, Differentiated), found
+    assert others == ["over"] * (size - 1)
+    return found
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_ranks_share_the_images_of_a_gradient(size: int, spoilt: bool) -> None:
+    expected, found = (differentiated(n, [], spoilt=spoilt) for n in (1, size))
+    assert found.features.shape == (5, 3)
+    assert found.dropped == expected.dropped
+    assert len(found.dropped) == (int((LABELS == 2).sum()) if spoilt else 0)
+    assert torch.equal(found.features.nan_to_num(), expected.features.nan_to_num())
+    # A sum over five images and 16 positions each, in another order.
+    allowed = 80 * 2**-24 * float(expected.gradient.abs().max()) * 10
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=0, atol=allowed)
+    assert torch.equal(differentiated(size, [], spoilt=spoilt).gradient, found.gradient)
+
+
+def test_a_rank_without_room_halves_the_images_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, told = differentiated(1, []), list[str]()
+    latents = DifferentiableRollout.latents
+
+    def limited(self: DifferentiableRollout, noise: Tensor, *rest: Any) -> Tensor:
+        if len(noise) > 1 and self.merged.spread is None:
+            raise torch.OutOfMemoryError("no room on a rank that follows")
+        return latents(self, noise, *rest)
+
+    monkeypatch.setattr(DifferentiableRollout, "latents", limited)
+    found = differentiated(2, told)
+    assert told == ["out of memory with the gradients of 2 images: 1 now"]
+    # Batches of another size may round otherwise.
+    torch.testing.assert_close(found.features, expected.features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-4, atol=1e-5)
