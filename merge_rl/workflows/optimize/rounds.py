@@ -57,7 +57,7 @@ class SearchLoop:
         self.first_order, self.held_out = FirstOrderWatch(), HeldOutCurve(job)
         if start is not None:
             searcher.recenter(start)
-        self.result_theta = searcher.mean  # the last policy mean whose samples were finite
+        self.result_theta = searcher.mean  # the last one that is not known to fail
         self.incumbents = BestSoFar.empty(job.map.dim, config.search.incumbents)
         self.pool: Pool | None = None
         job.rollout.rollout.on_images = tracker.advance
@@ -171,6 +171,7 @@ class SearchLoop:
             self.failed_rounds = 0
 
     def _no_refresh(self) -> dict[str, Any]:
+        """Of a round after which the mean makes no images: its candidates speak for it."""
         if self.failed_rounds == 0:
             self.result_theta = self.searcher.mean
         return {"pool_after": None, "gap": None, "refreshed": 0}
@@ -185,7 +186,7 @@ class SearchLoop:
         """Renew rows at the new policy mean, measure the gap, act on it; for the event."""
         count = self.config.reward.refresh_images(self.round_index)
         if count == 0:
-            return {"pool_after": before, "gap": None, "refreshed": 0}
+            return {**self._no_refresh(), "pool_after": before}
         after, previous = self._renew(count, 0), self.result_theta
         if after is None:
             self.searcher.recenter(previous)

@@ -240,6 +240,16 @@ def test_subsets_and_replacements_multiply(
     assert result.images == 287
 
 
+def test_the_last_mean_is_the_result_though_the_pool_was_never_renewed(
+    tiny: Path, tiny_config: TinyConfig, tmp_path: Path, no_network: None
+) -> None:
+    config = tiny_config(tiny, budget=120, reward={"refresh": "10"})
+    result = mrl.optimize(tiny, out=tmp_path / "run", config=config)
+    events = [json.loads(x) for x in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [event["refreshed"] for event in events] == [0, 0]
+    assert result.coefficients.tolist() == events[-1]["coefficients"]
+
+
 @pytest.mark.parametrize(
     ("reward", "needed"),
     [({}, 90), ({"refresh": "1"}, 120), ({"refresh": "2"}, 80), ({"num_subsets": 3}, 170)],
