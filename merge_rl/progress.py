@@ -46,7 +46,7 @@ class LineTracker:
             self._told = time.monotonic()
             self._print(f"  {round_text(event)}  {event['images']:,} images")
         elif kind == "step" and "pool_fid" in event:
-            self._print(f"  step {event['step']}  pool FID {event['pool_fid']:.3f}")
+            self._print(f"  step {event['step']}  {pool_text(event, event['pool_fid'])}")
 
     def _print(self, text: str) -> None:
         file = self._file or sys.stderr
@@ -94,6 +94,11 @@ def round_text(event: Mapping[str, Any]) -> str:
 def level_text(event: Mapping[str, Any]) -> str:
     """What a round came to: of rewards without a pool, the best candidate."""
     if event["pool_after"] is not None:
-        return f"pool FID {event['pool_after']:.3f}"
+        return pool_text(event, event["pool_after"])
     rewards = [reward for reward in event["rewards"] if reward is not None]
     return f"best candidate {-max(rewards):.3f}" if rewards else "no candidate"
+
+
+def pool_text(event: Mapping[str, Any], distance: float) -> str:
+    """The pool's distance by its name; older runs, which do not say it, had FID."""
+    return f"pool {event.get('distance', 'FID')} {distance:.3f}"

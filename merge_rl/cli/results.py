@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from merge_rl.cli.output import ProgressTracker, print_table, say, tell
+from merge_rl.progress import pool_text
 
 if TYPE_CHECKING:
     from merge_rl.workflows.evaluate import Comparison, SamplerComparison, SecondScores
@@ -157,7 +158,7 @@ def _step_text(event: Mapping[str, Any]) -> str:
     if "skipped" in event:
         return f"[yellow]step {step}: skipped, its {event['skipped']} is not finite[/]"
     parts = [
-        f"step {step}", f"pool FID {event['pool_fid']:.3f}", f"gap {event['pool_gap']:+.0%}",
+        f"step {step}", pool_text(event, event["pool_fid"]), f"gap {event['pool_gap']:+.0%}",
         f"reward std {event['reward_std']:.4f}", f"grad {event['grad_norm']:.2f}",
     ]  # fmt: skip
     if "ratio_mean" in event:

@@ -150,6 +150,17 @@ class RewardConfig:
         return parse_reward(self.text)
 
     @property
+    def distance(self) -> str:
+        """What the pool's distance is called: FID, KID, MMD, fd-mean, or distance of sums."""
+        first, *more = self.terms
+        if more or first.weight != 1:
+            return "distance"
+        kind = first.base.partition("-")[0]
+        if first.base == _MEAN:
+            return _MEAN
+        return kind.upper() if kind in ("fid", "kid", "mmd") else "distance"
+
+    @property
     def pooled(self) -> bool:
         """Whether a term replaces part of a pool; the others score a candidate's own images."""
         return not all(term.base.endswith("-full") for term in self.terms)

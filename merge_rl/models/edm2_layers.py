@@ -76,9 +76,10 @@ def resample(x: Tensor, taps: Sequence[float], mode: str) -> Tensor:
 def arranged(x: Tensor) -> Tensor:
     """(B, C, H, W) in the order in which the device convolves it fastest.
 
-    Channels innermost on a CPU: half the time for the few channels of small networks.
+    Channels innermost on a CPU: half the time for the few channels of small networks. One image
+    stays as it is: kernels for it, and how they round, depend on the order of its gradient.
     """
-    last = x.device.type == "cpu"
+    last = x.device.type == "cpu" and len(x) > 1
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 

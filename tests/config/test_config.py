@@ -315,3 +315,15 @@ def test_a_refusal_in_a_file_names_the_key(tmp_path: Path) -> None:
     path.write_text("checkpoints: x\nreward:\n  pool_size: big\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"run.yaml.reward.pool_size: expected int, found str"):
         load_config(OptimizeConfig, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "distance"),
+    [
+        (None, "FID"), ("fd-dinov2-subset", "FID"), ("kid-subset", "KID"), ("mmd-subset", "MMD"),
+        ("fd-mean:inception,dinov2", "fd-mean"), ("fid-subset + 0.2 * kid-subset", "distance"),
+        ("0.5 * fid-subset", "distance"), ("mine.rewards:Sharp", "distance"),
+    ],
+)  # fmt: skip
+def test_what_the_distance_of_a_pool_is_called(name: str | None, distance: str) -> None:
+    assert RewardConfig(name=name).distance == distance

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ class StepParts:
     def send_networks(self, networks: Mapping[str, nn.Module]) -> None:
         """Where there are other processes: let them have further networks, for `features`."""
 
-    def describe(self, credit: Credit, pool: Pool) -> dict[str, float]:
+    def describe(self, credit: Credit, pool: Pool) -> dict[str, Any]:
         """What the credit looks like, for the event of the step."""
         distance = self.job.reward.pool_distance(pool)
         share = self.config.reward.images_per_subset / len(pool)
@@ -152,6 +153,7 @@ class StepParts:
             "reward_std": float(credit.rewards.std()),
             "kept_fraction": float(credit.kept.double().mean()),
             "pool_fid": distance,
+            "distance": self.config.reward.distance,
             "pool_gap": relative_gap(distance, credit.rewards, share),
         }
 

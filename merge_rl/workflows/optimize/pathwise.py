@@ -71,6 +71,7 @@ class PathwiseLoop(SearchLoop):
             "rewards": [None if math.isnan(r) else r for r in found["rewards"].tolist()],
             "failed": self._count if self.failed_rounds else len(found["dropped"]),
             "pool_before": before,
+            "distance": self.config.reward.distance,
             "pool_after": after,
             "refreshed": self._count,
             "gap": pool_gap(before, after, share),

@@ -143,6 +143,7 @@ class SearchLoop:
             **({FIRST_ORDER: first_order} if self.reward.has_first_order else {}),
             "failed": int(rewards.isnan().sum()),
             "pool_before": before,
+            "distance": self.config.reward.distance,
             **refresh,
             **self.held_out.of(self.pool),
             "images": self.images,

@@ -35,23 +35,24 @@ def draw_run(
 
 
 def progress(axis: Axes, events: Events, levels: Mapping[str, float]) -> None:
-    """FID along the search, with held-out FID where it is known, and `levels` to compare with."""
+    """Distance along the search, held-out too where it is known, and `levels` to compare with."""
     pooled = [event for event in events if event["pool_after"] is not None]
     if not pooled:
         _candidates(axis, events)
         return
+    name = pooled[-1].get("distance", "FID")
     images, values = [event["images"] for event in pooled], [e["pool_after"] for e in pooled]
     axis.plot(images, values, "-o", color="C0", markersize=3, label="reference")
     held_out = [(e["images"], e["heldout"]) for e in pooled if e.get("heldout") is not None]
     if held_out:
         axis.plot(*zip(*held_out, strict=True), "--s", color="C1", markersize=3, label="held-out")
-    for index, (name, level) in enumerate(levels.items()):
+    for index, (entry, level) in enumerate(levels.items()):
         axis.axhline(
-            level, linewidth=1.2, label=f"{name}: {level:.3f}",
+            level, linewidth=1.2, label=f"{entry}: {level:.3f}",
             color=f"C{2 + index % 5}", linestyle=STYLES[index % len(STYLES)],
         )  # fmt: skip
     axis.set_title("the pool, which holds images of the policy mean")
-    values_axis(axis, [*values, *(v for _, v in held_out), *levels.values()], "FID of the pool")
+    values_axis(axis, [*values, *(v for _, v in held_out), *levels.values()], f"{name} of the pool")
     if held_out or levels:
         legend_below(axis)
     counts_axis(axis)
@@ -76,9 +77,9 @@ def _candidates(axis: Axes, events: Events) -> None:
 
 
 def gap(axis: Axes, events: Events) -> None:
-    """How far fresh images would move the pool's FID, along the search."""
+    """How far fresh images would move the pool's distance, along the search."""
     known = [event for event in events if event.get("gap") is not None]
-    axis.set_title("gap: how far fresh images would move the pool's FID")
+    axis.set_title("gap: how far fresh images would move the pool's distance")
     if not known:
         axis.text(0.5, 0.5, "this reward has no pool", ha="center", transform=axis.transAxes)
         axis.set_axis_off()
@@ -91,7 +92,7 @@ def gap(axis: Axes, events: Events) -> None:
     damped = [(e["images"], 100 * e["gap"]) for e in known if e.get("damped")]
     if damped:
         axis.plot(*zip(*damped, strict=True), "x", color="C3", label="step made smaller")
-    axis.set_ylabel("% of the pool's FID")
+    axis.set_ylabel("% of the pool's distance")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
     counts_axis(axis)

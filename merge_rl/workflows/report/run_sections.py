@@ -112,11 +112,11 @@ def searched(run: RunFacts) -> Safe:
         text += " Where the held-out curve does not follow, the gain is one of the reference."
     if levels:
         text += " Lines across: merges that need no search, and real images against real ones."
-    drawn = chart(lambda axes: progress(axes[0], shown, levels), CHART, "FID along the search")
+    drawn = chart(lambda axes: progress(axes[0], shown, levels), CHART, "distance along the search")
     found = [figure(drawn, text)]
     if any(event.get("gap") is not None for event in shown):
         drawn = chart(lambda axes: gap(axes[0], shown), CHART, "gap along the search")
-        text = "How far fresh images would move the pool's FID: above 0 it flatters the search."
+        text = "How far fresh images would move the pool: above 0 it flatters the search."
         found.append(figure(drawn, text))
     said = listed(search_lines(run.result)) if run.result else NOTHING
     return section("The search", charts(*found), said)

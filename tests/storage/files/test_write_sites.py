@@ -37,6 +37,7 @@ SITES: Final = {
     "workflows/optimize/function:_keep_statistics", "storage/runs/trackers:__init__",
     "storage/hub/fetch_sources:_hub_manifest", "workflows/export/publish:publishable",
     "workflows/plan/calibration:time_write", "workflows/export/folder:_write_papers",
+    "workflows/export/folder:save_merge",
     "workflows/export/merged_model:push_to_hub",
 }  # fmt: skip
 ALWAYS: Final = {
