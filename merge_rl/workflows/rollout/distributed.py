@@ -51,6 +51,7 @@ class DistributedRollout:
     ) -> None:
         self._work = SharedWork(group, announce)
         self._rollouts = {rollout.name: rollout for rollout in rollouts}
+        self._makers = dict[str, DifferentiableRollout]()  # of gradients, by the same names
         if group.leads and group.size > 1:
             for rollout in self._rollouts.values():
                 rollout.spread, rollout.processes = self, group.size
@@ -69,9 +70,11 @@ class DistributedRollout:
         if sampler != rollout.rollout.sampler:
             rollout = rollout.with_sampler(sampler)
         if "room" in asked:
-            maker, (item,) = with_gradient(rollout, room=Room(*asked["room"])), read_items(asked)
+            maker, (item,) = self._makers.get(rollout.name), read_items(asked)
+            if maker is None or maker.merged is not rollout:  # under another sampler
+                maker = self._makers[rollout.name] = with_gradient(rollout)
             with contextlib.suppress(_NoRoom):
-                share_ways(self._work.group, maker, item)
+                share_ways(self._work.group, maker, Room(*asked["room"]), item)
         else:
             self._make(rollout, read_items(asked), asked["phase"])
 
@@ -87,7 +90,7 @@ class DistributedRollout:
             merged.name, GRADIENT, sampler=sampler, room=[room.images, room.kept],
             **write_items([item]),
         )  # fmt: skip
-        return share_ways(self._work.group, rollout, item, cotangents)
+        return share_ways(self._work.group, rollout, room, item, cotangents)
 
     def __call__(
         self, rollout: MergedRollout, items: Sequence[WorkItem], phase: str
@@ -115,6 +118,7 @@ class _NoRoom(torch.OutOfMemoryError):
 def share_ways(
     group: Group,
     rollout: DifferentiableRollout,
+    room: Room,
     item: WorkItem,
     cotangents: Cotangents | None = None,
 ) -> BothWays:
@@ -124,13 +128,13 @@ def share_ways(
     images, and their gradients, of the coefficients, are summed in the order of ranks. Raises
     torch.OutOfMemoryError on every rank where one had no room.
     """
-    size, total = rollout.room.images, len(item.labels)
+    size, total = room.images, len(item.labels)
     blocks = [Block(0, i, min(i + size, total)) for i in range(0, total, size)]
     shares = [[blocks[i] for i in share] for share in share_blocks(blocks, group.size)]
     own = shares[group.rank] or [Block(0, 0, 0)]
     rows = slice(own[0].start, own[-1].stop)
     part = WorkItem(item.coefficients, item.seeds[rows], item.labels[rows])
-    way = Way(rollout, part, rollout.room)
+    way = Way(rollout, part, room)
     with contextlib.ExitStack() as stack:
         problems = _together(group, partial(stack.enter_context, way), way, rows.start)
         counts = [sum(block.size for block in share) for share in shares]
