@@ -32,7 +32,7 @@ def convert(
     settings: Mapping[str, Any],
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Turn checkpoints of any network into safetensors with a manifest, not running them.
+    """Turn checkpoints of any network into safetensors, not running them.
 
     EDM2: network snapshots (.pkl), and training-state-*.pt where they are named one by one or
     have their folder to themselves. SiT, DiT, REPA and JiT: released weights and training

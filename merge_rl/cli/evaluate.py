@@ -50,7 +50,7 @@ def evaluate(
     settings: Mapping[str, Any],
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Score a model: FID and others, several repeats, mean, 95 % interval and minimum.
+    """Score a model: FID and others, the mean of repeats with its 95 % interval.
 
     What is not said comes from the run or the checkpoint set that the model lies in.
     """

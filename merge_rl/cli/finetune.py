@@ -55,7 +55,7 @@ def finetune(
     ] = False,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Fine-tune a network with the distribution-wise reward (the weights, not a merge).
+    """Fine-tune a network, its weights instead of a merge, with the same reward.
 
     Rollouts under an SDE with few steps, rewards for sets of images by how they change the FID of
     a pool, and a clipped policy gradient over the denoising steps. Scored under ODE and SDE, with

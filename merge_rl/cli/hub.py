@@ -128,7 +128,7 @@ def push(
     ] = False,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Upload a model to the Hub: that of a finished run, of a set, of a folder or a file.
+    """Upload a model to the Hub: a finished run's, a set's, a folder's, a file's.
 
     Weights, config.json, merge.yaml, README.md and pictures; private unless --public. What has
     arrived is not sent again when the command is run once more. The token comes from

@@ -6,7 +6,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import FrameType
 from typing import Annotated, Final, NoReturn
@@ -14,23 +14,50 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from merge_rl.cli import ranks
-from merge_rl.cli.output import complain
 from merge_rl.errors import MergeRLError, SilentLeaderError
 from merge_rl.version import __version__
 
-# In the order of the help: what registers commands, and which.
-COMMANDS: Final[Mapping[str, tuple[str, ...]]] = {
-    "optimize:register": ("demo", "optimize", "resume"),
-    "compare:register": ("compare", "report"),
-    "optimize:register_plan": ("plan",),
-    "convert:register": ("convert",),
-    "merge:register": ("merge",),
-    "finetune:register": ("finetune",),
-    "sample:register": ("sample",),
-    "evaluate:register": ("evaluate", "reference"),
-    "inspect:register": ("inspect",),
-    "options.settings:register": ("settings",),
-    "hub:register": ("fetch", "push"),
+# In the order of the help: what registers commands, which, and what each does. It is said here
+# too, so that the list of them loads none.
+COMMANDS: Final[Mapping[str, Mapping[str, str]]] = {
+    "optimize:register": {
+        "demo": "Write the embedded digits runs: an EDM2 and a SiT with reference statistics.",
+        "optimize": "Search the merging coefficients of a checkpoint set: the main job.",
+        "resume": "Go on with an interrupted run; it ends as if it had never been interrupted.",
+    },
+    "compare:register": {
+        "compare": "Compare searchers: all with the same budget, scored on the same fresh seeds.",
+        "report": "Write the page of a run, a fine-tuning run or a comparison: RUN/report.html.",
+    },
+    "optimize:register_plan": {
+        "plan": "What a search will cost; takes the options of optimize, runs nothing.",
+    },
+    "convert:register": {
+        "convert": "Turn checkpoints of any network into safetensors, not running them.",
+    },
+    "merge:register": {
+        "merge": "Merge once: with coefficients, a recipe, an EMA profile or the plain average.",
+    },
+    "finetune:register": {
+        "finetune": "Fine-tune a network, its weights instead of a merge, with the same reward.",
+    },
+    "sample:register": {
+        "sample": "Generate a grid of images. The same seed is the same image, whatever the batch.",
+    },
+    "evaluate:register": {
+        "evaluate": "Score a model: FID and others, the mean of repeats with its 95 % interval.",
+        "reference": "Reference statistics of real images, to optimise against and to report.",
+    },
+    "inspect:register": {
+        "inspect": "Say what a checkpoint set, run, reference or model is, and check it.",
+    },
+    "options.settings:register": {
+        "settings": "List every setting of a command with its option, default and meaning.",
+    },
+    "hub:register": {
+        "fetch": "Download published checkpoints and convert them to safetensors on the way.",
+        "push": "Upload a model to the Hub: a finished run's, a set's, a folder's, a file's.",
+    },
 }
 
 
@@ -57,14 +84,8 @@ def options(
         os.environ["MERGERL_DEBUG"] = "1"
 
 
-def _described(command: Callable[..., None]) -> Callable[[], None]:
-    """A command that takes nothing and does nothing, of the same name and description."""
-
-    def described() -> None:
-        """Nothing: it is not called."""
-
-    described.__name__, described.__doc__ = command.__name__, command.__doc__
-    return described
+def _listed() -> None:
+    """Stands for a command in the list of them."""
 
 
 @functools.cache
@@ -83,11 +104,12 @@ def command_line(*homes: str, listed: bool = False) -> typer.Typer:
     )
     made.callback()(options)
     for home in homes or COMMANDS:
+        if listed:
+            for name, summary in COMMANDS[home].items():
+                made.command(name, help=summary)(_listed)
+            continue
         module, _, register = home.partition(":")
         getattr(import_module(f"merge_rl.cli.{module}"), register)(made)
-    for info in made.registered_commands if listed else ():
-        if info.callback is not None:
-            info.callback = _described(info.callback)
     return made
 
 
@@ -98,6 +120,12 @@ def _needed(arguments: Sequence[str]) -> list[str]:
     """The row of the command that stands first, if one does; `settings` is about all of them."""
     first = next(iter(arguments), "settings")
     return [home for home, names in COMMANDS.items() if first in names and first != "settings"]
+
+
+def _complain(sentence: str, *, anyone: bool = False) -> None:
+    from merge_rl.cli.output import complain
+
+    complain(sentence, anyone=anyone)
 
 
 class Stop:
@@ -124,7 +152,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, stop)
     ranks.quiet_followers()
     try:
-        listed = sys.argv[1:] in (["--help"], ["-h"])
+        listed = sys.argv[1:] in ([], ["--help"], ["-h"])
         code = command_line(*_needed(sys.argv[1:]), listed=listed)(standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
@@ -135,7 +163,7 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         _fail(error, f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
-        complain(ranks.told() or "interrupted")  # torchrun stops all when one has failed
+        _complain(ranks.told() or "interrupted")  # torchrun stops all when one has failed
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 (the one place where everything ends)
         if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed by now
@@ -144,7 +172,7 @@ def main() -> None:
             hint = getattr(getattr(error, "ctx", None), "command_path", "mergerl")
             _fail(error, f"{error.format_message()} (see {hint} --help)")
         if type(error).__name__ == "Abort":  # what others raise for it
-            complain("interrupted")
+            _complain("interrupted")
             sys.exit(1)
         if type(error).__name__ == "Exit":
             sys.exit(getattr(error, "exit_code", 1))
@@ -154,7 +182,7 @@ def main() -> None:
 def _fail(error: Exception, sentence: str) -> NoReturn:
     if os.environ.get("MERGERL_DEBUG"):
         raise error
-    complain(" ".join(sentence.split()), anyone=isinstance(error, SilentLeaderError))
+    _complain(" ".join(sentence.split()), anyone=isinstance(error, SilentLeaderError))
     ranks.tell(" ".join(sentence.split()))
     sys.exit(1)
 

@@ -35,7 +35,7 @@ def merge(
     settings: Mapping[str, Any],
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Merge once, with given coefficients, a recipe, an EMA profile or the plain average.
+    """Merge once: with coefficients, a recipe, an EMA profile or the plain average.
 
     OUT gets model.safetensors, config.json, a model card and merge.yaml: a recipe from which
     [bold]--recipe[/bold] makes the same file again, bit for bit.

@@ -59,7 +59,7 @@ def demo(
     ] = 8,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Write the embedded digits runs: an EDM2 and a SiT with extractor and reference statistics."""
+    """Write the embedded digits runs: an EDM2 and a SiT with reference statistics."""
     from merge_rl.demo import write_demo
     from merge_rl.storage.checkpoints import open_checkpoints
 
@@ -144,7 +144,7 @@ def plan(
     memory: Memory = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """What a search with these options will cost; takes those of optimize, runs nothing.
+    """What a search will cost; takes the options of optimize, runs nothing.
 
     Images, network calls, FLOPs, bytes moved, memory of a device, disk, and the time on several
     numbers of devices, from a calibration of this machine that takes some seconds. Refuses what

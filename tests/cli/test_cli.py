@@ -104,7 +104,7 @@ def test_the_commands_are_listed(mergerl: Mergerl) -> None:
 def test_each_command_is_registered_where_it_is_said_to_be() -> None:
     for home, names in main_module.COMMANDS.items():
         alone = typer.main.get_command(main_module.command_line(home))
-        assert tuple(alone.commands) == names  # type: ignore[attr-defined]
+        assert list(alone.commands) == list(names)  # type: ignore[attr-defined]
     everything = typer.main.get_command(main_module.command_line())
     assert set(COMMANDS) <= set(everything.commands)  # type: ignore[attr-defined]
 
