@@ -90,6 +90,8 @@ def call(
     try:
         with _current_folder_importable():
             return factory(*given, **options)
+    except ConfigError as error:
+        raise ConfigError(f"{kind} {name!r}: {error}") from error
     except MergeRLError:
         raise
     except Exception as error:

@@ -39,6 +39,10 @@ def joined() -> Iterator[Group]:
         group.abandon()
         raise
     except MergeRLError as error:
+        sentence = None if group.leads else group.failure()
+        if sentence is not None:  # the same, or what follows from it
+            group.abandon()
+            raise StoppedError(sentence) from None
         group.fail(str(error))
         raise
     except KeyboardInterrupt:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from merge_rl.config import FIXED_SOLVERS, SDE_SOLVERS, SOLVERS, SamplerConfig
 from merge_rl.core.sampling.edm import levels_of
 from merge_rl.core.sampling.sde import PathSDE
 from merge_rl.core.sampling.solvers import find_tableau
-from merge_rl.errors import ConfigError, UnknownNameError
+from merge_rl.errors import ConfigError, MergeRLError, UnknownNameError
 from merge_rl.interfaces import Denoiser
+from merge_rl.untrusted import reason
 
 DENOISED, VELOCITY = "denoised", "velocity"
 # What a family's sampler can do; every solver works for both today.
@@ -164,6 +165,26 @@ def count_network_calls(
     stages = SDE_SOLVERS.index(solver) + 1
     ends_noisy = prediction == VELOCITY and last_step == "none"
     return stages * num_steps - (0 if ends_noisy else stages - 1)
+
+
+def require_call(model: nn.Module) -> None:
+    """Call a stated network on one sample of zeros; ConfigError, with its reason, if it fails."""
+    if not hasattr(model, "statement"):
+        return
+    device = next((tensor.device for tensor in model.state_dict().values()), None)
+    said: Any = model.statement
+    x, labels = torch.zeros(1, *said.sample_shape, device=device), None
+    if said.label_dim:
+        labels = torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        with torch.no_grad():
+            model(x, torch.tensor(0.5, device=device), labels)
+    except (MergeRLError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"x {tuple(x.shape)}, t (1,)" + (" and labels (1,)" if said.label_dim else "")
+        name, problem = type(model).__name__, f"{type(error).__name__}: {reason(error)}"
+        raise ConfigError(f"calling the network {name} with {what} failed: {problem}") from error
 
 
 def require_class_ids(labels: Tensor, count: int) -> None:

@@ -20,6 +20,9 @@ from merge_rl.errors import ConfigError
 
 PREDICTIONS: Final = ("denoised", "velocity", "noise")
 TIMES: Final = ("sigma", "up", "down")
+_KNOWN: Final = {
+    "prediction": PREDICTIONS, "time": TIMES, "path": PATH_NAMES, "spacing": SPACINGS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +40,16 @@ class Statement:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            raise ConfigError(_expected("prediction", PREDICTIONS, self.prediction))
-        if self.time not in TIMES:
-            raise ConfigError(_expected("time", TIMES, self.time))
-        if self.path not in (None, *PATH_NAMES):
-            raise ConfigError(_expected("path", PATH_NAMES, self.path))
-        shape = self.sample_shape
-        if not shape or not all(type(n) is int and n > 0 for n in shape):
+        for what, names in _KNOWN.items():
+            found = getattr(self, what)
+            if found not in names and (what, found) != ("path", None):
+                raise ConfigError(f"expected {what} {', '.join(names)}, got {found!r}")
+        shape: Any = self.sample_shape
+        if type(shape) is not tuple or not all([shape, *(type(n) is int and n > 0 for n in shape)]):
             raise ConfigError(f"expected sample_shape of whole numbers > 0, got {shape!r}")
+        for what in ("label_dim", "null_label"):
+            if type(count := getattr(self, what) or 0) is not int or count < 0:
+                raise ConfigError(f"expected {what} a whole number >= 0, got {count!r}")
         self._require_schedule()
 
     def _require_schedule(self) -> None:
@@ -63,8 +67,6 @@ class Statement:
                 )
             if not all(0 < beta < 1 for beta in self.betas) or len(self.betas) < 2:
                 raise ConfigError("expected betas, two at least, between 0 and 1")
-        if self.spacing not in SPACINGS:
-            raise ConfigError(_expected("spacing", SPACINGS, self.spacing))
         if type(self.offset) is not int or not 0 <= self.offset < len(self.betas or (0,)):
             raise ConfigError(
                 f"expected an offset within the steps of the betas, got {self.offset}"
@@ -143,8 +145,9 @@ def describe(
     steps = None
     if betas is not None:  # on the CPU even where a network is built on the meta device
         steps = tuple(torch.as_tensor(betas, dtype=torch.float64, device="cpu").tolist())
+    shape: Any = tuple(sample_shape) if isinstance(sample_shape, Sequence) else sample_shape
     statement = Statement(
-        prediction=prediction, time=time, sample_shape=tuple(sample_shape), path=path, betas=steps,
+        prediction=prediction, time=time, sample_shape=shape, path=path, betas=steps,
         label_dim=label_dim, null_label=null_label, spacing=spacing, offset=offset,
     )  # fmt: skip
     return _stating(module, statement)
@@ -232,22 +235,33 @@ class StatedNetwork(Network):
 
     def forward(self, x: Tensor, level: Tensor, labels: Tensor | None = None) -> Tensor:
         """The denoised sample at a noise level, or the velocity at t: level is 0-dim or (B,)."""
-        own: Callable[..., Tensor] = super().forward  # of the module's own class
         said, levels = self.statement, level.to(x).expand(len(x))
         given = () if said.label_dim == 0 else (self._labels(labels, x),)
         if said.family == "velocity":
             up = said.time == "up"
-            made = own(x, levels if up else 1 - levels, *given)
+            made = self._made(x, levels if up else 1 - levels, *given)
             return made if up else -made
         scale = _wide(said.scale(levels), x)
         seen = scale * x
-        made = own(seen, said.own_time(levels), *given)
-        if said.betas is not None and made.ndim > 1 and made.shape[1] == 2 * x.shape[1]:
-            made = made[:, : x.shape[1]]  # the rest is a learned variance
+        made = self._made(seen, said.own_time(levels), *given)
         sigma = _wide(levels, x)
         if said.prediction == "noise":
             return x - sigma * made
         return made if said.prediction == "denoised" else scale * seen - scale * sigma * made
+
+    def _made(self, x: Tensor, t: Tensor, *given: Tensor | None) -> Tensor:
+        """What the module's own class makes, of the shape of x, which arithmetic would widen to."""
+        made: object = super().forward(x, t, *given)
+        if isinstance(made, Tensor):
+            if self.statement.betas is not None and made.shape[1:2] == (2 * x.shape[1],):
+                made = made[:, : x.shape[1]]  # the rest is a learned variance
+            if made.shape == x.shape:
+                return made
+        found = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        raise ConfigError(
+            f"the network {type(self).__name__} returned {found} for samples {tuple(x.shape)}; "
+            "expected a tensor of their shape"
+        )
 
     def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
         if labels is None and self.null_label is not None:
@@ -284,7 +298,3 @@ _TIMES_OF: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 @functools.lru_cache(maxsize=8)
 def _levels(betas: tuple[float, ...]) -> StepLevels:
     return StepLevels(torch.tensor(betas, dtype=torch.float64, device="cpu"))
-
-
-def _expected(what: str, known: Sequence[str], found: object) -> str:
-    return f"expected {what} {', '.join(known)}, got {found!r}"

@@ -20,7 +20,7 @@ from merge_rl.config import (
     differing_keys,
     flattened,
 )
-from merge_rl.errors import MergeRLError, RunError
+from merge_rl.errors import RunError
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.files import LOCK_NAME, is_leftover, is_vacant
 from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir, RunFolder
@@ -173,7 +173,7 @@ def gone_unless(resumable: Callable[[], bool], folder: Path) -> Iterator[None]:
     """Remove a run that fails with nothing to go on from: be out of the next try's way."""
     try:
         yield
-    except (MergeRLError, OSError):
+    except Exception:  # a function of the user's may raise anything
         if not resumable():
             shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from merge_rl import own_code, registry
 from merge_rl.config import GUIDE, OptimizeConfig, SamplerConfig
-from merge_rl.core.sampling.compatibility import require_sampler
+from merge_rl.core.sampling.compatibility import require_call, require_sampler
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor
 from merge_rl.storage.checkpoints import (
@@ -235,8 +235,9 @@ def network_rollout(
     decoder = autoencoder or load_autoencoder(None, shape=sample_shape(model))[0]
     if isinstance(decoder, nn.Module):
         decoder.to(device)
+    require_call(model.to(device))
     return kind(
-        model.to(device),
+        model,
         sample_shape(model),
         sampler=sampler,
         autoencoder=decoder,

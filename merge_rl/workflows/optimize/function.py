@@ -18,7 +18,7 @@ from merge_rl.config import OptimizeConfig, SearchConfig, with_settings
 from merge_rl.core.distances.statistics import FeatureStats, feature_stats
 from merge_rl.errors import CheckpointError
 from merge_rl.interfaces import Tracker
-from merge_rl.parallel import joined
+from merge_rl.parallel import Place, joined
 from merge_rl.parallel.group import Group
 from merge_rl.progress import tracker_of
 from merge_rl.storage.checkpoints import CheckpointSet, keep_states, open_checkpoints, plan_merge
@@ -86,7 +86,7 @@ def search(
     settings |= {"generate": name} | ({} if searcher is None else {"searcher": searcher})
     base = with_settings(config or OptimizeConfig(), **settings)
     tracker = tracker_of(tracker, progress)
-    with joined() as group, _gone_unless_begun(group, run):
+    with _gone_unless_begun(run), joined() as group:
         if group.leads and not goes_on(run, group.place):
             require_new(run)
             shutil.rmtree(run / INPUTS, ignore_errors=True)
@@ -96,16 +96,17 @@ def search(
         base = dataclasses.replace(base, **places)
         opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
         given = Given(generate, model if model is not None else _first_module(checkpoints))
-        return begin(group, _settled(base, given, opened), opened, run, tracker, given)
+        return begin(group, _settled(group, base, given, opened), opened, run, tracker, given)
 
 
 @contextmanager
-def _gone_unless_begun(group: Group, run: Path) -> Iterator[None]:
+def _gone_unless_begun(run: Path) -> Iterator[None]:
+    """Around the group: that rank 0 has failed is told before what others read is removed."""
     try:
         yield
     except BaseException:
         inside = {file.name for file in run.iterdir()} if run.is_dir() else set()
-        if group.leads and inside == {INPUTS}:
+        if Place.here().rank == 0 and inside == {INPUTS}:
             shutil.rmtree(run, ignore_errors=True)
         raise
 
@@ -175,12 +176,15 @@ def _first_module(checkpoints: Checkpoints) -> nn.Module | None:
     return items[0] if items and isinstance(items[0], nn.Module) else None
 
 
-def _settled(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> OptimizeConfig:
-    """The settings with a searcher for "auto"."""
+def _settled(
+    group: Group, base: OptimizeConfig, given: Given, opened: CheckpointSet
+) -> OptimizeConfig:
+    """The settings with a searcher for "auto", which rank 0 chooses for all."""
     if base.search.name != "auto":
         return base
-    gradient = why_not_as_set(base) is None and _has_gradient(base, given, opened)
-    name = "pathwise" if gradient else "policy-gradient"
+    asked = group.leads and why_not_as_set(base) is None
+    name = "pathwise" if asked and _has_gradient(base, given, opened) else "policy-gradient"
+    name = group.broadcast(name, phase="choosing a searcher")
     return dataclasses.replace(base, search=dataclasses.replace(base.search, name=name))
 
 

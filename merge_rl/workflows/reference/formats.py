@@ -216,9 +216,9 @@ class Reference:
                 f"expected {sha256[:12]}…"
             )
         if dim is not None and dim != self.dim:
+            whose = f"extractor {name!r}" if name else "the features"
             raise StatisticsError(
-                f"{path}: statistics of {self.dim} dimensions, expected the {dim} of "
-                f"extractor {name!r}"
+                f"{path}: statistics of {self.dim} dimensions, expected the {dim} of {whose}"
             )
 
     def require_features(self, metric: str, path: str | os.PathLike[str] = "reference") -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import merge_rl as mrl
+from merge_rl.core.sampling.compatibility import require_call
 from merge_rl.core.sampling.paths import PATHS
 from merge_rl.core.sampling.stated import StatedNetwork, network_of
 from merge_rl.errors import ConfigError
@@ -190,9 +192,28 @@ def test_attributes_do_as_well_as_a_description() -> None:
         ({"time": "down", "betas": [0.1, 2.0]}, "expected betas, two at least, between 0 and 1"),
         ({"time": "down", "betas": [0.1, 0.2], "path": "vp"}, "got path and betas"),
         ({"sample_shape": []}, "expected sample_shape of whole numbers > 0"),
+        ({"sample_shape": 2}, "expected sample_shape of whole numbers > 0, got 2"),
+        ({"label_dim": -1}, "expected label_dim a whole number >= 0, got -1"),
+        ({"null_label": 1.5}, "expected null_label a whole number >= 0, got 1.5"),
     ],
 )
 def test_what_is_no_statement_is_refused(change: dict[str, Any], sentence: str) -> None:
     said = {"prediction": "denoised", "time": "sigma", "sample_shape": [2], **change}
     with pytest.raises(ConfigError, match=sentence):
         mrl.describe(Known(denoised), **said)
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        # (B, 1) would be widened to (B, 2), and merged as if it were right.
+        (lambda x, _t: x[:, :1], r"the network Known returned (1, 1) for samples (1, 2); expected"),
+        (lambda _x, _t: float("t"), "with x (1, 2), t (1,) failed: ValueError: could not convert"),
+    ],
+)
+def test_a_network_that_makes_no_sample_is_refused_before_it_is_sampled(
+    function: Any, sentence: str
+) -> None:
+    network = mrl.describe(Known(function), prediction="denoised", time="sigma", sample_shape=[2])
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        require_call(network)

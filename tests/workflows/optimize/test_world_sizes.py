@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ import pytest
 
 import merge_rl as mrl
 from merge_rl.config.optimize import OptimizeConfig
+from merge_rl.config.search import SearchConfig
 from merge_rl.interfaces import NullTracker
 from merge_rl.parallel.group import Group
 from merge_rl.parallel.rendezvous import Place
+from merge_rl.workflows.optimize import function
 from merge_rl.workflows.optimize import run as searches
 from tests.ranks import on_ranks
+from tests.workflows.optimize.test_function import SMALL, search
 from tests.workflows.optimize.test_searchers_resume import StopAfter
 
 pytestmark = [pytest.mark.usefixtures("no_network"), pytest.mark.numerics]
@@ -39,8 +43,8 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]],
         group = getattr(own, "group", None) or Group(Place())
         try:
             yield group
-        except KeyboardInterrupt:
-            group.fail("stopped")
+        except BaseException as error:
+            group.fail(str(error) or "stopped")
             raise
 
     def start(ranks: int, work: Callable[[], object]) -> Any:
@@ -50,7 +54,8 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]],
 
         return on_ranks(ranks, one) if ranks > 1 else [work()]
 
-    monkeypatch.setattr(searches, "joined", joined)
+    for module in (searches, function):
+        monkeypatch.setattr(module, "joined", joined)
     return start
 
 
@@ -73,3 +78,31 @@ def test_begun_with_some_and_resumed_with_others(
     ended = on(ranks[1], lambda: mrl.resume(run, tracker=NullTracker()))
     assert [type(each).__name__ for each in ended] == ["OptimizeResult"] * ranks[1]
     assert outcome(run) == outcome(whole)
+
+
+@pytest.mark.parametrize("name", ["policy-gradient", "auto"])
+def test_a_function_on_two_ranks_ends_in_the_bits_of_one(
+    name: str, tmp_path: Path, outcome: Outcome, on: Callable[..., Any]
+) -> None:
+    config = dataclasses.replace(SMALL, search=SearchConfig())
+    # A batch of 20 makes one part of a round of `pathwise`, which "auto" takes here.
+    options = {"config": config, "searcher": name, "budget": 500, "batch": 20}
+    search(tmp_path / "alone", **options)
+    ended = on(2, lambda: search(tmp_path / "together", **options))
+    assert [type(each).__name__ for each in ended] == ["OptimizeResult"] * 2
+    assert outcome(tmp_path / "together") == outcome(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    "name", ["auto", "policy-gradient"]
+)  # asked beforehand; in its first round
+def test_a_function_that_fails_is_told_of_by_all_and_leaves_nothing(
+    name: str, tmp_path: Path, on: Callable[..., Any]
+) -> None:
+    def failing(_weights: object, _seeds: object, _labels: object) -> Any:
+        raise ValueError("trouble of its own")
+
+    options = {"config": dataclasses.replace(SMALL, search=SearchConfig()), "searcher": name}
+    ended = on(2, lambda: search(tmp_path / "run", generate=failing, **options))
+    assert all("trouble of its own" in str(each) for each in ended)
+    assert not (tmp_path / "run").exists()
