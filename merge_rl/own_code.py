@@ -32,7 +32,8 @@ def allow(code: Any) -> str:
     Classes and functions are factories; any other object is what its factory would return.
     """
     if isinstance(code, str):
-        _allowed.setdefault(code)
+        for one in code.split(","):  # of several extractors
+            _allowed.setdefault(one)
         return code
     name = name_of(code)
     factory = inspect.isclass(code) or inspect.isroutine(code) or isinstance(code, partial)
@@ -48,10 +49,11 @@ def name_of(code: Any) -> str:
 
 def require_allowed(name: str, kind: str, flag: str, where: str) -> None:
     """Raise ConfigError for code that a file names and the user does not; says which flag would."""
-    if is_own(name) and name not in _allowed:
-        raise ConfigError(
-            f"{where} names the {kind} {name!r}, a module; pass {flag} {name} to import it"
-        )
+    for one in name.split(","):
+        if is_own(one) and one not in _allowed:
+            raise ConfigError(
+                f"{where} names the {kind} {one!r}, a module; pass {flag} {name} to import it"
+            )
 
 
 def require_readable(name: str, kind: str) -> None:

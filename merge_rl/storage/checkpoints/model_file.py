@@ -103,7 +103,7 @@ def _opened(
     file = model_file_path(path)
     listed = find_listing(file)
     stored = open_weights(file)
-    config = _first_config(file, stored.metadata, listed[0] if listed else None)
+    config = first_config(file, stored.metadata, listed[0] if listed else None)
     recorded = listed[1].sha256 if listed else None
     return named_as_network(stored, config), recorded, config
 
@@ -182,12 +182,12 @@ def _only_file(folder: Path) -> Path:
     return files[0]
 
 
-def _first_config(
+def first_config(
     file: Path, metadata: Mapping[str, str], manifest: Manifest | None
 ) -> dict[str, Any] | None:
+    """The config in a file's metadata, else beside it, else of the manifest that lists it."""
     config = metadata_config(file, metadata)
-    if config is None:
-        config = folder_config(file.parent)
+    config = folder_config(file.parent) if config is None else config
     if config is None and manifest is not None:
         config = dict(manifest.model) or None
     return config

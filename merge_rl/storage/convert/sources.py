@@ -13,6 +13,8 @@ from typing import Any, Final
 from merge_rl.core.state_dicts import hold
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import (
+    find_listing,
+    first_config,
     has_manifest,
     is_network_config,
     library_document,
@@ -265,11 +267,14 @@ def _unknown(path: Path, found: str) -> CheckpointError:
 
 def _read_safetensors(path: Path, weights: str, hints: Hints) -> list[Extracted]:
     """Weights that have the right form already, be it in shards; what they say of themselves."""
-    config = metadata_config(path, open_weights(path).metadata)
+    metadata = open_weights(path).metadata
+    config = metadata_config(path, metadata)
     named = _tensors_of(path)
     library = read_library(path, named, weights, hints) if config is None else None
     if library is not None:
         return library
+    listed = find_listing(path)
+    config = first_config(path, metadata, listed[0] if listed else None)
     found = read_states(named, path, weights, hints, config)
     return [replace(item, stem=network_name(path)) for item in found]
 

@@ -61,10 +61,10 @@ def build_extractor(
     """The named extractor on a device, and the SHA-256 of its weights' file.
 
     Args:
-        name: a registered name, several of them with commas between ("inception,dinov2": their
-            features side by side), or "package.module:factory". The factory is called without
-            arguments, or with the weights (name -> tensor) if some are given, and returns an
-            object as `FeatureExtractor` describes.
+        name: a registered name, or "package.module:factory", or several with commas between
+            ("inception,dinov2": their features side by side), one of which may be a factory. It is
+            called without arguments, or with the weights (name -> tensor) if some are given, and
+            returns an object as `FeatureExtractor` describes.
         weights: file, folder, or name of public weights; None for the extractor's own default. Of
             several extractors "NAME=WEIGHTS" with commas between.
         device: where a network goes.
@@ -98,14 +98,20 @@ def build_extractor(
 
 
 def encoders(name: str) -> tuple[str, ...]:
-    """The names in "inception,dinov2", each once; ConfigError where one is twice or the user's."""
+    """The names in "inception,dinov2", each once; one of them may be the user's.
+
+    ConfigError for a name that comes twice, and for two of the user's: the features of one are as
+    many as those of the others leave.
+    """
     names = tuple(name.split(","))
-    if len(names) > 1:
-        for one in names:
-            if names.count(one) > 1:
-                raise ConfigError(f"extractor {name!r}: {one!r} comes twice")
-            if own_code.is_own(one):
-                raise ConfigError(f"extractor {name!r}: a module, {one!r}, goes by itself alone")
+    for one in names:
+        if names.count(one) > 1:
+            raise ConfigError(f"extractor {name!r}: {one!r} comes twice")
+    own = [one for one in names if own_code.is_own(one)]
+    if len(own) > 1:
+        raise ConfigError(
+            f"extractor {name!r}: expected one module at most among several, got {', '.join(own)}"
+        )
     return names
 
 
@@ -114,9 +120,13 @@ def encoder_spans(name: str, dim: int) -> tuple[tuple[int, int], ...]:
     names = encoders(name)
     if len(names) == 1:
         return ((0, dim),)
-    stops = list(itertools.accumulate(DIMS[one] for one in names))
-    if stops[-1] != dim:
-        raise ConfigError(f"expected {stops[-1]} features of {name}, got {dim}")
+    require_known(name)
+    dims = [DIMS.get(one, 0) for one in names]  # 0: the user's, whose features are the rest
+    rest, own = dim - sum(dims), 0 in dims
+    if rest < own or (rest and not own):
+        expected = f"{'more than ' * own}{sum(dims)}"
+        raise ConfigError(f"expected {expected} features of {name}, got {dim}")
+    stops = list(itertools.accumulate(one or rest for one in dims))
     return tuple(zip([0, *stops[:-1]], stops, strict=True))
 
 

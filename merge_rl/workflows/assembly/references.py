@@ -92,7 +92,8 @@ def expected_extractor(name: str, weights: str | None) -> ExtractorId | None:
     if len(several := encoders(name)) > 1:
         given = weights_by_name(name, weights)
         found = [expected_extractor(one, given.get(one)) for one in several]
-        return ExtractorId(name, None, sum(one.dim for one in found if one is not None))
+        dims = [one.dim for one in found if one is not None]
+        return ExtractorId(name, None, sum(dims)) if len(dims) == len(found) else None
     source = weights_source(name, weights)
     if is_own(name):
         return None

@@ -91,7 +91,7 @@ def search(
             require_new(run)
             shutil.rmtree(run / INPUTS, ignore_errors=True)
         named = base.extractor or ""  # one's own is called as it says itself, once it is built
-        maker = "" if own_code.is_own(named) else named
+        maker = "" if own_code.is_own(named) and "," not in named else named
         places = _kept(group, run, checkpoints, reference, heldout, maker)
         base = dataclasses.replace(base, **places)
         opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)

@@ -20,7 +20,12 @@ from torch import Tensor
 import merge_rl as mrl
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.registry import build_model
-from merge_rl.storage.checkpoints.manifest import read_manifest
+from merge_rl.storage.checkpoints.manifest import (
+    CheckpointEntry,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from merge_rl.storage.checkpoints.model_file import save_checkpoint
 from merge_rl.storage.convert.run import convert
 from merge_rl.workflows.assembly.networks import load_network, load_weights
@@ -242,6 +247,23 @@ def test_a_family_that_nothing_tells_is_asked_for(
         convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2, family="jit")
     with pytest.raises(CheckpointError, match="unknown family of networks 'dti'; did you mean"):
         convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2, family="dti")
+
+
+@pytest.mark.parametrize("said", ["manifest", "config.json"])
+def test_what_lies_beside_a_file_tells_its_network(said: str, tmp_path: Path) -> None:
+    file, config = tmp_path / "set/a.safetensors", {**SIT, "model": "repa", "num_classes": 9}
+    config["class_dropout_prob"] = 0.1  # ten rows of labels, of which neither shapes nor names say
+    save_checkpoint(file, state_of(config, 1))
+    if said == "manifest":
+        entry = CheckpointEntry(file="a.safetensors")
+        write_manifest(
+            file.parent / "checkpoints_manifest.yaml", Manifest(model=config, checkpoints=(entry,))
+        )
+    else:
+        (file.parent / "config.json").write_text(json.dumps(config))
+    convert(file, tmp_path / "out")
+    made = read_manifest(tmp_path / "out").model
+    assert {key: made[key] for key in config} == config
 
 
 @pytest.mark.parametrize(

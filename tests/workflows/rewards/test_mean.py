@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import merge_rl as mrl
+from merge_rl import own_code
 from merge_rl.config.reward import RewardTerm, parse_reward
 from merge_rl.core.distances.frechet import frechet_distance
 from merge_rl.core.distances.statistics import feature_stats
@@ -136,8 +136,12 @@ def test_names() -> None:
     }
     with pytest.raises(ConfigError, match="'dinov2' comes twice"):
         expected_extractor("dinov2,inception,dinov2", None)
-    with pytest.raises(ConfigError, match="a module, 'mine:make', goes by itself alone"):
-        build_extractor("inception,mine:make", None)
+    assert encoder_spans("digits,mine:make,clip", 64 + 5 + 768) == ((0, 64), (64, 69), (69, 837))
+    assert expected_extractor("inception,mine:make", None) is None
+    with pytest.raises(ConfigError, match="one module at most among several, got mine:a, mine:b"):
+        build_extractor("mine:a,inception,mine:b", None)
+    with pytest.raises(ConfigError, match="expected more than 64 features of digits,mine:make, go"):
+        encoder_spans("digits,mine:make", 64)
     with pytest.raises(UnknownNameError, match="incepton"):
         expected_extractor("incepton,dinov2", None)
     with pytest.raises(ConfigError, match="NAME=FILE with NAME one of digits, inception"):
@@ -160,8 +164,9 @@ def make_means(_weights: object) -> Means:
     return Means()
 
 
+@pytest.mark.parametrize("second", ["means", f"{__name__}:Means"])
 def test_a_search_by_two_encoders(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, mergerl: Callable[..., Any]
+    second: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, mergerl: Callable[..., Any]
 ) -> None:
     monkeypatch.setitem(EXTRACTORS, "means", f"{__name__}:make_means")
     monkeypatch.setitem(extractors.DIMS, "means", 3)
@@ -169,7 +174,7 @@ def test_a_search_by_two_encoders(
     monkeypatch.setitem(extractors.DEFAULT_WEIGHTS, "means", str(weights))
     images = torch.randint(256, (120, 1, 8, 8), dtype=torch.uint8)
     np.savez("real.npz", images=images.permute(0, 2, 3, 1).numpy())
-    both = ("--extractor", "digits,means", "--extractor-weights", f"digits={weights}")
+    both = ("--extractor", f"digits,{second}", "--extractor-weights", f"digits={weights}")
     ended = mergerl("reference", "real.npz", "--out", "ref.safetensors", *both, "--split")
     assert ended.code == 0, ended.err
     scored = ("--reference", "ref-a.safetensors", "--heldout", "ref-b.safetensors")
@@ -181,5 +186,24 @@ def test_a_search_by_two_encoders(
     )  # fmt: skip
     assert ended.code == 0, ended.err
     # All of it as the run says: both encoders, their weights, both halves.
-    result = mrl.evaluate("run/merged", metrics="fd-mean", num_images=20, repeats=2, progress=False)
-    assert {"fd-mean", "fd-digits", "fd-means"} <= result.keys()
+    command = (
+        "evaluate",
+        "run/merged",
+        "--metrics",
+        "fd-mean",
+        "--num-images",
+        "20",
+        "--repeats",
+        "2",
+        "--json",
+    )
+    named: tuple[str, ...] = ()
+    if ":" in second:  # whose code the run alone does not let in
+        monkeypatch.setattr(own_code, "_allowed", {})
+        refused = mergerl(*command)
+        assert f"pass --extractor digits,{second} to import it here" in refused.err
+        named = both[:2]
+    ended = mergerl(*command, *named)
+    assert ended.code == 0, ended.err
+    assert f'"fd-{second}": ' in ended.out
+    assert '"fd-digits": ' in ended.out
