@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merge_rl.cli.options import build, with_settings
-from merge_rl.cli.output import ByteTracker, JsonFlag, byte_text, note, print_json, print_table, say
+from merge_rl.cli.options import MODEL_HELP, build, meant, with_settings
+from merge_rl.cli.output import ByteTracker, JsonFlag, byte_text, print_json, print_table, say
 from merge_rl.config import FetchConfig
 from merge_rl.errors import ConfigError
 
@@ -114,7 +114,7 @@ def push(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="Run (its result), set (its newest checkpoint), model folder, or .safetensors.",
+            help=MODEL_HELP,
         ),
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="user/repo\\[@branch] of the Hub.")],
@@ -135,11 +135,10 @@ def push(
     [bold]hf auth login[/bold] or the variable HF_TOKEN; it has no option here, because a command
     line ends up in the history of the shell.
     """
-    from merge_rl.workflows.assembly import find_model
     from merge_rl.workflows.export import push as push_model
 
     pushed = push_model(
-        find_model(model).told(note),
+        meant(model),
         repo,
         private=not public,
         revision=revision,

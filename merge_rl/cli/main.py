@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from importlib import import_module
 from types import FrameType
 from typing import Annotated, Final, NoReturn
@@ -14,7 +16,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from merge_rl.cli import ranks
-from merge_rl.errors import MergeRLError, SilentLeaderError
+from merge_rl.errors import ConfigError, MergeRLError, SilentLeaderError
 from merge_rl.version import __version__
 
 # In the order of the help: what registers commands, which, and what each does. It is said here
@@ -128,6 +130,17 @@ def _complain(sentence: str, *, anyone: bool = False) -> None:
     complain(sentence, anyone=anyone)
 
 
+def _require_said(arguments: Sequence[str]) -> None:
+    """Refuse an argument of no characters, which as a path would mean the current folder."""
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        if not argument or re.fullmatch("--[a-z][a-z0-9-]*=", argument):
+            after = f" after {before}" if before and not argument else ""
+            raise ConfigError(
+                f"expected a value, got the empty argument {argument!r}{after}: is a variable of "
+                "the shell not set?"
+            )
+
+
 class Stop:
     """What Ctrl-C and SIGTERM do: the first raises KeyboardInterrupt, others nothing.
 
@@ -152,8 +165,11 @@ def main() -> None:
         signal.signal(signal.SIGINT, stop)
     ranks.quiet_followers()
     try:
+        _require_said(sys.argv[1:])
         listed = sys.argv[1:] in ([], ["--help"], ["-h"])
-        code = command_line(*_needed(sys.argv[1:]), listed=listed)(standalone_mode=False)
+        command = command_line(*_needed(sys.argv[1:]), listed=listed)
+        # What a command remembers in its context (listings of the Hub) ends with it.
+        code = copy_context().run(command, standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)

@@ -290,6 +290,8 @@ def test_settings_that_cannot_be_read(
         (["evaluate", "MODEL", "--reference", "tiny/raw/tiny-0000100.safetensors"],
          "expected reference statistics, found other tensors"),
         (["evaluate", "alone.safetensors"], "names a reference; pass --reference"),
+        (["inspect", ""], "got the empty argument '' after inspect: is a variable of the shell"),
+        (["merge", "tiny", "--out="], "got the empty argument '--out=': is a variable"),
         (["demo", "tiny/checkpoints_manifest.yaml"], "expected a folder to write to, found a file"),
     ],
 )  # fmt: skip

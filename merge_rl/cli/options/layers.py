@@ -254,7 +254,12 @@ def named(path: Path) -> Path | str:
 
     Where the folder is there, a missing file in it is a slip, not a user of the Hub.
     """
-    return path if path.exists() or path.parent.exists() else str(path)
+    if path.exists() or path.parent.exists():
+        return path
+    from merge_rl.storage.hub import list_once
+
+    list_once()
+    return str(path)
 
 
 def meant_set(checkpoints: Path) -> Path:

@@ -16,12 +16,13 @@ from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
     Manifest,
+    find_listing,
     has_manifest,
     parse_stem,
     read_manifest,
 )
 from merge_rl.storage.checkpoints.model_file import (
-    find_listing,
+    CONVERTED,
     folder_config,
     library_document,
     metadata_config,
@@ -152,8 +153,7 @@ def set_config(listing: Listing, first: StoredWeights) -> dict[str, Any] | None:
 def _entries_by_name(folder: Path) -> tuple[CheckpointEntry, ...]:
     files = weights_in(folder)
     if not files:
-        known = (".pkl", ".pt", ".pth", ".ckpt")
-        foreign = sum(1 for file in folder.iterdir() if file.suffix in known)
+        foreign = sum(1 for file in folder.iterdir() if file.suffix.lower() in CONVERTED)
         hint = f"; `mergerl convert` makes them from the {foreign} {{}} files there"
         hint = hint.format(".ckpt" if any(folder.glob("*.ckpt")) else ".pkl or .pt")
         raise CheckpointError(f"{folder}: no .safetensors files{hint if foreign else ''}")

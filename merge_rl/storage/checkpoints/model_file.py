@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -18,22 +19,19 @@ from merge_rl.storage.checkpoints.diffusers_folder import (
     network_config,
 )
 from merge_rl.storage.checkpoints.manifest import (
-    MANIFEST_NAME,
-    CheckpointEntry,
     Manifest,
-    has_manifest,
-    read_manifest,
+    find_listing,
 )
 from merge_rl.storage.files import (
     StoredWeights,
     TensorInfo,
     hash_weights,
+    in_series,
     is_weights_name,
     open_weights,
     require_finite,
     require_hash,
     save_tensors,
-    spellings,
     weights_in,
 )
 from merge_rl.untrusted import load_json_mapping, read_bounded
@@ -43,9 +41,9 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 CONFIG_NAME: Final = "config.json"
+CONVERTED: Final = (".pkl", ".pt", ".pth", ".ckpt")  # what `mergerl convert` reads
 CONFIG_KEY: Final = "config"  # of a safetensors file's metadata
 _REPEATED: Final = ("depth", "num_blocks", "num_layers", "layers_per_block")  # a module each
-_PARENTS: Final = 3  # the file's own folder and two above, where its manifest may lie
 
 
 class ModelFile(NamedTuple):
@@ -120,8 +118,8 @@ def model_file_path(path: str | os.PathLike[str]) -> Path:
     if not file.exists():
         raise CheckpointError(f"{given}: no such file or folder")
     if not is_weights_name(file.name):
-        hint = "expected a .safetensors file; `mergerl convert` makes one from .pkl and .pt"
-        raise CheckpointError(f"{file}: {hint}")
+        hint = "; `mergerl convert` makes one" if file.suffix.lower() in CONVERTED else ""
+        raise CheckpointError(f"{file}: expected a .safetensors file{hint}")
     return file
 
 
@@ -185,25 +183,13 @@ def _only_file(folder: Path) -> Path:
 def first_config(
     file: Path, metadata: Mapping[str, str], manifest: Manifest | None
 ) -> dict[str, Any] | None:
-    """The config in a file's metadata, else beside it, else of the manifest that lists it."""
+    """The config in a file's metadata, else beside it or its series, else of its manifest."""
     config = metadata_config(file, metadata)
-    config = folder_config(file.parent) if config is None else config
+    for folder in (place.parent for place in [file, *takewhile(in_series, file.parents)]):
+        config = folder_config(folder) if config is None else config
     if config is None and manifest is not None:
         config = dict(manifest.model) or None
     return config
-
-
-def find_listing(file: Path) -> tuple[Manifest, CheckpointEntry] | None:
-    """The nearest manifest that lists `file`, and its entry."""
-    for place in spellings(file):
-        for folder in list(place.parents)[:_PARENTS]:
-            if has_manifest(folder):
-                manifest = read_manifest(folder / MANIFEST_NAME)
-                name = place.relative_to(folder).as_posix()
-                for entry in manifest.checkpoints:
-                    if entry.file == name:
-                        return manifest, entry
-    return None
 
 
 def require_network(tensors: Mapping[str, TensorInfo], config: Config | None, where: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from merge_rl.config import real_number, whole_number
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
 from merge_rl.storage.files import TensorInfo
 from merge_rl.storage.pickles import Record, TensorRef, kind_of, shown
@@ -214,20 +215,20 @@ def _first(settings: Mapping[str, Any], names: tuple[str, ...]) -> object:
         while level:
             found = [part[name] for part in level if _is_number(part.get(name))]
             if found:
-                return found[0] if all(value == found[0] for value in found) else None
+                return found[0] if len(set(map(real_number, found))) == 1 else None
             level = [v for part in level for v in part.values() if isinstance(v, dict)]
     return None
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return real_number(value) is not None  # be it written as text
 
 
 def _count(value: object) -> int | None:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, int) and 0 < value < _MOST else None
+    found = whole_number(value)
+    return found if found is not None and 0 < found < _MOST else None
 
 
 def _share(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and 0 <= value <= 1 else None
+    found = real_number(value)
+    return found if found is not None and 0 <= found <= 1 else None

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,6 +23,7 @@ from merge_rl.storage.convert.sources import files_of, list_files
 from merge_rl.storage.files import (
     atomic_path,
     count_nonfinite,
+    followed,
     locked,
     read_header,
     require_hash,
@@ -131,6 +133,9 @@ def _run(
         except BaseException:
             progress.stopped = True
             pool.shutdown(wait=True, cancel_futures=True)
+            for folder in {(plan.folder / job.file).parent for job in plan.jobs} - {plan.folder}:
+                with suppress(OSError):  # what was made for outputs that did not come
+                    folder.rmdir()
             raise
     return done
 
@@ -180,10 +185,10 @@ def _is_done(job: ConversionFile, path: Path, recorded: str | None) -> bool:
 
 
 def _delete(plan: ConversionPlan) -> tuple[Path, ...]:
-    outputs = {(plan.folder / job.file).resolve() for job in plan.jobs}
+    outputs = {followed(plan.folder / job.file) for job in plan.jobs}
     removed = []
     for path in dict.fromkeys(part for job in plan.jobs for part in files_of(job.found.path)):
-        if path.resolve() not in outputs:
+        if followed(path) not in outputs:
             try:
                 path.unlink()
             except OSError as error:

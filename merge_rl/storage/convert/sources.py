@@ -66,6 +66,7 @@ from merge_rl.storage.pickles import (
     row_major,
     shown,
 )
+from merge_rl.untrusted import open_file
 
 _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
@@ -88,10 +89,11 @@ def list_files(
                 raise CheckpointError(f"{item}: a set of .safetensors already, nothing to convert")
             if not within:
                 raise CheckpointError(f"{item}: holds no .pkl or .pt files to convert")
-        elif item.is_file():
-            within = [item]
-        else:
+        elif not item.exists():
             raise CheckpointError(f"{item}: no such file or folder")
+        else:
+            open_file(item).close()  # refuses what is neither a file nor a folder
+            within = [item]
         for file in within:
             names.setdefault(file.resolve(), []).append(file)
     if not names:

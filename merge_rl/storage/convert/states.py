@@ -55,7 +55,10 @@ def read_states(
     said = read_said(data if config is None else {**data, "config": config})
     for place in _wanted(held, path, weights):
         tensors = state_dict(held.states[place], f"{path}, {place}" if place else str(path))
-        item = Extracted(path=path, tensors=tensors, config=config, stem=path.stem)
+        prefix = "" if hints.network else _prefix_of(tensors)
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        told = (f"took the tensors by their names without {prefix!r}",) if prefix else ()
+        item = Extracted(path=path, tensors=tensors, config=config, stem=path.stem, notes=told)
         item = _described(item, _family(item, said, hints), said, hints, config)
         placed = place.partition("/")[0] in data or is_average(place)
         if placed:  # else names alone say the place
@@ -109,6 +112,17 @@ def _track_of(place: str) -> str:
 
 def _is_known(state: State) -> bool:
     return bool(fitting(shapes_of(state)))
+
+
+def _prefix_of(state: State) -> str:
+    """What all names begin with where the tensors of a known family follow it, else ""."""
+    prefix, names = "", list(state)
+    while not _is_known({name.removeprefix(prefix): state[name] for name in names}):
+        inner, dot, _ = names[0].removeprefix(prefix).partition(".")
+        prefix += inner + dot
+        if not dot or not all(name.startswith(prefix) for name in names):
+            return ""
+    return prefix
 
 
 def part_of(data: Mapping[str, object], part: str, path: Path) -> dict[str, object]:
@@ -180,7 +194,7 @@ def _network(
         assumed = {key: text for key, text in assumed.items() if key not in stated}
         config |= {key: value for key, value in stated.items() if key in config}
     return replace(
-        item, tensors=tensors, config=config, assumed=assumed, notes=notes,
+        item, tensors=tensors, config=config, assumed=assumed, notes=(*item.notes, *notes),
         autoencoder="sd-vae-sit" if config["in_channels"] == 4 else None,
         sampler=() if path in (None, "linear") else (("path", path),),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from merge_rl.storage.files.atomic import (
     absolute,
     atomic_path,
     below,
+    followed,
     natural_key,
     new_folder,
     read_state,
@@ -50,6 +51,13 @@ from merge_rl.storage.files.locks import (
     require_unlocked,
     temporary_beside,
 )
+from merge_rl.storage.files.naming import (
+    averaged,
+    in_series,
+    is_weights_name,
+    network_name,
+    weights_stem,
+)
 from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_array, read_npy
 from merge_rl.storage.files.safetensors_file import (
     TensorReader,
@@ -84,14 +92,10 @@ from merge_rl.storage.files.shards import (
 from merge_rl.storage.files.stored import (
     StoredWeights,
     WeightsReader,
-    averaged,
     hash_weights,
     index_of,
-    is_weights_name,
-    network_name,
     open_weights,
     weights_in,
-    weights_stem,
 )
 
 __all__ = [
@@ -129,9 +133,11 @@ __all__ = [
     "count_nonfinite",
     "decode_image",
     "enlarge",
+    "followed",
     "hash_weights",
     "image_grid",
     "image_key",
+    "in_series",
     "index_of",
     "is_image_name",
     "is_leftover",

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,15 +30,18 @@ if TYPE_CHECKING:
 
 import re
 
-_NUMBER = re.compile(r"((?<![0-9.])0\.[0-9]+|[0-9]+)")  # 1.10 may well be a version
-_ANY_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
+# Words of their own such as 1e6, 1.5M or 500k: 12e5f may well be a hash.
+_SCALED = r"(?<![0-9A-Za-z.])[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2}|[kKM])(?![0-9A-Za-z])"
+_NUMBER = re.compile(rf"({_SCALED}|(?<![0-9.])0\.[0-9]+|[0-9]+)")  # 1.10 may well be a version
+_ANY_NUMBER = re.compile(rf"{_SCALED}|[0-9]+(?:\.[0-9]+)?")
+_POWERS = {"k": "e3", "K": "e3", "M": "e6"}
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, str, str]], str]:
     """Sorts "step_750" before "step_2000": numbers by value, the rest as text.
 
-    Numbers are whole, or between 0 and 1 ("ema-0.050" comes before "ema-0.1"). Names of the same
-    numbers keep the order of text.
+    Numbers are whole, between 0 and 1 ("ema-0.050" comes before "ema-0.1"), or words of their own
+    with an exponent or unit (1e6, 1.5M, 500k). Names of the same numbers keep the order of text.
     """
     parts = _NUMBER.split(name)
     return [_value(part) if i % 2 else (0, part, "") for i, part in enumerate(parts)], name
@@ -55,7 +59,12 @@ def spellings(path: str | os.PathLike[str]) -> list[Path]:
     What describes a file may lie beside the link (the Hub's cache) or beside the file.
     """
     given = absolute(path)
-    return list(dict.fromkeys([given, given.parent.resolve() / given.name, given.resolve()]))
+    return list(dict.fromkeys([given, followed(given.parent) / given.name, followed(given)]))
+
+
+def followed(path: str | os.PathLike[str]) -> Path:
+    """A path from the root with all links followed; one that leads to itself is left as it is."""
+    return Path(os.path.realpath(path))  # Path.resolve raises for such a link, until Python 3.13
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
@@ -65,6 +74,8 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 def _value(number: str) -> tuple[int, str, str]:
     """Of any length: by length first, leading zeros aside, then by digits, is by value."""
+    if not number[-1].isdigit() or "e" in number.lower():
+        number = format(Decimal(number[:-1] + _POWERS.get(number[-1], number[-1])), "f")
     whole, _, fraction = number.partition(".")
     return len(whole.lstrip("0")), whole.lstrip("0"), fraction
 

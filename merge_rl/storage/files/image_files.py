@@ -118,23 +118,39 @@ class ImageFiles:
             if not pairs:
                 problem = f"{where} holds no labels"
                 continue
-            try:
-                given = {str(name): value for name, value in pairs}
-            except (TypeError, ValueError):
-                raise ImageError(f"{where}: expected labels as a list of [name, label]") from None
-            folder = file.name.removesuffix(LABELS_NAME)
+            given = _pairs(pairs, where)
+            folder = _plain(file.name[: -len(LABELS_NAME)])
             exact |= {folder + name: value for name, value in given.items()}
             loose |= given  # some name their images from the top, wherever the file itself lies
         known = {**loose, **exact}
         if not known:
             return Labels(problem=problem)
-        lacking = [file.name for file in self._files if file.name not in known]
+        lacking = [file.name for file in self._files if _plain(file.name) not in known]
         if lacking:
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             verb = "have" if more else "has"
             where = f"{self.path}, {', '.join(file.name for file in files)}"
             raise ImageError(f"{where}: {lacking[0]}{more} {verb} no label")
-        return parse_labels((known[file.name] for file in self._files), self.name)
+        return parse_labels((known[_plain(file.name)] for file in self._files), self.name)
+
+
+def _plain(name: str) -> str:
+    """A name as others may have written it: on Windows, or from the folder it lies in."""
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def _pairs(pairs: object, where: str) -> dict[str, object]:
+    """Name -> label of a list of [name, label]; ImageError for others, and for two of one name."""
+    found: dict[str, object] = {}
+    try:
+        listed = [(_plain(str(name)), value) for name, value in pairs]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise ImageError(f"{where}: expected labels as a list of [name, label]") from None
+    for name, value in listed:
+        if found.setdefault(name, value) != value:
+            both = f"{found[name]!r:.40} and {value!r:.40}"
+            raise ImageError(f"{where}: {name} has two labels, {both}")
+    return found
 
 
 def _opened(file: _File, archive: Archive | None) -> IO[bytes]:
@@ -146,7 +162,7 @@ def _opened(file: _File, archive: Archive | None) -> IO[bytes]:
 
 def _sort_in(found: _Found, file: _File, archive: Archive | None) -> None:
     """Add a file to the images, to the labels, or to what is left out."""
-    if file.name.rpartition("/")[2] == LABELS_NAME:
+    if file.name.replace("\\", "/").rpartition("/")[2].lower() == LABELS_NAME:
         found.labels.append(file)
     elif file.name.lower().endswith(SUFFIXES) or _holds_image(file, archive):
         found.images.append(file)
@@ -212,7 +228,7 @@ def _of_folder(root: Path) -> _Found:
 
 
 def _add(found: _Found, entry: Path, name: str) -> None:
-    needed = name.lower().endswith(SUFFIXES) or entry.name == LABELS_NAME
+    needed = name.lower().endswith(SUFFIXES) or entry.name.lower() == LABELS_NAME
     try:
         status = entry.stat()
     except OSError as error:

@@ -127,7 +127,7 @@ def locked(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    path = Path(folder).resolve() / LOCK_NAME
+    path = Path(os.path.realpath(folder)) / LOCK_NAME
     with _held(path, Path(folder)) as fresh:
         if fresh:
             sweep(path.parent)

@@ -7,26 +7,27 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.files.atomic import natural_key
 from merge_rl.storage.files.documents import CHUNK_BYTES, Progress, sha256_file
+from merge_rl.storage.files.naming import (
+    PARTS,
+    PLAIN,
+    SAVED,
+    SHARED,
+    is_weights_name,
+    weights_stem,
+)
 from merge_rl.storage.files.safetensors_file import TensorReader, check_file, map_file, read_file
 from merge_rl.storage.files.safetensors_header import Header, TensorInfo, read_header
-from merge_rl.storage.files.shards import (
-    DIFFUSERS_STEM,
-    INDEX_NAME,
-    INDEX_SUFFIX,
-    MODEL_NAME,
-    parse_index,
-)
+from merge_rl.storage.files.shards import INDEX_NAME, INDEX_SUFFIX, parse_index
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIX: Final = ".safetensors"
 _SHARD: Final = re.compile(r"-[0-9]{5}-of-[0-9]{5}\.safetensors$")
 
 
@@ -173,13 +174,6 @@ class WeightsReader:
             self._hashed[file] += len(piece)
 
 
-_PARTS: Final = ("unet", "transformer", "unet_ema", "transformer_ema")  # diffusers' folders
-_SAVED: Final = re.compile(r"(checkpoint|step|epoch)[-_]?[0-9]+")  # a training program's folder
-# In the folder of a checkpoint alone: the folder of one model is called by its files elsewhere.
-_SHARED: Final = (MODEL_NAME, INDEX_NAME, "adapter_model.safetensors")
-_PLAIN: Final = (f"{DIFFUSERS_STEM}{SUFFIX}", f"{DIFFUSERS_STEM}{INDEX_SUFFIX}")
-
-
 def weights_in(folder: Path) -> list[Path]:
     """What holds the weights of a network each, in natural order: `.safetensors`, and indexes.
 
@@ -210,48 +204,19 @@ def _right_in(folder: Path) -> list[Path]:
 
 
 def _networks_within(folder: Path) -> list[Path]:
-    inner = [item for item in folder.iterdir() if _SAVED.fullmatch(item.name) and item.is_dir()]
+    inner = [item for item in folder.iterdir() if SAVED.fullmatch(item.name) and item.is_dir()]
     saved = sorted(inner, key=lambda item: natural_key(item.name))
     found = []
     for home in saved or [folder]:
-        parts = [home / name for name in _PARTS if (home / name).is_dir()]
+        parts = [home / name for name in PARTS if (home / name).is_dir()]
         found += [file for place in parts or (saved and [home]) for file in _right_in(place)]
-    return [file for file in found if file.name in (*_SHARED, *_PLAIN)]
-
-
-def network_name(path: PurePath) -> str:
-    """What a network is called by its file: the stem, or the folder of files that have one name.
-
-    "checkpoint-500/unet/diffusion_pytorch_model.safetensors" is "checkpoint-500".
-    """
-    folders = [part for part in path.parent.parts if part not in _PARTS]
-    fixed = path.name in _PLAIN or (
-        path.name in _SHARED and folders and _SAVED.fullmatch(folders[-1])
-    )
-    named = fixed and folders and folders[-1] not in ("/", "..")
-    return folders[-1] if named else weights_stem(path.name)
-
-
-def averaged(path: PurePath) -> bool:
-    """Whether the folder says that it holds an average (`unet_ema`)."""
-    return path.parent.name in _PARTS and path.parent.name.endswith("_ema")
+    return [file for file in found if file.name in (*SHARED, *PLAIN)]
 
 
 def index_of(file: Path) -> Path | None:
     """The index beside a file that says it is a shard of a model; None for any other file."""
     indexes = file.parent.glob(f"*{INDEX_SUFFIX}") if _SHARD.search(file.name) else ()
     return next((index for index in indexes if file in parse_index(index).values()), None)
-
-
-def is_weights_name(name: str) -> bool:
-    """Whether a name is that of a `.safetensors`, in letters of either case, or of an index."""
-    return name.endswith(INDEX_SUFFIX) or name.lower().endswith(SUFFIX)
-
-
-def weights_stem(name: str) -> str:
-    """A name without the ending of a `.safetensors` or of an index."""
-    plain = name.removesuffix(INDEX_SUFFIX)
-    return plain[: -len(SUFFIX)] if plain.lower().endswith(SUFFIX) else plain
 
 
 def open_weights(path: Path) -> StoredWeights:

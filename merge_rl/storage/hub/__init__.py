@@ -11,7 +11,7 @@ from merge_rl.storage.hub.download import Downloaded, fetch_url
 from merge_rl.storage.hub.fetch import FetchResult, run_fetch
 from merge_rl.storage.hub.fetch_plan import FetchPlan, plan_fetch
 from merge_rl.storage.hub.fetch_sources import Selection, parse_count
-from merge_rl.storage.hub.repository import pinned_file
+from merge_rl.storage.hub.repository import list_once, pinned_file
 from merge_rl.storage.hub.upload import CARD_NAME, Pushed, push_folder
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Selection",
     "fetch_url",
     "is_set_of_hub",
+    "list_once",
     "local_model",
     "local_place",
     "local_set",

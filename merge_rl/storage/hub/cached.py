@@ -24,8 +24,9 @@ from merge_rl.storage.hub.fetch_plan import plan_fetch
 from merge_rl.storage.hub.fetch_sources import Selection, select_files
 from merge_rl.storage.hub.repository import (
     Repository,
+    listed_repository,
+    listing_once,
     looks_like_repo,
-    open_repository,
     split_repo,
 )
 from merge_rl.untrusted import load_json_mapping, read_bounded
@@ -83,7 +84,8 @@ def _named(path: str | os.PathLike[str]) -> str | None:
 @contextmanager
 def _not_here(name: str) -> Iterator[None]:
     try:
-        yield
+        with listing_once():
+            yield
     except HubError as error:
         raise HubError(f"{name}: no such file or folder, and not from the Hub: {error}") from None
 
@@ -92,7 +94,7 @@ def _is_set(name: str) -> bool:
     """Whether a repository holds more than one model, or one that has to be converted."""
     repo_id, revision = split_repo(name)
     try:
-        names = [file.name for file in open_repository(repo_id, revision, hasty=True).files]
+        names = [file.name for file in listed_repository(repo_id, revision, hasty=True).files]
     except UnreachableError:
         return bool(_References(repo_id).known)
     return MANIFEST_NAME in names or len(weights_among(names)) == 0
@@ -115,7 +117,7 @@ def cached_set(
     if revision is not None and references.known.get(key) == revision:
         return references.folder(revision)
     try:
-        repository = open_repository(repo_id, revision, hasty=True)
+        repository = listed_repository(repo_id, revision, hasty=True)
     except UnreachableError as error:
         if key not in references.known:
             raise HubError(f"{error} (and no copy is stored here)") from None

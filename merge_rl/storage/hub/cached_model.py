@@ -19,7 +19,7 @@ from merge_rl.storage.hub.repository import (
     Repository,
     check_file,
     get_file,
-    open_repository,
+    listed_repository,
     split_repo,
 )
 
@@ -37,7 +37,7 @@ def cached_model(text: str, tracker: Tracker | None = None) -> Path:
     """
     repo_id, revision = split_repo(text)
     try:
-        repository = open_repository(repo_id, revision, hasty=True)
+        repository = listed_repository(repo_id, revision, hasty=True)
     except UnreachableError as error:
         return _offline_model(repo_id, revision, error)
     names = [file.name for file in repository.files]

@@ -25,7 +25,7 @@ from merge_rl.storage.checkpoints import (
 )
 from merge_rl.storage.files import INDEX_SUFFIX
 from merge_rl.storage.hub.download import probe_file
-from merge_rl.storage.hub.repository import Repository, download_file, open_repository, split_repo
+from merge_rl.storage.hub.repository import Repository, download_file, listed_repository, split_repo
 from merge_rl.storage.hub.upload import CARD_NAME, RECIPE_NAME
 from merge_rl.storage.hub.web import require_safe, shown
 
@@ -110,7 +110,7 @@ def _from_hub(name: str, revision: str | None) -> Source:
     repo_id, given = split_repo(name)
     if revision is not None and given not in (None, revision):
         raise ConfigError(f"two revisions are given, {given!r} and {revision!r}, expected one")
-    repository = open_repository(repo_id, revision or given)
+    repository = listed_repository(repo_id, revision or given)
     files = {
         file.name: remote_file(
             file.name, size=file.size, sha256=file.sha256, version=file.sha256 or file.blob_id

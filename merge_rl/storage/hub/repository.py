@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -81,6 +83,42 @@ def looks_like_repo(text: str) -> bool:
     except HubError:
         return False
     return not repo_id.endswith(_FILE_ENDINGS)
+
+
+_LISTED: Final[ContextVar[dict[tuple[str, str | None], Repository] | None]] = ContextVar(
+    "listed", default=None
+)
+
+
+def list_once() -> None:
+    """From now on in this context a repository is listed once: what a command takes is one state.
+
+    A command that ends leaves its context; so does `listing_once`.
+    """
+    if _LISTED.get() is None:
+        _LISTED.set({})
+
+
+@contextmanager
+def listing_once() -> Iterator[None]:
+    """The same inside the block alone."""
+    before = _LISTED.get()
+    list_once()
+    try:
+        yield
+    finally:
+        _LISTED.set(before)
+
+
+def listed_repository(repo_id: str, revision: str | None, *, hasty: bool = False) -> Repository:
+    """`open_repository`, or what it gave before where repositories are listed once."""
+    known = _LISTED.get()
+    found = None if known is None else known.get((repo_id, revision))
+    if found is None:
+        found = open_repository(repo_id, revision, hasty=hasty)
+    if known is not None:
+        known[repo_id, revision] = known[repo_id, found.commit] = found
+    return found
 
 
 def open_repository(

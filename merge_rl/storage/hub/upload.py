@@ -16,6 +16,7 @@ from merge_rl.storage.checkpoints import CONFIG_NAME, SCHEDULER_PLACE
 from merge_rl.storage.files import (
     INDEX_SUFFIX,
     LAYOUTS,
+    followed,
     read_header,
     read_index,
     require_unlocked,
@@ -190,7 +191,7 @@ def _size(folder: Path, name: str) -> int:
     # The Hub's cache keeps snapshots/COMMIT/NAME as links into the same repository's blobs/.
     cached = folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
     own = folder.parents[1] / "blobs" if cached else folder
-    homes = (folder.resolve(), own.resolve())
-    if not any(path.resolve().is_relative_to(home) for home in homes):
+    homes = (followed(folder), followed(own))
+    if not any(followed(path).is_relative_to(home) for home in homes):
         raise CheckpointError(f"{path}: a link that leaves the folder is not published")
     return path.stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from merge_rl.untrusted import is_there
 FolderKind = Literal["run", "fine-tuning run", "comparison", "set", "model", "images", "nothing"]
 _DATA: Final = frozenset({"features", "reps", "images"})  # tensors that no network has
 _MOMENTS: Final = frozenset({"mu", "sigma"})
+_LOOKED_AT: Final = 10_000  # files of a tree, which may be a whole disk, among which is a picture
 
 
 def folder_kind(folder: Path) -> FolderKind:
@@ -51,10 +53,13 @@ def only_inside(folder: Path) -> Path:
 
     Raises CheckpointError, naming them, where there are several.
     """
+    if all((folder / part).is_dir() for part in ("blobs", "snapshots")):  # of the Hub's cache
+        folder = folder / "snapshots"
     kind = folder_kind(folder)
     if kind not in ("nothing", "images") or any(is_image_name(i.name) for i in folder.iterdir()):
         return folder
-    known = {inner: folder_kind(inner) for inner in sorted(folder.iterdir()) if inner.is_dir()}
+    inside = (item for item in sorted(folder.iterdir()) if item.name[0] != "." and item.is_dir())
+    known = {inner: folder_kind(inner) for inner in inside}
     found = [inner for inner, kind in known.items() if kind not in ("nothing", "images")]
     if len(found) > 1:
         listed = ", ".join(f"{inner.name} ({known[inner]})" for inner in found)
@@ -145,7 +150,8 @@ def holds_weights(file: Path) -> bool:
 
 
 def _has_pictures(folder: Path) -> bool:
-    return any(is_image_name(name) for _, _, names in os.walk(folder) for name in names)
+    names = (name for _, _, names in os.walk(folder) for name in names)
+    return any(map(is_image_name, itertools.islice(names, _LOOKED_AT)))
 
 
 _FILES: Final = ("reference", "heldout", "extractor_weights", "autoencoder_weights")

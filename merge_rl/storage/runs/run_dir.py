@@ -86,7 +86,8 @@ class RunFolder(Generic[C]):
         """An existing run; RunError if the folder is missing or is not one."""
         run = cls(path)
         if not run.path.is_dir():
-            raise RunError(f"{run.path}: no such run directory")
+            found = "expected a run directory, found a file"
+            raise RunError(f"{run.path}: {found if run.path.exists() else 'no such run directory'}")
         if is_there(run.path / SETTINGS, RunError):
             raise RunError(f"{run.path}: a comparison goes on with the command that began it")
         if not is_there(run.config_path, RunError):

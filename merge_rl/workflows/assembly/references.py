@@ -46,8 +46,10 @@ def resolve_evaluation(config: OptimizeConfig, checkpoints: CheckpointSet) -> Ev
     Raises BudgetError where that is too little to tell models apart.
     """
     found, count = config.evaluation, len(checkpoints)
-    if found.num_images is not None or found.reserved:
+    if found.reserved:
         return found
+    if found.num_images is not None:
+        return with_selection(found, count)
     total = int(found.share * config.budget)
     few = min(MOST_SELECTION, max(LEAST_FINAL, total // (SELECTION_PARTS * count)))
     selection = found.selection_images or few
@@ -64,6 +66,15 @@ def resolve_evaluation(config: OptimizeConfig, checkpoints: CheckpointSet) -> Ev
     return dataclasses.replace(
         found, num_images=images, selection_images=selection, reserved=reserved
     )
+
+
+def with_selection(found: EvaluationConfig, count: int) -> EvaluationConfig:
+    """A comparison of N images with those that the best of `count` checkpoints is found by.
+
+    Where nothing is said, all checkpoints together cost as much as one model of the comparison.
+    """
+    each = max(LEAST_FINAL, min(MOST_SELECTION, found.repeats * found.images // count))
+    return dataclasses.replace(found, selection_images=found.selection_images or each)
 
 
 def _scored_by_sde(checkpoints: CheckpointSet) -> bool:

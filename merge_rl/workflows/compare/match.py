@@ -22,6 +22,7 @@ from merge_rl.storage.runs import SETTINGS, RunDir
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import Job, resolve_config, search_doubts
 from merge_rl.workflows.compare.scores import (
+    FIXED,
     FreshScores,
     ScoredTrial,
     add_ratios,
@@ -29,7 +30,15 @@ from merge_rl.workflows.compare.scores import (
     fixed_merges,
     standing,
 )  # fmt: skip
-from merge_rl.workflows.compare.trials import Jobs, NamedTracker, SearcherSpec, run_trial
+from merge_rl.workflows.compare.trials import (
+    FRACTIONS,
+    Jobs,
+    NamedTracker,
+    SearcherSpec,
+    run_trial,
+)
+from merge_rl.workflows.optimize import image_seconds
+from merge_rl.workflows.report import duration
 from merge_rl.workflows.rollout import calls_an_image, own_device, require_same_everywhere
 
 OTHERS: Final = "ranks"  # folder of what the other ranks have scored, until rank 0 takes it
@@ -126,6 +135,24 @@ class Match:
         silent = NullTracker()
         scores = FreshScores(self.folder, self.base.seed, silent)
         return dataclasses.replace(self, tracker=silent, scores=scores).play(contenders, seeds)
+
+    def cost(self, searches: int, ranks: int) -> str:
+        """All that so many searches and their scores will generate at most, and about how long."""
+        config = resolve_config(self.base, self.opened)
+        final, job = config.evaluation, self.jobs.of(config)
+        parts = {
+            "searches": searches * config.budget,
+            "fresh scores": (searches + len(FIXED)) * final.repeats * final.images,
+            "along the searches": (searches * len(FRACTIONS) + len(FIXED)) * self.curve_images,
+            "best single": len(self.opened) * final.selection,
+        }
+        total, time = sum(parts.values()), ""
+        if config.generate is None:  # a function of the user's is called for what is needed alone
+            count = config.reward.images_per_subset
+            each = image_seconds(job.rollout.rollout, job.num_classes, count) / ranks
+            time = f", about {duration(each * total)}"
+        listed = ", ".join(f"{name} {count:,}" for name, count in parts.items() if count)
+        return f"{total:,} images in all at most{time} ({listed})"
 
     def doubts(self, contenders: Sequence[SearcherSpec], seed: int) -> list[str]:
         """What makes the scores of any of the searches doubtful, each once."""

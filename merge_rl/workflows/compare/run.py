@@ -18,6 +18,7 @@ from merge_rl.config import (
     AUTO_BATCH,
     COEFFICIENTS,
     FIRST_RULES,
+    MOST_FINAL,
     OptimizeConfig,
     from_mapping,
     to_mapping,
@@ -55,6 +56,7 @@ from merge_rl.workflows.report import CompareResult, with_page
 from merge_rl.workflows.rollout import on_device
 
 CURVE_IMAGES = 2000  # at most, where nothing is said
+LEAST_SCORED = 10  # images of a score
 
 
 def compare_searchers(
@@ -89,7 +91,7 @@ def compare_searchers(
     contenders = parse_contenders(DEFAULT if searchers is None else searchers)
     if not contenders:
         raise ConfigError("expected at least one searcher, got none")
-    asked = Asked(contenders, seeds, _curve_images(curve_images, config), lenient=searchers is None)
+    asked = Asked(contenders, seeds, curve_images, lenient=searchers is None)
     with joined() as group:
         return compare_on(group, config, RunDir(out), asked, heard)
 
@@ -100,7 +102,7 @@ class Asked:
 
     contenders: Sequence[SearcherSpec]
     seeds: Sequence[int]
-    curve_images: int
+    curve_images: int | None
     lenient: bool
 
 
@@ -114,6 +116,7 @@ def compare_on(
         config, str(find_set(local_set(config.checkpoints, notes_of(tracker))).told(announce))
     )
     on_device(base, group)
+    along = _curve_images(asked.curve_images, base)
     opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
     allow_named(base)
     with_network(opened, base.network)
@@ -129,12 +132,13 @@ def compare_on(
     with locked(place), with_page(place, tracker) as watched:
         match = Match(
             base=base, opened=opened, jobs=jobs, folder=folder, tracker=watched,
-            scores=FreshScores(folder, base.seed, watched), curve_images=asked.curve_images,
+            scores=FreshScores(folder, base.seed, watched), curve_images=along,
         )  # fmt: skip
-        match.require_same(group, [[c.label for c in able], list(asked.seeds), asked.curve_images])
+        match.require_same(group, [[c.label for c in able], list(asked.seeds), along])
         if group.leads:
-            _begin(folder, resolve_config(base, opened), jobs, asked.curve_images)
+            _begin(folder, resolve_config(base, opened), jobs, along)
             take_scores(folder)
+            announce(match.cost(len(able) * len(asked.seeds), group.size))
             for text in match.doubts(able, asked.seeds[0]):
                 announce(text)
         document = match.share(group, able, asked.seeds)
@@ -146,9 +150,14 @@ def compare_on(
 
 
 def _shared(config: OptimizeConfig, checkpoints: str) -> OptimizeConfig:
-    """What all searches have in common; the comparison is made once, and no search's to pay."""
+    """What all searches have in common; the comparison is made once, and no search's to pay.
+
+    Where its N is not said, a result is scored on what its share of a search's budget would pay.
+    """
     final = config.evaluation
-    final = dataclasses.replace(final, num_images=final.images, selection_images=final.selection)
+    if final.num_images is None:
+        paid = int(final.share * config.budget) // final.repeats
+        final = dataclasses.replace(final, num_images=max(LEAST_SCORED, min(MOST_FINAL, paid)))
     search = dataclasses.replace(config.search, name="policy-gradient")
     return dataclasses.replace(config, search=search, evaluation=final, checkpoints=checkpoints)
 

@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -234,13 +234,14 @@ def _digest(rows: Tensor, config: OptimizeConfig) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
+FIXED: Final = ("newest", "uniform average", "best single")
+
+
 def fixed_merges(job: Job, best: int) -> dict[str, Tensor]:
     """Merges that cost no search, by name: newest, uniform average, best single checkpoint."""
-    return {
-        "newest": job.coefficients(job.checkpoints.newest),
-        "uniform average": job.coefficients(None),
-        "best single": job.coefficients(best),
-    }
+    return dict(
+        zip(FIXED, map(job.coefficients, (job.checkpoints.newest, None, best)), strict=True)
+    )
 
 
 def curve_scores(

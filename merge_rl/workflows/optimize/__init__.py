@@ -6,6 +6,7 @@ from merge_rl.workflows.optimize.prepare import (
     Workload,
     WorkStage,
     check_names,
+    image_seconds,
     search_workload,
 )
 from merge_rl.workflows.optimize.result import OptimizeResult
@@ -20,6 +21,7 @@ __all__ = [
     "Workload",
     "check_names",
     "function",
+    "image_seconds",
     "make_searcher",
     "optimize",
     "optimize_set",

@@ -16,6 +16,7 @@ from merge_rl.errors import RunError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.parallel.blocks import block_size
 from merge_rl.storage.checkpoints import CheckpointSet
+from merge_rl.storage.files import followed
 from merge_rl.workflows.assembly import MemoryPlan, PartCosts, cost_parts, gib, plan_memory
 from merge_rl.workflows.evaluate import Scorer
 from merge_rl.workflows.optimize import SDE, Workload, search_workload
@@ -142,7 +143,7 @@ def _note(text: str) -> dict[str, str]:
 
 
 def _existing(path: Path) -> Path:
-    path = path.resolve()
+    path = followed(path)
     while not path.is_dir():
         path = path.parent
     return path
@@ -187,7 +188,7 @@ def _measure(
     score = calibration.time_score(Scorer(moments), moments["reference"], final.images)
     tracker.advance(1)
     state = _state_bytes(config, costed.dim)
-    write = calibration.time_write(state, out.resolve().parent)
+    write = calibration.time_write(state, followed(out).parent)
     tracker.advance(1)
     return Speeds(
         block=block, image=image, merge=merge, reward=scored + write, score=score,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from merge_rl.errors import RunError, StatisticsError
 from merge_rl.storage.files import (
+    ArrayInfo,
     WorkFolder,
     npz_arrays,
     npz_labels,
@@ -66,9 +68,9 @@ def save_features(path: str | os.PathLike[str], saved: SavedFeatures) -> None:
 def load_features(path: str | os.PathLike[str]) -> SavedFeatures:
     """Features (N, D) of a `.safetensors`, `.npz`, `.npy`, `.pt` or `.pth` file.
 
-    They are named "features" or "reps"; a file of one tensor or array alone needs no name.
-    StatisticsError for another shape or type. Labels that are no whole numbers are left aside, rows
-    that are not finite to what computes with them.
+    They are named "features" or "reps"; one matrix of floating numbers alone needs no name but in a
+    `.safetensors`. StatisticsError for another shape or type. Labels that are no whole numbers are
+    left aside, rows that are not finite to what computes with them.
     """
     file = Path(path)
     suffix = file.suffix.lower()
@@ -78,8 +80,11 @@ def load_features(path: str | os.PathLike[str]) -> SavedFeatures:
         return SavedFeatures(features=_checked(torch.tensor(read_npy(file)), file))
     if suffix in TORCH_SUFFIXES:
         return _from_torch(file)
+    if suffix not in ("", ".safetensors"):
+        known = ", ".join((".safetensors", ".npz", ".npy", *TORCH_SUFFIXES))
+        raise StatisticsError(f"{file}: expected features as a file of {known}, found {suffix}")
     header, tensors, _ = read_file(file, hashed=False)
-    features = _checked(_named(tensors), file)
+    features = _checked(_named(tensors), file, tensors)
     settings = dict(header.metadata)
     settings.pop("format", None)
     extractor, digest = settings.pop("extractor", ""), settings.pop("extractor_sha256", "")
@@ -111,19 +116,28 @@ def _from_torch(file: Path) -> SavedFeatures:
 
 def _from_npz(file: Path) -> SavedFeatures:
     arrays = npz_arrays(file)
-    key = next((key for key in FEATURE_KEYS if key in arrays), None)
+    key = feature_key(arrays)
     found = torch.tensor(read_array(file, key)) if key else None  # aligned memory, unlike numpy's
-    features = _checked(found, file)
+    features = _checked(found, file, arrays)
     return SavedFeatures(features=features, labels=npz_labels(file, arrays, len(features)).values)
+
+
+def feature_key(arrays: Mapping[str, ArrayInfo]) -> str | None:
+    """The array that holds features: one of their names, or the only one if it is a matrix."""
+    named = next((key for key in FEATURE_KEYS if key in arrays), None)
+    alone = next(iter(arrays.items())) if len(arrays) == 1 else None
+    matrix = alone and len(alone[1].shape) == 2 and alone[1].dtype.kind == "f"
+    return alone[0] if named is None and alone and matrix else named
 
 
 def _named(tensors: Mapping[Any, T]) -> T | None:
     return next((tensors[key] for key in FEATURE_KEYS if key in tensors), None)
 
 
-def _checked(found: Tensor | None, file: Path) -> Tensor:
+def _checked(found: Tensor | None, file: Path, named: Iterable[str] = ()) -> Tensor:
     if found is None:
-        raise StatisticsError(f"{file}: expected features as 'features' or 'reps', found neither")
+        others = ", ".join(map(repr, itertools.islice(named, 4))) or "neither"
+        raise StatisticsError(f"{file}: expected features as 'features' or 'reps', found {others}")
     if found.ndim != 2 or not found.is_floating_point() or found.shape[1] == 0:
         kind = str(found.dtype).removeprefix("torch.")
         raise StatisticsError(

@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 from torch import Tensor
 
+from merge_rl.config import whole_number
 from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.errors import StatisticsError
 from merge_rl.storage.checkpoints import ModelFile, open_tensors
@@ -23,6 +24,7 @@ from merge_rl.workflows.reference.features import (
     FEATURE_KEYS,
     FEATURES_FORMAT,
     TORCH_SUFFIXES,
+    feature_key,
     load_features,
     torch_features,
 )
@@ -144,16 +146,17 @@ def _from_tensors(file: ModelFile, path: Path) -> Reference:
         raise StatisticsError(
             f"{path}: expected features (M, {stats.dim}), got {tuple(features.shape)}"
         )
-    if labels is not None and (features is None or labels.shape != features.shape[:1]):
-        raise StatisticsError(f"{path}: expected a label for each row of features")
+    fits = features is not None and labels is not None and labels.shape == features.shape[:1]
+    if labels is not None and (not fits or labels.is_floating_point()):
+        raise StatisticsError(
+            f"{path}: expected a whole number, the label, for each row of features"
+        )
     return Reference(
         stats=stats,
         extractor=metadata.get("extractor", ""),
         extractor_sha256=metadata.get("extractor_sha256") or None,
         preprocessing=metadata.get("preprocessing", ""),
-        resolution=int(metadata["resolution"])
-        if metadata.get("resolution", "").isdecimal()
-        else None,
+        resolution=whole_number(metadata.get("resolution")),
         source=metadata.get("source", ""),
         features=None if features is None else features.float(),
         labels=None if labels is None else labels.long(),
@@ -161,10 +164,11 @@ def _from_tensors(file: ModelFile, path: Path) -> Reference:
 
 
 def _count(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> int:
-    count = metadata.get("count", "")
-    if not count.isdecimal():
-        raise StatisticsError(f"{path}: expected the number of images, found count {count!r}")
-    return int(count)
+    said = metadata.get("count", "")
+    count = whole_number(said)
+    if count is None or count < 0:
+        raise StatisticsError(f"{path}: expected the number of images, found count {said!r:.60}")
+    return count
 
 
 Kind = Literal["model", "images", "features", "reference"]
@@ -201,11 +205,13 @@ def _of_names(names: set[str]) -> Kind | None:
 
 
 def _of_arrays(arrays: Mapping[str, ArrayInfo], file: Path) -> Kind:
-    named = _of_names(set(arrays))
-    if named is None and not image_key(arrays):
+    pictures: Kind | None = "images" if image_key(arrays) else None
+    alone: Kind | None = "features" if feature_key(arrays) else None
+    kind = _of_names(set(arrays)) or pictures or alone
+    if kind is None:
         listed = ", ".join(f"{name!r} {info}" for name, info in arrays.items())
         raise StatisticsError(
             f"{file}: expected images ('images' or 'arr_0'), features ('features' or 'reps') or "
             f"statistics ('mu' and 'sigma'), found {listed}"
         )
-    return named or "images"
+    return kind

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merge_rl.config import whole_number
 from merge_rl.core.distances.statistics import FeatureStats, check_moments, feature_stats
 from merge_rl.errors import StatisticsError
 from merge_rl.storage.files import ArrayInfo, npz_arrays, read_array
 from merge_rl.storage.pickles import read_pickle
-from merge_rl.workflows.reference.features import SavedFeatures, load_features
+from merge_rl.workflows.reference.features import SavedFeatures, feature_key, load_features
 
 MAX_DIM: Final = 16_384
 # EDM2's entries, and the extractors that its published code computes them with.
@@ -67,9 +68,10 @@ def edm2_entries(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     }
     if not entries:
         raise StatisticsError(f"{path}: expected entries with 'mu' and 'sigma', found none")
-    count = content.get("num_images")
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise StatisticsError(f"{path}: expected num_images as a whole number, found {count!r}")
+    said = content.get("num_images")
+    count = whole_number(said)
+    if count is None:
+        raise StatisticsError(f"{path}: expected num_images as a whole number, found {said!r:.60}")
     return count, entries
 
 
@@ -86,7 +88,7 @@ def _choose(
             raise StatisticsError(f"{path}: has no entry {entry!r}, it holds {listed}")
         return entry
     named = [name for name in entries if extractor and EDM2_ENTRIES.get(name) == extractor]
-    fitting = [name for name in entries if np.shape(entries[name]["mu"]) == (dim,)]
+    fitting = [name for name in entries if getattr(entries[name]["mu"], "shape", ()) == (dim,)]
     for candidates in (named, list(entries), fitting):
         if len(candidates) == 1:
             return candidates[0]
@@ -100,7 +102,7 @@ def read_npz(path: Path) -> Reference:
     arrays = npz_arrays(path)
     if {"mu", "sigma"} <= arrays.keys():
         return _from_moments(path, arrays)
-    if {"reps", "features"} & arrays.keys():
+    if feature_key(arrays):
         return from_features(load_features(path), path)
     raise StatisticsError(
         f"{path}: expected 'mu' and 'sigma', or 'reps', found {', '.join(map(repr, arrays))}"

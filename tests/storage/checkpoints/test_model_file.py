@@ -74,6 +74,9 @@ def test_what_is_not_one_network_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(b"")
     with pytest.raises(CheckpointError, match="expected a .safetensors file; `mergerl convert`"):
         open_model_file(tmp_path / "a.pkl")
+    (tmp_path / "a.zip").write_bytes(b"")  # no weights, as far as anyone knows
+    with pytest.raises(CheckpointError, match="a.zip: expected a .safetensors file$"):
+        open_model_file(tmp_path / "a.zip")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"found no \.safetensors file$"):
         open_model_file(tmp_path / "empty")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_a_link_to_a_file_beside_it_is_no_file_of_its_own(tmp_path: Path, link: 
     ]
     assert list_files(tmp_path / link) == ([tmp_path / link], [])
     assert list_files([kept, tmp_path / link, kept]) == ([kept], repeated)
+
+
+def test_what_is_no_file_is_called_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pt")
+    (tmp_path / "loop.pt").symlink_to("loop.pt")
+    for name, found in (("a.pt", "expected a file, found a pipe"), ("loop.pt", "no such file or")):
+        with pytest.raises(CheckpointError, match=f"{name}: {found}"):
+            list_files(tmp_path / name)
+    with pytest.raises(CheckpointError, match="null: expected a file, found a device"):
+        list_files("/dev/null")
 
 
 def test_a_set_is_not_converted_again(tiny: Path) -> None:

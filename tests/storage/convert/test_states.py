@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import merge_rl as mrl
-from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.errors import CheckpointError, ConfigError, NonFiniteWeightsError
 from merge_rl.registry import build_model
 from merge_rl.storage.checkpoints.manifest import (
     CheckpointEntry,
@@ -26,7 +26,7 @@ from merge_rl.storage.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
-from merge_rl.storage.checkpoints.model_file import save_checkpoint
+from merge_rl.storage.checkpoints.model_file import open_tensors, save_checkpoint
 from merge_rl.storage.convert.run import convert
 from merge_rl.workflows.assembly.networks import load_network, load_weights
 from tests.conftest import TINY_MODEL
@@ -145,6 +145,7 @@ CONTAINERS: dict[str, Callable[..., None]] = {
     ),
     "SimpleNamespace": saved("opts", lambda s: types.SimpleNamespace(**s)),
     "defaultdict": saved("hparams", lambda s: collections.defaultdict(list, s)),
+    "text": saved("args", lambda s: {key: str(value) for key, value in s.items()}),
     "sections": saved("config", lambda s: {"data": {"sub": dict(s)}, "name": "x"}),
     "omegaconf": write_omegaconf,
     "omegaconf in sections": lambda s, path, data: write_omegaconf({"a": s}, path, data),
@@ -418,6 +419,29 @@ def test_wrapped_networks_are_converted(
     found = load_network(written).state_dict()
     assert list(found) == list(state)
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("prefix", ["denoiser.", "lightning.student."])
+def test_a_known_network_under_an_unknown_name_is_found(prefix: str, tmp_path: Path) -> None:
+    state, ear = state_of(SIT), Ear()
+    hints: dict[str, Any] = {"num_heads": 2, "null_class": False, "family": "sit"}
+    torch.save({"model": wrapped(state, prefix)}, tmp_path / "a.pt")
+    (written,) = convert(tmp_path / "a.pt", tmp_path / "out", tracker=ear, **hints).written
+    assert list(load_network(written).state_dict()) == list(state)
+    assert any(text.endswith(f"by their names without {prefix!r}") for text in ear.heard)
+    # Names of no network that is known are the user's own.
+    torch.save({f"{prefix}a.weight": torch.ones(2), f"{prefix}b": torch.ones(1)}, tmp_path / "b.pt")
+    (written,) = convert(tmp_path / "b.pt", tmp_path / "other").written
+    assert list(open_tensors(written).weights) == [f"{prefix}a.weight", f"{prefix}b"]
+
+
+def test_weights_that_are_not_finite_leave_no_folder_of_a_series(tmp_path: Path) -> None:
+    state = state_of(SIT)
+    state["pos_embed"] = state["pos_embed"] * float("nan")
+    torch.save({"ema": state}, tmp_path / "a.pt")
+    with pytest.raises(NonFiniteWeightsError, match="pos_embed"):
+        convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2, family="sit")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", BESIDE)

@@ -194,15 +194,16 @@ def test_labels_of_a_data_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "imgs/"])
-@pytest.mark.parametrize("names", ["", "imgs/"])
+@pytest.mark.parametrize("names", ["", "imgs/", "./", "imgs\\"])
+@pytest.mark.parametrize("file", ["dataset.json", "Dataset.JSON"])
 @pytest.mark.parametrize("as_written", [int, float, str, lambda label: f"{label}.0"])
 def test_labels_in_any_dress_and_place(
-    folder: str, names: str, as_written: Callable[[int], object], tmp_path: Path
+    folder: str, names: str, file: str, as_written: Callable[[int], object], tmp_path: Path
 ) -> None:
     write_folder(tmp_path / "set/imgs")
-    names = names if folder else "imgs/"  # relative to the file, or to the top
+    names = names if folder or "imgs" in names else f"{names}imgs/"  # to the file, or to the top
     pairs = [[f"{names}{i // 6:05d}/img_{i}.png", as_written(i % 3)] for i in range(12)]
-    (tmp_path / "set" / folder / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    (tmp_path / "set" / folder / file).write_text(json.dumps({"labels": pairs}))
     for path in (tmp_path / "set", write_zip(tmp_path / "a.zip", tmp_path / "set")):
         labels = open_images(path).labels
         assert labels is not None
@@ -240,6 +241,10 @@ def test_why_labels_are_left_aside(odd: object, problem: str, tmp_path: Path) ->
     assert found.label_problem.startswith(problem)
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": []}))
     assert open_images(tmp_path).label_problem.endswith("dataset.json holds no labels")
+    twice = [*pairs[:1], ["./img_0.png", 4]]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": twice}))
+    with pytest.raises(ImageError, match=r"dataset\.json: img_0\.png has two labels, 0 and 4"):
+        open_images(tmp_path)
 
 
 def test_labels_of_arrays(tmp_path: Path) -> None:

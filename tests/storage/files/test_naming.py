@@ -17,6 +17,10 @@ from merge_rl.storage.files.atomic import natural_key, without_numbers
         ["ema-0.050", "ema-0.1", "ema-0.10", "ema-0.25", "ema-1"],
         ["epoch=9-loss=0.2", "epoch=10-loss=0.02", "epoch=10-loss=0.1"],
         ["v1.9", "v1.10"],
+        ["ckpt-5e5", "ckpt-1e6", "ckpt-2E6"],
+        ["step_9500", "step_10k", "step_500k", "step_1M", "step_1.5M"],
+        ["lr-1e-4-0", "lr-0.001-0", "lr-1e-2-0"],
+        ["run3a-1800x", "run3a-2k", "run12e5f"],
         ["a", "a0", "a00", "a01", "a1", "b"],
     ],
 )
@@ -34,4 +38,5 @@ def test_numbers_may_be_of_any_length() -> None:
 def test_names_of_a_series_differ_in_numbers_alone() -> None:
     assert without_numbers("step_750") == without_numbers("step_02000") == "step_#"
     assert without_numbers("e=1-loss=0.5") == without_numbers("e=10-loss=12.25") == "e=#-loss=#"
+    assert without_numbers("step_500k") == without_numbers("step_1.5M") == "step_#"
     assert without_numbers("last") == "last"

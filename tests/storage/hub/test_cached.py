@@ -221,6 +221,21 @@ def test_commands_take_names_of_sets_and_say_so(
     assert took in " ".join(searched.err.split())
 
 
+@pytest.mark.parametrize("command", [["inspect"], ["sample", "--num-images", 2], ["push", "me/x"]])
+def test_a_command_lists_a_repository_once(
+    command: list[object], hub: HubServer, published: Repo, mergerl: Mergerl
+) -> None:
+    also = {"push": ["--dry-run"], "sample": ["--force"]}.get(str(command[0]), [])
+    for _ in range(2):  # fetched, and from here
+        hub.requests.clear()
+        ended = mergerl(command[0], "user/set", *command[1:], *also)
+        assert ended.code == 0, ended.err
+        assert [r.path for r in hub.asked("GET", "/api/models/user/set.*")] == [
+            "/api/models/user/set"
+        ]
+        published.commit("another")  # of which the next command hears
+
+
 def test_a_search_of_a_name_runs_and_goes_on_from_where_it_lies(
     published: Repo, hub: HubServer, tiny_config: TinyConfig, tmp_path: Path
 ) -> None:

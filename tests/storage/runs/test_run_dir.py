@@ -69,6 +69,9 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_what_is_no_run(run: RunDir, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="none: no such run directory"):
         RunDir.open(tmp_path / "none")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="file: expected a run directory, found a file"):
+        RunDir.open(tmp_path / "file")
     with pytest.raises(RunError, match="runs: not a run directory, config.yaml is missing"):
         RunDir.open(tmp_path / "runs")
     run.config_path.write_text("checkpoints: x\nbudgt: 5\n")

@@ -14,7 +14,7 @@ from merge_rl.errors import CheckpointError, RunError
 from merge_rl.storage.checkpoints import open_checkpoints, open_model_file, save_checkpoint
 from merge_rl.storage.files import write_json, write_png
 from merge_rl.storage.runs import find_run, find_set, folder_kind, only_inside, result_of
-from merge_rl.workflows.assembly import find_model
+from merge_rl.workflows.assembly import find_defaults, find_model
 from merge_rl.workflows.export import save_model
 from merge_rl.workflows.export.publish import publishable
 from merge_rl.workflows.reference import kind_of
@@ -174,3 +174,40 @@ def test_commands_say_which_they_took(tiny: Path, mergerl: Command) -> None:
     assert done.code == 0, done.err
     assert str(find_model(tiny).note) in " ".join(done.err.split())
     assert Path("s.png").is_file()
+
+
+def test_links_to_themselves_and_hidden_folders_are_nothing(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert find_model(tmp_path / "loop") == (tmp_path / "loop", None)
+    with pytest.raises(CheckpointError, match="loop: no such file or folder"):
+        open_model_file(find_model(tmp_path / "loop").path)
+    assert find_defaults(tmp_path / "loop").extractor is None
+    (tmp_path / "outer").mkdir()
+    shutil.copytree(tiny, tmp_path / "outer/.hidden")
+    shutil.copytree(tiny, tmp_path / "outer/set")
+    assert only_inside(tmp_path / "outer") == tmp_path / "outer/set"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        ("global_step9", "global_step10"), ("epoch_1-step_9", "epoch_1-step_10"), ("9", "10"),
+        ("ckpt=9", "ckpt=10"), ("iter_5e5", "iter_1e6"), ("Step-500k", "Step-1M"),
+    ],
+)  # fmt: skip
+def test_folders_are_a_series_by_their_numbers(earlier: str, later: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"width": 2}')
+    for name in (earlier, later):
+        save_checkpoint(tmp_path / name / "model.safetensors", {"w": torch.ones(2)})
+    newest = tmp_path / later / "model.safetensors"
+    assert find_model(tmp_path).path == newest
+    assert open_model_file(newest).config == open_checkpoints(tmp_path, distinct=False).config
+    assert open_model_file(newest).config == {"width": 2}
+
+
+def test_a_folder_of_the_hubs_cache_means_its_snapshot(tiny: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--user--repo"
+    shutil.copytree(tiny, cache / "snapshots/abc")
+    (cache / "blobs").mkdir()
+    assert find_set(cache).path == cache / "snapshots/abc"
+    assert find_model(cache).path.is_relative_to(cache / "snapshots/abc")

@@ -17,6 +17,7 @@ import merge_rl as mrl
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.errors import BudgetError, ConfigError, RunError, UnknownNameError
 from merge_rl.interfaces import NullTracker
+from merge_rl.progress import NoteTracker
 from merge_rl.storage.runs import SETTINGS
 from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.assembly.job import Job, build_job
@@ -408,3 +409,18 @@ def test_the_plot_shows_the_results_and_not_what_is_far_worse() -> None:
     assert (low, high) == pytest.approx((0.54, 1.1))
     # Equal ones: a twentieth of their size stands for the range.
     assert window([2.0, 2.0]) == pytest.approx((1.97, 2.15))
+
+
+def test_the_first_line_says_what_is_generated_at_most(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    unsaid = {"num_images": None, "selection_images": None, "repeats": 3}
+    config, said = tiny_config(shared_tiny, budget=300, evaluation=unsaid), list[str]()
+    tracker = NoteTracker(said.append)
+    asked: dict[str, Any] = {"searchers": ["uniform"], "seeds": (3,), "tracker": tracker}
+    compare_searchers(config, out=tmp_path / "out", **asked)
+    # 0.4 of 300 are 3 repeats of 40 images, which 4 checkpoints of 30 images cost together; the
+    # search and three fixed merges are scored, and along it 6 points and these.
+    assert said[0].startswith("1,260 images in all at most, about ")
+    listed = "(searches 300, fresh scores 480, along the searches 360, best single 120)"
+    assert said[0].endswith(listed)

@@ -163,7 +163,12 @@ def test_a_budget_too_small_for_the_comparison_is_refused(
     assert large.search_budget == 10**6 - 12 * 5000 - 4 * 1000 - 60
     asked = {**left, "num_images": 50}
     found = resolve_config(tiny_config(shared_tiny, budget=500, evaluation=asked), opened)
-    assert (found.search_budget, found.evaluation.selection) == (500, 1000)
+    # All four checkpoints together cost as much as one model: 3 repeats of 50 images.
+    assert (found.search_budget, found.evaluation.selection) == (500, 150 // 4)
+    for images, each in ((5, 10), (5000, 1000)):  # 10 at least, 1,000 at most
+        asked = {**left, "num_images": images}
+        found = resolve_config(tiny_config(shared_tiny, budget=500, evaluation=asked), opened)
+        assert found.evaluation.selection == each
 
 
 @pytest.mark.usefixtures("quick")

@@ -39,6 +39,22 @@ def test_features_in_every_dress(kind: str, suffix: str, tmp_path: Path) -> None
     assert load_reference(path).count == 7
 
 
+def test_one_matrix_alone_needs_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, FEATURES.numpy())  # as arr_0
+    assert torch.equal(load_features(path).features, FEATURES)
+    np.savez(path, x=FEATURES.numpy())
+    assert torch.equal(load_features(path).features, FEATURES)
+    assert kind_of(path) == "features"
+    assert load_reference(path).count == 7
+    for others, found in (({"x": np.zeros(3)}, "'x'"), ({"mu": 1, "sigma": 2}, "'mu', 'sigma'")):
+        np.savez(path, **others)
+        with pytest.raises(StatisticsError, match=f"as 'features' or 'reps', found {found}$"):
+            load_features(path)
+    with pytest.raises(StatisticsError, match=r"a file of .safetensors, .npz, .*, found .pkl$"):
+        load_features(tmp_path / "a.PKL")
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("named", [False, True])
 def test_features_that_torch_saved(named: bool, legacy: bool, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 from merge_rl.core.distances.frechet import frechet_distance
 from merge_rl.core.distances.statistics import feature_stats
 from merge_rl.errors import DataFileError, MergeRLError, StatisticsError, TooFewSamplesError
+from merge_rl.storage.checkpoints import open_tensors
+from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.workflows.reference.features import SavedFeatures, save_features
 from merge_rl.workflows.reference.file import (
     kind_of,
@@ -62,6 +64,14 @@ def test_edm2_pickles(edm2: Path, name: str, entry: str, extractor: str) -> None
         assert distance == pytest.approx(value, rel=1e-9)
     assert list(load_all_references(edm2 / name)) == ["fid", "fd_dinov2"]
     assert list(load_all_references(f"{edm2 / name}#fid")) == ["fid"]
+
+
+@pytest.mark.parametrize("count", [100.0, "100", "1e2", np.int64(100)])
+def test_a_number_of_images_may_be_written_in_any_way(count: object, tmp_path: Path) -> None:
+    moments = {"mu": np.zeros(2), "sigma": np.eye(2)}
+    content = {"num_images": count, "fid": moments, "other": {"mu": [1, [2]], "sigma": 1}}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    assert load_reference(tmp_path / "a.pkl", dim=2).count == 100
 
 
 def test_the_entry_has_to_be_clear(edm2: Path) -> None:
@@ -239,7 +249,13 @@ def test_features_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StatisticsError, match=r"expected features \(M, 4\), got \(30, 5\)"):
         load_reference(path)
     save_reference(path, stats, extractor="digits", features=draw(9, 4), labels=torch.arange(8))
-    with pytest.raises(StatisticsError, match="expected a label for each row of features"):
+    with pytest.raises(StatisticsError, match="the label, for each row of features"):
+        load_reference(path)
+    save_reference(path, stats, extractor="digits", features=draw(9, 4))
+    found = open_tensors(path)
+    halves = {**found.weights, "labels": torch.full((9,), 1.5)}
+    save_tensors(path, halves, found.metadata)
+    with pytest.raises(StatisticsError, match="expected a whole number, the label, for each row"):
         load_reference(path)
 
 
