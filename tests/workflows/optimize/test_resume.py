@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -55,13 +56,17 @@ class Tripwire:
 
     def before(self, place: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **options: Any) -> Any:
-            if len(self.passed) == self.limit:
-                self.limit = None  # once: what cleans up passes places too
-                raise KeyboardInterrupt(place)
+            self.reach(place)
             self.passed.append(place)
             return function(*args, **options)
 
         return wrapped
+
+    def reach(self, place: str) -> None:
+        """Called at every place; raises at that of the limit."""
+        if len(self.passed) == self.limit:
+            self.limit = None  # once: what cleans up passes places too
+            raise KeyboardInterrupt(place)
 
     @contextlib.contextmanager
     def at(self, limit: int | None) -> Iterator[None]:
@@ -74,14 +79,56 @@ class Tripwire:
                 yield
 
 
+class Branches(Tripwire):
+    """Leaves in `kept` what would remain of a run that is interrupted at each of `places`.
+
+    At a place, a forked process is interrupted while this one waits; then the folder is as it was,
+    and the run goes on. So all places take one run, not one each.
+    """
+
+    def __init__(self, run: Path, kept: Path, places: range) -> None:
+        super().__init__()
+        self.run, self.kept, self.places = run, kept, places
+        self.ends: list[int] = []
+
+    def reach(self, place: str) -> None:
+        number = len(self.passed)
+        if number not in self.places:
+            return
+        beside = self.kept / "beside"
+        if self.run.exists():  # but for locks, which this process holds all the while
+            shutil.copytree(self.run, beside, ignore=shutil.ignore_patterns("*.lock"))
+        if (child := os.fork()) == 0:
+            self.places = range(0)
+            raise KeyboardInterrupt(place)
+        self.ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        if self.run.exists():
+            self.run.rename(self.kept / str(number))
+        if beside.exists():
+            beside.rename(self.run)
+
+    def grow(self, run: Callable[[], object]) -> None:
+        """Run; a process that is interrupted ends here, with 0 if it learns of it."""
+        whole, end = os.getpid(), 1
+        try:
+            run()
+        except KeyboardInterrupt:
+            end = 0
+        finally:
+            if os.getpid() != whole:
+                os._exit(end)
+
+
 @pytest.fixture
 def tripwire(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
-    return watching(monkeypatch)
+    return watching(monkeypatch, Tripwire())
 
 
-def watching(monkeypatch: pytest.MonkeyPatch) -> Tripwire:
-    """A wire at every place where a run can stop."""
-    wire = Tripwire()
+Wire = TypeVar("Wire", bound=Tripwire)
+
+
+def watching(monkeypatch: pytest.MonkeyPatch, wire: Wire) -> Wire:
+    """The wire at every place where a run can stop."""
     watched: list[tuple[Any, str]] = [
         (MergedRollout, "features"),
         (RunDir, "append_event"),
@@ -124,7 +171,7 @@ Make = Callable[[Path, OptimizeConfig], Whole]
 def run_whole(outcome: Outcome) -> Make:
     def make(run: Path, config: OptimizeConfig) -> Whole:
         with pytest.MonkeyPatch.context() as patch:
-            wire = watching(patch)
+            wire = watching(patch, Tripwire())
             result = drive(run, config)
         return Whole(config, list(wire.passed), result, outcome(run))
 
@@ -146,7 +193,7 @@ def whole(
 
 # ------------------------------------------------------------------------------ every single place
 
-PARTS = 6
+PARTS = 2
 
 
 def files_of(run: Path) -> dict[str, bytes]:
@@ -162,22 +209,28 @@ def files_of(run: Path) -> dict[str, bytes]:
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_interrupted_at_every_place(
-    part: int, whole: Whole, tmp_path: Path, outcome: Outcome, tripwire: Tripwire
+    part: int, whole: Whole, tmp_path: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, places, _, expected = whole
     assert [places.count(name) for name in ("features", "append_event", "save_state")] == [26, 3, 4]
-    begin, end = (len(places) * at // PARTS for at in (part, part + 1))
-    seen = []
-    for place in range(begin, end):
-        run = tmp_path / f"run{place}"
-        with tripwire.at(place):
-            drive(run, config)
+    part_of = range(*(len(places) * at // PARTS for at in (part, part + 1)))
+    run, kept, seen = tmp_path / "run", tmp_path / "kept", list[dict[str, bytes]]()
+    kept.mkdir()
+    with monkeypatch.context() as patch:
+        branches = watching(patch, Branches(run, kept, part_of))
+        branches.grow(lambda: drive(run, config))
+    assert branches.ends == [0] * len(part_of)
+    assert branches.passed == places
+    assert outcome(run) == expected
+    for place in part_of:
+        shutil.rmtree(run, ignore_errors=True)
+        if (kept / str(place)).exists():
+            (kept / str(place)).rename(run)
         # What a run comes to follows from its files: the same files need be resumed only once.
         if (left := files_of(run)) not in seen:
             seen.append(left)
             drive(run, config)
             assert outcome(run) == expected, places[place]
-        shutil.rmtree(run, ignore_errors=True)
     assert len(seen) > 3
     assert list(tmp_path.rglob(".*")) == []
 
@@ -364,7 +417,7 @@ def stopped_template(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> 
     second = [i for i, place in enumerate(whole.places) if place == "save_state"][2]
     with pytest.MonkeyPatch.context() as patch:
         without_network(patch)
-        with watching(patch).at(second + 4):
+        with watching(patch, Tripwire()).at(second + 4):
             drive(run, whole.config)
     assert len(RunDir.open(run).events()) == 2
     return run
