@@ -97,7 +97,8 @@ def dump_config(config: Any) -> str:
     """A config as YAML text that `load_config` reads back to an equal config."""
     import yaml
 
-    text: str = yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml, where it is built in
+    text: str = yaml.dump(to_mapping(config), Dumper=dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
