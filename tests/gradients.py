@@ -11,19 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from merge_rl.core.step_policy import denoising_loss
 from merge_rl.workflows.assembly.defaults import load_model
 from merge_rl.workflows.finetune.learner import trainable
-from merge_rl.workflows.finetune.sharded import (
-    average_scalars,
-    blocks_of,
-    replicated,
-    sharded,
-)
+from tests.quick import Late
 
 BATCH = 8
+sharding = Late("merge_rl.workflows.finetune.sharded")
 
 
 class Terms:
@@ -71,7 +66,7 @@ def block_by_block(network: nn.Module) -> None:
     def apart(_block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in given)
 
-    for block in blocks_of(network):
+    for block in sharding.blocks_of(network):
         block.register_forward_pre_hook(apart)
 
 
@@ -87,17 +82,18 @@ def loss_of(policy: nn.Module, rows: slice, device: str) -> Tensor:
 def gradients(model: Path, *, way: str, rows: slice, device: str = "cpu") -> dict[str, Tensor]:
     """By name, of a network alone, or of one among processes of which each has its rows."""
     network = trainable(load_model(model)).to(device)
-    policy = {"alone": lambda n: n, "replicated": replicated, "sharded": sharded}[way](network)
+    ways = {"alone": lambda n: n, "replicated": sharding.replicated, "sharded": sharding.sharded}
+    policy = ways[way](network)
     loss_of(policy, rows, device).backward()  # type: ignore[no-untyped-call]
     if way == "sharded":
-        average_scalars(policy)
+        sharding.average_scalars(policy)
     return whole_gradients(policy)
 
 
 def whole_gradients(network: nn.Module) -> dict[str, Tensor]:
     """By name, as one process would have them; all processes must call it."""
     return {
-        name.removeprefix("module."): grad.full_tensor() if isinstance(grad, DTensor) else grad
+        name.removeprefix("module."): getattr(grad, "full_tensor", lambda grad=grad: grad)()
         for name, parameter in network.named_parameters()
         if (grad := parameter.grad) is not None
     }

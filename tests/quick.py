@@ -1,9 +1,11 @@
-"""What takes long, left out where a test does not look at it: figures, and the network."""
+"""What takes long, left out where a test does not look at it: figures, networks, libraries."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,26 @@ from torch import Tensor
 
 from merge_rl.workflows.report import figures
 from merge_rl.workflows.rollout.rollout import Rollout
+
+
+class Late:
+    """Stands for a module until a name of it is asked for.
+
+    Every worker collects all tests; few need the seconds that some libraries take to load.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(import_module(self._name), name)
+
+    def needed(self) -> pytest.MarkDecorator:
+        """Skips the tests of a module where the library is not installed."""
+        missing = importlib.util.find_spec(self._name) is None
+        return pytest.mark.skipif(missing, reason=f"needs {self._name}")
 
 
 def draw_nothing() -> None:

@@ -21,8 +21,10 @@ from merge_rl.features.dinov2 import (
     prepare_edm2,
     resample_positions,
 )
+from tests.quick import Late
 
-transformers = pytest.importorskip("transformers")
+transformers = Late("transformers")
+pytestmark = transformers.needed()
 TINY: dict[str, Any] = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 

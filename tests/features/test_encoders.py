@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from merge_rl.errors import CheckpointError
 from merge_rl.features.encoders import ENCODERS, load_encoder, prepare
 from merge_rl.workflows.assembly.extractors import DIMS, REPOSITORIES, weights_source
+from tests.quick import Late
 
-transformers = pytest.importorskip("transformers")
+transformers = Late("transformers")
+pytestmark = transformers.needed()
 
 TINY = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

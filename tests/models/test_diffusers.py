@@ -18,8 +18,10 @@ from merge_rl.core.sampling.steps import StepLevels, linear_betas
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from merge_rl.models.diffusers_networks import betas_of
 from tests.hub_server import HubServer
+from tests.quick import Late
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = Late("diffusers")
+pytestmark = diffusers.needed()
 
 OUTPUT, SAMPLES = 2e-5, 5e-5  # relative to the largest value
 UNET: dict[str, Any] = {

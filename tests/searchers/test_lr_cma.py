@@ -14,8 +14,10 @@ from merge_rl.errors import ConfigError
 from merge_rl.rng import stream
 from merge_rl.searchers.base import SearchSpace
 from merge_rl.searchers.lr_cma import LearningRateCMA
+from tests.quick import Late
 
-cmaes = pytest.importorskip("cmaes")
+cmaes = Late("cmaes")
+pytestmark = cmaes.needed()
 OPTIMUM = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
 
 

@@ -21,11 +21,9 @@ from merge_rl.parallel.group import Group
 from merge_rl.storage.runs.lifecycle import StopSignals
 from merge_rl.workflows.assembly.defaults import load_model
 from merge_rl.workflows.assembly.resolve import resolve_finetune
-from merge_rl.workflows.finetune.distributed import DistributedStep
 from merge_rl.workflows.finetune.job import build_finetune
 from merge_rl.workflows.finetune.kept import KeptRollouts
 from merge_rl.workflows.finetune.learner import Learner, trainable
-from merge_rl.workflows.finetune.sharded import process_group
 from merge_rl.workflows.finetune.step import StepParts
 from tests.children import Child, launch_ranks
 from tests.gradients import (
@@ -34,11 +32,14 @@ from tests.gradients import (
     block_by_block,
     gradients,
     loss_of,
+    sharding,
     whole_gradients,
 )
+from tests.quick import Late
 
 pytestmark = pytest.mark.numerics
 
+sharing = Late("merge_rl.workflows.finetune.distributed")
 EPS, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
 
@@ -71,7 +72,7 @@ def update_of(model: Path, algorithm: str, kind: str, kept_rows: int, group: Gro
     parts = (
         StepParts(job, Learner(job.network, update))
         if group is None
-        else DistributedStep(job, group, StopSignals())
+        else sharing.DistributedStep(job, group, StopSignals())
     )
     noise = job.rollout.noise(range(kept_rows))
     advantages = torch.linspace(0.5, 2, kept_rows, dtype=torch.float64)
@@ -96,7 +97,7 @@ def pulled_update(
     parts = (
         StepParts(job, Learner(job.network, update))
         if group is None
-        else DistributedStep(job, group, StopSignals())
+        else sharing.DistributedStep(job, group, StopSignals())
     )
     places = torch.tensor(rows)
     pull = torch.linspace(-1, 1, 64 * 8).reshape(8, 64)[places]
@@ -158,7 +159,7 @@ def in_a_process(folder: Path) -> None:
     rank, model = int(os.environ["RANK"]), models["edm2"]
     halves = [slice(0, BATCH // 2), slice(BATCH // 2, BATCH)]
     lines = []
-    with joined() as group, process_group("cpu", group):
+    with joined() as group, sharding.process_group("cpu", group):
         for way in ("replicated", "sharded"):
             network = trainable(load_model(model))
             terms = Terms(network)
