@@ -219,12 +219,9 @@ def test_every_solver_samples(family: str, solver: str, folder: Path) -> None:
     other = mrl.sample(model, noise, labels.flip(0), solver=solver, **options)
     assert not torch.allclose(samples, other, atol=1e-4)
     if solver != "dopri5":  # whose steps depend on the whole batch
-        parts = [
-            mrl.sample(model, noise[i : i + 2], labels[i : i + 2], solver=solver, **options)
-            for i in (0, 2)
-        ]
+        part = mrl.sample(model, noise[2:], labels[2:], solver=solver, **options)
         large = float(samples.abs().max().clamp(min=1))  # a random DiT's samples are hundreds
-        torch.testing.assert_close(samples, torch.cat(parts), rtol=1e-4, atol=1e-5 * large)
+        torch.testing.assert_close(samples[2:], part, rtol=1e-4, atol=1e-5 * large)
     if solver in SDE_SOLVERS:
         ode = mrl.sample(model, noise, labels, solver="heun", num_steps=STEPS)
         assert not torch.allclose(samples, ode, atol=1e-3)

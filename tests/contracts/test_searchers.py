@@ -287,11 +287,10 @@ def test_failed_candidates_repel(case: Case, build: Build) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_a_failure_is_never_the_best(case: Case, build: Build, seed: int) -> None:
     # The way to the optimum leads into the half-space that fails.
-    searcher = build(seed=seed)
-    for _ in range(60):
-        if searcher.done:
-            break
+    searcher, tried = build(seed=seed), 0
+    while tried < 60 * 4 and not searcher.done:
         thetas = searcher.ask()
+        tried += max(len(thetas), 4)
         searcher.tell(thetas, torch.where(thetas[:, 0] > 0.3, math.nan, quadratic(thetas)))
         assert float(searcher.mean[0]) <= 0.3
         for theta in searcher.finalists.values():
@@ -339,11 +338,12 @@ def test_a_lost_round_moves_nothing(case: Case, build: Build, rounds: int) -> No
     if case.climbs is None:
         return
     # It is no setback: what comes after teaches as ever.
-    after = [quadratic(searcher.mean[None])[0]]
+    first = quadratic(searcher.mean[None])[0]
     for _ in range(40):
         play(searcher, 1)
-        after.append(quadratic(searcher.mean[None])[0])
-    assert max(after) > after[0]
+        if quadratic(searcher.mean[None])[0] > first:
+            return
+    pytest.fail("nothing better in 40 rounds")
 
 
 @promised("gradient")
@@ -525,7 +525,7 @@ def test_recentring(case: Case, build: Build) -> None:
     if case.restarts:
         # Proposals follow: the nearest is within a few standard deviations of the centre.
         assert float((searcher.ask() - target).norm(dim=1).min()) < 3
-        play_out(searcher)
+        play_out(searcher, EVALUATIONS // 2)
         assert float((searcher.mean - OPTIMUM).norm()) < 0.5 * float((target - OPTIMUM).norm())
         return
     # What made samples that are not finite is not the answer again.

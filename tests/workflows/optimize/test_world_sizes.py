@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from merge_rl.parallel.group import Group
 from merge_rl.parallel.rendezvous import Place
 from merge_rl.workflows.optimize import function
 from merge_rl.workflows.optimize import run as searches
+from tests.quick import without_network
 from tests.ranks import on_ranks
 from tests.workflows.optimize.test_function import SMALL, search
 from tests.workflows.optimize.test_searchers_resume import StopAfter
@@ -59,15 +61,36 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]],
     return start
 
 
+WholeOf = Callable[[str], tuple[OptimizeConfig, dict[str, object]]]
+
+
+@pytest.fixture(scope="module")
+def whole_of(
+    shared_tiny: Path, tiny_config: TinyConfig, outcome: Outcome,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> WholeOf:  # fmt: skip
+    """name -> settings of a search of four rounds, and what it comes to on one process."""
+
+    @functools.cache
+    def under(name: str) -> tuple[OptimizeConfig, dict[str, object]]:
+        config = tiny_config(shared_tiny, budget=240, search={"name": name, **SEARCHERS[name]})
+        run = tmp_path_factory.mktemp("whole") / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            without_network(patch)
+            mrl.optimize(shared_tiny, out=run, config=config, tracker=NullTracker())
+        return config, outcome(run)
+
+    return under
+
+
 @pytest.mark.parametrize("name", SEARCHERS)
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2)])
 def test_begun_with_some_and_resumed_with_others(
-    name: str, ranks: tuple[int, int], shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path,
+    name: str, ranks: tuple[int, int], shared_tiny: Path, whole_of: WholeOf, tmp_path: Path,
     outcome: Outcome, on: Callable[..., Any],
 ) -> None:  # fmt: skip
-    config = tiny_config(shared_tiny, budget=400, search={"name": name, **SEARCHERS[name]})
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    mrl.optimize(shared_tiny, out=whole, config=config, tracker=NullTracker())
+    config, whole = whole_of(name)
+    run = tmp_path / "run"
 
     def begin() -> object:
         return mrl.optimize(shared_tiny, out=run, config=config, tracker=StopAfter(2))
@@ -77,7 +100,7 @@ def test_begun_with_some_and_resumed_with_others(
     assert not (run / "result.json").exists()
     ended = on(ranks[1], lambda: mrl.resume(run, tracker=NullTracker()))
     assert [type(each).__name__ for each in ended] == ["OptimizeResult"] * ranks[1]
-    assert outcome(run) == outcome(whole)
+    assert outcome(run) == whole
 
 
 @pytest.mark.parametrize("name", ["policy-gradient", "auto"])

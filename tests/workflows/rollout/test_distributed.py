@@ -207,8 +207,8 @@ def differentiated(size: int, told: list[str], *, spoilt: bool = False) -> Any:
     return found
 
 
-@pytest.mark.parametrize("spoilt", [False, True])
-@pytest.mark.parametrize("size", [2, 3, 5])
+# Two of five ranks have no block of theirs; that an image is spoilt changes nothing for the others.
+@pytest.mark.parametrize(("size", "spoilt"), [(2, False), (3, True), (5, True)])
 def test_ranks_share_the_images_of_a_gradient(size: int, spoilt: bool) -> None:
     expected, found = (differentiated(n, [], spoilt=spoilt) for n in (1, size))
     assert found.features.shape == (5, 3)
