@@ -45,6 +45,7 @@ ROOT: Final = PACKAGE.parent
 _READERS: Final = [
     "tests/storage/files/test_npz.py", "tests/storage/files/test_image_source.py",
     "tests/storage/files/test_images.py", "tests/storage/files/test_safetensors_file.py",
+    "tests/storage/files/test_safetensors_pieces.py", "tests/test_untrusted_bounds.py",
     "tests/test_untrusted.py", "tests/test_pointers.py", "tests/test_properties.py",
 ]  # fmt: skip
 PARTS: Final = {
@@ -59,6 +60,7 @@ PARTS: Final = {
     "untrusted.py": _READERS,
     "storage/pickles/": ["tests/storage/pickles"],
     "storage/convert/": ["tests/storage/convert"],
+    "storage/checkpoints/": ["tests/storage/checkpoints"],
     "core/forms.py": ["tests/core/test_forms.py"],
     "core/state_dicts.py": ["tests/core/test_state_dicts.py"],
 }  # fmt: skip
@@ -235,6 +237,7 @@ class Watch:
         return sorted(calling or passing, key=lambda name: self.seconds[name])
 
 
+@functools.cache
 def _key(file: str, function: str) -> str:
     return f"{Path(file).relative_to(PACKAGE).as_posix()}:{function.split('.<locals>')[0]}"
 

@@ -233,11 +233,9 @@ def write_header(
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, without a copy where it is on the CPU and contiguous."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        tensor = tensor.to("cpu").contiguous()
     if not tensor.numel():  # whose strides may be any
         return memoryview(bytearray())
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
