@@ -23,6 +23,7 @@ from merge_rl.storage.runs.places import (
     result_of,
 )
 from merge_rl.storage.runs.run_dir import (
+    CURVES_FILE,
     INPUTS,
     SETTINGS,
     FinetuneRun,
@@ -33,6 +34,7 @@ from merge_rl.storage.runs.run_dir import (
 from merge_rl.storage.runs.trackers import Boards, require_extras
 
 __all__ = [
+    "CURVES_FILE",
     "INPUTS",
     "SETTINGS",
     "Boards",

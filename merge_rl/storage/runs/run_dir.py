@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,8 @@ INPUTS: Final = "inputs"
 SETTINGS: Final = "settings.json"
 C = TypeVar("C", OptimizeConfig, FinetuneConfig)
 SCORES: Final = "scores.json"
+CURVES_FILE: Final = "curves.json"
+_STEP: Final = re.compile("0|[1-9][0-9]{0,11}")
 
 
 class RunFolder(Generic[C]):
@@ -125,10 +128,7 @@ class RunFolder(Generic[C]):
         """
         known = self.read(SCORES) or {}
         for key, values in known.items():
-            numbers = list(values.values()) if isinstance(values, dict) else []
-            if not numbers or {type(number) for number in numbers} - {int, float, type(None)}:
-                found = f"expected numbers by name, found {describe(values)}"
-                raise RunError(f"{self.path / SCORES}: damaged in {key!r}: {found}")
+            _require_numbers(self.path / SCORES, key, values)
         return known
 
     def append_event(self, event: Mapping[str, Any]) -> None:
@@ -206,6 +206,16 @@ def fitting(path: Path, what: str) -> Iterator[None]:
         raise RunError(f"{path}: damaged {what}: {type(error).__name__} {said}") from None
 
 
+def _require_numbers(path: Path, key: str, values: object) -> None:
+    """Refuse what is no mapping of names to finite numbers, or to null in the place of others."""
+    numbers = list(values.values()) if isinstance(values, dict) else []
+    # A whole number of hundreds of digits is none that can be computed with.
+    odd = [n for n in numbers if n is not None and not (type(n) in (int, float) and abs(n) < 1e300)]
+    if odd or not numbers:
+        found = f"expected numbers by name, found {describe(odd[0] if odd else values)}"
+        raise RunError(f"{path}: damaged in {key!r:.60}: {found}")
+
+
 def _event(line: bytes, where: str) -> dict[str, Any]:
     event = load_json_mapping(line, where, RunError)
     for key in ("round", "step"):
@@ -266,6 +276,21 @@ class FinetuneRun(RunFolder[FinetuneConfig]):
                     raise RunError(f"{error}; none of {len(paths)} can be used") from None
                 warn(f"{error}; the one before it is used")
         return None
+
+    def curves(self) -> dict[int, dict[str, dict[str, float | None]]]:
+        """What `curves.json` holds: step -> curve -> reference -> FID, null for what is not finite.
+
+        {} where there is none yet; RunError for anything else.
+        """
+        path, found = self.path / CURVES_FILE, {}
+        for step, point in (self.read(CURVES_FILE) or {}).items():
+            if not _STEP.fullmatch(step) or not isinstance(point, dict) or not point:
+                what = f"expected curves by step, found {describe(point)} at {step!r:.60}"
+                raise RunError(f"{path}: damaged: {what}")
+            for curve, values in point.items():
+                _require_numbers(path, f"{step}/{curve}", values)
+            found[int(step)] = point
+        return found
 
     def keep_events_up_to(self, step: int) -> None:
         """Drop events of later steps."""

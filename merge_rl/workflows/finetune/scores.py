@@ -19,7 +19,7 @@ from merge_rl.errors import NonFiniteSamplesError
 from merge_rl.interfaces import Tracker
 from merge_rl.rng import image_seeds
 from merge_rl.storage.files import enlarge, image_grid, write_png
-from merge_rl.storage.runs import FinetuneRun
+from merge_rl.storage.runs import CURVES_FILE, FinetuneRun, fitting
 from merge_rl.workflows.evaluate import Scorer, sampler_summary
 from merge_rl.workflows.finetune.job import FinetuneJob
 from merge_rl.workflows.rollout import Rollout
@@ -28,7 +28,6 @@ Point = Mapping[str, Mapping[str, float | None]]
 """curve -> reference -> FID; None where a sample was not finite."""
 Make = Callable[[Rollout, Sequence[int], Tensor, str], Tensor]
 """Features (N, D) of images: of a rollout, seeds, labels and a phase for messages."""
-CURVES_FILE: Final = "curves.json"
 GRID_IMAGES: Final = 100
 
 
@@ -37,8 +36,10 @@ class Curves:
 
     def __init__(self, job: FinetuneJob, run: FinetuneRun) -> None:
         self.job, self.run, self.config = job, run, job.config
-        known = run.read(CURVES_FILE) or {}
-        self.points: dict[int, Point] = {int(step): point for step, point in known.items()}
+        self.points: dict[int, Point] = dict(run.curves())
+        with fitting(run.path / CURVES_FILE, "curves"):
+            for curve in CURVES:
+                self.values(curve)  # of the references that the run has
         self.scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
 
     def forget_after(self, step: int) -> None:

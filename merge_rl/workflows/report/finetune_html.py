@@ -62,7 +62,7 @@ class TuningFacts:
             path=run.path,
             settings=load_mapping(settings),
             events=run.events(),
-            points={int(k): v for k, v in (run.read("curves.json") or {}).items()},
+            points=run.curves(),
             result=run.read("result.json"),
             inputs=run.read("inputs.json") or {},
             text=settings.read_text(encoding="utf-8"),

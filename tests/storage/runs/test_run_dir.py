@@ -13,7 +13,7 @@ from merge_rl.config.optimize import OptimizeConfig, RewardConfig, SearchConfig
 from merge_rl.errors import ConfigError, RunError
 from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.storage.runs.lifecycle import require_same_inputs
-from merge_rl.storage.runs.run_dir import RunDir
+from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir
 
 CONFIG = OptimizeConfig(
     checkpoints="/data/ckpts", budget=777, seed=3, reward=RewardConfig(pool_size=50, subset_size=7),
@@ -97,15 +97,44 @@ def test_damaged_results(data: bytes, run: RunDir) -> None:
         run.read("result.json")
 
 
-@pytest.mark.parametrize("entry", [1, "x", None, [1], {}, {"reference": "x"}, {"reference": True}])
+NO_NUMBERS = [
+    *(1, "x", None, [1], {}),
+    *({"reference": odd} for odd in ("x", True, [1], math.nan, -math.inf, 10**400)),
+]
+
+
+@pytest.mark.parametrize("entry", NO_NUMBERS)
 def test_scores_that_are_no_numbers_are_refused(entry: object, run: RunDir) -> None:
     assert run.scores() == {}
     known = {"start/0": {"reference": 1.5, "heldout": None, "count": 2}}
     run.write("scores.json", known)
     assert run.scores() == known
-    run.write("scores.json", known | {"end/0": entry})
+    (run.path / "scores.json").write_text(json.dumps(known | {"end/0": entry}))
     with pytest.raises(RunError, match=r"scores.json: damaged in 'end/0': expected numbers"):
         run.scores()
+
+
+@pytest.mark.parametrize(
+    ("step", "point", "told"),
+    [
+        *(("3", {"sde": entry}, "in '3/sde': expected numbers by name") for entry in NO_NUMBERS),
+        *(("3", point, "expected curves by step, found") for point in (3, [], {}, None)),
+        *((step, {"sde": {"a": 1}}, f"expected curves by step, found a mapping at '{step[:20]}")
+          for step in ("x", "-1", "1.5", " 1", "01", "\u0661", "9" * 13, "9" * 5000, "")),
+    ],
+)  # fmt: skip
+def test_curves_are_numbers_by_step_and_name(
+    step: str, point: object, told: str, tmp_path: Path
+) -> None:
+    run = FinetuneRun(tmp_path)
+    assert run.curves() == {}
+    known = {"sde": {"a": 1.5, "b": None}}
+    for document, found in (({"0": known, "12": known}, {0: known, 12: known}), ({}, {})):
+        run.write("curves.json", document)
+        assert run.curves() == found
+    (tmp_path / "curves.json").write_text(json.dumps({"0": known, step: point}))
+    with pytest.raises(RunError, match=f"curves.json: damaged:? {told}"):
+        run.curves()
 
 
 @pytest.mark.parametrize("recorded", [[1], {"hashes": "x"}, {"hashes": {"reference": 1}}, {}])
