@@ -158,17 +158,33 @@ def mutant(file: str, function: str, number: int) -> tuple[CodeType, str]:
 
 
 def put(code: CodeType, file: str, function: str) -> int:
-    """Give the code to every function of that name which there is; how many there are."""
+    """Give the code to every function of that name which there is; how many there are.
+
+    What was made within one of them before, such as a closure in a table, gets its part of it.
+    """
     name, count = str(PACKAGE / file), 0
+    changed = dict[int, CodeType]()
     for found in _objects():
         if type(found) is FunctionType:  # what is lazy would import itself if asked
             own = found.__code__
             if (own.co_filename, found.__qualname__) == (name, function) and (
                 own.co_firstlineno == code.co_firstlineno
             ):
+                changed |= {id(before): after for before, after in _nested(own, code)}
                 found.__code__, count = code, count + 1
+    for found in _objects():
+        if type(found) is FunctionType and id(found.__code__) in changed:
+            found.__code__ = changed[id(found.__code__)]
     forget()
     return count
+
+
+def _nested(before: CodeType, after: CodeType) -> Iterator[tuple[CodeType, CodeType]]:
+    """What is defined within a function, and what becomes of it."""
+    inner = ([c for c in code.co_consts if isinstance(c, CodeType)] for code in (before, after))
+    for old, new in zip(*inner, strict=True):
+        yield old, new
+        yield from _nested(old, new)
 
 
 def forget() -> None:

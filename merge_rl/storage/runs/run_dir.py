@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
@@ -121,14 +121,15 @@ class RunFolder(Generic[C]):
         with open_file(path, RunError) as file:
             return load_json_mapping(file.read(), f"{path}: damaged", RunError)
 
-    def scores(self) -> dict[str, dict[str, float | None]]:
+    def scores(self, names: Iterable[str] = ()) -> dict[str, dict[str, float | None]]:
         """What `scores.json` holds by key: numbers by name, null for what is not finite.
 
-        {} where there is none yet; RunError for anything else.
+        {} where there is none yet; RunError for anything else, and for a score without `names`.
         """
         known = self.read(SCORES) or {}
         for key, values in known.items():
-            _require_numbers(self.path / SCORES, key, values)
+            beside = key.startswith(("failed/", "second/"))
+            _require_numbers(self.path / SCORES, key, values, () if beside else names)
         return known
 
     def append_event(self, event: Mapping[str, Any]) -> None:
@@ -206,13 +207,15 @@ def fitting(path: Path, what: str) -> Iterator[None]:
         raise RunError(f"{path}: damaged {what}: {type(error).__name__} {said}") from None
 
 
-def _require_numbers(path: Path, key: str, values: object) -> None:
+def _require_numbers(path: Path, key: str, values: object, names: Iterable[str] = ()) -> None:
     """Refuse what is no mapping of names to finite numbers, or to null in the place of others."""
     numbers = list(values.values()) if isinstance(values, dict) else []
-    # A whole number of hundreds of digits is none that can be computed with.
-    odd = [n for n in numbers if n is not None and not (type(n) in (int, float) and abs(n) < 1e300)]
-    if odd or not numbers:
+    # A number of hundreds of digits is none that can be computed with.
+    odd = [n for n in numbers if n is not None and not (type(n) in (int, float) and abs(n) < 1e100)]
+    lacking = [name for name in names if isinstance(values, dict) and name not in values]
+    if odd or lacking or not numbers:
         found = f"expected numbers by name, found {describe(odd[0] if odd else values)}"
+        found += f" without {lacking[0]}" if lacking else ""
         raise RunError(f"{path}: damaged in {key!r:.60}: {found}")
 
 

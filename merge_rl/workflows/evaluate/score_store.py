@@ -40,7 +40,7 @@ class ScoreStore:
 
     def __init__(self, job: Job, run: RunDir, seed: int, rules: int = RULES) -> None:
         self.job, self.run, self.seed, self.rules = job, run, seed, rules
-        self.known = run.scores()
+        self.known = run.scores(job.references)
         self.scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
 
     def get(

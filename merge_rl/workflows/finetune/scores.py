@@ -138,7 +138,7 @@ def final_scores(
     """
     settings, seed = job.config.curves, job.config.seed
     scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
-    known = run.scores()
+    known = run.scores(job.references)
     labels = balanced_labels(settings.final_images, job.num_classes)
     total = len(networks) * len(CURVES) * settings.repeats
     tracker.phase("final comparison", total * settings.final_images)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from merge_rl.core.merging.groups import Groups
+from merge_rl.core.merging.stored_numbers import Raw
 from merge_rl.errors import ConfigError, NonFiniteWeightsError
 from merge_rl.storage.checkpoints import one_pass
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
@@ -45,7 +46,7 @@ def test_many_merges_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ha
     found = {name: np.zeros((4, *info.shape)) for name, info in checkpoints.tensors.items()}
     seen = {name: np.zeros((4, *info.shape)) for name, info in checkpoints.tensors.items()}
 
-    def put(p: int, name: str, start: int, values: one_pass.Raw) -> None:
+    def put(p: int, name: str, start: int, values: Raw) -> None:
         found[name][p][start : start + values.size] = values
         seen[name][p][start : start + values.size] += 1
 

@@ -178,7 +178,7 @@ def test_what_is_built_takes_its_place_where_it_is_still_remembered() -> None:
 
 
 def test_words_for_values() -> None:
-    values = [None, "a", 1, {}, Global("a.b"), 1.5, []]
+    values: list[object] = [None, "a", 1, {}, Global("a.b"), 1.5, []]
     told = ["nothing", "text", "a whole number", "a mapping", "the name a.b", "'float'", "'list'"]
     assert [kind_of(value) for value in values] == told
     assert (shown("a" * 80), shown("a" * 81)) == ("a" * 80, "a" * 77 + "...")

@@ -97,7 +97,7 @@ def test_damaged_results(data: bytes, run: RunDir) -> None:
         run.read("result.json")
 
 
-NO_NUMBERS = [
+NO_NUMBERS: list[object] = [
     *(1, "x", None, [1], {}),
     *({"reference": odd} for odd in ("x", True, [1], math.nan, -math.inf, 10**400)),
 ]
@@ -114,11 +114,20 @@ def test_scores_that_are_no_numbers_are_refused(entry: object, run: RunDir) -> N
         run.scores()
 
 
+def test_scores_have_the_names_of_the_references(run: RunDir) -> None:
+    known = {"a/0": {"reference": 1.0, "heldout": None}, "second/a/0": {"reference": 1.0}}
+    run.write("scores.json", known | {"failed/a/0": {"count": 3}})
+    assert len(run.scores(["reference", "heldout"])) == 3
+    run.write("scores.json", known | {"b/0": {"reference": 1.0}})
+    with pytest.raises(RunError, match=r"damaged in 'b/0': .*, found a mapping without heldout$"):
+        run.scores(["reference", "heldout"])
+
+
 @pytest.mark.parametrize(
     ("step", "point", "told"),
     [
         *(("3", {"sde": entry}, "in '3/sde': expected numbers by name") for entry in NO_NUMBERS),
-        *(("3", point, "expected curves by step, found") for point in (3, [], {}, None)),
+        *(("3", point, "expected curves by step, found") for point in NO_NUMBERS[:5]),
         *((step, {"sde": {"a": 1}}, f"expected curves by step, found a mapping at '{step[:20]}")
           for step in ("x", "-1", "1.5", " 1", "01", "\u0661", "9" * 13, "9" * 5000, "")),
     ],
