@@ -239,6 +239,14 @@ def read_state(path: Path) -> State:
     raise RunError(f"{path}: damaged resume point: {reason}")
 
 
+def counts_of(values: Mapping[str, Any], *names: str, least: int = 0) -> dict[str, int]:
+    """Whole numbers of a resume point, by name; ValueError for what is none, or below `least`."""
+    for name in names:
+        if type(values[name]) is not int or not least <= values[name] < 2**63:
+            raise ValueError(f"{name} is {values[name]!r:.60}, expected a whole number")
+    return {name: values[name] for name in names}
+
+
 def require_new(path: str | os.PathLike[str]) -> None:
     """Raise RunError if something lies at `path`."""
     if not is_vacant(Path(path)):

@@ -17,7 +17,7 @@ from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.core.sampling.compatibility import prediction_of
 from merge_rl.errors import ConfigError
 from merge_rl.models import plain_state_dict
-from merge_rl.storage.files import below
+from merge_rl.storage.files import below, counts_of
 from merge_rl.workflows.rewards import Pool, RewardSum
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -219,8 +219,10 @@ def unpack_state(
 ) -> LoopState:
     """The state of a resume point; the learner's weights and optimizer are set to it.
 
-    KeyError, TypeError or RuntimeError for a resume point of something else.
+    KeyError, TypeError, ValueError or RuntimeError for a resume point of something else.
     """
+    counts = counts_of(values, "step", "images", "failures", "skipped", "updates")
+    counts |= counts_of(values, "pool_step", least=-1)
     pool = None
     if "pool.features" in tensors:
         features = tensors["pool.features"]
@@ -228,6 +230,5 @@ def unpack_state(
         stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
         pool = Pool(features, tensors["pool.labels"], stats)
         reward.load_state_dict(pool, below(tensors, "reward."))
-    learner.load_state_dict(below(tensors, "learner."), values["updates"])
-    known = {item.name for item in dataclasses.fields(LoopState)} - {"pool"}
-    return LoopState(pool=pool, **{name: values[name] for name in known})
+    learner.load_state_dict(below(tensors, "learner."), counts.pop("updates"))
+    return LoopState(pool=pool, **counts)

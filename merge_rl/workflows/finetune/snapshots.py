@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from merge_rl import own_code
 from merge_rl.config import FinetuneConfig, to_mapping
+from merge_rl.errors import RunError
 from merge_rl.models import plain_state_dict
 from merge_rl.storage.checkpoints import (
     CheckpointEntry,
@@ -30,6 +32,7 @@ from merge_rl.workflows.reference import reference_file
 
 RAW, AVERAGE, START = "raw", "ema", "start"
 _EVALUATION: Final = "evaluation"
+_STEP: Final = re.compile(r"-([0-9]{1,12})\.safetensors$")
 
 
 class Snapshots:
@@ -44,6 +47,9 @@ class Snapshots:
         self.entries: list[CheckpointEntry] = []
         if has_manifest(run.path):
             self.entries = list(read_manifest(run.path).checkpoints)
+        for entry in self.entries:
+            if not _STEP.search(entry.file):
+                raise RunError(f"{run.path}: damaged manifest: no step in the name {entry.file!r}")
 
     def has(self, step: int) -> bool:
         """Whether the snapshots of a step are there and listed."""
@@ -139,7 +145,8 @@ def _file(track: str, step: int) -> str:
 
 
 def _step_of(entry: CheckpointEntry) -> int:
-    return int(Path(entry.file).stem.rpartition("-")[2])
+    found = _STEP.search(entry.file)
+    return int(found[1]) if found else 0
 
 
 def _carried(origin: Origin) -> dict[str, str]:

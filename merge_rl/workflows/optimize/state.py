@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merge_rl.core.distances.frechet import FrechetReference
 from merge_rl.core.distances.statistics import FeatureStats
+from merge_rl.storage.files import counts_of
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.rewards import Pool
@@ -58,18 +59,19 @@ class SearchState:
         """That of a run; None if there is none yet.
 
         `incumbents` are those of a search that begins. Raises RunError for a file that cannot be
-        read, KeyError or TypeError for one that lacks something.
+        read, KeyError, TypeError or ValueError for one that lacks something.
         """
         saved = run.load_state()
         if saved is None:
             return None
         tensors, scalars = saved
+        counts = counts_of(scalars, "round_index", "images", "cursor", "failed_rounds")
         return cls(
-            round_index=scalars["round_index"],
-            images=scalars["images"],
-            cursor=scalars["cursor"],
-            gap_mean=scalars["gap_mean"],
-            failed_rounds=scalars["failed_rounds"],
+            round_index=counts["round_index"],
+            images=counts["images"],
+            cursor=counts["cursor"],
+            gap_mean=float(scalars["gap_mean"]),
+            failed_rounds=counts["failed_rounds"],
             result_theta=tensors["result_theta"],
             incumbents=incumbents.restored(tensors),
             searcher={"tensors": _below(tensors, "searcher."), "scalars": scalars["searcher"]},

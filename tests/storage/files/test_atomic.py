@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.files.atomic import (
     atomic_path,
+    counts_of,
     save_tensors,
     write_json,
     write_text,
@@ -141,3 +143,14 @@ def test_a_type_the_format_lacks_is_refused_and_leaves_no_file(tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"'x' of torch\.complex128 cannot be stored"):
         save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1, dtype=torch.complex128)})
     assert names_in(tmp_path) == []
+
+
+def test_counts_of_a_resume_point_are_whole_numbers() -> None:
+    known: dict[str, Any] = {"step": 3, "pool": -1, "most": 2**63 - 1, "name": "x"}
+    assert counts_of(known, "step", "most") == {"step": 3, "most": 2**63 - 1}
+    assert counts_of(known, "pool", least=-1) == {"pool": -1}
+    for odd in (-1, 2**63, 1.0, True, "3", None, [3]):
+        with pytest.raises(ValueError, match="step is .*, expected a whole number"):
+            counts_of({**known, "step": odd}, "most", "step")
+    with pytest.raises(KeyError):
+        counts_of(known, "images")
