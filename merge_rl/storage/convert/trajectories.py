@@ -120,10 +120,10 @@ def _width(index: int, stored: object, path: Path, hints: Hints) -> float | None
     width = told.get(index, inside)
     if width is None or not math.isfinite(width):
         return None
-    if inside is not None and abs(width - inside) > 1e-3 * width:
-        raise ConfigError(f"{path}: --ema-std says {width:g}, the file itself {inside:g}")
     if not 0 < width < MAX_EMA_STD:
         raise CheckpointError(f"{path}: expected a width of 0 to {MAX_EMA_STD}, found {width:g}")
+    if inside is not None and abs(width - inside) > 1e-3 * width:
+        raise ConfigError(f"{path}: --ema-std says {width:g}, the file itself {inside:g}")
     return float(width)
 
 

@@ -267,6 +267,7 @@ def test_classes_that_the_table_does_not_hold() -> None:
             ConfigError, match=f"num_classes 38 .* or 37 .* of 38 rows, got {count}"
         ):
             sit_config_from_shapes(SIT, num_classes=count)
+    assert sit_config_from_shapes(SIT, num_heads=1)["num_heads"] == 1
     for heads in (0, -1, 3):
         with pytest.raises(ConfigError, match=f"to divide the hidden size 128, got {heads}"):
             sit_config_from_shapes(SIT, num_heads=heads)
@@ -281,7 +282,7 @@ def test_names_of_sizes() -> None:
         assert sit_size_name({**known, **change}) == "custom"
 
 
-def jit(depth: int = 2, side: int = 3, gated: int = 21, **more: tuple[int, ...]) -> dict[str, Any]:
+def jit(depth: int = 2, side: int = 3, gated: int = 21, **more: Any) -> dict[str, Any]:
     """Shapes of a JiT of width 8 with heads of 4; 21 = int(int(8 * 4) * 2 / 3)."""
     blocks = {f"blocks.{i}.mlp.w12.weight": (2 * gated, 8) for i in range(depth)}
     return {
@@ -298,7 +299,7 @@ def test_options_of_a_jit_follow_from_its_shapes() -> None:
         "in_context_len": 0, "in_context_start": 0, "noise_scale": 1.0,
     }  # fmt: skip
     assert assumed == {"noise_scale": "no noise scale said; taken: 1"}
-    token = {"in_context_posemb": (1, 4, 8)}
+    token: dict[str, Any] = {"in_context_posemb": (1, 4, 8)}
     config, assumed = describe_jit(jit(depth=6, **token), Said(settings={"noise_scale": 2}))
     assert (config["in_context_len"], config["in_context_start"], config["noise_scale"]) == (
         4,

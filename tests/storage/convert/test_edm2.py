@@ -42,10 +42,12 @@ def test_a_snapshot_is_told_from_a_training_state() -> None:
     assert is_snapshot({"ema": network()})
     assert not is_snapshot({"ema": {}})
     assert not is_snapshot([])
-    for ema in ({"stds": []}, {"emas": []}):
+    averages: list[dict[str, Any]] = [{"stds": []}, {"emas": []}]
+    for ema in averages:
         assert is_training_state({"net": {}, "ema": ema})
         assert not is_training_state({"ema": ema})
-    for data in ({"net": {}}, {"net": {}, "ema": {}}, {"net": {}, "ema": []}, []):
+    others: list[Any] = [{"net": {}}, {"net": {}, "ema": {}}, {"net": {}, "ema": []}, []]
+    for data in others:
         assert not is_training_state(data)
 
 
