@@ -130,7 +130,8 @@ def omega(content: object) -> Record:
         ({"args": {"a": {"num_classes": 5}, "b": {"num_classes": 5}}}, {"num_classes": 5}),
         ({"args": {"a": {"num_classes": 5}, "b": {"num_classes": 6}}}, {}),  # several things
         ({"args": {"num_classes": 3, "a": {"num_classes": 6}}}, {"num_classes": 3}),
-        *(({"args": {"num_classes": odd}}, {}) for odd in (True, "7", 0, -1, 1.5, 2**30)),
+        *(({"args": {"num_classes": odd}}, {}) for odd in (True, "x", 0, -1, 1.5, 2**30)),
+        ({"args": {"num_classes": "7"}}, {"num_classes": 7}),  # as some write it
         ({"args": {"num_classes": 2**30 - 1}}, {"num_classes": 2**30 - 1}),
         ({"args": {"cfg_prob": 0}}, {"class_dropout": 0.0}),
         ({"args": {"cfg_prob": 1}}, {"class_dropout": 1.0}),
