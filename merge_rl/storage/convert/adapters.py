@@ -24,6 +24,13 @@ CONFIG: Final = "adapter_config.json"
 _FACTOR: Final = re.compile(r"(?P<layer>.+)\.lora_(?P<part>A|B)(?:\.(?P<name>[^.]+))?\.weight")
 _MOST: Final = 2**36  # bytes of all products: what a small file may grow to
 _ROWS: Final = 256  # of a product that are made at once
+_BASE: Final = "base_model_name_or_path"
+_ALIKE: Final = (
+    "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern",
+    _BASE,
+)  # fmt: skip
+_DEFAULTS: Final = {"lora_alpha": 8}  # of the library
+_LAYER: Final = re.compile(r"(\^?)((?:\w|\\?\.)+)\$?")
 
 
 class ProductRef(TensorRef):
@@ -62,7 +69,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{path}: expected an adapter of the type LORA, found {kind!r}")
-    if not whole_number(config.get("r")):
+    if not whole_number(config.get("r")) or config["r"] < 1:
         raise CheckpointError(f"{path}: expected its rank r, found {config.get('r')!r}")
     return config
 
@@ -72,8 +79,8 @@ def rank_of(item: Extracted) -> int:
     return int(item.facts["adapter"]["r"])
 
 
-def require_one_rank(found: list[Extracted]) -> None:
-    """Refuse adapters that differ in rank or scale."""
+def require_one_kind(found: list[Extracted]) -> None:
+    """Refuse adapters that differ in rank, scale or base."""
     adapters = [item for item in found if "adapter" in item.facts]
     for item in adapters[1:]:
         first = adapters[0]
@@ -82,10 +89,12 @@ def require_one_rank(found: list[Extracted]) -> None:
                 f"{first.path} is an adapter of rank {rank_of(first)} and {item.path} one of rank "
                 f"{rank_of(item)}; expected one rank"
             )
-        keys = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
-        for key in keys:
-            here, there = (one.facts["adapter"].get(key) for one in (item, first))
-            if (here or None) != (there or None):
+        for key in _ALIKE:
+            here, there = (
+                one.facts["adapter"].get(key, _DEFAULTS.get(key)) for one in (item, first)
+            )
+            silent = key == _BASE and None in (here, there)
+            if (here or None) != (there or None) and not silent:
                 raise IncompatibleCheckpointError(
                     f"{item.path}: an adapter with {key} {here}, expected {there} as in "
                     f"{first.path}"
@@ -102,7 +111,7 @@ def as_factors(tensors: Mapping[str, TensorRef], folder: Path) -> dict[str, Tens
 def as_products(
     tensors: Mapping[str, TensorRef], config: Mapping[str, Any], folder: Path
 ) -> dict[str, TensorRef]:
-    """The changes of the layers by their weights' names, and what is no factor as it is.
+    """The changes of the layers by their weights' names, and what is no factor as it is: weights.
 
     Raises CheckpointError for factors that do not fit, and for adapters whose change is no product.
     """
@@ -140,21 +149,55 @@ def _product(
             f"{folder}: the factors of {layer} have shapes {list(up.shape)} and {list(down.shape)},"
             " expected (out, r) and (r, in)"
         )
-    alpha = real_number(_pattern(config, "alpha_pattern", layer) or config.get("lora_alpha") or 8)
-    if alpha is None:
-        raise CheckpointError(f"{folder}: expected a number as lora_alpha")
+    if not config.get("rank_pattern") and rank != config.get("r", rank):
+        raise CheckpointError(
+            f"{folder}: the factors of {layer} have rank {rank}, expected {config['r']} as "
+            f"{CONFIG} says"
+        )
+    said = _pattern(config, layer, folder)
+    alpha = real_number(config.get("lora_alpha", 8) if said is None else said)
+    if not alpha:
+        raise CheckpointError(f"{folder}: expected a number other than 0 as lora_alpha of {layer}")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     turned = bool(config.get("fan_in_fan_out")) and len(down.shape) == 2
     return ProductRef(up, down, scale, turned=turned)
 
 
-def _pattern(config: Mapping[str, Any], key: str, layer: str) -> object:
-    """What a pattern of the settings says of a layer: by the end of its name."""
-    patterns = config.get(key)
-    pairs = patterns.items() if isinstance(patterns, dict) else ()
-    return next((v for name, v in pairs if f".{layer}".endswith(f".{name}")), None)
+def _pattern(config: Mapping[str, Any], layer: str, folder: Path) -> object:
+    """What the first pattern of alpha that means a layer says: the end of its name, or all of it.
+
+    PEFT takes regular expressions; of files from anywhere only names are, with ^ and $.
+    """
+    patterns = config.get("alpha_pattern")
+    for name, value in patterns.items() if isinstance(patterns, dict) else ():
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            raise CheckpointError(
+                f"{folder}: expected names of layers in alpha_pattern, found {name!r:.60}; take "
+                "its factors"
+            )
+        end = match[2].replace("\\", "")
+        if layer == end or (not match[1] and layer.endswith(f".{end}")):
+            return value
+    return None
 
 
 def facts_of(config: Mapping[str, Any], how: str) -> dict[str, Any]:
     """What is kept of an adapter beside its tensors."""
     return {"adapter": plain(config), "adapter_as": how}
+
+
+_TOOK: Final = {
+    "products": "its products, which change the weights of the layers; merged exactly",
+    "factors": "its factors, averaged each by itself; the merge is an adapter of the same rank",
+}
+
+
+def notes_of(tensors: Mapping[str, TensorRef], how: str) -> tuple[str, ...]:
+    """What the user should hear of an adapter that was taken as its factors or products."""
+    took = f"an adapter: took {_TOOK[how]} (--adapters)"
+    whole = [name for name, tensor in tensors.items() if not isinstance(tensor, ProductRef)]
+    if how == "factors" or not whole:
+        return (took,)
+    listed = ", ".join(whole[:3]) + (f" and {len(whole) - 3} more" if len(whole) > 3 else "")
+    return (took, f"{listed}: no changes but weights, which take the place of the base's")

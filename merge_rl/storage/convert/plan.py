@@ -24,7 +24,7 @@ from merge_rl.storage.checkpoints import (
     relative_inside,
     require_network,
 )
-from merge_rl.storage.convert.adapters import require_one_rank
+from merge_rl.storage.convert.adapters import require_one_kind
 from merge_rl.storage.convert.contents import (
     NO_HINTS,
     Extracted,
@@ -114,7 +114,7 @@ def make_plan(
     found = [item for path in paths for item in extract(path, weights, hints)]
     if not found:
         raise CheckpointError(f"{paths[0]}: holds no {weights!r} weights; see --weights")
-    require_one_rank(found)
+    require_one_kind(found)
     _require_one_network(found, folder, existing)
     config, assumed = _network(found, existing, folder)
     told = hints.num_classes not in (None, config.get("label_dim")) or hints.null_class is not None

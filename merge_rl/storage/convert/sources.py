@@ -28,6 +28,7 @@ from merge_rl.storage.convert.adapters import (
     as_factors,
     as_products,
     facts_of,
+    notes_of,
 )
 from merge_rl.storage.convert.contents import (
     DEFAULT_BATCH,
@@ -209,14 +210,10 @@ def _read_adapter(path: Path, file: Path, hints: Hints) -> Extracted:
     else:
         tensors = as_factors(tensors, path)
     steps, batch = steps_of(path), hints.images_per_step or DEFAULT_BATCH
-    what = {
-        "products": "its products, which change the weights of the layers; merged exactly",
-        "factors": "its factors, averaged each by itself; the merge is an adapter of the same rank",
-    }
     return Extracted(
         path=path, tensors=tensors, config={}, stem=path.name,
         nimg=None if steps is None else steps * batch, facts=facts_of(config, hints.adapters),
-        notes=(f"an adapter: took {what[hints.adapters]} (--adapters)",),
+        notes=notes_of(tensors, hints.adapters),
     )  # fmt: skip
 
 

@@ -432,6 +432,44 @@ def test_the_scale_of_products_is_the_adapters_own(tmp_path: Path) -> None:
     torch.testing.assert_close(found, (3 / 2 * up @ down).T)
 
 
+@pytest.mark.parametrize(
+    ("settings", "scale"),  # of rank 4
+    [
+        ({}, 8 / 4),
+        ({"lora_alpha": 4, "alpha_pattern": {"^q$": 1}}, 4 / 4),  # of another layer: not mid.q
+        ({"alpha_pattern": {"^mid\\.q$": 1, "q": 3}}, 1 / 4),  # the first that means it
+        ({"lora_alpha": 0}, "expected a number other than 0 as lora_alpha of mid.q"),
+        ({"alpha_pattern": {"q": 0}}, "expected a number other than 0 as lora_alpha of mid.q"),
+        (
+            {"alpha_pattern": {".*q": 1}},
+            r"expected names of layers in alpha_pattern, found '\.\*q'",
+        ),
+        ({"r": 8}, "the factors of mid.q have rank 4, expected 8 as adapter_config.json says"),
+        ({"r": 0}, "expected its rank r, found 0"),
+    ],
+)
+def test_alpha_and_rank_as_the_settings_say(
+    settings: dict[str, Any], scale: float | str, tmp_path: Path
+) -> None:
+    down, up = write_adapter(tmp_path / "checkpoint-1", 4, 0, **settings).values()
+    if isinstance(scale, str):
+        with pytest.raises(CheckpointError, match=scale):
+            convert(tmp_path / "checkpoint-1", tmp_path / "set", adapters="products")
+        return
+    convert(tmp_path / "checkpoint-1", tmp_path / "set", adapters="products")
+    found = open_checkpoints(tmp_path / "set").read(0)["mid.q.weight"]
+    torch.testing.assert_close(found, scale * up @ down)
+
+
+def test_whole_weights_of_an_adapter_are_told_from_changes(tmp_path: Path) -> None:
+    factors = write_adapter(tmp_path / "a", 2, 0, modules_to_save=["head"])
+    held = {**factors, "base_model.model.head.weight": torch.ones(3)}
+    save_tensors(tmp_path / "a/adapter_model.safetensors", held, {"format": "pt"})
+    said = heard(tmp_path / "a", tmp_path / "set", adapters="products")
+    assert "head.weight: no changes but weights, which take the place of the base's" in said
+    assert torch.equal(open_checkpoints(tmp_path / "set").read(0)["head.weight"], torch.ones(3))
+
+
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", 2, 0)
     write_adapter(tmp_path / "b", 4, 0)
@@ -445,6 +483,11 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             convert([tmp_path / "a", tmp_path / "b"], tmp_path / "out", adapters=adapters)
     with pytest.raises(IncompatibleCheckpointError, match="lora_alpha 16, expected 8 as in"):
         convert([tmp_path / "a", tmp_path / "c"], tmp_path / "out")
+    bases = [tmp_path / "x", tmp_path / "y"]
+    for place in bases:
+        write_adapter(place, 2, 0, base_model_name_or_path=f"org/{place.name}")
+    with pytest.raises(IncompatibleCheckpointError, match="path org/y, expected org/x as in"):
+        convert(bases, tmp_path / "out")
     with pytest.raises(CheckpointError, match="a DoRA, whose change is no product"):
         convert(tmp_path / "d", tmp_path / "out", adapters="products")
     with pytest.raises(CheckpointError, match="of the type LORA, found 'IA3'"):
