@@ -115,15 +115,16 @@ def is_average(place: str) -> bool:
     return any(part in AVERAGED for part in place.split("/"))
 
 
-def hold(data: Mapping[str, object], kind: type[T]) -> Held[T]:
+def hold(data: Mapping[str, object], kind: type[T], *, whole: bool = False) -> Held[T]:
     """The state dicts of tensors of a `kind` in a mapping, and the keys that are none.
 
     State dicts are looked for under the names that training programs use, within one another too.
     One flat mapping may hold several, told apart by what their names begin with; what is far
-    smaller than the largest is none: a count of averages, a loss.
+    smaller than the largest is none: a count of averages, a loss. `whole` keeps a flat mapping
+    without an average as it is, but for `module.`: networks call their own parts `model` or `net`.
     """
     held: Held[T] = Held()
-    _collect(data, kind, "", held)
+    _collect(data, kind, "", held, whole)
     most = max(map(len, held.states.values()), default=0)
     for place in [place for place, state in held.states.items() if 4 * len(state) < most]:
         small = held.states.pop(place)
@@ -142,23 +143,43 @@ def own_names(names: Collection[str]) -> dict[str, str]:
     return held.states[places[0]] if len(places) == 1 else {name: name for name in names}
 
 
-def _collect(data: Mapping[str, object], kind: type[T], place: str, held: Held[T]) -> None:
+def names_for(found: Collection[str], wanted: Collection[str]) -> dict[str, str]:
+    """What a network calls its tensors -> what a file calls them, if these meet.
+
+    They may be equal, or differ by what wrappers add: to the file's names, or to the network's,
+    which may be a wrapper itself. Where they do not meet every name of the file is its own.
+    """
+    own = {name: name for name in found}
+    short = unwrapped({name: name for name in wanted})
+    for names in (own, unwrapped(own), own_names(found)):
+        if names.keys() == set(wanted):
+            return names
+        if names.keys() == short.keys():
+            return {short[name]: known for name, known in names.items()}
+    return own
+
+
+def _collect(
+    data: Mapping[str, object], kind: type[T], place: str, held: Held[T], whole: bool
+) -> None:
     # From files of others: not every key need be text.
     flat = {k: item for k, item in data.items() if isinstance(item, kind) and isinstance(k, str)}
-    for inner, state in _split(flat).items():
+    for inner, state in _split(flat, whole).items():
         held.states[_joined(place, inner)] = state
     for name, item in data.items():
         if name in flat:
             continue
         deep = place.count("/") >= _MOST_LEVELS
         if name in _KNOWN and isinstance(item, Mapping) and not deep:
-            _collect(item, kind, _joined(place, name), held)
+            _collect(item, kind, _joined(place, name), held, whole)
         else:
             held.others.append(_joined(place, str(name)))
 
 
-def _split(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+def _split(tensors: Mapping[str, T], whole: bool) -> dict[str, dict[str, T]]:
     """State dicts of one flat mapping by what their names begin with; "" where nothing is known."""
+    if whole and not any(name.partition(".")[0] in AVERAGED for name in tensors):
+        return {"": unwrapped(tensors, ("module",))} if tensors else {}
     tensors = unwrapped(tensors, RAW)
     parts: dict[str, dict[str, T]] = {}
     for name, tensor in tensors.items():
@@ -167,7 +188,7 @@ def _split(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
         parts.setdefault(first if known else "", {})[rest if known else name] = tensor
     found: dict[str, dict[str, T]] = {}
     for part, state in parts.items():
-        inner = _split(state) if part else {"": state}
+        inner = _split(state, whole) if part else {"": state}
         found |= {_joined(part, place): own for place, own in inner.items()}
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import merge_rl as mrl
 from merge_rl import own_code
@@ -45,6 +46,20 @@ def wide():
     made.register_parameter("other", torch.nn.Parameter(torch.zeros(3)))
     return made
 def nothing(): return {}
+
+class Wrapping(torch.nn.Module):
+    """Holds all that it has under a name that wrappers have too."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Shift()
+
+    def forward(self, x, t): return self.model(x, t)
+
+def wrapping():
+    return mrl.describe(
+        Wrapping(), prediction="velocity", time="up", path="linear", sample_shape=[2]
+    )
 
 class Points:
     """Features of points: themselves."""
@@ -202,6 +217,33 @@ def test_a_run_goes_on_where_its_code_is_named_again(
     start = torch.tensor([8.0, 6.0])
     target = torch.tensor([1.0, 0.0])
     assert float((mean - target).norm()) < 0.5 * float((start - target).norm())
+
+
+@pytest.mark.parametrize("saved", ["shift", "model.shift", "module.model.shift"])
+def test_a_network_may_call_its_parts_as_wrappers_do(
+    saved: str, mergerl: Callable[..., Ended], tmp_path: Path, own: str
+) -> None:
+    torch.save({"model": {saved: torch.ones(2)}}, "0.pt")
+    named = ("--network", f"{own}:wrapping")
+    kept = saved.removeprefix("module.")
+    for out, options, name in (("made", named, "model.shift"), ("plain", (), kept)):
+        if "." not in saved and not options:
+            continue  # what is no part of a module is taken where it is known
+        ended = mergerl("convert", "0.pt", out, *options)
+        assert ended.code == 0, ended.err
+        (file,) = Path(out).rglob("0.safetensors")
+        assert list(load_file(file)) == [name]
+        model = mrl.load_model(file, network=f"{own}:wrapping")
+        assert model.state_dict()["model.shift"].tolist() == [1, 1]
+
+
+def test_a_set_is_searched_under_the_names_of_a_network_that_wraps_it(
+    mergerl: Callable[..., Ended], shifts: Path, own: str
+) -> None:
+    ended = begin(mergerl, shifts, own, "--searcher", "uniform", "--network", f"{own}:wrapping")
+    assert ended.code == 0, ended.err
+    model = mrl.load_model("run", network=f"{own}:wrapping")
+    assert model.state_dict()["model.shift"].tolist() == [3.0, 2.0]
 
 
 TUNING = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from merge_rl.core.state_dicts import hold, is_average, load_exactly, unwrapped
+from merge_rl.core.state_dicts import hold, is_average, load_exactly, names_for, unwrapped
 from merge_rl.errors import CheckpointError
 
 
@@ -138,3 +138,27 @@ def test_optional_tensors_may_lack_and_ignored_ones_be_there() -> None:
         load_exactly(
             net, {**weights, "first.bias": torch.ones(2)}, "a net", optional=lambda _name: True
         )
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "names"),
+    [
+        ("model.a model.b", "model.a model.b", "model.a model.b"),  # its own, and no wrapper's
+        ("module.net.a module.c", "net.a c", "module.net.a module.c"),
+        ("a b", "model.a model.b", "a b"),  # the network wraps what was saved
+        ("net.a net.b", "model.a model.b", "net.a net.b"),
+        ("model.a ema.a model.b ema.b", "net.a net.b", "ema.a ema.b"),
+        ("a b", "a c", "a b"),  # they do not meet
+    ],
+)
+def test_names_of_a_file_meet_those_of_a_network(found: str, wanted: str, names: str) -> None:
+    made = names_for(found.split(), wanted.split())
+    meeting = wanted if wanted != "a c" else found
+    assert made == dict(zip(meeting.split(), names.split(), strict=True))
+
+
+def test_parts_of_a_network_are_no_networks() -> None:
+    data = {"model": {"net.a": 1, "net.b": 2, "head": 3}, "step": "7"}
+    assert hold(data, int, whole=True).states == {"model": {"net.a": 1, "net.b": 2, "head": 3}}
+    averaged = {"model.a": 1, "ema.a": 2}
+    assert hold(averaged, int, whole=True).states == hold(averaged, int).states

@@ -18,6 +18,7 @@ from merge_rl.storage.checkpoints.hashes import FileHashes, find_duplicates, wit
 from merge_rl.storage.checkpoints.listing import (
     Listing,
     list_folder,
+    named_alike,
     progress,
     read_headers,
     select_entries,
@@ -79,6 +80,10 @@ class CheckpointSet:
         self._headers = tuple(headers)
         recorded = [entry.sha256 for entry in self.entries]
         self.hashes = FileHashes(self.paths, self._headers, recorded)
+
+    def describe(self, config: dict[str, Any]) -> None:
+        """Take them for weights of another network, under its names."""
+        self.config, self._headers = config, tuple(named_alike(self._headers, config))
 
     def __repr__(self) -> str:
         return f"CheckpointSet({str(self.folder)!r}, {len(self)} checkpoints)"

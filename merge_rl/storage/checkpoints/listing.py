@@ -113,10 +113,23 @@ def read_headers(listing: Listing) -> tuple[list[StoredWeights], dict[str, Any] 
     if not headers[0].tensors:
         raise CheckpointError(f"{paths[0]}: holds no tensors")
     config = set_config(listing, headers[0])
-    headers = [named_as_network(header, config) for header in headers]
+    headers = named_alike(headers, config)
     for path, header in zip(paths[1:], headers[1:], strict=True):
         require_same(path, header, paths[0], headers[0])
     return headers, config
+
+
+def named_alike(
+    headers: Sequence[StoredWeights], config: Mapping[str, Any] | None
+) -> list[StoredWeights]:
+    """Under the names of the network of `config`, which is asked once about equal tensors."""
+    known: dict[frozenset[str], Mapping[str, str]] = {}
+    for header in headers:
+        if (names := frozenset(header.tensors)) not in known:
+            made = named_as_network(header, config)
+            known[names] = {} if made is header else made.in_files
+    found = ((header, known[frozenset(header.tensors)]) for header in headers)
+    return [header.renamed(names) if names else header for header, names in found]
 
 
 def require_same(path: Path, header: StoredWeights, first_path: Path, first: StoredWeights) -> None:

@@ -9,9 +9,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from merge_rl import registry
+from merge_rl import own_code, registry
 from merge_rl.core.forms import network_shapes
-from merge_rl.core.state_dicts import own_names
+from merge_rl.core.state_dicts import names_for, own_names
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from merge_rl.storage.checkpoints.diffusers_folder import (
     find_scheduler,
@@ -239,18 +239,17 @@ def _require_forms(
 
 
 def named_as_network(stored: StoredWeights, config: Config | None) -> StoredWeights:
-    """Weights under the names of the network of `config`, where a wrapper's names hide those.
-
-    Other weights stay as they are, to be refused by whoever holds them against the network.
-    """
-    names = own_names(stored.tensors)
-    if config is None or "model" not in config or all(new == old for new, old in names.items()):
+    """Weights under the names of the network of `config`; those that do not meet it stay."""
+    if config is None or "model" not in config:
+        return stored
+    plain = all(new == old for new, old in own_names(stored.tensors).items())
+    if plain and not own_code.is_own(str(config["model"])):  # which may hold what it wraps
         return stored
     try:
-        expected = _forms(config, len(names), str(stored.path))
+        names = names_for(stored.tensors, _forms(config, len(stored.tensors), str(stored.path)))
     except IncompatibleCheckpointError:
         return stored
-    return stored.renamed(names) if names.keys() == expected.keys() else stored
+    return stored if all(new == old for new, old in names.items()) else stored.renamed(names)
 
 
 def _fits(tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo], name: str) -> bool:

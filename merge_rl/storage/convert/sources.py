@@ -145,7 +145,8 @@ def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
     if place is None:
         raise CheckpointError(f"{path}: no checkpoint of a known kind")
     if place.kind == "distcp":
-        found = read_states(read_distcp(place.weights), path, weights, hints, steps=steps_of(path))
+        pieced, steps = read_distcp(place.weights), steps_of(path)
+        found = read_states(pieced, path, weights, hints, steps=steps, whole=False)
     elif place.kind == "peft":
         found = [_read_adapter(path, place.weights, hints)]
     else:
@@ -243,7 +244,7 @@ def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
         read = read_states(weights_of(data, path), path, "auto", hints)
         return [replace(with_profile(item, data, hints), kind="posthoc-ema") for item in read]
     if is_lightning(data):
-        read = read_states(arranged(data), path, weights, hints)
+        read = read_states(arranged(data), path, weights, hints, whole=False)
         return [replace(item, kind="lightning") for item in read]
     if edm2_source.is_snapshot(data):
         if weights == "model":
@@ -253,14 +254,14 @@ def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
         return edm2_source.read_training_state(data, path, weights)
     if holds_states(data):
         return read_states(data, path, weights, hints)
-    if any(str(key).startswith("optim") for key in data):
+    if any(str(key).startswith("optim") or key == "opt" for key in data):
         raise CheckpointError(f"{path}: the state of an optimizer, and no weights of a network")
     keys = [shown(key, 30) for key in data if isinstance(key, str)][:8]
     raise _unknown(path, f"a mapping with the keys {', '.join(keys) or '(none)'}")
 
 
 def _unknown(path: Path, found: str) -> CheckpointError:
-    expected = "an EDM2 snapshot or training state, or weights of SiT, DiT, REPA or JiT"
+    expected = "an EDM2 snapshot or training state, or tensors by name"
     return CheckpointError(f"{path}: expected {expected}, found {found}")
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from merge_rl import own_code
-from merge_rl.core.state_dicts import Held, hold, is_average
+from merge_rl import own_code, registry
+from merge_rl.core.state_dicts import Held, hold, is_average, names_for
 from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.storage.checkpoints import parse_stem
 from merge_rl.storage.convert.contents import (
@@ -42,16 +42,21 @@ def read_states(
     hints: Hints,
     config: Mapping[str, Any] | None = None,
     steps: int | None = None,
+    *,
+    whole: bool = True,
 ) -> list[Extracted]:
     """The networks in a file: of raw weights and their average, "auto" takes the average.
 
     `config` is what the file says of its network in another way. nimg is steps * images a step:
     the steps as the file counts them, else `steps`, else the number in its name; images as the user
-    or its settings say, else 256. Optimizers are left alone.
+    or its settings say, else 256. Optimizers are left alone. A network of no known family keeps its
+    names, unless (`whole` off) their first part is what the training program calls it.
     """
     if hints.part is not None:
         data = part_of(data, hints.part, path)
     held, found = hold(data, TensorRef), list[Extracted]()
+    if hints.part is None and not any(map(_is_known, held.states.values())):
+        held = hold(data, TensorRef, whole=whole)
     said = read_said(data if config is None else {**data, "config": config})
     for place in _wanted(held, path, weights):
         tensors = state_dict(held.states[place], f"{path}, {place}" if place else str(path))
@@ -147,12 +152,16 @@ def _described(
         return _edm2(item)
     if family:
         return _network(item, family, said, hints, stated)
-    own = {} if hints.network is None else {"model": own_code.allow(hints.network)}
+    own, tensors = {}, item.tensors
+    if hints.network is not None:
+        own = {"model": own_code.allow(hints.network)}
+        names = names_for(tensors, registry.build_on_meta(own).state_dict())
+        tensors = {name: tensors[known] for name, known in names.items()}
     told = () if own else (
         "the tensors of no network that is known, taken as they are; what needs to build it takes "
         "--network package.module:factory",
     )  # fmt: skip
-    return replace(item, config=own, notes=(*item.notes, *told))
+    return replace(item, tensors=tensors, config=own, notes=(*item.notes, *told))
 
 
 def _family(item: Extracted, said: Said, hints: Hints) -> str:

@@ -24,6 +24,7 @@ from merge_rl.storage.pickles import TensorRef, kind_of
 
 _COUNTS: Final = ("initted", "step")
 _NUMBERS: Final = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4"}
+_INFINITE: Final = 65_520  # the least that float16 rounds to infinity
 _DIGITS: Final = {"F16": 11, "BF16": 8, "F32": 24}  # binary, of a number that is stored so
 SHADOWS: Final = (
     *("ema_state_dict", "ema_weights", "ema_params", "shadow_params", "ema_model", "ema"),
@@ -60,7 +61,7 @@ def with_profile(item: Extracted, data: Mapping[str, object], hints: Hints) -> E
     counted = _count(data["step"], item.path)
     late = not any(str(key).startswith("ema_model.") for key in data)
     notes, steps = item.notes, step
-    if math.isfinite(counted):
+    if not (counted == math.inf and _code(data["step"]) == "F16" and step >= _INFINITE):
         digits = _DIGITS.get(_code(data["step"]), 53)
         same = abs(counted - step) <= step * 2.0**-digits
         if not same and not (late and 0 < counted < step):

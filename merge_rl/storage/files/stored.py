@@ -45,7 +45,7 @@ class StoredWeights:
     def renamed(self, names: Mapping[str, str]) -> StoredWeights:
         """The same under other names (new -> the one in the files); those not named are left."""
         return replace(
-            self, in_files=names,
+            self, in_files={n: self.in_files.get(known, known) for n, known in names.items()},
             homes={name: self.homes[known] for name, known in names.items()},
             tensors={name: self.tensors[known] for name, known in names.items()},
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from merge_rl import own_code, registry
 from merge_rl.config import SamplerConfig
 from merge_rl.core.network import Network
-from merge_rl.core.state_dicts import Held, hold, unwrapped
+from merge_rl.core.state_dicts import Held, hold, names_for, unwrapped
 from merge_rl.errors import (
     CheckpointError,
     ConfigError,
@@ -206,11 +206,11 @@ def load_network(path: str | Path, network: str | None = None) -> Network:
     config = file.config if network is None else {"model": own_code.allow(network)}
     if config is None:
         raise unknown_config(path)
-    weights = unwrapped(file.weights)
-    infos = WeightStream.of(weights).infos
     if not own_code.is_own(str(config.get("model"))):  # before it takes memory
-        require_network(infos, config, str(path))
+        require_network(WeightStream.of(unwrapped(file.weights)).infos, config, str(path))
     model = registry.build_model(config)
-    require_fit(infos, model, str(path))
+    names = names_for(file.weights, model.state_dict())
+    weights = {name: file.weights[known] for name, known in names.items()}
+    require_fit(WeightStream.of(weights).infos, model, str(path))
     model.load_state_dict(weights)
     return model.float().eval().requires_grad_(False)

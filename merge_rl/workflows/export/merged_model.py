@@ -15,7 +15,7 @@ from torch import Tensor
 from merge_rl import own_code
 from merge_rl.core.network import Network
 from merge_rl.core.sampling.sampler import sample
-from merge_rl.core.state_dicts import unwrapped
+from merge_rl.core.state_dicts import names_for
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import open_model_file
 from merge_rl.storage.hub import CARD_NAME, Pushed
@@ -71,6 +71,7 @@ class MergedModel:
         place = find_model(f"{name}@{revision}" if revision else name).path
         built = load_network(place, named)
         file = open_model_file(place)
+        names = names_for(file.weights, built.state_dict())
         folder = place if place.is_dir() else place.parent
         return cls(
             network=built,
@@ -79,7 +80,7 @@ class MergedModel:
             dtype=dtype_of(file.weights),
             _card=_card(folder) if "merge" in file.metadata else None,
             _metadata={key: file.metadata[key] for key in CARRIED_METADATA if key in file.metadata},
-            _loaded=unwrapped(file.weights),
+            _loaded={name: file.weights[known] for name, known in names.items()},
         )
 
     def sample(self, noise: Tensor, labels: Tensor | None = None, **settings: Any) -> Tensor:

@@ -515,7 +515,7 @@ def test_one_bad_file_does_not_cost_the_others(tmp_path: Path) -> None:
     [
         (
             {"ema": 3},
-            "EDM2 snapshot or training state, or weights of SiT, DiT, REPA or JiT, found",
+            "EDM2 snapshot or training state, or tensors by name, found",
         ),
         ([1, 2], "found 'list'"),
         ({}, r"keys \(none\)"),

@@ -149,6 +149,12 @@ def test_names_and_steps_that_disagree_are_refused(tmp_path: Path) -> None:
     (tmp_path / "run/0.6000.pt").rename(tmp_path / "run/0.7000.pt")
     with pytest.raises(CheckpointError, match=r"name says step 7000, the file itself step 6000$"):
         convert(tmp_path / "run", tmp_path / "other")
+    write_posthoc(tmp_path / "late", [70_000], indices=1)  # infinite in float16: the name counts
+    (tmp_path / "late/0.70000.pt").rename(tmp_path / "late/0.65519.pt")  # the last that is not
+    with pytest.raises(CheckpointError, match="name says step 65519, the file itself step inf"):
+        convert(tmp_path / "late", tmp_path / "other")
+    (tmp_path / "late/0.65519.pt").rename(tmp_path / "late/0.65520.pt")
+    convert(tmp_path / "late", tmp_path / "other")
 
 
 def test_averages_that_begin_late_count_from_there(tmp_path: Path) -> None:
@@ -162,6 +168,9 @@ def test_averages_that_begin_late_count_from_there(tmp_path: Path) -> None:
     assert "begin after 99 steps" in said
     entries = read_manifest(tmp_path / "out").checkpoints
     assert [(entry.nimg, entry.ema_std) for entry in entries] == [(802, 0.15), (1802, 0.15)]
+    torch.save({**data, "sigma_rel": -1.0}, tmp_path / "0.1000.pt")
+    with pytest.raises(CheckpointError, match=r"expected a width of 0 to 0\.\d+, found -1"):
+        convert(tmp_path / "0.1000.pt", tmp_path / "other", update_every=1)
     with pytest.raises(ConfigError, match=r"--ema-std says 0\.1, the file itself 0\.15"):
         convert(tmp_path / "run", tmp_path / "other", update_every=1, ema_std="0.1")
 
