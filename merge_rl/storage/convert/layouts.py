@@ -16,7 +16,10 @@ from merge_rl.storage.pickles import TensorRef
 SUFFIXES: Final = (".pkl", ".pt", ".pth", ".ckpt")
 # What libraries call the weights in the folder of a checkpoint.
 GENERIC: Final = ("model", "diffusion_pytorch_model", "pytorch_model", "adapter_model")
-_PICKLED: Final = ("pytorch_model.bin", "adapter_model.bin", "diffusion_pytorch_model.bin")
+_PICKLED: Final = (
+    *("pytorch_model.bin", "adapter_model.bin", "diffusion_pytorch_model.bin"),
+    "pytorch_model.bin.index.json",
+)
 # What lies beside the weights to go on with: optimizers, schedules, states of generators.
 _BESIDE: Final = re.compile(
     r"(optimizer|scheduler|scaler|sampler|dl_state|rng_state|random_states|custom_checkpoint"

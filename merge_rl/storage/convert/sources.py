@@ -40,7 +40,7 @@ from merge_rl.storage.convert.contents import (
 )
 from merge_rl.storage.convert.distcp import files_of_metadata, read_distcp
 from merge_rl.storage.convert.layouts import Place, files_in, place_of, read_library, steps_of
-from merge_rl.storage.convert.states import holds_states, read_states
+from merge_rl.storage.convert.states import INDEX, holds_states, read_only_state, read_states
 from merge_rl.storage.convert.trajectories import (
     SHADOWS,
     arranged,
@@ -51,7 +51,6 @@ from merge_rl.storage.convert.trajectories import (
     with_profile,
 )
 from merge_rl.storage.files import (
-    INDEX_SUFFIX,
     is_weights_name,
     network_name,
     open_weights,
@@ -135,7 +134,7 @@ def files_of(path: Path) -> list[Path]:
             return files_of_metadata(place.weights)
         config = [path / CONFIG] if place and place.kind == "peft" else []
         return [*config, *(part for item in inner for part in files_of(item))]
-    shards = parse_index(path).values() if path.name.endswith(INDEX_SUFFIX) else ()
+    shards = parse_index(path).values() if path.name.endswith(INDEX) else ()
     return [path, *sorted(set(shards))]
 
 
@@ -282,11 +281,7 @@ def _read_safetensors(path: Path, weights: str, hints: Hints) -> list[Extracted]
 def _tensors_of(path: Path) -> dict[str, TensorRef]:
     """The tensors of a file by name: of a safetensors, of shards, or of a pickled state dict."""
     if not is_weights_name(path.name):
-        data = read_data(path)
-        held = hold(data, TensorRef).states if isinstance(data, dict) else {}
-        if len(held) != 1:
-            raise CheckpointError(f"{path}: expected the tensors of one network")
-        return next(iter(held.values()))
+        return read_only_state(path)
     stored = open_weights(path)
     sources = {file: ByteSource(file) for file in stored.parts}
     tensors = {}

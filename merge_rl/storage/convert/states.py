@@ -24,10 +24,12 @@ from merge_rl.storage.convert.contents import (
 )
 from merge_rl.storage.convert.families import PROJECTORS, find_family, fitting, is_foreign, path_of
 from merge_rl.storage.convert.sit import ROTATIONS, describe_jit, describe_sit
-from merge_rl.storage.pickles import TensorRef
+from merge_rl.storage.files import parse_index
+from merge_rl.storage.pickles import TensorRef, read_data
 
 _STEP: Final = re.compile(r"(?:.*[-_.])?(\d{7,9})")
 State = Mapping[str, TensorRef]
+INDEX: Final = ".index.json"  # of shards, be they pickled or not
 
 
 def holds_states(data: Mapping[str, object]) -> bool:
@@ -54,6 +56,8 @@ def read_states(
     """
     if hints.part is not None:
         data = part_of(data, hints.part, path)
+        if not holds_states(data):
+            raise CheckpointError(f"{path}: holds no tensors whose names begin with {hints.part}.")
     held, found = hold(data, TensorRef), list[Extracted]()
     if hints.part is None and not any(map(_is_known, held.states.values())):
         held = hold(data, TensorRef, whole=whole)
@@ -80,6 +84,21 @@ def read_states(
     return found
 
 
+def read_only_state(path: Path) -> dict[str, TensorRef]:
+    """The tensors of a pickled file, or of all that an index lists, if these are one network's."""
+    homes = parse_index(path) if path.name.endswith(INDEX) else {}
+    data: dict[str, object] = {}
+    for file in sorted(set(homes.values())) or [path]:
+        found = read_data(file)
+        data |= found if isinstance(found, dict) else {}
+    if lacking := sorted(homes.keys() - data.keys()):
+        raise CheckpointError(f"{path}: no shard holds {lacking[0]!r}, as the index says")
+    held = hold(data, TensorRef, whole=True).states
+    if len(held) != 1:
+        raise CheckpointError(f"{path}: expected the tensors of one network")
+    return next(iter(held.values()))
+
+
 def _wanted(held: Held[TensorRef], path: Path, weights: str) -> list[str]:
     """The places of the state dicts that are meant."""
     raw, averaged = held.among(averaged=False), held.among(averaged=True)
@@ -101,6 +120,8 @@ def _wanted(held: Held[TensorRef], path: Path, weights: str) -> list[str]:
     if [*raw, *averaged] == [""]:
         return [""]
     chosen = {"auto": averaged[:1] or raw, "both": raw + averaged, "ema": averaged, "model": raw}
+    if not held.states:
+        raise CheckpointError(f"{path}: holds no tensors of a network")
     if not chosen[weights]:
         holds = " and ".join([*raw, *averaged])
         raise CheckpointError(f"{path}: holds no {weights!r}, only {holds}")

@@ -233,15 +233,17 @@ def read_index(folder: Path, stem: str = MODEL_STEM) -> dict[str, Path] | None:
 def parse_index(path: Path) -> dict[str, Path]:
     """Tensor name -> shard, as an index says.
 
-    An index is data from anywhere: a shard outside of its folder is refused.
+    An index is data from anywhere: a shard outside of its folder is refused. Shards are of the kind
+    that its own name says, "model.safetensors.index.json" or "pytorch_model.bin.index.json".
     """
+    kind = ".bin" if path.name.endswith(".bin.index.json") else ".safetensors"
     homes = load_json_mapping(read_bounded(path), str(path)).get("weight_map")
     if not isinstance(homes, dict) or not homes:
         raise CheckpointError(f"{path}: expected a weight_map of tensors to files")
     for file in homes.values():
         plain = isinstance(file, str) and PurePosixPath(file).name == file and "\\" not in file
-        if not plain or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: expected names of .safetensors beside it, got {file!r}")
+        if not plain or not file.endswith(kind):
+            raise CheckpointError(f"{path}: expected names of {kind} beside it, got {file!r}")
     return {name: path.parent / file for name, file in homes.items()}
 
 

@@ -404,6 +404,42 @@ def test_tensors_in_pieces_are_put_together(tmp_path: Path, axis: int) -> None:
     assert b"".join(pieced.pieces(8)) == whole.numpy().tobytes()
 
 
+def test_pickled_shards_are_one_checkpoint(tmp_path: Path) -> None:
+    folder, tensors = tmp_path / "run/checkpoint-5", state(5)
+    folder.mkdir(parents=True)
+    homes = {name: f"pytorch_model-{i}.bin" for i, name in enumerate(tensors)}
+    for name, file in homes.items():
+        torch.save({name: tensors[name]}, folder / file)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": homes}))
+    convert(tmp_path / "run", tmp_path / "set", images_per_step=1)
+    opened = open_checkpoints(tmp_path / "set")
+    assert opened.nimg == [5]
+    assert all(torch.equal(opened.read(0)[name], tensors[name]) for name in tensors)
+    index.write_text(json.dumps({"weight_map": {**homes, "ghost": next(iter(homes.values()))}}))
+    with pytest.raises(CheckpointError, match="no shard holds 'ghost', as the index says"):
+        convert(tmp_path / "run", tmp_path / "other")
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    with pytest.raises(CheckpointError, match="expected names of .bin beside it"):
+        convert(tmp_path / "run", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("content", "part", "message"),
+    [
+        ({"state_dict": {}, "epoch": 1, "global_step": 2}, None, "holds no tensors of a network"),
+        ({"unet.a": torch.ones(1)}, "vae", "no tensors whose names begin with vae."),
+        ({"opt": {"state": {}}}, None, "the state of an optimizer, and no weights"),
+    ],
+)
+def test_files_without_the_weights_that_are_meant(
+    content: dict[str, Any], part: str | None, message: str, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "a.ckpt", tmp_path / "out", part=part)
+
+
 # ----------------------------------------------------------------------------------------- adapters
 
 
