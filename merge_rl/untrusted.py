@@ -13,6 +13,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import ValuesView
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -150,7 +151,7 @@ def read_bounded(
 
 
 class _KeysOnce(yaml.constructor.SafeConstructor):
-    """Refuses repeated keys."""
+    """Refuses repeated keys. Numbers are decimal: 0x10, 0b1 and 1:30 are text, and 010 is ten."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         # PyYAML lets the last of two equal keys win, which hides slips of copy and paste.
@@ -162,6 +163,17 @@ class _KeysOnce(yaml.constructor.SafeConstructor):
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+    def decimal(self, node: yaml.ScalarNode) -> object:
+        """A number as options read it, not by its base or in parts of sixty."""
+        if node.tag.endswith(":float"):
+            return node.value if ":" in node.value else self.construct_yaml_float(node)
+        decimal = re.fullmatch("[-+]?[0-9]+(?:_[0-9]+)*", node.value)
+        return int(node.value) if decimal else node.value or self.construct_yaml_int(node)
+
+
+for _tag in ("int", "float"):
+    _KeysOnce.add_constructor(f"tag:yaml.org,2002:{_tag}", _KeysOnce.decimal)
 
 
 class _StrictLoader(_KeysOnce, yaml.SafeLoader):
@@ -250,15 +262,10 @@ def _bounded(value: object) -> object:
     """The value itself; RecursionError if it is nested deeper than what walks it may follow."""
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
-        inner: list[object] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner += item.values()
-            elif isinstance(item, (list, tuple, set)):
-                inner += item
-        if not inner:
+        whole = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [i for x in whole if isinstance(x, (list, tuple, set, ValuesView)) for i in x]
+        if not level:
             return value
-        level = inner
     raise RecursionError
 
 

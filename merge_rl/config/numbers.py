@@ -24,15 +24,17 @@ _NUMBER = re.compile(
     r"\s*([A-Za-z]{0,2})"
 )
 _MOST_CHARACTERS: Final = 400
+_MOST_WHOLE: Final = 2**64
 
 
 def whole_number(value: object) -> int | None:
     """A whole number: itself, or text such as "1e6", "8_388_608", "1,024", "50k", "192Mi".
 
-    None for anything else: true and false, fractions, other units.
+    None for anything else: true and false, fractions, other units, numbers beyond 64 bits.
     """
     found = _exact(value)
-    return int(found) if found is not None and found == found.to_integral_value() else None
+    whole = found is not None and abs(found) < _MOST_WHOLE and found == found.to_integral_value()
+    return int(found) if found is not None and whole else None
 
 
 def real_number(value: object) -> float | None:
@@ -108,6 +110,7 @@ _RANGES: Final[Mapping[str, tuple[str, Callable[[float], bool]]]] = {
     "sigma_data": ("> 0", lambda value: value > 0),
     "noise_scale": ("> 0", lambda value: value > 0),
     "mlp_ratio": ("above 0, at most 1000", lambda value: 0 < value <= 1000),
+    "dropout": ("from 0 to 1", lambda value: 0 <= value <= 1),
     "class_dropout_prob": ("from 0 to 1", lambda value: 0 <= value <= 1),
 }
 

@@ -24,6 +24,7 @@ from merge_rl.config import (
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import MANIFEST_NAME, read_manifest
 from merge_rl.storage.hub import parse_count
+from merge_rl.untrusted import parse_yaml
 
 WHOLE = [
     ("50000", 50_000), (50_000, 50_000), (5e4, 50_000), ("5e4", 50_000), ("50k", 50_000),
@@ -32,7 +33,8 @@ WHOLE = [
     ("0.5k", 500), ("12345678901234567890", 12345678901234567890),
 ]  # fmt: skip
 NOT_WHOLE = ["", "Mi", "k", "1.5", 1.5, "5e-2", "1e9999999", "192MB", "50m", "1,5", "x", True, None,
-             "0x10", "1 2", "--3", "1e", math.inf, math.nan, [1], "9" * 500]  # fmt: skip
+             "0x10", "1:30", "٣", "1e400", 2**64, 10**400,
+             "1 2", "--3", "1e", math.inf, math.nan, [1], "9" * 500]  # fmt: skip
 
 
 @pytest.mark.parametrize(("written", "number"), WHOLE)
@@ -83,6 +85,19 @@ def test_every_option_reads_numbers_by_the_one_parser() -> None:
     by_hand = ("plan memory", "sample columns", "compare curve_images")
     assert {parsers[where] for where in by_hand} == {decimal, integer, positive}
     assert [where for where, read in parsers.items() if read is None] == []
+
+
+@pytest.mark.parametrize("written", ["010", "1_0", "+10", "1e1", "10.0", "0.01k"])
+def test_files_read_numbers_as_options_do(written: str) -> None:
+    for said in (f"budget: {written}", f'budget: "{written}"'):
+        found = parse_yaml(said, "a")
+        assert from_mapping(OptimizeConfig, found).budget == 10 == integer(written)
+
+
+@pytest.mark.parametrize("written", ["0x10", "0b1", "0o7", "1:30", "1:30.5", "!!int 0x10", ".inf"])
+def test_files_read_no_number_that_options_do_not(written: str) -> None:
+    with pytest.raises(ConfigError, match="config.budget: expected int, found"):
+        from_mapping(OptimizeConfig, parse_yaml(f"budget: {written}", "a"))
 
 
 def test_lists_of_numbers() -> None:

@@ -33,6 +33,7 @@ from merge_rl.storage.files import (
     tensor_bytes,
 )
 from merge_rl.storage.pickles import TensorRef, read_data
+from merge_rl.untrusted import open_file
 
 FEATURES_FORMAT: Final = "merge_rl.features.v1"
 TORCH_SUFFIXES: Final = (".pt", ".pth")
@@ -81,6 +82,7 @@ def load_features(path: str | os.PathLike[str]) -> SavedFeatures:
     if suffix in TORCH_SUFFIXES:
         return _from_torch(file)
     if suffix not in ("", ".safetensors"):
+        open_file(file, StatisticsError).close()  # what is none at all is called so
         known = ", ".join((".safetensors", ".npz", ".npy", *TORCH_SUFFIXES))
         raise StatisticsError(f"{file}: expected features as a file of {known}, found {suffix}")
     header, tensors, _ = read_file(file, hashed=False)

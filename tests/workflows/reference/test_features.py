@@ -51,6 +51,7 @@ def test_one_matrix_alone_needs_no_name(tmp_path: Path) -> None:
         np.savez(path, **others)
         with pytest.raises(StatisticsError, match=f"as 'features' or 'reps', found {found}$"):
             load_features(path)
+    (tmp_path / "a.PKL").touch()
     with pytest.raises(StatisticsError, match=r"a file of .safetensors, .npz, .*, found .pkl$"):
         load_features(tmp_path / "a.PKL")
 
