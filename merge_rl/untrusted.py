@@ -173,7 +173,7 @@ class _KeysOnce(yaml.constructor.SafeConstructor):
 
 
 for _tag in ("int", "float"):
-    _KeysOnce.add_constructor(f"tag:yaml.org,2002:{_tag}", _KeysOnce.decimal)
+    _KeysOnce.add_constructor(f"tag:yaml.org,2002:{_tag}", _KeysOnce.decimal)  # type: ignore[type-var]
 
 
 class _StrictLoader(_KeysOnce, yaml.SafeLoader):

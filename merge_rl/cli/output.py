@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Final, TypeVar
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import (
@@ -107,14 +108,36 @@ def print_json(document: Any) -> None:
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False
 ) -> None:
-    """A table on stdout; the first column is left-aligned, the others right unless of words."""
+    """A table on stdout; the first column is left-aligned, the others right unless of words.
+
+    Names of the first column and numbers of the others stay whole, if need be beyond the terminal.
+    """
     table = Table(title=escape(title), title_justify="left", header_style="bold")
+    console = Console(emoji=False, highlight=False)
+    widths = [] if words else _widths(list(zip(columns, *rows, strict=True)), console.width)
+    console.width = max(console.width, sum(widths) + 1, _LEAST_WIDTH)
     for index, column in enumerate(columns):
         side: JustifyMethod = "left" if words or index == 0 else "right"
-        table.add_column(column, justify=side, no_wrap=index == 0, overflow="fold")
+        width = widths[index] - _EDGE if widths else None
+        table.add_column(column, justify=side, no_wrap=index == 0, overflow="fold", width=width)
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(emoji=False, highlight=False).print(table)
+    console.print(table)
+
+
+_EDGE, _LEAST_WIDTH, _LONGEST_NUMBER = 3, 20, 24
+
+
+def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Of columns with their edges: within the room, where names and numbers stay whole."""
+    widths = [_EDGE + max(map(cell_len, column)) for column in columns]
+    parts = (" ".join(column).split() for column in columns[1:])
+    longest = (max(map(cell_len, part), default=0) for part in parts)
+    least = [widths[0], *(_EDGE + min(_LONGEST_NUMBER, length) for length in longest)]
+    while sum(widths) >= room and widths != least:  # one more for the last edge
+        spare = [width - needed for width, needed in zip(widths, least, strict=True)]
+        widths[spare.index(max(spare))] -= 1
+    return widths
 
 
 def rate_of(task: Task) -> float | None:

@@ -66,6 +66,20 @@ def test_a_table_keeps_its_numbers_whole(terminal: Terminal, columns: int) -> No
         assert sum(number in line for line in lines) == 1
 
 
+@pytest.mark.parametrize("columns", [0, 20, 40])
+def test_a_table_is_wider_than_a_terminal_too_small_for_it(
+    terminal: Terminal, columns: int
+) -> None:
+    shown = terminal(columns)
+    print_table(
+        "T", ["model", "nimg", "check"], [["digits-0002097-0.050", "2,097,152", "not read"]]
+    )
+    lines = shown.getvalue().splitlines()
+    # "digits-0002097-0.050", "2,097,152" and "check" with three edges and spaces around them.
+    assert max(map(len, lines)) == 20 + 9 + 5 + 10
+    assert sum("digits-0002097-0.050 │ 2,097,152 │" in line for line in lines) == 1
+
+
 def task(completed: int, elapsed: float, known: int = 0) -> Task:
     return SimpleNamespace(  # type: ignore[return-value]
         completed=completed, elapsed=elapsed, finished=False, finished_time=None,

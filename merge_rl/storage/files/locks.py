@@ -181,10 +181,12 @@ def _held(path: Path, what: Path) -> Iterator[bool]:
 def _acquire(path: Path, what: Path) -> int:
     """The open lock file."""
     for _ in range(_ATTEMPTS):
+        lost = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _open(path, what)
-        except FileNotFoundError:  # its last holder has just removed the folder
+        except FileNotFoundError as error:  # its last holder has just removed the folder
+            lost = error
             continue
         except FileExistsError:
             raise RunError(f"{what}: expected a folder to write to, found a file") from None
@@ -192,6 +194,8 @@ def _acquire(path: Path, what: Path) -> int:
             raise RunError(f"{what}: cannot be written: {reason(error)}") from None
         if descriptor is not None:
             return descriptor
+    if lost is not None:  # by ten others in a row, or for good, as below /proc
+        raise RunError(f"{what}: cannot be made or written: {reason(lost)}")
     raise RunError(f"{what} is being written by other processes, one after the other; try again")
 
 

@@ -10,6 +10,7 @@ from merge_rl.storage.runs.lifecycle import (
     gone_unless,
     require_resumable,
     require_same,
+    require_same_set,
 )
 from merge_rl.storage.runs.places import (
     Meant,
@@ -60,5 +61,6 @@ __all__ = [
     "require_extras",
     "require_resumable",
     "require_same",
+    "require_same_set",
     "result_of",
 ]

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -198,11 +198,22 @@ def require_same_inputs(run: RunFolder[Any], hashes: Mapping[str, Any]) -> None:
     recorded = (run.read("inputs.json") or {}).get("hashes")
     if recorded != hashes:
         known = recorded if isinstance(recorded, dict) else {}
-        changed = [k for k, v in hashes.items() if known.get(k) != v]
-        raise RunError(
-            f"{run.path}: cannot resume, the inputs have changed since it began: "
-            f"{', '.join(changed)} (by SHA-256){_ELSEWHERE if _SET & set(changed) else ''}"
-        )
+        raise _changed(run, [k for k, v in hashes.items() if known.get(k) != v])
+
+
+def require_same_set(run: RunFolder[Any], names: Iterable[str]) -> None:
+    """Raise the same for a set of other names, which need not fit the network or the groups."""
+    hashes = (run.read("inputs.json") or {}).get("hashes")
+    known = hashes.get("checkpoints") if isinstance(hashes, dict) else None
+    if isinstance(known, dict) and known.keys() != set(names):
+        raise _changed(run, ["checkpoints"])
+
+
+def _changed(run: RunFolder[Any], inputs: Sequence[str]) -> RunError:
+    return RunError(
+        f"{run.path}: cannot resume, the inputs have changed since it began: "
+        f"{', '.join(inputs)} (by SHA-256){_ELSEWHERE if _SET & set(inputs) else ''}"
+    )
 
 
 def require_resumable(run: RunFolder[Any], hashes: Mapping[str, Any], tracker: Tracker) -> None:

@@ -36,6 +36,7 @@ from merge_rl.storage.runs import (
     gone_unless,
     located,
     require_resumable,
+    require_same_set,
 )
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
@@ -193,6 +194,7 @@ def resume(
         select = config.select or None
         require_all_allowed(config, str(run.path))
         opened = open_checkpoints(config.checkpoints, track=config.track, select=select)
+        require_same_set(run, opened.names)
         with_network(opened, config.network)
         ranks, job = _gather(group, config, opened, tracker, given)
         if not group.leads:

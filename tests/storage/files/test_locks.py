@@ -216,6 +216,18 @@ def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
         raise AssertionError
 
 
+def test_a_folder_that_its_file_system_does_not_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_entry(*_: object, **_options: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(Path, "mkdir", no_entry)  # as below /proc
+    message = "new: cannot be made or written: No such file or directory"
+    with pytest.raises(RunError, match=message), locked(tmp_path / "new"):
+        raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("argv", "command"),
     [

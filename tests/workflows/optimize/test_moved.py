@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 import merge_rl as mrl
 from merge_rl.config.finetune import FinetuneConfig
@@ -16,6 +17,7 @@ from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import RunError
 from merge_rl.interfaces import NullTracker
+from merge_rl.storage.checkpoints import save_checkpoint
 from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME
 from merge_rl.storage.runs.places import Moved, located
 from merge_rl.storage.runs.run_dir import FinetuneRun, RunDir
@@ -165,6 +167,13 @@ def test_another_set_is_refused(stopped: Stopped, tmp_path: Path, outcome: Outco
     message = r"inputs have changed since it began: checkpoints \(by SHA-256\); .*--checkpoints"
     with pytest.raises(RunError, match=message):
         mrl.resume(stopped.run, checkpoints=other)
+    save_checkpoint(tmp_path / "third/a.safetensors", {"w": torch.ones(2)})  # fits nothing
+    save_checkpoint(tmp_path / "third/b.safetensors", {"w": torch.zeros(2)})
+    listed = ", ".join(f"{{file: {name}.safetensors, track: raw}}" for name in "ab")
+    text = f"version: 1\nmodel: {{}}\ncheckpoints: [{listed}]\n"
+    (tmp_path / "third" / MANIFEST_NAME).write_text(text)
+    with pytest.raises(RunError, match=message):
+        mrl.resume(stopped.run, checkpoints=tmp_path / "third")
     with pytest.raises(RunError, match="nowhere: no such folder; expected the checkpoints of"):
         mrl.resume(stopped.run, checkpoints=tmp_path / "nowhere")
     assert outcome(stopped.run) == before
