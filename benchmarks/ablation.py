@@ -1,6 +1,7 @@
-"""What each part of the default search is worth: the policy gradient without it, or with another.
+"""What each part of a search is worth: a searcher without it, or with another.
 
     python -m benchmarks.ablation [--set edm2] [--budget 20000] [--seeds 0,1,2]
+                                  [--searcher policy-gradient]
                                   [--variants "default,rank shaping"]
                                   [--folder build/bench/ablation] [--out FILE.json]
 
@@ -26,6 +27,7 @@ VARIANTS = {
     "default": "",
     "one group": "merge.grouping=one",
     "every block": "merge.grouping=blocks",
+    "every tensor": 'merge.groups="{tensor: (?P<each>.+)}"',
     "fixed width": "search.width_rate=0",
     "plain affine map": "merge.map=affine",
     "independent draws": "search.antithetic=false",
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", default="edm2", choices=CASES)
     parser.add_argument("--budget", type=int, default=20_000)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--searcher", default="policy-gradient")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--folder", type=Path, default=Path("build/bench/ablation"))
     parser.add_argument("--out", type=Path)
@@ -57,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings(given.folder / "digits", given.set, given.budget),
         out=given.folder / given.set,
         searchers=[
-            f'policy-gradient label="{name}" {VARIANTS[name]}' for name in given.variants.split(",")
+            f'{given.searcher} label="{name}" {VARIANTS[name]}'
+            for name in given.variants.split(",")
         ],
         seeds=[int(text) for text in given.seeds.split(",")],
         curve_images=0,

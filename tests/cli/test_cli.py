@@ -138,6 +138,25 @@ def test_the_list_of_commands_is_that_of_the_commands(
     assert mergerl("--help").out == shown
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, main_module.SPINS),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)
+def test_threads_that_wait_give_their_core_away(
+    given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))  # restored whatever becomes of it
+    monkeypatch.setattr(sys, "argv", ["mergerl", "--version"])
+    with pytest.raises(SystemExit) as end:
+        main_module.main()
+    assert end.value.code == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
 # --------------------------------------------------------------------------------- whole commands
 
 
