@@ -16,7 +16,7 @@ from merge_rl.storage.convert.adapters import (
     as_factors,
     as_products,
     rank_of,
-    require_one_rank,
+    require_one_kind,
 )
 from merge_rl.storage.convert.contents import Extracted, Hints
 from merge_rl.storage.convert.distcp import PiecedRef, _require_cover, read_distcp
@@ -241,14 +241,14 @@ def test_adapters_of_one_rank_and_scale() -> None:
     def adapter(**config: Any) -> Extracted:
         return Extracted(path=Path("a"), tensors={}, config={}, stem="a", facts={"adapter": config})
 
-    require_one_rank([adapter(r=2, use_dora=False), adapter(r=2), adapter(r=2, alpha_pattern={})])
+    require_one_kind([adapter(r=2, use_dora=False), adapter(r=2), adapter(r=2, alpha_pattern={})])
     assert rank_of(adapter(r="3")) == 3
     with pytest.raises(
         IncompatibleCheckpointError, match="a is an adapter of rank 2 and a one of rank 3"
     ):
-        require_one_rank([adapter(r=2), adapter(r=3)])
+        require_one_kind([adapter(r=2), adapter(r=3)])
     with pytest.raises(IncompatibleCheckpointError, match="with lora_alpha 8, expected 4 as in a"):
-        require_one_rank([adapter(r=2, lora_alpha=4), adapter(r=2, lora_alpha=8)])
+        require_one_kind([adapter(r=2, lora_alpha=4), adapter(r=2, lora_alpha=8)])
 
 
 def test_factors_and_products_of_adapters(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_factors_and_products_of_adapters(tmp_path: Path) -> None:
     ("change", "config", "told"),
     [
         ({}, {"use_dora": True}, "a DoRA, whose change is no product"),
-        ({}, {"lora_alpha": "x"}, "expected a number as lora_alpha"),
+        ({}, {"lora_alpha": "x"}, "expected a number other than 0 as lora_alpha"),
         ({"base_model.model.q.lora_A.weight": None}, {}, "q has lora_B alone"),
         ({"q.lora_magnitude": ref(1)}, {}, "q.lora_magnitude is no factor of a layer"),
         ({"base_model.model.q.lora_A.weight": ref(3, 3)}, {}, "the factors of q have shapes"),
