@@ -205,6 +205,10 @@ def main() -> None:
             sys.exit(1)
         if type(error).__name__ == "Exit":
             sys.exit(getattr(error, "exit_code", 1))
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            size = re.search("allocate ([0-9]+) bytes", str(error))
+            more = f": {int(size[1]):,} bytes were asked for at once" if size else ""
+            _fail(error, f"out of memory{more}; smaller numbers need less")
         _fail(error, f"unexpected {type(error).__name__}: {error} (run with --debug for more)")
 
 

@@ -59,7 +59,12 @@ def _counts(text: str) -> list[int]:
     counts = numbers_in(text, whole_number)
     if counts is None or min(counts) < 1:
         raise ConfigError(f"expected --devices as numbers >= 1, such as 1,8,64, got {text!r}")
+    if max(counts) > MOST_DEVICES:
+        raise ConfigError(f"expected --devices as numbers <= {MOST_DEVICES}, got {text!r}")
     return counts
+
+
+MOST_DEVICES: Final = 100_000
 
 
 class _Steps(BarTracker):

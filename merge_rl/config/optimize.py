@@ -33,6 +33,7 @@ DTYPES: Final = ("float32", "bfloat16")
 OF_SET: Final = "that of the set"
 MOST_FINAL: Final = 5000
 MOST_SELECTION: Final = 1000
+MOST_BUDGET: Final = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +175,7 @@ class OptimizeConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.budget >= 1, "budget", ">= 1 image", self.budget)
+        require(self.budget <= MOST_BUDGET, "budget", f"<= {MOST_BUDGET} images", self.budget)
         require(self.batch >= 1 or self.batch == AUTO_BATCH, "batch", ">= 1", self.batch)
         require(self.num_classes >= 0, "num_classes", ">= 0", self.num_classes)
 

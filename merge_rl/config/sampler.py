@@ -22,6 +22,7 @@ DIFFUSIONS: Final = (
 LAST_STEPS: Final = ("mean", "euler", "tweedie", "none")
 LEVELS: Final = ("own", "edm")
 ENDS: Final = ("sharp", "shared")
+MOST_STEPS: Final = 100_000
 PRECISIONS: Final = ("float32", "tf32", "bfloat16")
 
 
@@ -95,6 +96,7 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, "num_steps", ">= 1", self.num_steps)
+        require(self.num_steps <= MOST_STEPS, "num_steps", f"<= {MOST_STEPS}", self.num_steps)
         require(self.sde_num_steps >= 2, "sde_num_steps", ">= 2", self.sde_num_steps)
         require(0 <= self.guidance < math.inf, "guidance", ">= 0", self.guidance)
         if self.guidance_interval is not None:

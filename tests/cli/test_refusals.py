@@ -290,6 +290,7 @@ def test_settings_that_cannot_be_read(
         (["evaluate", "MODEL", "--reference", "tiny/raw/tiny-0000100.safetensors"],
          "expected reference statistics, found other tensors"),
         (["evaluate", "alone.safetensors"], "names a reference; pass --reference"),
+        (["plan", "tiny", "--devices", "8,1e9"], "expected --devices as numbers <= 100000, got"),
         (["inspect", ""], "got the empty argument '' after inspect: is a variable of the shell"),
         (["merge", "tiny", "--out="], "got the empty argument '--out=': is a variable"),
         (["demo", "tiny/checkpoints_manifest.yaml"], "expected a folder to write to, found a file"),
@@ -346,6 +347,24 @@ def test_what_nobody_thought_of_is_one_sentence_too(
     assert err == (
         "error: unexpected ZeroDivisionError: nobody thought of it (run with --debug for more)\n"
     )
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)])  # fmt: skip
+def test_numbers_too_large_for_the_memory_are_called_so(
+    error: Exception, tiny: Path, mergerl: Mergerl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("merge_rl.storage.checkpoints.open_checkpoints", fail)
+    code, out, err = mergerl("inspect", tiny)
+    asked = (
+        "" if isinstance(error, MemoryError) else ": 8,000,000,000,000 bytes were asked for at once"
+    )
+    assert (code, out, err) == (1, "", f"error: out of memory{asked}; smaller numbers need less\n")
 
 
 def test_a_search_opens_its_set_once(

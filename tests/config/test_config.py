@@ -224,6 +224,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (EvaluationConfig, {"repeats": 2}, "expected repeats >= 3, got 2"),
     (EvaluationConfig, {"selection_images": 1}, "expected selection_images >= 2, got 1"),
     (OptimizeConfig, {"checkpoints": "x", "budget": 0}, "expected budget >= 1 image, got 0"),
+    (OptimizeConfig, {"budget": 10**9 + 1}, "expected budget <= 1000000000 images, got 1000000001"),
+    (SamplerConfig, {"num_steps": 100_001}, "expected num_steps <= 100000, got 100001"),
     (OptimizeConfig, {"checkpoints": "x", "batch": 0}, "expected batch >= 1, got 0"),
 ]
 
