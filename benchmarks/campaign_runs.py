@@ -27,12 +27,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
 
 import merge_rl as mrl
 from benchmarks.campaign_disk import FullDisk
 from merge_rl.cli.main import main as mergerl
 from merge_rl.demo import write_demo
 from tests.children import launch_ranks, run_command
+from tests.quick import without_network
 from tests.snapshots import write_snapshot
 
 Cases = Callable[[Path, int, int, int], Iterator[tuple[int, str]]]
@@ -361,29 +364,41 @@ def killed_pairs(name: str) -> Cases:
 
 
 def disks(name: str) -> Cases:
-    """For every write, drawn in turn: the disk is full from there on; or files may not grow."""
+    """For every write, drawn in turn: the disk is full from there on; or files may not grow.
+
+    Networks and figures, on which no write depends, cost next to nothing.
+    """
 
     def cases(folder: Path, seed: int, done: int, total: int) -> Iterator[tuple[int, str]]:
         # Known to all children: the disk of the output is full, not the one that libraries try.
         tempfile.gettempdir()
-        bench = Bench(folder, commands(inputs(folder))[name])
-        place = bench.fresh("count")
-        run(place, bench.command.arguments, prepare=FullDisk(None, place / "writes").install)
-        writes = int((place / "writes").read_text())
-        limits = [0, 100, 1000, 10_000, 100_000]
-        firsts = list(range(writes + len(limits)))
-        random.Random(f"{seed} disk {name}").shuffle(firsts)
-        for index, number in enumerate(firsts[:total][done:], done):
-            place = bench.fresh(f"case-{number}")
-            prepare: Callable[[], object] = FullDisk(number, None).install
-            if number >= writes:
-                prepare = functools.partial(_bounded, limits[number - writes])
-            ended = run(place, bench.command.arguments, prepare=prepare)
-            cut = number >= writes and (place / "said").stat().st_size >= limits[number - writes]
-            found = _complaint(ended, place, cut=cut)
-            yield index, found or bench.judged(place, ended_well=ended.status == 0)
+        with pytest.MonkeyPatch.context() as patch:
+            if name != "finetune":  # whose gradients need the network
+                without_network(patch)
+            patch.setattr(Figure, "savefig", functools.partialmethod(_blank, Figure.savefig))
+            bench = Bench(folder, commands(inputs(folder))[name])
+            place = bench.fresh("count")
+            run(place, bench.command.arguments, prepare=FullDisk(None, place / "writes").install)
+            writes = int((place / "writes").read_text())
+            limits = [0, 100, 1000, 10_000, 100_000]
+            firsts = list(range(writes + len(limits)))
+            random.Random(f"{seed} disk {name}").shuffle(firsts)
+            for index, number in enumerate(firsts[:total][done:], done):
+                place = bench.fresh(f"case-{number}")
+                prepare: Callable[[], object] = FullDisk(number, None).install
+                if number >= writes:
+                    prepare = functools.partial(_bounded, limits[number - writes])
+                ended = run(place, bench.command.arguments, prepare=prepare)
+                said = (place / "said").stat().st_size
+                cut = number >= writes and said >= limits[number - writes]
+                found = _complaint(ended, place, cut=cut)
+                yield index, found or bench.judged(place, ended_well=ended.status == 0)
 
     return cases
+
+
+def _blank(_figure: Figure, save: Callable[..., object], *arguments: Any, **options: Any) -> None:
+    save(Figure(figsize=(1, 1)), *arguments, **options)
 
 
 def _bounded(size: int) -> None:

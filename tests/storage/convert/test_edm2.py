@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from merge_rl.errors import CheckpointError
+from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
+from merge_rl.storage.convert.contents import Extracted
 from merge_rl.storage.convert.edm2 import (
     edm2_config_from_shapes,
     is_edm2,
@@ -17,6 +18,7 @@ from merge_rl.storage.convert.edm2 import (
     read_snapshot,
     read_training_state,
 )
+from merge_rl.storage.convert.plan import _network, _require_same_config
 from merge_rl.storage.pickles import Record
 from tests.storage.convert.test_contents import ref
 
@@ -242,3 +244,30 @@ def test_shapes_of_no_network(changes: dict[str, Any], told: str) -> None:
     shapes = {name: shape for name, shape in {**SHAPES, **changes}.items() if shape is not None}
     with pytest.raises(CheckpointError, match=told):
         edm2_config_from_shapes(shapes)
+
+
+def found(path: str, **shapes: tuple[int, ...]) -> Extracted:
+    tensors = {name: ref(*shape) for name, shape in shapes.items()}
+    return Extracted(path=Path(path), tensors=tensors, config=None, stem=path)
+
+
+def test_the_network_of_several_files_is_that_of_the_first(tmp_path: Path) -> None:
+    config, told = _network([found("a", **SHAPES), found("b", w=(1,))], None, tmp_path)
+    assert config == edm2_config_from_shapes(SHAPES)
+    assert told[0].startswith("a does not say its network's options; taken: attention heads of 64")
+    with pytest.raises(CheckpointError, match="^b: not an EDM2 network"):
+        _network([found("b", w=(1,)), found("a", **SHAPES)], None, tmp_path)
+
+
+def test_networks_of_other_options_are_other_networks() -> None:
+    edm2 = {"model": "edm2", "img_resolution": 8}
+    # What is left out is the default, and some options make no difference to the weights.
+    _require_same_config("b", {**edm2, "sigma_data": 0.5, "dropout": 0.3}, "a", edm2)
+    with pytest.raises(
+        IncompatibleCheckpointError, match="^b: a network with sigma_data 0.25, expected 0"
+    ):
+        _require_same_config("b", {**edm2, "sigma_data": 0.25}, "a", edm2)
+    with pytest.raises(
+        IncompatibleCheckpointError, match="with model sit, expected edm2 as in a; conv"
+    ):
+        _require_same_config("b", {"model": "sit", "img_resolution": 8}, "a", edm2)

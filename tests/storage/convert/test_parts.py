@@ -112,6 +112,9 @@ def test_widths_of_averages_as_they_are_said_and_stored() -> None:
     assert width(ema_std="0.2,0.1") == 0.1
     with pytest.raises(ConfigError, match="--ema-std says 0.2, the file itself 0.1"):
         width(ema_std="0.1,0.2")
+    assert width(ema_std="0.2,0.10009") == 0.10009  # to a thousandth
+    with pytest.raises(ConfigError, match="--ema-std says 0.10015, the file itself 0.1"):
+        width(ema_std="0.2,0.10015")
     with pytest.raises(ConfigError, match="says no width of average 1, only of 0"):
         width(ema_std="0.1")
     with pytest.raises(ConfigError, match="expected --update-every"):
