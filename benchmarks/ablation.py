@@ -27,7 +27,7 @@ VARIANTS = {
     "default": "",
     "one group": "merge.grouping=one",
     "every block": "merge.grouping=blocks",
-    "every tensor": 'merge.groups="{tensor: (?P<each>.+)}"',
+    "every tensor": "merge.grouping=tensors",
     "fixed width": "search.width_rate=0",
     "plain affine map": "merge.map=affine",
     "independent draws": "search.antithetic=false",

@@ -38,8 +38,8 @@ class MergeConfig:
     )  # fmt: skip
     grouping: str = setting(
         "stages",
-        "What has coefficients of its own: stages of the network, its blocks; or one set for all "
-        "tensors (one).",
+        "What has coefficients of its own: stages of the network, its blocks, its tensors; or one "
+        "set for all (one).",
         SEARCH, "--grouping",
     )  # fmt: skip
     groups: Mapping[str, str] = field(

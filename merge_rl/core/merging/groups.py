@@ -120,6 +120,11 @@ def blocks(names: Sequence[str]) -> dict[str, str]:
     return _blocks_of_lists(names)
 
 
+def tensors(_names: Sequence[str]) -> dict[str, str]:
+    """Every tensor a group of its own."""
+    return {"tensor": "^(?P<each>.+)$"}
+
+
 MOST_PARTS: Final = 12  # of a network of several lists that is not divided into thirds
 
 
@@ -180,7 +185,7 @@ def _ends(names: Sequence[str]) -> dict[str, str]:
 
 
 GROUPINGS: Final[Mapping[str, Callable[[Sequence[str]], dict[str, str]]]] = {
-    "stages": stages, "blocks": blocks, "one": one_group,
+    "stages": stages, "blocks": blocks, "tensors": tensors, "one": one_group,
 }  # fmt: skip
 
 

@@ -93,6 +93,11 @@ def test_other_networks_have_one_group() -> None:
     assert stages(names) == blocks(names) == grouping("one", transformer(3)) == {}
 
 
+def test_single_tensors() -> None:
+    names = transformer(1)
+    assert members(names, grouping("tensors", names)) == {f"tensor {n}": [n] for n in names}
+
+
 def test_an_unknown_grouping() -> None:
     with pytest.raises(UnknownNameError, match="unknown grouping 'layers'"):
         grouping("layers", ())
