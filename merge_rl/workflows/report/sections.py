@@ -48,13 +48,13 @@ def warned(texts: Sequence[str]) -> Safe:
 
 def settings_section(cls: type, values: Mapping[str, Any]) -> Safe:
     """Settings of a run that differ from the defaults of their dataclass."""
-    said, rows = flattened(values), []
+    rows = []
     own = {
         setting.key: setting.default for setting in settings_of(SamplerConfig, prefix="sampler.")
     }
     for setting in settings_of(cls):
         default = own.get(setting.key, setting.default)
-        value = said.get(setting.key, default)
+        value = _said(values, setting.key, default)
         plain = list(default) if isinstance(default, tuple) else default
         if setting.key in PLACES or value in (None, plain, [], {}):
             continue
@@ -63,6 +63,16 @@ def settings_section(cls: type, values: Mapping[str, Any]) -> Safe:
         return section("Settings", tag("p", "All settings are the defaults."))
     drawn = table(["setting", "here", "default"], rows, kind="text")
     return section("Settings that differ from the defaults", drawn)
+
+
+def _said(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value at a dotted key, a mapping such as that of groups as a whole."""
+    found: Any = values
+    for name in key.split("."):
+        if not isinstance(found, Mapping) or name not in found:
+            return default
+        found = found[name]
+    return found
 
 
 def _text(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from merge_rl.config import OptimizeConfig
 from merge_rl.errors import RunError
 from merge_rl.interfaces import NullTracker
 from merge_rl.storage.runs import FinetuneRun, RunDir
@@ -21,6 +22,7 @@ from merge_rl.workflows.report.elements import Span, heat_table, strip
 from merge_rl.workflows.report.finetune_html import finetune_document
 from merge_rl.workflows.report.markup import Safe, document, joined, tag
 from merge_rl.workflows.report.run_html import run_document
+from merge_rl.workflows.report.sections import settings_section
 from tests.conftest import TinyConfig
 from tests.pages import (
     HOSTILE,
@@ -346,3 +348,11 @@ def test_a_page_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyError), with_page(run, heard):
         raise KeyError
     assert len(heard.notes) == 1  # a run that failed has no page of its end
+
+
+def test_settings_that_are_mappings_are_told() -> None:
+    groups = {"attention": r"attn\.", "tensor": "(?P<each>.+)"}
+    seen = Seen(settings_section(OptimizeConfig, {"merge": {"groups": groups, "freeze": []}}))
+    assert "merge.groups" in seen.words and "merge.freeze" not in seen.words
+    told = " ".join(seen.words)
+    assert r"attention: attn\." in told and "tensor: (?P<each>.+)" in told
