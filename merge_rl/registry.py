@@ -5,6 +5,7 @@ To extend the package, write one file and add one line here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -188,8 +189,21 @@ def build_model(config: Mapping[str, Any]) -> Network:
     try:
         model: Network = factory(**options)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise ConfigError(f"{_refusing(str(name))}: {reason(error)}") from None
+        raise ConfigError(f"{_refusing(str(name))}: {_options_at_fault(error)}") from None
     return model.eval()
+
+
+_NO_SUCH: Final = re.compile(r"unexpected keyword argument ('\w+')")
+_MISSING: Final = re.compile(r"missing \d+ required [\w-]+ arguments?: (.+)")
+
+
+def _options_at_fault(error: Exception) -> str:
+    """What a constructor says of its options, in the words of configs."""
+    text = reason(error)
+    if found := _NO_SUCH.search(text):
+        return f"unknown option {found[1]}"
+    found = _MISSING.search(text)
+    return f"missing options {found[1]}" if found else text
 
 
 def require_options(config: Mapping[str, Any]) -> None:

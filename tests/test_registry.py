@@ -152,7 +152,7 @@ def test_build_model() -> None:
     ("changes", "message"),
     [
         ({"model": None}, r'expected "model" in the model config, found keys \[\'attn_resolutions'),
-        ({"depth": 28}, r"the edm2 network does not take this config: .*'depth'"),
+        ({"depth": 28}, "the edm2 network does not take this config: unknown option 'depth'$"),
         ({"img_resolution": "8"}, "the edm2 network does not take this config: "),
         (
             {"channel_mult": 2},
@@ -174,7 +174,7 @@ def test_configs_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_required_options_and_names() -> None:
-    with pytest.raises(ConfigError, match="does not take this config: .*missing"):
+    with pytest.raises(ConfigError, match="does not take this config: missing options 'img_res"):
         build_model({"model": "edm2"})
     with pytest.raises(UnknownNameError, match=r"unknown model 'edm'; did you mean 'edm2'\?"):
         build_model({**CONFIG, "model": "edm"})
