@@ -231,6 +231,7 @@ def parse_json(text: str | bytes, where: str, refusal: Refusal = CheckpointError
     """The value of a JSON document, as plain data; `where` begins the message of a refusal."""
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
+        text = text.removeprefix("\ufeff")  # the byte-order mark that some editors write
         return _writable(_bounded(json.loads(text, object_pairs_hook=_once)), text)
     except RecursionError:
         why = "nested too deeply"

@@ -183,6 +183,7 @@ def test_what_is_within_bounds_is_read() -> None:
     assert str(parse_json(deep, "x")) == str(parse_yaml(deep, "x")) == deep
     assert load_json_mapping('{"a": {"a": [1, null]}}', "x") == {"a": {"a": [1, None]}}
     assert parse_json(r'"\ud83d\ude00"', "x") == "\U0001f600"  # both halves
+    assert parse_json(b'\xef\xbb\xbf{"a": 1}', "x") == {"a": 1}  # as Windows editors save it
     with pytest.raises(CheckpointError, match="x: expected a JSON object, found a list of 1"):
         load_json_mapping("[1]", "x")
 
