@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from merge_rl import registry
 from merge_rl.config import RewardTerm, parse_reward
-from merge_rl.core.distances.statistics import FeatureStats, feature_stats
+from merge_rl.core.distances.statistics import FeatureStats, check_features, feature_stats
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.rng import draw_subset, stream
 from merge_rl.workflows.reference import Reference
@@ -158,8 +159,9 @@ class SubsetReward:
         labels: (N,) int64 class ids of the pool; replaced rows have its shares of classes.
         seed: fixes which rows are replaced.
 
-    Raises StatisticsError for features that are not finite, or of different dimensions, and
-    ConfigError for a reward that does not replace a part of a pool.
+    Features are floating, torch's or NumPy's. Raises StatisticsError for features that are not
+    finite, or of different dimensions, and ConfigError for what are no features, and for a reward
+    that does not replace a part of a pool.
     """
 
     def __init__(
@@ -171,10 +173,11 @@ class SubsetReward:
         labels: Tensor | None = None,
         seed: int = 0,
     ) -> None:
+        pool = _rows(pool, "(N, D)")
         classes = torch.zeros(len(pool), dtype=torch.int64) if labels is None else labels
         if classes.shape != pool.shape[:1]:
             raise ConfigError(f"expected {len(pool)} labels, one a row, got {tuple(classes.shape)}")
-        self.pool = Pool.of(pool.detach().float().cpu(), classes.cpu())
+        self.pool = Pool.of(_kept(pool), classes.cpu())
         self.seed, self.calls, self.cursor = seed, 0, 0
         source = RewardSource(name=name, reference=_reference(real), path="real")
         terms = [_weighted(term, source, self.pool.stats.dim) for term in parse_reward(name)]
@@ -193,11 +196,9 @@ class SubsetReward:
         None. Candidates of one call share them, and so can be compared. NaN for a candidate with a
         feature that is not finite.
         """
-        given = features.detach().float().cpu()
+        dim = self.pool.stats.dim
+        given = _kept(_rows(features, f"(n, {dim}) or (P, n, {dim})", dim, most=3))
         added = given if given.ndim == 3 else given[None]
-        if added.ndim != 3 or added.shape[2] != self.pool.stats.dim:
-            expected = f"(n, {self.pool.stats.dim}) or (P, n, {self.pool.stats.dim})"
-            raise ConfigError(f"expected features {expected}, got {tuple(features.shape)}")
         chosen = self._draw(added.shape[1]) if rows is None else rows
         found = self.reward.rewards(self.pool, [(chosen, added)])
         return found if given.ndim == 3 else found[0]
@@ -210,16 +211,25 @@ class SubsetReward:
 
             d distance / d theta = E[d influence(features(theta)) / d theta]
 
-        Raises ConfigError for a reward without a derivative.
+        Raises ConfigError for a reward without a derivative, and for no images.
         """
-        return RewardGradient(self.reward, self.pool).influence(features).mean()
+        dim = self.pool.stats.dim
+        given = _rows(features, f"(n, {dim}), one at least", dim, least=1)
+        return RewardGradient(self.reward, self.pool).influence(given).mean()
 
     def renew(self, features: Tensor) -> None:
-        """Replace the oldest rows of the pool by features (n, D) of what the model makes now."""
-        count = len(self.pool)
-        rows = (torch.arange(len(features)) + self.cursor) % count
-        self.pool = self.pool.replaced(rows, features.detach().float().cpu())
-        self.cursor = (self.cursor + len(features)) % count
+        """Replace the oldest rows of the pool by features (n, D) of what the model makes now.
+
+        n is at most N. StatisticsError for features that are not finite, with the pool as it was.
+        """
+        count, dim = len(self.pool), self.pool.stats.dim
+        given = _kept(_rows(features, f"(n, {dim}) with n <= {count}", dim))
+        if len(given) > count:
+            raise ConfigError(f"expected at most the {count} rows of the pool, got {len(given)}")
+        check_features(given, at_least=0)
+        rows = (torch.arange(len(given)) + self.cursor) % count
+        self.pool = self.pool.replaced(rows, given)
+        self.cursor = (self.cursor + len(given)) % count
 
     def _draw(self, size: int) -> Tensor:
         self.calls += 1
@@ -231,8 +241,27 @@ def _reference(real: Tensor | FeatureStats | Reference) -> Reference:
         return real
     if isinstance(real, FeatureStats):
         return Reference(stats=real)
-    features = real.detach().float().cpu()
+    features = _kept(_rows(real, "(M, D), or statistics"))
     return Reference(stats=feature_stats(features), features=features)
+
+
+def _rows(
+    features: object, expected: str, dim: int | None = None, *, least: int = 0, most: int = 2
+) -> Tensor:
+    """Floating features of `dim` columns, from NumPy too; ConfigError for anything else."""
+    given = torch.from_numpy(features) if isinstance(features, np.ndarray) else features
+    if not isinstance(given, Tensor):
+        raise ConfigError(f"expected features {expected}, got {type(given).__name__}")
+    shape, floating = tuple(given.shape), given.is_floating_point()
+    fits = 2 <= len(shape) <= most and dim in (None, shape[-1]) and shape[0] >= least
+    if not (fits and floating):
+        kind = "" if floating else f"{str(given.dtype).removeprefix('torch.')} "
+        raise ConfigError(f"expected features {expected}, got {kind}{shape}")
+    return given
+
+
+def _kept(features: Tensor) -> Tensor:
+    return features.detach().float().cpu()
 
 
 def _weighted(term: RewardTerm, source: RewardSource, dim: int) -> WeightedReward:

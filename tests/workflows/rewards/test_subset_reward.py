@@ -80,6 +80,26 @@ def test_failures_are_nan_and_bad_input_is_refused(generator: torch.Generator) -
     assert bool(reward(broken).isnan())
     with pytest.raises(ConfigError, match=r"expected features \(n, 3\) or \(P, n, 3\), got \(6, 2"):
         reward(broken[:, :2])
+    bytes_of = (10 * pool).byte()  # images, not features
+    for call, found in (
+        (lambda: reward(bytes_of), r"\(P, n, 3\), got uint8 \(80, 3\)"),
+        (lambda: reward.loss(pool[:, :2]), r"\(n, 3\), one at least, got \(80, 2\)"),
+        (lambda: reward.loss(pool[:0]), r"one at least, got \(0, 3\)"),
+        (lambda: reward.renew(real), "at most the 80 rows of the pool, got 300"),
+        (lambda: mrl.SubsetReward(real, bytes_of), r"\(N, D\), got uint8"),
+        (lambda: mrl.SubsetReward("real.pt", pool), r"\(M, D\), or statistics, got str"),
+    ):
+        with pytest.raises(ConfigError, match=found):
+            call()
+    with pytest.raises(StatisticsError, match="1 of 6 rows with NaN"):
+        reward.renew(broken)
+    assert torch.equal(reward.pool.features, pool)
+    kinds = [part.double().requires_grad_() for part in (real, pool)]
+    other = mrl.SubsetReward(*(part.detach().numpy() for part in kinds))
+    assert (
+        other.distance == mrl.SubsetReward(*kinds).distance == mrl.SubsetReward(real, pool).distance
+    )
+    assert torch.equal(other(pool[:6].numpy()), mrl.SubsetReward(real, pool)(pool[:6]))
     with pytest.raises(StatisticsError, match="features"):
         mrl.SubsetReward(mrl.feature_stats(real), pool, name="kid-subset")
     with pytest.raises(StatisticsError, match="dimension"):
