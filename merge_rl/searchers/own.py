@@ -138,4 +138,9 @@ class OwnSearcher:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             expected = f"({self.dim},)" if ndim == 1 else f"(P, {self.dim})"
             raise ConfigError(f"searcher {self.name!r}: expected {what} {expected}, got {found}")
-        return value.detach().to("cpu", torch.float64).clone()
+        theta = value.detach().to("cpu", torch.float64).clone()
+        if not theta.isfinite().all():
+            raise ConfigError(
+                f"searcher {self.name!r}: expected {what} finite, found NaN or infinity"
+            )
+        return theta

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from merge_rl import own_code
 from merge_rl.config import OptimizeConfig, SearchConfig, with_settings
 from merge_rl.core.distances.statistics import FeatureStats, feature_stats
-from merge_rl.errors import CheckpointError
+from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import Tracker
 from merge_rl.parallel import Place, joined
 from merge_rl.parallel.group import Group
@@ -36,6 +36,7 @@ from merge_rl.workflows.optimize.run import begin
 from merge_rl.workflows.reference import Reference, save_reference
 from merge_rl.workflows.rollout import Generate
 
+ROUNDING: Final = 0.01  # of the largest value that a function makes
 Checkpoint = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
 Checkpoints = str | os.PathLike[str] | Sequence[Checkpoint] | Mapping[str, Checkpoint]
 
@@ -166,7 +167,12 @@ def _states(checkpoints: Sequence[Checkpoint] | Mapping[str, Checkpoint]) -> dic
 def _state(item: Checkpoint) -> Mapping[str, Tensor]:
     if isinstance(item, nn.Module):
         return item.state_dict()
-    return item if isinstance(item, Mapping) else load_weights(os.fspath(item)).tensors
+    if isinstance(item, Mapping):
+        return item
+    if not isinstance(item, (str, os.PathLike)):
+        found = type(item).__name__
+        raise CheckpointError(f"expected checkpoints as state dicts, modules or files, got {found}")
+    return load_weights(os.fspath(item)).tensors
 
 
 def _first_module(checkpoints: Checkpoints) -> nn.Module | None:
@@ -179,24 +185,41 @@ def _first_module(checkpoints: Checkpoints) -> nn.Module | None:
 def _settled(
     group: Group, base: OptimizeConfig, given: Given, opened: CheckpointSet
 ) -> OptimizeConfig:
-    """The settings with a searcher for "auto", which rank 0 chooses for all."""
+    """The settings with a searcher for "auto"; rank 0 tries the function, and chooses for all."""
+    gradient = group.leads and _has_gradient(base, given, opened)
+    name = "pathwise" if gradient and why_not_as_set(base) is None else "policy-gradient"
+    name = group.broadcast(name, phase="trying the function")
     if base.search.name != "auto":
         return base
-    asked = group.leads and why_not_as_set(base) is None
-    name = "pathwise" if asked and _has_gradient(base, given, opened) else "policy-gradient"
-    name = group.broadcast(name, phase="choosing a searcher")
     return dataclasses.replace(base, search=dataclasses.replace(base.search, name=name))
 
 
 def _has_gradient(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> bool:
-    """Whether what the function makes of the newest checkpoint's weights depends on them."""
+    """Whether what the function makes of the newest checkpoint's weights depends on them.
+
+    Raises ConfigError for a function that makes something else of them each time.
+    """
     network = given.network(opened, base.device)
     plan_merge(opened, model=network)  # refuses weights that do not fit it
     network.load_state_dict(opened.read(opened.newest))
     network.requires_grad_(True)
     labels = torch.zeros(2, dtype=torch.int64, device=base.device)
     with torch.enable_grad():
-        made: object = given.generate(given.subject(network), [0, 1], labels)
+        made, again = (given.generate(given.subject(network), [0, 1], labels) for _ in range(2))
+    _require_same(made, again)
     if not isinstance(made, Tensor) or not made.requires_grad:
         return False
     return base.extractor is None or not foreign_extractors(base)
+
+
+def _require_same(made: object, again: object) -> None:
+    """Kernels of some devices add in any order, which is far less than other noise makes."""
+    if not (isinstance(made, Tensor) and isinstance(again, Tensor) and made.numel()):
+        return  # refused for what it is
+    first, second = made.detach().double(), again.detach().double()
+    alike = first.shape == second.shape
+    if not alike or bool((first - second).abs().max() > ROUNDING * first.abs().max()):
+        raise ConfigError(
+            "generate returned something else for the same weights, seeds and labels; expected "
+            "randomness that follows from the seeds, as merge_rl.seeded_noise draws it"
+        )

@@ -236,7 +236,7 @@ def test_labels_take_turns_and_images_go_through_an_extractor(tiny: Path, tmp_pa
         reference=evaluation / "reference.safetensors", budget=400,
     )  # fmt: skip
     assert made.final["reference"]["mean"] > 0
-    assert seen[:6] == [0, 1, 2, 0, 1, 2]
+    assert seen[4:10] == [0, 1, 2, 0, 1, 2]  # before, two images were made twice: a trial
     with pytest.raises(ConfigError, match="expected images uint8"):
         search(
             tmp_path / "other", extractor="digits", reference=evaluation / "reference.safetensors",
@@ -289,6 +289,15 @@ def test_a_search_follows_floating_images_through_the_extractor(tmp_path: Path) 
         refused(given | {"generate": change, "searcher": "pathwise"}, ConfigError, match, tmp_path)
 
 
+class Lost(mrl.Searcher):
+    """Asks for what is no number."""
+
+    def ask(self) -> Tensor:
+        return torch.full((2, len(self.mean)), torch.nan)
+
+    def tell(self, thetas: Tensor, rewards: Tensor) -> None: ...
+
+
 def refused(change: dict[str, Any], error: type[Exception], match: str, folder: Path) -> None:
     with pytest.raises(error, match=match):
         search(folder / "refused", **change)
@@ -299,11 +308,18 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     def wide(_weights: Subject, seeds: Sequence[int], _labels: Tensor) -> Tensor:
         return torch.zeros(len(seeds), 2)
 
+    def loose(weights: Subject, seeds: Sequence[int], labels: Tensor) -> Tensor:
+        return shifted(weights, seeds, labels) + torch.randn(len(seeds), 1)
+
+    plain = dataclasses.replace(SMALL, search=SearchConfig())
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"checkpoints": []}, CheckpointError, "expected checkpoints, got none"),
         ({"checkpoints": [{"shift": 3}]}, CheckpointError, "expected tensors by name, found int"),
         ({"checkpoints": [*states([1.0]), {"other": torch.ones(1)}]}, IncompatibleCheckpointError,
          "'shift' is missing"),
+        ({"checkpoints": [3, 4]}, CheckpointError, "state dicts, modules or files, got int"),
+        ({"generate": loose}, ConfigError, "something else for the same weights, seeds and labels"),
+        ({"searcher": Lost, "config": plain}, ConfigError, r"Lost': expected ask\(\) finite, found"),
         ({"checkpoints": {"a/b": states([1.0])[0]}}, CheckpointError, "got name 'a/b'"),
         ({"generate": wide}, ConfigError, r"generate returned float32 \(\d+, 2\), expected "
          r"floating features \(\d+, 1\)"),

@@ -15,6 +15,7 @@ import pytest
 import merge_rl as mrl
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.config.search import SearchConfig
+from merge_rl.errors import StoppedError
 from merge_rl.interfaces import NullTracker
 from merge_rl.parallel.group import Group
 from merge_rl.parallel.rendezvous import Place
@@ -46,6 +47,8 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]],
         try:
             yield group
         except BaseException as error:
+            if not group.leads and (told := group.failure()):  # as `parallel.joined` does
+                raise StoppedError(told) from None
             group.fail(str(error) or "stopped")
             raise
 
