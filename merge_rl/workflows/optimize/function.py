@@ -164,7 +164,7 @@ def _states(checkpoints: Sequence[Checkpoint] | Mapping[str, Checkpoint]) -> dic
     return {name: _state(item) for name, item in checkpoints.items()}
 
 
-def _state(item: Checkpoint) -> Mapping[str, Tensor]:
+def _state(item: Any) -> Mapping[str, Tensor]:
     if isinstance(item, nn.Module):
         return item.state_dict()
     if isinstance(item, Mapping):

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merge_rl import registry
@@ -25,6 +26,7 @@ from merge_rl.workflows.reference import Reference
 from merge_rl.workflows.rewards.frechet import Pool, RewardSource
 from merge_rl.workflows.rewards.sum import RewardSum, WeightedReward
 
+Features = Tensor | NDArray[Any]
 Influence = Callable[[Tensor], Tensor]
 """Features (n, D) -> (n,) float64, differentiable."""
 
@@ -166,18 +168,18 @@ class SubsetReward:
 
     def __init__(
         self,
-        real: Tensor | FeatureStats | Reference,
-        pool: Tensor,
+        real: Features | FeatureStats | Reference,
+        pool: Features,
         *,
         name: str = "fid-subset",
         labels: Tensor | None = None,
         seed: int = 0,
     ) -> None:
-        pool = _rows(pool, "(N, D)")
-        classes = torch.zeros(len(pool), dtype=torch.int64) if labels is None else labels
-        if classes.shape != pool.shape[:1]:
-            raise ConfigError(f"expected {len(pool)} labels, one a row, got {tuple(classes.shape)}")
-        self.pool = Pool.of(_kept(pool), classes.cpu())
+        own = _kept(_rows(pool, "(N, D)"))
+        classes = torch.zeros(len(own), dtype=torch.int64) if labels is None else labels
+        if classes.shape != own.shape[:1]:
+            raise ConfigError(f"expected {len(own)} labels, one a row, got {tuple(classes.shape)}")
+        self.pool = Pool.of(own, classes.cpu())
         self.seed, self.calls, self.cursor = seed, 0, 0
         source = RewardSource(name=name, reference=_reference(real), path="real")
         terms = [_weighted(term, source, self.pool.stats.dim) for term in parse_reward(name)]
@@ -189,7 +191,7 @@ class SubsetReward:
         """Of the pool to the real data; lower is closer."""
         return self.reward.pool_distance(self.pool)
 
-    def __call__(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+    def __call__(self, features: Features, rows: Tensor | None = None) -> Tensor:
         """Rewards (P,) float64 of P candidates' features (P, n, D), or () of (n, D); no gradient.
 
         `rows` (n,) are those of the pool that the images stand for; drawn anew at every call if
@@ -203,7 +205,7 @@ class SubsetReward:
         found = self.reward.rewards(self.pool, [(chosen, added)])
         return found if given.ndim == 3 else found[0]
 
-    def loss(self, features: Tensor) -> Tensor:
+    def loss(self, features: Features) -> Tensor:
         """What images (n, D) change the distance by, to first order: () float64, differentiable.
 
         The mean of the distance's influence function over the images, held at the pool. For the
@@ -217,7 +219,7 @@ class SubsetReward:
         given = _rows(features, f"(n, {dim}), one at least", dim, least=1)
         return RewardGradient(self.reward, self.pool).influence(given).mean()
 
-    def renew(self, features: Tensor) -> None:
+    def renew(self, features: Features) -> None:
         """Replace the oldest rows of the pool by features (n, D) of what the model makes now.
 
         n is at most N. StatisticsError for features that are not finite, with the pool as it was.
@@ -236,7 +238,7 @@ class SubsetReward:
         return draw_subset(self.pool.labels, size, stream(self.seed, "subset", self.calls))
 
 
-def _reference(real: Tensor | FeatureStats | Reference) -> Reference:
+def _reference(real: Features | FeatureStats | Reference) -> Reference:
     if isinstance(real, Reference):
         return real
     if isinstance(real, FeatureStats):

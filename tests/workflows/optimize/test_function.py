@@ -319,7 +319,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
          "'shift' is missing"),
         ({"checkpoints": [3, 4]}, CheckpointError, "state dicts, modules or files, got int"),
         ({"generate": loose}, ConfigError, "something else for the same weights, seeds and labels"),
-        ({"searcher": Lost, "config": plain}, ConfigError, r"Lost': expected ask\(\) finite, found"),
+        ({"searcher": Lost, "config": plain}, ConfigError, r"Lost': expected ask\(\) finite"),
         ({"checkpoints": {"a/b": states([1.0])[0]}}, CheckpointError, "got name 'a/b'"),
         ({"generate": wide}, ConfigError, r"generate returned float32 \(\d+, 2\), expected "
          r"floating features \(\d+, 1\)"),

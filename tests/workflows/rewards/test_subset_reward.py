@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -80,6 +82,7 @@ def test_failures_are_nan_and_bad_input_is_refused(generator: torch.Generator) -
     assert bool(reward(broken).isnan())
     with pytest.raises(ConfigError, match=r"expected features \(n, 3\) or \(P, n, 3\), got \(6, 2"):
         reward(broken[:, :2])
+    no_path: Any = "real.pt"
     bytes_of = (10 * pool).byte()  # images, not features
     for call, found in (
         (lambda: reward(bytes_of), r"\(P, n, 3\), got uint8 \(80, 3\)"),
@@ -87,7 +90,7 @@ def test_failures_are_nan_and_bad_input_is_refused(generator: torch.Generator) -
         (lambda: reward.loss(pool[:0]), r"one at least, got \(0, 3\)"),
         (lambda: reward.renew(real), "at most the 80 rows of the pool, got 300"),
         (lambda: mrl.SubsetReward(real, bytes_of), r"\(N, D\), got uint8"),
-        (lambda: mrl.SubsetReward("real.pt", pool), r"\(M, D\), or statistics, got str"),
+        (lambda: mrl.SubsetReward(no_path, pool), r"\(M, D\), or statistics, got str"),
     ):
         with pytest.raises(ConfigError, match=found):
             call()
