@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import merge_rl as mrl
-from tests.conftest import TINY_MODEL
+from tests.fixtures import TINY_MODEL
 from tests.snapshots import write_sit, write_snapshot
 
 Command = Callable[..., Any]

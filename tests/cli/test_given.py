@@ -24,7 +24,7 @@ from merge_rl.storage.checkpoints import (
 from merge_rl.storage.files import write_png
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import find_defaults, find_model, resolve_config
-from tests.conftest import TinyConfig
+from tests.fixtures import TinyConfig
 
 pytestmark = pytest.mark.usefixtures("no_network_here")
 

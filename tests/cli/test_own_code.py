@@ -17,8 +17,8 @@ import merge_rl as mrl
 from merge_rl import own_code
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import save_checkpoint
-from tests.conftest import Ended
 from tests.finetuning import small_config
+from tests.fixtures import Ended
 
 MODULE = '''
 import torch

@@ -16,8 +16,8 @@ from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.storage.files import locked, locked_output, write_png
 from merge_rl.storage.runs import FinetuneRun, RunDir
 from tests.children import Child
-from tests.conftest import TINY_MODEL
 from tests.finetuning import small_config, write_sit_set
+from tests.fixtures import TINY_MODEL
 from tests.hub_server import FileServer
 from tests.snapshots import write_snapshot
 

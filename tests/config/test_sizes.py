@@ -10,8 +10,8 @@ import pytest
 from merge_rl.errors import ConfigError, ManifestError
 from merge_rl.registry import build_model
 from merge_rl.storage.checkpoints.manifest import relative_name
-from tests.conftest import TINY_MODEL
 from tests.finetuning import SIT
+from tests.fixtures import TINY_MODEL
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from merge_rl.registry import build_model
 from merge_rl.storage.checkpoints.model_file import require_network, save_checkpoint
 from merge_rl.storage.convert.run import convert
 from merge_rl.storage.files.shards import WeightStream
-from tests.conftest import TINY_MODEL
+from tests.fixtures import TINY_MODEL
 from tests.snapshots import write_sit, write_snapshot
 
 SIT: dict[str, Any] = {

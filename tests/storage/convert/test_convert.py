@@ -32,7 +32,7 @@ from merge_rl.storage.convert.edm2 import DEFAULTS, OPTIONS, edm2_config_from_sh
 from merge_rl.storage.convert.run import convert
 from merge_rl.storage.files.safetensors_file import count_nonfinite
 from merge_rl.storage.files.safetensors_header import CODES, TensorInfo, read_header
-from tests.conftest import TINY_MODEL
+from tests.fixtures import TINY_MODEL
 from tests.snapshots import write_sit, write_snapshot, write_training_state
 
 KWARGS = {key: value for key, value in TINY_MODEL.items() if key != "model"}

@@ -29,7 +29,7 @@ from merge_rl.storage.checkpoints.manifest import (
 from merge_rl.storage.checkpoints.model_file import open_tensors, save_checkpoint
 from merge_rl.storage.convert.run import convert
 from merge_rl.workflows.assembly.networks import load_network, load_weights
-from tests.conftest import TINY_MODEL
+from tests.fixtures import TINY_MODEL
 
 SIT: dict[str, Any] = {
     "model": "sit", "input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 8,

@@ -23,7 +23,7 @@ from merge_rl.storage.hub.fetch import run_fetch
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import find_model
 from tests.cli.test_given import Notes, said
-from tests.conftest import TinyConfig
+from tests.fixtures import TinyConfig
 from tests.hub_server import HubServer, Repo
 
 pytestmark = [

@@ -13,7 +13,7 @@ from merge_rl.storage.checkpoints import find_origin, open_checkpoints, open_mod
 from merge_rl.storage.hub.upload import list_model
 from merge_rl.workflows.assembly import find_defaults, resolve_config
 from merge_rl.workflows.export import save_model
-from tests.conftest import TinyConfig
+from tests.fixtures import TinyConfig
 
 
 def as_hub_cache(folder: Path, root: Path) -> Path:

@@ -19,8 +19,8 @@ from merge_rl.config.mapping import dump_config
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.storage.runs.run_dir import FinetuneRun
 from tests.children import Child, launch_ranks, run_command
-from tests.conftest import Ended
 from tests.finetuning import events_of, small_config, write_sit_set
+from tests.fixtures import Ended
 
 TinyConfig = Callable[..., OptimizeConfig]
 Launcher = Union["subprocess.Popen[str]", Child]

@@ -20,7 +20,7 @@ from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import NullTracker
 from merge_rl.workflows.assembly.defaults import find_defaults
 from merge_rl.workflows.optimize import SearchResult
-from tests.conftest import Ended
+from tests.fixtures import Ended
 
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]

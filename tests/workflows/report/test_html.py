@@ -23,7 +23,7 @@ from merge_rl.workflows.report.finetune_html import finetune_document
 from merge_rl.workflows.report.markup import Safe, document, joined, tag
 from merge_rl.workflows.report.run_html import run_document
 from merge_rl.workflows.report.sections import settings_section
-from tests.conftest import TinyConfig
+from tests.fixtures import TinyConfig
 from tests.pages import (
     HOSTILE,
     comparison_folder,
