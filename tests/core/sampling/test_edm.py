@@ -112,14 +112,14 @@ def test_samples_do_not_depend_on_the_batch_size(golden: Path) -> None:
 
     def run(batch: int) -> Tensor:
         parts = []
-        for start in range(0, 40, batch):
-            streams = ImageStreams(range(start, min(start + batch, 40)))
+        for start in range(0, 12, batch):
+            streams = ImageStreams(range(start, min(start + batch, 12)))
             noise = streams.randn((4, 8, 8))
             parts.append(sample(model, noise, streams.randint(10), num_steps=4))
         return torch.cat(parts)
 
-    whole = run(40)
-    for batch in (1, 7, 33):
+    whole = run(12)
+    for batch in (1, 5, 11):
         # Kernels may sum in another order for another batch: equal to float32 rounding.
         assert float((run(batch) - whole).abs().max() / whole.abs().max()) < 5e-5
 

@@ -44,6 +44,14 @@ def drive(run: Path, config: FinetuneConfig) -> mrl.FinetuneResult:
     return mrl.finetune(config.model, out=run, config=config)
 
 
+@pytest.fixture(scope="module")
+def whole(shared_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> mrl.FinetuneResult:
+    """A run of three steps that nothing has interrupted: to look at."""
+    folder = tmp_path_factory.mktemp("whole")
+    model = write_sit_set(folder / "sit", shared_tiny)
+    return drive(folder / "run", small_config(model))
+
+
 class Tripwire:
     """Raises KeyboardInterrupt before the k-th of the things that a run does."""
 
@@ -163,11 +171,9 @@ def test_an_interruption_saves_the_last_finished_step(
 
 
 def test_sigterm_saves_and_resume_ends_alike(
-    small: Path, tmp_path: Path, fork: Any, mergerl: Any
+    small: Path, whole: mrl.FinetuneResult, tmp_path: Path, fork: Any, mergerl: Any
 ) -> None:
     # In a process of its own, as a batch system stops it: the signal comes while a step is made.
-    config = small_config(small, steps=3)
-    whole = drive(tmp_path / "whole", config)
     options = [
         "finetune", small, "--out", tmp_path / "run", "--steps", 3, "--seed", 4,
         "--train-steps", 3, "--subsets", 4, "--pool", 20, "--subset", 4, "--refresh", 2,
@@ -285,10 +291,9 @@ def test_rewards_that_are_not_finite_skip_the_step(
 
 
 def test_three_in_a_row_end_the_run_with_the_state_before(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, whole: mrl.FinetuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(small, steps=9, save_every=1)
-    good = drive(tmp_path / "good", small_config(small, steps=2))
     with monkeypatch.context() as patch:
         broken_from(patch, PolicyGradient, "gradients", {3, 4, 5})
         with pytest.raises(TrainingError, match=r"3 steps in a row \(3\.\.5\) had a loss") as end:
@@ -301,7 +306,7 @@ def test_three_in_a_row_end_the_run_with_the_state_before(
     assert saved is not None
     assert (saved[1]["step"], saved[1]["skipped"], saved[1]["updates"]) == (2, 0, 2)
     kept = mrl.load_model(tmp_path / "run/snapshots/ema-0000002.safetensors").state_dict()
-    before = mrl.load_model(good.model_path).state_dict()
+    before = mrl.load_model(whole.run_dir / "snapshots/ema-0000002.safetensors").state_dict()
     assert all(torch.equal(kept[name], before[name]) for name in kept)
     assert resume_finetune(tmp_path / "run").skipped == 0  # where it was not the weights' fault
 
@@ -370,11 +375,11 @@ def test_changed_inputs_are_refused(stopped: Path, small: Path) -> None:
 
 
 def test_an_interrupted_save_leaves_the_previous_state(
-    stopped: Path, small: Path, tmp_path: Path
+    stopped: Path, whole: mrl.FinetuneResult
 ) -> None:
     newest = FinetuneRun.open(stopped).state_paths()[0]
-    whole = newest.read_bytes()
-    newest.write_bytes(whole[: len(whole) // 2])  # as a disk that was full, or a crash, leaves it
+    saved = newest.read_bytes()
+    newest.write_bytes(saved[: len(saved) // 2])  # as a disk that was full, or a crash, leaves it
     warnings: list[str] = []
 
     class Listen(NullTracker):
@@ -384,9 +389,8 @@ def test_an_interrupted_save_leaves_the_previous_state(
 
     result = resume_finetune(stopped, tracker=Listen())
     assert "the one before it is used" in warnings[0]
-    expected = drive(tmp_path / "whole", small_config(small))
-    assert result.curves == expected.curves
-    assert result.comparison == expected.comparison
+    assert result.curves == whole.curves
+    assert result.comparison == whole.comparison
 
 
 def test_no_whole_state_is_refused(stopped: Path) -> None:

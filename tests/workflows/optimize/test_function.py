@@ -90,11 +90,11 @@ def test_a_merge_of_points_beats_the_best_checkpoint(
     snapshots: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     config = OptimizeConfig(
-        evaluation=EvaluationConfig(num_images=3000, repeats=4, selection_images=1000)
+        evaluation=EvaluationConfig(num_images=2000, repeats=4, selection_images=500)
     )
     result = mrl.search(
         snapshots, generate=flown, reference=real(1), heldout=real(2), out=tmp_path / "run",
-        config=config, budget=12_000, batch=1000, progress=False,
+        config=config, budget=8000, batch=1000, progress=False,
     )  # fmt: skip
     run = (tmp_path / "run" / "config.yaml").read_text()
     assert "name: pathwise" in run  # torch alone: there is a gradient
