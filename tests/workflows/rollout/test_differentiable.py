@@ -73,6 +73,12 @@ class Waves:
 
 
 def network(family: str) -> nn.Module:
+    with torch.random.fork_rng():  # networks draw what no checkpoint holds
+        torch.manual_seed(0)
+        return built(family)
+
+
+def built(family: str) -> nn.Module:
     if family == "edm2":
         return EDM2(
             img_resolution=4, img_channels=1, label_dim=3, use_fp16=False, model_channels=8,
@@ -149,7 +155,8 @@ def directions(gradient: Tensor, count: int) -> Tensor:
     size = gradient.abs()
     drawn = torch.rand(count, *gradient.shape, generator=torch.Generator().manual_seed(6)) + 0.5
     ways = drawn * gradient.sign() / size.clamp(min=1e-4 * float(size.max()))
-    return ways / ways.flatten(1).norm(dim=1).reshape(-1, *[1] * gradient.dim())
+    lengths = ways.flatten(1).norm(dim=1)
+    return torch.stack([way / length for way, length in zip(ways, lengths, strict=True)])
 
 
 def numeric(rollout: MergedRollout, point: Tensor, ways: Tensor, step: float = 1e-5) -> Tensor:
