@@ -125,3 +125,10 @@ class StoppedError(ParallelError):
 
 class SilentLeaderError(ParallelError):
     """Raised on one other rank where rank 0, which would tell it, hangs itself."""
+
+
+def misfit(error: Exception) -> str:
+    """What is wrong with contents that do not fit where they are used, in one line."""
+    if isinstance(error, KeyError) and error.args:
+        return f"{error.args[0]!r} is missing"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -27,7 +27,7 @@ from merge_rl.config import (
     dump_config,
     load_config,
 )
-from merge_rl.errors import RunError
+from merge_rl.errors import RunError, misfit
 from merge_rl.storage.files import (
     State,
     is_vacant,
@@ -42,7 +42,6 @@ from merge_rl.untrusted import (
     is_there,
     load_json_mapping,
     open_file,
-    reason,
 )
 
 if TYPE_CHECKING:
@@ -203,8 +202,7 @@ def fitting(path: Path, what: str) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        said = reason(error)
-        raise RunError(f"{path}: damaged {what}: {type(error).__name__} {said}") from None
+        raise RunError(f"{path}: damaged {what}: {misfit(error)}") from None
 
 
 def _require_numbers(path: Path, key: str, values: object, names: Iterable[str] = ()) -> None:

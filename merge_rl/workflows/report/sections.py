@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.config import SamplerConfig, default_text, flattened, settings_of
-from merge_rl.errors import MergeRLError
+from merge_rl.errors import MergeRLError, misfit
 from merge_rl.version import __version__
 from merge_rl.workflows.report.elements import lines, shares
 from merge_rl.workflows.report.markup import (
@@ -36,8 +36,10 @@ def attempted(title: str, build: Callable[[], Safe]) -> Safe:
     try:
         return build()
     except (*_STRANGE, MergeRLError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        text = f"This part cannot be shown: the files of another version differ here ({reason})."
+        said = (
+            f"This part cannot be shown: the files of another version differ here ({misfit(error)})"
+        )
+        text = f"{said}."
         return section(title, tag("p", text, class_="note"))
 
 
