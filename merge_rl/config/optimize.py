@@ -185,6 +185,11 @@ class OptimizeConfig(RunConfig):
         return self.budget - self.evaluation.reserved
 
     @property
+    def grouping(self) -> str:
+        """What has coefficients of its own; along gradients, fine groups cost no more."""
+        return self.merge.grouping or ("tensors" if self.search.takes_gradients else "stages")
+
+    @property
     def tunes_guidance(self) -> bool:
         """Whether strength and interval of guidance are searched."""
         return GUIDANCE in self.search.tune

@@ -36,11 +36,11 @@ class MergeConfig:
         SEARCH, "--scale",
         unset=f"{WHITENED_SCALE} for whitened, {COEFFICIENT_SCALE} for the others",
     )  # fmt: skip
-    grouping: str = setting(
-        "stages",
+    grouping: str | None = setting(
+        None,
         "What has coefficients of its own: stages of the network, its blocks, its tensors; or one "
         "set for all (one).",
-        SEARCH, "--grouping",
+        SEARCH, "--grouping", unset="tensors along gradients, else stages",
     )  # fmt: skip
     groups: Mapping[str, str] = field(
         default_factory=dict,

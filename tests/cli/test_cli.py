@@ -211,7 +211,7 @@ def test_options_override_the_file_and_set_overrides_options(
     assert (written["seed"], written["budget"]) == (8, 95)
     assert written["merge"] == {
         "map": "free", "start": "auto", "scale": 0.1, "groups": {"enc": "\\.enc\\."},
-        "grouping": "stages", "max_abs": None, "l2": 0.0, "freeze": [],
+        "grouping": None, "max_abs": None, "l2": 0.0, "freeze": [],
     }  # fmt: skip
     # One setting of the sampler in the file; the set's own stay.
     assert (written["sampler"]["rho"], written["sampler"]["num_steps"]) == (5.0, 2)

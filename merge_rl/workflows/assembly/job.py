@@ -101,7 +101,7 @@ def load_guide_set(parts: Parts, config: OptimizeConfig) -> GuideSet | None:
     if opened is None or network is None:
         return None
     merge = config.merge
-    groups = grouping(merge.grouping, tuple(opened.tensors))
+    groups = grouping(config.grouping, tuple(opened.tensors))
     plan = plan_merge(opened, groups=groups, base="newest", model=network)
     flat = load_checkpoints(opened, plan, config.device, network=config.device)
     whitened = merge.map == "whitened"

@@ -204,12 +204,12 @@ def resolve_merge(config: OptimizeConfig, checkpoints: CheckpointSet) -> MergeCo
     Searchers that choose among merges without a search give every tensor the same coefficients.
     """
     merge = config.merge
-    patterns = grouping(merge.grouping, tuple(checkpoints.tensors))
+    patterns = grouping(config.grouping, tuple(checkpoints.tensors))
     if config.rules == FIRST_RULES:  # which left all of these to the group "rest"
         patterns = {name: pattern for name, pattern in patterns.items() if name not in ENDS}
     if merge.groups or registry.chooses_itself(config.search.name):
         return merge
-    return dataclasses.replace(merge, groups=patterns)
+    return dataclasses.replace(merge, grouping=config.grouping, groups=patterns)
 
 
 def resolve_reward(config: OptimizeConfig) -> RewardConfig:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.storage.checkpoints import CheckpointSet
-from merge_rl.workflows.report import interval, markdown_table
+from merge_rl.workflows.report import few_columns, interval, markdown_table
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -134,13 +134,18 @@ def score_table(comparison: Comparison) -> str:
     return markdown_table(["model", *(f"FID, {name}" for name in names)], cells)
 
 
+EACH: Final = "Those of each group are in `merge.yaml`."
+
+
 def coefficient_table(facts: CardFacts) -> str:
-    """A Markdown table: one row a checkpoint, one column a group of tensors."""
+    """A Markdown table: one row a checkpoint, one column a group of tensors, if they are few."""
+    columns, coefficients = few_columns(facts.group_names, facts.coefficients)
     rows = [
         [name, *(f"{value:+.4f}" for value in own)]
-        for name, *own in zip(facts.checkpoints, *facts.coefficients, strict=True)
+        for name, *own in zip(facts.checkpoints, *coefficients, strict=True)
     ]
-    return markdown_table(["checkpoint", *facts.group_names], rows)
+    drawn = markdown_table(["checkpoint", *columns], rows)
+    return drawn if len(columns) == len(facts.group_names) else f"{drawn}\n\n{EACH}"
 
 
 def _scores(facts: CardFacts, comparison: Comparison) -> list[str]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from merge_rl.workflows.report.markup import (
         NAMES,
         duration,
+        few_columns,
         floor_lines,
         interval,
         markdown_table,
@@ -48,6 +49,7 @@ __all__ = [
     "draw_run",
     "drawing",
     "duration",
+    "few_columns",
     "finetune_verdict",
     "floor_lines",
     "interval",
@@ -67,7 +69,7 @@ __all__ = [
 _HOMES: Final = {
     "compare_page": "write_comparison",
     "figures": "can_draw drawing steps_axis",
-    "markup": "NAMES duration floor_lines interval markdown_table number",
+    "markup": "NAMES duration few_columns floor_lines interval markdown_table number",
     "plots": "draw_run",
     "results": (
         "CompareResult EvaluateResult Score SearcherScore Verdict compare_verdict "

@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -41,6 +42,20 @@ def floor_lines(document: Mapping[str, Any]) -> list[str]:
     """How near real images come to real images; none where that is not known."""
     floor = document.get("floor")
     return [] if floor is None else [f"floor: both halves of the real images are {floor:.3f} apart"]
+
+
+MOST_COLUMNS: Final = 12
+
+
+def few_columns(
+    groups: Sequence[str], rows: Sequence[Sequence[float]]
+) -> tuple[list[str], list[Sequence[float]]]:
+    """Groups of tensors and their coefficients (G, K); mean, lowest and highest of many groups."""
+    if len(groups) <= MOST_COLUMNS:
+        return list(groups), list(rows)
+    each = list(zip(*rows, strict=True))
+    heads = [f"mean of {len(groups)} groups", "lowest", "highest"]
+    return heads, [[of(values) for values in each] for of in (fmean, min, max)]
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from merge_rl.config import OptimizeConfig
 from merge_rl.workflows.report.markup import (
     NAMES,
     Row,
+    few_columns,
     floor_lines,
     interval,
     markdown_table,
@@ -121,11 +122,12 @@ def _finalists(final: Mapping[str, Any]) -> list[str]:
 
 
 def _coefficients(result: Mapping[str, Any]) -> list[str]:
-    groups, found = result["groups"], result["coefficients"]
-    start = result["start"]["coefficients"]
-    if all(row == start[0] for row in start):  # said once
+    every, begun = result["coefficients"], result["start"]["coefficients"]
+    groups, found = few_columns(result["groups"], every)
+    _, start = few_columns(result["groups"], begun)
+    if all(row == begun[0] for row in begun):  # said once
         results = ["result"] if len(groups) == 1 else groups
-        columns, rows = ["checkpoint", "start", *results], [start[0], *found]
+        columns, rows = ["checkpoint", "start", *results], [begun[0], *found]
     else:
         heads = [(f"{group}: start", f"{group}: result") for group in groups]
         columns = ["checkpoint", *(text for pair in heads for text in pair)]
@@ -134,8 +136,8 @@ def _coefficients(result: Mapping[str, Any]) -> list[str]:
         [name, *(f"{row[index]:+.4f}" for row in rows)]
         for index, name in enumerate(result["checkpoints"])
     ]
-    largest = max(abs(value) for row in found for value in row)
-    sums = list(dict.fromkeys(f"{sum(row):.4f}" for row in found))
+    largest = max(abs(value) for row in every for value in row)
+    sums = list(dict.fromkeys(f"{sum(row):.4f}" for row in every))
     of = "each group of tensors sums" if len(groups) > 1 else "they sum"
     return [
         "## Coefficients",

@@ -51,6 +51,8 @@ def warned(texts: Sequence[str]) -> Safe:
 def settings_section(cls: type, values: Mapping[str, Any]) -> Safe:
     """Settings of a run that differ from the defaults of their dataclass."""
     rows = []
+    # The groups of a grouping follow from its name.
+    told = PLACES | {"merge.groups"} if _said(values, "merge.grouping", None) else PLACES
     own = {
         setting.key: setting.default for setting in settings_of(SamplerConfig, prefix="sampler.")
     }
@@ -58,7 +60,7 @@ def settings_section(cls: type, values: Mapping[str, Any]) -> Safe:
         default = own.get(setting.key, setting.default)
         value = _said(values, setting.key, default)
         plain = list(default) if isinstance(default, tuple) else default
-        if setting.key in PLACES or value in (None, plain, [], {}):
+        if setting.key in told or value in (None, plain, [], {}):
             continue
         rows.append([tag("code", setting.key), _text(value), setting.shown])
     if not rows:

@@ -105,6 +105,16 @@ def test_the_text_has_scores_coefficients_and_a_snippet() -> None:
     assert "model-index" not in yaml.safe_load(unlabelled.split("---")[1])
 
 
+def test_many_groups_are_summed_up() -> None:
+    rows = torch.tensor([[float(g), 1.0 - g] for g in range(13)])
+    text = model_card(facts(group_names=tuple(map(str, range(13))), coefficients=rows))
+    assert "| checkpoint | mean of 13 groups | lowest | highest |" in text
+    assert "| first | +6.0000 | +0.0000 | +12.0000 |" in text
+    assert "| second | -5.0000 | -11.0000 | +1.0000 |" in text
+    assert "Those of each group are in `merge.yaml`." in text
+    assert "`merge.yaml`" not in model_card(facts()).split("## Coefficients")[1].split("##")[0]
+
+
 def test_scores_that_are_not_finite_are_not_published() -> None:
     scores = dict(comparison().scores)
     scores["result"] = [{**row, "heldout": math.nan} for row in scores["result"]]

@@ -356,3 +356,7 @@ def test_settings_that_are_mappings_are_told() -> None:
     told = " ".join(seen.words)
     assert r"attention: attn\." in told
     assert "tensor: (?P<each>.+)" in told
+    grouped = {"merge": {"grouping": "tensors", "groups": {"tensor": "(?P<each>.+)"}}}
+    seen = Seen(settings_section(OptimizeConfig, grouped))  # the groups are those of the grouping
+    assert "merge.grouping" in seen.words
+    assert "merge.groups" not in seen.words
