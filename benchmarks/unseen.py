@@ -30,6 +30,7 @@ from merge_rl.storage.checkpoints import open_checkpoints
 from merge_rl.storage.runs import SETTINGS, RunDir
 from merge_rl.workflows.assembly import Job, build_job, resolve_config
 from merge_rl.workflows.compare.scores import spread_of
+from merge_rl.workflows.compare.trials import SearcherSpec
 
 COUNT, NEIGHBOURS = 2000, 5
 
@@ -78,6 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for line in compared["searchers"]:
         results = [torch.tensor(run["coefficients"]).double() for run in line["runs"]]
         starts = {str(run["start"]) for run in line["runs"]}
+        # Each has groups of tensors of its own.
+        slug, seed = SearcherSpec(line["searcher"], line["name"]).slug, line["runs"][0]["seed"]
+        path = given.folder / f"{slug}-seed{seed}"
+        job = build_job(RunDir.open(path).config(), opened, print)
         found[line["searcher"]] = [metrics(*images_of(job, rows)) for rows in results]
         print(f"{line['searcher']}: began at {', '.join(sorted(starts))}")
     document = {
