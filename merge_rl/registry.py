@@ -193,16 +193,16 @@ def build_model(config: Mapping[str, Any]) -> Network:
     return model.eval()
 
 
-_NO_SUCH: Final = re.compile(r"unexpected keyword argument ('\w+')")
-_MISSING: Final = re.compile(r"missing \d+ required [\w-]+ arguments?: (.+)")
+_no_such: Final = re.compile(r"unexpected keyword argument ('\w+')")
+_missing: Final = re.compile(r"missing \d+ required [\w-]+ arguments?: (.+)")
 
 
 def _options_at_fault(error: Exception) -> str:
     """What a constructor says of its options, in the words of configs."""
     text = reason(error)
-    if found := _NO_SUCH.search(text):
+    if found := _no_such.search(text):
         return f"unknown option {found[1]}"
-    found = _MISSING.search(text)
+    found = _missing.search(text)
     return f"missing options {found[1]}" if found else text
 
 

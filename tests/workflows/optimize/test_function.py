@@ -94,7 +94,7 @@ def test_a_merge_of_points_beats_the_best_checkpoint(
     )
     result = mrl.search(
         snapshots, generate=flown, reference=real(1), heldout=real(2), out=tmp_path / "run",
-        config=config, budget=8000, batch=1000, progress=False,
+        config=config, budget=12_000, batch=1000, progress=False,
     )  # fmt: skip
     run = (tmp_path / "run" / "config.yaml").read_text()
     assert "name: pathwise" in run  # torch alone: there is a gradient
