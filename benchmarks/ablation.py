@@ -26,6 +26,7 @@ FORMER = (
 VARIANTS = {
     "default": "",
     "one group": "merge.grouping=one",
+    "stages": "merge.grouping=stages",
     "every block": "merge.grouping=blocks",
     "every tensor": "merge.grouping=tensors",
     "fixed width": "search.width_rate=0",
