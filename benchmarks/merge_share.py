@@ -26,7 +26,8 @@ from merge_rl.core.merging.buffers import FlatCheckpoints, FlatLayout, add_produ
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.models.sit import SiT
-from merge_rl.workflows.rollout.execution import matmul_precision, prepare_network
+from merge_rl.workflows.rollout.compiled import prepare_network
+from merge_rl.workflows.rollout.execution import matmul_precision
 
 GOAL = 0.05
 WAYS: dict[str, dict[str, Any]] = {

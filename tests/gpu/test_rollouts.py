@@ -21,8 +21,7 @@ from merge_rl.workflows.assembly.defaults import find_defaults, load_model
 from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.assembly.parts import network_rollout
 from merge_rl.workflows.rollout import graphs
-from merge_rl.workflows.rollout.decoding import streams_of
-from merge_rl.workflows.rollout.execution import exact_products, matmul_precision
+from merge_rl.workflows.rollout.execution import exact_products, matmul_precision, streams_of
 from merge_rl.workflows.rollout.graphs import CapturedNetwork
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 

@@ -1,5 +1,6 @@
 """Weights to images to features: placement, execution, the same work on several processes."""
 
+from merge_rl.workflows.rollout.compiled import prepare_network
 from merge_rl.workflows.rollout.derivatives import Room, made_again, pull_back, require_derivative
 from merge_rl.workflows.rollout.device import (
     choose_place,
@@ -24,8 +25,8 @@ from merge_rl.workflows.rollout.execution import (
     calls_an_image,
     exact_products,
     fast_hint,
+    is_out_of_memory,
     matmul_precision,
-    prepare_network,
 )
 from merge_rl.workflows.rollout.given import (
     AsTheyAre,
@@ -35,7 +36,6 @@ from merge_rl.workflows.rollout.given import (
     with_gradient,
     without_gradient,
 )
-from merge_rl.workflows.rollout.halving import is_out_of_memory
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 from merge_rl.workflows.rollout.tuned import TunedRollout
 

@@ -1,4 +1,4 @@
-"""Functions that a compiler makes faster, or that run as they are."""
+"""Networks and decoders as the settings want them: compiled, in bfloat16, or as they are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from merge_rl.workflows.rollout.halving import is_out_of_memory
+from merge_rl.config import SamplerConfig
+from merge_rl.errors import ConfigError
+from merge_rl.interfaces import Autoencoder, Denoiser
+from merge_rl.models import LatentDecoder
+from merge_rl.workflows.rollout.execution import Transform, is_out_of_memory
 
 MANTISSA: Final = {"float32": 23, "tf32": 10, "bfloat16": 7}  # bits by precision
 FLOAT16: Final = 10
@@ -96,3 +100,74 @@ class WholeChunks:
         filled = torch.cat([rows, rows[:missing]]) if missing else rows
         parts = [self._compiled(part) for part in torch.split(filled, self._size)]
         return torch.cat(parts)[: len(rows)]
+
+
+class Autocast:
+    """A network whose matrix products run in bfloat16; what goes in and comes out is float32."""
+
+    def __init__(self, forward: Denoiser, network: Denoiser) -> None:
+        self.forward = forward
+        self._network = network
+
+    def __getattr__(self, name: str) -> Any:
+        """What samplers ask a network for, such as `prediction`."""
+        return getattr(self._network, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        """The network's prediction, float32."""
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            return self.forward(x, sigma, labels).float()
+
+
+def prepare_network(
+    model: Denoiser,
+    settings: SamplerConfig,
+    device: torch.device,
+    announce: Callable[[str], None] = lambda _text: None,
+) -> Denoiser:
+    """The network as the settings want it: compiled, in bfloat16, or as it is.
+
+    It stays the same module underneath, so that weights merged into it count. A network that has
+    a half precision of its own on this device (EDM2's `use_fp16`) keeps it instead of bfloat16.
+    `announce` is told where it cannot be compiled. Raises ConfigError for compilation on the CPU:
+    there it takes minutes for a quarter of the time, and PyTorch 2.13 gives an EDM2's embedding
+    wrong numbers.
+    """
+    own_half = bool(getattr(model, "use_fp16", False)) and device.type == "cuda"
+    prepared = model
+    if settings.compile:
+        if device.type == "cpu":
+            raise ConfigError("sampler.compile is for accelerators, got the device cpu")
+        digits = FLOAT16 if own_half else MANTISSA[settings.precision]
+        prepared = Compiled(model, "calls of the network", announce, digits=digits)
+    if settings.precision == "bfloat16" and not own_half:
+        prepared = Autocast(prepared, model)
+    return prepared
+
+
+def prepare_decoder(
+    autoencoder: Autoencoder,
+    settings: SamplerConfig,
+    device: torch.device,
+    announce: Callable[[str], None] = lambda _text: None,
+) -> Transform:
+    """Latents (B, C, h, w) -> images uint8, the fastest way that the settings allow on the device.
+
+    A latent decoder in bfloat16 on a GPU is compiled where the network is; channels last made it
+    slower. One in float32 stays as it is, so that scores agree with the CPU's.
+    """
+    if not isinstance(autoencoder, LatentDecoder) or device.type != "cuda":
+        return autoencoder.decode
+    if autoencoder.dtype != torch.bfloat16 or not settings.compile:
+        return autoencoder.decode
+    digits = MANTISSA["bfloat16"]
+    compiled = Compiled(
+        autoencoder.levels, "decoded images", announce, digits=digits, dynamic=False
+    )
+    levels = WholeChunks(compiled, autoencoder.chunk)
+
+    def decode(latents: Tensor) -> Tensor:
+        with torch.no_grad():
+            return levels(latents).to(torch.uint8)
+
+    return decode

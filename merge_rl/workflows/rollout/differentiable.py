@@ -26,6 +26,7 @@ from merge_rl.core.network import against
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.solvers import Velocity
 from merge_rl.errors import ConfigError, OutOfMemoryError
+from merge_rl.workflows.rollout.compiled import prepare_network
 from merge_rl.workflows.rollout.derivatives import (
     Room,
     StepWatch,
@@ -38,10 +39,9 @@ from merge_rl.workflows.rollout.derivatives import (
 from merge_rl.workflows.rollout.execution import (
     calls_an_image,
     exact_products,
+    is_out_of_memory,
     matmul_precision,
-    prepare_network,
 )
-from merge_rl.workflows.rollout.halving import is_out_of_memory
 from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
 from merge_rl.workflows.rollout.tuned import TunedRollout
 

@@ -27,8 +27,8 @@ from merge_rl.workflows.rollout.differentiable import (
     DifferentiableRollout,
     Way,
 )
+from merge_rl.workflows.rollout.execution import is_out_of_memory
 from merge_rl.workflows.rollout.given import with_gradient
-from merge_rl.workflows.rollout.halving import is_out_of_memory
 from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
 
 GRADIENT: Final = "gradient"  # phase

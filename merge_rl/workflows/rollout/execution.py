@@ -1,25 +1,26 @@
-"""How a forward pass runs: precision, compilation, threads, streams, halved blocks."""
+"""How a forward pass runs: precision, threads, streams, as many rows at once as memory takes."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
 from merge_rl.core.sampling.compatibility import count_network_calls, has_open_end, prediction_of
-from merge_rl.errors import ConfigError
+from merge_rl.errors import OutOfMemoryError
 from merge_rl.interfaces import Denoiser
 from merge_rl.parallel.blocks import single_threaded
-from merge_rl.workflows.rollout.compiled import FLOAT16, MANTISSA, Compiled
 
 
 @dataclass(frozen=True)
@@ -51,49 +52,6 @@ class Failures:
         }
         said = [f"{text} for {n:,} of {self.count:,} images" for text, n in parts.items() if n]
         return "; ".join(said)
-
-
-class Autocast:
-    """A network whose matrix products run in bfloat16; what goes in and comes out is float32."""
-
-    def __init__(self, forward: Denoiser, network: Denoiser) -> None:
-        self.forward = forward
-        self._network = network
-
-    def __getattr__(self, name: str) -> Any:
-        """What samplers ask a network for, such as `prediction`."""
-        return getattr(self._network, name)
-
-    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
-        """The network's prediction, float32."""
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            return self.forward(x, sigma, labels).float()
-
-
-def prepare_network(
-    model: Denoiser,
-    settings: SamplerConfig,
-    device: torch.device,
-    announce: Callable[[str], None] = lambda _text: None,
-) -> Denoiser:
-    """The network as the settings want it: compiled, in bfloat16, or as it is.
-
-    It stays the same module underneath, so that weights merged into it count. A network that has
-    a half precision of its own on this device (EDM2's `use_fp16`) keeps it instead of bfloat16.
-    `announce` is told where it cannot be compiled. Raises ConfigError for compilation on the CPU:
-    there it takes minutes for a quarter of the time, and PyTorch 2.13 gives an EDM2's embedding
-    wrong numbers.
-    """
-    own_half = bool(getattr(model, "use_fp16", False)) and device.type == "cuda"
-    prepared = model
-    if settings.compile:
-        if device.type == "cpu":
-            raise ConfigError("sampler.compile is for accelerators, got the device cpu")
-        digits = FLOAT16 if own_half else MANTISSA[settings.precision]
-        prepared = Compiled(model, "calls of the network", announce, digits=digits)
-    if settings.precision == "bfloat16" and not own_half:
-        prepared = Autocast(prepared, model)
-    return prepared
 
 
 def calls_an_image(settings: SamplerConfig, model: Denoiser) -> int:
@@ -203,6 +161,17 @@ class CudaStreams:
             return result.cpu()
 
 
+# One second stream a device: libraries keep work space, 32 MiB on some GPUs, for every stream that
+# ever called them, and memory that a stream has given back serves that stream alone.
+_second_stream = functools.cache(CudaStreams)
+
+
+def streams_of(device: torch.device) -> CudaStreams:
+    """The same two streams of a device for all rollouts."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _second_stream(torch.device(device.type, index))
+
+
 def overlapped(
     makers: Iterable[Callable[[], Tensor]], finish: Transform, streams: Streams
 ) -> Iterator[Tensor]:
@@ -238,3 +207,50 @@ def threads(workers: int, blocks: int) -> Iterator[Callable[..., Iterable[Tensor
             yield pool.map
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+# What allocators say differs between devices and versions.
+_SIGNS: Final = ("can't allocate memory", "not enough memory", "out of memory", "alloc_cpu")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator, or the machine, had no room for a tensor."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _SIGNS)
+
+
+class BatchHalving:
+    """Applies a function of rows to as many rows at once as memory takes.
+
+    Out of memory halves the number, from then on; rows that are done are kept. The result is that
+    of all rows at once, up to the rounding of sums whose order a kernel chooses by its batch.
+    """
+
+    def __init__(self, announce: Callable[[str], None] = lambda _text: None) -> None:
+        self.limit: int | None = None  # rows at once; None: as many as there are
+        self.announce = announce
+
+    def __call__(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """function(*rows), rows (B, ...) each; OutOfMemoryError if one row is too many."""
+        count, parts, start = len(rows[0]), list[Tensor](), 0
+        while start < count or not parts:
+            size = min(self.limit or count, count - start)
+            try:
+                parts.append(function(*(x[start : start + size] for x in rows)))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(size)
+            else:
+                start += size
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _halve(self, size: int) -> None:
+        if size <= 1:
+            raise OutOfMemoryError("out of memory with one image at a time") from None
+        # Threads may meet the same limit at the same time: one of them lowers it.
+        self.limit = min(self.limit or size, math.ceil(size / 2))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.announce(f"out of memory with {size} images at once: {self.limit} from now on")

@@ -17,7 +17,7 @@ from torch import Tensor
 from merge_rl.config import SamplerConfig
 from merge_rl.core.network import Network
 from merge_rl.interfaces import Denoiser
-from merge_rl.workflows.rollout.execution import prepare_network
+from merge_rl.workflows.rollout.compiled import prepare_network
 
 PAYS_BELOW: Final = 2**25  # weights; larger ones keep the GPU busy, and a graph keeps its memory
 CALLS_BEFORE: Final = 32  # of a shape: recording costs as much as several calls

@@ -21,19 +21,19 @@ from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.interfaces import Autoencoder, Denoiser, FeatureExtractor
 from merge_rl.parallel.blocks import Block, split_blocks
 from merge_rl.rng import ImageStreams
-from merge_rl.workflows.rollout.decoding import prepare_decoder, streams_of
+from merge_rl.workflows.rollout.compiled import prepare_decoder
 from merge_rl.workflows.rollout.execution import (
+    BatchHalving,
     Transform,
     exact_products,
     matmul_precision,
     overlapped,
+    streams_of,
     threads,
 )
 from merge_rl.workflows.rollout.graphs import PAYS_BELOW, as_graphs, renew
-from merge_rl.workflows.rollout.halving import BatchHalving
 
-Inputs = tuple[Tensor, Tensor]
-"""Noise (B, C, h, w) and labels (B,) of one block."""
+Inputs = tuple[Tensor, Tensor]  # noise (B, C, h, w) and labels (B,) of one block
 Ask = Callable[[], Inputs]  # called when the block is made
 
 

@@ -11,9 +11,12 @@ from torch import Tensor
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import OutOfMemoryError
 from merge_rl.models.autoencoder import LatentDecoder, PixelEncoder
-from merge_rl.workflows.rollout.compiled import Compiled, WholeChunks
-from merge_rl.workflows.rollout.decoding import prepare_decoder
-from merge_rl.workflows.rollout.execution import prepare_network
+from merge_rl.workflows.rollout.compiled import (
+    Compiled,
+    WholeChunks,
+    prepare_decoder,
+    prepare_network,
+)
 
 FAST = SamplerConfig(precision="bfloat16", compile=True)
 

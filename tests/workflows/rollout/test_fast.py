@@ -12,14 +12,8 @@ from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import ConfigError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.models.sit import SiT
-from merge_rl.workflows.rollout.compiled import Compiled
-from merge_rl.workflows.rollout.execution import (
-    Autocast,
-    exact_products,
-    fast_hint,
-    matmul_precision,
-    prepare_network,
-)
+from merge_rl.workflows.rollout.compiled import Autocast, Compiled, prepare_network
+from merge_rl.workflows.rollout.execution import exact_products, fast_hint, matmul_precision
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import OutOfMemoryError
 from merge_rl.interfaces import Denoiser
-from merge_rl.workflows.rollout.halving import BatchHalving, is_out_of_memory
+from merge_rl.workflows.rollout.execution import BatchHalving, is_out_of_memory
 from merge_rl.workflows.rollout.rollout import Rollout
 from tests.workflows.rollout.test_rollout import LABELS, SEEDS, SHAPE, Bytes, KeepNoise, Pixels
 
