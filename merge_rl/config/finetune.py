@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 from merge_rl.config.mapping import flattened, to_mapping
@@ -109,7 +110,7 @@ class FinetuneConfig(RunConfig):
                 f"got {self.parallel}"
             )
 
-    @property
+    @cached_property
     def images_per_step(self) -> int:
         """Rollouts of a step: B n."""
         return self.rollout.subsets * self.reward.images_per_subset

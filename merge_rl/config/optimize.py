@@ -201,9 +201,11 @@ class OptimizeConfig(RunConfig):
 
     def round_images(self, candidates: int, round_index: int) -> int:
         """What a round costs, in images: of candidates, or with the gradient at the mean."""
+        reward = self.reward
         if self.search.takes_gradients:
-            return GRADIENT_COST * self.reward.images_per_subset
-        return self.reward.round_images(candidates, round_index)
+            return GRADIENT_COST * reward.images_per_subset
+        refresh = reward.refresh_images(round_index) if reward.pooled else 0
+        return candidates * reward.images_per_candidate + refresh
 
 
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ class RewardTerm:
     weight: float = 1.0
 
 
-@functools.cache
 def parse_reward(text: str) -> tuple[RewardTerm, ...]:
     """The terms of a reward, in order.
 
@@ -132,7 +130,7 @@ class RewardConfig:
         require(self.max_gap > 0, "max_gap", "> 0", self.max_gap)
         if self.refresh != "rolling":
             require(
-                (whole_number(self.refresh) or 0) >= 1,
+                self.renewed_every >= 1,
                 "refresh", '"rolling" or a number of rounds >= 1', self.refresh,
             )  # fmt: skip
         if self.refresh_size is not None:
@@ -144,12 +142,12 @@ class RewardConfig:
         """The reward: `name`, or the subset-replace FID."""
         return self.name or "fid-subset"
 
-    @property
+    @cached_property
     def terms(self) -> tuple[RewardTerm, ...]:
         """What the reward is the weighted sum of."""
         return parse_reward(self.text)
 
-    @property
+    @cached_property
     def distance(self) -> str:
         """What the pool's distance is called: FID, KID, MMD, fd-mean, or distance of sums."""
         first, *more = self.terms
@@ -160,39 +158,34 @@ class RewardConfig:
             return _MEAN
         return kind.upper() if kind in ("fid", "kid", "mmd") else "distance"
 
-    @property
+    @cached_property
     def pooled(self) -> bool:
         """Whether a term replaces part of a pool; the others score a candidate's own images."""
         return not all(term.base.endswith("-full") for term in self.terms)
 
-    @property
+    @cached_property
     def images_per_subset(self) -> int:
         """n: `subset_size`, or what is usual."""
         return self.subset_size or SUBSET_SIZE
 
-    @property
+    @cached_property
     def images_per_candidate(self) -> int:
         """Images a candidate costs: Ns Nr n."""
         return self.num_subsets * self.num_replacements * self.images_per_subset
 
-    @property
+    @cached_property
     def rolling_size(self) -> int:
         """Rows that a rolling refresh renews."""
         share = max(1, self.pool_size // 10, 4 * self.images_per_candidate)
         return self.refresh_size or min(share, self.pool_size)
 
-    def round_images(self, candidates: int, round_index: int) -> int:
-        """What a round of so many candidates costs, in images, with what it renews of the pool."""
-        refresh = self.refresh_images(round_index) if self.pooled else 0
-        return candidates * self.images_per_candidate + refresh
-
     @cached_property
     def renewed_every(self) -> int:
         """Rounds after which the whole pool is renewed; 1 of a rolling refresh."""
-        return whole_number(self.refresh) or 1
+        return 1 if self.refresh == "rolling" else whole_number(self.refresh) or 0
 
     def refresh_images(self, round_index: int) -> int:
-        """Rows that are renewed after a round, counted from 0."""
-        if self.refresh == "rolling":
-            return self.rolling_size
-        return self.pool_size if (round_index + 1) % self.renewed_every == 0 else 0
+        """Rows of the pool that are renewed after a round, counted from 0."""
+        if (round_index + 1) % self.renewed_every:
+            return 0
+        return self.rolling_size if self.refresh == "rolling" else self.pool_size

@@ -85,7 +85,7 @@ class PathwiseLoop(SearchLoop):
         self.run_dir.append_event(event)
         if went_back:
             self._renew_pool()
-        self.round_index += 1
+        self._begin(self.round_index + 1)
         self._save()
         self.tracker.event(event)
         if found["dropped"]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_rl.config import OptimizeConfig, RewardConfig, without_nan
+from merge_rl.config import OptimizeConfig, without_nan
 from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.errors import BudgetError, NonFiniteWeightsError, StatisticsError
 from merge_rl.interfaces import Searcher, Tracker
@@ -51,8 +51,9 @@ class SearchLoop:
         self.config, self.job, self.searcher = config, job, searcher
         self.run_dir, self.tracker, self.reward = run, tracker, job.reward
         self.limit = config.search_budget if limit is None else limit
-        self.round_index = self.cursor = self.failed_rounds = 0
+        self.cursor = self.failed_rounds = 0
         self.images = spent
+        self._begin(0)
         self.gap_mean = 0.0
         self.first_order, self.held_out = FirstOrderWatch(), HeldOutCurve(job)
         if start is not None:
@@ -96,8 +97,13 @@ class SearchLoop:
                 f"{reward.images_per_candidate} images: expected at least {needed}"
             )
 
+    def _begin(self, round_index: int) -> None:
+        """Be at the beginning of a round, after which `renewed` rows of the pool are made anew."""
+        self.round_index, reward = round_index, self.config.reward
+        self.renewed = reward.refresh_images(round_index) if reward.pooled else 0
+
     def _round_cost(self, candidates: int) -> int:
-        return self.config.reward.round_images(candidates, self.round_index)
+        return candidates * self.config.reward.images_per_candidate + self.renewed
 
     def _generate(self, theta: Tensor, labels: Tensor, *names: str | int) -> Tensor:
         """Features of images at theta; the noise comes from the stream called `names`."""
@@ -110,22 +116,22 @@ class SearchLoop:
         labels = balanced_labels(self.config.reward.pool_size, self.job.num_classes)
         features = self._generate(self.searcher.mean, labels, "pool")
         if failures := Failures.of(features):
-            said = failures.said(self.job.rollout.rollout.extractor.name)
+            name = self.job.rollout.rollout.extractor.name
+            said = f"no score of the starting point: {failures.said(name)}"
             if failures.features:
-                raise StatisticsError(f"no score of the starting point: {said}")
-            raise NonFiniteWeightsError(
-                f"no score of the starting point: {said}; choose another with --start"
-            )
+                raise StatisticsError(said)
+            raise NonFiniteWeightsError(f"{said}; choose another with --start")
         self.pool = Pool.of(features, labels)
 
     def _round(self, thetas: Tensor) -> None:
         began, sampled = time.monotonic(), self.job.rollout.seconds
-        rewards, terms, first_order = self._evaluate(thetas)
-        rewards = rewards - penalties(self.job, thetas, self.config.reward, self.config.merge.l2)
+        scored = score_candidates(self.job, self.pool, thetas, self.config, self.round_index)
+        reward, first_order = self.config.reward, scored.first_order
+        self.images += len(thetas) * reward.images_per_candidate
+        rewards = scored.rewards - penalties(self.job, thetas, self.config)
         self.searcher.tell(thetas, rewards)
-        pooled = self.config.reward.pooled
-        before = self.reward.pool_distance(self._pool) if pooled else None
-        share = self.config.reward.images_per_subset / len(self._pool) if pooled else 1.0
+        before = self.reward.pool_distance(self._pool) if reward.pooled else None
+        share = reward.images_per_subset / len(self._pool) if reward.pooled else 1.0
         told = self.config.rules > 1
         scores = candidate_scores(rewards, before, share, relative=told)
         late = told and 2 * self.images > self.limit
@@ -139,11 +145,11 @@ class SearchLoop:
             **self.job.setup(self.searcher.mean).as_dict(),
             "candidates": thetas.tolist(),
             "rewards": without_nan(rewards.tolist()),
-            **({"terms": term_means(terms)} if len(terms) > 1 else {}),
+            **({"terms": term_means(scored.terms)} if len(scored.terms) > 1 else {}),
             **({FIRST_ORDER: first_order} if self.reward.has_first_order else {}),
             "failed": int(rewards.isnan().sum()),
             "pool_before": before,
-            "distance": self.config.reward.distance,
+            "distance": reward.distance,
             **refresh,
             **self.held_out.of(self.pool),
             "images": self.images,
@@ -151,18 +157,11 @@ class SearchLoop:
             "rollout_seconds": self.job.rollout.seconds - sampled,
         }
         self.run_dir.append_event(event)
-        self.round_index += 1
+        self._begin(self.round_index + 1)
         self._save()
         self.tracker.event(event)
-        doubt = self.first_order.add(first_order)
-        if doubt is not None:
+        if (doubt := self.first_order.add(first_order)) is not None:
             self.tracker.event({"kind": "warning", "text": doubt})
-
-    def _evaluate(self, thetas: Tensor) -> RewardScores:
-        """Scores of thetas (P, D), before penalties."""
-        scores = score_candidates(self.job, self.pool, thetas, self.config, self.round_index)
-        self.images += len(thetas) * self.config.reward.images_per_candidate
-        return scores
 
     def _note_failures(self, rewards: Tensor) -> None:
         if bool(rewards.isnan().all()):
@@ -185,8 +184,7 @@ class SearchLoop:
 
     def _refresh(self, before: float) -> dict[str, Any]:
         """Renew rows at the new policy mean, measure the gap, act on it; for the event."""
-        count = self.config.reward.refresh_images(self.round_index)
-        if count == 0:
+        if not (count := self.renewed):
             return {**self._no_refresh(), "pool_after": before}
         after, previous = self._renew(count, 0), self.result_theta
         if after is None:
@@ -246,7 +244,8 @@ class SearchLoop:
         if saved is None:
             self.run_dir.keep_events_before(0)
             return False
-        self.round_index, self.images = saved.round_index, saved.images
+        self._begin(saved.round_index)
+        self.images = saved.images
         self.cursor, self.gap_mean = saved.cursor, saved.gap_mean
         self.failed_rounds, self.result_theta = saved.failed_rounds, saved.result_theta
         self.incumbents, self.pool = saved.incumbents, saved.pool
@@ -281,11 +280,12 @@ def score_candidates(
     return job.reward.scores(pool, scored)
 
 
-def penalties(job: Job, thetas: Tensor, reward: RewardConfig, l2: float) -> Tensor:
+def penalties(job: Job, thetas: Tensor, config: OptimizeConfig) -> Tensor:
     """What large coefficients cost each candidate, (P,), in units of its reward.
 
-    l2 is in FID: where a candidate moves a part of the pool alone, it counts for that part.
+    `merge.l2` is in FID: where a candidate moves a part of the pool alone, it counts for that part.
     """
+    reward, l2 = config.reward, config.merge.l2
     if l2 == 0:
         return torch.zeros(len(thetas), dtype=torch.float64)
     share = reward.images_per_subset / reward.pool_size if reward.pooled else 1.0
