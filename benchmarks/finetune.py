@@ -46,9 +46,9 @@ from merge_rl.interfaces import FeatureExtractor
 from merge_rl.rng import image_seeds
 from merge_rl.workflows.assembly.defaults import load_model
 from merge_rl.workflows.assembly.extractors import build_extractor
-from merge_rl.workflows.assembly.memory import peak_memory
 from merge_rl.workflows.assembly.parts import network_rollout
 from merge_rl.workflows.finetune.run import FinetuneResult, finetune
+from merge_rl.workflows.finetune.step import peak_memory
 from merge_rl.workflows.rollout.rollout import Rollout
 
 GOAL, RECALL_GOAL, STEPS_GOAL, MEMORY_GOAL = 0.85, 0.03, 0.7, 1.10

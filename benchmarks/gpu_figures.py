@@ -292,7 +292,7 @@ def memory(device: str, tiny: bool) -> Figure:
 
 
 def _peak(device: str) -> int:
-    from merge_rl.workflows.assembly.memory import peak_memory
+    from merge_rl.workflows.finetune.step import peak_memory
 
     return peak_memory(device)
 

@@ -102,3 +102,11 @@ def level_text(event: Mapping[str, Any]) -> str:
 def pool_text(event: Mapping[str, Any], distance: float) -> str:
     """The pool's distance by its name; older runs, which do not say it, had FID."""
     return f"pool {event.get('distance', 'FID')} {distance:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """90 -> "90 s", 7500 -> "2 h 5 min"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

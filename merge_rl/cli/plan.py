@@ -27,12 +27,7 @@ def show_plan(
     memory: float | None,
 ) -> None:
     """Make the plan of a search in an open set and print it."""
-    from merge_rl.workflows.assembly import (
-        allow_named,
-        fit_batch,
-        resolve_config,
-        with_network,
-    )
+    from merge_rl.workflows.assembly import allow_named, fit_batch, resolve_config, with_network
     from merge_rl.workflows.optimize import check_names
     from merge_rl.workflows.plan import plan
 
@@ -79,8 +74,8 @@ class _Steps(BarTracker):
 
 
 def _print(found: SearchPlan) -> None:
+    from merge_rl.progress import duration
     from merge_rl.workflows.assembly import gib
-    from merge_rl.workflows.report import duration
 
     load, memory, batch = found.workload, found.memory, found.config.batch
     stages = ", ".join(f"{stage.name} {stage.total:,}" for stage in load.stages)

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,8 +28,6 @@ from merge_rl.untrusted import load_json_mapping, parse_json, read_bounded
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-import re
 
 # Words of their own such as 1e6, 1.5M or 500k: 12e5f may well be a hash.
 _SCALED = r"(?<![0-9A-Za-z.])[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2}|[kKM])(?![0-9A-Za-z])"

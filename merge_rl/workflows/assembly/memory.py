@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import resource
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
-from merge_rl.config import AUTO_BATCH, FinetuneConfig, OptimizeConfig
+from merge_rl.config import AUTO_BATCH, OptimizeConfig
 from merge_rl.errors import OutOfMemoryError
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows.assembly.costs import Cost, PartCosts, cost_parts, weight_bytes
-from merge_rl.workflows.rollout import choose_place, free_memory, free_on, is_out_of_memory
+from merge_rl.workflows.rollout import choose_place, free_memory, free_on
 
 STATES: Final = 6  # of the samples that a solver holds at once
 SQUARES: Final = 6  # float64 matrices (D, D) that a distance works with
@@ -161,71 +158,3 @@ def fit_batch(
     batch = min(found.largest_batch, most)
     announce(f"batch {batch}: of {gib(free)} free {gib(found.needed(batch))} are needed")
     return dataclasses.replace(config, batch=batch)
-
-
-FLOAT_BYTES = 4
-
-
-def training_bytes(config: FinetuneConfig, num_weights: int, processes: int = 1) -> int:
-    """Bytes of all copies of the weights: network, gradients, Adam's two moments, average, start.
-
-    Adapters need moments and gradients of themselves alone, which are small beside the network.
-    Of several processes each holds the network, which samples, and the start; with `ddp` buckets
-    of gradients too, with `fsdp` a share of all else and of the weights in training.
-    """
-    update, full = config.update, config.lora.rank == 0
-    whole, rest = 1 + (update.kl_weight > 0), (3 if full else 0) + (update.ema_decay > 0)
-    if processes == 1:
-        return FLOAT_BYTES * num_weights * (whole + rest)
-    if config.parallel == "fsdp":
-        return FLOAT_BYTES * (num_weights * whole + -(-num_weights * (1 + rest) // processes))
-    return FLOAT_BYTES * num_weights * (whole + rest + full)
-
-
-def require_memory(config: FinetuneConfig, num_weights: int, processes: int = 1) -> None:
-    """Raise OutOfMemoryError if the copies of the weights alone exceed what is free.
-
-    Of one process, of so many: those of one machine share its memory where they are on the CPU.
-    """
-    needed = training_bytes(config, num_weights, processes)
-    free = free_on(config.device)
-    if free is None or needed <= free:
-        return
-    hints = ["--lora-rank 8 (adapters in place of all weights)"] if config.lora.rank == 0 else []
-    hints += ["--ema 0 (no moving average)"] if config.update.ema_decay else []
-    if processes > 1 and config.parallel == "ddp":
-        hints += ["--parallel fsdp (shards in place of copies)"]
-    hints += ["--kl 0 (no frozen reference)"] if config.update.kl_weight else []
-    raise OutOfMemoryError(
-        f"training {num_weights:,} weights takes {gib(needed)} for weights, gradients and "
-        f"averages, but {gib(free)} are free on {config.device}; lower it with "
-        f"{' or '.join(hints) or 'a smaller network'}"
-    )
-
-
-@contextlib.contextmanager
-def memory_advice(config: FinetuneConfig) -> Iterator[None]:
-    """Turn what the libraries say when memory runs out into a sentence on what to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise _shortage(config, error) from None
-
-
-def _shortage(config: FinetuneConfig, error: BaseException) -> OutOfMemoryError:
-    said = " ".join(str(error).split())[:120]
-    return OutOfMemoryError(
-        f"too little memory on {config.device} for this step; lower --micro-batch "
-        f"({config.update.micro_batch} images with gradients at a time), --batch "
-        f"({config.batch} without), or train adapters with --lora-rank ({said or 'no details'})"
-    )
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: the most that was allocated on an accelerator, or by this process on the CPU."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

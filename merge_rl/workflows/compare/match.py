@@ -17,6 +17,7 @@ from merge_rl.errors import MergeRLError, ParallelError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.parallel.group import Group
 from merge_rl.parallel.tasks import TaskQueue
+from merge_rl.progress import duration
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.runs import SETTINGS, RunDir
 from merge_rl.version import __version__
@@ -38,7 +39,6 @@ from merge_rl.workflows.compare.trials import (
     run_trial,
 )
 from merge_rl.workflows.optimize import image_seconds
-from merge_rl.workflows.report import duration
 from merge_rl.workflows.rollout import calls_an_image, own_device, require_same_everywhere
 
 OTHERS: Final = "ranks"  # folder of what the other ranks have scored, until rank 0 takes it

@@ -21,7 +21,7 @@ from merge_rl.parallel.blocks import Block, SharedWork, blocks_of_sizes, split_b
 from merge_rl.parallel.group import Group
 from merge_rl.rng import image_seeds
 from merge_rl.storage.runs import StopSignals
-from merge_rl.workflows.assembly import load_network, memory_advice
+from merge_rl.workflows.assembly import load_network
 from merge_rl.workflows.finetune.job import FinetuneJob
 from merge_rl.workflows.finetune.kept import (
     KeptRollouts,
@@ -33,7 +33,7 @@ from merge_rl.workflows.finetune.kept import (
 from merge_rl.workflows.finetune.learner import Learner
 from merge_rl.workflows.finetune.pathwise import PathwiseGradient, sum_in_order
 from merge_rl.workflows.finetune.sharded import ShardedLearner, is_broken_link, replicated
-from merge_rl.workflows.finetune.step import StepParts
+from merge_rl.workflows.finetune.step import StepParts, memory_advice
 from merge_rl.workflows.finetune.updates import UpdateStats
 from merge_rl.workflows.rollout import Rollout
 

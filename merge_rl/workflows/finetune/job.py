@@ -12,7 +12,7 @@ from torch import nn
 
 from merge_rl.config import FIRST_RULES, FinetuneConfig, OptimizeConfig, RewardConfig
 from merge_rl.core.sampling.compatibility import require_reward_solver
-from merge_rl.errors import ConfigError
+from merge_rl.errors import ConfigError, OutOfMemoryError
 from merge_rl.models import add_adapters
 from merge_rl.rng import stream
 from merge_rl.storage.checkpoints import Origin, find_origin, model_sha256
@@ -21,16 +21,16 @@ from merge_rl.workflows.assembly import (
     OfParts,
     Parts,
     check_reward,
+    gib,
     known_terms,
     load_network,
     require_known,
     require_known_autoencoder,
-    require_memory,
 )
 from merge_rl.workflows.finetune.kept import PolicyRollout
 from merge_rl.workflows.finetune.learner import trainable
 from merge_rl.workflows.rewards import require_gradient
-from merge_rl.workflows.rollout import Rollout, require_derivative
+from merge_rl.workflows.rollout import Rollout, free_on, require_derivative
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,46 @@ def check_finetune(config: FinetuneConfig) -> None:
     require_known(config.extractor or "")
     for sampler in config.curve_samplers().values():
         require_reward_solver(sampler)
+
+
+FLOAT_BYTES = 4
+
+
+def training_bytes(config: FinetuneConfig, num_weights: int, processes: int = 1) -> int:
+    """Bytes of all copies of the weights: network, gradients, Adam's two moments, average, start.
+
+    Adapters need moments and gradients of themselves alone, which are small beside the network.
+    Of several processes each holds the network, which samples, and the start; with `ddp` buckets
+    of gradients too, with `fsdp` a share of all else and of the weights in training.
+    """
+    update, full = config.update, config.lora.rank == 0
+    whole, rest = 1 + (update.kl_weight > 0), (3 if full else 0) + (update.ema_decay > 0)
+    if processes == 1:
+        return FLOAT_BYTES * num_weights * (whole + rest)
+    if config.parallel == "fsdp":
+        return FLOAT_BYTES * (num_weights * whole + -(-num_weights * (1 + rest) // processes))
+    return FLOAT_BYTES * num_weights * (whole + rest + full)
+
+
+def require_memory(config: FinetuneConfig, num_weights: int, processes: int = 1) -> None:
+    """Raise OutOfMemoryError if the copies of the weights alone exceed what is free.
+
+    Of one process, of so many: those of one machine share its memory where they are on the CPU.
+    """
+    needed = training_bytes(config, num_weights, processes)
+    free = free_on(config.device)
+    if free is None or needed <= free:
+        return
+    hints = ["--lora-rank 8 (adapters in place of all weights)"] if config.lora.rank == 0 else []
+    hints += ["--ema 0 (no moving average)"] if config.update.ema_decay else []
+    if processes > 1 and config.parallel == "ddp":
+        hints += ["--parallel fsdp (shards in place of copies)"]
+    hints += ["--kl 0 (no frozen reference)"] if config.update.kl_weight else []
+    raise OutOfMemoryError(
+        f"training {num_weights:,} weights takes {gib(needed)} for weights, gradients and "
+        f"averages, but {gib(free)} are free on {config.device}; lower it with "
+        f"{' or '.join(hints) or 'a smaller network'}"
+    )
 
 
 def build_finetune(

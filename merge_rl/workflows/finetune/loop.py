@@ -11,12 +11,17 @@ from merge_rl.errors import ParallelError, TrainingError
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.files import below
 from merge_rl.storage.runs import Boards, FinetuneRun, StopSignals, fitting
-from merge_rl.workflows.assembly import memory_advice, peak_memory
 from merge_rl.workflows.finetune.kept import KeptRollouts
 from merge_rl.workflows.finetune.learner import LoopState, pack_state, unpack_state
 from merge_rl.workflows.finetune.scores import Curves, write_grid
 from merge_rl.workflows.finetune.snapshots import Snapshots
-from merge_rl.workflows.finetune.step import Credit, StepParts, require_pool
+from merge_rl.workflows.finetune.step import (
+    Credit,
+    StepParts,
+    memory_advice,
+    peak_memory,
+    require_pool,
+)
 
 MAX_FAILURES: Final = 3  # steps in a row without a finite reward and loss
 

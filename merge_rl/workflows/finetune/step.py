@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import resource
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merge_rl.config import FinetuneConfig
 from merge_rl.core.policy import batch_advantages, keep_top_fraction
 from merge_rl.core.sampling.compatibility import balanced_labels
-from merge_rl.errors import NonFiniteWeightsError, StatisticsError
+from merge_rl.errors import NonFiniteWeightsError, OutOfMemoryError, StatisticsError
 from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.workflows.finetune.job import FinetuneJob
 from merge_rl.workflows.finetune.kept import KeptRollouts, Window
@@ -22,7 +25,7 @@ from merge_rl.workflows.finetune.learner import Learner, LoopState
 from merge_rl.workflows.finetune.pathwise import PathwiseGradient
 from merge_rl.workflows.finetune.updates import PolicyGradient, RejectionSampling
 from merge_rl.workflows.rewards import InfluenceFrechet, Pool, RewardGradient, RewardSum
-from merge_rl.workflows.rollout import Failures, Rollout, matmul_precision
+from merge_rl.workflows.rollout import Failures, Rollout, is_out_of_memory, matmul_precision
 
 
 class StepParts:
@@ -250,3 +253,31 @@ def _repeatable() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.deterministic = before
+
+
+@contextlib.contextmanager
+def memory_advice(config: FinetuneConfig) -> Iterator[None]:
+    """Turn what the libraries say when memory runs out into a sentence on what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _shortage(config, error) from None
+
+
+def _shortage(config: FinetuneConfig, error: BaseException) -> OutOfMemoryError:
+    said = " ".join(str(error).split())[:120]
+    return OutOfMemoryError(
+        f"too little memory on {config.device} for this step; lower --micro-batch "
+        f"({config.update.micro_batch} images with gradients at a time), --batch "
+        f"({config.batch} without), or train adapters with --lora-rank ({said or 'no details'})"
+    )
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the most that was allocated on an accelerator, or by this process on the CPU."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -19,6 +19,7 @@ from merge_rl.core.sampling.compatibility import (
     require_solver,
 )
 from merge_rl.parallel.group import Group
+from merge_rl.progress import duration
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.runs import RunDir, goes_on
 from merge_rl.workflows.assembly import (
@@ -42,7 +43,6 @@ from merge_rl.workflows.optimize.budget import (
     tournament_rounds,
 )
 from merge_rl.workflows.optimize.search import starts_of
-from merge_rl.workflows.report import duration
 from merge_rl.workflows.rollout import (
     DistributedRollout,
     Rollout,

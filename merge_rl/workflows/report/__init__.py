@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from merge_rl.workflows.report.figures import can_draw, drawing, steps_axis
     from merge_rl.workflows.report.markup import (
         NAMES,
-        duration,
         few_columns,
         floor_lines,
         interval,
@@ -48,7 +47,6 @@ __all__ = [
     "compare_verdict",
     "draw_run",
     "drawing",
-    "duration",
     "few_columns",
     "finetune_verdict",
     "floor_lines",
@@ -69,7 +67,7 @@ __all__ = [
 _HOMES: Final = {
     "compare_page": "write_comparison",
     "figures": "can_draw drawing steps_axis",
-    "markup": "NAMES duration few_columns floor_lines interval markdown_table number",
+    "markup": "NAMES few_columns floor_lines interval markdown_table number",
     "plots": "draw_run",
     "results": (
         "CompareResult EvaluateResult Score SearcherScore Verdict compare_verdict "

@@ -21,14 +21,6 @@ def number(value: float | None, form: str = ".3f") -> str:
     return "not finite" if value is None or math.isnan(value) else format(value, form)
 
 
-def duration(seconds: float) -> str:
-    """90 -> "90 s", 7500 -> "2 h 5 min"."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def interval(
     value: Mapping[str, Any] | Interval, form: str = ".3f", *, middle: str = "mean"
 ) -> str:

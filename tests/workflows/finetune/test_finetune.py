@@ -25,11 +25,11 @@ from merge_rl.errors import (
 from merge_rl.storage.checkpoints.manifest import read_manifest
 from merge_rl.storage.checkpoints.model_file import save_checkpoint
 from merge_rl.storage.runs.run_dir import FinetuneRun
-from merge_rl.workflows.assembly import memory as finetune_memory
-from merge_rl.workflows.assembly.memory import memory_advice, training_bytes
 from merge_rl.workflows.assembly.resolve import resolve_finetune
 from merge_rl.workflows.finetune import job as finetune_job
+from merge_rl.workflows.finetune.job import training_bytes
 from merge_rl.workflows.finetune.page import draw_curves
+from merge_rl.workflows.finetune.step import memory_advice
 from merge_rl.workflows.finetune.updates import PolicyGradient
 from merge_rl.workflows.reference.file import load_reference, save_reference
 from tests.finetuning import (
@@ -385,7 +385,7 @@ def test_too_little_memory_is_told_before(
     config = small_config(small)
     # Weights, gradients, two moments and the average.
     assert training_bytes(config, 1000) == 5 * 4 * 1000
-    monkeypatch.setattr(finetune_memory, "free_on", lambda _device: 10_000)
+    monkeypatch.setattr(finetune_job, "free_on", lambda _device: 10_000)
     with pytest.raises(OutOfMemoryError, match=r"--lora-rank 8 .* or --ema 0"):
         finetune_job.build_finetune(resolve_finetune(
             small_config(small / "raw/sit-2.safetensors")

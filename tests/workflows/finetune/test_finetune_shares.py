@@ -16,8 +16,8 @@ from merge_rl.interfaces import NullTracker
 from merge_rl.parallel.group import Group
 from merge_rl.parallel.rendezvous import Place
 from merge_rl.storage.runs.lifecycle import StopSignals, begin_finetune
-from merge_rl.workflows.assembly.memory import training_bytes
 from merge_rl.workflows.finetune import run as finetune
+from merge_rl.workflows.finetune.job import training_bytes
 from merge_rl.workflows.finetune.kept import KeptRollouts, ProcessShare, read_kept, write_kept
 from merge_rl.workflows.finetune.learner import Learner
 from merge_rl.workflows.finetune.updates import UpdateStats
