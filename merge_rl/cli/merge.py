@@ -40,8 +40,9 @@ def merge(
     OUT gets model.safetensors, config.json, a model card and merge.yaml: a recipe from which
     [bold]--recipe[/bold] makes the same file again, bit for bit.
     """
+    from merge_rl.storage.checkpoints import merged_licence
     from merge_rl.storage.files import require_new
-    from merge_rl.workflows.export import Recipe, merged_licence
+    from merge_rl.workflows.export import Recipe
 
     config, checkpoints = build(SingleMergeConfig, settings), meant_set(checkpoints)
     require_new(out)

@@ -51,7 +51,7 @@ from merge_rl.storage.checkpoints.model_file import (
     save_checkpoint,
 )
 from merge_rl.storage.checkpoints.one_pass import merge_pass
-from merge_rl.storage.checkpoints.plan import MergePlan, base_index, plan_merge
+from merge_rl.storage.checkpoints.plan import MergePlan, base_index, merged_licence, plan_merge
 
 if TYPE_CHECKING:
     from merge_rl.storage.checkpoints.merging import (
@@ -94,6 +94,7 @@ __all__ = [
     "load_checkpoints",
     "merge_into_memory",
     "merge_pass",
+    "merged_licence",
     "metadata_config",
     "model_sha256",
     "module_of",

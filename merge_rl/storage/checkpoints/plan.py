@@ -1,4 +1,4 @@
-"""What a merge does with every tensor of a set: average it in a group, carry it from the base."""
+"""What a merge of a set is: which tensors it averages or carries from the base, which licence."""
 
 from __future__ import annotations
 
@@ -142,3 +142,24 @@ def base_index(checkpoints: CheckpointSet, start: str) -> int:
         known = ("auto", "newest", "uniform", *checkpoints.names)
         raise UnknownNameError("checkpoint", start, known)
     return checkpoints.newest
+
+
+def merged_licence(checkpoints: CheckpointSet, given: str | None = None) -> str | None:
+    """Licence of a merge of a set: `given` if there is one, else the one all sources share.
+
+    Sources that state different licences are refused (ConfigError): whether and how they combine
+    is for a person to decide. None if no source states any.
+    """
+    if given is not None:
+        if not given.strip():
+            raise ConfigError("expected the name of a licence, got an empty text")
+        return given.strip()
+    stated: dict[str, str] = {}
+    for licence in checkpoints.licences:
+        stated.setdefault(licence.lower(), licence)
+    if len(stated) > 1:
+        raise ConfigError(
+            f"{checkpoints.folder}: the checkpoints are under {len(stated)} licences, "
+            f"{' and '.join(stated.values())}; pass --license NAME if they allow a merge under one"
+        )
+    return next(iter(stated.values()), None)

@@ -12,14 +12,7 @@ if TYPE_CHECKING:
     from merge_rl.workflows.export.merged_model import MergedModel
     from merge_rl.workflows.export.profiles import ema_coefficients, merge, save_profiles
     from merge_rl.workflows.export.publish import push
-    from merge_rl.workflows.export.recipe import (
-        TOOL,
-        Recipe,
-        merge_recipe,
-        merged_licence,
-        sampled,
-        without_places,
-    )
+    from merge_rl.workflows.export.recipe import TOOL, Recipe, merge_recipe, sampled, without_places
 
 __all__ = [
     "TOOL",
@@ -31,7 +24,6 @@ __all__ = [
     "hub_repositories",
     "merge",
     "merge_recipe",
-    "merged_licence",
     "model_card",
     "push",
     "sampled",
@@ -49,7 +41,7 @@ _HOMES: Final = {
     "merged_model": "MergedModel",
     "profiles": "ema_coefficients merge save_profiles",
     "publish": "push",
-    "recipe": "Recipe TOOL merge_recipe merged_licence sampled without_places",
+    "recipe": "Recipe TOOL merge_recipe sampled without_places",
 }
 
 

@@ -174,7 +174,7 @@ def save_merge(
         )  # fmt: skip
 
     def header(found: Mapping[str, Any]) -> dict[str, str]:
-        return _header(found, checkpoints.config, carried_metadata(checkpoints, plan.base))
+        return _header(found, checkpoints.config, carried_metadata(checkpoints.metadata(plan.base)))
 
     infos = {name: info.cast(code) for name, info in checkpoints.tensors.items()}
     # The header has the hashes, and comes first: room for them until they are known.
@@ -213,10 +213,9 @@ def writer(
     return put
 
 
-def carried_metadata(checkpoints: CheckpointSet, base: int) -> dict[str, str]:
-    """What a merge inherits from its base's file: how latents become images."""
-    metadata = checkpoints.metadata(base)
-    return {key: metadata[key] for key in CARRIED_METADATA if key in metadata}
+def carried_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What is made of a model inherits this of its file's metadata: how latents become images."""
+    return {key: metadata[key] for key in ("encoder",) if key in metadata}
 
 
 def set_facts(
@@ -242,9 +241,6 @@ def set_facts(
         licence=licence,
         base_models=base_models(checkpoints),
     )
-
-
-CARRIED_METADATA = ("encoder",)
 
 
 def dtype_of(weights: Mapping[str, Tensor]) -> str:

@@ -21,7 +21,7 @@ from merge_rl.storage.checkpoints import open_model_file
 from merge_rl.storage.hub import CARD_NAME, Pushed
 from merge_rl.untrusted import load_yaml, read_bounded
 from merge_rl.workflows.assembly import find_model, load_network
-from merge_rl.workflows.export.folder import CARRIED_METADATA, dtype_of, save_model
+from merge_rl.workflows.export.folder import carried_metadata, dtype_of, save_model
 from merge_rl.workflows.export.publish import push
 
 _CHANGED = "# A diffusion model\n\nIts weights were changed after they had been merged.\n"
@@ -79,7 +79,7 @@ class MergedModel:
             recipe=_beside(folder, file.metadata),
             dtype=dtype_of(file.weights),
             _card=_card(folder) if "merge" in file.metadata else None,
-            _metadata={key: file.metadata[key] for key in CARRIED_METADATA if key in file.metadata},
+            _metadata=carried_metadata(file.metadata),
             _loaded={name: file.weights[known] for name, known in names.items()},
         )
 

@@ -55,7 +55,7 @@ def save_profiles(
     rows = [ema_coefficients(checkpoints, std) for std in ema_stds]
     plan = plan_merge(checkpoints, base=base)
     infos = {name: info.cast(code) for name, info in checkpoints.tensors.items()}
-    inherited = carried_metadata(checkpoints, plan.base)
+    inherited = carried_metadata(checkpoints.metadata(plan.base))
 
     def headers(digests: Sequence[str] | None) -> list[dict[str, str]]:
         recipes = [

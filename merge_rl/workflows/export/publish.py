@@ -16,7 +16,7 @@ from merge_rl.storage.files import INDEX_SUFFIX, WeightStream, stem_in
 from merge_rl.storage.hub import CARD_NAME, Pushed, push_folder
 from merge_rl.workflows.assembly import find_model
 from merge_rl.workflows.export.card import TASK, hub_licence, hub_repositories
-from merge_rl.workflows.export.folder import CARRIED_METADATA, dtype_of, save_model
+from merge_rl.workflows.export.folder import carried_metadata, dtype_of, save_model
 
 
 def push(
@@ -66,10 +66,9 @@ def publishable(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as made:
         origin, weights = find_origin(path), open_model_file(path).weights
         require_network(WeightStream.of(weights).infos, origin.config, str(path))
-        kept = {key: origin.metadata[key] for key in CARRIED_METADATA if key in origin.metadata}
         yield save_model(
             Path(made) / "model", weights, origin.config, card=checkpoint_card(origin),
-            dtype=dtype_of(weights), metadata=kept,
+            dtype=dtype_of(weights), metadata=carried_metadata(origin.metadata),
         )  # fmt: skip
 
 

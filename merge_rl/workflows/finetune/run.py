@@ -40,7 +40,7 @@ from merge_rl.workflows.assembly import (
     resolve_finetune,
     search_doubts,
 )
-from merge_rl.workflows.export import save_model
+from merge_rl.workflows.export import carried_metadata, save_model
 from merge_rl.workflows.finetune.job import (
     FinetuneJob,
     build_finetune,
@@ -275,7 +275,7 @@ def _write(run: FinetuneRun, job: FinetuneJob, result: FinetuneResult, weights: 
     tensors = open_model_file(weights).weights
     save_model(
         run.final_path, tensors, job.origin.config, card=card, replace=True,
-        metadata={k: v for k, v in job.origin.metadata.items() if k == "encoder"},
+        metadata=carried_metadata(job.origin.metadata),
     )  # fmt: skip
     write_report(run, job.config, result.curves, result.comparison, result.step)
     document = {

@@ -27,6 +27,7 @@ from merge_rl.storage.checkpoints import (
 from merge_rl.storage.files import atomic_path, sha256_file
 from merge_rl.storage.runs import FinetuneRun
 from merge_rl.workflows.assembly import is_public
+from merge_rl.workflows.export import carried_metadata
 from merge_rl.workflows.finetune.learner import Learner
 from merge_rl.workflows.reference import reference_file
 
@@ -85,7 +86,7 @@ class Snapshots:
     def _write(self, track: str, step: int, weights: Mapping[str, Tensor]) -> None:
         file = _file(track, step)
         path = self.run.path / file
-        metadata = {"config": dict(self.origin.config), **_carried(self.origin)}
+        metadata = {"config": dict(self.origin.config), **carried_metadata(self.origin.metadata)}
         save_checkpoint(path, weights, metadata)
         entry = CheckpointEntry(
             file=file, track=track, sha256=sha256_file(path), source=self.origin.source,
@@ -147,10 +148,6 @@ def _file(track: str, step: int) -> str:
 def _step_of(entry: CheckpointEntry) -> int:
     found = _STEP.search(entry.file)
     return int(found[1]) if found else 0
-
-
-def _carried(origin: Origin) -> dict[str, str]:
-    return {k: v for k, v in origin.metadata.items() if k == "encoder"}
 
 
 def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from merge_rl.core.merging.tuned_map import setup_of
 from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.errors import ConfigError, NonFiniteSamplesError
 from merge_rl.interfaces import Tracker
-from merge_rl.storage.checkpoints import base_index
+from merge_rl.storage.checkpoints import base_index, merged_licence
 from merge_rl.storage.files import enlarge, image_grid, side_by_side, write_picture, write_png
 from merge_rl.storage.runs import RunDir
 from merge_rl.version import __version__
@@ -34,7 +34,6 @@ from merge_rl.workflows.evaluate import Comparison, comparison_from
 from merge_rl.workflows.export import (
     carried_metadata,
     merge_recipe,
-    merged_licence,
     model_card,
     sampled,
     save_model,
@@ -164,7 +163,7 @@ def write_merged(
     )
     save_model(
         path, ordered, checkpoints.config, recipe=recipe, card=model_card(facts), replace=True,
-        metadata=carried_metadata(checkpoints, base),
+        metadata=carried_metadata(checkpoints.metadata(base)),
     )  # fmt: skip
     if job.guide is not None:
         _write_guide(path / GUIDE_FOLDER, job.guide, setup_of(job.map, rows).guide)
@@ -180,7 +179,7 @@ def _write_guide(path: Path, guide: GuideSet, coefficients: Tensor | None) -> No
     )
     save_model(
         path, {name: weights[name] for name in found.tensors}, found.config, recipe=recipe,
-        metadata=carried_metadata(found, found.newest),
+        metadata=carried_metadata(found.metadata(found.newest)),
     )  # fmt: skip
 
 

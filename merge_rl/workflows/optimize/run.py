@@ -24,7 +24,7 @@ from merge_rl.interfaces import Tracker
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.progress import announcing, notes_of, tracker_of
-from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
+from merge_rl.storage.checkpoints import CheckpointSet, merged_licence, open_checkpoints
 from merge_rl.storage.files import absolute, locked, require_new
 from merge_rl.storage.hub import local_set
 from merge_rl.storage.runs import (
@@ -50,7 +50,6 @@ from merge_rl.workflows.assembly import (
     with_network,
 )
 from merge_rl.workflows.evaluate import ScoreStore, compare
-from merge_rl.workflows.export import merged_licence
 from merge_rl.workflows.optimize.prepare import (
     check_names,
     common_batch,

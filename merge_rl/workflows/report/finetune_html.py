@@ -93,8 +93,10 @@ def finetune_document(run: FinetuneRun, *, reloads: bool = False) -> str:
     found = TuningFacts.of(run)
     builders = {
         "Verdict": _headline, "Before and after": _pictures, "Scores on fresh seeds": _scores,
-        "Along the run": _curves, "Cost and time": _cost, "Settings": _settings,
-        "Provenance": _provenance, "Make it again": _again,
+        "Along the run": _curves, "Cost and time": _cost,
+        "Settings": lambda run: settings_section(FinetuneConfig, run.settings),
+        "Provenance": lambda run: provenance_section(run.inputs, run.settings),
+        "Make it again": _again,
     }  # fmt: skip
     parts = [attempted(title, partial(build, found)) for title, build in builders.items()]
     heading = f"Fine-tuning of {_name(found)}"
@@ -216,14 +218,6 @@ def _cost(run: TuningFacts) -> Safe:
     images = run.steps[-1]["images"] if run.steps else 0
     said = [f"{len(run.steps):,} steps, {images:,} images, {seconds:,.0f} s in steps"]
     return cost_section({}, said)
-
-
-def _settings(run: TuningFacts) -> Safe:
-    return settings_section(FinetuneConfig, run.settings)
-
-
-def _provenance(run: TuningFacts) -> Safe:
-    return provenance_section(run.inputs, run.settings)
 
 
 def _again(run: TuningFacts) -> Safe:

@@ -53,7 +53,9 @@ def run_document(run: RunDir, *, reloads: bool = False) -> str:
     builders = {
         "Verdict": _headline, "Before and after": _pictures, "Scores on fresh seeds": scores,
         "The search": searched, "Coefficients": coefficients, "Second opinions": second_opinions,
-        "Cost and time": _cost, "Settings": _settings, "Provenance": _provenance,
+        "Cost and time": _cost,
+        "Settings": lambda run: settings_section(OptimizeConfig, run.settings),
+        "Provenance": lambda run: provenance_section(run.inputs, run.settings),
         "Make it again": _again,
     }  # fmt: skip
     parts = [attempted(title, partial(build, facts_)) for title, build in builders.items()]
@@ -146,14 +148,6 @@ def _cost(run: RunFacts) -> Safe:
     kept = {name: count for name, count in images.items() if count}
     said = f"{sum(kept.values()):,} images in all, in {result['rounds']:,} rounds"
     return cost_section(kept, [said, *sentences])
-
-
-def _settings(run: RunFacts) -> Safe:
-    return settings_section(OptimizeConfig, run.settings)
-
-
-def _provenance(run: RunFacts) -> Safe:
-    return provenance_section(run.inputs, run.settings)
 
 
 def _again(run: RunFacts) -> Safe:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import merge_rl as mrl
 from merge_rl.errors import ConfigError
+from merge_rl.storage.checkpoints import merged_licence
 from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
 from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME
 from merge_rl.workflows.evaluate.final_scores import Comparison
@@ -26,7 +27,6 @@ from merge_rl.workflows.export.card import (
     hub_repositories,
     model_card,
 )
-from merge_rl.workflows.export.recipe import merged_licence
 
 pytestmark = pytest.mark.usefixtures("no_network_here")
 
