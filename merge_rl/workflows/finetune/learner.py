@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from merge_rl.config import UpdateConfig
-from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.core.sampling.compatibility import prediction_of
 from merge_rl.errors import ConfigError
 from merge_rl.models import plain_state_dict
@@ -207,10 +206,8 @@ def pack_state(
         for item in dataclasses.fields(state) if item.name != "pool"
     }  # fmt: skip
     if state.pool is not None:
-        pool = state.pool
-        tensors |= {"pool.features": pool.features, "pool.labels": pool.labels}
-        tensors |= {"pool.mean": pool.stats.mean, "pool.cov": pool.stats.cov}
-        tensors |= {f"reward.{k}": v for k, v in reward.state_dict(pool).items()}
+        tensors |= state.pool.state_dict()
+        tensors |= {f"reward.{k}": v for k, v in reward.state_dict(state.pool).items()}
     return tensors, {**values, "updates": learner.updates}
 
 
@@ -225,10 +222,7 @@ def unpack_state(
     counts |= counts_of(values, "pool_step", least=-1)
     pool = None
     if "pool.features" in tensors:
-        features = tensors["pool.features"]
-        # The moments as they were: recomputed, they end in other last bits.
-        stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
-        pool = Pool(features, tensors["pool.labels"], stats)
+        pool = Pool.restored(tensors)
         reward.load_state_dict(pool, below(tensors, "reward."))
     learner.load_state_dict(below(tensors, "learner."), counts.pop("updates"))
     return LoopState(pool=pool, **counts)

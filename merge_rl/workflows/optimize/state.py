@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.core.distances.frechet import FrechetReference
-from merge_rl.core.distances.statistics import FeatureStats
-from merge_rl.storage.files import counts_of
+from merge_rl.storage.files import below, counts_of
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.rewards import Pool
@@ -37,12 +36,7 @@ class SearchState:
         tensors = {f"searcher.{k}": v for k, v in self.searcher["tensors"].items()}
         tensors |= {"result_theta": self.result_theta, **self.incumbents.state_dict()}
         if self.pool is not None:
-            tensors |= {
-                "pool.features": self.pool.features,
-                "pool.labels": self.pool.labels,
-                "pool.mean": self.pool.stats.mean,
-                "pool.cov": self.pool.stats.cov,
-            }
+            tensors |= self.pool.state_dict()
             tensors |= {f"reward.{k}": v for k, v in self.reward.items()}
         scalars = {
             "round_index": self.round_index,
@@ -74,22 +68,10 @@ class SearchState:
             failed_rounds=counts["failed_rounds"],
             result_theta=tensors["result_theta"],
             incumbents=incumbents.restored(tensors),
-            searcher={"tensors": _below(tensors, "searcher."), "scalars": scalars["searcher"]},
-            pool=_pool_of(tensors) if pooled else None,
-            reward=_below(tensors, "reward."),
+            searcher={"tensors": below(tensors, "searcher."), "scalars": scalars["searcher"]},
+            pool=Pool.restored(tensors) if pooled else None,
+            reward=below(tensors, "reward."),
         )
-
-
-def _pool_of(tensors: Mapping[str, Tensor]) -> Pool:
-    features = tensors["pool.features"]
-    # The moments as they were, not recomputed: an update chain ends in other last bits.
-    stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
-    return Pool(features, tensors["pool.labels"], stats)
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with the prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 @dataclass(frozen=True, eq=False)

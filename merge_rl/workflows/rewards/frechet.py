@@ -32,6 +32,20 @@ class Pool:
         """A pool with freshly computed moments; non-finite features are refused."""
         return cls(features, labels, feature_stats(features))
 
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor]) -> Pool:
+        """That of a `state_dict`, moments included: recomputed, they end in other last bits."""
+        features = tensors["pool.features"]
+        stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
+        return cls(features, tensors["pool.labels"], stats)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of it, by name."""
+        return {
+            "pool.features": self.features, "pool.labels": self.labels,
+            "pool.mean": self.stats.mean, "pool.cov": self.stats.cov,
+        }  # fmt: skip
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merge_rl.config import without_nan
 from merge_rl.interfaces import FeatureExtractor, Reward
+from merge_rl.storage.files import below
 from merge_rl.workflows.rewards.first_order import first_order_ratio
 from merge_rl.workflows.rewards.frechet import InfluenceFrechet, Pool, PoolCache, Subset
 
@@ -112,8 +113,7 @@ class RewardSum:
     def load_state_dict(self, pool: Pool, state: Mapping[str, Tensor]) -> None:
         """Continue from a saved state."""
         for i, term in enumerate(self.terms):
-            own = {k.removeprefix(f"{i}."): v for k, v in state.items() if k.startswith(f"{i}.")}
-            term.reward.load_state_dict(self.view(pool, term), own)
+            term.reward.load_state_dict(self.view(pool, term), below(state, f"{i}."))
 
 
 class CombinedExtractor:
