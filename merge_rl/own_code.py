@@ -41,6 +41,13 @@ def allow(code: Any) -> str:
     return name
 
 
+def allow_network(code: Any) -> str:
+    """The same of a network, which has no other name than package.module:factory."""
+    name = allow(code)
+    require_readable(name, "network")
+    return name
+
+
 def name_of(code: Any) -> str:
     """Module and qualified name of an object; of one without a name those of its class."""
     named = code if hasattr(code, "__qualname__") else type(code)

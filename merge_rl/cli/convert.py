@@ -69,9 +69,11 @@ def convert(
 
 def require_convertible(source: Path) -> None:
     """Raise ConfigError for a run, whose weights need no conversion."""
-    from merge_rl.storage.runs import folder_kind
+    from merge_rl.storage.runs import described, folder_kind
 
     kind = folder_kind(source) if source.is_dir() else "file"
+    if kind == "damaged run":
+        raise ConfigError(f"{source}: expected checkpoints, found {described(source)}")
     if kind in ("run", "fine-tuning run", "comparison"):
         raise ConfigError(f"{source}: a {kind}, whose weights are .safetensors: nothing to convert")
 

@@ -12,7 +12,7 @@ import typer
 from merge_rl.cli.output import JsonFlag, note, note_all, print_json, print_table
 from merge_rl.cli.results import interval_text
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
-from merge_rl.own_code import allow
+from merge_rl.own_code import allow_network
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +47,7 @@ def inspect(
     from merge_rl.storage.runs import find_set, folder_kind, only_inside
 
     if network is not None:
-        allow(network)
+        allow_network(network)
     if not path.exists():
         path = _fetched(path)
     place = only_inside(path) if path.is_dir() else path

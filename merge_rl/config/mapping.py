@@ -112,7 +112,7 @@ def _convert(kind: Any, value: object, where: str) -> Any:
         return from_mapping(kind, value, where)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(parts[0], item, where) for item in value)
-    if origin is not None and isinstance(value, Mapping):
+    if origin not in (None, tuple) and isinstance(value, Mapping):
         return {str(k): _convert(parts[1], v, f"{where}.{k}") for k, v in value.items()}
     number = {int: whole_number, float: real_number}.get(kind, _no_number)(value)
     if number is not None:
@@ -121,7 +121,10 @@ def _convert(kind: Any, value: object, where: str) -> Any:
         return str(value)
     if isinstance(kind, type) and type(value) is kind:
         return value
-    name = getattr(kind, "__name__", str(kind)) if origin is None else "list or mapping"
+    name = getattr(kind, "__name__", str(kind))
+    if origin is not None:  # tuples, which are lists in files, or mappings by name
+        part = getattr(parts[-1 if origin is not tuple else 0], "__name__", "value")
+        name = f"a list of {part}" if origin is tuple else f"a mapping of names to {part}"
     raise ConfigError(f"{where}: expected {name}, found {type(value).__name__} {value!r}")
 
 

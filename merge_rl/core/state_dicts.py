@@ -126,7 +126,10 @@ def hold(data: Mapping[str, object], kind: type[T], *, whole: bool = False) -> H
     held: Held[T] = Held()
     _collect(data, kind, "", held, whole)
     most = max(map(len, held.states.values()), default=0)
-    for place in [place for place, state in held.states.items() if 4 * len(state) < most]:
+    nested = any(isinstance(data.get(place.partition("/")[0]), Mapping) for place in held.states)
+    parts = {"": 1} if nested else {}  # loose beside a state dict: a generator's state, losses
+    few = [p for p, state in held.states.items() if parts.get(p, 4) * len(state) < most]
+    for place in few:
         small = held.states.pop(place)
         held.others += [_joined(place, name) for name in small][:3]
     return held

@@ -138,9 +138,17 @@ def test_forms_that_yaml_reads_otherwise_are_taken() -> None:
         ({"sampler": [7]}, r"config.sampler: expected a mapping, found list"),
         ({"reward": None}, r"config.reward: expected a mapping, found NoneType"),
         ({"search": {"antithetic": 1}}, r"config.search.antithetic: expected bool, found int 1"),
-        ({"search": {"betas": 0.5}}, r"config.search.betas: expected list or mapping, found float"),
+        ({"search": {"betas": 0.5}}, r"config.search.betas: expected a list of float, found float"),
         ({"search": {"betas": ["a", 0]}}, r"config.search.betas: expected float, found str 'a'"),
-        ({"merge": {"groups": ["a"]}}, r"config.merge.groups: expected list or mapping, found li"),
+        (
+            {"merge": {"groups": ["a"]}},
+            r"merge.groups: expected a mapping of names to str, found l",
+        ),
+        (
+            {"merge": {"groups": "a"}},
+            r"merge.groups: expected a mapping of names to str, found str",
+        ),
+        ({"merge": {"freeze": {"a": "b"}}}, r"merge.freeze: expected a list of str, found dict"),
         ({"merge": {"groups": {"a": [1]}}}, r"config.merge.groups.a: expected str, found list"),
     ],
 )

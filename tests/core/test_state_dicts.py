@@ -162,3 +162,11 @@ def test_parts_of_a_network_are_no_networks() -> None:
     assert hold(data, int, whole=True).states == {"model": {"net.a": 1, "net.b": 2, "head": 3}}
     averaged = {"model.a": 1, "ema.a": 2}
     assert hold(averaged, int, whole=True).states == hold(averaged, int).states
+
+
+def test_a_loose_tensor_beside_a_state_dict_is_no_network() -> None:
+    weights = {"first.weight": torch.ones(2), "first.bias": torch.ones(1)}
+    held = hold({"model": weights, "rng_state": torch.zeros(9)}, Tensor)
+    assert (list(held.states), held.others) == (["model"], ["rng_state"])
+    alone = hold({"model.weight": torch.ones(2), "model.bias": torch.ones(1)}, Tensor)
+    assert list(map(len, alone.states.values())) == [2]  # a flat file has nothing beside

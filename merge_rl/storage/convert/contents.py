@@ -38,6 +38,7 @@ class Extracted:
     ema_std: float | None = None
     ema_gamma: float | None = None
     ema_start: float | None = None
+    width: float | None = None  # that a post-hoc EMA was to have
     track: str | None = None
     autoencoder: str | None = None  # registered name of what makes images of the samples
     sampler: tuple[tuple[str, Any], ...] = ()  # settings that differ from the defaults

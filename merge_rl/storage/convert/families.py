@@ -51,8 +51,12 @@ _MARKS: Final = (
 def is_foreign(shapes: Shapes) -> bool:
     """Whether tensors are those of a module, and of no family here, not even of a damaged one."""
     modular = any("." in name or name in ("weight", "bias") for name in shapes)
-    alike = any(len(marks & shapes.keys()) > 1 for marks in _MARKS)
-    return modular and not alike and not fitting(shapes)
+    return modular and not is_damaged(shapes) and not fitting(shapes)
+
+
+def is_damaged(shapes: Shapes) -> bool:
+    """Whether some tensors are named as those of a family here."""
+    return any(len(marks & shapes.keys()) > 1 for marks in _MARKS)
 
 
 def find_family(
@@ -75,6 +79,11 @@ def find_family(
                 f"these are not the tensors of {told}, but of {' or '.join(able) or 'none known'}"
             )
         return told
+    if not able and not is_damaged(shapes):
+        raise CheckpointError(
+            f"expected the tensors of a network, found {next(iter(shapes), 'none')!r}, no name of "
+            "a module's part; if they are one's, say --network package.module:factory"
+        )
     if len(able) < 2:  # what fits none is refused for the tensor that it lacks
         return able[0] if able else "sit"
     stated = None if config is None else config.get("model")

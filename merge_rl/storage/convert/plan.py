@@ -36,6 +36,7 @@ from merge_rl.storage.convert.contents import (
 )
 from merge_rl.storage.convert.edm2 import ASSUMED, DEFAULTS, edm2_config_from_shapes
 from merge_rl.storage.convert.sources import extract, files_of, fingerprint
+from merge_rl.storage.convert.trajectories import require_one_width
 from merge_rl.storage.files import TensorInfo, read_header
 
 ORIGIN_KEY: Final = "converted_from"  # of an output's metadata
@@ -115,6 +116,7 @@ def make_plan(
     if not found:
         raise CheckpointError(f"{paths[0]}: holds no {weights!r} weights; see --weights")
     require_one_kind(found)
+    require_one_width(found)
     _require_one_network(found, folder, existing)
     config, assumed = _network(found, existing, folder)
     told = hints.num_classes not in (None, config.get("label_dim")) or hints.null_class is not None

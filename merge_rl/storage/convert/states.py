@@ -113,8 +113,10 @@ def _wanted(held: Held[TensorRef], path: Path, weights: str) -> list[str]:
     several = [place for place in averaged if _track_of(place) == "ema"]
     for places in (raw, several):
         if len(places) > 1:
+            listed = ", ".join(place or "its own tensors" for place in places)
             raise CheckpointError(
-                f"{path}: holds several networks, {', '.join(places)}; expected one, or one and "
+                f"{path}: holds several networks, {listed}"
+                "; expected one, or one and "
                 "its average (--part NAME chooses by the beginning of names)"
             )
     if [*raw, *averaged] == [""]:
@@ -175,7 +177,7 @@ def _described(
         return _network(item, family, said, hints, stated)
     own, tensors = {}, item.tensors
     if hints.network is not None:
-        own = {"model": own_code.allow(hints.network)}
+        own = {"model": own_code.allow_network(hints.network)}
         names = names_for(tensors, registry.build_on_meta(own).state_dict())
         tensors = {name: tensors[known] for name, known in names.items()}
     told = () if own else (

@@ -26,6 +26,7 @@ _COUNTS: Final = ("initted", "step")
 _NUMBERS: Final = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4"}
 _INFINITE: Final = 65_520  # the least that float16 rounds to infinity
 _DIGITS: Final = {"F16": 11, "BF16": 8, "F32": 24}  # binary, of a number that is stored so
+_WIDTHS: Final = 1e-3  # relative: float16 may hold them
 SHADOWS: Final = (
     *("ema_state_dict", "ema_weights", "ema_params", "shadow_params", "ema_model", "ema"),
     *("model_ema", "averaged_model"),
@@ -82,8 +83,22 @@ def with_profile(item: Extracted, data: Mapping[str, object], hints: Hints) -> E
     notes += (f"average {index}: {told}",)
     return replace(
         item, stem=f"step-{step}-ema-{index}", folder="", track=f"ema-{index}",
-        nimg=steps * batch, notes=notes, **profile,
+        nimg=steps * batch, notes=notes, width=width, **profile,
     )  # fmt: skip
+
+
+def require_one_width(found: Sequence[Extracted]) -> None:
+    """Refuse averages of one index, which are one average at several times, of several widths."""
+    first: dict[str | None, Extracted] = {}
+    for item in (item for item in found if item.kind == "posthoc-ema"):
+        other = first.setdefault(item.track, item)
+        here, there = (one.width or math.nan for one in (item, other))
+        if item.width != other.width and not abs(here - there) <= _WIDTHS * there:
+            texts = ["none" if one.width is None else f"{one.width:g}" for one in (item, other)]
+            raise CheckpointError(
+                f"{item.path}: says the width {texts[0]}, expected {texts[1]} as in {other.path}, "
+                "an average of the same index (--ema-std says one for all)"
+            )
 
 
 def _profile(width: float, hints: Hints, batch: int) -> tuple[dict[str, Any], str]:
@@ -123,7 +138,7 @@ def _width(index: int, stored: object, path: Path, hints: Hints) -> float | None
         return None
     if not 0 < width < MAX_EMA_STD:
         raise CheckpointError(f"{path}: expected a width of 0 to {MAX_EMA_STD}, found {width:g}")
-    if inside is not None and abs(width - inside) > 1e-3 * width:
+    if inside is not None and abs(width - inside) > _WIDTHS * width:
         raise ConfigError(f"{path}: --ema-std says {width:g}, the file itself {inside:g}")
     return float(width)
 

@@ -22,7 +22,14 @@ from merge_rl.storage.files.atomic import (
     write_text,
     write_yaml,
 )
-from merge_rl.storage.files.documents import Fields, Progress, nearest, require_hash, sha256_file
+from merge_rl.storage.files.documents import (
+    Fields,
+    Progress,
+    kind_by_content,
+    nearest,
+    require_hash,
+    sha256_file,
+)
 from merge_rl.storage.files.image_source import (
     ImageKind,
     ImageSource,
@@ -71,7 +78,7 @@ from merge_rl.storage.files.safetensors_file import (
     tensor_bytes,
     write_header,
 )
-from merge_rl.storage.files.safetensors_header import Header, TensorInfo, read_header
+from merge_rl.storage.files.safetensors_header import CODES, Header, TensorInfo, read_header
 from merge_rl.storage.files.shards import (
     DIFFUSERS_STEM,
     INDEX_NAME,
@@ -100,6 +107,7 @@ from merge_rl.storage.files.stored import (
 )
 
 __all__ = [
+    "CODES",
     "DIFFUSERS_STEM",
     "INDEX_NAME",
     "INDEX_SUFFIX",
@@ -145,6 +153,7 @@ __all__ = [
     "is_leftover",
     "is_vacant",
     "is_weights_name",
+    "kind_by_content",
     "locked",
     "locked_output",
     "map_file",

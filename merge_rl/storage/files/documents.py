@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from merge_rl.config import real_number, whole_number
 from merge_rl.errors import CheckpointError, HashMismatchError, ManifestError
@@ -17,6 +17,31 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean ...?' for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+_FIRST_BYTES: Final[Mapping[bytes, str]] = {
+    b"PK\x03\x04": "an archive as torch.save writes (.pt)",
+    b"\x80": "a pickle",
+    b"\x1f\x8b": "a compressed file (gzip)",
+    b"\x93NUMPY": "an array of NumPy (.npy)",
+    b"\x89HDF": "an HDF5 file",
+    b"GGUF": "a GGUF file",
+    b"<": "a page of the web, which a download may leave in the place of a file",
+    b"{": "a JSON document",
+}
+
+
+def kind_by_content(first: bytes) -> str | None:
+    """What a file is by its first bytes, in words; None where they do not tell."""
+    if first[8:9] == b"{" and first[4:8] == bytes(4):
+        return "a safetensors file"
+    known = (words for begin, words in _FIRST_BYTES.items() if first.startswith(begin))
+    text = "text" if len(first) > 15 and first[:32].isascii() and _is_line(first[:32]) else None
+    return next(known, text)
+
+
+def _is_line(content: bytes) -> bool:
+    return content.decode("ascii").isprintable()
 
 
 def require_plain(value: object, where: str) -> None:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from merge_rl.errors import CheckpointError
 from merge_rl.late import torch
+from merge_rl.storage.files.documents import kind_by_content
 from merge_rl.untrusted import open_file, reason
 
 MAX_ELEMENTS: Final = 2**60
@@ -114,7 +115,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Header of the file at `path`; CheckpointError unless the whole file is as it says."""
     with open_file(path) as opened:
-        size = os.fstat(opened.fileno()).st_size
+        size, first = os.fstat(opened.fileno()).st_size, opened.read(32)
     try:
         # NumPy's view opens without a mapping of the tensors; none of them is loaded.
         with safe_open(path, framework="np") as file:
@@ -123,6 +124,9 @@ def read_header(path: Path) -> Header:
             forms = [(name, part.get_dtype(), part.get_shape()) for name, part in slices]
     except SafetensorError as error:
         why = str(error).removeprefix("Error while deserializing header: ")
+        kind = kind_by_content(first)
+        if kind is not None and kind != "a safetensors file":
+            raise CheckpointError(f"{path}: not a valid safetensors file, found {kind}") from None
         raise CheckpointError(
             f"{path}: not a valid safetensors file, or truncated (it has {size} bytes): {why}"
         ) from None

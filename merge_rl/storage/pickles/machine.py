@@ -29,6 +29,17 @@ Permitted: TypeAlias = "Mapping[str, Handler | None]"
 Persistent: TypeAlias = "Callable[[object, Machine], object]"
 """(persistent id, machine) -> the object it stands for."""
 
+_NOT_READ: Final[Mapping[str, str]] = {  # what the name begins with -> what the file holds
+    "__torch__.": "a TorchScript program",
+    "torch._utils._rebuild_meta": "tensors without content (of the meta device)",
+    "torch._utils._rebuild_nested": "nested tensors",
+    "torch._utils._rebuild_qtensor": "quantized tensors",
+    "torch._utils._rebuild_sparse": "sparse tensors",
+    "torch._tensor._rebuild_from_type": "tensors of a class of its own",
+    "torch.distributed.tensor.": "parts of tensors that are spread over processes",
+    "torch.ComplexDouble": "complex numbers of double precision",
+    "torch.nn.modules.": "a network, not its weights alone (torch.save(model.state_dict(), FILE))",
+}
 MEMO_COST: Final = 120  # bytes of one entry of a dict with a number as key, generously
 OPCODE_COST: Final = 32
 
@@ -125,9 +136,13 @@ class Machine:
             raise self.refuse(f"a name is given as {kind_of(module)} and {kind_of(name)}")
         full = f"{module}.{name}"
         if full not in self.permitted:
+            known = next((words for part, words in _NOT_READ.items() if full.startswith(part)), "")
             raise CheckpointError(
-                f"{self.budget.name}: refers to '{shown(full, 120)}', which is not among the names"
-                " that a checkpoint needs; nothing was executed"
+                f"{self.budget.name}: holds {known}, expected tensors of plain numbers"
+                if known
+                else f"{self.budget.name}: refers to '{shown(full, 120)}', which is not among the "
+                "names that a checkpoint needs; nothing was executed (a state dict alone has none "
+                "of its own: torch.save(model.state_dict(), FILE))"
             )
         self.push(Global(full), 200)
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from merge_rl.storage.pickles.machine import Handler, Machine, Record, Unbuilt
 from merge_rl.storage.pickles.spans import Span
-from merge_rl.storage.pickles.tensors import TENSOR_NAMES, load_from_bytes
+from merge_rl.storage.pickles.tensors import DTYPES, TENSOR_NAMES, load_from_bytes
 from merge_rl.storage.pickles.values import Global, is_one_of, kind_of, shown, whole_numbers
 
 _CLASSES: Final = (
@@ -44,10 +44,6 @@ _SETTINGS: Final = (
 )
 _PATHS: Final = ("pathlib", "pathlib._local")  # of Python 3.13
 _TYPES: Final = ("dict", "list", "tuple", "int", "long", "float", "bool", "str")
-_DTYPES: Final = (
-    *("float16", "float32", "float64", "bfloat16", "bool", "complex64"),
-    *("int8", "int16", "int32", "int64", "uint8"),
-)
 
 
 PERSISTENT_VERSION: Final = 6  # of the records that the official EDM2 programs write
@@ -227,7 +223,7 @@ PERMITTED: Final[Mapping[str, Handler | None]] = {
     **{name: _setting(name) for name in _SETTINGS},
     "torch.Size": _size,
     "torch.device": _device,
-    **dict.fromkeys(f"torch.{dtype}" for dtype in _DTYPES),
+    **dict.fromkeys(DTYPES),
     "_codecs.encode": _encode,
     # Python 2's name for builtins, which protocols up to 2 use.
     **{f"{builtins}.set": _set for builtins in ("builtins", "__builtin__")},

@@ -17,7 +17,7 @@ import os
 from typing import BinaryIO, Final, cast
 
 from merge_rl.errors import CheckpointError
-from merge_rl.storage.files import LOCAL_HEADER, Archive
+from merge_rl.storage.files import LOCAL_HEADER, Archive, kind_by_content
 
 # SELF torch_archive
 from merge_rl.storage.pickles import tensors as torch_legacy
@@ -44,7 +44,14 @@ def read_data(content: Readable | Span, name: str | None = None) -> object:
     if first.startswith(torch_legacy.FIRST_BYTES):
         whole = Span(source, 0, source.size)
         return _checked(torch_legacy.read_legacy(whole, PERMITTED, budget), source)
-    return _checked(_plain_pickle(source, budget), source)
+    try:
+        return _checked(_plain_pickle(source, budget), source)
+    except CheckpointError:
+        kind = kind_by_content(first)
+        if kind is None or kind == "a pickle":
+            raise
+        expected = "what torch.save or pickle writes"
+        raise CheckpointError(f"{source.name}: expected {expected}, found {kind}") from None
 
 
 def _budget(source: ByteSource) -> Budget:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from merge_rl.errors import CheckpointError
 from merge_rl.late import torch
-from merge_rl.storage.files import TensorInfo
+from merge_rl.storage.files import CODES, TensorInfo
 from merge_rl.storage.pickles.machine import Handler, Machine, Permitted
 from merge_rl.storage.pickles.opcodes import run
 from merge_rl.storage.pickles.spans import ByteSource, Cursor, Span
@@ -31,6 +31,10 @@ STORAGES: Final[Mapping[str, str]] = {  # -> what safetensors calls the type
     "torch.ByteStorage": "U8",
     "torch.BoolStorage": "BOOL",
     "torch.ComplexFloatStorage": "C64",
+    "torch.storage.UntypedStorage": "U8",  # bytes, whose tensors say their type
+}
+DTYPES: Final[Mapping[str, str]] = {  # torch's name of a type -> safetensors'
+    f"torch.{TensorInfo((), code).type_name}": code for code in CODES
 }
 
 
@@ -51,12 +55,18 @@ class StorageRef:
 class TensorRef:
     """A tensor that is still in its file."""
 
-    __slots__ = ("offset", "shape", "storage", "stride")
+    __slots__ = ("code", "offset", "shape", "storage", "stride")
 
     def __init__(
-        self, storage: StorageRef, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+        self,
+        storage: StorageRef,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        code: str | None = None,
     ) -> None:
         self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
+        self.code = code or storage.code
 
     def __repr__(self) -> str:
         return f"<tensor {self.info}>"
@@ -64,7 +74,7 @@ class TensorRef:
     @property
     def info(self) -> TensorInfo:
         """Shape, and type of the elements."""
-        return TensorInfo(self.shape, self.storage.code)
+        return TensorInfo(self.shape, self.code)
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +121,22 @@ def row_major(shape: Sequence[int]) -> list[int]:
 
 
 def rebuild_tensor(args: tuple[object, ...], m: Machine) -> TensorRef:
-    """(storage, offset, shape, stride, requires grad, hooks, ...) -> reference within bounds."""
+    """(storage, offset, shape, stride, requires grad, hooks, state) -> reference within bounds."""
+    return _referred(args, m, *args[6:7])
+
+
+def rebuild_typed(args: tuple[object, ...], m: Machine) -> TensorRef:
+    """The same of a type without storages of its own: (..., hooks, type, state), of bytes."""
+    kind = args[6] if len(args) > 6 else None
+    code = DTYPES.get(kind.name) if isinstance(kind, Global) else None
+    if code is None or not isinstance(args[0], StorageRef) or args[0].code != "U8":
+        raise m.refuse(f"a tensor of {kind_of(kind)}, expected bytes and the type of a tensor")
+    return _referred(args, m, *args[7:8], code=code)
+
+
+def _referred(
+    args: tuple[object, ...], m: Machine, state: object = None, *, code: str | None = None
+) -> TensorRef:
     if len(args) < 4 or not isinstance(args[0], StorageRef) or type(args[1]) is not int:
         raise m.refuse("a tensor without storage, offset, shape and strides")
     storage, offset, shape, stride = (
@@ -122,11 +147,13 @@ def rebuild_tensor(args: tuple[object, ...], m: Machine) -> TensorRef:
     )
     if shape is None or stride is None or len(shape) != len(stride):
         raise m.refuse("a tensor whose shape and strides are not a few whole numbers each")
-    tensor = TensorRef(storage, offset, shape, stride)
+    if state:  # flags by name
+        raise m.refuse("a tensor that is the conjugate or the negative of what is stored")
+    tensor = TensorRef(storage, offset, shape, stride, code)
     # A stride of 0 could make a terabyte out of one number.
-    count = math.prod(shape)
-    if offset < 0 or count > storage.count or (count and offset + tensor._extent() > storage.count):
-        raise m.refuse(f"a tensor of shape {list(shape)} from element {offset} of {storage.count}")
+    count, held = math.prod(shape), storage.nbytes // tensor.info.itemsize
+    if offset < 0 or count > held or (count and offset + tensor._extent() > held):
+        raise m.refuse(f"a tensor of shape {list(shape)} from element {offset} of {held}")
     m.budget.spend(300)
     return tensor
 
@@ -154,6 +181,7 @@ def storage_of(pid: object, m: Machine, length: int) -> tuple[StorageRef, str]:
 TENSOR_NAMES: Final[Mapping[str, Handler | None]] = {
     **dict.fromkeys(STORAGES),
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": rebuild_typed,
     "torch._utils._rebuild_parameter": rebuild_parameter,
 }
 

@@ -64,12 +64,17 @@ class Global:
     name: str
 
 
+_CLASSES: Final = {"TensorRef": "a tensor", "StorageRef": "a storage"}
+
+
 def kind_of(value: object) -> str:
     """A few words for a value, without showing what it contains."""
     names = {type(None): "nothing", str: "text", int: "a whole number", dict: "a mapping"}
     if isinstance(value, Global):
         return f"the name {value.name}"
-    return names.get(type(value)) or repr(type(value).__name__)
+    return (
+        names.get(type(value)) or _CLASSES.get(type(value).__name__) or (repr(type(value).__name__))
+    )
 
 
 def shown(text: str, limit: int = 80) -> str:

@@ -17,7 +17,15 @@ from merge_rl.storage.files import absolute, is_image_name, read_header, weights
 from merge_rl.storage.runs.run_dir import SETTINGS, FinetuneRun, RunDir, is_finetune_run
 from merge_rl.untrusted import is_there
 
-FolderKind = Literal["run", "fine-tuning run", "comparison", "set", "model", "images", "nothing"]
+FolderKind = Literal[
+    "run", "fine-tuning run", "comparison", "damaged run", "set", "model", "images", "nothing"
+]
+_NEEDED: Final = (  # what it is, the file without which it is none, files that tell it all the same
+    ("run", "config.yaml", ("state.safetensors", "events.jsonl")),
+    ("run", "inputs.json", ("config.yaml", "events.jsonl")),
+    ("fine-tuning run", "finetune.yaml", ("inputs.json", "events.jsonl", "state")),
+    ("comparison", SETTINGS, ("compare.json",)),
+)
 _DATA: Final = frozenset({"features", "reps", "images"})  # tensors that no network has
 _MOMENTS: Final = frozenset({"mu", "sigma"})
 _LOOKED_AT: Final = 10_000  # files of a tree, which may be a whole disk, among which is a picture
@@ -28,7 +36,7 @@ def folder_kind(folder: Path) -> FolderKind:
 
     Weights go before pictures, which a model may come with; a `.safetensors` of statistics,
     features or pictures is none of weights. A config.json alone makes a model of a folder only
-    where there are no pictures: "model", whose weights are missing.
+    where there are no pictures: "model", whose weights are missing. A "damaged run" lacks a file.
     """
     if is_there(folder / SETTINGS):
         return "comparison"
@@ -36,6 +44,8 @@ def folder_kind(folder: Path) -> FolderKind:
         return "run"
     if is_finetune_run(folder):
         return "fine-tuning run"
+    if _lacking(folder):
+        return "damaged run"
     if has_manifest(folder):
         return "set"
     weights = [file for file in weights_in(folder) if holds_weights(file)]
@@ -46,6 +56,14 @@ def folder_kind(folder: Path) -> FolderKind:
     if _has_pictures(folder):
         return "images"
     return "model" if (folder / CONFIG_NAME).is_file() else "nothing"
+
+
+def _lacking(folder: Path) -> str | None:
+    """What a damaged run lacks, in words; None for a folder that is none."""
+    for kind, needed, others in _NEEDED:
+        if all((folder / other).exists() for other in others) and not (folder / needed).exists():
+            return f"a {kind} whose {needed} is missing"
+    return None
 
 
 def only_inside(folder: Path) -> Path:
@@ -93,7 +111,8 @@ def find_set(path: str | os.PathLike[str]) -> Meant:
     if kind in ("run", "comparison"):
         of = f", of the set {RunDir(folder).config().checkpoints}" if kind == "run" else ""
         raise CheckpointError(f"{folder}: expected a set of checkpoints, found a {kind}{of}")
-    if kind == "images" or (kind == "nothing" and folder.is_dir() and weights_in(folder)):
+    empty = kind == "nothing" and folder.is_dir() and weights_in(folder)
+    if empty or kind in ("images", "damaged run"):
         raise CheckpointError(f"{folder}: expected a set of checkpoints, found {described(folder)}")
     return Meant(folder, None if folder == given else f"{path}: took the {kind} {folder}")
 
@@ -113,6 +132,8 @@ def find_run(path: str | os.PathLike[str]) -> Meant:
             shown = place if given.is_absolute() else Path(os.path.relpath(place))
             same = absolute(place) == absolute(given)
             return Meant(shown, None if same else f"{path}: took the {kind} {shown}")
+        if kind == "damaged run":
+            raise RunError(f"{place}: expected a run, found {described(place)}")
     if folder.is_dir() and folder_kind(folder) != "nothing":
         raise RunError(f"{folder}: expected a run, found {described(folder)}")
     return Meant(given, None)
@@ -135,7 +156,7 @@ def described(folder: Path) -> str:
     items = list(folder.iterdir())
     counts = Counter("folders" if item.is_dir() else item.suffix or "files" for item in items)
     inside = ", ".join(f"{count} {name}" for name, count in counts.most_common(4)) or "nothing"
-    return inside if kind == "nothing" else f"{kind} ({inside})"
+    return inside if kind == "nothing" else f"{_lacking(folder) or kind} ({inside})"
 
 
 def holds_weights(file: Path) -> bool:

@@ -194,6 +194,6 @@ def load_model(
     """
     from merge_rl.workflows.assembly.networks import load_network
 
-    named = None if network is None else own_code.allow(network)
+    named = None if network is None else own_code.allow_network(network)
     found = find_model(path, tracker=NoteTracker(announce))
     return load_network(found.told(announce), named)

@@ -203,7 +203,7 @@ def load_network(path: str | Path, network: str | None = None) -> Network:
     `network` names code of the user's that builds it; else the file's config says which it is.
     """
     file = open_model_file(path)
-    config = file.config if network is None else {"model": own_code.allow(network)}
+    config = file.config if network is None else {"model": own_code.allow_network(network)}
     if config is None:
         raise unknown_config(path)
     if not own_code.is_own(str(config.get("model"))):  # before it takes memory

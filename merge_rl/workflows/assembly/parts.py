@@ -285,7 +285,7 @@ def set_hashes(checkpoints: CheckpointSet) -> dict[str, str]:
 def with_network(checkpoints: CheckpointSet, network: str | None) -> None:
     """Let a set's network be the one that code of the user's builds, if some is named."""
     if network is not None:
-        checkpoints.describe({"model": own_code.allow(network)})
+        checkpoints.describe({"model": own_code.allow_network(network)})
 
 
 def blank_network(checkpoints: CheckpointSet, device: str) -> nn.Module:

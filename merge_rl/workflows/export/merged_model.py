@@ -67,7 +67,7 @@ class MergedModel:
 
         Raises CheckpointError, RunError, HubError as `load_model` does.
         """
-        named = None if network is None else own_code.allow(network)
+        named = None if network is None else own_code.allow_network(network)
         place = find_model(f"{name}@{revision}" if revision else name).path
         built = load_network(place, named)
         file = open_model_file(place)

@@ -174,7 +174,14 @@ def test_families_by_their_tensors() -> None:
         (TWICE, {}, None, "my-DiT-7", None, "dit"),
         (TWICE, {"model": "DiT-B"}, None, "a", None, "dit"),
         (REPA, {}, None, "a", None, "repa"),
-        ({"w": (1,)}, {}, None, "a", None, "sit"),
+        (
+            {"w": (1,), **dict.fromkeys(("pos_embed", "final_layer.linear.weight"), (1,))},
+            {},
+            None,
+            "a",
+            None,
+            "sit",
+        ),
     ],
 )
 def test_a_family_is_told_by_user_config_settings_or_name(

@@ -519,7 +519,11 @@ def test_one_bad_file_does_not_cost_the_others(tmp_path: Path) -> None:
         ),
         ([1, 2], "found 'list'"),
         ({}, r"keys \(none\)"),
-        ({"a": torch.zeros(2), "b": torch.zeros(3)}, "not a SiT"),
+        (
+            {"a": torch.zeros(2), "b": torch.zeros(3)},
+            "network, found 'a', no name of a",
+        ),
+        ({"pos_embed": torch.zeros(2), "final_layer.linear.weight": torch.zeros(3)}, "not a SiT"),
         ({"model": {"a": 1}}, "by name, found a mapping with the keys model"),
         ({"model": {}}, "by name, found a mapping with the keys model"),
         ({"a b": torch.zeros(2)}, "expected names of tensors, found a b"),

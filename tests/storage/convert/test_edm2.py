@@ -74,7 +74,7 @@ def test_names_come_from_walking_parameters_buffers_and_submodules() -> None:
         (network("persistent:Other"), "expected an EDM2 network .*, found persistent:Other"),
         (Record("persistent:Precond"), "the module ema has no content"),
         (network(modules={"m": Record("x", (), [])}), "the module m. has no content"),
-        (network(modules={"m": ref(1)}), "submodule m is 'TensorRef'"),
+        (network(modules={"m": ref(1)}), "submodule m is a tensor"),
         (network(buffers=[]), "a module whose _buffers are 'list'"),
         (network(buffers={3: ref(1)}), "a module whose _buffers are a mapping"),
         (network(parameters={"n" * 501: ref(1)}), "a tensor's name of over 500 characters"),

@@ -173,6 +173,17 @@ def test_averages_that_begin_late_count_from_there(tmp_path: Path) -> None:
         convert(tmp_path / "0.1000.pt", tmp_path / "other", update_every=1)
     with pytest.raises(ConfigError, match=r"--ema-std says 0\.1, the file itself 0\.15"):
         convert(tmp_path / "run", tmp_path / "other", update_every=1, ema_std="0.1")
+    for width, told in ((0.2, r"0\.2"), (None, "none")):  # of one index
+        inside = {} if width is None else {"sigma_rel": width}
+        torch.save({**state(), **counts, **inside}, tmp_path / "run/0.1000.pt")
+        with pytest.raises(
+            CheckpointError,
+            match=rf"0\.1000\.pt: says the width {told}, expected 0\.15 as in .*0\.500",
+        ):
+            convert(tmp_path / "run", tmp_path / "other", update_every=1)
+    torch.save({**state(), **counts, "sigma_rel": 0.2}, tmp_path / "run/1.1000.pt")
+    (tmp_path / "run/0.1000.pt").unlink()
+    convert(tmp_path / "run", tmp_path / "other", update_every=1)  # of two
 
 
 def test_widths_are_listed_by_index() -> None:

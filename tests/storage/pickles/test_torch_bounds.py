@@ -107,6 +107,7 @@ FIT = (StorageRef("F32", 6), 0, (2, 3), (3, 1))
         ((FIT[0], 1, *FIT[2:]), r"shape \[2, 3\] from element 1 of 6"),
         ((FIT[0], 0, (7,), (0,)), r"shape \[7\] from element 0 of 6"),  # more than there are
         ((FIT[0], 2, (3,), (2,)), r"shape \[3\] from element 2 of 6"),
+        ((*FIT, False, None, {"neg": True}), "the negative of what is stored"),
     ],
 )
 def test_tensors_that_do_not_fit(args: Any, told: str) -> None:

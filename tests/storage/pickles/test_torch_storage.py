@@ -65,6 +65,53 @@ def test_tensors_equal_what_was_saved(form: str, dtype: torch.dtype) -> None:
         assert ref.nbytes == flat.numel() * dtype.itemsize
 
 
+@pytest.mark.parametrize("form", ["archive", "older", "pickle"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint64], ids=str
+)
+def test_tensors_of_types_without_storages_of_their_own(form: str, dtype: torch.dtype) -> None:
+    base = torch.arange(12).reshape(3, 4).to(dtype)
+    value = {"all": base, "rows": base[1:], "turned": base.T}
+    data = pickle.dumps(value, 4) if form == "pickle" else saved(value, legacy=form == "older")
+    found: Any = read_data(data)
+    for name, tensor in value.items():
+        ref = found[name]
+        assert ref.info == TensorInfo.of(tuple(tensor.shape), dtype)
+        assert ref.load().double().equal(tensor.double())
+        flat = tensor.contiguous().reshape(-1)
+        assert stored(ref) == flat.view(torch.uint8).numpy().tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.ones(2, dtype=torch.complex64).conj(), "the conjugate or the negative of what is"),
+        (torch.ones(2, dtype=torch.complex64).conj().imag, "the conjugate or the negative of"),
+        (torch.ones(2).to_sparse(), "x: holds sparse tensors, expected tensors of plain numbers"),
+        (torch.ones(2, device="meta"), "x: holds tensors without content"),
+        (torch.ones(2, dtype=torch.complex128), "x: holds complex numbers of double precision"),
+        (nn.Linear(1, 1), "x: holds a network, not its weights alone"),
+    ],
+)
+def test_what_has_no_plain_numbers_is_called_by_what_it_is(value: Any, told: str) -> None:
+    with pytest.raises(CheckpointError, match=told):
+        read_data(saved({"w": value}), "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"<!DOCTYPE html><html>", "found a page of the web"),
+        (b'{"error": "gone"}', "found a JSON document"),
+        (b"Entry not found at all", "found text"),
+        ((2).to_bytes(8, "little") + b"{}", "found a safetensors file"),
+    ],
+)
+def test_what_torch_never_wrote_is_called_by_what_it_is(content: bytes, told: str) -> None:
+    with pytest.raises(CheckpointError, match=f"x: expected what torch.save .* writes, {told}"):
+        read_data(content, "x")
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_parameters_state_dicts_and_options(legacy: bool, tmp_path: Path) -> None:
     layer = nn.Linear(3, 2)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from merge_rl.errors import CheckpointError, RunError
+from merge_rl.cli.convert import require_convertible
+from merge_rl.errors import CheckpointError, ConfigError, RunError
 from merge_rl.storage.checkpoints import open_checkpoints, open_model_file, save_checkpoint
 from merge_rl.storage.files import write_json, write_png
 from merge_rl.storage.runs import find_run, find_set, folder_kind, only_inside, result_of
@@ -54,6 +55,39 @@ def test_a_folder_is_what_its_files_are(tiny: Path, model: Path, run: Path, tmp_
     assert folder_kind(tmp_path / "empty") == "nothing"
     picture(model / "samples.png")  # a model may come with pictures
     assert folder_kind(model) == "model"
+
+
+@pytest.mark.parametrize(
+    ("there", "lacking"),
+    [
+        (["inputs.json", "events.jsonl", "state.safetensors"], "a run whose config.yaml"),
+        (["config.yaml", "events.jsonl"], "a run whose inputs.json"),
+        (["inputs.json", "events.jsonl", "state"], "a fine-tuning run whose finetune.yaml"),
+        (["compare.json"], "a comparison whose settings.json"),
+    ],
+)
+def test_a_run_that_lacks_a_file_is_no_model(
+    there: list[str], lacking: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for name in there:
+        if name == "state":
+            (folder / name).mkdir()
+        elif name.endswith(".safetensors"):  # a resume point, which is no network's
+            save_checkpoint(folder / name, {"theta": torch.ones(2)})
+        else:
+            (folder / name).touch()
+    for find, error in (
+        (find_model, CheckpointError),
+        (find_set, CheckpointError),
+        (find_run, RunError),
+    ):
+        with pytest.raises(error, match=rf"damaged: expected .*, found {lacking} is missing \("):
+            find(folder)
+    with pytest.raises(ConfigError, match=f"expected checkpoints, found {lacking} is missing"):
+        require_convertible(folder)
+    assert kind_of(folder) == "model"  # whose reader says the same
 
 
 @pytest.mark.parametrize("beside", ["statistics", "config", "nothing", "labels"])
