@@ -25,7 +25,7 @@ from merge_rl.core.merging.groups import grouping
 from merge_rl.core.merging.linear_maps import weight_gram
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.merging.maps import BoundedMap, CoefficientMap, initial_coefficients, make_map
-from merge_rl.core.merging.tuned_map import GuidanceCoordinates, Setup, TunedMap, setup_of
+from merge_rl.core.merging.tuned_map import GuidanceCoordinates, TunedMap
 from merge_rl.core.sampling.guidance import grid_of, guidance_of
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import (
@@ -203,10 +203,6 @@ class Job(OfParts):
             rollout=_to_reward(parts, final),
             hashes={**hashes, **parts.reward.hashes},
         )
-
-    def setup(self, theta: Tensor) -> Setup:
-        """What theta (D,) stands for."""
-        return setup_of(self.map, self.map(theta))
 
     def coefficients(self, index: int | None) -> Tensor:
         """(G, K): checkpoint `index` alone, or the uniform average for None."""

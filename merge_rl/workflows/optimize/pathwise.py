@@ -12,6 +12,7 @@ from torch import Tensor
 
 from merge_rl.config import FIXED_STEP_RULES, OptimizeConfig
 from merge_rl.core.merging.live_model import theta_gradient
+from merge_rl.core.merging.tuned_map import setup_of
 from merge_rl.errors import ConfigError
 from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.searchers import Pathwise, Slope
@@ -66,7 +67,7 @@ class PathwiseLoop(SearchLoop):
             "kind": "round",
             "round": self.round_index,
             "theta": searcher.mean.tolist(),
-            **self.job.setup(searcher.mean).as_dict(),
+            **setup_of(self.job.map, self.job.map(searcher.mean)).as_dict(),
             "candidates": thetas.tolist(),
             "rewards": [None if math.isnan(r) else r for r in found["rewards"].tolist()],
             "failed": self._count if self.failed_rounds else len(found["dropped"]),
@@ -157,7 +158,7 @@ class PathwiseLoop(SearchLoop):
     def _penalty(self, theta: Tensor) -> Tensor:
         """The gradient of what large coefficients cost, of the rows that theta (D,) stands for."""
         rows = self.job.map(theta)
-        own = self.job.setup(theta).coefficients
+        own = setup_of(self.job.map, rows).coefficients
         found = torch.zeros_like(rows)
         found[: own.shape[0], : own.shape[1]] = 2 * self.config.merge.l2 * own / len(own)
         return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import OptimizeConfig, without_nan
+from merge_rl.core.merging.tuned_map import setup_of
 from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.errors import BudgetError, NonFiniteWeightsError, StatisticsError
 from merge_rl.interfaces import Searcher, Tracker
@@ -88,8 +89,7 @@ class SearchLoop:
         if self.searcher.done:
             return
         reward, candidates = self.config.reward, len(self.searcher.ask())
-        needed = self.images + self._round_cost(candidates)
-        needed += reward.pool_size if reward.pooled else 0
+        needed = self.images + self._round_cost(candidates) + reward.pooled * reward.pool_size
         if needed > self.limit:
             raise BudgetError(
                 f"{self.limit} images for the search do not pay for one round: "
@@ -142,7 +142,7 @@ class SearchLoop:
             "kind": "round",
             "round": self.round_index,
             "theta": self.searcher.mean.tolist(),
-            **self.job.setup(self.searcher.mean).as_dict(),
+            **setup_of(self.job.map, self.job.map(self.searcher.mean)).as_dict(),
             "candidates": thetas.tolist(),
             "rewards": without_nan(rewards.tolist()),
             **({"terms": term_means(scored.terms)} if len(scored.terms) > 1 else {}),
@@ -289,7 +289,7 @@ def penalties(job: Job, thetas: Tensor, config: OptimizeConfig) -> Tensor:
     if l2 == 0:
         return torch.zeros(len(thetas), dtype=torch.float64)
     share = reward.images_per_subset / reward.pool_size if reward.pooled else 1.0
-    rows = torch.stack([job.setup(theta).coefficients for theta in thetas])
+    rows = torch.stack([setup_of(job.map, job.map(theta)).coefficients for theta in thetas])
     return l2 * share * rows.square().sum(2).mean(1)
 
 
