@@ -9,14 +9,12 @@ from merge_rl.storage.files.atomic import (
     below,
     counts_of,
     followed,
-    natural_key,
     new_folder,
     read_state,
     require_new,
     save_tensors,
     spellings,
     told_of,
-    without_numbers,
     write_json,
     write_state,
     write_text,
@@ -63,8 +61,10 @@ from merge_rl.storage.files.naming import (
     averaged,
     in_series,
     is_weights_name,
+    natural_key,
     network_name,
     weights_stem,
+    without_numbers,
 )
 from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_array, read_npy
 from merge_rl.storage.files.safetensors_file import (

@@ -10,11 +10,9 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,28 +25,6 @@ from merge_rl.untrusted import load_json_mapping, parse_json, read_bounded
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-# Words of their own such as 1e6, 1.5M or 500k: 12e5f may well be a hash.
-_SCALED = r"(?<![0-9A-Za-z.])[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2}|[kKM])(?![0-9A-Za-z])"
-_NUMBER = re.compile(rf"({_SCALED}|(?<![0-9.])0\.[0-9]+|[0-9]+)")  # 1.10 may well be a version
-_ANY_NUMBER = re.compile(rf"{_SCALED}|[0-9]+(?:\.[0-9]+)?")
-_POWERS = {"k": "e3", "K": "e3", "M": "e6"}
-
-
-def natural_key(name: str) -> tuple[list[tuple[int, str, str]], str]:
-    """Sorts "step_750" before "step_2000": numbers by value, the rest as text.
-
-    Numbers are whole, between 0 and 1 ("ema-0.050" comes before "ema-0.1"), or words of their own
-    with an exponent or unit (1e6, 1.5M, 500k). Names of the same numbers keep the order of text.
-    """
-    parts = _NUMBER.split(name)
-    return [_value(part) if i % 2 else (0, part, "") for i, part in enumerate(parts)], name
-
-
-def without_numbers(name: str) -> str:
-    """What names of one series share: "step_750" and "step_2000" are both "step_#"."""
-    return _ANY_NUMBER.sub("#", name)
 
 
 def spellings(path: str | os.PathLike[str]) -> list[Path]:
@@ -69,14 +45,6 @@ def followed(path: str | os.PathLike[str]) -> Path:
 def absolute(path: str | os.PathLike[str]) -> Path:
     """A path from the root. Links keep their names, of which the ending tells what a file is."""
     return Path(os.path.normpath(Path(path).absolute()))
-
-
-def _value(number: str) -> tuple[int, str, str]:
-    """Of any length: by length first, leading zeros aside, then by digits, is by value."""
-    if not number[-1].isdigit() or "e" in number.lower():
-        number = format(Decimal(number[:-1] + _POWERS.get(number[-1], number[-1])), "f")
-    whole, _, fraction = number.partition(".")
-    return len(whole.lstrip("0")), whole.lstrip("0"), fraction
 
 
 @contextmanager

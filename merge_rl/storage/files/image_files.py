@@ -15,7 +15,6 @@ from typing import IO, Final
 
 from merge_rl.errors import ImageError
 from merge_rl.storage.files.archives import DAMAGE, Archive
-from merge_rl.storage.files.atomic import natural_key
 from merge_rl.storage.files.images import (
     SUFFIXES,
     Labels,
@@ -24,6 +23,7 @@ from merge_rl.storage.files.images import (
     is_image,
     parse_labels,
 )
+from merge_rl.storage.files.naming import natural_key
 from merge_rl.untrusted import load_json_mapping, open_file, reason
 
 LABELS_NAME: Final = "dataset.json"

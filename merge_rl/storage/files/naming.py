@@ -1,8 +1,9 @@
-"""What names of files and folders say: which hold weights, and what their network is called."""
+"""What names of files say: their order, which hold weights, what their network is called."""
 
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from pathlib import PurePath
 from typing import Final
 
@@ -51,3 +52,33 @@ def weights_stem(name: str) -> str:
     """A name without the ending of a `.safetensors` or of an index."""
     plain = name.removesuffix(INDEX_SUFFIX)
     return plain[: -len(SUFFIX)] if plain.lower().endswith(SUFFIX) else plain
+
+
+# Words of their own such as 1e6, 1.5M or 500k: 12e5f may well be a hash.
+_SCALED = r"(?<![0-9A-Za-z.])[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2}|[kKM])(?![0-9A-Za-z])"
+_NUMBER = re.compile(rf"({_SCALED}|(?<![0-9.])0\.[0-9]+|[0-9]+)")  # 1.10 may well be a version
+_ANY_NUMBER = re.compile(rf"{_SCALED}|[0-9]+(?:\.[0-9]+)?")
+_POWERS = {"k": "e3", "K": "e3", "M": "e6"}
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, str, str]], str]:
+    """Sorts "step_750" before "step_2000": numbers by value, the rest as text.
+
+    Numbers are whole, between 0 and 1 ("ema-0.050" comes before "ema-0.1"), or words of their own
+    with an exponent or unit (1e6, 1.5M, 500k). Names of the same numbers keep the order of text.
+    """
+    parts = _NUMBER.split(name)
+    return [_value(part) if i % 2 else (0, part, "") for i, part in enumerate(parts)], name
+
+
+def without_numbers(name: str) -> str:
+    """What names of one series share: "step_750" and "step_2000" are both "step_#"."""
+    return _ANY_NUMBER.sub("#", name)
+
+
+def _value(number: str) -> tuple[int, str, str]:
+    """Of any length: by length first, leading zeros aside, then by digits, is by value."""
+    if not number[-1].isdigit() or "e" in number.lower():
+        number = format(Decimal(number[:-1] + _POWERS.get(number[-1], number[-1])), "f")
+    whole, _, fraction = number.partition(".")
+    return len(whole.lstrip("0")), whole.lstrip("0"), fraction

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from merge_rl.errors import CheckpointError
-from merge_rl.storage.files.atomic import natural_key
 from merge_rl.storage.files.documents import CHUNK_BYTES, Progress, sha256_file
 from merge_rl.storage.files.naming import (
     PARTS,
@@ -19,6 +18,7 @@ from merge_rl.storage.files.naming import (
     SAVED,
     SHARED,
     is_weights_name,
+    natural_key,
     weights_stem,
 )
 from merge_rl.storage.files.safetensors_file import TensorReader, check_file, map_file, read_file

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from merge_rl.storage.files.atomic import natural_key, without_numbers
+from merge_rl.storage.files.naming import natural_key, without_numbers
 
 
 @pytest.mark.parametrize(
