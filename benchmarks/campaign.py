@@ -1,14 +1,16 @@
 """What can be done to the files and processes of this project, and what it came to.
 
-    python -m benchmarks.campaign [--parts files,kills,disks,ranks,writers] [--cases 100000]
+    python -m benchmarks.campaign [--parts files,kills,disks,limits,ranks,writers] [--cases 100000]
                                   [--kills 100] [--only NAME ...] [--seed 0] [--workers 1]
                                   [--seconds T] [--folder build/campaign] [--out FILE.json]
 
 files   damaged and hostile files for every reader: nothing runs, hangs, dies or is half written
 kills   commands killed (SIGKILL) at random moments, on one and two processes, and begun again:
         what they leave equals that of an undisturbed one, bit for bit
-disks   a disk that is full from the n-th write on, n drawn from all: one sentence that names what
-        was to be written, nothing half-written, and equal results once there is room
+disks   a disk that is full from the n-th write on, one of each place in the code first, then all:
+        one sentence that names what was to be written, nothing half-written, and equal results once
+        there is room
+limits  files may grow to the middle of a write, or to some sizes, and no further: the same
 ranks   ranks that are stopped for a while, or for good: equal results, or one sentence
 writers two commands at one folder: nothing is lost
 
@@ -158,7 +160,7 @@ def show(rows: Mapping[str, Row]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The campaign.")
-    parser.add_argument("--parts", default="files,kills,disks,ranks,writers")
+    parser.add_argument("--parts", default="files,kills,disks,limits,ranks,writers")
     parser.add_argument("--only", nargs="*", default=[], help="rows of the table, by name")
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=100)

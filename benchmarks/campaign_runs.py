@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import http.server
 import importlib
@@ -21,8 +22,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,26 +34,22 @@ import pytest
 from matplotlib.figure import Figure
 
 import merge_rl as mrl
-from benchmarks.campaign_disk import FullDisk
+from benchmarks.campaign_disk import BYTES, FullDisk
 from merge_rl.cli.main import main as mergerl
 from merge_rl.demo import write_demo
+from merge_rl.workflows.report import figures
 from tests.children import launch_ranks, run_command
+from tests.finetuning import write_sit_set
 from tests.quick import without_network
 from tests.snapshots import write_snapshot
 
 Cases = Callable[[Path, int, int, int], Iterator[tuple[int, str]]]
 """(folder, seed, cases done, cases in all) -> (number, outcome) of those that are not done."""
-TIMED: Final = (
-    "clock.json",
-    "launch.json",
-    "compare.md",
-    "compare.png",
-    "report.md",
-    "report.html",
-    "report.png",
-)  # pages say how long it took
+TIMED: Final = ("clock.json", "launch.json")
+PAGES: Final = ("compare.md", "compare.png", "report.md", "report.html", "report.png")  # with times
 READ: Final = (".json", ".jsonl")
 MEASURED: Final = ("overhead", "memory_bytes")  # of the machine, beside all that is in seconds
+SIZES: Final = (0, 100, 1000, 10_000, 100_000)  # to which files may grow
 HANGS: Final = 4.0  # seconds after which a rank that says nothing hangs
 SEARCH: Final = {
     "track": "raw", "budget": 110, "sampler": {"num_steps": 2}, "search": {"population": 2},
@@ -58,8 +57,8 @@ SEARCH: Final = {
     "evaluation": {"num_images": 10, "repeats": 3, "selection_images": 10},
 }  # fmt: skip
 FINETUNE: Final = [
-    "--steps", "3", "--train-steps", "2", "--subsets", "4", "--pool", "20", "--subset", "4",
-    "--eval-steps", "2", "--eval-every", "2", "--eval-images", "10", "--final-images", "10",
+    "--steps", "2", "--train-steps", "2", "--subsets", "2", "--pool", "8", "--subset", "2",
+    "--eval-steps", "2", "--eval-every", "2", "--eval-images", "4", "--final-images", "4",
     "--repeats", "2", "--set", "curves.ode_solver=euler", "--set", "save_every=1",
 ]  # fmt: skip
 
@@ -71,6 +70,8 @@ class Command:
     arguments: Sequence[str]
     going_on: Sequence[str] = ()
     ranks: int = 1
+    before: Sequence[str] = ()  # what has to have been run, and for which share of its writes
+    share: float = 1.0
 
     def next(self, place: Path) -> Sequence[str]:
         """What a user does now."""
@@ -88,6 +89,7 @@ def inputs(folder: Path) -> Path:
         half = made.with_name("inputs-half")
         shutil.rmtree(half, ignore_errors=True)
         write_demo(half)
+        write_sit_set(half / "small-sit", half / "sit")
         (half / "search.json").write_text(json.dumps(SEARCH))  # JSON is YAML
         pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
         np.savez(half / "images.npz", images=pixels)
@@ -105,11 +107,16 @@ def commands(made: Path) -> dict[str, Command]:
     """By name; `out` is relative to the folder of a case."""
     search = ["optimize", str(made / "edm2"), "--config", str(made / "search.json"), "--out", "out"]
     newest = max((made / "edm2/raw").iterdir())
+    tuning = ["finetune", str(made / "small-sit"), "--out", "out", *FINETUNE]
+    resume = ["resume", "out"]
     return {
-        "optimize": Command(search, ["resume", "out"]),
-        "finetune": Command(
-            ["finetune", str(made / "sit"), "--out", "out", *FINETUNE], ["resume", "out"]
-        ),
+        "optimize": Command(search, resume),
+        "finetune": Command(tuning, resume),
+        "adapters": Command([*tuning, "--lora-rank", "2"], resume),
+        "resume optimize": Command(resume, before=search, share=0.4),
+        "resume finetune": Command(resume, before=tuning, share=0.4),
+        "report": Command(["report", "out"], before=search),
+        "sample": Command(["sample", str(newest), "--num-images", "4", "--out", "out/grid.png"]),
         "convert": Command(["convert", str(made / "snapshots"), "out"]),
         "compare": Command(
             ["compare", str(made / "edm2"), "--config", str(made / "search.json"), "--out", "out",
@@ -218,7 +225,9 @@ def outcome(place: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for file in sorted((place / "out").rglob("*")):
         name = str(file.relative_to(place / "out"))
-        if file.is_file() and file.name not in TIMED:
+        if file.is_file() and file.name in PAGES:
+            found[name] = "a page"
+        elif file.is_file() and file.name not in TIMED:
             found[name] = _timeless(file) if file.suffix in READ else file.read_bytes()
     return found
 
@@ -243,8 +252,11 @@ class Bench:
     command: Command
     expected: dict[str, object] = field(default_factory=dict)
     seconds: float = 0.0
+    begun: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.command.before:
+            self.begun = self._run_before()
         whole = self.fresh("whole")
         self._undisturbed(whole, loaded=whole / "modules")
         for name in (whole / "modules").read_text().split():
@@ -267,7 +279,18 @@ class Bench:
         place = self.folder / name
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
+        if self.begun:
+            shutil.copytree(self.begun, place / "out")
         return place
+
+    def _run_before(self) -> Path:
+        """What the command goes on with: what came before, stopped by a full disk on its way."""
+        counted, place = self.fresh("before-whole"), self.fresh("before")
+        sites = counted / "sites"
+        run(counted, self.command.before, prepare=lambda: FullDisk(None, sites).install())
+        first = int(self.command.share * len(sites.read_text().splitlines()))
+        run(place, self.command.before, prepare=FullDisk(first).install)
+        return place / "out"
 
     def judged(self, place: Path, *, ended_well: bool = False) -> str:
         """What the case came to, once it is gone on with where it has not ended well."""
@@ -278,6 +301,7 @@ class Bench:
         found = outcome(place)
         names = sorted({*found, *self.expected})
         differ = [name for name in names if found.get(name) != self.expected.get(name)]
+        differ += sorted(f.name for f in place.iterdir() if f.name.startswith("."))
         if not differ:
             shutil.rmtree(place)
         return f"differs: {', '.join(differ)}" if differ else "equal"
@@ -364,37 +388,90 @@ def killed_pairs(name: str) -> Cases:
 
 
 def disks(name: str) -> Cases:
-    """For every write, drawn in turn: the disk is full from there on; or files may not grow.
+    """For every write: the disk is full from there on."""
 
-    Networks and figures, on which no write depends, cost next to nothing.
+    def prepared(sites: list[tuple[int, str]]) -> dict[str, Callable[[], object]]:
+        return {f"case-{first}": FullDisk(first).install for first, _ in sites}
+
+    return _without_room(name, prepared)
+
+
+def limits(name: str) -> Cases:
+    """For some sizes, and for every write of bytes: files may grow to that size, or to the middle
+    of the write, and no further (RLIMIT_FSIZE).
     """
 
+    def prepared(sites: list[tuple[int, str]]) -> dict[str, Callable[[], object]]:
+        cut = [first for first, site in sites if site.startswith(BYTES)]
+        return {
+            **{f"size-{size}": functools.partial(_bounded, size) for size in SIZES},
+            **{f"case-{first}": FullDisk(first, cut=True).install for first in cut},
+        }
+
+    return _without_room(name, prepared)
+
+
+def _without_room(
+    name: str, prepared: Callable[[list[tuple[int, str]]], dict[str, Callable[[], object]]]
+) -> Cases:
     def cases(folder: Path, seed: int, done: int, total: int) -> Iterator[tuple[int, str]]:
-        # Known to all children: the disk of the output is full, not the one that libraries try.
-        tempfile.gettempdir()
-        with pytest.MonkeyPatch.context() as patch:
-            if name != "finetune":  # whose gradients need the network
-                without_network(patch)
-            patch.setattr(Figure, "savefig", functools.partialmethod(_blank, Figure.savefig))
+        with _quick():
             bench = Bench(folder, commands(inputs(folder))[name])
-            place = bench.fresh("count")
-            run(place, bench.command.arguments, prepare=FullDisk(None, place / "writes").install)
-            writes = int((place / "writes").read_text())
-            limits = [0, 100, 1000, 10_000, 100_000]
-            firsts = list(range(writes + len(limits)))
-            random.Random(f"{seed} disk {name}").shuffle(firsts)
-            for index, number in enumerate(firsts[:total][done:], done):
-                place = bench.fresh(f"case-{number}")
-                prepare: Callable[[], object] = FullDisk(number, None).install
-                if number >= writes:
-                    prepare = functools.partial(_bounded, limits[number - writes])
-                ended = run(place, bench.command.arguments, prepare=prepare)
-                said = (place / "said").stat().st_size
-                cut = number >= writes and said >= limits[number - writes]
-                found = _complaint(ended, place, cut=cut)
-                yield index, found or bench.judged(place, ended_well=ended.status == 0)
+            ways = list(prepared(_sites(bench, f"{seed} disk {name}")).items())
+        for index, (case, prepare) in enumerate(ways[:total][done:], done):
+            with _quick():  # another command's turn comes between two cases
+                found = _refused(bench, case, prepare)
+            yield index, found
 
     return cases
+
+
+@contextlib.contextmanager
+def _quick() -> Iterator[None]:
+    """Networks, figures and the disk itself, on which no write depends, cost next to nothing."""
+    # Known to all children: the disk of the output is full, not the one that libraries try.
+    tempfile.gettempdir()
+    with pytest.MonkeyPatch.context() as patch:
+        without_network(patch)  # but for gradients
+        patch.setattr(Figure, "savefig", functools.partialmethod(_blank, Figure.savefig))
+        patch.setattr(figures, "can_draw", lambda: sys._getframe(1).f_code.co_name != "chart")
+        patch.setattr(os, "fsync", lambda _descriptor: None)  # processes end here, no machine
+        yield
+
+
+def _sites(bench: Bench, seed: str) -> list[tuple[int, str]]:
+    """Number and site of all writes: first one of each site, drawn, then a second of each."""
+    place = bench.fresh("count")
+    run(place, bench.command.arguments, prepare=lambda: FullDisk(None, place / "sites").install())
+    writes = list(enumerate((place / "sites").read_text().splitlines()))
+    random.Random(seed).shuffle(writes)
+    seen: Counter[str] = Counter()
+    turns = []
+    for write in writes:
+        turns.append(seen[write[1]])
+        seen[write[1]] += 1
+    return [write for _, write in sorted(zip(turns, writes, strict=True), key=itemgetter(0))]
+
+
+def _refused(bench: Bench, case: str, prepare: Callable[[], object]) -> str:
+    """What a command came to whose writes are refused; it speaks into a pipe, which has room."""
+    place = bench.fresh(case)
+    receiving, sending = os.pipe()
+    fcntl.fcntl(sending, fcntl.F_SETPIPE_SZ, 2**20)  # nobody listens before the end
+
+    def begin() -> None:
+        for descriptor in (1, 2):
+            os.dup2(sending, descriptor)
+        prepare()
+
+    status = run(place, bench.command.arguments, prepare=begin).status
+    os.close(sending)
+    with os.fdopen(receiving, errors="replace") as file:
+        ended = Ended(status, file.read())
+    (place / "said").write_text(ended.said)
+    if status == 0 and "no page: " in ended.said:
+        run(place, ["report", "out"])  # as it is told to
+    return _complaint(ended, place) or bench.judged(place, ended_well=status == 0)
 
 
 def _blank(_figure: Figure, save: Callable[..., object], *arguments: Any, **options: Any) -> None:
@@ -402,24 +479,19 @@ def _blank(_figure: Figure, save: Callable[..., object], *arguments: Any, **opti
 
 
 def _bounded(size: int) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def _complaint(ended: Ended, place: Path, *, cut: bool) -> str | None:
-    """What is wrong with how a command met a full disk; None if nothing is.
-
-    Of output that is cut itself, no sentence is expected.
-    """
-    left = [f.name for f in place.rglob("*") if f.name.startswith(".tmp-") or f.name == ".lock"]
+def _complaint(ended: Ended, place: Path) -> str | None:
+    """What is wrong with how a command met a full disk; None if nothing is."""
+    left = [f.name for f in place.rglob("*") if f.name.startswith(".tmp-") or f.suffix == ".lock"
+            or f.name == ".lock"]  # fmt: skip
     if left:
         return f"left behind: {', '.join(left)}"
     errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
     if ended.status == 0:  # what is written for no result, such as a lock's note
         return None if not errors else f"exit 0, yet {errors[0]}"
     words = [os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG)]
-    if cut:
-        return None
     named = any(name in line for line in errors for name in (" out", str(place)))
     if len(errors) != 1 or not any(word in errors[0] for word in words) or not named:
         return f"told: {_last(ended)}"
@@ -545,13 +617,18 @@ def _is_refusal(ended: Ended) -> bool:
 
 _KILLED: Final = ("optimize", "finetune", "convert", "fetch", "compare", "evaluate")
 _ONE_PROCESS: Final = ("convert", "fetch", "compare")  # refuse to be one of several ranks
+_WRITE: Final = (
+    *_KILLED, "merge", "demo", "reference", "sample", "report", "resume optimize",
+    "resume finetune", "adapters",
+)  # fmt: skip
 PARTS: Final[Mapping[str, Mapping[str, Cases]]] = {
     "kills": {
         **{n: kills(n) for n in _KILLED},
         **{f"{n}, 2 ranks": kills(n, 2) for n in _KILLED if n not in _ONE_PROCESS},
         **{f"{n}, 2 at once": killed_pairs(n) for n in _ONE_PROCESS},
     },
-    "disks": {n: disks(n) for n in (*_KILLED, "merge", "demo", "reference")},
+    "disks": {n: disks(n) for n in _WRITE},
+    "limits": {n: limits(n) for n in _WRITE},
     "ranks": {
         **{f"{n}, slowed": slowed(n) for n in ("optimize", "finetune", "evaluate")},
         **{f"{n}, hung": hung(n) for n in ("optimize", "finetune", "evaluate")},

@@ -7,13 +7,14 @@ import pickle
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from benchmarks import campaign_files, campaign_runs
-from benchmarks.campaign_disk import FullDisk
+from benchmarks.campaign_disk import BYTES, FullDisk
 from benchmarks.campaign_files import READERS, is_sound, mutate, run_cases
 
 
@@ -65,7 +66,7 @@ def test_cases_follow_from_the_seed() -> None:
 
 
 def test_a_full_disk_refuses_from_its_write_on(tmp_path: Path) -> None:
-    disk = FullDisk(3, None)
+    disk = FullDisk(3)
     with disk.open(tmp_path / "a", "w") as file:  # the first: its name
         file.write("x")
         file.flush()  # the second
@@ -74,6 +75,25 @@ def test_a_full_disk_refuses_from_its_write_on(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "xy"
     with pytest.raises(OSError, match="No space left"):
         disk.open(tmp_path / "b", "wb")
+
+
+def test_a_limit_lies_in_the_middle_of_its_write(tmp_path: Path) -> None:
+    receiving, sending = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        disk = FullDisk(3, tmp_path / "sites", cut=True)
+        with suppress(OSError), disk.open(tmp_path / "a", "wb", buffering=0) as file:
+            file.write(b"x" * 7)  # the second, after its name
+            disk.use(tmp_path)  # the third, a name
+            os.write(sending, b"%d" % file.write(b"y" * 10))  # the fourth
+            file.write(b"z")
+            os.write(sending, b" and more")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert os.read(receiving, 100) == b"5"  # half of it; of the fifth nothing
+    assert (tmp_path / "a").read_bytes() == b"x" * 7 + b"y" * 5
+    kinds = [line.split(" ")[0] for line in (tmp_path / "sites").read_text().splitlines()]
+    assert kinds == ["name", BYTES, "name", BYTES]  # the note of the next had no room either
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +117,7 @@ def outcomes(part: str, name: str, folder: Path, numbers: slice) -> Iterator[str
         ("kills", "optimize", slice(0, 1)),
         ("disks", "merge", slice(1, 5)),
         ("disks", "demo", slice(60, 62)),
+        ("limits", "merge", slice(5, 8)),
         ("disks", "optimize", slice(8, 9)),
         ("writers", "convert", slice(0, 2)),
     ],

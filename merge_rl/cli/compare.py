@@ -23,7 +23,7 @@ from merge_rl.cli.output import (
     stoppable,
     tell,
 )
-from merge_rl.cli.results import write_page
+from merge_rl.cli.results import there, write_page
 from merge_rl.config import SCORES, SEARCH, OptimizeConfig, numbers_in, whole_number
 from merge_rl.errors import ConfigError
 
@@ -90,7 +90,8 @@ def compare(
         print_json({"out": str(folder), **document})
     else:
         print_comparison(document)
-        tell(f"all of it in {folder}: report.html, compare.md, compare.json, and a folder a search")
+        written = there(folder, "report.html", "compare.md", "compare.json")
+        tell(f"all of it in {folder}: {', '.join(written)}, and a folder a search")
         _print_verdict(document)
 
 

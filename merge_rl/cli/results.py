@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from merge_rl.workflows.report import Report
 
 
+def there(folder: Path, *names: str) -> list[str]:
+    """Those names that are files of the folder: a page that cannot be written ends no run."""
+    return [name for name in names if (folder / name).is_file()]
+
+
 def write_page(run: Path, *, reloads: bool = False) -> Report:
     """The page of a run, with a note of what could not be written beside it."""
     from merge_rl.workflows.report import write_report
@@ -91,8 +96,8 @@ def print_result(result: OptimizeResult) -> None:
     merged = result.run_dir / "merged"
     kept = "merged model" if comparison.written == "result" else "its start, no merge,"
     tell(f"searched with {result.images:,} images; {kept} in {merged}")
-    shown = [result.run_dir / name for name in ("report.html", "before-after.png")]
-    tell(f"look at it: {', '.join(str(path) for path in shown if path.is_file())}")
+    if shown := there(result.run_dir, "report.html", "before-after.png"):
+        tell(f"look at it: {', '.join(str(result.run_dir / name) for name in shown)}")
     tell(run_verdict(comparison.as_dict()).line)
 
 
@@ -210,9 +215,10 @@ def print_finetuned(result: FinetuneResult) -> None:
         "seeds, mean [95 % interval]"
     )
     print_table(title, ["sampler", "start", "result", "gain", ""], rows)
+    pages = [f", page in {result.run_dir / name}" for name in there(result.run_dir, "report.html")]
     tell(
         f"step {result.step} is the result, {result.images:,} images; model in "
-        f"{result.model_path}, page in {result.run_dir / 'report.html'}"
+        f"{result.model_path}{''.join(pages)}"
     )
     if result.skipped:
         tell(f"{result.skipped} steps were skipped: their reward or loss was not finite")

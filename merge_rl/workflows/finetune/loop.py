@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from merge_rl.errors import ParallelError, TrainingError
 from merge_rl.interfaces import Tracker
@@ -13,7 +13,7 @@ from merge_rl.storage.files import below
 from merge_rl.storage.runs import Boards, FinetuneRun, StopSignals, fitting
 from merge_rl.workflows.finetune.kept import KeptRollouts
 from merge_rl.workflows.finetune.learner import LoopState, pack_state, unpack_state
-from merge_rl.workflows.finetune.scores import Curves, write_grid
+from merge_rl.workflows.finetune.scores import Curves, Point, write_grid
 from merge_rl.workflows.finetune.snapshots import Snapshots
 from merge_rl.workflows.finetune.step import (
     Credit,
@@ -24,6 +24,7 @@ from merge_rl.workflows.finetune.step import (
 )
 
 MAX_FAILURES: Final = 3  # steps in a row without a finite reward and loss
+SCORE: Final = "score"  # kind of the event of a point
 
 
 class FinetuneLoop:
@@ -95,7 +96,7 @@ class FinetuneLoop:
         with memory_advice(self.config), self.learner.averaged() as network:
             picture = write_grid(self.job, self.run_dir, step, network)
             point = self.curves.make_point(network, self.parts.features, self.tracker.advance)
-        event = {"kind": "score", "step": step, "scores": point}
+        event = _score_event(step, point)
         with self.signals.held():
             self.curves.add(step, point)
             self.run_dir.append_event(event)
@@ -205,3 +206,10 @@ class FinetuneLoop:
         self.run_dir.keep_events_up_to(step)
         self.curves.forget_after(step)
         self.snapshots.forget_after(step)
+        told = {event.get("step") for event in self.run_dir.events() if event.get("kind") == SCORE}
+        for scored in sorted(self.curves.points.keys() - told):  # it was ended between the two
+            self.run_dir.append_event(_score_event(scored, self.curves.points[scored]))
+
+
+def _score_event(step: int, point: Point) -> dict[str, Any]:
+    return {"kind": SCORE, "step": step, "scores": point}

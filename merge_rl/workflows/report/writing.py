@@ -15,6 +15,7 @@ from merge_rl.interfaces import Tracker
 from merge_rl.progress import announcing
 from merge_rl.storage.files import write_text
 from merge_rl.storage.runs import SETTINGS, FinetuneRun, RunDir, find_run, fitting, is_finetune_run
+from merge_rl.untrusted import reason
 from merge_rl.workflows.report.compare_html import compare_document
 from merge_rl.workflows.report.compare_page import write_comparison
 from merge_rl.workflows.report.finetune_html import finetune_document
@@ -113,7 +114,9 @@ def with_page(folder: Path | None, tracker: Tracker) -> Iterator[Tracker]:
     try:
         written = write_report(folder)
     except (MergeRLError, OSError) as error:
-        announcing(tracker)(f"no page: {error}")
+        where = f"{name}: " if (name := getattr(error, "filename", None)) else ""
+        later = f"write it with mergerl report {folder}"
+        announcing(tracker)(f"no page: {where}{reason(error)}; {later}")
         return
     if written.note:
         announcing(tracker)(f"no plot: {written.note}")

@@ -142,7 +142,7 @@ def told(write: Callable[[Path], object], place: Path, first: int) -> str:
         said = "lost"
         os.fsync = lambda fd: None
         try:
-            FullDisk(first, None).install()
+            FullDisk(first).install()
             write(place)
             said = ""
         except MergeRLError as error:

@@ -393,6 +393,25 @@ def test_an_interrupted_save_leaves_the_previous_state(
     assert result.comparison == whole.comparison
 
 
+def test_a_score_whose_event_found_no_room_is_told_when_the_run_goes_on(
+    small: Path, tmp_path: Path, whole: mrl.FinetuneResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = RunFolder.append_event
+
+    def full(run: RunFolder[Any], event: Mapping[str, Any]) -> None:
+        if event["kind"] == "score" and event["step"] == 3:  # its point is in the curves by now
+            raise OSError(28, "No space left on device")
+        add(run, event)
+
+    config = small_config(small)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_event", full)
+        with pytest.raises(OSError, match="No space left"):
+            drive(tmp_path / "run", config)
+    found = outcome_of(drive(tmp_path / "run", config).run_dir)
+    assert found["events.jsonl"] == outcome_of(whole.run_dir)["events.jsonl"]
+
+
 def test_no_whole_state_is_refused(stopped: Path) -> None:
     for path in FinetuneRun.open(stopped).state_paths():
         path.write_bytes(b"torn")

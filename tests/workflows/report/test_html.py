@@ -334,15 +334,17 @@ def test_a_run_from_python_has_a_live_page_and_ends_with_a_whole_one(
 
 
 def test_a_page_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError("no space left")
+    def full(path: Path, _text: str) -> None:
+        raise OSError(28, "cannot be written: no space left", str(path))
 
     monkeypatch.setattr(writing, "write_text", full)
     run = search_run(tmp_path / "run", NAMES)
     heard = Watching(run / "report.html")
     with with_page(run, heard):
         pass
-    assert heard.notes == ["no page: no space left"]
+    page = run / "report.html"
+    told = f"no page: {page}: cannot be written: no space left"
+    assert heard.notes == [f"{told}; write it with mergerl report {run}"]
     with pytest.raises(KeyError), with_page(run, heard):
         raise KeyError
     assert len(heard.notes) == 1  # a run that failed has no page of its end
