@@ -12,6 +12,7 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 BYTES: Final = "bytes"  # what the line of a site begins with where bytes are written
@@ -102,10 +103,11 @@ class _Counted(io.FileIO):
 
 def _writer() -> str:
     """The calls of the package that led here, innermost first."""
-    frame, found = sys._getframe(2), []
+    frame: FrameType | None = sys._getframe(2)
+    found = []
     while frame is not None:
         name = frame.f_code.co_filename
         if _PACKAGE in name:
             found.append(f"{name.rpartition(_PACKAGE)[2]}:{frame.f_lineno}")
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return " < ".join(found)

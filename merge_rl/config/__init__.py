@@ -19,6 +19,7 @@ from merge_rl.config.finetune import (
 )
 from merge_rl.config.mapping import (
     dump_config,
+    finite,
     flattened,
     from_mapping,
     load_config,
@@ -123,6 +124,7 @@ __all__ = [
     "default_text",
     "differing_keys",
     "dump_config",
+    "finite",
     "flattened",
     "from_mapping",
     "load_config",

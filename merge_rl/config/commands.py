@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from merge_rl.config.sampler import SamplerConfig, require
+from merge_rl.config.sampler import SamplerConfig, require, require_images
 from merge_rl.config.setting import DATA, MODEL, SCORES, require_choices, setting
 from merge_rl.errors import ConfigError
 
@@ -235,7 +235,7 @@ class SampleConfig(GenerationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_images >= 1, "num_images", ">= 1", self.num_images)
+        require_images("num_images", self.num_images, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +285,7 @@ class EvaluateConfig(GenerationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.max_rows >= 2, "max_rows", ">= 2", self.max_rows)
+        require_images("repeats times num_images", self.repeats * (self.num_images or 1))
 
     @property
     def metric_names(self) -> tuple[str, ...]:

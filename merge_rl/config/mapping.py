@@ -114,22 +114,19 @@ def _convert(kind: Any, value: object, where: str) -> Any:
         return tuple(_convert(parts[0], item, where) for item in value)
     if origin not in (None, tuple) and isinstance(value, Mapping):
         return {str(k): _convert(parts[1], v, f"{where}.{k}") for k, v in value.items()}
-    number = {int: whole_number, float: real_number}.get(kind, _no_number)(value)
-    if number is not None:
-        return number
-    if kind is str and type(value) is int:
+    if kind in (int, float):
+        number = whole_number(value) if kind is int else real_number(value)
+        if number is not None:
+            return number
+    elif kind is str and type(value) is int:
         return str(value)
-    if isinstance(kind, type) and type(value) is kind:
+    elif isinstance(kind, type) and type(value) is kind:
         return value
     name = getattr(kind, "__name__", str(kind))
     if origin is not None:  # tuples, which are lists in files, or mappings by name
         part = getattr(parts[-1 if origin is not tuple else 0], "__name__", "value")
         name = f"a list of {part}" if origin is tuple else f"a mapping of names to {part}"
-    raise ConfigError(f"{where}: expected {name}, found {type(value).__name__} {value!r}")
-
-
-def _no_number(_value: object) -> None:
-    return None
+    raise ConfigError(f"{where}: expected {name}, found {type(value).__name__} {value!r:.60}")
 
 
 def without_nan(value: Any) -> Any:
@@ -139,6 +136,15 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def finite(value: Any) -> Any:
+    """Settings as JSON takes them: the infinite ones as text, which `from_mapping` reads back."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,10 +38,12 @@ def whole_number(value: object) -> int | None:
 
 
 def real_number(value: object) -> float | None:
-    """A number: itself, or text such as "5e-2", "50k", "inf"; None for anything else."""
+    """A number: itself, or text such as "5e-2", "50k", "inf"; None for anything else, such as a
+    finite number beyond the largest of 64 bits.
+    """
     found = _exact(value)
     if found is not None:
-        return float(found)
+        return float(found) if math.isfinite(float(found)) else None
     if isinstance(value, float):  # not finite
         return value
     plain = isinstance(value, str) and value.strip().lstrip("+-").lower() in ("inf", "nan")

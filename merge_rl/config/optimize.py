@@ -10,7 +10,7 @@ from merge_rl.config.reward import GRADIENT_COST
 from merge_rl.config.reward import SUBSET_SIZE as SUBSET_SIZE
 from merge_rl.config.reward import RewardConfig as RewardConfig
 from merge_rl.config.sampler import SamplerConfig as SamplerConfig
-from merge_rl.config.sampler import require
+from merge_rl.config.sampler import require, require_images
 from merge_rl.config.search import GUIDANCE
 from merge_rl.config.search import MergeConfig as MergeConfig
 from merge_rl.config.search import SearchConfig as SearchConfig
@@ -33,7 +33,6 @@ DTYPES: Final = ("float32", "bfloat16")
 OF_SET: Final = "that of the set"
 MOST_FINAL: Final = 5000
 MOST_SELECTION: Final = 1000
-MOST_BUDGET: Final = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +56,10 @@ class EvaluationConfig:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "selection_images"):
-            count = getattr(self, name)
-            if count is not None:
-                require(count >= 2, name, ">= 2", count)
+        require_images("num_images", self.images, least=2)
+        require_images("selection_images", self.selection, least=2)
         require(self.repeats >= 3, "repeats", ">= 3", self.repeats)
+        require_images("repeats times num_images", self.repeats * self.images)
         require(0 < self.share < 1, "share", "in (0, 1)", self.share)
         require(self.reserved >= 0, "reserved", ">= 0", self.reserved)
 
@@ -175,7 +173,7 @@ class OptimizeConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.budget >= 1, "budget", ">= 1 image", self.budget)
-        require(self.budget <= MOST_BUDGET, "budget", f"<= {MOST_BUDGET} images", self.budget)
+        require_images("budget", self.budget)
         require(self.batch >= 1 or self.batch == AUTO_BATCH, "batch", ">= 1", self.batch)
         require(self.num_classes >= 0, "num_classes", ">= 0", self.num_classes)
 

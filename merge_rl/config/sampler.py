@@ -23,6 +23,7 @@ LAST_STEPS: Final = ("mean", "euler", "tweedie", "none")
 LEVELS: Final = ("own", "edm")
 ENDS: Final = ("sharp", "shared")
 MOST_STEPS: Final = 100_000
+MOST_IMAGES: Final = 10**9
 PRECISIONS: Final = ("float32", "tf32", "bfloat16")
 
 
@@ -143,3 +144,9 @@ def require(good: bool, name: str, expected: str, found: object) -> None:
     """Raise ConfigError unless a setting is good."""
     if not good:
         raise ConfigError(f"expected {name} {expected}, got {found!r}")
+
+
+def require_images(name: str, count: int, least: int | None = None) -> None:
+    """Raise ConfigError unless so many images can be made, and are enough."""
+    require(least is None or count >= least, name, f">= {least}", count)
+    require(count <= MOST_IMAGES, name, f"<= {MOST_IMAGES} images", count)

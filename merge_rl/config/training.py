@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from merge_rl.config.sampler import require
+from merge_rl.config.sampler import require, require_images
 from merge_rl.config.setting import LEARN, SCORES, setting
 from merge_rl.errors import ConfigError, UnknownNameError
 
@@ -155,8 +155,9 @@ class CurveConfig:
         require(self.eval_steps >= 2, "eval_steps", ">= 2", self.eval_steps)
         require(self.every >= 1, "every", ">= 1", self.every)
         for name in ("num_images", "final_images"):
-            require(getattr(self, name) >= 2, name, ">= 2", getattr(self, name))
+            require_images(name, getattr(self, name), least=2)
         require(self.repeats >= 2, "repeats", ">= 2", self.repeats)
+        require_images("repeats times final_images", self.repeats * self.final_images)
         require(self.patience >= 1, "patience", ">= 1", self.patience)
         if self.stop_on is not None and self.stop_on not in CURVES:
             raise UnknownNameError("curve", self.stop_on, CURVES)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from merge_rl.config.finetune import FinetuneConfig
+from merge_rl.config.commands import EvaluateConfig, SampleConfig
+from merge_rl.config.finetune import CurveConfig, FinetuneConfig
 from merge_rl.config.mapping import dump_config, from_mapping, load_config, recipe_names, to_mapping
 from merge_rl.config.optimize import (
     EvaluationConfig,
@@ -229,6 +230,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (SearchConfig, {"betas": (0.5, 1.0)}, r"expected betas two numbers in \[0, 1\), got \(0.5, 1"),
     (SearchConfig, {"betas": (0.5,)}, r"expected betas two numbers in \[0, 1\), got \(0.5,\)"),
     (EvaluationConfig, {"num_images": 1}, "expected num_images >= 2, got 1"),
+    (EvaluationConfig, {"num_images": 10**9 // 4 + 1}, "expected repeats times num_images <= 1000"),
+    (EvaluationConfig, {"selection_images": 10**9 + 1}, "expected selection_images <= 1000000000"),
+    (CurveConfig, {"num_images": 2**63}, "expected num_images <= 1000000000 images, got 92233720"),
+    (CurveConfig, {"repeats": 10**6}, "expected repeats times final_images <= 1000000000 images"),
+    (SampleConfig, {"num_images": 2**62}, "expected num_images <= 1000000000 images, got 46116"),
+    (EvaluateConfig, {"repeats": 10**9, "num_images": 2}, "times num_images <= 1000000000 images"),
     (EvaluationConfig, {"repeats": 2}, "expected repeats >= 3, got 2"),
     (EvaluationConfig, {"selection_images": 1}, "expected selection_images >= 2, got 1"),
     (OptimizeConfig, {"checkpoints": "x", "budget": 0}, "expected budget >= 1 image, got 0"),

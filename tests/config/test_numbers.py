@@ -16,9 +16,13 @@ from merge_rl.cli.options.layers import window
 from merge_rl.cli.options.signature import decimal, integer, positive
 from merge_rl.config import (
     OptimizeConfig,
+    SamplerConfig,
+    SearchConfig,
+    finite,
     from_mapping,
     numbers_in,
     real_number,
+    to_mapping,
     whole_number,
 )
 from merge_rl.errors import ConfigError
@@ -49,6 +53,25 @@ def test_whole_numbers(written: object, number: int) -> None:
 @pytest.mark.parametrize("written", NOT_WHOLE)
 def test_what_is_no_whole_number(written: object) -> None:
     assert whole_number(written) is None
+
+
+@pytest.mark.parametrize("written", ["1e400", 10**400, -(10**309)])
+def test_a_finite_number_that_would_be_infinite_is_none(written: object) -> None:
+    assert real_number(written) is None
+
+
+def test_settings_take_no_number_beyond_64_bits() -> None:
+    # Of the field's own type, and yet none that can be computed with.
+    with pytest.raises(ConfigError, match=r"c\.num_steps: expected int, found int 1000"):
+        from_mapping(SamplerConfig, {"num_steps": 10**400}, "c")
+    with pytest.raises(ConfigError, match=r"c\.guidance: expected float, found int 1000"):
+        from_mapping(SamplerConfig, {"guidance": 10**400}, "c")
+
+
+def test_infinite_settings_pass_through_json() -> None:
+    settings = SearchConfig(clip=math.inf)
+    text = json.dumps(finite(to_mapping(settings)), allow_nan=False)
+    assert from_mapping(SearchConfig, json.loads(text)) == settings
 
 
 @pytest.mark.parametrize(

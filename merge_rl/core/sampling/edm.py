@@ -161,13 +161,13 @@ def edm_noise_levels(
 
     for i = 0..N-1, then 0 (Karras et al., 2022, arXiv:2206.00364, equation 5). `num_steps` N
     counts solver intervals. Raises ConfigError for N < 2 (the formula divides by N - 1) and unless
-    0 < sigma_min < sigma_max and rho > 0.
+    0 < sigma_min < sigma_max and rho > 0, both finite.
     """
     if num_steps < 2:
         raise ConfigError(f"need num_steps >= 2 for EDM noise levels, got {num_steps}")
-    if not (0 < sigma_min < sigma_max and rho > 0):
+    if not (0 < sigma_min < sigma_max < math.inf and 0 < rho < math.inf):
         raise ConfigError(
-            "need 0 < sigma_min < sigma_max and rho > 0, "
+            "need 0 < sigma_min < sigma_max and rho > 0, both finite, "
             f"got sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}"
         )
     fraction = torch.arange(num_steps, dtype=dtype) / (num_steps - 1)

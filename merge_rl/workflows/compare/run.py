@@ -20,6 +20,7 @@ from merge_rl.config import (
     FIRST_RULES,
     MOST_FINAL,
     OptimizeConfig,
+    finite,
     from_mapping,
     to_mapping,
     without_nan,
@@ -228,7 +229,7 @@ def _begin(folder: RunDir, shared: OptimizeConfig, jobs: Jobs, curve_images: int
     now = {"settings": values, "inputs": jobs.of(shared).hashes}
     before = folder.read(SETTINGS)
     if before is None:
-        folder.write(SETTINGS, {"version": __version__, **now})
+        folder.write(SETTINGS, finite({"version": __version__, **now}))
         return
     before["settings"]["config"] = to_mapping(_begun_with(before))
     for what, found in now.items():

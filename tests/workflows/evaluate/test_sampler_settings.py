@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -94,8 +95,12 @@ def test_what_does_not_fit_the_network_is_refused_at_once() -> None:
         build(Keep(), guidance=2.0)
     with pytest.raises(ConfigError, match="num_steps >= 2 for EDM noise levels, got 1"):
         build(Keep(), num_steps=1)
-    with pytest.raises(ConfigError, match="need 0 < sigma_min < sigma_max and rho > 0, got"):
-        build(Keep(), sigma_min=1.0, sigma_max=0.5)
+    levels: list[dict[str, Any]] = [
+        {"sigma_min": 1.0, "sigma_max": 0.5}, {"sigma_max": math.inf}, {"rho": math.inf},
+    ]  # fmt: skip
+    for odd in levels:
+        with pytest.raises(ConfigError, match="need 0 < sigma_min < sigma_max and rho > 0, both f"):
+            build(Keep(), **odd)
     with pytest.raises(ConfigError, match="'sbdm' is infinite at t = 0 on the linear path"):
         build(Pull(), solver="sde-euler", diffusion="sbdm")
     with pytest.raises(ConfigError, match="compile is for accelerators"):
