@@ -129,6 +129,8 @@ Wire = TypeVar("Wire", bound=Tripwire)
 
 def watching(monkeypatch: pytest.MonkeyPatch, wire: Wire) -> Wire:
     """The wire at every place where a run can stop."""
+    # A page every few seconds is a place that only slow machines have.
+    monkeypatch.setattr("merge_rl.workflows.report.writing.LEAST_SECONDS", float("inf"))
     watched: list[tuple[Any, str]] = [
         (MergedRollout, "features"),
         (RunDir, "append_event"),
