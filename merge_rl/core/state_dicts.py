@@ -6,7 +6,7 @@ tensors grow by that part's name; training programs keep raw weights and their a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
@@ -150,16 +150,29 @@ def names_for(found: Collection[str], wanted: Collection[str]) -> dict[str, str]
     """What a network calls its tensors -> what a file calls them, if these meet.
 
     They may be equal, or differ by what wrappers add: to the file's names, or to the network's,
-    which may be a wrapper itself. Where they do not meet every name of the file is its own.
+    which may be a wrapper itself; or by what all names of the file begin with. Where they do not
+    meet every name of the file is its own.
     """
     own = {name: name for name in found}
     short = unwrapped({name: name for name in wanted})
-    for names in (own, unwrapped(own), own_names(found)):
+    for names in (own, unwrapped(own), own_names(found), *_without_beginnings(own)):
         if names.keys() == set(wanted):
             return names
         if names.keys() == short.keys():
             return {short[name]: known for name, known in names.items()}
     return own
+
+
+def begin_alike(names: Collection[str]) -> bool:
+    """Whether all names begin with the same part."""
+    return len({name.partition(".")[0] if "." in name else "" for name in names}) == 1
+
+
+def _without_beginnings(names: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The names without the part that all of them begin with, and again until they differ."""
+    while names and all("." in name for name in names) and begin_alike(names):
+        names = {name.partition(".")[2]: known for name, known in names.items()}
+        yield names
 
 
 def _collect(

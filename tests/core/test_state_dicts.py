@@ -170,3 +170,12 @@ def test_a_loose_tensor_beside_a_state_dict_is_no_network() -> None:
     assert (list(held.states), held.others) == (["model"], ["rng_state"])
     alone = hold({"model.weight": torch.ones(2), "model.bias": torch.ones(1)}, Tensor)
     assert list(map(len, alone.states.values())) == [2]  # a flat file has nothing beside
+
+
+def test_any_beginning_of_all_names_may_be_left_out() -> None:
+    wanted = ["first.weight", "last.weight"]
+    for wrapper in ("denoiser", "model.diffusion_model", "a.b.c"):
+        found = [f"{wrapper}.{name}" for name in wanted]
+        assert names_for(found, wanted) == dict(zip(wanted, found, strict=True))
+    other = ["a.first.weight", "b.last.weight"]
+    assert names_for(other, wanted) == {name: name for name in other}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from merge_rl import own_code, registry
 from merge_rl.core.forms import network_shapes
-from merge_rl.core.state_dicts import names_for, own_names
+from merge_rl.core.state_dicts import begin_alike, names_for, own_names
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from merge_rl.storage.checkpoints.diffusers_folder import (
     find_scheduler,
@@ -243,6 +243,7 @@ def named_as_network(stored: StoredWeights, config: Config | None) -> StoredWeig
     if config is None or "model" not in config:
         return stored
     plain = all(new == old for new, old in own_names(stored.tensors).items())
+    plain = plain and not begin_alike(stored.tensors)
     if plain and not own_code.is_own(str(config["model"])):  # which may hold what it wraps
         return stored
     try:

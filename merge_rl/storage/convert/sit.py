@@ -164,7 +164,7 @@ def _num_heads(depth: int, hidden: int, hint: int | None) -> int:
             return hidden // head_dim
     raise CheckpointError(
         f"a SiT of hidden size {hidden} is none of the known sizes and does not tell its number "
-        "of attention heads: pass num_heads"
+        "of attention heads: pass num_heads (--num-heads)"
     )
 
 
