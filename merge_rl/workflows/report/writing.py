@@ -127,7 +127,9 @@ class _Paged:
 
     def __init__(self, heard: Tracker, page: LivePage) -> None:
         self._heard, self._page = heard, page
-        self.advance = heard.advance
+
+    def advance(self, count: int) -> None:
+        self._heard.advance(count)
 
     def phase(self, name: str, total: int) -> None:
         self._heard.phase(name, total)
