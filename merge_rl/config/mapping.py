@@ -6,6 +6,7 @@ Mappings come in layers that lie over each other: a recipe of the package, a fil
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import types
@@ -59,7 +60,7 @@ def from_mapping(cls: type[T], values: object, where: str = "config") -> T:
     """A config of type `cls` from plain mappings; ConfigError names the key that is off."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping, found {type(values).__name__}")
-    kinds = typing.get_type_hints(cls)
+    kinds = _kinds(cls)  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
         if key not in kinds:
@@ -75,6 +76,11 @@ def from_mapping(cls: type[T], values: object, where: str = "config") -> T:
     if missing:
         raise ConfigError(f"{where}: {missing[0]!r} is missing")
     return cls(**arguments)
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def load_mapping(path: Path) -> dict[str, Any]:
@@ -108,7 +114,7 @@ def _convert(kind: Any, value: object, where: str) -> Any:
         if value is None and type(None) in parts:
             return None
         return _convert(next(p for p in parts if p is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return from_mapping(kind, value, where)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(parts[0], item, where) for item in value)
