@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -560,6 +561,8 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded_connect)
         patch.setattr(socket, "getaddrinfo", guarded_look_up)
+        # Every new client would read the certificates of the world, for a tenth of a second.
+        patch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
         for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
             patch.delenv(name, raising=False)
             patch.delenv(name.upper(), raising=False)
