@@ -13,11 +13,17 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Final
+
+import pytest
+from torch import Tensor
+
+from merge_rl.workflows.rollout.rollout import Rollout
+from tests.quick import without_network
 
 FORKSERVER: Final = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.preloaded"])
@@ -29,6 +35,27 @@ def run_command(*arguments: str) -> None:
 
     sys.argv = ["mergerl", *arguments]
     main()
+
+
+def run_disturbed(number: int, rank: int, sign: str, *arguments: str) -> None:
+    """The same, where rank `rank`, 0 without a launcher, gets a signal once a file `sign` is there.
+
+    It sends it to itself before it makes images, if it was not launched a second time. So there is
+    nothing to wait for, and no run ends before its signal. Samples of a search cost nothing.
+    """
+    if arguments[0] == "optimize":
+        without_network(pytest.MonkeyPatch())
+    noise = Rollout.noise
+
+    def disturbed(self: Rollout, seeds: Sequence[int]) -> Tensor:
+        here = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if here == (str(rank), "0") and Path(sign).is_file() and Path(sign).stat().st_size:
+            Rollout.noise = noise  # type: ignore[method-assign]
+            os.kill(os.getpid(), number)
+        return noise(self, seeds)
+
+    Rollout.noise = disturbed  # type: ignore[method-assign]
+    run_command(*arguments)
 
 
 def launch_ranks(ranks: int, restarts: int, work: Callable[..., None], *arguments: object) -> None:
@@ -74,6 +101,8 @@ class Child:
     ) -> None:
         folder.mkdir(parents=True)
         self._outputs = [folder / name for name in ("out", "err")]
+        for output in self._outputs:
+            output.touch()
         self._process: ForkServerProcess = FORKSERVER.Process(
             target=_begin, args=(work, arguments, str(Path.cwd()), environment, self._outputs)
         )
@@ -117,7 +146,7 @@ def _begin(
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, path in enumerate(outputs, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = (_text(descriptor) for descriptor in (1, 2))
     try:
         work(*arguments)

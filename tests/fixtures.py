@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ from merge_rl.storage.checkpoints.manifest import (
 from merge_rl.storage.checkpoints.model_file import save_checkpoint
 from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.workflows.reference.file import save_reference
-from tests.children import Child, run_command
+from tests.children import Child, run_command, run_disturbed
 from tests.hub_server import FileServer, HubServer, hub_client, only_loopback, running
 from tests.quick import draw_figures, draw_nothing, with_network, without_network
 
@@ -295,6 +296,8 @@ def mergerl(
     """Run a command in this process."""
     # Made of hundreds of options, the parser takes a tenth of a second: once will do.
     monkeypatch.setattr(typer.main, "get_command", _parser_of)
+    # The command's name is not that of a module which runs the tests, as in `python -m pytest`.
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None, raising=False)
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["mergerl", *map(str, arguments)])
@@ -335,13 +338,19 @@ def launch(_own_folder: None) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 @pytest.fixture
 def fork(_own_folder: None, tmp_path: Path) -> Iterator[Callable[..., Child]]:
-    """The same where the start of a process is not what is looked at: forked, and so quicker."""
+    """The same where the start of a process is not what is looked at: forked, and so quicker.
+
+    `disturbed` is the signal that it gets and the file that is there then: see `run_disturbed`.
+    """
     started: list[Child] = []
 
-    def start(*arguments: object) -> Child:
+    def start(*arguments: object, disturbed: tuple[int, object] | None = None) -> Child:
         folder = tmp_path.with_name(f"{tmp_path.name}-child{len(started)}")
-        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-        started.append(Child(run_command, *map(str, arguments), folder=folder, environment=alone))
+        alone, words = {**os.environ, "OMP_NUM_THREADS": "1"}, map(str, arguments)
+        work: Callable[..., None] = run_command
+        if disturbed is not None:
+            work = partial(run_disturbed, int(disturbed[0]), 0, str(disturbed[1]))
+        started.append(Child(work, *words, folder=folder, environment=alone))
         return started[-1]
 
     yield start

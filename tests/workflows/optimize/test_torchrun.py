@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Union
 
 import pytest
 
@@ -18,25 +17,31 @@ import merge_rl as mrl
 from merge_rl.config.mapping import dump_config
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.storage.runs.run_dir import FinetuneRun
-from tests.children import Child, launch_ranks, run_command
+from tests.children import Child, launch_ranks, run_disturbed
 from tests.finetuning import events_of, small_config, write_sit_set
 from tests.fixtures import Ended
 
 TinyConfig = Callable[..., OptimizeConfig]
-Launcher = Union["subprocess.Popen[str]", Child]
-Torchrun = Callable[..., Launcher]
+Torchrun = Callable[..., "subprocess.Popen[str]"]
+Forked = Callable[..., Child]
 
 
 @pytest.fixture
-def forked(tmp_path: Path) -> Iterator[Torchrun]:
-    """The same with processes that are forked, which begin without their seconds of imports."""
+def forked(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    """Start a command on two forked ranks, one of which gets a signal once a file of OUT exists."""
     started: list[Child] = []
 
-    def start(ranks: int, *arguments: object, restarts: int = 0, patience: int = 60) -> Child:
+    def start(
+        disturbance: tuple[signal.Signals, int, str], *command: object, restarts: int = 0,
+        patience: int = 60,
+    ) -> Child:  # fmt: skip
+        number, rank, file = disturbance
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MERGERL_TIMEOUT": str(patience)}
+        words = map(str, (*command, "--config", tmp_path / "config.yaml", "--json"))
         child = Child(
-            launch_ranks, ranks, restarts, run_command, *map(str, arguments),
-            folder=tmp_path / f"child{len(started)}", environment=environment,
+            launch_ranks, 2, restarts, run_disturbed, int(number), rank, f"{tmp_path}/run/{file}",
+            *words, "--out", f"{tmp_path}/run",
+            folder=tmp_path / "child", environment=environment,
         )  # fmt: skip
         started.append(child)
         return child
@@ -72,19 +77,6 @@ def torchrun(tmp_path: Path) -> Iterator[Torchrun]:
         process.communicate()
 
 
-def ranks_of(launcher: Launcher) -> list[int]:
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return [int(pid) for pid in children]
-
-
-def wait_for(path: Path, launcher: Launcher) -> None:
-    until = time.monotonic() + 240
-    while not path.exists():
-        assert launcher.poll() is None, launcher.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.005)
-
-
 def test_the_launcher_itself(
     shared_tiny: Path, torchrun: Torchrun, mergerl: Callable[..., Ended]
 ) -> None:
@@ -94,67 +86,55 @@ def test_the_launcher_itself(
     assert json.loads(printed) == json.loads(mergerl(*command).out), errors
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
 def test_a_search_that_loses_a_rank_ends_with_the_bits_of_one_process(
-    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, forked: Torchrun
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, forked: Forked, no_network: None
 ) -> None:
-    config = tiny_config(shared_tiny, budget=600, search={"population": 4, "start_share": 0.0})
+    config = tiny_config(shared_tiny, search={"population": 4, "start_share": 0.0})
     mrl.optimize(shared_tiny, out=tmp_path / "alone", config=config)
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    out = tmp_path / "together"
-    command = ("optimize", shared_tiny, "--config", tmp_path / "config.yaml", "--out", out)
-    launcher = forked(2, *command, "--json", restarts=2)
-    wait_for(out / "state.safetensors", launcher)
-    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    launcher = forked((signal.SIGKILL, 1, "state.safetensors"), "optimize", shared_tiny, restarts=1)
     printed, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, errors
+    assert "SIGKILL" in errors or "-9" in errors  # told by the launcher, of the first launch
     for name in ("result.json", "scores.json", "state.safetensors", "merged/model.safetensors"):
-        assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
-    assert json.loads(printed)["run_dir"] == str(out)  # by rank 0 alone, and once
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert json.loads(printed)["run_dir"] == str(tmp_path / "run")  # by rank 0 alone, and once
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
 def test_a_leader_that_hangs_is_named_and_the_run_goes_on(
-    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, forked: Torchrun
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, forked: Forked, no_network: None
 ) -> None:
-    config = tiny_config(shared_tiny, budget=600, search={"population": 4, "start_share": 0.0})
+    config = tiny_config(shared_tiny, search={"population": 4, "start_share": 0.0})
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    out, said = tmp_path / "run", tmp_path / "child0/err"
-    launcher = forked(
-        2, "optimize", shared_tiny, "--config", tmp_path / "config.yaml", "--out", out, patience=3
-    )
-    wait_for(out / "state.safetensors", launcher)
-    hung = ranks_of(launcher)[0]
-    os.kill(hung, signal.SIGSTOP)
+    launcher = forked((signal.SIGSTOP, 0, "state.safetensors"), "optimize", shared_tiny, patience=3)
     until = time.monotonic() + 60
-    while "error: " not in said.read_text() and time.monotonic() < until:
+    while "error: " not in (tmp_path / "child/err").read_text() and time.monotonic() < until:
         time.sleep(0.05)
-    os.kill(hung, signal.SIGKILL)  # as the launcher does half a minute later
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)  # as the launcher does half a minute later
     _, errors = launcher.communicate(timeout=240)
     (told,) = (line for line in errors.splitlines() if line.startswith("error: "))
     assert told.startswith("error: rank 0 ")
     assert launcher.returncode == 1
-    assert not (out / "result.json").exists()
-    mrl.resume(out, progress=False)
-    assert (out / "result.json").exists()
+    assert not (tmp_path / "run/result.json").exists()
+    mrl.resume(tmp_path / "run", progress=False)
+    assert (tmp_path / "run/result.json").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
 def test_fine_tuning_that_loses_a_rank_ends_where_one_process_does(
-    shared_tiny: Path, tmp_path: Path, forked: Torchrun
+    shared_tiny: Path, tmp_path: Path, forked: Forked
 ) -> None:
     model = write_sit_set(tmp_path / "sit", shared_tiny)
     config = small_config(model, steps=2, batch=3, update={"learning_rate": 1e-3, "epochs": 2})
     alone = mrl.finetune(model, out=tmp_path / "alone", config=config)
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    out = tmp_path / "together"
-    command = ("finetune", model, "--config", tmp_path / "config.yaml", "--out", out, "--json")
-    launcher = forked(2, *command, restarts=2)
-    wait_for(out / "state/step-0000001.safetensors", launcher)
-    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    launcher = forked(
+        (signal.SIGKILL, 1, "state/step-0000001.safetensors"), "finetune", model, restarts=1
+    )
     printed, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, errors
-    found = json.loads(printed)  # by rank 0 alone, and once
+    found, out = json.loads(printed), tmp_path / "run"  # by rank 0 alone, and once
     assert (found["run_dir"], found["step"], found["images"]) == (str(out), 2, alone.images)
     # Before the first update all weights are equal, and so are the bits of what they make.
     assert found["curves"]["0"] == alone.curves[0]
@@ -167,20 +147,15 @@ def test_fine_tuning_that_loses_a_rank_ends_where_one_process_does(
     assert start == alone.comparison["curves"]["sde-eval"]["entries"]["start"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for children in /proc")
 def test_sigterm_of_one_rank_saves_what_lies_in_shards(
-    shared_tiny: Path, tmp_path: Path, forked: Torchrun
+    shared_tiny: Path, tmp_path: Path, forked: Forked
 ) -> None:
     model = write_sit_set(tmp_path / "sit", shared_tiny)
     endless = {"steps": 10_000, "save_every": 10_000, "curves": {"every": 10_000}}
     config = small_config(model, parallel="fsdp", batch=3, **endless)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     out = tmp_path / "run"
-    launcher = forked(
-        2, "finetune", model, "--config", tmp_path / "config.yaml", "--out", out, "--json"
-    )
-    wait_for(out / "snapshots/raw-0000002.safetensors", launcher)
-    os.kill(ranks_of(launcher)[1], signal.SIGTERM)
+    launcher = forked((signal.SIGTERM, 1, "snapshots/raw-0000002.safetensors"), "finetune", model)
     _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 1
     assert "mergerl resume" in errors
