@@ -27,6 +27,7 @@ from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.export import folder as export
 from merge_rl.workflows.optimize import resume
 from merge_rl.workflows.reference.file import load_reference, save_reference
+from merge_rl.workflows.report import writing
 from merge_rl.workflows.rollout.rollout import MergedRollout
 from tests.quick import without_network
 
@@ -41,6 +42,8 @@ SMALL: dict[str, Any] = {
     "reward": {"pool_size": 20},
     "evaluation": {"num_images": 10, "repeats": 3},
 }
+# A round less: as many kinds of places, of which all are tried.
+SMALLEST = {**SMALL, "budget": 80}
 
 
 class Tripwire:
@@ -145,6 +148,8 @@ def watching(monkeypatch: pytest.MonkeyPatch, wire: Wire) -> Wire:
     ]
     for owner, name in watched:
         monkeypatch.setattr(owner, name, wire.before(name, getattr(owner, name)))
+    # How many pages are written on the way depends on the clock alone.
+    monkeypatch.setattr(writing, "LEAST_SECONDS", float("inf"))
     return wire
 
 
@@ -181,16 +186,30 @@ def run_whole(outcome: Outcome) -> Make:
 
 
 @pytest.fixture(scope="module")
-def whole(
+def cheap(
     shared_tiny: Path, tiny_config: TinyConfig, run_whole: Make,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Whole:  # fmt: skip
-    """Of samples that cost nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        without_network(patch)
-        return run_whole(
-            tmp_path_factory.mktemp("whole") / "run", tiny_config(shared_tiny, **SMALL)
-        )
+) -> Callable[[dict[str, Any]], Whole]:  # fmt: skip
+    """settings -> a whole run of samples that cost nothing."""
+
+    def made(settings: dict[str, Any]) -> Whole:
+        with pytest.MonkeyPatch.context() as patch:
+            without_network(patch)
+            return run_whole(
+                tmp_path_factory.mktemp("whole") / "run", tiny_config(shared_tiny, **settings)
+            )
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(cheap: Callable[[dict[str, Any]], Whole]) -> Whole:
+    return cheap(SMALL)
+
+
+@pytest.fixture(scope="module")
+def smallest(cheap: Callable[[dict[str, Any]], Whole]) -> Whole:
+    return cheap(SMALLEST)
 
 
 # ------------------------------------------------------------------------------ every single place
@@ -211,10 +230,10 @@ def files_of(run: Path) -> dict[str, bytes]:
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_interrupted_at_every_place(
-    part: int, whole: Whole, tmp_path: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
+    part: int, smallest: Whole, tmp_path: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, places, _, expected = whole
-    assert [places.count(name) for name in ("features", "append_event", "save_state")] == [26, 3, 4]
+    config, places, _, expected = smallest
+    assert [places.count(name) for name in ("features", "append_event", "save_state")] == [23, 2, 3]
     part_of = range(*(len(places) * at // PARTS for at in (part, part + 1)))
     run, kept, seen = tmp_path / "run", tmp_path / "kept", list[dict[str, bytes]]()
     kept.mkdir()
@@ -239,7 +258,7 @@ def test_interrupted_at_every_place(
 
 @pytest.mark.numerics
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("first", [0, 4, 9, 16, 20, 31, 44, 77, -1])
+@pytest.mark.parametrize("first", [4, 20, 44, -1])
 def test_interrupted_again_and_again(
     first: int, whole: Whole, tmp_path: Path, outcome: Outcome, tripwire: Tripwire
 ) -> None:
@@ -257,26 +276,25 @@ def test_interrupted_again_and_again(
 # ------------------------------------------------------------------------------ every kind of run
 
 KINDS: dict[str, dict[str, Any]] = {
-    "mlp": {"search": {"policy": "mlp", "learn_std": True, "epochs": 2}},
-    "learned std": {"search": {"learn_std": True, "top_fraction": 0.5, "antithetic": False}},
     "whole refresh": {"reward": {"refresh": "2"}, "budget": 140},
     "whole refresh, mlp": {
-        "reward": {"refresh": "1"}, "budget": 240, "search": {"policy": "mlp"},
+        "reward": {"refresh": "1"}, "budget": 240,
+        "search": {"policy": "mlp", "learn_std": True, "epochs": 2},
     },
     # From the best checkpoint a large step can only lead away: the pool gets worse.
     "gaps acted on": {
         "merge": {"scale": 0.5, "start": "tiny-0000300"}, "search": {"learning_rate": 1.0},
         "reward": {"max_gap": 1e-9}, "budget": 150,
     },
-    "subsets": {
+    "subsets, softmax": {
         "reward": {"num_subsets": 2, "num_replacements": 2, "refresh_size": 7}, "budget": 281,
+        "merge": {"map": "softmax"},
     },
-    "free": {"merge": {"map": "free", "start": "uniform"}},
-    "softmax": {"merge": {"map": "softmax"}},
     "ema": {"merge": {"map": "ema", "scale": 0.3}, "track": "ema"},
     "groups": {"merge": {"scale": 0.2, "groups": {"encoder": r"unet\.enc\."}}},
-    "groups, named start": {
+    "groups, named start, learned std": {
         "merge": {"map": "free", "groups": {"encoder": r"\.enc\."}, "start": "tiny-0000200"},
+        "search": {"learn_std": True, "top_fraction": 0.5, "antithetic": False},
     },
 }  # fmt: skip
 
@@ -345,7 +363,7 @@ def test_kinds_are_what_they_say(whole_of: Callable[[str], Whole]) -> None:
     assert any(event.get("damped") for event in events)
     _, events = run("whole refresh")
     assert [event["refreshed"] for event in events[:4]] == [0, 20, 0, 20]
-    result, _ = run("softmax")
+    result, _ = run("subsets, softmax")
     assert bool((result.coefficients > 0).all())
     result, _ = run("ema")
     assert float(result.coefficients.sum()) == pytest.approx(1)
@@ -353,7 +371,7 @@ def test_kinds_are_what_they_say(whole_of: Callable[[str], Whole]) -> None:
 
 def test_a_guide_is_found_from_any_folder(
     shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, outcome: Outcome,
-    tripwire: Tripwire, monkeypatch: pytest.MonkeyPatch,
+    tripwire: Tripwire, monkeypatch: pytest.MonkeyPatch, no_network: None,
 ) -> None:  # fmt: skip
     opened = mrl.open_checkpoints(shared_tiny)
     mrl.save_model(tmp_path / "guide", opened.read(0), opened.config)
