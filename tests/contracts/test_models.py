@@ -204,7 +204,16 @@ def test_merges_live_saved_and_by_hand_agree(family: str, folder: Path, tmp_path
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+# How a solver steps depends on what a network predicts, which these three differ in; of the others
+# one solver of an ODE and one of an SDE.
+PAIRS = [
+    (name, solver)
+    for name in sorted(MODELS)
+    for solver in (SOLVERS if name in ("dit", "edm2", "sit") else ("heun", "sde-euler"))
+]
+
+
+@pytest.mark.parametrize(("family", "solver"), PAIRS, indirect=["family"])
 def test_every_solver_samples(family: str, solver: str, folder: Path) -> None:
     if solver == "dopri5":
         pytest.importorskip("torchdiffeq")
@@ -230,7 +239,7 @@ def test_every_solver_samples(family: str, solver: str, folder: Path) -> None:
 def test_two_rounds_of_search_and_the_export(
     family: str, folder: Path, tiny_config: Callable[..., Any], mergerl: Callable[..., Any]
 ) -> None:
-    config = tiny_config(folder, track=None, budget=40 + 2 * 50)
+    config = tiny_config(folder, track=None, budget=40 + 2 * 50, evaluation={"num_images": 10})
     result = mrl.optimize(folder, out="run", config=config)
     assert result.images == 140
     assert result.coefficients.shape == (1, 3)
@@ -243,7 +252,7 @@ def test_two_rounds_of_search_and_the_export(
     for command in (
         ("inspect", folder), ("inspect", merged), ("inspect", "run"),
         ("sample", merged, "--num-images", 4, "--out", "grid.png"),
-        ("evaluate", merged, "--num-images", 20, "--repeats", 2),
+        ("evaluate", merged, "--num-images", 4, "--repeats", 2),
         ("merge", folder, "again", "--recipe", merged / "merge.yaml"),
     ):  # fmt: skip
         ended = mergerl(*command)

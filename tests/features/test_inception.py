@@ -104,8 +104,8 @@ def test_features_are_the_public_implementations(
 ) -> None:
     extractor = load(weights)
     assert (extractor.name, extractor.dim) == (name, 2048)
-    found = extractor(expected[images])
-    torch.testing.assert_close(found, expected[features], rtol=1e-4, atol=1e-3)
+    found = extractor(expected[images][:2])
+    torch.testing.assert_close(found, expected[features][:2], rtol=1e-4, atol=1e-3)
 
 
 def test_the_classifier_is_the_public_one(

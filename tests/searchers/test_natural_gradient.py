@@ -141,13 +141,13 @@ def test_a_new_centre_ends_a_wider_exploration() -> None:
 def test_exploration_stays_where_gradients_are_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     widths = []
-    for seed in range(200):
+    for seed in range(100):
         searcher = make(dim=8, population=16, evaluations=10**12, seed=seed)
         for _ in range(12):
             rewards = torch.randn(16, generator=generator, dtype=F64)
             searcher.tell(searcher.ask(), rewards)
         widths.append(math.log(float(searcher.std[0])))
-    # Each wanders by 0.4 or so, their mean by 0.03: a drift of 1 % a round would show.
+    # Each wanders by 0.4 or so, their mean by 0.04: a drift of 1 % a round would show.
     assert abs(sum(widths) / len(widths)) < 0.1
 
 

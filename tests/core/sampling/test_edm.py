@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ CASES = json.loads((Path(__file__).parents[2] / "golden/edm2/sampler/cases.json"
 ]
 
 
+@functools.cache
 def _net(golden: Path, name: str) -> EDM2:
     config = json.loads((golden / "edm2/tiny/configs.json").read_text())[name]["config"]
     model = EDM2(**config).eval()

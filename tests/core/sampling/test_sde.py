@@ -75,8 +75,10 @@ PATH_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("heun", [False, True])
-@pytest.mark.parametrize(("path", "form", "norm"), PATH_CASES)
+@pytest.mark.parametrize(
+    ("path", "form", "norm", "heun"),
+    [(*case, False) for case in PATH_CASES] + [(*case, True) for case in PATH_CASES[::2]],
+)
 def test_a_path_keeps_its_marginals(path: str, form: str, norm: float, heun: bool) -> None:
     # Started right at t = 0, it is at t = 0.96 where the ODE is, but for an error that halves with
     # the step: weak order 1.
@@ -96,7 +98,7 @@ def test_a_path_keeps_its_marginals(path: str, form: str, norm: float, heun: boo
 @pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
 def test_a_denoiser_keeps_its_marginals(heun: bool, order: int, norm: float) -> None:
     errors = []
-    for num_steps in (40, 80, 160):
+    for num_steps in (80, 160):
         sde = edm_sde(num_steps, norm, heun)
         start = Moments(MEAN, STD**2 + sde.sigmas[0].item() ** 2)
         found = after_noisy_steps(sde, start)[-1]
