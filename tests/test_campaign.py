@@ -112,14 +112,12 @@ def outcomes(part: str, name: str, folder: Path, numbers: slice) -> Iterator[str
 @pytest.mark.parametrize(
     ("part", "name", "numbers"),
     [
-        ("kills", "convert", slice(0, 2)),
         ("kills", "convert, 2 at once", slice(0, 1)),
         ("kills", "optimize", slice(0, 1)),
-        ("disks", "merge", slice(1, 5)),
+        ("disks", "merge", slice(1, 3)),
         ("disks", "demo", slice(60, 62)),
         ("limits", "merge", slice(5, 8)),
-        ("disks", "optimize", slice(8, 9)),
-        ("writers", "convert", slice(0, 2)),
+        ("writers", "convert", slice(0, 1)),
     ],
 )
 @pytest.mark.usefixtures("no_network")

@@ -16,15 +16,11 @@ QUICK = [
     "--budget", 160, "--subset", 10, "--final-images", 10, "--repeats", 3,
     "--set", "evaluation.selection_images=10",
 ]  # fmt: skip
+# Others are searched with in tests/workflows/optimize/test_searchers_resume.py.
 WHOLE = [  # searcher, options, track, most candidates of a round
     ("nevergrad:TBPSA", ["--population", 3], "raw", 3),
-    ("scipy:nelder-mead", [], "raw", 1),
     ("scipy:differential-evolution", ["--population", 5], "raw", 5),
-    ("lr-cma", ["--population", 4], "raw", 4),
-    ("lcsc", ["--population", 4], "raw", 4),
-    ("random", ["--population", 4], "raw", 4),
     ("best-checkpoint", [], "raw", 4),
-    ("greedy-soup", [], "raw", 4),
     ("ema-grid", ["--budget", 400], "ema", 16),
 ]
 

@@ -21,6 +21,7 @@ from merge_rl.storage.files import WeightStream, locked_output, new_folder, writ
 from merge_rl.storage.files.atomic import WorkFolder, save_tensors, write_state, write_yaml
 from merge_rl.storage.files.shards import write_weights
 from merge_rl.storage.runs import FinetuneRun, RunDir
+from tests.finetuning import sit_weights
 
 SITES: Final = {
     # What `disks` of the campaign and the writers below run into.
@@ -87,7 +88,6 @@ def test_every_place_that_writes_is_known() -> None:
 # ------------------------------------------------------------------------------- a full disk
 
 TENSORS: Final = {"a": torch.ones(3, 2), "b": torch.zeros(2)}
-SNAPSHOT: Final = Path(__file__).parents[2] / "golden/edm2/snapshot/tiny_snapshot.pkl"
 
 
 def in_new_folder(place: Path) -> None:
@@ -106,6 +106,12 @@ def a_search(place: Path) -> None:
     for number in range(2):
         run.append_event({"kind": "round", "round": number})
         run.save_state(TENSORS, {"round_index": number})
+
+
+def a_conversion(place: Path) -> None:
+    source = place.parent / "sit.pt"
+    torch.save({"ema": sit_weights()}, source)  # by means that FullDisk leaves alone
+    convert(source, place / "out", num_heads=2)
 
 
 def fine_tuning(place: Path) -> None:
@@ -128,7 +134,7 @@ WRITERS: Final[dict[str, Callable[[Path], object]]] = {
     "locked folder": in_locked_folder,
     "unfinished work": lambda place: WorkFolder(place / "out", {"a": 1}).write("a", TENSORS, {}),
     "kept states": lambda place: keep_states(place / "out", {"a": TENSORS, "b": TENSORS}),
-    "conversion": lambda place: convert(SNAPSHOT, place / "out"),
+    "conversion": a_conversion,
     "search": a_search,
     "fine-tuning": fine_tuning,
 }

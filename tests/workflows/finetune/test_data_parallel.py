@@ -62,7 +62,7 @@ def update_of(model: Path, algorithm: str, kind: str, kept_rows: int, group: Gro
     update = UpdateConfig(micro_batch=1, noise_draws=2, max_grad_norm=1e9)
     config = FinetuneConfig(
         model=str(model), algorithm=algorithm, parallel=kind, update=update,
-        rollout=RolloutConfig(subsets=2, train_steps=4),
+        rollout=RolloutConfig(subsets=2, train_steps=2),
         reward=replace(PAPER_REWARD, pool_size=20, subset_size=4),
     )  # fmt: skip
     job = build_finetune(resolve_finetune(config))
@@ -170,7 +170,7 @@ def in_a_process(folder: Path) -> None:
             expected = whole_gradients(network)
             off = terms.apart(gradients(model, way=way, rows=halves[rank]), expected)
             lines.append(f"{way} {off:.3e} {len(expected)}")
-        for name, algorithm, count in (("edm2", "pg", 5), ("edm2", "rs", 5), ("sit", "pg", 1)):
+        for name, algorithm, count in (("edm2", "pg", 3), ("edm2", "rs", 3), ("sit", "pg", 1)):
             for kind in ("ddp", "fsdp"):
                 shared = update_of(models[name], algorithm, kind, count, group)
                 if rank != 0:
@@ -199,5 +199,5 @@ def test_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
     pulled = ["pulled-pg-ddp", "pulled-pg-fsdp", "pulled-pathwise-ddp"]
     assert [line[0] for line in lines] == ["replicated", "sharded", *updates, *pulled]
     assert all(int(line[2]) > 20 for line in lines)
-    # The mean of two halves is that of the whole, of 2 and 3 rollouts too, and of 1 and none.
+    # The mean of two halves is that of the whole, of 2 and 1 rollouts too, and of 1 and none.
     assert all(float(line[1]) <= 1 for line in lines), lines

@@ -459,16 +459,15 @@ def test_the_batch_changes_no_decision(finished: Finished, tmp_path: Path) -> No
         finished.config.reward, pool_size=10, subset_size=5, refresh_size=5
     )
     config = dataclasses.replace(finished.config, budget=35, evaluation=evaluation, reward=reward)
-    whole, *others = (
+    whole, found = (
         mrl.optimize(
             finished.folder, out=tmp_path / str(batch),
             config=dataclasses.replace(config, batch=batch),
         ).coefficients
-        for batch in (config.batch, 1, 7)
+        for batch in (config.batch, 3)
     )  # fmt: skip
     # Sums over another batch may round in another way, so equal up to rounding.
-    for found in others:
-        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("no_network")

@@ -27,7 +27,6 @@ from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.export import folder as export
 from merge_rl.workflows.optimize import resume
 from merge_rl.workflows.reference.file import load_reference, save_reference
-from merge_rl.workflows.report import writing
 from merge_rl.workflows.rollout.rollout import MergedRollout
 from tests.quick import without_network
 
@@ -148,8 +147,6 @@ def watching(monkeypatch: pytest.MonkeyPatch, wire: Wire) -> Wire:
     ]
     for owner, name in watched:
         monkeypatch.setattr(owner, name, wire.before(name, getattr(owner, name)))
-    # How many pages are written on the way depends on the clock alone.
-    monkeypatch.setattr(writing, "LEAST_SECONDS", float("inf"))
     return wire
 
 

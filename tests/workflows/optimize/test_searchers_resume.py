@@ -44,7 +44,7 @@ def test_interrupted_and_resumed(
     name: str, search: dict[str, Any], track: str, shared_tiny: Path, tiny_config: TinyConfig,
     tmp_path: Path, outcome: Outcome,
 ) -> None:  # fmt: skip
-    budget = 400 if name == "ema-grid" else 280  # seven rounds, or all points of two grids
+    budget = 400 if name == "ema-grid" else 200  # five rounds, or all points of two grids
     config = tiny_config(
         shared_tiny, track=track, budget=budget, reward={"name": "fid-full"},
         search={"name": name, "antithetic": True, **search},
@@ -52,7 +52,7 @@ def test_interrupted_and_resumed(
     mrl.optimize(shared_tiny, out=tmp_path / "whole", config=config)
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        mrl.optimize(shared_tiny, out=run, config=config, tracker=StopAfter(3))
+        mrl.optimize(shared_tiny, out=run, config=config, tracker=StopAfter(2))
     with pytest.raises(KeyboardInterrupt):
         mrl.resume(run, tracker=StopAfter(2))
     mrl.resume(run)

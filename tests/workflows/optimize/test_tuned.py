@@ -29,10 +29,10 @@ WEAK = "raw/tiny-0000100.safetensors"
 
 
 class Stopping(NullTracker):
-    """Ctrl-C after the second round."""
+    """Ctrl-C after the first round."""
 
     def __init__(self) -> None:
-        self.left = 2
+        self.left = 1
 
     def event(self, event: Mapping[str, Any]) -> None:
         self.left -= event.get("kind") == "round"
@@ -45,9 +45,9 @@ def make(shared_tiny: Path, tiny_config: TinyConfig) -> Make:
     def config(*tune: str, searcher: str = "pathwise", guide: str = WEAK, **said: Any) -> Any:
         search = {"name": searcher, "tune": tune, "start_share": 0.0, "final_share": 0.0}
         search |= {"population": None} if searcher == "pathwise" else {}
-        sampler = {"num_steps": 3, "guide": str(shared_tiny / guide), **said}
+        sampler = {"num_steps": 2, "guide": str(shared_tiny / guide), **said}
         return tiny_config(
-            shared_tiny, budget=200, search=search, sampler=SamplerConfig(**sampler),
+            shared_tiny, budget=140, search=search, sampler=SamplerConfig(**sampler),
             evaluation={"keep_worse": True, "num_images": 10, "selection_images": 4},
         )  # fmt: skip
 

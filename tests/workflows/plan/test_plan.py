@@ -98,6 +98,7 @@ class Notes(NullTracker):
             self.said.append(str(event["text"]))
 
 
+@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("searcher", ["auto", "policy-gradient"])
 def test_a_budget_is_all_that_is_generated(
     searcher: str, shared_tiny: Path, opened: CheckpointSet, tiny_config: TinyConfig,

@@ -108,13 +108,10 @@ def test_pages_open_without_an_error_or_a_request(pages: list[Path], tmp_path: P
 def test_nothing_that_a_file_says_runs_and_it_is_dark_where_one_asks_for_it(
     pages: list[Path], tmp_path: Path
 ) -> None:
-    for page in (pages[0], pages[2]):
-        seen = visit(page, 800, tmp_path, "--blink-settings=preferredColorScheme=0")
-        assert "<script" not in seen.dom
-        title = re.search("<title>(.*)</title>", seen.dom)
-        assert title is not None
-        assert title[1] in ("Merge of digits", "Searchers compared on digits")
-        assert seen.picture[-1, 0].max() < 60
+    seen = visit(pages[0], 800, tmp_path, "--blink-settings=preferredColorScheme=0")
+    assert "<script" not in seen.dom
+    assert "<title>Merge of digits</title>" in seen.dom
+    assert seen.picture[-1, 0].max() < 60
 
 
 def test_only_tables_are_wider_than_the_window(pages: list[Path], tmp_path: Path) -> None:

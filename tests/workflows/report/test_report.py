@@ -29,6 +29,7 @@ from merge_rl.workflows.reference.file import load_reference, save_reference
 from merge_rl.workflows.reference.formats import Reference
 from merge_rl.workflows.report import Report, run_verdict, write_report
 from merge_rl.workflows.report.run_page import costs, search_lines
+from tests.quick import draw_figures
 
 pytestmark = pytest.mark.usefixtures("no_network_here")
 
@@ -207,10 +208,11 @@ def test_the_page_of_a_run(finished: OptimizeResult, figures: None, tmp_path: Pa
 
 
 def test_the_page_of_a_merge_by_stages(
-    shared_tiny: Path, tiny_config: TinyConfig, figures: None, tmp_path: Path
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(shared_tiny, merge={"grouping": "stages"})
+    config = tiny_config(shared_tiny, budget=90, merge={"grouping": "stages"})
     result = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
+    draw_figures(monkeypatch)  # once, not at every round
     found = document(result)
     report = write_report(tmp_path / "run")
     text = text_of(report)
@@ -235,10 +237,11 @@ def test_the_page_of_a_run_that_goes_on(finished: OptimizeResult, tmp_path: Path
 
 
 def test_a_reward_without_a_pool_has_a_plot(
-    tiny: Path, tiny_config: TinyConfig, figures: None, tmp_path: Path
+    tiny: Path, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tiny, budget=90, reward={"name": "fid-full", "pool_size": 40})
     result = mrl.optimize(tiny, out=tmp_path / "run", config=config)
+    draw_figures(monkeypatch)
     assert write_report(result.run_dir).picture is not None
 
 

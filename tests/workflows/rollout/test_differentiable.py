@@ -181,8 +181,9 @@ def item() -> WorkItem:
 
 
 @pytest.mark.usefixtures("in_float64")
-@pytest.mark.parametrize("guidance", [1.0, 1.7])
-@pytest.mark.parametrize("solver", FIXED_SOLVERS)
+@pytest.mark.parametrize(
+    ("solver", "guidance"), [("heun", 1.0), *((solver, 1.7) for solver in FIXED_SOLVERS)]
+)
 @pytest.mark.parametrize("family", ["edm2", "sit"])
 def test_central_differences(family: str, solver: str, guidance: float) -> None:
     sampler = SamplerConfig(
@@ -192,7 +193,7 @@ def test_central_differences(family: str, solver: str, guidance: float) -> None:
     rollout = merged(family, sampler, guided=guidance != 1)
     rooms = (None, Room(images=2, kept=0))
     both = [DifferentiableRollout(rollout, room=room)(item(), weighing) for room in rooms]
-    ways = directions(both[0].gradient, 2)
+    ways = directions(both[0].gradient, 1)
     expected = numeric(rollout, COEFFICIENTS, ways)
     for made in both:
         assert made.dropped == ()

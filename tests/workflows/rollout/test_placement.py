@@ -61,8 +61,9 @@ def test_memory_as_the_system_tells(tmp_path: Path) -> None:
 
 
 def test_a_run_is_the_same_wherever_its_checkpoints_lie(
-    shared_tiny: Path, tiny_config: Any, outcome: Any, tmp_path: Path, monkeypatch: Any
-) -> None:
+    shared_tiny: Path, tiny_config: Any, outcome: Any, tmp_path: Path, monkeypatch: Any,
+    no_network: None,
+) -> None:  # fmt: skip
     kept = {}
     for place in (None, "disk"):
         out = tmp_path / str(place)
