@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from merge_rl.errors import ConfigError, ParallelError, StoppedError
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.parallel.rendezvous import Place, seconds_to_wait
+from tests.children import Child
 from tests.ranks import on_ranks
 
 
@@ -132,14 +133,12 @@ def test_a_failure_reaches_all_and_rank_0_says_it() -> None:
     assert isinstance(found[2], StoppedError)  # which prints nothing: rank 0 has said it
 
 
-HANGS = """
-import os, sys, time, torch
+WAITS = """
+import sys, torch
 from merge_rl.errors import ParallelError
 from merge_rl.parallel import joined
 try:
     with joined() as group:
-        if group.rank == 1:
-            time.sleep(600)
         group.timeout = 1.0  # that of the links stays
         group.gather(torch.zeros(2), phase="round 1")
 except ParallelError as error:
@@ -147,7 +146,13 @@ except ParallelError as error:
 """
 
 
-def test_a_process_ends_with_its_error_while_another_hangs() -> None:
+def hang() -> None:
+    """What the other rank does."""
+    with joined():
+        time.sleep(600)
+
+
+def test_a_process_ends_with_its_error_while_another_hangs(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -155,19 +160,18 @@ def test_a_process_ends_with_its_error_while_another_hangs() -> None:
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
         "MERGERL_TIMEOUT": "60",
     }  # fmt: skip
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-c", HANGS]
-    ranks = [subprocess.Popen(command, env={**told, "RANK": r}, **pipes) for r in ("0", "1")]
+    other = Child(hang, folder=tmp_path / "other", environment={**told, "RANK": "1"})
     try:
         # The links would wait for what is on its way over them for two minutes.
-        _, errors = ranks[0].communicate(timeout=110)
-        assert ranks[1].poll() is None
-        assert ranks[0].returncode == 1
-        assert "no answer for 1 s in the phase 'round 1' from rank 1" in errors
+        ended = subprocess.run(
+            [sys.executable, "-c", WAITS], env={**told, "RANK": "0"}, capture_output=True,
+            text=True, timeout=110,
+        )  # fmt: skip
+        assert other.poll() is None
+        assert ended.returncode == 1
+        assert "no answer for 1 s in the phase 'round 1' from rank 1" in ended.stderr
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+        other.kill()
 
 
 def test_time_in_which_the_machine_stood_still_does_not_count(

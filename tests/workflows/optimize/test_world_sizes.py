@@ -86,8 +86,7 @@ def whole_of(
     return under
 
 
-@pytest.mark.parametrize("name", SEARCHERS)
-@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("policy-gradient", (2, 1)), ("pathwise", (1, 2))])
 def test_begun_with_some_and_resumed_with_others(
     name: str, ranks: tuple[int, int], shared_tiny: Path, whole_of: WholeOf, tmp_path: Path,
     outcome: Outcome, on: Callable[..., Any],
