@@ -170,7 +170,7 @@ class Stop:
 
 
 def main() -> None:
-    """Run the command line; exit 0, or 1 after one sentence on stderr."""
+    """Run the command line; exit 0, or 1 after one sentence on stderr (2 for wrong usage)."""
     _share_cores()
     stop = Stop()
     signal.signal(signal.SIGTERM, stop)
@@ -199,7 +199,7 @@ def main() -> None:
             sys.exit(0)
         if hasattr(error, "format_message"):  # a usage error of the command line parser
             hint = getattr(getattr(error, "ctx", None), "command_path", "mergerl")
-            _fail(error, f"{error.format_message()} (see {hint} --help)")
+            _fail(error, f"{error.format_message()} (see {hint} --help)", USAGE)
         if type(error).__name__ == "Abort":  # what others raise for it
             _complain("interrupted")
             sys.exit(1)
@@ -212,12 +212,15 @@ def main() -> None:
         _fail(error, f"unexpected {type(error).__name__}: {error} (run with --debug for more)")
 
 
-def _fail(error: Exception, sentence: str) -> NoReturn:
+USAGE: Final = 2  # wrong usage of the command line, as its library says it
+
+
+def _fail(error: Exception, sentence: str, code: int = 1) -> NoReturn:
     if os.environ.get("MERGERL_DEBUG"):
         raise error
     _complain(" ".join(sentence.split()), anyone=isinstance(error, SilentLeaderError))
     ranks.tell(" ".join(sentence.split()))
-    sys.exit(1)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

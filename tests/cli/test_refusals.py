@@ -140,8 +140,12 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def require_one_sentence(found: Ended, message: str) -> None:
-    """One line on stderr that begins with "error:" and matches; nothing on stdout; exit code 1."""
-    assert (found.code, found.out) == (1, "")
+    """One line on stderr that begins with "error:" and matches; nothing on stdout; exit code 1.
+
+    Of wrong usage, whose line names the command's help, the exit code is 2.
+    """
+    code = 2 if found.err.endswith(" --help)\n") else 1
+    assert (found.code, found.out) == (code, "")
     assert found.err.startswith("error: ")
     assert found.err.count("\n") == 1
     assert found.err.endswith("\n")

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import merge_rl.config
+from merge_rl.cli.main import command_line
 from merge_rl.cli.options import COMMANDS
 from merge_rl.config import FinetuneConfig, OptimizeConfig, from_mapping, set_dotted, to_mapping
 from merge_rl.config.setting import ABOUT, PANELS, About
@@ -100,6 +101,7 @@ def test_every_setting_says_what_it_is(name: str, item: dataclasses.Field[Any], 
 
 
 def test_an_option_of_one_name_is_one_setting_everywhere() -> None:
+    command_line()  # all commands, whatever ran before
     keys: dict[str, set[str]] = {}
     for offer in COMMANDS.values():
         for setting in offer.options():

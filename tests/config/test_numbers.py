@@ -163,5 +163,5 @@ def test_one_number_everywhere(
     plan = mergerl("optimize", tiny, "--budget", text, "--set", "budget=x")
     assert "config.budget: expected int, found str 'x'" in plan.err  # the option itself was read
     refused = mergerl("optimize", tiny, "--budget", "many")
-    assert refused.code == 1
+    assert refused.code == 2  # wrong usage
     assert "'many' is not a valid integer, such as 50000, 5e4, 50k or 192Mi" in refused.err
