@@ -6,6 +6,7 @@ import builtins
 import errno
 import io
 import os
+import pathlib
 import resource
 import shutil
 import stat
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import Any, Final
 
 BYTES: Final = "bytes"  # what the line of a site begins with where bytes are written
+_NAMES: Final = ("mkdir", "rename", "replace", "symlink", "link")  # that functions of a path have
 _PACKAGE: Final = f"{os.sep}merge_rl{os.sep}"
 
 
@@ -56,8 +58,13 @@ class FullDisk:
         """From here on, for all that this process writes by Python's own means."""
         vars(shutil)["_USE_CP_SENDFILE"] = False  # copies by reading and writing
         vars(builtins)["open"] = vars(io)["open"] = self.open
-        for name in ("mkdir", "rename", "replace", "symlink", "link", "fsync"):
+        for name in (*_NAMES, "fsync"):
             setattr(os, name, self._before(getattr(os, name)))
+        own = getattr(pathlib, "_NormalAccessor", None)
+        if own is not None:  # paths of Python 3.10 keep these functions for themselves
+            own.open = staticmethod(self.open)
+            for name in _NAMES:
+                setattr(own, name, staticmethod(getattr(os, name)))
         os.write, os.pwrite = self._write(os.write), self._write(os.pwrite)
 
     def _before(self, function: Callable[..., Any]) -> Callable[..., Any]:
