@@ -62,7 +62,7 @@ def test_a_finite_number_that_would_be_infinite_is_none(written: object) -> None
 
 def test_settings_take_no_number_beyond_64_bits() -> None:
     # Of the field's own type, and yet none that can be computed with.
-    with pytest.raises(ConfigError, match=r"c\.num_steps: expected int, found int 1000"):
+    with pytest.raises(ConfigError, match=r"c\.num_steps: .* within 64 bits, found 1000"):
         from_mapping(SamplerConfig, {"num_steps": 10**400}, "c")
     with pytest.raises(ConfigError, match=r"c\.guidance: expected float, found int 1000"):
         from_mapping(SamplerConfig, {"guidance": 10**400}, "c")
