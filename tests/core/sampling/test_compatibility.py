@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from merge_rl.core.sampling.compatibility import require_class_ids
+from merge_rl.core.sampling.compatibility import has_open_end, require_class_ids
 from merge_rl.errors import ConfigError
 
 
@@ -20,3 +22,9 @@ def test_labels_outside_the_classes_are_named(labels: list[int], odd: int) -> No
 @pytest.mark.parametrize("labels", [[], [0], [9, 0], [9, 9, 4]])
 def test_labels_of_classes_pass(labels: list[int]) -> None:
     require_class_ids(torch.tensor(labels, dtype=torch.int64), 10)
+
+
+def test_which_networks_cannot_be_asked_at_the_end() -> None:
+    assert has_open_end(SimpleNamespace(prediction="denoised"))
+    assert not has_open_end(SimpleNamespace(prediction="velocity"))
+    assert has_open_end(SimpleNamespace(prediction="velocity", open_end=True))

@@ -151,8 +151,8 @@ def test_last_steps_by_hand() -> None:
     # Linear, t1 = 0.96, d = 0.04, v = 2, x = 3: e = x - t1 v = 1.08 and S = -e / 0.04 = -27.
     x = torch.full((1, 1), 3.0, dtype=torch.float64)
 
-    def last(name: str) -> float:
-        path = make_path("linear")
+    def last(name: str, kind: str = "linear") -> float:
+        path = make_path(kind)
         times = time_grid(3, end=0.96, dtype=torch.float64)
         sde = PathSDE(
             velocity=lambda x, t: torch.full_like(x, 2.0), path=path, times=times, last_step=name,
@@ -166,6 +166,11 @@ def test_last_steps_by_hand() -> None:
     assert last("mean") == pytest.approx(3 + (2 + 0.02 * -27) * 0.04)
     # The mean of the data given x: x + (1 - t1) v on this path.
     assert last("tweedie") == pytest.approx(3.08)
+    # On GVP x = a x1 + b e and v = pi / 2 (b x1 - a e), with a, b = sin, cos of 0.48 pi.
+    angle = 0.48 * math.pi
+    assert last("euler", "gvp") == pytest.approx(3.08)
+    expected = 3 * math.sin(angle) + 4 / math.pi * math.cos(angle)
+    assert last("tweedie", "gvp") == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------ log-probabilities

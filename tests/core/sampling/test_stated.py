@@ -132,6 +132,8 @@ def test_velocities_of_either_direction_are_sampled_alike(
         network = mrl.describe(
             module, prediction="velocity", time=time, path=name, sample_shape=[2]
         )
+        found = network(noise, torch.tensor(0.25))  # t as it is for the sampler, 1 is data
+        torch.testing.assert_close(found, path_velocity(PATHS[name]())(noise, torch.tensor(0.25)))
         ends.append(mrl.sample(network, noise, num_steps=8, path=name))
     torch.testing.assert_close(*ends)
     other = "gvp" if name == "linear" else "linear"

@@ -209,6 +209,15 @@ def test_conversions_into_one_folder_add_up(tmp_path: Path) -> None:
     assert (whole / MANIFEST_NAME).read_bytes() == (tmp_path / "out" / MANIFEST_NAME).read_bytes()
 
 
+def test_a_folder_that_holds_a_catalogue_is_refused(tmp_path: Path) -> None:
+    file = snapshot(tmp_path / "src", "network-snapshot-0000102-0.050.pkl", 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MANIFEST_NAME).write_text("sets: []\n")
+    with pytest.raises(CheckpointError, match="a catalogue of known sets; choose another folder"):
+        convert(file, tmp_path / "out")
+    assert [item.name for item in (tmp_path / "out").iterdir()] == [MANIFEST_NAME]
+
+
 def test_the_same_sources_make_the_same_bytes(tmp_path: Path) -> None:
     for seed in range(4):
         snapshot(tmp_path / "src", f"network-snapshot-{100 * seed:07d}-0.100.pkl", seed)
