@@ -22,7 +22,7 @@ from merge_rl.cli.output import (
 from merge_rl.cli.results import interval_text, number_text
 from merge_rl.cli.sample import find_autoencoder, generation_settings
 from merge_rl.config import MODEL_IMAGES, EvaluateConfig, ReferenceConfig, SamplerConfig
-from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.errors import ConfigError
 from merge_rl.own_code import is_own
 
 if TYPE_CHECKING:
@@ -62,8 +62,6 @@ def evaluate(
     kind = kind_of(model)
     # One model of the Hub is fetched when all else is known; of a set, its manifest has to be.
     here = isinstance(named(model), Path) or model.is_absolute()
-    if here and not model.exists():
-        raise CheckpointError(f"{model}: no such file or folder")
     if kind == "model" and (here or is_set_of_hub(named(model))):
         model = meant(model)
     near = find_defaults(model)

@@ -124,12 +124,13 @@ def _convert(kind: Any, value: object, where: str) -> Any:
         number = whole_number(value) if kind is int else real_number(value)
         if number is not None:
             return number
+        if kind is int and type(value) is int:
+            expected = "a whole number within 64 bits"
+            raise ConfigError(f"{where}: expected {expected}, found {value!r:.60}")
     elif kind is str and type(value) is int:
         return str(value)
     elif isinstance(kind, type) and type(value) is kind:
         return value
-    if kind is int and type(value) is int:
-        raise ConfigError(f"{where}: expected a whole number within 64 bits, found {value!r:.60}")
     name = getattr(kind, "__name__", str(kind))
     if origin is not None:  # tuples, which are lists in files, or mappings by name
         part = getattr(parts[-1 if origin is not tuple else 0], "__name__", "value")

@@ -295,6 +295,7 @@ def test_settings_that_cannot_be_read(
          "expected reference statistics, found other tensors"),
         (["evaluate", "alone.safetensors"], "names a reference; pass --reference"),
         (["evaluate", "nowhere"], "nowhere: no such file or folder"),
+        (["finetune", "nowhere", "--out", "x"], "nowhere: no such file or folder"),
         (["plan", "tiny", "--devices", "8,1e9"], "expected --devices as numbers <= 100000, got"),
         (["inspect", ""], "got the empty argument '' after inspect: is a variable of the shell"),
         (["merge", "tiny", "--out="], "got the empty argument '--out=': is a variable"),

@@ -159,9 +159,11 @@ def find_model(
     index = index_of(place)
     if index is not None:
         return Meant(index, f"{path}: took {index}, the whole model")
+    if not place.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
     if not place.is_dir():
         note = f"{path}: took the model of the Hub" if not os.path.lexists(path) else None
-        return Meant(place, note if place.exists() else None)
+        return Meant(place, note)
     folder = only_inside(place)
     kind = folder_kind(folder)
     if track is not None or kind == "set":
