@@ -63,6 +63,7 @@ from merge_rl.storage.files.naming import (
     is_weights_name,
     natural_key,
     network_name,
+    reference_file,
     weights_stem,
     without_numbers,
 )
@@ -176,6 +177,7 @@ __all__ = [
     "read_index",
     "read_npy",
     "read_state",
+    "reference_file",
     "require_finite",
     "require_hash",
     "require_new",

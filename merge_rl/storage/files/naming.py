@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from decimal import Decimal
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Final
 
 from merge_rl.storage.files.shards import DIFFUSERS_STEM, INDEX_NAME, INDEX_SUFFIX, MODEL_NAME
@@ -52,6 +53,15 @@ def weights_stem(name: str) -> str:
     """A name without the ending of a `.safetensors` or of an index."""
     plain = name.removesuffix(INDEX_SUFFIX)
     return plain[: -len(SUFFIX)] if plain.lower().endswith(SUFFIX) else plain
+
+
+def reference_file(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """The file of PATH or PATH.pkl#ENTRY, and the entry."""
+    text = os.fspath(path)
+    stem, mark, entry = text.rpartition("#")
+    if mark and stem.lower().endswith(".pkl") and not Path(text).exists():
+        return Path(stem), entry
+    return Path(text), None
 
 
 # Words of their own such as 1e6, 1.5M or 500k: 12e5f may well be a hash.

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 from merge_rl.config import FinetuneConfig, OptimizeConfig
 from merge_rl.errors import CheckpointError, RunError
 from merge_rl.storage.checkpoints import CONFIG_NAME, has_manifest
-from merge_rl.storage.files import absolute, is_image_name, read_header, weights_in
+from merge_rl.storage.files import absolute, is_image_name, read_header, reference_file, weights_in
 from merge_rl.storage.runs.run_dir import SETTINGS, FinetuneRun, RunDir, is_finetune_run
 from merge_rl.untrusted import is_there
 
@@ -258,7 +258,7 @@ def _inputs(
 
 def _exists(path: Path) -> bool:
     """Whether a file or folder is there; of FILE#ENTRY the file."""
-    return path.exists() or ("#" in path.name and Path(str(path).rpartition("#")[0]).exists())
+    return reference_file(path)[0].exists()
 
 
 def _moved_model(before: Path, now: Path) -> Moved:

@@ -21,7 +21,7 @@ from merge_rl.storage.checkpoints import (
     require_network,
     unknown_config,
 )
-from merge_rl.storage.files import sha256_file
+from merge_rl.storage.files import reference_file, sha256_file
 from merge_rl.workflows.assembly.extractors import build_extractor, own_weights
 from merge_rl.workflows.assembly.networks import (
     Announce,
@@ -36,7 +36,7 @@ from merge_rl.workflows.assembly.reward import (
     build_reward,
     open_targets,
 )
-from merge_rl.workflows.reference import Reference, reference_file
+from merge_rl.workflows.reference import Reference
 from merge_rl.workflows.rewards import RewardSum
 from merge_rl.workflows.rollout import Rollout, cpu_workers, require_device
 

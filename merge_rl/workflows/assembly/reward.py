@@ -14,7 +14,7 @@ from merge_rl.config import OptimizeConfig, RewardConfig, RewardTerm
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.interfaces import FeatureExtractor, Reward
 from merge_rl.registry import REWARDS
-from merge_rl.storage.files import sha256_file
+from merge_rl.storage.files import reference_file, sha256_file
 from merge_rl.workflows.assembly.extractors import (
     build_extractor,
     encoder_spans,
@@ -24,7 +24,7 @@ from merge_rl.workflows.assembly.extractors import (
 )
 from merge_rl.workflows.assembly.networks import Announce
 from merge_rl.workflows.assembly.references import Opened, fit_reference, open_comparable
-from merge_rl.workflows.reference import Reference, reference_file
+from merge_rl.workflows.reference import Reference
 from merge_rl.workflows.rewards import (
     CombinedExtractor,
     Pool,

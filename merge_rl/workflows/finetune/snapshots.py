@@ -24,12 +24,11 @@ from merge_rl.storage.checkpoints import (
     save_checkpoint,
     write_manifest,
 )
-from merge_rl.storage.files import atomic_path, sha256_file
+from merge_rl.storage.files import atomic_path, reference_file, sha256_file
 from merge_rl.storage.runs import FinetuneRun
 from merge_rl.workflows.assembly import is_public
 from merge_rl.workflows.export import carried_metadata
 from merge_rl.workflows.finetune.learner import Learner
-from merge_rl.workflows.reference import reference_file
 
 RAW, AVERAGE, START = "raw", "ema", "start"
 _EVALUATION: Final = "evaluation"

@@ -11,7 +11,6 @@ from merge_rl.workflows.reference.file import (
     kind_of,
     load_all_references,
     load_reference,
-    reference_file,
     save_reference,
 )
 from merge_rl.workflows.reference.formats import Reference, few_images
@@ -30,7 +29,6 @@ __all__ = [
     "load_all_references",
     "load_features",
     "load_reference",
-    "reference_file",
     "save_reference",
     "source_notes",
     "weights_digest",

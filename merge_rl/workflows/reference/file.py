@@ -17,7 +17,14 @@ from merge_rl.config import whole_number
 from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.errors import StatisticsError
 from merge_rl.storage.checkpoints import ModelFile, open_tensors
-from merge_rl.storage.files import ArrayInfo, image_key, npz_arrays, read_header, save_tensors
+from merge_rl.storage.files import (
+    ArrayInfo,
+    image_key,
+    npz_arrays,
+    read_header,
+    reference_file,
+    save_tensors,
+)
 from merge_rl.storage.pickles import read_data
 from merge_rl.storage.runs import folder_kind, only_inside
 from merge_rl.workflows.reference.features import (
@@ -117,15 +124,6 @@ def load_all_references(path: str | os.PathLike[str]) -> dict[str, Reference]:
     if file.suffix.lower() != ".pkl" or named is not None:
         return {named or "": load_reference(path)}
     return {entry: load_reference(file, entry=entry) for entry in edm2_entries(file)[1]}
-
-
-def reference_file(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """The file of PATH or PATH#ENTRY, and the entry."""
-    text = os.fspath(path)
-    stem, mark, entry = text.rpartition("#")
-    if mark and stem.lower().endswith(".pkl") and not Path(text).exists():
-        return Path(stem), entry
-    return Path(text), None
 
 
 def _from_safetensors(path: Path) -> Reference:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
-from merge_rl.storage.files.naming import natural_key, without_numbers
+from merge_rl.storage.files.naming import natural_key, reference_file, without_numbers
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,11 @@ def test_names_of_a_series_differ_in_numbers_alone() -> None:
     assert without_numbers("e=1-loss=0.5") == without_numbers("e=10-loss=12.25") == "e=#-loss=#"
     assert without_numbers("step_500k") == without_numbers("step_1.5M") == "step_#"
     assert without_numbers("last") == "last"
+
+
+def test_a_path_with_a_hash_sign_is_a_path(tmp_path: Path) -> None:
+    assert reference_file("a/b.pkl#fid") == (Path("a/b.pkl"), "fid")
+    assert reference_file("a/b#c.safetensors") == (Path("a/b#c.safetensors"), None)
+    odd = tmp_path / "a.pkl#b"
+    odd.touch()
+    assert reference_file(odd) == (odd, None)

@@ -22,7 +22,6 @@ from merge_rl.workflows.reference.file import (
     kind_of,
     load_all_references,
     load_reference,
-    reference_file,
     save_reference,
 )
 
@@ -87,14 +86,6 @@ def test_the_entry_has_to_be_clear(edm2: Path) -> None:
         load_reference(path, extractor="inception-tf1", dim=2048)
     with pytest.raises(StatisticsError, match="of extractor 'dinov2', expected 'dinov2-dgm'"):
         load_reference(path, entry="fd_dinov2", extractor="dinov2-dgm")
-
-
-def test_a_path_with_a_hash_sign_is_a_path(tmp_path: Path) -> None:
-    assert reference_file("a/b.pkl#fid") == (Path("a/b.pkl"), "fid")
-    assert reference_file("a/b#c.safetensors") == (Path("a/b#c.safetensors"), None)
-    odd = tmp_path / "a.pkl#b"
-    odd.touch()
-    assert reference_file(odd) == (odd, None)
 
 
 class Evil:
