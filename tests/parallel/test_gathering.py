@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -65,11 +66,15 @@ def test_a_rank_that_fails_between_its_blocks_is_named() -> None:
 
 def test_rows_on_their_way_outlive_a_group_that_failed() -> None:
     # A thread of the links would turn for ever round rows whose receiver is gone.
+    begun = threading.Event()  # a rank that ends earlier breaks the link
+
     def work(group: Group) -> weakref.ref[Tensor]:
         rows = torch.empty(2, 4)
         if group.leads:
             group.receive(rows, 1, 0)
             group.fail("gave up")
+            begun.set()
+        assert begun.wait(60)
         return weakref.ref(rows)
 
     lead, other = on_ranks(2, work)
