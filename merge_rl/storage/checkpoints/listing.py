@@ -22,7 +22,6 @@ from merge_rl.storage.checkpoints.manifest import (
     read_manifest,
 )
 from merge_rl.storage.checkpoints.model_file import (
-    CONVERTED,
     folder_config,
     library_document,
     metadata_config,
@@ -34,6 +33,7 @@ from merge_rl.storage.files import (
     StoredWeights,
     absolute,
     averaged,
+    instead_of_weights,
     natural_key,
     network_name,
     open_weights,
@@ -166,10 +166,7 @@ def set_config(listing: Listing, first: StoredWeights) -> dict[str, Any] | None:
 def _entries_by_name(folder: Path) -> tuple[CheckpointEntry, ...]:
     files = weights_in(folder)
     if not files:
-        foreign = sum(1 for file in folder.iterdir() if file.suffix.lower() in CONVERTED)
-        hint = f"; `mergerl convert` makes them from the {foreign} {{}} files there"
-        hint = hint.format(".ckpt" if any(folder.glob("*.ckpt")) else ".pkl or .pt")
-        raise CheckpointError(f"{folder}: no .safetensors files{hint if foreign else ''}")
+        raise CheckpointError(f"{folder}: no .safetensors files{instead_of_weights(folder)}")
     names = [file.relative_to(folder) for file in files]
     several = len({averaged(name) for name in names}) > 1
     progress = [parse_stem(network_name(name)) for name in names]

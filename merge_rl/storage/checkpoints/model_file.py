@@ -23,10 +23,12 @@ from merge_rl.storage.checkpoints.manifest import (
     find_listing,
 )
 from merge_rl.storage.files import (
+    CONVERTED,
     StoredWeights,
     TensorInfo,
     hash_weights,
     in_series,
+    instead_of_weights,
     is_weights_name,
     open_weights,
     require_finite,
@@ -34,14 +36,13 @@ from merge_rl.storage.files import (
     save_tensors,
     weights_in,
 )
-from merge_rl.untrusted import load_json_mapping, read_bounded
+from merge_rl.untrusted import load_json_mapping, open_file, read_bounded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Config = Mapping[str, Any]
 CONFIG_NAME: Final = "config.json"
-CONVERTED: Final = (".pkl", ".pt", ".pth", ".ckpt")  # what `mergerl convert` reads
 CONFIG_KEY: Final = "config"  # of a safetensors file's metadata
 _REPEATED: Final = ("depth", "num_blocks", "num_layers", "layers_per_block")  # a module each
 
@@ -118,6 +119,7 @@ def model_file_path(path: str | os.PathLike[str]) -> Path:
     if not file.exists():
         raise CheckpointError(f"{given}: no such file or folder")
     if not is_weights_name(file.name):
+        open_file(file).close()  # what is none at all, or a pointer to one, is called so
         hint = "; `mergerl convert` makes one" if file.suffix.lower() in CONVERTED else ""
         raise CheckpointError(f"{file}: expected a .safetensors file{hint}")
     return file
@@ -175,7 +177,7 @@ def _only_file(folder: Path) -> Path:
     files = weights_in(folder)
     if len(files) != 1:
         found = f"{len(files)} .safetensors files" if files else "no .safetensors file"
-        hint = "; name one of them, or merge them first" if files else ""
+        hint = "; name one of them, or merge them first" if files else instead_of_weights(folder)
         raise CheckpointError(f"{folder}: expected the folder of one model, found {found}{hint}")
     return files[0]
 

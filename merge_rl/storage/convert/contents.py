@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.config import real_number, whole_number
-from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
+from merge_rl.errors import CheckpointError, IncompatibleCheckpointError, ManifestError
 from merge_rl.storage.files import TensorInfo
 from merge_rl.storage.pickles import Record, TensorRef, kind_of, shown
+from merge_rl.untrusted import parse_yaml
 
 MAX_NAME: Final = 500  # characters
 MAX_TENSORS: Final = 20_000
 _NAME: Final = re.compile(rf"[0-9A-Za-z_.-]{{1,{MAX_NAME}}}")
 _MAX_VALUES: Final = 2000
 _MAX_TEXT: Final = 1000
+_MAX_DOCUMENT: Final = 100_000
+BIN_SHARD: Final = re.compile(r".*-[0-9]{5}-of-[0-9]{5}\.bin")  # a part, left to its index
 DEFAULT_BATCH: Final = 256  # images a step, in SiT's public training
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -132,13 +135,16 @@ def require_same(found: Extracted, expected: Mapping[str, TensorInfo], name: str
         )
 
 
-_HOLDERS: Final = ("args", "config", "cfg", "hparams", "hyper_parameters", "options", "settings")
+_HOLDERS: Final = re.compile(
+    "((train|training|trainer|model|network|run|experiment)_)?(args|arguments|config|conf|cfg"
+    "|hparams|hyper_?parameters|options|opts|settings|kwargs|flags)"
+)
 # Where objects of OmegaConf and of ml_collections keep their settings.
 _CONTENT: Final = ("_content", "_fields", "_val", "_value")
 _CLASSES: Final = ("num_classes", "n_classes", "nb_classes")
 _DROPOUT: Final = ("class_dropout_prob", "cfg_prob", "label_dropout_prob")
 _HEADS: Final = ("num_heads", "n_heads")
-_STEPS: Final = ("steps", "step", "train_steps", "global_step")
+_STEPS: Final = ("steps", "step", "train_steps", "global_step", "iteration", "iter")
 _BATCH: Final = ("global_batch_size", "total_batch_size", "batch_size")
 _MOST: Final = 2**30
 
@@ -176,16 +182,18 @@ class Said:
 
 
 def read_said(data: Mapping[str, object]) -> Said:
-    """The settings beside the weights: in a dict, a Namespace, or an object like OmegaConf's.
+    """The settings beside the weights: in a dict, a Namespace, an object like OmegaConf's, or text.
 
     REPA's programs say the images of a step as `batch_size` and count `steps` beside the weights.
     """
-    settings: dict[str, Any] = {}
-    for key in _HOLDERS:
-        found = _settings(data.get(key))
+    beside = {key: value for key, value in data.items() if _is_number(value)}
+    settings: dict[str, Any] = dict(beside)
+    for key, value in data.items():
+        if not isinstance(key, str) or not _HOLDERS.fullmatch(key):
+            continue
+        found = _settings(_parsed(value) if isinstance(value, str) else value)
         if isinstance(found, dict):
             settings |= found
-    beside = {key: value for key, value in data.items() if _is_number(value)}
     return Said(
         settings=settings,
         num_classes=_count(_first(settings, _CLASSES)),
@@ -203,10 +211,19 @@ def _settings(value: object) -> object:
         inner = [state[key] for key in _CONTENT if key in state]
         return _settings(inner[0] if inner else state)
     if isinstance(value, dict):
-        return {key: _settings(item) for key, item in value.items() if isinstance(key, str)}
+        named = ((key, item) for key, item in value.items() if isinstance(key, str))
+        return {key.replace("-", "_"): _settings(item) for key, item in named}
     if isinstance(value, (list, tuple)):
         return [_settings(item) for item in value]
     return value
+
+
+def _parsed(text: str) -> object:
+    """What settings that were saved as YAML, or as JSON, which is a part of it, say."""
+    try:
+        return parse_yaml(text[:_MAX_DOCUMENT], "settings")
+    except ManifestError:
+        return None
 
 
 def _first(settings: Mapping[str, Any], names: tuple[str, ...]) -> object:

@@ -9,11 +9,18 @@ from typing import Any, Final, NamedTuple
 
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.checkpoints import is_network_config, library_document, network_config
-from merge_rl.storage.convert.contents import Extracted, Hints
-from merge_rl.storage.files import averaged, natural_key, network_name, weights_in, weights_stem
+from merge_rl.storage.convert.contents import BIN_SHARD, Extracted, Hints
+from merge_rl.storage.files import (
+    CONVERTED,
+    averaged,
+    natural_key,
+    network_name,
+    training_key,
+    weights_in,
+    weights_stem,
+)
 from merge_rl.storage.pickles import TensorRef
 
-SUFFIXES: Final = (".pkl", ".pt", ".pth", ".ckpt")
 # What libraries call the weights in the folder of a checkpoint.
 GENERIC: Final = ("model", "diffusion_pytorch_model", "pytorch_model", "adapter_model")
 _PICKLED: Final = (
@@ -90,9 +97,10 @@ def files_in(folder: Path) -> list[Path]:
     found = [
         file
         for file in folder.iterdir()
-        if file.suffix.lower() in SUFFIXES and file.is_file() and not _BESIDE.match(file.name)
+        if file.suffix.lower() in CONVERTED or file.name.endswith(".bin.index.json")
+        if file.is_file() and not _BESIDE.match(file.name) and not BIN_SHARD.fullmatch(file.name)
     ]
-    files = sorted(found, key=lambda file: natural_key(file.name))
+    files = sorted(found, key=lambda file: training_key(file.stem))
     states = [file for file in files if file.name.startswith("training-state-")]
     if any(file.suffix.lower() == ".pkl" for file in files):
         files = [file for file in files if file not in states]

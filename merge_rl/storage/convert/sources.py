@@ -115,6 +115,8 @@ def extract(path: Path, weights: str = "auto", hints: Hints = NO_HINTS) -> list[
         found = _read_place(path, weights, hints)
     elif is_weights_name(path.name):
         found = _read_safetensors(path, weights, hints)
+    elif path.name.endswith(INDEX):
+        found = read_states(read_only_state(path), path, weights, hints)
     else:
         found = _read_pickled(path, weights, hints)
     for item in found:

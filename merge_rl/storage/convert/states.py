@@ -13,6 +13,7 @@ from merge_rl.core.state_dicts import Held, hold, is_average, names_for
 from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.storage.checkpoints import parse_stem
 from merge_rl.storage.convert.contents import (
+    BIN_SHARD,
     DEFAULT_BATCH,
     Extracted,
     Hints,
@@ -54,6 +55,8 @@ def read_states(
     or its settings say, else 256. Optimizers are left alone. A network of no known family keeps its
     names, unless (`whole` off) their first part is what the training program calls it.
     """
+    if BIN_SHARD.fullmatch(path.name):
+        raise CheckpointError(f"{path}: a shard of a model, expected its index (.bin{INDEX})")
     if hints.part is not None:
         data = part_of(data, hints.part, path)
         if not holds_states(data):
@@ -67,7 +70,13 @@ def read_states(
         prefix = "" if hints.network else _prefix_of(tensors)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         told = (f"took the tensors by their names without {prefix!r}",) if prefix else ()
-        item = Extracted(path=path, tensors=tensors, config=config, stem=path.stem, notes=told)
+        item = Extracted(
+            path=path,
+            tensors=tensors,
+            config=config,
+            stem=path.stem.removesuffix(".bin.index"),
+            notes=told,
+        )
         item = _described(item, _family(item, said, hints), said, hints, config)
         placed = place.partition("/")[0] in data or is_average(place)
         if placed:  # else names alone say the place

@@ -64,6 +64,7 @@ from merge_rl.storage.files.naming import (
     natural_key,
     network_name,
     reference_file,
+    training_key,
     weights_stem,
     without_numbers,
 )
@@ -99,16 +100,19 @@ from merge_rl.storage.files.shards import (
     write_weights,
 )
 from merge_rl.storage.files.stored import (
+    CONVERTED,
     StoredWeights,
     WeightsReader,
     hash_weights,
     index_of,
+    instead_of_weights,
     open_weights,
     weights_in,
 )
 
 __all__ = [
     "CODES",
+    "CONVERTED",
     "DIFFUSERS_STEM",
     "INDEX_NAME",
     "INDEX_SUFFIX",
@@ -150,6 +154,7 @@ __all__ = [
     "image_key",
     "in_series",
     "index_of",
+    "instead_of_weights",
     "is_image_name",
     "is_leftover",
     "is_vacant",
@@ -192,6 +197,7 @@ __all__ = [
     "tensor_bytes",
     "tensor_file",
     "told_of",
+    "training_key",
     "weights_files",
     "weights_in",
     "weights_stem",

@@ -21,6 +21,7 @@ from merge_rl.storage.files.images import (
     Pixels,
     decode_image,
     is_image,
+    other_image,
     parse_labels,
 )
 from merge_rl.storage.files.naming import natural_key
@@ -140,15 +141,20 @@ def _plain(name: str) -> str:
 
 
 def _pairs(pairs: object, where: str) -> dict[str, object]:
-    """Name -> label of a list of [name, label]; ImageError for others, and for two of one name."""
+    """Name -> label of a list of [name, label], or of a mapping.
+
+    ImageError for others, and for two labels of one name.
+    """
     found: dict[str, object] = {}
+    pairs = pairs.items() if isinstance(pairs, dict) else pairs
     try:
         listed = [(_plain(str(name)), value) for name, value in pairs]  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         raise ImageError(f"{where}: expected labels as a list of [name, label]") from None
     for name, value in listed:
-        if found.setdefault(name, value) != value:
-            both = f"{found[name]!r:.40} and {value!r:.40}"
+        known = found.setdefault(name, value)
+        if known is not value and known != value:  # NaN is no other than itself
+            both = f"{known!r:.40} and {value!r:.40}"
             raise ImageError(f"{where}: {name} has two labels, {both}")
     return found
 
@@ -168,7 +174,8 @@ def _sort_in(found: _Found, file: _File, archive: Archive | None) -> None:
         found.images.append(file)
     else:
         suffix = PurePosixPath(file.name).suffix.lower()
-        found.left_out[f"no images ({suffix[:12] or 'without ending'})"] += 1
+        what = "images of a kind that is not read" if other_image(suffix) else "no images"
+        found.left_out[f"{what} ({suffix[:12] or 'without ending'})"] += 1
 
 
 def _holds_image(file: _File, archive: Archive | None) -> bool:

@@ -7,34 +7,24 @@ import functools
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from merge_rl.config import whole_number
 from merge_rl.errors import ConfigError, ImageError
 from merge_rl.late import torch
 from merge_rl.storage.files.atomic import atomic_path
-from merge_rl.untrusted import pointer_problem, reason
+from merge_rl.untrusted import describe, pointer_problem, reason
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-
-import re
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
-
-from merge_rl.untrusted import describe
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 MAX_LABEL: Final = 2**31 - 1
-_WHOLE: Final = re.compile(r"[0-9]{1,10}(\.0*)?")
 
 
 class Labels(NamedTuple):
@@ -61,12 +51,8 @@ def parse_labels(values: Iterable[object], name: Callable[[int], str]) -> Labels
 def _whole(value: object) -> int | None:
     if isinstance(value, bytes):
         value = value.decode("latin-1")
-    if isinstance(value, str) and _WHOLE.fullmatch(value.strip()):
-        value = float(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    # bool is a subclass of int, and no class.
-    return value if type(value) is int and 0 <= value <= MAX_LABEL else None
+    found = whole_number(value)  # true and false are none
+    return found if found is not None and 0 <= found <= MAX_LABEL else None
 
 
 FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -115,6 +101,13 @@ def is_image(stream: IO[bytes]) -> bool:
         return True  # and refused when it is decoded
     except Exception:  # noqa: BLE001 (readers raise what they like on other data)
         return False
+
+
+def other_image(suffix: str) -> bool:
+    """Whether Pillow knows an ending as that of a picture which is not among FORMATS."""
+    from PIL import Image
+
+    return Image.registered_extensions().get(suffix) in Image.OPEN.keys() - FORMATS.keys()
 
 
 def decode_image(data: bytes, name: str) -> Pixels:

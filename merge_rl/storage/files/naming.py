@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from decimal import Decimal
 from pathlib import Path, PurePath
 from typing import Final
@@ -64,21 +65,36 @@ def reference_file(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
     return Path(text), None
 
 
-# Words of their own such as 1e6, 1.5M or 500k: 12e5f may well be a hash.
-_SCALED = r"(?<![0-9A-Za-z.])[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2}|[kKM])(?![0-9A-Za-z])"
+# Words of their own such as 1e6, 1.5M, 500k or 16Ki: 12e5f may well be a hash.
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SCALED = (
+    r"(?<![0-9A-Za-z.])[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2}|[kKMG]i?|[mB])(?![0-9A-Za-z])"
+)
 _NUMBER = re.compile(rf"({_SCALED}|(?<![0-9.])0\.[0-9]+|[0-9]+)")  # 1.10 may well be a version
 _ANY_NUMBER = re.compile(rf"{_SCALED}|[0-9]+(?:\.[0-9]+)?")
-_POWERS = {"k": "e3", "K": "e3", "M": "e6"}
+_WORDS = re.compile(r"(?<![a-z])(best|last|latest|final)(?![a-z])", re.IGNORECASE)
+
+Key = tuple[list[tuple[int, str, str]], str]
 
 
-def natural_key(name: str) -> tuple[list[tuple[int, str, str]], str]:
+def natural_key(name: str) -> Key:
     """Sorts "step_750" before "step_2000": numbers by value, the rest as text.
 
     Numbers are whole, between 0 and 1 ("ema-0.050" comes before "ema-0.1"), or words of their own
-    with an exponent or unit (1e6, 1.5M, 500k). Names of the same numbers keep the order of text.
+    with an exponent or unit (1e6, 1.5M, 500k, 16Ki), in the digits of any script. Names of the same
+    numbers keep the order of text.
     """
-    parts = _NUMBER.split(name)
+    parts = _NUMBER.split(_western(name))
     return [_value(part) if i % 2 else (0, part, "") for i, part in enumerate(parts)], name
+
+
+def training_key(name: str) -> tuple[int, Key]:
+    """Sorts files of one training naturally, but "best" first and "last" or "final" last.
+
+    These words, where no number says more, are of no place in the order of text.
+    """
+    word = None if any(map(str.isdecimal, name)) else _WORDS.search(name)
+    return 1 if word is None else 0 if word[1].lower() == "best" else 2, natural_key(name)
 
 
 def without_numbers(name: str) -> str:
@@ -86,9 +102,20 @@ def without_numbers(name: str) -> str:
     return _ANY_NUMBER.sub("#", name)
 
 
+def _western(name: str) -> str:
+    """With digits of other scripts as 0 to 9."""
+    if name.isascii():
+        return name
+    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in name)
+
+
 def _value(number: str) -> tuple[int, str, str]:
     """Of any length: by length first, leading zeros aside, then by digits, is by value."""
-    if not number[-1].isdigit() or "e" in number.lower():
-        number = format(Decimal(number[:-1] + _POWERS.get(number[-1], number[-1])), "f")
+    if not number[-1].isdigit():
+        plain = number.rstrip("kKmMGBi")
+        scaled = Decimal(plain) * _UNITS[number[len(plain) :].lower()]
+        number = format(scaled.normalize(), "f")
+    elif "e" in number.lower():
+        number = format(Decimal(number), "f")
     whole, _, fraction = number.partition(".")
     return len(whole.lstrip("0")), whole.lstrip("0"), fraction

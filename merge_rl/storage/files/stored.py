@@ -19,6 +19,7 @@ from merge_rl.storage.files.naming import (
     SHARED,
     is_weights_name,
     natural_key,
+    training_key,
     weights_stem,
 )
 from merge_rl.storage.files.safetensors_file import TensorReader, check_file, map_file, read_file
@@ -28,6 +29,7 @@ from merge_rl.storage.files.shards import INDEX_NAME, INDEX_SUFFIX, parse_index
 if TYPE_CHECKING:
     from torch import Tensor
 
+CONVERTED: Final = (".pkl", ".pt", ".pth", ".ckpt", ".bin")  # what `mergerl convert` reads
 _SHARD: Final = re.compile(r"-[0-9]{5}-of-[0-9]{5}\.safetensors$")
 
 
@@ -179,9 +181,9 @@ def weights_in(folder: Path) -> list[Path]:
 
     Of a folder without any, those of the networks within, as pipelines and training programs lay
     them out: `unet/`, `transformer/` and their averages (`unet_ema/`), or the same in
-    `checkpoint-500/`, or a `model.safetensors` there. Shards are left to their index, hidden files
-    (unfinished writes) aside. CheckpointError for shards without one: a part of a model is no
-    model.
+    `checkpoint-500/`, or a `model.safetensors` there, or one of another name in each. Shards are
+    left to their index, hidden files (unfinished writes) aside. CheckpointError for shards without
+    one, a part of a model being none, and for a link to nothing.
     """
     return _right_in(folder) or _networks_within(folder)
 
@@ -192,15 +194,21 @@ def _right_in(folder: Path) -> list[Path]:
     whole = (
         file
         for file in folder.iterdir()
-        if is_weights_name(file.name) and file not in indexes
-        if file.is_file() and file.name[0] != "."
+        if is_weights_name(file.name) and file not in indexes and file.name[0] != "."
+        if file.is_file() or _is_dead(file)
     )
     found = [*indexes, *(file for file in whole if file not in shards)]
-    found = sorted(found, key=lambda file: natural_key(weights_stem(file.name)))
+    found = sorted(found, key=lambda file: training_key(weights_stem(file.name)))
     for file in found:
+        if _is_dead(file):
+            raise CheckpointError(f"{file}: a link to nothing, expected its file to be there")
         if _SHARD.search(file.name):
             raise CheckpointError(f"{file}: a shard of a model, expected its index ({INDEX_NAME})")
     return found
+
+
+def _is_dead(file: Path) -> bool:
+    return file.is_symlink() and not file.exists()
 
 
 def _networks_within(folder: Path) -> list[Path]:
@@ -210,7 +218,21 @@ def _networks_within(folder: Path) -> list[Path]:
     for home in saved or [folder]:
         parts = [home / name for name in PARTS if (home / name).is_dir()]
         found += [file for place in parts or (saved and [home]) for file in _right_in(place)]
-    return [file for file in found if file.name in (*SHARED, *PLAIN)]
+    usual = [file for file in found if file.name in (*SHARED, *PLAIN)]
+    one_each = len(found) == len(saved) and len({file.name for file in found}) == 1
+    return found if not usual and one_each else usual
+
+
+def instead_of_weights(folder: Path) -> str:
+    """For the refusal of a folder without weights: what makes some, or where some are; or ""."""
+    files = [file for file in folder.iterdir() if file.suffix.lower() in CONVERTED]
+    if files:
+        kinds = ".ckpt" if any(file.suffix == ".ckpt" for file in files) else ".pkl or .pt"
+        kinds = ".bin" if all(file.suffix == ".bin" for file in files) else kinds
+        return f"; `mergerl convert` makes them from the {len(files)} {kinds} files there"
+    within = {file.parent.name for file in folder.glob("*/*") if is_weights_name(file.name)}
+    shown = ", ".join(sorted(within, key=natural_key)[:4])
+    return f"; some lie in {shown}: name the folder that is meant" if within else ""
 
 
 def index_of(file: Path) -> Path | None:

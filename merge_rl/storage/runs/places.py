@@ -161,7 +161,7 @@ def described(folder: Path) -> str:
 
 def holds_weights(file: Path) -> bool:
     """Whether a `.safetensors`, or an index, is one of weights, not of statistics or features."""
-    if file.suffix != ".safetensors":
+    if file.suffix.lower() != ".safetensors":
         return True  # the index of a model's shards
     try:
         names = read_header(file).tensors.keys()

@@ -14,8 +14,10 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,7 @@ from merge_rl.untrusted import open_file
 FEATURES_FORMAT: Final = "merge_rl.features.v1"
 TORCH_SUFFIXES: Final = (".pt", ".pth")
 T = TypeVar("T")
+Stored: TypeAlias = TensorRef | npt.NDArray[Any]
 FEATURE_KEYS: Final = ("features", "reps")  # reps: what dgm-eval writes
 
 
@@ -99,21 +102,28 @@ def load_features(path: str | os.PathLike[str]) -> SavedFeatures:
     )
 
 
-def torch_features(value: object) -> tuple[TensorRef | None, TensorRef | None]:
-    """Features and labels in what torch.save wrote: a matrix alone, or tensors by name."""
-    found = {"features": value} if isinstance(value, TensorRef) else value
-    if not isinstance(found, dict):
-        return None, None
+def torch_features(value: object) -> tuple[Stored | None, Stored | None]:
+    """Features and labels in what torch.save wrote: a matrix alone, or several by name."""
+    found = value if isinstance(value, dict) else {"features": value}
     named, labels = _named(found), found.get("labels")
-    fits = isinstance(named, TensorRef) and len(named.shape) == 2 and named.info.is_floating
-    return (named if fits else None), (labels if isinstance(labels, TensorRef) else None)
+    if isinstance(named, TensorRef):
+        fits = len(named.shape) == 2 and named.info.is_floating
+    else:
+        fits = isinstance(named, np.ndarray) and named.ndim == 2 and named.dtype.kind == "f"
+    return (named if fits else None), (
+        labels if isinstance(labels, (TensorRef, np.ndarray)) else None
+    )
 
 
 def _from_torch(file: Path) -> SavedFeatures:
     found, labels = torch_features(read_data(file))
-    features = _checked(None if found is None else found.load(), file)
-    given = None if labels is None else _labels(labels.load(), len(features))
-    return SavedFeatures(features=features, labels=given)
+    if isinstance(found, np.ndarray):  # the machine's own type, aligned
+        loaded: Tensor | None = torch.tensor(found.astype(np.float64))
+    else:
+        loaded = None if found is None else found.load()
+    features = _checked(loaded, file)
+    given = labels.load() if isinstance(labels, TensorRef) else labels
+    return SavedFeatures(features=features, labels=_labels(given, len(features)))
 
 
 def _from_npz(file: Path) -> SavedFeatures:
@@ -149,7 +159,7 @@ def _checked(found: Tensor | None, file: Path, named: Iterable[str] = ()) -> Ten
     return found.float()
 
 
-def _labels(found: Tensor | None, count: int) -> Tensor | None:
+def _labels(found: Tensor | npt.NDArray[Any] | None, count: int) -> Tensor | None:
     if found is None or found.shape != (count,):
         return None
     return parse_labels(found.tolist(), lambda row: f"row {row}").values

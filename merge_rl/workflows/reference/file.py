@@ -20,13 +20,16 @@ from merge_rl.storage.checkpoints import ModelFile, open_tensors
 from merge_rl.storage.files import (
     ArrayInfo,
     image_key,
+    is_image_name,
     npz_arrays,
     read_header,
     reference_file,
     save_tensors,
 )
-from merge_rl.storage.pickles import read_data
-from merge_rl.storage.runs import folder_kind, only_inside
+from merge_rl.storage.pickles import TensorRef, read_data
+from merge_rl.storage.pickles import kind_of as kind_of_data
+from merge_rl.storage.runs import described, folder_kind, only_inside
+from merge_rl.untrusted import open_file
 from merge_rl.workflows.reference.features import (
     FEATURE_KEYS,
     FEATURES_FORMAT,
@@ -111,11 +114,26 @@ def load_reference(
         loaded = read_npz(file)
     elif file.suffix.lower() in (".npy", *TORCH_SUFFIXES):
         loaded = from_features(load_features(file), file)
-    else:
+    elif file.suffix.lower() in ("", ".safetensors") and not file.is_dir():
         loaded = _from_safetensors(file)
+    else:
+        raise _no_statistics(file)
     if extractor is not None:
         loaded.require_extractor(extractor, sha256, path, dim)
     return loaded
+
+
+def _no_statistics(file: Path) -> StatisticsError:
+    """The refusal of what may hold no statistics, by its name or as a folder."""
+    if not file.is_dir():
+        open_file(file, StatisticsError).close()  # what is none at all is called so
+    found = described(file) if file.is_dir() else f"a file with the ending {file.suffix!r}"
+    pictures = file.suffix.lower() == ".zip" or is_image_name(file.name) or "images" in found
+    made = "; `mergerl reference` makes them of images" if pictures else ""
+    known = ", ".join((".safetensors", ".pkl", ".npz", ".npy", *TORCH_SUFFIXES))
+    return StatisticsError(
+        f"{file}: expected statistics or features as a file of {known}, found {found}{made}"
+    )
 
 
 def load_all_references(path: str | os.PathLike[str]) -> dict[str, Reference]:
@@ -128,10 +146,11 @@ def load_all_references(path: str | os.PathLike[str]) -> dict[str, Reference]:
 
 def _from_safetensors(path: Path) -> Reference:
     file = open_tensors(path)
-    if file.metadata.get("format") == FEATURES_FORMAT:
+    said = file.metadata.get("format")
+    if said == FEATURES_FORMAT or (said != FORMAT and file.weights.keys() & set(FEATURE_KEYS)):
         return from_features(load_features(path), path)
     found = set(file.weights) - {"labels"}
-    if file.metadata.get("format") != FORMAT or found not in _TENSORS:
+    if said != FORMAT or found not in _TENSORS:
         raise StatisticsError(f"{path}: expected reference statistics, found other tensors")
     return _from_tensors(file, path)
 
@@ -191,8 +210,21 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
     if suffix == ".npy":
         return "features"
     if suffix in TORCH_SUFFIXES and file.is_file():
-        return "model" if torch_features(read_data(file))[0] is None else "features"
+        return _of_saved(read_data(file), file)
     return "images" if suffix == ".zip" else "model"
+
+
+def _of_saved(data: object, file: Path) -> Kind:
+    if torch_features(data)[0] is not None:
+        return "features"
+    if isinstance(data, dict) and any(
+        isinstance(item, (TensorRef, dict)) for item in data.values()
+    ):
+        return "model"
+    raise StatisticsError(
+        f"{file}: expected features (N, D) of a floating type, alone or by name, or weights, "
+        f"found {data if isinstance(data, TensorRef) else kind_of_data(data)}"
+    )
 
 
 def _of_names(names: set[str]) -> Kind | None:
@@ -205,7 +237,7 @@ def _of_names(names: set[str]) -> Kind | None:
 def _of_arrays(arrays: Mapping[str, ArrayInfo], file: Path) -> Kind:
     pictures: Kind | None = "images" if image_key(arrays) else None
     alone: Kind | None = "features" if feature_key(arrays) else None
-    kind = _of_names(set(arrays)) or pictures or alone
+    kind = _of_names(set(arrays)) or alone or pictures
     if kind is None:
         listed = ", ".join(f"{name!r} {info}" for name, info in arrays.items())
         raise StatisticsError(

@@ -25,7 +25,7 @@ from torch import Tensor
 from merge_rl.config import whole_number
 from merge_rl.core.distances.statistics import FeatureStats, check_moments, feature_stats
 from merge_rl.errors import StatisticsError
-from merge_rl.storage.files import ArrayInfo, npz_arrays, read_array
+from merge_rl.storage.files import ArrayInfo, image_key, npz_arrays, read_array
 from merge_rl.storage.pickles import read_pickle
 from merge_rl.workflows.reference.features import SavedFeatures, feature_key, load_features
 
@@ -104,9 +104,9 @@ def read_npz(path: Path) -> Reference:
         return _from_moments(path, arrays)
     if feature_key(arrays):
         return from_features(load_features(path), path)
-    raise StatisticsError(
-        f"{path}: expected 'mu' and 'sigma', or 'reps', found {', '.join(map(repr, arrays))}"
-    )
+    made = "; `mergerl reference` makes statistics of images" if image_key(arrays) else ""
+    found = ", ".join(map(repr, arrays))
+    raise StatisticsError(f"{path}: expected 'mu' and 'sigma', or 'reps', found {found}{made}")
 
 
 def _from_moments(path: Path, arrays: Mapping[str, ArrayInfo]) -> Reference:

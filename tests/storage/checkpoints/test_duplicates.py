@@ -74,7 +74,7 @@ def test_one_other_value_is_another_checkpoint(folder: Path, place: int) -> None
     state["w"][place] += 1
     save_tensors(folder / "last.safetensors", state)
     opened = open_checkpoints(folder)
-    assert opened.names == ("last", "step_500", "step_750", "step_2000")
+    assert opened.names == ("step_500", "step_750", "step_2000", "last")
     assert opened.duplicates == {}
     assert opened.notes == []
 

@@ -90,6 +90,25 @@ def test_folders_of_files_to_convert_say_so(tmp_path: Path) -> None:
     assert told() == f"{makes} 3 .ckpt files there"
 
 
+def test_weights_a_folder_deeper_are_found_or_said_to_be_there(tmp_path: Path) -> None:
+    for name in ("step_500/m", "step_2000/m", "other/a", "other/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_tensors(tmp_path / f"{name}.safetensors", {"w": torch.zeros(1)})
+    # One of one name in every folder of a checkpoint is its network.
+    assert list_folder(tmp_path).names == ("step_500/m", "step_2000/m")
+    (tmp_path / "step_500/m.safetensors").rename(tmp_path / "step_500/n.safetensors")
+    lie = "no .safetensors files; some lie in other, step_500, step_2000: name the folder"
+    with pytest.raises(CheckpointError, match=lie):
+        list_folder(tmp_path)
+
+
+def test_a_link_to_nothing_is_no_checkpoint_less(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "a.safetensors", {"w": torch.zeros(1)})
+    (tmp_path / "b.safetensors").symlink_to("gone")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors: a link to nothing"):
+        list_folder(tmp_path)
+
+
 def test_a_selection_keeps_the_order(tracks: Path) -> None:
     whole = list_folder(tracks)
     assert whole.names == ("b", "raw/a", "ema/a")

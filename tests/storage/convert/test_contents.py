@@ -136,6 +136,17 @@ def omega(content: object) -> Record:
         ({"args": {"cfg_prob": 0}}, {"class_dropout": 0.0}),
         ({"args": {"cfg_prob": 1}}, {"class_dropout": 1.0}),
         *(({"args": {"cfg_prob": odd}}, {}) for odd in (-0.1, 1.1, True)),
+        (
+            {"args": '{"num_classes": 7, "train": {"batch_size": 64}}'},
+            {"num_classes": 7, "batch": 64},
+        ),
+        ({"config": "model:\n  num-heads: 3\n"}, {"num_heads": 3}),
+        ({"args": "[1, {"}, {}),
+        ({"model_args": {"num-classes": 7}, 1: {}}, {"num_classes": 7}),
+        (
+            {"num_classes": 7, "iteration": 5, "opt_args": {"num_heads": 2}},
+            {"num_classes": 7, "steps": 5},
+        ),
     ],
 )
 def test_what_a_file_says(data: Mapping[str, object], expected: dict[str, Any]) -> None:

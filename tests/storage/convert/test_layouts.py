@@ -12,7 +12,7 @@ import torch
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.convert.contents import NO_HINTS, Hints
 from merge_rl.storage.convert.layouts import files_in, place_of, read_library, steps_of
-from merge_rl.storage.convert.sources import files_of, list_files
+from merge_rl.storage.convert.sources import extract, files_of, list_files
 from merge_rl.storage.files import save_tensors
 
 
@@ -82,6 +82,26 @@ def test_folders_of_several(
     path = laid(tmp_path / folder, *names)
     assert place_of(path) is None
     assert files_in(path) == [path / name for name in files]
+
+
+def test_what_a_folder_of_bin_files_holds(tmp_path: Path) -> None:
+    index, shards = "a.bin.index.json", ["a-00001-of-00002.bin", "a-00002-of-00002.bin"]
+    folder = laid(
+        tmp_path / "models", index, *shards, "step_2000.bin", "step_500.bin", "optimizer.bin"
+    )
+    assert [file.name for file in files_in(folder)] == [index, "step_500.bin", "step_2000.bin"]
+    first = {"a.weight": torch.ones(2)}
+    torch.save(first, folder / shards[0])
+    torch.save({"b.weight": torch.zeros(1)}, folder / shards[1])
+    homes = {"a.weight": shards[0], "b.weight": shards[1]}
+    (folder / index).write_text(json.dumps({"weight_map": homes}))
+    (found,) = extract(folder / index)
+    assert (found.stem, found.tensors.keys()) == ("a", homes.keys())
+    torch.testing.assert_close(found.tensors["a.weight"].load(), first["a.weight"])
+    with pytest.raises(
+        CheckpointError, match=r"a-00001-of-00002\.bin: a shard of a model, expected"
+    ):
+        extract(folder / shards[0])
 
 
 def test_folders_that_hold_no_weights(tmp_path: Path) -> None:

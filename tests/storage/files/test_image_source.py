@@ -245,6 +245,19 @@ def test_why_labels_are_left_aside(odd: object, problem: str, tmp_path: Path) ->
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": twice}))
     with pytest.raises(ImageError, match=r"dataset\.json: img_0\.png has two labels, 0 and 4"):
         open_images(tmp_path)
+    (tmp_path / "dataset.json").write_text('{"labels": {"img_0.png": NaN, "img_1.png": 3}}')
+    assert open_images(tmp_path).label_problem.startswith("the label of img_0.png is nan")
+
+
+def test_labels_by_name_and_pictures_of_other_kinds(tmp_path: Path) -> None:
+    for i in range(2):
+        picture(IMAGES[i]).save(tmp_path / f"img_{i}.png")
+    picture(IMAGES[2]).save(tmp_path / "img_2.tga")
+    (tmp_path / "dataset.json").write_text('{"labels": {"img_1.png": "3e0", "img_0.png": 4}}')
+    found = open_images(tmp_path)
+    assert found.labels is not None
+    assert found.labels.tolist() == [4, 3]
+    assert found.left_out_text.endswith(": 1 images of a kind that is not read (.tga)")
 
 
 def test_labels_of_arrays(tmp_path: Path) -> None:

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from merge_rl.storage.files.naming import natural_key, reference_file, without_numbers
+from merge_rl.storage.files.naming import (
+    natural_key,
+    reference_file,
+    training_key,
+    without_numbers,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +26,9 @@ from merge_rl.storage.files.naming import natural_key, reference_file, without_n
         ["ckpt-5e5", "ckpt-1e6", "ckpt-2E6"],
         ["step_9500", "step_10k", "step_500k", "step_1M", "step_1.5M"],
         ["lr-1e-4-0", "lr-0.001-0", "lr-1e-2-0"],
+        ["step-750k-ema", "step-1000k-ema", "step-1.5m-ema", "step-1B-ema"],
+        ["iter_8Ki", "iter_16Ki", "iter_17k", "iter_1Mi"],
+        ["a\u0662.png", "a3.png", "a\u0661\u0660.png", "a\uff11\uff11.png"],
         ["run3a-1800x", "run3a-2k", "run12e5f"],
         ["a", "a0", "a00", "a01", "a1", "b"],
     ],
@@ -29,6 +37,14 @@ def test_the_natural_order(expected: list[str]) -> None:
     for seed in range(5):
         names = random.Random(seed).sample(expected, len(expected))
         assert sorted(names, key=natural_key) == expected
+
+
+def test_words_for_the_newest_come_last_in_a_training() -> None:
+    names = ["best", "500", "750", "LAST", "final_ema"]
+    assert sorted(names[-2::-1], key=training_key) == names[:-1]
+    assert training_key("final_ema") > training_key("model_750")
+    text = ["blast", "last-2", "net-5", "other"]  # no such words, or with a number
+    assert sorted(text, key=training_key) == text
 
 
 def test_numbers_may_be_of_any_length() -> None:

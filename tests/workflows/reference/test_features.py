@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.errors import MergeRLError, StatisticsError
+from merge_rl.storage.files import save_tensors
 from merge_rl.workflows.reference import kind_of, load_features, load_reference
 
 
@@ -122,3 +123,15 @@ def test_what_a_file_of_arrays_is_taken_for(tmp_path: Path) -> None:
         kind_of(path)
     torch.save({"net": torch.zeros(2, 2)}, tmp_path / "a.pt")
     assert kind_of(tmp_path / "a.pt") == "model"
+    big = FEATURES.numpy().astype(">f8")
+    for value in (big, {"reps": big, "labels": np.arange(len(big), dtype=">i4")}):
+        torch.save(value, tmp_path / "a.pt")
+        assert kind_of(tmp_path / "a.pt") == "features"
+        torch.testing.assert_close(load_reference(tmp_path / "a.pt").features, FEATURES)
+    for odd, found in ((list(FEATURES), "'list'"), (torch.ones(2, 2).long(), "int64")):
+        torch.save(odd, tmp_path / "a.pt")
+        with pytest.raises(StatisticsError, match=f"alone or by name, or weights, found .*{found}"):
+            kind_of(tmp_path / "a.pt")
+    # Whoever saved them.
+    save_tensors(tmp_path / "f.safetensors", {"features": FEATURES})
+    torch.testing.assert_close(load_reference(tmp_path / "f.safetensors").features, FEATURES)

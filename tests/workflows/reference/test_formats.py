@@ -258,13 +258,35 @@ def test_moments_of_one_image_are_refused(tmp_path: Path) -> None:
         load_reference(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("a.zip", r"a file with the ending '\.zip'; `mergerl reference` makes them of images"),
+        ("a.csv", r"a file with the ending '\.csv'$"),
+        ("pictures", r"images \(1 \.png\); `mergerl reference` makes them of images"),
+        ("nothing", "nothing$"),
+    ],
+)
+def test_what_holds_no_statistics_is_called_what_it_is(
+    name: str, told: str, tmp_path: Path
+) -> None:
+    for folder in ("pictures", "nothing"):
+        (tmp_path / folder).mkdir()
+    for file in ("a.zip", "a.csv", "pictures/a.png"):
+        (tmp_path / file).write_bytes(b"a")
+    message = r"expected statistics or features as a file of \.safetensors, .*\.pth, found " + told
+    with pytest.raises(StatisticsError, match=message):
+        load_reference(tmp_path / name)
+
+
 def test_kinds(tmp_path: Path, edm2: Path, shared_tiny: Path) -> None:
     for name in ("folder", "zip.zip"):
         (tmp_path / name).mkdir()
     (tmp_path / "model").mkdir()
     (tmp_path / "model/a.safetensors").touch()
     np.savez(tmp_path / "f.npz", reps=np.ones((2, 2)))
-    np.savez(tmp_path / "i.npz", arr_0=np.ones((2, 2)))
+    np.savez(tmp_path / "i.npz", arr_0=np.ones((2, 2, 2, 3), np.uint8))
+    np.savez(tmp_path / "arr.npz", np.ones((2, 2)))
     save_features(tmp_path / "f.safetensors", SavedFeatures(features=draw(3, 2)))
     expected: dict[str | Path, str] = {
         tmp_path / "folder": "images",
@@ -274,6 +296,7 @@ def test_kinds(tmp_path: Path, edm2: Path, shared_tiny: Path) -> None:
         tmp_path / "missing": "model",
         shared_tiny / "raw/tiny-0000100.safetensors": "model",
         tmp_path / "f.npz": "features",
+        tmp_path / "arr.npz": "features",
         tmp_path / "f.safetensors": "features",
         shared_tiny / "evaluation/reference.safetensors": "reference",
         f"{edm2}/tiny_ref.pkl#fid": "reference",
