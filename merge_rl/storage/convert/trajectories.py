@@ -20,7 +20,7 @@ from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import MAX_EMA_STD
 from merge_rl.storage.convert.contents import DEFAULT_BATCH, Extracted, Hints
 from merge_rl.storage.convert.layouts import POSTHOC
-from merge_rl.storage.pickles import TensorRef, kind_of
+from merge_rl.storage.pickles import ByteSource, Span, StorageRef, TensorRef, kind_of
 
 _COUNTS: Final = ("initted", "step")
 _NUMBERS: Final = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4"}
@@ -43,6 +43,13 @@ def is_average(data: Mapping[str, object], path: Path) -> bool:
 def weights_of(data: Mapping[str, object], path: Path) -> dict[str, object]:
     """The state dict of an average, in a mapping that says that it is one."""
     found = {k: v for k, v in data.items() if k not in (*_COUNTS, "sigma_rel")}
+    for name, value in found.items():
+        # ema-pytorch stores all in one type; torch's BatchNorm counts in whole numbers.
+        if str(name).endswith("num_batches_tracked") and _code(value) in _DIGITS:
+            count = min(_count(value, path), _INFINITE)
+            block = round(max(count, 0)).to_bytes(8, "little")
+            span = Span(ByteSource(block, str(path)), 0, len(block))
+            found[name] = TensorRef(StorageRef("I64", 1, span), 0, (), ())
     if not any(isinstance(value, TensorRef) for value in found.values()):
         raise CheckpointError(f"{path}: counts of an average, and no weights")
     inside = all(str(key).startswith("ema_model.") for key in found)

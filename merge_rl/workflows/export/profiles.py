@@ -153,7 +153,8 @@ def ema_coefficients(checkpoints: CheckpointSet, ema_std: float, nimg: int | Non
     if lacking:
         raise ConfigError(
             f"an EMA profile needs nimg and ema_std of every checkpoint; {lacking[0]!r} and "
-            f"{len(lacking) - 1} more have none (choose the EMA tracks with --track)"
+            f"{len(lacking) - 1} more have none (choose the EMA tracks with --track, or say the "
+            "widths of averages to convert, --ema-std)"
         )
     known = torch.tensor([float(t or 0) for t in times], dtype=torch.float64)
     end = float(nimg) if nimg is not None else float(known.max())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from merge_rl.config import MergeConfig, SearchConfig
@@ -184,6 +185,18 @@ def test_averages_that_begin_late_count_from_there(tmp_path: Path) -> None:
     torch.save({**state(), **counts, "sigma_rel": 0.2}, tmp_path / "run/1.1000.pt")
     (tmp_path / "run/0.1000.pt").unlink()
     convert(tmp_path / "run", tmp_path / "other", update_every=1)  # of two
+
+
+def test_counters_that_an_average_holds_as_numbers_are_whole_again(tmp_path: Path) -> None:
+    write_posthoc(tmp_path / "run", [70_000], indices=1)
+    file = tmp_path / "run/0.70000.pt"
+    counts = {"bn.num_batches_tracked": 300.0, "ln.num_batches_tracked": 70_000.0}  # the last: inf
+    more = {f"ema_model.{name}": torch.tensor(n).half() for name, n in counts.items()}
+    torch.save(torch.load(file) | more, file)
+    (path,) = convert(tmp_path / "run", tmp_path / "out").written
+    found = load_file(path)
+    assert [found[name].dtype for name in counts] == [torch.int64] * 2
+    assert [found[name].item() for name in counts] == [300, 65_520]
 
 
 def test_widths_are_listed_by_index() -> None:
