@@ -131,7 +131,7 @@ def hold(data: Mapping[str, object], kind: type[T], *, whole: bool = False) -> H
     few = [p for p, state in held.states.items() if parts.get(p, 4) * len(state) < most]
     for place in few:
         small = held.states.pop(place)
-        held.others += [_joined(place, name) for name in small][:3]
+        held.others = [_joined(place, name) for name in small][:3] + held.others  # before settings
     return held
 
 

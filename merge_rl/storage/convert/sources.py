@@ -40,7 +40,13 @@ from merge_rl.storage.convert.contents import (
 )
 from merge_rl.storage.convert.distcp import files_of_metadata, read_distcp
 from merge_rl.storage.convert.layouts import Place, files_in, place_of, read_library, steps_of
-from merge_rl.storage.convert.states import INDEX, holds_states, read_only_state, read_states
+from merge_rl.storage.convert.states import (
+    INDEX,
+    holds_states,
+    only_network,
+    read_only_state,
+    read_states,
+)
 from merge_rl.storage.convert.trajectories import (
     SHADOWS,
     arranged,
@@ -50,12 +56,7 @@ from merge_rl.storage.convert.trajectories import (
     weights_of,
     with_profile,
 )
-from merge_rl.storage.files import (
-    is_weights_name,
-    network_name,
-    open_weights,
-    parse_index,
-)
+from merge_rl.storage.files import is_weights_name, network_name, open_weights, parse_index
 from merge_rl.storage.pickles import (
     ByteSource,
     Span,
@@ -88,7 +89,9 @@ def list_files(
             if not within and has_manifest(item):
                 raise CheckpointError(f"{item}: a set of .safetensors already, nothing to convert")
             if not within:
-                raise CheckpointError(f"{item}: holds no .pkl or .pt files to convert")
+                raise CheckpointError(
+                    f"{item}: holds no checkpoints to convert (.pkl, .pt, .pth, .ckpt, folders)"
+                )
         elif not item.exists():
             raise CheckpointError(f"{item}: no such file or folder")
         else:
@@ -253,7 +256,9 @@ def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
         return [edm2_source.read_snapshot(data, path)]
     if edm2_source.is_training_state(data):
         return edm2_source.read_training_state(data, path, weights)
-    if holds_states(data):
+    if hints.part is None and not holds_states(data):
+        hints = replace(hints, part=only_network(data, path))
+    if hints.part is not None or holds_states(data):
         return read_states(data, path, weights, hints)
     if any(str(key).startswith("optim") or key == "opt" for key in data):
         raise CheckpointError(f"{path}: the state of an optimizer, and no weights of a network")

@@ -26,7 +26,7 @@ from merge_rl.storage.convert.contents import (
 from merge_rl.storage.convert.families import PROJECTORS, find_family, fitting, is_foreign, path_of
 from merge_rl.storage.convert.sit import ROTATIONS, describe_jit, describe_sit
 from merge_rl.storage.files import parse_index
-from merge_rl.storage.pickles import TensorRef, read_data
+from merge_rl.storage.pickles import TensorRef, read_data, shown
 
 _STEP: Final = re.compile(r"(?:.*[-_.])?(\d{7,9})")
 State = Mapping[str, TensorRef]
@@ -60,10 +60,13 @@ def read_states(
     if hints.part is not None:
         data = part_of(data, hints.part, path)
         if not holds_states(data):
-            raise CheckpointError(f"{path}: holds no tensors whose names begin with {hints.part}.")
+            raise CheckpointError(
+                f"{path}: holds nothing of the name {hints.part} that is a network, and no tensors "
+                f"whose names begin with {hints.part}."
+            )
     held, found = hold(data, TensorRef), list[Extracted]()
-    if hints.part is None and not any(map(_is_known, held.states.values())):
-        held = hold(data, TensorRef, whole=whole)
+    if not any(map(_is_known, held.states.values())):
+        held = hold(data, TensorRef, whole=whole or hints.part is not None)
     said = read_said(data if config is None else {**data, "config": config})
     for place in _wanted(held, path, weights):
         tensors = state_dict(held.states[place], f"{path}, {place}" if place else str(path))
@@ -82,15 +85,33 @@ def read_states(
         if placed:  # else names alone say the place
             track = _track_of(place)
             item = replace(item, folder=track, track=track)
-        if placed or steps is not None:
+        if placed or steps is not None or hints.part is not None:
             item = _trained(item, said, hints, steps)
         left = [*(other for other in held.states if other != place), *held.others]
         if left and weights != "both":
             what = f"took {place or 'the weights'}" + " (an average)" * is_average(place)
-            note = f"{what}; the file holds beside it: {', '.join(left[:8])}"
+            more = f" and {len(left) - 8} more" * (len(left) > 8)
+            note = f"{what}; the file holds beside it: {', '.join(left[:8])}{more}"
             item = replace(item, notes=(*item.notes, note))
         found.append(item)
     return found
+
+
+def only_network(data: Mapping[str, object], path: Path) -> str | None:
+    """The key of the one state dict under a name of the training program's own, None without any.
+
+    Raises CheckpointError for several, such as generator and discriminator.
+    """
+    found = [
+        key
+        for key, value in data.items()
+        if isinstance(key, str) and isinstance(value, dict) and value
+        if all(isinstance(k, str) and isinstance(t, TensorRef) for k, t in value.items())
+    ]
+    if len(found) > 1:
+        listed = ", ".join(shown(key, 30) for key in found[:8])
+        raise CheckpointError(f"{path}: holds several networks, {listed}; --part NAME takes one")
+    return found[0] if found else None
 
 
 def read_only_state(path: Path) -> dict[str, TensorRef]:
@@ -163,13 +184,19 @@ def _prefix_of(state: State) -> str:
 
 
 def part_of(data: Mapping[str, object], part: str, path: Path) -> dict[str, object]:
-    """The tensors of one part of a model, wherever in data, without its name before theirs."""
+    """The tensors of one part of a model, wherever in data, without its name before theirs.
+
+    It may be a state dict under its name, or tensors whose names begin with it.
+    """
     found: dict[str, object] = {}
     for key, value in data.items():
+        if key == part and isinstance(value, dict):
+            found |= value
+            continue
         inner = part_of(value, part, path) if isinstance(value, dict) else {}
         if isinstance(value, TensorRef) and str(key).startswith(f"{part}."):
             found[str(key).removeprefix(f"{part}.")] = value
-        elif any(isinstance(item, (TensorRef, dict)) for item in inner.values()):
+        elif inner:  # settings too, which say the images of a step
             found[key] = inner
         elif not isinstance(value, (TensorRef, dict)):
             found[key] = value

@@ -599,7 +599,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"missing\.pkl: no such file"):
         convert(tmp_path / "missing.pkl", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="holds no .pkl or .pt files"):
+    with pytest.raises(CheckpointError, match="holds no checkpoints to convert"):
         convert(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(RunError, match="expected a folder to write to, found a file"):
         convert(source, source)

@@ -113,7 +113,7 @@ def test_folders_that_hold_no_weights(tmp_path: Path) -> None:
             "holds several networks, unet, vae; name",
         ),
         ("c", ["optimizer.bin"], "holds optimizer.bin, what training goes on with, and no weights"),
-        ("d", ["x.txt"], "holds no .pkl or .pt files to convert"),
+        ("d", ["x.txt"], "holds no checkpoints to convert"),
     ):
         with pytest.raises(CheckpointError, match=f"{name}: {told}"):
             list_files(laid(tmp_path / name, *names))

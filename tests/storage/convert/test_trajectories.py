@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -286,6 +287,24 @@ def test_one_part_of_a_model_is_taken_by_name(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ folders
 
 
+def test_a_network_under_any_name_is_taken_where_it_is_the_only_one_or_meant(
+    tmp_path: Path,
+) -> None:
+    own = {f"net.{name}" if "first" in name else name: t for name, t in state().items()}
+    kept = {
+        "score": own,
+        "optimizer": {"state": {0: state()}},
+        "step": 5,
+        "args": {"batch_size": 3},
+    }
+    for data, part in ((kept, None), ({**kept, "critic": state(1)}, "score")):
+        torch.save(data, tmp_path / "a.pt")
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        (path,) = convert(tmp_path / "a.pt", tmp_path / "set", part=part).written
+        assert load_file(path).keys() == own.keys()
+        assert read_manifest(tmp_path / "set").checkpoints[0].nimg == 15
+
+
 def test_folders_of_accelerate(tmp_path: Path) -> None:
     for steps in (100, 200):
         folder = tmp_path / f"run/checkpoint-{steps}"
@@ -453,6 +472,7 @@ def test_pickled_shards_are_one_checkpoint(tmp_path: Path) -> None:
     [
         ({"state_dict": {}, "epoch": 1, "global_step": 2}, None, "holds no tensors of a network"),
         ({"unet.a": torch.ones(1)}, "vae", "no tensors whose names begin with vae."),
+        ({"G": state(), "D": state(1)}, None, "several networks, G, D; --part NAME takes one"),
         ({"opt": {"state": {}}}, None, "the state of an optimizer, and no weights"),
     ],
 )
