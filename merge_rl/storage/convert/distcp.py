@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -26,7 +27,9 @@ from merge_rl.storage.pickles import (
     shown,
 )
 
-_OPTIMIZER: Final = ("optim", "optimizer", "optimizers", "opt_state")
+_OPTIMIZER: Final = re.compile(r"(?:optim(?:izers?)?|opt_state)(?:_[0-9]+)?\.")
+# What holds network and optimizer as one object, `app` in torch's own recipe.
+_HOLDER: Final = re.compile(rf"([^.]+)\.{_OPTIMIZER.pattern}(?:state|param_groups)\.")
 _MOST_PARTS: Final = 1024  # of a tensor that is cut along several axes
 _Place = tuple[str, int, int]  # file, offset, length
 
@@ -75,9 +78,12 @@ def read_distcp(metadata: Path) -> dict[str, TensorRef]:
     described, stored = _tables(metadata)
     sources: dict[str, ByteSource] = {}
     found: dict[str, TensorRef] = {}
+    holders = {f"{match[1]}." for match in map(_HOLDER.match, described) if match}
     for name, record in described.items():
+        first = name.partition(".")[0] + "."
+        own = name.removeprefix(first) if first in holders else name
         sizes = _field(record, "size")
-        if sizes is None or name.partition(".")[0] in _OPTIMIZER:
+        if sizes is None or _OPTIMIZER.match(own):
             continue  # plain objects: counts, options, settings
         shape = _whole(sizes, metadata, name)
         parts = [
@@ -86,7 +92,7 @@ def read_distcp(metadata: Path) -> dict[str, TensorRef]:
         ]
         _require_cover(metadata, name, shape, parts)
         alone = len(parts) == 1 and parts[0][1].shape == shape
-        found[name] = parts[0][1] if alone else PiecedRef(shape, parts)
+        found[own] = parts[0][1] if alone else PiecedRef(shape, parts)
     if not found:
         raise CheckpointError(
             f"{metadata.parent}: holds the state of an optimizer or none, and no weights"

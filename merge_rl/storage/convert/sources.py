@@ -163,7 +163,8 @@ def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
             ]
         data: dict[str, Any] = dict(_tensors_of(place.weights))
         averages, left = _averages(place, data)
-        left += lacking
+        others = sorted(path.glob("*model_[0-9].*")) if place.kind == "accelerate" else []
+        left += [*lacking, *(f"left {o.name}, another network beside this one" for o in others)]
         if averages:
             data = {"model": data, **averages}
         found = read_states(data, path, weights, hints, steps=steps_of(path))
@@ -201,6 +202,7 @@ def _averages(place: Place, weights: Mapping[str, Any]) -> tuple[dict[str, Any],
             # A safetensors file keeps no order, in which an average without names would lie.
             ordered = not is_weights_name(place.weights.name)
             named = named_like(listed, weights if ordered else {})
+            named = kept if weights.keys() <= kept.keys() else named  # registered as it is
         if named and "ema" not in found:
             found["ema"] = named
         else:

@@ -323,6 +323,11 @@ def test_folders_of_accelerate(tmp_path: Path) -> None:
     assert {entry.nimg for entry in entries} == {400, 800}
     ema = open_checkpoints(tmp_path / "set", track="ema")
     assert torch.equal(ema.read(0)["first.bias"], state(101)["first.bias"])
+    torch.save(state(7), folder / "custom_checkpoint_0.pkl")  # registered as it is
+    save_tensors(folder / "model_1.safetensors", {"d": torch.ones(2)}, {"format": "pt"})
+    assert "left model_1.safetensors, another network" in heard(folder, tmp_path / "plain")
+    ema = load_file(tmp_path / "plain/ema/checkpoint-200.safetensors")
+    assert torch.equal(ema["first.bias"], state(7)["first.bias"])
     # The order of an average without names is not that of a safetensors file.
     torch.save({"shadow_params": list(state(9).values())}, folder / "custom_checkpoint_0.pkl")
     said = heard(folder, tmp_path / "other")
@@ -395,14 +400,16 @@ def test_distributed_checkpoints_as_torch_writes_them(tmp_path: Path) -> None:
     optimizer = torch.optim.Adam(net.parameters())
     optimizer.step()
     expected = {"block.0.weight": net.weight.detach(), "block.0.bias": net.bias.detach()}
-    data = {"model": expected, "optimizer": optimizer.state_dict(), "step": 7}
-    save_distributed(data, tmp_path / "run/step_7")
+    data = {"model": expected, "optimizer": optimizer.state_dict()}
+    twice = {"model": {k: 2 * v for k, v in expected.items()}, "optim": optimizer.state_dict()}
+    save_distributed({"app": twice}, tmp_path / "run/step_6")  # as torch's own recipe does
+    save_distributed({**data, "step": 7}, tmp_path / "run/step_7")
     convert(tmp_path / "run", tmp_path / "set", images_per_step=1, format="distcp")
     opened = open_checkpoints(tmp_path / "set")
-    assert opened.nimg == [7]
-    found = opened.read(0)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[k], expected[k]) for k in expected)
+    assert opened.nimg == [6, 7]
+    for found, scale in zip(map(opened.read, (0, 1)), (2, 1), strict=True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[k], scale * expected[k]) for k in expected)
     (tmp_path / "run/step_7/__0_0.distcp").write_bytes(b"")
     with pytest.raises(CheckpointError, match="truncated"):
         convert(tmp_path / "run", tmp_path / "other")
