@@ -167,6 +167,9 @@ def _entries_by_name(folder: Path) -> tuple[CheckpointEntry, ...]:
     files = weights_in(folder)
     if not files:
         raise CheckpointError(f"{folder}: no .safetensors files{instead_of_weights(folder)}")
+    if any((file.parent / "adapter_config.json").is_file() for file in files):
+        how = "as factors or as products (--adapters)"
+        raise CheckpointError(f"{folder}: adapters; `mergerl convert` makes a set of them, {how}")
     names = [file.relative_to(folder) for file in files]
     several = len({averaged(name) for name in names}) > 1
     progress = [parse_stem(network_name(name)) for name in names]

@@ -126,7 +126,7 @@ def as_products(
         elif ".lora_" in name:
             raise CheckpointError(f"{folder}: {name} is no factor of a layer; take its factors")
         else:
-            found[name.removeprefix("base_model.model.")] = tensor
+            found[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
     for layer, pair in factors.items():
         if pair.keys() != {"A", "B"}:
             raise CheckpointError(f"{folder}: {layer} has lora_{next(iter(pair))} alone")

@@ -163,7 +163,7 @@ def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
             ]
         data: dict[str, Any] = dict(_tensors_of(place.weights))
         averages, left = _averages(place, data)
-        others = sorted(path.glob("*model_[0-9].*")) if place.kind == "accelerate" else []
+        others = sorted(path.glob("*model_[0-9].*"))
         left += [*lacking, *(f"left {o.name}, another network beside this one" for o in others)]
         if averages:
             data = {"model": data, **averages}
@@ -200,9 +200,8 @@ def _averages(place: Place, weights: Mapping[str, Any]) -> tuple[dict[str, Any],
         elif named is None:
             listed = next((kept[k] for k in SHADOWS if k in kept), None)
             # A safetensors file keeps no order, in which an average without names would lie.
-            ordered = not is_weights_name(place.weights.name)
-            named = named_like(listed, weights if ordered else {})
-            named = kept if weights.keys() <= kept.keys() else named  # registered as it is
+            order = {} if is_weights_name(place.weights.name) else weights
+            named = kept if weights.keys() <= kept.keys() else named_like(listed, order)
         if named and "ema" not in found:
             found["ema"] = named
         else:
@@ -212,10 +211,8 @@ def _averages(place: Place, weights: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 def _read_adapter(path: Path, file: Path, hints: Hints) -> Extracted:
     config, tensors = adapter_config(path), _tensors_of(file)
-    if hints.adapters == "products":
-        tensors = as_products(tensors, config, path)
-    else:
-        tensors = as_factors(tensors, path)
+    products = hints.adapters == "products"
+    tensors = as_products(tensors, config, path) if products else as_factors(tensors, path)
     steps, batch = steps_of(path), hints.images_per_step or DEFAULT_BATCH
     return Extracted(
         path=path, tensors=tensors, config={}, stem=path.name,
@@ -264,8 +261,8 @@ def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
         return read_states(data, path, weights, hints)
     if any(str(key).startswith("optim") or key == "opt" for key in data):
         raise CheckpointError(f"{path}: the state of an optimizer, and no weights of a network")
-    keys = [shown(key, 30) for key in data if isinstance(key, str)][:8]
-    raise _unknown(path, f"a mapping with the keys {', '.join(keys) or '(none)'}")
+    keys = ", ".join([shown(key, 30) for key in data if isinstance(key, str)][:8])
+    raise _unknown(path, f"a mapping with the keys {keys or '(none)'}")
 
 
 def _unknown(path: Path, found: str) -> CheckpointError:

@@ -326,8 +326,8 @@ def test_folders_of_accelerate(tmp_path: Path) -> None:
     torch.save(state(7), folder / "custom_checkpoint_0.pkl")  # registered as it is
     save_tensors(folder / "model_1.safetensors", {"d": torch.ones(2)}, {"format": "pt"})
     assert "left model_1.safetensors, another network" in heard(folder, tmp_path / "plain")
-    ema = load_file(tmp_path / "plain/ema/checkpoint-200.safetensors")
-    assert torch.equal(ema["first.bias"], state(7)["first.bias"])
+    registered = load_file(tmp_path / "plain/ema/checkpoint-200.safetensors")
+    assert torch.equal(registered["first.bias"], state(7)["first.bias"])
     # The order of an average without names is not that of a safetensors file.
     torch.save({"shadow_params": list(state(9).values())}, folder / "custom_checkpoint_0.pkl")
     said = heard(folder, tmp_path / "other")
@@ -560,10 +560,15 @@ def test_alpha_and_rank_as_the_settings_say(
 def test_whole_weights_of_an_adapter_are_told_from_changes(tmp_path: Path) -> None:
     factors = write_adapter(tmp_path / "a", 2, 0, modules_to_save=["head"])
     held = {**factors, "base_model.model.head.weight": torch.ones(3)}
+    held["base_model.model.first.base_layer.bias"] = torch.ones(4)
     save_tensors(tmp_path / "a/adapter_model.safetensors", held, {"format": "pt"})
     said = heard(tmp_path / "a", tmp_path / "set", adapters="products")
-    assert "head.weight: no changes but weights, which take the place of the base's" in said
-    assert torch.equal(open_checkpoints(tmp_path / "set").read(0)["head.weight"], torch.ones(3))
+    assert "head.weight, first.bias: no changes but weights, which take the place" in said
+    found = open_checkpoints(tmp_path / "set").read(0)
+    assert torch.equal(found["head.weight"], torch.ones(3))
+    assert torch.equal(found["first.bias"], torch.ones(4))
+    with pytest.raises(CheckpointError, match="adapters; `mergerl convert` makes a set of them"):
+        open_checkpoints(tmp_path / "a")
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
