@@ -47,7 +47,8 @@ def finetune(
     ] = None,
     settings: Mapping[str, Any],
     track: Annotated[
-        list[str] | None, typer.Option(help="Series of a set whose newest checkpoint is meant.")
+        list[str] | None,
+        typer.Option(metavar="<str>", help="Series of a set whose newest checkpoint is meant."),
     ] = None,
     resume: Annotated[
         bool,

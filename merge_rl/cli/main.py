@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import signal
@@ -112,6 +113,10 @@ def command_line(*homes: str, listed: bool = False) -> typer.Typer:
             continue
         module, _, register = home.partition(":")
         getattr(import_module(f"merge_rl.cli.{module}"), register)(made)
+    for command in made.registered_commands:
+        # The help breaks lines where the terminal ends, not where those of the source do.
+        text = command.help or inspect.getdoc(command.callback) or ""
+        command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
     return made
 
 

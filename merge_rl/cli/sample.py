@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 def sample(
     models: Annotated[
         list[Path],
-        typer.Argument(metavar="MODEL...", help=MODEL_HELP),
+        typer.Argument(metavar="MODEL", help=MODEL_HELP),
     ],
     settings: Mapping[str, Any],
     out: Annotated[

@@ -169,7 +169,7 @@ class SingleMergeConfig:
     uniform: bool = setting(False, "The plain average.", flag="--uniform")
     track: str | None = setting(None, "Series of the manifest to use.", flag="--track", unset="all")
     network: str | None = setting(
-        None, "Your own, package.module:factory: which tensors are buffers.", flag="--network",
+        None, "Your own, package.module:factory, for which tensors are buffers.", flag="--network",
         unset="that of the set",
     )  # fmt: skip
     base: str = setting("newest", "Checkpoint whose buffers are carried; by name.", flag="--base")

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import struct
+import string
 import subprocess
 import sys
 import zlib
@@ -90,6 +91,7 @@ def test_every_command_helps(command: str, mergerl: Mergerl) -> None:
         assert (code, err) == (0, "")
         assert f"mergerl {command}" in out
         assert "--json" in out
+        assert set(out) <= {*string.printable, *"╭─╮│╰╯"}  # ":factory:" would be a picture
 
 
 def test_the_commands_are_listed(mergerl: Mergerl) -> None:
@@ -104,6 +106,8 @@ def test_each_command_is_registered_where_it_is_said_to_be() -> None:
     for home, names in main_module.COMMANDS.items():
         alone = typer.main.get_command(main_module.command_line(home))
         assert list(alone.commands) == list(names)  # type: ignore[attr-defined]
+        for command in alone.commands.values():  # type: ignore[attr-defined]
+            assert "\n" not in command.help.replace("\n\n", "")  # lines of the source
     everything = typer.main.get_command(main_module.command_line())
     assert set(COMMANDS) <= set(everything.commands)  # type: ignore[attr-defined]
 

@@ -35,7 +35,7 @@ from merge_rl.errors import ConfigError
 # The parameter of a command's function that receives what was said about settings.
 SETTINGS: Final = "settings"
 FILE, PRESET, PAIRS = "said_in_file", "said_by_preset", "said_in_pairs"
-WIDEST_METAVAR: Final = 24  # choices that need more room go to the help text
+WIDEST_METAVAR: Final = 18  # choices that need more room go to the help text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def _parameter(setting: Setting) -> Parameter:
         listed = "|".join(about.choices)
         if len(listed) <= WIDEST_METAVAR:
             metavar = listed
-        else:
+        elif any(choice not in text for choice in about.choices):
             text += f" One of {', '.join(about.choices)}."
     option = typer.Option(
         about.flag, help=escape(text), metavar=metavar, rich_help_panel=about.panel or None,
