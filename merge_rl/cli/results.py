@@ -116,12 +116,14 @@ def _print_gain(comparison: Comparison | SamplerComparison, other: str) -> None:
 
 
 def _print_second(second: SecondScores) -> None:
+    from merge_rl.workflows.report import metric_text
+
     gain, entries = second.gain(), second.as_dict()["entries"]
     if math.isnan(gain.mean):
         return
     means = " to ".join(f"{entries[entry]['mean']:.4g}" for entry in ("start", "result"))
     tell(
-        f"{second.name.upper()} to the reference, start to result: {means}, "
+        f"{metric_text(second.name)} to the reference, start to result: {means}, "
         f"gained {gain.mean:+.4g} [{gain.low:+.4g}, {gain.high:+.4g}]"
     )
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import signal
-import struct
 import string
+import struct
 import subprocess
 import sys
 import zlib

@@ -24,7 +24,7 @@ from merge_rl.interfaces import Tracker
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.evaluate.features import sampler_summary
 from merge_rl.workflows.evaluate.score_store import Request, ScoreStore
-from merge_rl.workflows.report import interval
+from merge_rl.workflows.report import interval, metric_text
 from merge_rl.workflows.rollout import MergedRollout
 
 ENTRIES = ("start", "uniform", "best single", "result")
@@ -123,7 +123,7 @@ class Comparison(_Table):
             return []
         others = [("held-out FID", self.gain("start", "heldout"))] if self._held_out else []
         if self.second is not None:
-            others.append((f"{self.second.name.upper()} to the reference", self.second.gain()))
+            others.append((f"{metric_text(self.second.name)} to the reference", self.second.gain()))
         return [
             f"FID to the reference improved by {interval(gained, '+.4g')}, but {what} did not, "
             f"{interval(gain, '+.4g')}: the gain may be one of what was optimised alone"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         floor_lines,
         interval,
         markdown_table,
+        metric_text,
         number,
     )
     from merge_rl.workflows.report.plots import draw_run
@@ -52,6 +53,7 @@ __all__ = [
     "floor_lines",
     "interval",
     "markdown_table",
+    "metric_text",
     "number",
     "outcome",
     "run_verdict",
@@ -67,7 +69,7 @@ __all__ = [
 _HOMES: Final = {
     "compare_page": "write_comparison",
     "figures": "can_draw drawing steps_axis",
-    "markup": "NAMES few_columns floor_lines interval markdown_table number",
+    "markup": "NAMES few_columns floor_lines interval markdown_table metric_text number",
     "plots": "draw_run",
     "results": (
         "CompareResult EvaluateResult Score SearcherScore Verdict compare_verdict "

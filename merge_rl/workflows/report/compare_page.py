@@ -8,7 +8,14 @@ from typing import Any
 
 from merge_rl.errors import ConfigError
 from merge_rl.storage.files import write_text
-from merge_rl.workflows.report.markup import NAMES, Row, floor_lines, interval, markdown_table
+from merge_rl.workflows.report.markup import (
+    NAMES,
+    Row,
+    floor_lines,
+    interval,
+    markdown_table,
+    metric_text,
+)
 from merge_rl.workflows.report.plots import draw_comparison
 from merge_rl.workflows.report.results import compare_verdict, ranged
 
@@ -32,7 +39,7 @@ def quality_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
 
 def others_of(document: Mapping[str, Any]) -> list[str]:
     """The metrics beside FID; those of an earlier release have none."""
-    return [name.upper() for name in document["searchers"][0].get("others", {})]
+    return [metric_text(name) for name in document["searchers"][0].get("others", {})]
 
 
 def _references(document: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -82,21 +82,30 @@ def span_of(values: Sequence[Mapping[str, Any]], *, zero: bool = False) -> Span:
 
 
 def heat_table(
-    corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[float]], *, set_off: int = 0
+    corner: str,
+    columns: Sequence[str],
+    rows: Mapping[str, Sequence[float]],
+    *,
+    apart: Container[str] = (),
 ) -> Safe:
     """Numbers with shades by sign and size, as text: legible at any number of rows and columns.
 
-    The first `set_off` columns and the row "sum" are others than the rest, and stand apart.
+    Rows and columns of the names in `apart` are others than the rest, and bear no shade.
     """
-    own = [row[set_off:] for name, row in rows.items() if name != "sum"]
-    largest = max((abs(v) for row in own for v in row if math.isfinite(v)), default=1.0)
+    own = [
+        value
+        for name, row in rows.items()
+        for column, value in zip(columns, row, strict=True)
+        if name not in apart and column not in apart and math.isfinite(value)
+    ]
+    largest = max(map(abs, own), default=0.0) or 1.0
     head = tag("tr", tag("th", corner), *(tag("th", tag("span", c), scope="col") for c in columns))
     body = [
         tag(
             "tr", tag("th", name, scope="row"),
             *(
-                _shade(v, largest or 1.0, apart=i < set_off or name == "sum")
-                for i, v in enumerate(row)
+                _shade(value, largest, apart=name in apart or column in apart)
+                for column, value in zip(columns, row, strict=True)
             ),
         )
         for name, row in rows.items()
@@ -162,15 +171,22 @@ LARGE: Final = 256  # pixels a side, to which larger pictures are scaled down
 GRID: Final = 1200
 
 
+def pictured(folder: Path) -> Mapping[str, Any] | None:
+    """Size, seeds and labels of the images of either end, where a search kept some."""
+    if not (folder / SAMPLES).is_file():
+        return None
+    with open_file(folder / SAMPLES, RunError) as file:
+        return load_json_mapping(file.read(), str(folder / SAMPLES), RunError)
+
+
 def before_after(folder: Path, captions: Mapping[str, str]) -> Safe:
     """Tiles of start and result on equal seeds, of what `optimize` kept; nothing without it.
 
     `captions` are the scores beneath the titles.
     """
-    if not (folder / SAMPLES).is_file():
+    record = pictured(folder)
+    if record is None:
         return NOTHING
-    with open_file(folder / SAMPLES, RunError) as file:
-        record = load_json_mapping(file.read(), str(folder / SAMPLES), RunError)
     panels = []
     for entry, title in TITLES.items():
         path = folder / "samples" / f"{entry}.png"

@@ -16,6 +16,14 @@ Row = list[str]
 NAMES: Final = {"heldout": "held-out", "reference": "reference"}
 
 
+ABBREVIATED: Final = frozenset({"fd", "fid", "kid", "mmd", "prdc"})
+
+
+def metric_text(name: str) -> str:
+    """A metric's name as people write it: "quadratic-mmd" as quadratic MMD."""
+    return " ".join(word.upper() if word in ABBREVIATED else word for word in name.split("-"))
+
+
 def number(value: float | None, form: str = ".3f") -> str:
     """Three decimals, or as a format says; words for None and NaN."""
     return "not finite" if value is None or math.isnan(value) else format(value, form)

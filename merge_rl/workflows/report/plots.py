@@ -86,9 +86,11 @@ def gap(axis: Axes, events: Events) -> None:
         return
     images = [event["images"] for event in known]
     axis.axhline(0, color="0.6", linewidth=1)
-    axis.plot(images, [100 * event["gap"] for event in known], ".", alpha=0.5, label="one refresh")
-    means = [event.get("gap_mean", event["gap"]) for event in known]
-    axis.plot(images, [100 * mean for mean in means], label="running mean")
+    gaps = [100 * event["gap"] for event in known]
+    means = [(e["images"], 100 * e["gap_mean"]) for e in known if "gap_mean" in e]
+    axis.plot(images, gaps, "." if means else "-o", markersize=3, label="one refresh")
+    if means:
+        axis.plot(*zip(*means, strict=True), label="running mean")
     damped = [(e["images"], 100 * e["gap"]) for e in known if e.get("damped")]
     if damped:
         axis.plot(*zip(*damped, strict=True), "x", color="C3", label="step made smaller")

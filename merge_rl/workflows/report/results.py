@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from merge_rl.workflows.report.markup import NAMES, interval, number
+from merge_rl.workflows.report.markup import NAMES, interval, metric_text, number
 
 Outcome = Literal["better", "worse", "no clear difference", "not finite"]
 Tone = Literal["good", "bad", "even"]
@@ -244,7 +244,7 @@ class EvaluateResult(dict[str, Any]):
 
     def __repr__(self) -> str:
         lines = [
-            f"{metric.upper()} {found}, {NAMES.get(key, key)}{f' ({name})' if name else ''}"
+            f"{metric_text(metric)} {found}, {NAMES.get(key, key)}{f' ({name})' if name else ''}"
             for name, section in self.scores.items()
             for metric, of in section.items()
             for key, found in of.items()

@@ -8,11 +8,7 @@ from pathlib import Path
 
 from merge_rl.config import OptimizeConfig
 from merge_rl.storage.runs import RunDir
-from merge_rl.workflows.report.elements import (
-    before_after,
-    facts,
-    headline,
-)
+from merge_rl.workflows.report.elements import TITLES, before_after, facts, headline, pictured
 from merge_rl.workflows.report.markup import (
     NAMES,
     Safe,
@@ -145,6 +141,8 @@ def _cost(run: RunFacts) -> Safe:
             result["checkpoints"]
         )
         images["final comparison"] = entries * repeated + selection
+    shown = pictured(run.path)
+    images["pictures"] = len(TITLES) * len(shown["labels"]) if shown else 0
     kept = {name: count for name, count in images.items() if count}
     said = f"{sum(kept.values()):,} images in all, in {result['rounds']:,} rounds"
     return cost_section(kept, [said, *sentences])

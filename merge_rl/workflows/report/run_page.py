@@ -15,6 +15,7 @@ from merge_rl.workflows.report.markup import (
     floor_lines,
     interval,
     markdown_table,
+    metric_text,
     number,
 )
 from merge_rl.workflows.report.results import run_verdict
@@ -86,7 +87,7 @@ def _comparison(comparison: Mapping[str, Any]) -> list[str]:
     if second is not None:
         entries = {name: interval(value, ".4g") for name, value in second["entries"].items()}
         parts.append(
-            f"{second['metric'].upper()} to the reference: start {entries['start']}, result "
+            f"{metric_text(second['metric'])} to the reference: start {entries['start']}, result "
             f"{entries['result']}, gained {interval(second['gain_over_start'], '+.4g')}."
         )
     sde = comparison.get("sde")

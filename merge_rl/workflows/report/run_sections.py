@@ -18,6 +18,7 @@ from merge_rl.workflows.report.markup import (
     interval,
     joined,
     listed,
+    metric_text,
     section,
     table,
     tag,
@@ -111,7 +112,7 @@ def searched(run: RunFacts) -> Safe:
     if any(event.get("heldout") is not None for event in shown):
         text += " Where the held-out curve does not follow, the gain is one of the reference."
     if levels:
-        text += " Lines across: merges that need no search, and real images against real ones."
+        text += f" Lines across: {' and '.join(_across(levels))}."
     drawn = chart(lambda axes: progress(axes[0], shown, levels), CHART, "distance along the search")
     found = [figure(drawn, text)]
     if any(event.get("gap") is not None for event in shown):
@@ -120,6 +121,15 @@ def searched(run: RunFacts) -> Safe:
         found.append(figure(drawn, text))
     said = listed(search_lines(run.result)) if run.result else NOTHING
     return section("The search", charts(*found), said)
+
+
+FLOOR: Final = "floor: real against real"
+
+
+def _across(levels: Mapping[str, float]) -> list[str]:
+    """What the lines of the chart are."""
+    merges = ["merges that need no search"] if levels.keys() - {FLOOR} else []
+    return [*merges, *(["real images against real ones"] if FLOOR in levels else [])]
 
 
 def _levels(run: RunFacts) -> dict[str, float]:
@@ -134,7 +144,7 @@ def _levels(run: RunFacts) -> dict[str, float]:
             mean = comparison["entries"][entry][head]["mean"]
             levels |= {} if mean is None else {entry: mean}
     floor = comparison.get("floor")
-    return levels if floor is None else {**levels, "floor: real against real": floor}
+    return levels if floor is None else {**levels, FLOOR: floor}
 
 
 def coefficients(run: RunFacts) -> Safe:
@@ -143,16 +153,18 @@ def coefficients(run: RunFacts) -> Safe:
     if result is None:
         return NOTHING
     start, found = result["start"]["coefficients"], result["coefficients"]
-    same = all(row == start[0] for row in start)
-    columns = [*(["start"] if same else []), *result["groups"]]
-    groups = [*([start[0]] if same else []), *found]
-    rows = {name: [row[i] for row in groups] for i, name in enumerate(result["checkpoints"])}
-    rows["sum"] = [sum(row) for row in groups]
+    common = {"start": start[0]} if all(row == start[0] for row in start) else {}
+    groups = common | dict(zip(result["groups"], found, strict=True))
+    rows = {name: [*row, sum(row)] for name, row in groups.items()}
+    corner, columns = "group", [*result["checkpoints"], "sum"]
+    if len(groups) <= len(columns):  # the longer side runs down the page
+        turned = zip(columns, zip(*rows.values(), strict=True), strict=True)
+        corner, columns, rows = "checkpoint", list(rows), {name: [*row] for name, row in turned}
     note = (
         "What each checkpoint is multiplied by, in every group of tensors; blue adds, orange "
         f"takes away. The search began at {result['start']['label']}."
     )
-    drawn = heat_table("checkpoint", columns, rows, set_off=1 if same else 0)
+    drawn = heat_table(corner, columns, rows, apart={*common, "sum"})
     return section("Coefficients", drawn, note=note)
 
 
@@ -166,7 +178,7 @@ def second_opinions(run: RunFacts) -> Safe:
         gain = second["gain_over_start"]
         rows = [[k, interval(v, ".4g")] for k, v in second["entries"].items()]
         rows.append(["gained", interval(gain, "+.4g")])
-        name = second["metric"].upper()
+        name = metric_text(second["metric"])
         parts.append(table([f"{name} to the reference", "mean [95 % interval]"], rows))
         parts.append(tag("p", f"By {name}, which no step optimised: ", badge(outcome(gain))))
     else:

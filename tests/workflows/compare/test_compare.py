@@ -381,7 +381,7 @@ def test_table_and_plot(compared: Compared, figures: None, tmp_path: Path) -> No
     assert write_comparison(compared.document, tmp_path) is None
     text = (tmp_path / "compare.md").read_text()
     assert "budget 190 images, median [range] of 2 seeds; FID at N = 20" in text
-    heads = "| searcher | held-out FID | reference FID | QUADRATIC-MMD | ratio | optimism |"
+    heads = "| searcher | held-out FID | reference FID | quadratic MMD | ratio | optimism |"
     assert heads in text
     assert f"- floor: both halves of the real images are {compared.document['floor']:.3f}" in text
     assert "| searcher | images | network calls | seconds |" in text

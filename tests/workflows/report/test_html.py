@@ -81,7 +81,7 @@ def test_a_strip_is_to_scale() -> None:
 
 
 def test_shades_go_by_the_largest_of_the_result() -> None:
-    drawn = heat_table("k", ["start", "g"], {"a": [9.0, 0.5], "b": [0.0, -1.0]}, set_off=1)
+    drawn = heat_table("k", ["start", "g"], {"a": [9.0, 0.5], "b": [0.0, -1.0]}, apart={"start"})
     assert '<td class="up" style="--w:0.50">+0.50</td>' in drawn
     assert '<td class="down" style="--w:1.00">\N{MINUS SIGN}1.00</td>' in drawn
     assert '<td class="apart">+9.00</td>' in drawn
@@ -111,7 +111,7 @@ def test_the_page_of_a_search(figures: None, tmp_path: Path) -> None:
     assert "Optimism of the final choice: -0.031" in text
     # 4 entries of 3 repeats of 100 images, and 1,000 images of each of 3 checkpoints.
     assert "final comparison 4,200 (69%)" in text
-    assert "6,100 images in all, in 3 rounds" in text
+    assert "6,106 images in all, in 3 rounds" in text  # with 3 pictures of either end
     assert "budget 2000 50000" in text
     assert "f" * 64 in text
     assert "mergerl optimize /data/digits --config" in text
