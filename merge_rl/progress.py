@@ -12,6 +12,11 @@ from merge_rl.interfaces import NullTracker, Tracker
 EVERY: Final = 10.0  # seconds between two lines on how far a phase is
 
 
+def counted(count: int, noun: str) -> str:
+    """So many of a thing: "1 round", "1,200 rounds"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class LineTracker:
     """Prints a line a phase, a round, a note and a warning, in a terminal as in a notebook.
 

@@ -49,7 +49,7 @@ def search_result(checkpoints: Sequence[str], groups: Sequence[str]) -> dict[str
         "start": {"label": "newest", "coefficients": start, "images": 100, "rungs": [],
                   "score": None, "images_each": 0},
         "final": {"chosen": "mean", "images": 200, "rungs": [], "score": None, "images_each": 0,
-                  "fresh_score": None, "optimism": -0.031},
+                  "fresh_score": None, "optimism": -0.031, "again_images": 700},
         "comparison": {
             "metric": "fid", "num_images": 100, "repeats": 3, "headline": "heldout",
             "best_single": checkpoints[0],

@@ -13,6 +13,7 @@ from merge_rl.cli.output import JsonFlag, note, note_all, print_json, print_tabl
 from merge_rl.cli.results import interval_text
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
 from merge_rl.own_code import allow_network
+from merge_rl.progress import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,8 +110,8 @@ def _show_set(
         shapes = {key: info.shape for key, info in opened.tensors.items()}
         model = _network_name(opened.config, shapes) or "unknown network"
         title = (
-            f"{len(opened)} checkpoints of {model}, {count:,} values in {len(opened.tensors)} "
-            f"tensors each, {opened.total_bytes / 1e6:.1f} MB, "
+            f"{counted(len(opened), 'checkpoint')} of {model}, {count:,} values in "
+            f"{len(opened.tensors)} tensors each, {opened.total_bytes / 1e6:.1f} MB, "
             f"licence {opened.licence or 'not stated'}"
         )
         print_table(title, ["checkpoint", "track", "nimg", "ema_std", "check"], rows)

@@ -12,6 +12,7 @@ from merge_rl.cli.options import build, meant_set, with_settings
 from merge_rl.cli.output import JsonFlag, note_all, print_json, print_table
 from merge_rl.config import SingleMergeConfig, byte_count, numbers_in, real_number
 from merge_rl.errors import ConfigError
+from merge_rl.progress import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +66,7 @@ def merge(
         print_json({"out": str(out), "coefficients": dict(zip(opened.names, rows, strict=True))})
         return
     print_table(
-        f"merged {len(opened)} checkpoints into {out}",
+        f"merged {counted(len(opened), 'checkpoint')} into {out}",
         ["checkpoint", "coefficients"],
         [
             [n, " ".join(f"{v:+.4f}" for v in row)]

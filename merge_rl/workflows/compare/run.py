@@ -52,7 +52,7 @@ from merge_rl.workflows.compare.trials import (
     check_seeds,
     parse_contenders,
 )  # fmt: skip
-from merge_rl.workflows.optimize import check_names, make_searcher
+from merge_rl.workflows.optimize import check_names, require_first_round
 from merge_rl.workflows.report import CompareResult, with_page
 from merge_rl.workflows.rollout import on_device
 
@@ -176,7 +176,7 @@ def _check(
         open_targets(settings)
 
     def works(settings: OptimizeConfig) -> None:
-        make_searcher(settings, jobs.of(settings))
+        require_first_round(settings, jobs.of(settings))
 
     able, left_out = list(asked.contenders), list[str]()
     for check in (fits, works):  # what is fetched is fetched when all are known to fit

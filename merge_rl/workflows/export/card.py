@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from merge_rl.progress import counted
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows.report import few_columns, interval, markdown_table
 
@@ -41,7 +42,7 @@ class CardFacts:
 def model_card(facts: CardFacts) -> str:
     """Markdown with Hub metadata, the comparison, the coefficients and how to load the weights."""
     front = card_header(facts).to_yaml()
-    title = f"Merge of {len(facts.checkpoints)} checkpoints of {facts.name}"
+    title = f"Merge of {counted(len(facts.checkpoints), 'checkpoint')} of {facts.name}"
     scores = [] if facts.comparison is None else _scores(facts, facts.comparison)
     return "\n".join(
         [

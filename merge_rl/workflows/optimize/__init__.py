@@ -11,7 +11,7 @@ from merge_rl.workflows.optimize.prepare import (
 )
 from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.optimize.run import optimize, optimize_set, resume
-from merge_rl.workflows.optimize.search import SearchResult, make_searcher, run_search
+from merge_rl.workflows.optimize.search import SearchResult, require_first_round, run_search
 
 __all__ = [
     "SDE",
@@ -22,9 +22,9 @@ __all__ = [
     "check_names",
     "function",
     "image_seconds",
-    "make_searcher",
     "optimize",
     "optimize_set",
+    "require_first_round",
     "resume",
     "run_search",
     "search_workload",

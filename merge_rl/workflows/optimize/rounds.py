@@ -26,6 +26,17 @@ FAILED_ROUNDS = 3  # running, in which every candidate fails, end a search
 GAP_MEMORY = 0.7  # of the running mean: one refresh alone is mostly chance
 
 
+def require_paid(config: OptimizeConfig, candidates: int, needed: int, limit: int) -> None:
+    """Raise BudgetError unless images are left for the pool and what a searcher asks first."""
+    needed += config.reward.pooled * config.reward.pool_size
+    if needed > limit:
+        raise BudgetError(
+            f"{limit} images for the search do not pay for one round: {config.search.name} begins "
+            f"with {candidates} candidates of {config.reward.images_per_candidate} images: "
+            f"expected at least {needed}"
+        )
+
+
 class SearchLoop:
     """The search of one run: owns pool, searcher and counters; saves all of them every round.
 
@@ -71,7 +82,10 @@ class SearchLoop:
             begun = self._restore()
         self.tracker.advance(self.images)
         if not begun:
-            self._require_round()
+            if not self.searcher.done:
+                asked = len(self.searcher.ask())
+                needed = self.images + self._round_cost(asked)
+                require_paid(self.config, asked, needed, self.limit)
             if self.config.reward.pooled:
                 self._first_pool()
             self._save()
@@ -83,19 +97,6 @@ class SearchLoop:
         if self.failed_rounds >= FAILED_ROUNDS:
             text = f"all candidates failed in {FAILED_ROUNDS} rounds running: the search ends early"
             self.tracker.event({"kind": "warning", "text": text})
-
-    def _require_round(self) -> None:
-        """Raise BudgetError unless there is budget for the pool and what is asked first."""
-        if self.searcher.done:
-            return
-        reward, candidates = self.config.reward, len(self.searcher.ask())
-        needed = self.images + self._round_cost(candidates) + reward.pooled * reward.pool_size
-        if needed > self.limit:
-            raise BudgetError(
-                f"{self.limit} images for the search do not pay for one round: "
-                f"{self.config.search.name} begins with {candidates} candidates of "
-                f"{reward.images_per_candidate} images: expected at least {needed}"
-            )
 
     def _begin(self, round_index: int) -> None:
         """Be at the beginning of a round, after which `renewed` rows of the pool are made anew."""

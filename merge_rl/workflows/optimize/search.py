@@ -24,6 +24,7 @@ from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
 from merge_rl.workflows.evaluate import ScoreStore
 from merge_rl.workflows.optimize.budget import (
+    AGAIN,
     LEAST,
     BudgetPlan,
     Optimism,
@@ -37,7 +38,7 @@ from merge_rl.workflows.optimize.budget import (
     tournament_rounds,
 )
 from merge_rl.workflows.optimize.pathwise import PathwiseLoop, require_gradients
-from merge_rl.workflows.optimize.rounds import SearchLoop
+from merge_rl.workflows.optimize.rounds import SearchLoop, require_paid
 
 _TENSORS = ("coefficients", "start", "rows")
 
@@ -68,6 +69,13 @@ class SearchResult:
         start, final = self.beginning.images, self.choice.images
         return {"start": start, "rounds": self.images - start - final, "final": final}
 
+    @property
+    def again(self) -> int:
+        """Images that the optimism was measured by, beside those of the search."""
+        if self.optimism is None:
+            return 0
+        return (AGAIN - ("start" in self.choice.rungs[-1])) * self.choice.images_each
+
     def as_dict(self) -> dict[str, Any]:
         """For result.json."""
         return {
@@ -77,7 +85,8 @@ class SearchResult:
             "search_images": self.images,
             "images": self.spent,
             "rounds": self.rounds,
-            "final": {**self.choice.as_dict(), **optimism_fields(self.optimism)},
+            "final": {**self.choice.as_dict(), **optimism_fields(self.optimism),
+                      "again_images": self.again},
             **({"tuned": self.tuned} if self.tuned else {}),
         }  # fmt: skip
 
@@ -155,6 +164,19 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
     if isinstance(searcher, Pathwise):
         require_gradients(config, job)
     return searcher
+
+
+def require_first_round(config: OptimizeConfig, job: Job) -> None:
+    """Raise ConfigError where the searcher cannot work, or its first round is not paid for."""
+    searcher = make_searcher(config, job)
+    if searcher.done or config.search.takes_gradients:  # these know it from the settings alone
+        return
+    plan = plan_budget(config, len(starts_of(config, job.checkpoints, merge_map(job.map))))
+    asked, reward = len(searcher.ask()), config.reward
+    needed = sum(rung.entries * rung.images for rung in plan.start)
+    needed += asked * reward.images_per_candidate
+    needed += reward.refresh_images(0) if reward.pooled else 0
+    require_paid(config, asked, needed, plan.limit)
 
 
 def finalists(loop: SearchLoop, start: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from merge_rl.config import OptimizeConfig
 from merge_rl.errors import RunError
+from merge_rl.progress import counted
 from merge_rl.storage.runs import SETTINGS, RunDir
 from merge_rl.workflows.report.compare_page import cost_table, legend, title
 from merge_rl.workflows.report.elements import figure, headline, span_of, strip, value_or_dash
@@ -70,9 +71,8 @@ def _headline(folder: RunDir, found: Found | None, name: str) -> Safe:
         top = headline(None, text, f"Comparison of searchers on {name}")
         return joined([top, go_on, _so_far(folder.path)])
     count = len(found["searchers"])
-    context = (
-        f"{count} searchers on {len(found['checkpoints'])} checkpoints of {name}: {title(found)}"
-    )
+    searched = counted(len(found["checkpoints"]), "checkpoint")
+    context = f"{counted(count, 'searcher')} on {searched} of {name}: {title(found)}"
     return headline(compare_verdict(found), "", context)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_rl.errors import ConfigError
+from merge_rl.progress import counted
 from merge_rl.storage.files import write_text
 from merge_rl.workflows.report.markup import (
     NAMES,
@@ -113,7 +114,7 @@ def markdown(document: Mapping[str, Any], picture: str | None = None) -> str:
     parts = [
         "# Comparison of searchers",
         f"**{compare_verdict(document)}**",
-        f"{count} checkpoints, {title(document)}.",
+        f"{counted(count, 'checkpoint')}, {title(document)}.",
     ]
     tables = (quality_table, fixed_table, cost_table)
     parts += [markdown_table(*table(document)) for table in tables]

@@ -63,7 +63,7 @@ def steps_axis(axis: Axes) -> None:
     """An x axis of steps: whole numbers alone."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_xlabel("step")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.config import CURVES, FinetuneConfig, load_mapping
+from merge_rl.progress import counted
 from merge_rl.storage.runs import FinetuneRun
 from merge_rl.workflows.report.elements import badge, facts, figure, grids, headline, span_of, strip
 from merge_rl.workflows.report.figures import chart, charts, steps_axis, values_axis
@@ -139,11 +140,11 @@ def _pictures(run: TuningFacts) -> Safe:
     if run.result is not None:
         own = run.path / f"samples/step-{run.result['step']:07d}.png"
         after = own if own.is_file() else after
-    pictures = {
-        "Before: the start": (known[0], _score(run, known[0])),
-        f"After: step {_step(after):,}": (after, _score(run, after)),
-    }
-    note = f"{run.labels['sde-eval']}, the same seeds and classes on both sides."
+    pictures = {"Before: the start": (known[0], _score(run, known[0]))}
+    if after != known[0] or run.result is not None:
+        pictures[f"After: step {_step(after):,}"] = (after, _score(run, after))
+    note = run.labels["sde-eval"]
+    note += ", the same seeds and classes on both sides." if len(pictures) > 1 else "."
     return section("Before and after", grids(pictures), note=note)
 
 
@@ -196,7 +197,8 @@ def _curve(run: TuningFacts, name: str, index: int, axes: list[Axes]) -> None:
     (axis,), head = axes, run.headline
     known = [(k, run.points[k][name][head]) for k in sorted(run.points)]
     known = [(step, value) for step, value in known if value is not None]
-    axis.plot(*zip(*known, strict=True), "-o", color=f"C{index}", markersize=4)
+    if known:
+        axis.plot(*zip(*known, strict=True), "-o", color=f"C{index}", markersize=4)
     values = [value for _, value in known]
     if run.result is not None:
         entries = run.result["comparison"]["curves"][name]["entries"]
@@ -216,7 +218,7 @@ def _curve(run: TuningFacts, name: str, index: int, axes: list[Axes]) -> None:
 def _cost(run: TuningFacts) -> Safe:
     seconds = sum(event.get("seconds") or 0 for event in run.steps)
     images = run.steps[-1]["images"] if run.steps else 0
-    said = [f"{len(run.steps):,} steps, {images:,} images, {seconds:,.0f} s in steps"]
+    said = [f"{counted(len(run.steps), 'step')}, {images:,} images, {seconds:,.0f} s in steps"]
     return cost_section({}, said)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from merge_rl.config import OptimizeConfig
+from merge_rl.progress import counted
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.report.elements import TITLES, before_after, facts, headline, pictured
 from merge_rl.workflows.report.markup import (
@@ -64,7 +65,7 @@ def _headline(run: RunFacts) -> Safe:
     name = Path(str(run.settings.get("checkpoints", run.path))).name
     count = len(result["checkpoints"]) if result else len(run.inputs["hashes"]["checkpoints"])
     context = (
-        f"Merge of {count} checkpoints of {name}, {run.setting('search', 'name')} with "
+        f"Merge of {counted(count, 'checkpoint')} of {name}, {run.setting('search', 'name')} with "
         f"{run.setting('reward', 'name') or 'its usual reward'}, seed {run.settings.get('seed')}"
     )
     if comparison is not None:
@@ -94,7 +95,8 @@ def _so_far(run: RunFacts) -> str:
     last = run.events[-1]
     ended = all(event.get("failed") == len(event["rewards"]) for event in run.events[-3:])
     failing = " The last rounds failed: no candidate made finite samples." if ended else ""
-    return f"Not finished: {len(run.events)} rounds, {last['images']:,} images so far.{failing}"
+    done = f"{counted(len(run.events), 'round')}, {last['images']:,} images"
+    return f"Not finished: {done} so far.{failing}"
 
 
 def _to_go(run: RunFacts) -> Safe:
@@ -133,6 +135,7 @@ def _cost(run: RunFacts) -> Safe:
         "to find the start": start,
         "rounds": result["search_images"] - start - final,
         "final choice": final,
+        "a fresh look at it": result["final"].get("again_images", 0),  # earlier runs do not say it
     }
     if comparison is not None:
         repeated = comparison["num_images"] * comparison["repeats"]
@@ -144,7 +147,7 @@ def _cost(run: RunFacts) -> Safe:
     shown = pictured(run.path)
     images["pictures"] = len(TITLES) * len(shown["labels"]) if shown else 0
     kept = {name: count for name, count in images.items() if count}
-    said = f"{sum(kept.values()):,} images in all, in {result['rounds']:,} rounds"
+    said = f"{sum(kept.values()):,} images in all, in {counted(result['rounds'], 'round')}"
     return cost_section(kept, [said, *sentences])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_rl.config import OptimizeConfig
+from merge_rl.progress import counted
 from merge_rl.workflows.report.markup import (
     NAMES,
     Row,
@@ -30,7 +31,9 @@ def run_markdown(
     """All sections; of a run that is not finished, those there is something for."""
     parts = [f"# Merge of {Path(config.checkpoints).name}", _facts(config)]
     if result is None:
-        done = f"{len(events)} rounds, {events[-1]['images']:,} images" if events else "no round"
+        done = "no round"
+        if events:
+            done = f"{counted(len(events), 'round')}, {events[-1]['images']:,} images"
         parts.append(f"Not finished: {done} so far.")
     else:
         if "comparison" in result:
@@ -211,5 +214,5 @@ def _spent(found: Mapping[str, Any]) -> str:
     rounds = found["search_images"] - start - final
     return (
         f"spent {found['search_images']:,} images: {start:,} to find the start, {rounds:,} in "
-        f"{found['rounds']:,} rounds, {final:,} on the final choice"
+        f"{counted(found['rounds'], 'round')}, {final:,} on the final choice"
     )

@@ -338,6 +338,8 @@ def test_a_folder_of_something_else_is_left_alone(
         (["uniform", "ema-grid"], {}, ConfigError, "searcher ema-grid: .*ema_std"),
         (["uniform", "policy-gradient"], {"budget": 89}, BudgetError,
          "searcher policy-gradient: a budget of 89 images.* at least 90"),
+        (["uniform", "best-checkpoint"], {"budget": 25}, BudgetError,
+         "searcher best-checkpoint: 25 images.* begins with 4 .* at least 40"),
         (["lcsc search.nonsense=1"], {}, ConfigError, "searcher lcsc.*nonsense"),
         ([], {}, ConfigError, "at least one searcher"),
     ],

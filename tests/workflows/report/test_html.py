@@ -110,8 +110,8 @@ def test_the_page_of_a_search(figures: None, tmp_path: Path) -> None:
     assert "By KID, which no step optimised: worse" in text
     assert "Optimism of the final choice: -0.031" in text
     # 4 entries of 3 repeats of 100 images, and 1,000 images of each of 3 checkpoints.
-    assert "final comparison 4,200 (69%)" in text
-    assert "6,106 images in all, in 3 rounds" in text  # with 3 pictures of either end
+    assert "final comparison 4,200 (62%)" in text
+    assert "6,806 images in all, in 3 rounds" in text  # with 3 pictures of either end
     assert "budget 2000 50000" in text
     assert "f" * 64 in text
     assert "mergerl optimize /data/digits --config" in text

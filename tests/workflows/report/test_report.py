@@ -160,6 +160,9 @@ def test_a_search_in_sentences(finished: OptimizeResult) -> None:
         assert final["optimism"] is None
         assert "optimism" not in chose
     else:
+        # Result and start on three more sets of seeds, and the start on those of the last rung.
+        known = "start" in final["rungs"][-1]
+        assert final["again_images"] == (6 if known else 7) * final["images_each"]
         low, high = final["optimism_interval"]
         assert low < final["optimism"] < high
         assert f"optimism {final['optimism']:+.3f} [{low:+.3f}, {high:+.3f}]" in chose
