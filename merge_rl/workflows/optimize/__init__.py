@@ -10,8 +10,8 @@ from merge_rl.workflows.optimize.prepare import (
     search_workload,
 )
 from merge_rl.workflows.optimize.result import OptimizeResult
-from merge_rl.workflows.optimize.run import optimize, optimize_set, resume
-from merge_rl.workflows.optimize.search import SearchResult, require_first_round, run_search
+from merge_rl.workflows.optimize.run import optimize, optimize_set, require_first_round, resume
+from merge_rl.workflows.optimize.search import SearchResult, run_search
 
 __all__ = [
     "SDE",

@@ -86,6 +86,17 @@ def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
     return plan
 
 
+def require_paid(config: OptimizeConfig, candidates: int, needed: int, limit: int) -> None:
+    """Raise BudgetError unless images are left for the pool and what a searcher asks first."""
+    needed += config.reward.pooled * config.reward.pool_size
+    if needed > limit:
+        raise BudgetError(
+            f"{limit} images for the search do not pay for one round: {config.search.name} begins "
+            f"with {candidates} candidates of {config.reward.images_per_candidate} images: "
+            f"expected at least {needed}"
+        )
+
+
 @dataclass(frozen=True)
 class Winner:
     """How a tournament ended."""

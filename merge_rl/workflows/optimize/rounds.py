@@ -11,11 +11,12 @@ from torch import Tensor
 from merge_rl.config import OptimizeConfig, without_nan
 from merge_rl.core.merging.tuned_map import setup_of
 from merge_rl.core.sampling.compatibility import balanced_labels
-from merge_rl.errors import BudgetError, NonFiniteWeightsError, StatisticsError
+from merge_rl.errors import NonFiniteWeightsError, StatisticsError
 from merge_rl.interfaces import Searcher, Tracker
 from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.storage.runs import RunDir, fitting
 from merge_rl.workflows.assembly import Job
+from merge_rl.workflows.optimize.budget import require_paid
 from merge_rl.workflows.optimize.state import BestSoFar, HeldOutCurve, SearchState, candidate_scores
 from merge_rl.workflows.rewards import KEY as FIRST_ORDER
 from merge_rl.workflows.rewards import FirstOrderWatch, Pool, RewardScores, pool_gap, term_means
@@ -24,17 +25,6 @@ from merge_rl.workflows.rollout import Failures, WorkItem
 DAMP, RECOVER = 0.7, 1.15  # what a gap does to the step, and how it comes back
 FAILED_ROUNDS = 3  # running, in which every candidate fails, end a search
 GAP_MEMORY = 0.7  # of the running mean: one refresh alone is mostly chance
-
-
-def require_paid(config: OptimizeConfig, candidates: int, needed: int, limit: int) -> None:
-    """Raise BudgetError unless images are left for the pool and what a searcher asks first."""
-    needed += config.reward.pooled * config.reward.pool_size
-    if needed > limit:
-        raise BudgetError(
-            f"{limit} images for the search do not pay for one round: {config.search.name} begins "
-            f"with {candidates} candidates of {config.reward.images_per_candidate} images: "
-            f"expected at least {needed}"
-        )
 
 
 class SearchLoop:

@@ -19,6 +19,7 @@ from merge_rl.config import (
     with_settings,
     without_nan,
 )
+from merge_rl.core.merging.tuned_map import merge_map
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Tracker
 from merge_rl.parallel import joined
@@ -50,6 +51,7 @@ from merge_rl.workflows.assembly import (
     with_network,
 )
 from merge_rl.workflows.evaluate import ScoreStore, compare
+from merge_rl.workflows.optimize.budget import plan_budget, require_paid
 from merge_rl.workflows.optimize.prepare import (
     check_names,
     common_batch,
@@ -63,7 +65,7 @@ from merge_rl.workflows.optimize.result import (
     write_merged,
     write_samples,
 )
-from merge_rl.workflows.optimize.search import make_searcher, run_search
+from merge_rl.workflows.optimize.search import make_searcher, run_search, starts_of
 from merge_rl.workflows.report import with_page
 from merge_rl.workflows.rollout import DistributedRollout, Generate, on_device
 
@@ -152,7 +154,7 @@ def begin(
     ranks, job = _gather(group, resolved, opened, tracker, given)
     if not group.leads:
         return from_plain(ranks.follow())
-    make_searcher(resolved, job)  # refuses before anything is written
+    require_first_round(resolved, job)  # refuses before anything is written
     timed = given is None and resolved.generate is None
     for text in opening_notes(base, resolved, job, group.size, timed=timed):
         announcing(tracker)(text)
@@ -259,3 +261,16 @@ def _search(run: RunDir, config: OptimizeConfig, job: Job, tracker: Tracker) -> 
     run.write("result.json", without_nan(result))
     tracker.event({"kind": "finished", "seconds": time.monotonic() - began})
     return OptimizeResult(run.path, found, comparison)
+
+
+def require_first_round(config: OptimizeConfig, job: Job) -> None:
+    """Raise ConfigError where the searcher cannot work, or its first round is not paid for."""
+    searcher = make_searcher(config, job)
+    if searcher.done or config.search.takes_gradients:  # these know it from the settings alone
+        return
+    plan = plan_budget(config, len(starts_of(config, job.checkpoints, merge_map(job.map))))
+    asked, reward = len(searcher.ask()), config.reward
+    needed = sum(rung.entries * rung.images for rung in plan.start)
+    needed += asked * reward.images_per_candidate
+    needed += reward.refresh_images(0) if reward.pooled else 0
+    require_paid(config, asked, needed, plan.limit)

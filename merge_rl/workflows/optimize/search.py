@@ -38,7 +38,7 @@ from merge_rl.workflows.optimize.budget import (
     tournament_rounds,
 )
 from merge_rl.workflows.optimize.pathwise import PathwiseLoop, require_gradients
-from merge_rl.workflows.optimize.rounds import SearchLoop, require_paid
+from merge_rl.workflows.optimize.rounds import SearchLoop
 
 _TENSORS = ("coefficients", "start", "rows")
 
@@ -164,19 +164,6 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
     if isinstance(searcher, Pathwise):
         require_gradients(config, job)
     return searcher
-
-
-def require_first_round(config: OptimizeConfig, job: Job) -> None:
-    """Raise ConfigError where the searcher cannot work, or its first round is not paid for."""
-    searcher = make_searcher(config, job)
-    if searcher.done or config.search.takes_gradients:  # these know it from the settings alone
-        return
-    plan = plan_budget(config, len(starts_of(config, job.checkpoints, merge_map(job.map))))
-    asked, reward = len(searcher.ask()), config.reward
-    needed = sum(rung.entries * rung.images for rung in plan.start)
-    needed += asked * reward.images_per_candidate
-    needed += reward.refresh_images(0) if reward.pooled else 0
-    require_paid(config, asked, needed, plan.limit)
 
 
 def finalists(loop: SearchLoop, start: Tensor) -> dict[str, Tensor]:
