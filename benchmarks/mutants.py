@@ -62,7 +62,13 @@ PARTS: Final = {
     "storage/convert/": ["tests/storage/convert"],
     "storage/checkpoints/": ["tests/storage/checkpoints"],
     "core/forms.py": ["tests/core/test_forms.py"],
+    "core/network.py": ["tests/core/test_network.py"],
+    "core/policy.py": ["tests/core/test_policy.py"],
     "core/state_dicts.py": ["tests/core/test_state_dicts.py"],
+    "core/step_policy.py": [
+        "tests/core/test_step_policy.py", "tests/core/test_training_losses.py",
+        "tests/workflows/finetune/test_still_steps.py",
+    ],
 }  # fmt: skip
 SECONDS: Final = 120  # of processor time, for the tests of one change
 SWAPPED: Final[dict[type[ast.AST], type[ast.AST]]] = {

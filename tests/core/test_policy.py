@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -107,6 +108,15 @@ def test_batches_that_teach_nothing(rewards: tuple[float, ...]) -> None:
     assert batch_advantages(f64(*rewards)).tolist() == [0.0] * len(rewards)
 
 
+def test_a_spread_of_rounding_teaches_nothing() -> None:
+    # 1e-12 of the largest reward, or of 1: the spread of (-s, s) is s.
+    for size in (1.0, 4.0, 1024.0):
+        middle = 0.0 if size == 1 else size  # numbers there are 1e-4 of such spreads apart
+        for spread, expected in ((1.5e-12, [-1.0, 1.0]), (0.75e-12, [0.0, 0.0])):
+            found = batch_advantages(f64(middle - spread * size, middle + spread * size))
+            assert found.tolist() == pytest.approx(expected, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("fraction", "count"),
     # ceil(fraction * 8): 0.3 * 8 = 2.4; 0.375 * 8 = 3 exactly; the smallest keeps one.
@@ -194,6 +204,26 @@ def test_orthogonal_pairs(count: int, dim: int, generator: torch.Generator) -> N
     whole = draws[::2][:dim]
     expected = dim * torch.eye(len(whole), dtype=torch.float64)
     torch.testing.assert_close(whole @ whole.T, expected)
+
+
+def test_further_pairs_are_orthogonal_among_themselves(generator: torch.Generator) -> None:
+    second = orthogonal_pairs(12, 3, generator)[6::2]
+    lengths = second.norm(dim=1)
+    torch.testing.assert_close(second @ second.T, lengths.square().diag())
+    assert not torch.allclose(lengths, torch.tensor(3.0).sqrt().double())
+
+
+def test_draws_take_what_they_need_of_a_stream() -> None:
+    def left(draw: Callable[[torch.Generator], object]) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        draw(generator)
+        return generator.get_state()
+
+    def normal(*shape: int) -> Callable[[torch.Generator], object]:
+        return lambda given: torch.randn(shape, generator=given, dtype=torch.float64)
+
+    assert torch.equal(left(lambda given: antithetic_normal(8, 5, given)), left(normal(4, 5)))
+    assert torch.equal(left(lambda given: orthogonal_pairs(10, 5, given)), left(normal(5, 5)))
 
 
 def test_orthogonal_pairs_favour_no_direction() -> None:

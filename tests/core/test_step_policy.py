@@ -15,7 +15,7 @@ from merge_rl.core.sampling.paths import make_path, time_grid
 from merge_rl.core.sampling.sampler import following, make_sde, without_noise
 from merge_rl.core.sampling.sde import SDE, PathSDE, solve_sde
 from merge_rl.core.sampling.solvers import solve_fixed
-from merge_rl.core.step_policy import Action, WindowedSDE, replay, step_loss
+from merge_rl.core.step_policy import Action, StillSteps, WindowedSDE, replay, step_loss
 from merge_rl.errors import ConfigError
 from merge_rl.models.edm2 import EDM2
 from merge_rl.models.sit import SiT
@@ -139,6 +139,8 @@ def test_ratios_beyond_the_clip_pull_no_further(
     found.loss.backward()  # type: ignore[no-untyped-call]
     assert found.ratio == pytest.approx(math.exp(log_ratio))
     assert found.clipped == 1
+    edge = step_loss(sde, action, torch.tensor([advantage]), clip=abs(found.ratio - 1))
+    assert edge.clipped == 0  # at the clip, not beyond it
     assert found.old_kl == pytest.approx(math.expm1(log_ratio) - log_ratio)
     assert theta.grad is not None
     assert (float(theta.grad) != 0) == moves
@@ -163,6 +165,13 @@ def test_kl_to_the_reference_by_hand() -> None:
     found = step_loss(sde, action, torch.zeros(3), clip=0.2, kl_weight=0.5, reference=reference)
     assert found.reference_kl == pytest.approx(expected)
     assert float(found.loss - plain.loss) == pytest.approx(0.5 * expected)
+    unweighed = step_loss(sde, action, torch.zeros(3), clip=0.2, reference=reference)
+    assert (unweighed.reference_kl, float(unweighed.loss)) == (0, float(plain.loss))
+    by_dimension = step_loss(
+        sde, action, torch.zeros(3), clip=0.2, kl_weight=0.5, per_dimension=True,
+        reference=reference,
+    )  # fmt: skip
+    assert float(by_dimension.loss - plain.loss) == pytest.approx(0.5 * expected / 64)
 
 
 def test_outside_of_the_window_lies_the_ode() -> None:
@@ -181,6 +190,12 @@ def test_outside_of_the_window_lies_the_ode() -> None:
     assert [action.step for action in replay(windowed, noise, following(noise))] == [2]
 
 
+def test_still_steps_are_those_of_a_rollout_without_noise() -> None:
+    sde, noise = without_noise(path_sde()), noise_of(2)
+    still = StillSteps.through(sde, 0, sde.num_noisy + 1, sde.start(noise))
+    torch.testing.assert_close(still.end, solve_sde(sde, noise, following(noise)))
+
+
 def test_an_edm_window_steps_by_euler() -> None:
     sde = edm_sde()
     x, still = noise_of(1), without_noise(sde)
@@ -193,5 +208,6 @@ def test_an_edm_window_steps_by_euler() -> None:
 @pytest.mark.parametrize("window", [(0, 0), (3, 5), (-1, 2)])
 def test_windows_that_do_not_fit_are_refused(window: tuple[int, int]) -> None:
     sde = path_sde()
+    assert WindowedSDE(sde, without_noise(sde), 0, 4).num_noisy == 4  # the widest
     with pytest.raises(ConfigError, match=r"expected a window within noisy steps 0\.\.3"):
         WindowedSDE(sde, without_noise(sde), *window)

@@ -41,7 +41,8 @@ def test_velocity_loss_by_hand() -> None:
 
 def test_denoising_loss_by_hand() -> None:
     # D = x: the error is sigma noise, and w sigma^2 = (sigma^2 + s^2) / s^2 with s = 0.5.
-    def identity(x: Tensor, _sigma: Tensor, _labels: Tensor | None = None, /) -> Tensor:
+    def identity(x: Tensor, sigma: Tensor, _labels: Tensor | None = None, /) -> Tensor:
+        torch.testing.assert_close(x, DATA + sigma.reshape(-1, 1, 1, 1) * NOISE)
         return x
 
     sigma = torch.tensor([0.5, 1.0])
