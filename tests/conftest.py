@@ -6,6 +6,8 @@ import gc
 import importlib.util
 import os
 from collections.abc import Generator
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -38,11 +40,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("numerics")
 
 
+def _import_own_share(config: pytest.Config) -> None:
+    """Files of tests that this worker imports first, and others do not.
+
+    Every worker imports all files in one order. So each would rewrite the assertions of all of
+    them, where nobody has done so before, instead of finding what the others have rewritten.
+    """
+    worker = getattr(config, "workerinput", None)
+    if worker is None or config.args_source is not config.ArgsSource.TESTPATHS:
+        return
+    files = sorted(Path(__file__).parent.rglob("test_*.py"))
+    for file in files[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]]:
+        with suppress(pytest.skip.Exception):
+            import_module(".".join(file.relative_to(config.rootpath).with_suffix("").parts))
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     # What is collected stays: looking for garbage in it takes a fifth of the time, and later on.
     gc.disable()
     try:
+        _import_own_share(session.config)
         return (yield)
     finally:
         gc.freeze()
