@@ -110,7 +110,13 @@ def generated(
         )  # fmt: skip
         tracker.phase("sample", config.num_images)
         seeds = range(config.seed, config.seed + config.num_images)
-        return rollout.images(rollout.noise(seeds), labels), labels, classes
+        images = rollout.images(rollout.noise(seeds), labels)
+    if images.ndim != 4:
+        raise ConfigError(
+            f"{model}: samples of shape {list(images.shape[1:])} are no pictures; expected an "
+            "--autoencoder that makes some, or merge_rl.sample from Python"
+        )
+    return images, labels, classes
 
 
 def names_of(models: Sequence[Path]) -> list[str]:

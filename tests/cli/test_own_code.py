@@ -153,6 +153,8 @@ def test_an_own_network_goes_through_all_commands(
     assert json.loads(Path("run/merged/config.json").read_text()) == {"model": f"{own}:network"}
     recipe = yaml.safe_load(Path("run/merged/merge.yaml").read_text())
     assert recipe["search"]["network"] == f"{own}:network"
+    ended = mergerl("sample", "run", "--network", f"{own}:network", "--out", "points.png")
+    assert "samples of shape [2] are no pictures" in ended.err
     for command, flags in (
         (("evaluate", "run", "--extractor", f"{own}:Points"), ("--num-images", "40")),
         (("inspect", "run/merged"), ()),

@@ -103,7 +103,8 @@ def sample(
             where guidance holds; elsewhere `guide` is not called. See `Guidance`.
         guidance_channels, low_memory: see `classifier_free`.
         levels, sigma_min, sigma_max, rho: noise levels of denoisers, see `levels_of`.
-        path: "linear", "gvp" or "vp": what a velocity network was trained on.
+        path: "linear", "gvp" or "vp": what a velocity network was trained on, by default what it
+            states.
         diffusion, diffusion_norm: noise of an SDE, see `merge_rl.core.diffusions.diffusion`.
         last_step, last_step_size: end of the SDE of a path, see `PathSDE`.
         rtol, atol: of dopri5.
@@ -114,6 +115,8 @@ def sample(
     """
     for name in sorted(FOR_RUNS & settings.keys()):
         raise TypeError(f"sample() takes the network as it is, and no setting {name!r}")
+    if stated := getattr(model, "stated_path", None):
+        settings = {"path": stated, **settings}
     return sample_with(
         SamplerConfig(**settings), model, noise, labels, guide=guide, churn=churn, draw=draw,
         dtype=dtype, check_finite=check_finite,

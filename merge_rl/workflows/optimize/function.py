@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from merge_rl import own_code
@@ -34,9 +35,10 @@ from merge_rl.workflows.assembly import (
 from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.optimize.run import begin
 from merge_rl.workflows.reference import Reference, save_reference
-from merge_rl.workflows.rollout import Generate
+from merge_rl.workflows.rollout import Generate, as_tensor
 
 ROUNDING: Final = 0.01  # of the largest value that a function makes
+Features = Statistics | Tensor | NDArray[Any]
 Checkpoint = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
 Checkpoints = str | os.PathLike[str] | Sequence[Checkpoint] | Mapping[str, Checkpoint]
 
@@ -45,9 +47,9 @@ def search(
     checkpoints: Checkpoints,
     *,
     generate: Generate,
-    reference: Statistics | Tensor,
+    reference: Features,
     out: str | os.PathLike[str],
-    heldout: Statistics | Tensor | None = None,
+    heldout: Features | None = None,
     model: nn.Module | None = None,
     searcher: str | Callable[..., Any] | None = None,
     config: OptimizeConfig | None = None,
@@ -64,8 +66,8 @@ def search(
             files, in a sequence or by name; or a folder of .safetensors.
         generate: (network or weights, N seeds, labels (N,)) -> features (N, D), or images
             where `extractor` names what makes features of them: uint8, or floating on 0..255, whose
-            gradient goes on through the extractor. Deterministic: a row follows from
-            the weights, its seed and its label. `merge_rl.seeded_noise` draws the noise of seeds.
+            gradient goes on through the extractor. NumPy's do as well. Deterministic: a row
+            follows from the weights, its seed and its label. `merge_rl.seeded_noise` draws noise.
         reference: features (M, D) of real data, their statistics, or a file of them.
         out: run directory; must not exist. What was in memory is kept in its folder `inputs`.
         heldout: the same of data that the search never sees: final scores are of these.
@@ -116,8 +118,8 @@ def _kept(
     group: Group,
     run: Path,
     checkpoints: Checkpoints,
-    reference: Statistics | Tensor,
-    heldout: Statistics | Tensor | None,
+    reference: Features,
+    heldout: Features | None,
     extractor: str,
 ) -> dict[str, Any]:
     """Where the inputs lie; rank 0 writes those that are no files."""
@@ -140,7 +142,12 @@ def _kept(
     return places
 
 
-def _keep_statistics(path: Path, given: Reference | FeatureStats | Tensor, extractor: str) -> None:
+def _keep_statistics(path: Path, given: Any, extractor: str) -> None:
+    given = as_tensor(given)
+    if not isinstance(given, (Tensor, FeatureStats, Reference)):
+        found = type(given).__name__
+        expected = "features (M, D), statistics or a file"
+        raise ConfigError(f"expected {path.stem} as {expected}, got {found}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(given, Tensor):
         features = given.detach().float().cpu()
@@ -205,7 +212,9 @@ def _has_gradient(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> 
     network.requires_grad_(True)
     labels = torch.zeros(2, dtype=torch.int64, device=base.device)
     with torch.enable_grad():
-        made, again = (given.generate(given.subject(network), [0, 1], labels) for _ in range(2))
+        made, again = (
+            as_tensor(given.generate(given.subject(network), [0, 1], labels)) for _ in range(2)
+        )
     _require_same(made, again)
     if not isinstance(made, Tensor) or not made.requires_grad:
         return False

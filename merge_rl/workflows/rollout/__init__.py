@@ -33,6 +33,7 @@ from merge_rl.workflows.rollout.given import (
     Generate,
     GivenRollout,
     Subject,
+    as_tensor,
     with_gradient,
     without_gradient,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "Subject",
     "TunedRollout",
     "WorkItem",
+    "as_tensor",
     "calls_an_image",
     "choose_place",
     "cpu_workers",

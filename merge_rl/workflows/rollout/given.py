@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,12 @@ from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout
 
 Subject = nn.Module | Mapping[str, Tensor]
 """What a function is given: a network with the merged weights, or these by name."""
+
+
+def as_tensor(made: Any) -> Any:
+    """NumPy's numbers as a tensor; anything else as it is."""
+    numbers = isinstance(made, np.ndarray) and made.dtype.kind in "fiu"
+    return torch.from_numpy(np.ascontiguousarray(made)) if numbers else made
 
 
 class Generate(Protocol):
@@ -111,7 +118,9 @@ class GivenRollout(Rollout):
         check_finite: bool = False,  # noqa: ARG002  (the function's steps are its own)
     ) -> Tensor:
         """What the function makes of seeds (B,) and labels (B,), checked."""
-        made = self.generate(self.subject, noise.tolist(), labels.to(self.device))
+        made: Tensor = as_tensor(
+            self.generate(self.subject, noise.tolist(), labels.to(self.device))
+        )
         self._check(made, len(noise))
         return made
 

@@ -134,7 +134,7 @@ def test_velocities_of_either_direction_are_sampled_alike(
         )
         found = network(noise, torch.tensor(0.25))  # t as it is for the sampler, 1 is data
         torch.testing.assert_close(found, path_velocity(PATHS[name]())(noise, torch.tensor(0.25)))
-        ends.append(mrl.sample(network, noise, num_steps=8, path=name))
+        ends.append(mrl.sample(network, noise, num_steps=8))  # the path that it states
     torch.testing.assert_close(*ends)
     other = "gvp" if name == "linear" else "linear"
     with pytest.raises(ConfigError, match=f"the network's path is {name}, got {other}"):

@@ -213,8 +213,12 @@ def test_modules_files_and_a_folder_are_checkpoints_as_well(tmp_path: Path) -> N
     torch.save({"shift": torch.tensor([2.0])}, tmp_path / "a.pt")
     folder = found.run_dir / "inputs" / "checkpoints"
     files = [tmp_path / "a.pt", folder / "checkpoint-1.safetensors"]
+    numbers = {
+        "reference": normal().numpy(),
+        "generate": lambda *said: shifted(*said).detach().numpy(),
+    }
     for name, given in (("files", files), ("folder", folder)):
-        again = search(tmp_path / name, checkpoints=given, budget=600)
+        again = search(tmp_path / name, checkpoints=given, budget=600, **numbers)
         assert torch.equal(again.coefficients, found.coefficients)
 
 
@@ -311,14 +315,18 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     def loose(weights: Subject, seeds: Sequence[int], labels: Tensor) -> Tensor:
         return shifted(weights, seeds, labels) + torch.randn(len(seeds), 1)
 
+    def loose_numbers(*said: Any) -> Any:
+        return loose(*said).detach().numpy()
+
     plain = dataclasses.replace(SMALL, search=SearchConfig())
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"checkpoints": []}, CheckpointError, "expected checkpoints, got none"),
         ({"checkpoints": [{"shift": 3}]}, CheckpointError, "expected tensors by name, found int"),
         ({"checkpoints": [*states([1.0]), {"other": torch.ones(1)}]}, IncompatibleCheckpointError,
          "'shift' is missing"),
+        ({"reference": [1.0]}, ConfigError, "expected reference as features .*, got list"),
         ({"checkpoints": [3, 4]}, CheckpointError, "state dicts, modules or files, got int"),
-        ({"generate": loose}, ConfigError, "something else for the same weights, seeds and labels"),
+        ({"generate": loose_numbers}, ConfigError, "something else for the same weights"),
         ({"searcher": Lost, "config": plain}, ConfigError, r"Lost': expected ask\(\) finite"),
         ({"checkpoints": {"a/b": states([1.0])[0]}}, CheckpointError, "got name 'a/b'"),
         ({"generate": wide}, ConfigError, r"generate returned float32 \(\d+, 2\), expected "
