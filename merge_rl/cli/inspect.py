@@ -182,7 +182,7 @@ def _run_document(
 
 
 def _print_run(path: Path, document: Mapping[str, Any]) -> None:
-    rows = [[key, str(value)] for key, value in document.items() if key != "comparison"]
+    rows = [[key, _shown(value)] for key, value in document.items() if key != "comparison"]
     print_table(str(path), ["run", ""], rows)
     if document["state"] == "unfinished":
         typer.echo(f"go on with: mergerl resume {path}")
@@ -195,6 +195,15 @@ def _print_run(path: Path, document: Mapping[str, Any]) -> None:
         ["model", "mean [95 % interval]"],
         [[name, interval_text(summary[headline])] for name, summary in entries.items()],
     )
+
+
+def _shown(value: object) -> str:
+    """Plain data as people write it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {part}" for key, part in value.items())
+    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
 def _show_file(path: Path, *, json: bool) -> None:
@@ -212,7 +221,7 @@ def _show_file(path: Path, *, json: bool) -> None:
     if json:
         print_json(document)
     else:
-        rows = [[key, str(value)] for key, value in document.items() if value is not None]
+        rows = [[key, _shown(value)] for key, value in document.items() if value is not None]
         print_table(str(path), ["file", ""], rows)
     require_network(tensors, config, str(path))
 

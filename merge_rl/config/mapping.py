@@ -34,7 +34,8 @@ def find_settings(path: Path) -> Path:
 
     A bare name without an ending can only be a recipe: UnknownNameError lists them for any other.
     """
-    if path.is_file() or path.suffix or len(path.parts) != 1:
+    there = path.exists() and not path.is_dir()  # the demo is a folder named as its recipe
+    if there or path.suffix or len(path.parts) != 1:
         return path
     if path.name not in recipe_names():
         raise UnknownNameError("file or recipe of settings", path.name, recipe_names())
@@ -252,7 +253,9 @@ def _key_of(cls: Any, name: str, value: Any) -> tuple[str, Any]:
     ends = [key for key in keys if key.rpartition(".")[2] == name]
     if not ends:
         known = {*fields, "searcher", *(key.rpartition(".")[2] for key in keys)}
-        raise UnknownNameError("setting", name, known)
+        flag = f"--{name.replace('_', '-')}"  # its option may have another name
+        nearest = [s.key.rpartition(".")[2] for s in settings_of(cls) if s.about.flag == flag]
+        raise UnknownNameError("setting", name, known, nearest=nearest or None)
     if len(ends) > 1:
         parts = " or ".join(f"{key.partition('.')[0]}={{{name!r}: ...}}" for key in ends)
         raise ConfigError(f"the setting {name!r} is one of {', '.join(ends)}; say {parts}")

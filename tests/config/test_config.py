@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,9 @@ def test_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "digits").rmdir()
     (tmp_path / "digits").write_text("checkpoints: mine\n", encoding="utf-8")
     assert str(load_config(OptimizeConfig, Path("digits")).checkpoints) == "mine"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe: expected a file, found a pipe"):
+        load_config(OptimizeConfig, Path("pipe"))
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

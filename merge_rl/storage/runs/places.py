@@ -109,7 +109,9 @@ def find_set(path: str | os.PathLike[str]) -> Meant:
     folder = only_inside(given) if given.is_dir() else given
     kind = folder_kind(folder) if folder.is_dir() else "nothing"
     if kind in ("run", "comparison"):
-        of = f", of the set {RunDir(folder).config().checkpoints}" if kind == "run" else ""
+        of = f"; mergerl report {folder} writes its page"
+        if kind == "run":
+            of = f", of the set {RunDir(folder).config().checkpoints}"
         raise CheckpointError(f"{folder}: expected a set of checkpoints, found a {kind}{of}")
     empty = kind == "nothing" and folder.is_dir() and weights_in(folder)
     if empty or kind in ("images", "damaged run"):

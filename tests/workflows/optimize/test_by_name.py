@@ -46,6 +46,7 @@ def test_what_nobody_can_mean_is_refused(shared_tiny: Path, tmp_path: Path) -> N
         assert not (tmp_path / "run").exists()
 
     refused(UnknownNameError, "unknown setting 'pool_sise'; did you mean 'pool_size'", pool_sise=3)
+    refused(UnknownNameError, "unknown setting 'only'; did you mean 'select'", only=3)
     refused(ConfigError, "settings.evaluation.num_images: expected int", num_images="many")
     whole = mrl.OptimizeConfig(budget=500, reward=mrl.RewardConfig(pool_size=170))
     refused(ConfigError, "budget is 90 in the call and 500 in its config", config=whole, budget=90)
