@@ -112,9 +112,13 @@ _RANGES: Final[Mapping[str, tuple[str, Callable[[float], bool]]]] = {
     "sigma_data": ("> 0", lambda value: value > 0),
     "noise_scale": ("> 0", lambda value: value > 0),
     "mlp_ratio": ("above 0, at most 1000", lambda value: 0 < value <= 1000),
-    "dropout": ("from 0 to 1", lambda value: 0 <= value <= 1),
-    "class_dropout_prob": ("from 0 to 1", lambda value: 0 <= value <= 1),
-}
+    "clip_act": ("> 0", lambda value: value > 0),
+    **dict.fromkeys(
+        ("dropout", "class_dropout_prob", "res_balance", "attn_balance", "label_balance",
+         "concat_balance"),
+        ("from 0 to 1", lambda value: 0 <= value <= 1),
+    ),
+}  # fmt: skip
 
 
 def require_sizes(options: Mapping[str, Any], where: str) -> None:

@@ -31,6 +31,8 @@ from tests.fixtures import TINY_MODEL
         ("sigma_data", "1", "expected sigma_data as a finite number, got '1'"),
         ("sigma_data", True, "expected sigma_data as a finite number, got True"),
         ("sigma_data", 10**400, "expected sigma_data as a finite number, got 1000"),
+        ("clip_act", -1, "expected clip_act > 0, got -1"),
+        ("res_balance", 2, "expected res_balance from 0 to 1, got 2"),
         ("use_fp16", 1, "expected use_fp16 as true or false, got 1"),
         ("model_channels", None, "expected model_channels as a whole number"),
         ("channels_per_head", 0, "expected channels_per_head as a whole number from 1 to"),
