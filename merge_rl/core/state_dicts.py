@@ -64,7 +64,8 @@ RAW: Final = (
 )
 AVERAGED: Final = (
     *("ema", "model_ema", "ema_model", "net_ema", "ema_net", "ema_state_dict", "model_ema_state"),
-    *("model_ema1", "model_ema2"),
+    *("model_ema1", "model_ema2", "params_ema", "ema_params", "ema_weights", "G_ema", "shadow"),
+    *("averaged_model", "swa_model"),
 )
 _KNOWN: Final = (*RAW, *AVERAGED)
 _MOST_LEVELS: Final = 4
@@ -118,13 +119,19 @@ def is_average(place: str) -> bool:
 def hold(data: Mapping[str, object], kind: type[T], *, whole: bool = False) -> Held[T]:
     """The state dicts of tensors of a `kind` in a mapping, and the keys that are none.
 
-    State dicts are looked for under the names that training programs use, within one another too.
+    State dicts are looked for under the names that training programs use, within one another too;
+    under any name where raw weights have none of those.
     One flat mapping may hold several, told apart by what their names begin with; what is far
     smaller than the largest is none: a count of averages, a loss. `whole` keeps a flat mapping
     without an average as it is, but for `module.`: networks call their own parts `model` or `net`.
     """
     held: Held[T] = Held()
     _collect(data, kind, "", held, whole)
+    if not held.among(averaged=False):
+        for name, item in data.items():
+            if name in held.others and isinstance(item, Mapping) and _names_parts(item):
+                held.others.remove(str(name))
+                _collect(item, kind, str(name), held, whole)
     most = max(map(len, held.states.values()), default=0)
     nested = any(isinstance(data.get(place.partition("/")[0]), Mapping) for place in held.states)
     parts = {"": 1} if nested else {}  # loose beside a state dict: a generator's state, losses
@@ -173,6 +180,11 @@ def _without_beginnings(names: dict[str, str]) -> Iterator[dict[str, str]]:
     while names and all("." in name for name in names) and begin_alike(names):
         names = {name.partition(".")[2]: known for name, known in names.items()}
         yield names
+
+
+def _names_parts(data: Mapping[object, object]) -> bool:
+    """Whether keys are the names of tensors in parts of a network."""
+    return any(isinstance(key, str) and "." in key for key in data)
 
 
 def _collect(

@@ -99,6 +99,24 @@ def test_raw_weights_and_their_average_are_told_apart() -> None:
         assert torch.equal(held.states[places[1]]["first.weight"], average["first.weight"])
 
 
+def test_state_dicts_under_names_of_a_programs_own() -> None:
+    state = dict(plain())
+    average = {name: tensor + 1 for name, tensor in state.items()}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [], "lr.x": 0.1}
+    for data, raw, averaged in (
+        ({"params": state, "params_ema": average, "opt": optimizer}, ["params"], ["params_ema"]),
+        ({"G": state, "G_ema": average}, ["G"], ["G_ema"]),
+        ({"student": state, "teacher": average, "x": {"y": 1}}, ["student", "teacher"], []),
+        ({"model": state, "ema": {"shadow": average, "decay": 1}}, ["model"], ["ema/shadow"]),
+        # Where raw weights have their usual name all else is beside them.
+        ({"model": state, "teacher": average}, ["model"], []),
+    ):
+        held = hold(data, Tensor)
+        assert (held.among(averaged=False), held.among(averaged=True)) == (raw, averaged)
+        assert list(held.states[raw[0]]) == list(state)
+    assert not hold({"optimizer": optimizer, "rng": {"cpu": torch.ones(3)}}, Tensor).states
+
+
 def test_what_holds_no_tensors() -> None:
     assert hold({"model": {"a": 1}, "b": 2}, Tensor).states == {}
     endless: dict[str, object] = {}

@@ -40,13 +40,7 @@ from merge_rl.storage.convert.contents import (
 )
 from merge_rl.storage.convert.distcp import files_of_metadata, read_distcp
 from merge_rl.storage.convert.layouts import Place, files_in, place_of, read_library, steps_of
-from merge_rl.storage.convert.states import (
-    INDEX,
-    holds_states,
-    only_network,
-    read_only_state,
-    read_states,
-)
+from merge_rl.storage.convert.states import INDEX, holds_states, read_only_state, read_states
 from merge_rl.storage.convert.trajectories import (
     SHADOWS,
     arranged,
@@ -255,8 +249,6 @@ def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
         return [edm2_source.read_snapshot(data, path)]
     if edm2_source.is_training_state(data):
         return edm2_source.read_training_state(data, path, weights)
-    if hints.part is None and not holds_states(data):
-        hints = replace(hints, part=only_network(data, path))
     if hints.part is not None or holds_states(data):
         return read_states(data, path, weights, hints)
     if any(str(key).startswith("optim") or key == "opt" for key in data):

@@ -26,7 +26,7 @@ from merge_rl.storage.convert.contents import (
 from merge_rl.storage.convert.families import PROJECTORS, find_family, fitting, is_foreign, path_of
 from merge_rl.storage.convert.sit import ROTATIONS, describe_jit, describe_sit
 from merge_rl.storage.files import parse_index
-from merge_rl.storage.pickles import TensorRef, read_data, shown
+from merge_rl.storage.pickles import TensorRef, read_data
 
 _STEP: Final = re.compile(r"(?:.*[-_.])?(\d{7,9})")
 State = Mapping[str, TensorRef]
@@ -97,23 +97,6 @@ def read_states(
     return found
 
 
-def only_network(data: Mapping[str, object], path: Path) -> str | None:
-    """The key of the one state dict under a name of the training program's own, None without any.
-
-    Raises CheckpointError for several, such as generator and discriminator.
-    """
-    found = [
-        key
-        for key, value in data.items()
-        if isinstance(key, str) and isinstance(value, dict) and value
-        if all(isinstance(k, str) and isinstance(t, TensorRef) for k, t in value.items())
-    ]
-    if len(found) > 1:
-        listed = ", ".join(shown(key, 30) for key in found[:8])
-        raise CheckpointError(f"{path}: holds several networks, {listed}; --part NAME takes one")
-    return found[0] if found else None
-
-
 def read_only_state(path: Path) -> dict[str, TensorRef]:
     """The tensors of a pickled file, or of all that an index lists, if these are one network's."""
     homes = parse_index(path) if path.name.endswith(INDEX) else {}
@@ -145,9 +128,8 @@ def _wanted(held: Held[TensorRef], path: Path, weights: str) -> list[str]:
         if len(places) > 1:
             listed = ", ".join(place or "its own tensors" for place in places)
             raise CheckpointError(
-                f"{path}: holds several networks, {listed}"
-                "; expected one, or one and "
-                "its average (--part NAME chooses by the beginning of names)"
+                f"{path}: holds several networks, {listed}; --part NAME takes one, by its key or "
+                "the beginning of names"
             )
     if [*raw, *averaged] == [""]:
         return [""]

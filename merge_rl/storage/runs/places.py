@@ -227,6 +227,8 @@ def located(
         now = absolute(find_set(checkpoints).told(announce) if whole else checkpoints)
         if not now.exists():
             raise RunError(f"{now}: no such folder; expected the {key} of {run}")
+        if whole and not now.is_dir():
+            raise RunError(f"{now}: a file; expected the folder of the {key} of {run}")
         moved = Moved(before, now) if whole else _moved_model(before, now)
         now = moved.follow(before)
 
@@ -279,8 +281,8 @@ def _present(path: Path, run: Path, name: str, announce: Callable[[str], None]) 
     """The path, or where it lies after it moved with the run."""
     if _exists(path):
         return path
-    home = absolute(run)
-    for folder in [home, *home.parents[:_NEAR]]:
+    homes = dict.fromkeys([absolute(run), run.resolve()])  # a run may be a link to its folder
+    for folder in [near for home in homes for near in (home, *home.parents[:_NEAR])]:
         for above in reversed(path.parents):
             found = folder / path.relative_to(above)
             if _exists(found):

@@ -123,11 +123,14 @@ def merge(
             the newest by default. Buffers are never averaged.
 
     The files are read once, a piece at a time: besides the result a few MiB are held. Raises
-    ConfigError for coefficients of another shape, or that are not finite.
+    ConfigError for coefficients of another shape, that are no numbers, or not finite.
     """
     from merge_rl.storage.checkpoints import merge_into_memory
 
-    values = np.asarray(coefficients, np.float64)
+    try:
+        values = np.asarray(coefficients, np.float64)
+    except (TypeError, ValueError):
+        raise ConfigError(f"expected coefficients as numbers, got {coefficients!r:.60}") from None
     plan = plan_merge(checkpoints, groups=groups, base=base)
     rows = values.reshape(1, -1) if values.ndim == 1 else values
     found = merge_into_memory(checkpoints, plan, rows[None])

@@ -20,6 +20,7 @@ from merge_rl.storage.checkpoints import ModelFile, open_tensors
 from merge_rl.storage.files import (
     ArrayInfo,
     image_key,
+    instead_of_weights,
     is_image_name,
     npz_arrays,
     read_header,
@@ -199,7 +200,12 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
     """
     file, entry = reference_file(path)
     if file.is_dir():
-        return "images" if folder_kind(only_inside(file)) in ("images", "nothing") else "model"
+        folder = only_inside(file)
+        kind = folder_kind(folder)
+        if kind == "nothing" and (hint := instead_of_weights(folder)):
+            expected = "expected a model, a set, a run, images or features"
+            raise StatisticsError(f"{file}: {expected}, found {described(folder)}{hint}")
+        return "images" if kind in ("images", "nothing") else "model"
     if entry is not None:
         return "reference"
     suffix = file.suffix.lower()

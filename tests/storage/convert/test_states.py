@@ -464,7 +464,7 @@ def test_of_raw_weights_and_their_average_the_average_is_taken(form: str, tmp_pa
 def test_several_networks_are_not_guessed_among(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save({"model": state_of(SIT, 1), "net": state_of(SIT, 2)}, path)
-    with pytest.raises(CheckpointError, match="a.pt: holds several networks, model, net; expected"):
+    with pytest.raises(CheckpointError, match="a.pt: holds several networks, model, net; --part"):
         convert(path, tmp_path / "out")
     with pytest.raises(CheckpointError, match="expected the state dict of one network, found mode"):
         load_weights(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,11 +88,11 @@ def test_groups_have_rows_of_their_own(raw: CheckpointSet) -> None:
         ([[1.0, 0, 0, 0]] * 2, r"expected coefficients \(1, 4\), got \(2, 4\)"),
         ([1.0, float("nan"), 0, 0], "expected finite coefficients"),
         ([1.0, float("inf"), 0, 0], "expected finite coefficients"),
+        ("0.5,0.5", "expected coefficients as numbers, got '0.5,0.5'"),
+        ({"a": 1}, "expected coefficients as numbers, got {'a': 1}"),
     ],
 )
-def test_coefficients_that_do_not_fit(
-    coefficients: list[float], message: str, raw: CheckpointSet
-) -> None:
+def test_coefficients_that_do_not_fit(coefficients: Any, message: str, raw: CheckpointSet) -> None:
     with pytest.raises(ConfigError, match=message):
         mrl.merge(raw, coefficients)
 

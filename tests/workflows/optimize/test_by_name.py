@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,9 @@ def test_what_nobody_can_mean_is_refused(shared_tiny: Path, tmp_path: Path) -> N
 
 def test_names_that_end_several_keys_want_their_part() -> None:
     assert said_by(mrl.OptimizeConfig, decay=0.5) == {"search": {"decay": 0.5}}
+    # Numbers of other libraries are numbers.
+    for seven in (np.int64(7), np.array(7), torch.tensor(7)):
+        assert with_settings(mrl.OptimizeConfig(), budget=seven).budget == 7
     assert said_by(mrl.OptimizeConfig, search=mrl.SearchConfig(std=2.0))["search"]["std"] == 2.0
     with pytest.raises(ConfigError, match=r"'name' is one of .*; say .*reward=\{'name': \.\.\.\}"):
         said_by(mrl.OptimizeConfig, name="x")

@@ -289,6 +289,18 @@ def test_a_moved_model_is_taken_from_elsewhere(
     assert found.extractor_weights == str(new / "evaluation/extractor.safetensors")
 
 
+def test_what_moved_is_found_beside_the_folder_that_a_link_to_the_run_means(tmp_path: Path) -> None:
+    for folder in ("project/run", "project/sit", "links"):
+        (tmp_path / folder).mkdir(parents=True)
+    link = tmp_path / "links/newest"
+    link.symlink_to(tmp_path / "project/run")
+    config = OptimizeConfig(checkpoints=str(tmp_path / "gone/sit"))
+    assert located(config, link).checkpoints == str(tmp_path / "project/sit")
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file: a file; expected the folder of the checkpoints of"):
+        located(config, link, tmp_path / "file")
+
+
 def test_settings_that_name_no_input_are_refused(tmp_path: Path) -> None:
     damaged = "the settings of the run are damaged: they name no"
     with pytest.raises(RunError, match=f"{damaged} checkpoints"):

@@ -302,3 +302,6 @@ def test_kinds(tmp_path: Path, edm2: Path, shared_tiny: Path) -> None:
         f"{edm2}/tiny_ref.pkl#fid": "reference",
     }
     assert {path: kind_of(path) for path in expected} == expected
+    (tmp_path / "folder/a.pt").touch()
+    with pytest.raises(StatisticsError, match=r"found 1 \.pt; `mergerl convert` makes them from"):
+        kind_of(tmp_path / "folder")
