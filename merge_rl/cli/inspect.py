@@ -199,11 +199,10 @@ def _print_run(path: Path, document: Mapping[str, Any]) -> None:
 
 def _shown(value: object) -> str:
     """Plain data as people write it."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {part}" for key, part in value.items())
-    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
+        value = [f"{key} {part}" for key, part in value.items()]
+    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return ", ".join(value) if isinstance(value, list) else shown
 
 
 def _show_file(path: Path, *, json: bool) -> None:
