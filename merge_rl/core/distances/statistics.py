@@ -135,6 +135,8 @@ def row_blocks(features: Tensor, size: int) -> Iterator[Tensor]:
 
 def check_features(features: Tensor, *, at_least: int) -> None:
     """Refuse what is not a finite matrix (N, D) of at least that many rows."""
+    if not isinstance(features, Tensor):
+        raise StatisticsError(f"expected features as a tensor, got {type(features).__name__}")
     if features.ndim != 2:
         raise StatisticsError(f"expected features (N, D), got shape {tuple(features.shape)}")
     if len(features) < at_least:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,6 +24,7 @@ from merge_rl.rng import draw_subset, stream
 from merge_rl.workflows.reference import Reference
 from merge_rl.workflows.rewards.frechet import Pool, RewardSource
 from merge_rl.workflows.rewards.sum import RewardSum, WeightedReward
+from merge_rl.workflows.rollout import as_tensor
 
 Features = Tensor | NDArray[Any]
 Influence = Callable[[Tensor], Tensor]
@@ -251,7 +251,7 @@ def _rows(
     features: object, expected: str, dim: int | None = None, *, least: int = 0, most: int = 2
 ) -> Tensor:
     """Floating features of `dim` columns, from NumPy too; ConfigError for anything else."""
-    given = torch.from_numpy(features) if isinstance(features, np.ndarray) else features
+    given = as_tensor(features)
     if not isinstance(given, Tensor):
         raise ConfigError(f"expected features {expected}, got {type(given).__name__}")
     shape, floating = tuple(given.shape), given.is_floating_point()

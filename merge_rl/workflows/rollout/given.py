@@ -27,9 +27,11 @@ Subject = nn.Module | Mapping[str, Tensor]
 
 
 def as_tensor(made: Any) -> Any:
-    """NumPy's numbers as a tensor; anything else as it is."""
-    numbers = isinstance(made, np.ndarray) and made.dtype.kind in "fiu"
-    return torch.from_numpy(np.ascontiguousarray(made)) if numbers else made
+    """NumPy's numbers, in any byte order, as a tensor of their own; anything else as it is."""
+    if not isinstance(made, np.ndarray) or made.dtype.kind not in "fiu":
+        return made
+    kind = made.dtype if made.dtype.itemsize <= 8 else np.dtype(np.float64)
+    return torch.from_numpy(np.array(made, kind.newbyteorder("="), order="C"))
 
 
 class Generate(Protocol):

@@ -140,6 +140,8 @@ def test_non_finite_features_are_refused(value: float) -> None:
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3, 4)])
 def test_features_that_are_no_matrix_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(StatisticsError, match="expected features as a tensor, got list"):
+        feature_stats([[1.0, 2.0], [3.0, 4.0]])  # type: ignore[arg-type]
     with pytest.raises(StatisticsError, match=r"features \(N, D\), got shape"):
         feature_stats(torch.ones(shape))
 

@@ -103,6 +103,9 @@ def test_failures_are_nan_and_bad_input_is_refused(generator: torch.Generator) -
         other.distance == mrl.SubsetReward(*kinds).distance == mrl.SubsetReward(real, pool).distance
     )
     assert torch.equal(other(pool[:6].numpy()), mrl.SubsetReward(real, pool)(pool[:6]))
+    for odd in (">f4", "g"):  # of other byte orders and widths
+        given = [part.detach().numpy().astype(odd) for part in kinds]
+        assert mrl.SubsetReward(*given).distance == other.distance
     with pytest.raises(StatisticsError, match="features"):
         mrl.SubsetReward(mrl.feature_stats(real), pool, name="kid-subset")
     with pytest.raises(StatisticsError, match="dimension"):
