@@ -14,6 +14,7 @@ from merge_rl.storage.convert.sit import is_jit, is_sit
 FAMILIES: Final = ("edm2", "sit", "dit", "repa", "jit")
 PROJECTORS: Final = "projectors."  # of REPA's loss: nothing that is sampled depends on them
 _REPA_WORDS: Final = ("enc_type", "proj_coeff")
+_SIT_WORDS: Final = ("path_type", "prediction")
 _NAMED: Final = re.compile(r"(?:^|[^a-z])(sit|dit|repa|jit)(?![a-z])", re.IGNORECASE)
 # What the programs of a family call the prediction that its network here makes.
 _PREDICTIONS: Final = {"sit": ("velocity", "v"), "repa": ("v", "velocity")}
@@ -99,14 +100,23 @@ def find_family(
 
 
 def _trained_as(settings: Mapping[str, Any]) -> str | None:
-    """The family whose training program writes such settings; None without settings."""
+    """The family whose training program writes such settings; None where many programs do."""
+    settings = _everywhere(settings)
     if any(word in settings for word in _REPA_WORDS):
         return "repa"
     model = settings.get("model")
     named = _NAMED.match(model) if isinstance(model, str) else None
     if named:
         return named[1].lower()
-    return "sit" if settings else None
+    return "sit" if any(word in settings for word in _SIT_WORDS) else None
+
+
+def _everywhere(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings and those of the sections within by their last names; the outer ones count more."""
+    found: dict[str, Any] = {}
+    for value in settings.values():
+        found |= _everywhere(value) if isinstance(value, dict) else {}
+    return found | {key: value for key, value in settings.items() if not isinstance(value, dict)}
 
 
 def path_of(family: str, settings: Mapping[str, Any]) -> str | None:
@@ -117,6 +127,7 @@ def path_of(family: str, settings: Mapping[str, Any]) -> str | None:
     """
     if family not in _PREDICTIONS:
         return None
+    settings = _everywhere(settings)
     prediction = settings.get("prediction")
     if isinstance(prediction, str) and prediction.lower() not in _PREDICTIONS[family]:
         raise ConfigError(f"trained to predict the {prediction}; expected a network of velocities")

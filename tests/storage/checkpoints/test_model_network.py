@@ -124,7 +124,7 @@ def test_odd_sources_are_not_converted(kind: str, odd: str, tmp_path: Path) -> N
         if kind == "snapshot":
             write_edm2(path, content)
         elif kind == "sit":
-            write_sit(path, content, None, num_classes=3)
+            write_sit(path, content, None, num_classes=3, prediction="v")
         elif kind == "bare edm2":
             torch.save(content, path)
         else:

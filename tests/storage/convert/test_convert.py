@@ -362,7 +362,9 @@ def test_released_sit_weights(tmp_path: Path, golden: Path) -> None:
 )
 def test_sit_training_checkpoints(weights: str, files: list[str], tmp_path: Path) -> None:
     model, ema = sit_weights(1), sit_weights(2)
-    write_sit(tmp_path / "0050000.pt", model, ema, global_batch_size=64, num_classes=10)
+    write_sit(
+        tmp_path / "0050000.pt", model, ema, global_batch_size=64, num_classes=10, prediction="v"
+    )
     result = convert(tmp_path / "0050000.pt", tmp_path / "out", weights=weights, num_heads=4)
     assert result.written == tuple(tmp_path / f"out/{name}.safetensors" for name in files)
     for name in files:

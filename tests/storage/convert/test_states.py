@@ -158,11 +158,13 @@ CONTAINERS["SimpleNamespace"] = saved("options", lambda s: types.SimpleNamespace
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_settings_are_read_from_any_container(container: str, tmp_path: Path) -> None:
     # Ten rows of labels: nine classes and the null class, which only the settings tell.
-    ear, settings = Ear(), {"num_classes": 9, "global_batch_size": 64, "num_heads": 4}
+    ear, said = Ear(), {"num_classes": 9, "global_batch_size": 64, "num_heads": 4}
+    settings = {**said, "path_type": "GVP"}
     CONTAINERS[container](settings, tmp_path / "0000100.pt", {"ema": state_of(SIT)})
     convert(tmp_path / "0000100.pt", tmp_path / "out", tracker=ear)
     assert model_of(tmp_path / "out") == (9, True)
     assert read_manifest(tmp_path / "out").model["num_heads"] == 4
+    assert read_manifest(tmp_path / "out").defaults.sampler == {"path": "gvp"}
     opened = mrl.open_checkpoints(tmp_path / "out")
     assert opened.nimg == [100 * 64]
     assert "9" in json.loads(opened.metadata(0)["training"]).__repr__()
@@ -210,7 +212,7 @@ TWICE = {**SIT, "learn_sigma": True}
     [
         (TWICE, {"model": "DiT-S/2"}, "0000100", {}, "dit"),
         (TWICE, {"model": "SiT-S/2", "path_type": "Linear"}, "0000100", {}, "sit"),
-        (TWICE, {"num_classes": 10}, "0000100", {}, "sit"),
+        (TWICE, {"a": {"path_type": "VP"}}, "0000100", {}, "sit"),
         (TWICE, {}, "DiT-XL-2-256x256", {}, "dit"),
         (TWICE, {}, "SiT-XL-2-256x256", {}, "sit"),
         (TWICE, {}, "a", {"family": "dit"}, "dit"),
@@ -239,7 +241,8 @@ def test_what_a_file_says_tells_families_of_equal_tensors_apart(
 def test_a_family_that_nothing_tells_is_asked_for(
     config: dict[str, Any], other: str, apart: str, tmp_path: Path
 ) -> None:
-    torch.save(state_of(config, 1), tmp_path / "a.pt")
+    # Settings that many programs have say nothing of it.
+    torch.save({"ema": state_of(config, 1), "args": {"num_classes": 10}}, tmp_path / "a.pt")
     asked = rf"a\.pt: sit and {other} have these tensors and differ in {apart}.*--family"
     with pytest.raises(CheckpointError, match=asked):
         convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2)
@@ -329,7 +332,9 @@ def test_the_null_class(
     tmp_path: Path,
 ) -> None:
     ear, path = Ear(), tmp_path / "0000100.pt"
-    torch.save({"model": state_of(SIT), "args": {"num_heads": 2, **settings}}, path)
+    torch.save(
+        {"model": state_of(SIT), "args": {"num_heads": 2, "path_type": "linear", **settings}}, path
+    )
     convert(path, tmp_path / "out", tracker=ear, **hints)
     assert model_of(tmp_path / "out") == expected
     told = [text for text in ear.heard if "number of classes" in text]
@@ -340,7 +345,7 @@ def test_the_null_class(
 
 def test_contradictions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    torch.save({"model": state_of(SIT), "args": {"num_classes": 12}}, path)
+    torch.save({"model": state_of(SIT), "args": {"num_classes": 12, "prediction": "v"}}, path)
     with pytest.raises(CheckpointError, match=r"10 \(no null class\) or 9 .*, got 12; --num"):
         convert(path, tmp_path / "out", num_heads=2)
     with pytest.raises(CheckpointError, match="10 classes and a null class need .* 11 rows, foun"):
@@ -355,7 +360,8 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
 def test_what_is_stated_counts_more_than_what_is_assumed(tmp_path: Path) -> None:
     bare, stated = tmp_path / "a.pt", tmp_path / "0000100.pt"
     torch.save(state_of(SIT, 1), bare)
-    torch.save({"ema": state_of(SIT, 2), "args": {"num_classes": 9, "num_heads": 2}}, stated)
+    said = {"num_classes": 9, "num_heads": 2, "path_type": "Linear"}
+    torch.save({"ema": state_of(SIT, 2), "args": said}, stated)
     ear = Ear()
     convert([bare, stated], tmp_path / "both", num_heads=2, family="sit", tracker=ear)
     assert model_of(tmp_path / "both") == (9, True)
