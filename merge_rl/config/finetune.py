@@ -110,10 +110,15 @@ class FinetuneConfig(RunConfig):
                 f"got {self.parallel}"
             )
 
+    @property
+    def subsets(self) -> int:
+        """B; a gradient through the rollouts, with nothing to compare, needs few of them."""
+        return self.rollout.subsets or (2 if self.algorithm == "pathwise" else 16)
+
     @cached_property
     def images_per_step(self) -> int:
         """Rollouts of a step: B n."""
-        return self.rollout.subsets * self.reward.images_per_subset
+        return self.subsets * self.reward.images_per_subset
 
     @property
     def rollout_kind(self) -> str:

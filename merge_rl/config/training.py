@@ -24,7 +24,10 @@ class RolloutConfig:
         None, "Rollouts of rs: ode or sde; those of pg are sde.", LEARN, "--under",
         metavar="sde|ode", unset="sde for pg, ode for rs",
     )  # fmt: skip
-    subsets: int = setting(16, "B, sets of images that a step compares.", LEARN, "--subsets")
+    subsets: int | None = setting(
+        None, "B, sets of images that a step learns from; pg and rs compare them.", LEARN,
+        "--subsets", unset="16, for pathwise 2",
+    )  # fmt: skip
     train_steps: int = setting(
         50, "Solver intervals of rollouts (denoising reduction).", LEARN, "--train-steps"
     )
@@ -39,7 +42,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         if self.under not in (None, *UNDER):
             raise UnknownNameError("kind of rollouts", str(self.under), UNDER)
-        require(self.subsets >= 2, "subsets", ">= 2", self.subsets)
+        require(self.subsets is None or self.subsets >= 2, "subsets", ">= 2", self.subsets)
         require(self.train_steps >= 2, "train_steps", ">= 2", self.train_steps)
         if self.window_size is None:
             if self.window_start is not None:

@@ -21,6 +21,7 @@ from merge_rl.config.optimize import (
     SearchConfig,
 )
 from merge_rl.config.sampler import SamplerConfig
+from merge_rl.config.training import RolloutConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 
 # Every value differs from its default, so that a field that is dropped on the way is noticed.
@@ -348,3 +349,12 @@ def test_a_refusal_in_a_file_names_the_key(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_the_distance_of_a_pool_is_called(name: str | None, distance: str) -> None:
     assert RewardConfig(name=name).distance == distance
+
+
+def test_a_gradient_through_rollouts_needs_few_sets_of_images() -> None:
+    def made(algorithm: str, subsets: int | None = None) -> float:
+        rollout = RolloutConfig(subsets=subsets)
+        config = FinetuneConfig(model="x", algorithm=algorithm, rollout=rollout)
+        return config.images_per_step / config.reward.images_per_subset
+
+    assert [made("pg"), made("rs"), made("pathwise"), made("pathwise", 5)] == [16, 16, 2, 5]

@@ -93,7 +93,7 @@ class StepParts:
     def collect(self, pool: Pool, step: int) -> tuple[Credit, KeptRollouts]:
         """B sets of n images in the same rows of the pool: what they earned, and the best."""
         config = self.config
-        size, sets = config.reward.images_per_subset, config.rollout.subsets
+        size, sets = config.reward.images_per_subset, config.subsets
         rows = draw_subset(pool.labels, size, stream(config.seed, "subset", step))
         seeds = image_seeds(sets * size, config.seed, "rollout", step, rules=config.rules)
         labels = pool.labels[rows].repeat(sets)
