@@ -21,7 +21,9 @@ _NAME: Final = re.compile(rf"[0-9A-Za-z_.-]{{1,{MAX_NAME}}}")
 _MAX_VALUES: Final = 2000
 _MAX_TEXT: Final = 1000
 _MAX_DOCUMENT: Final = 100_000
-BIN_SHARD: Final = re.compile(r".*-[0-9]{5}-of-[0-9]{5}\.bin")  # a part, left to its index
+SHARD: Final = re.compile(
+    r".*-[0-9]{5}-of-[0-9]{5}\.(bin|safetensors)"
+)  # a part, left to its index
 DEFAULT_BATCH: Final = 256  # images a step, in SiT's public training
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -50,7 +50,13 @@ from merge_rl.storage.convert.trajectories import (
     weights_of,
     with_profile,
 )
-from merge_rl.storage.files import is_weights_name, network_name, open_weights, parse_index
+from merge_rl.storage.files import (
+    index_of,
+    is_weights_name,
+    network_name,
+    open_weights,
+    parse_index,
+)
 from merge_rl.storage.pickles import (
     ByteSource,
     Span,
@@ -72,7 +78,8 @@ def list_files(
 ) -> tuple[list[Path], list[str]]:
     """The files that are meant: themselves, or those of a folder; each once.
 
-    A folder that holds one checkpoint stands for itself (`layouts.place_of`). Beside them a
+    A folder that holds one checkpoint stands for itself (`layouts.place_of`), a shard for the model
+    of its index. Beside them a
     sentence for each other name of a file among them, a link to it.
     """
     given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
@@ -90,7 +97,7 @@ def list_files(
             raise CheckpointError(f"{item}: no such file or folder")
         else:
             open_file(item).close()  # refuses what is neither a file nor a folder
-            within = [item]
+            within = [index_of(item) or item]
         for file in within:
             names.setdefault(file.resolve(), []).append(file)
     if not names:

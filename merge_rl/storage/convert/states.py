@@ -13,8 +13,8 @@ from merge_rl.core.state_dicts import Held, hold, is_average, names_for
 from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.storage.checkpoints import parse_stem
 from merge_rl.storage.convert.contents import (
-    BIN_SHARD,
     DEFAULT_BATCH,
+    SHARD,
     Extracted,
     Hints,
     Said,
@@ -55,8 +55,10 @@ def read_states(
     or its settings say, else 256. Optimizers are left alone. A network of no known family keeps its
     names, unless (`whole` off) their first part is what the training program calls it.
     """
-    if BIN_SHARD.fullmatch(path.name):
-        raise CheckpointError(f"{path}: a shard of a model, expected its index (.bin{INDEX})")
+    if SHARD.fullmatch(path.name):
+        raise CheckpointError(
+            f"{path}: a shard of a model, expected its index ({path.suffix}{INDEX})"
+        )
     if hints.part is not None:
         data = part_of(data, hints.part, path)
         if not holds_states(data):

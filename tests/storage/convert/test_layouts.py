@@ -104,6 +104,21 @@ def test_what_a_folder_of_bin_files_holds(tmp_path: Path) -> None:
         extract(folder / shards[0])
 
 
+def test_a_shard_means_the_model_of_its_index(tmp_path: Path) -> None:
+    shards = [tmp_path / f"m-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for i, shard in enumerate(shards):
+        save_tensors(shard, {f"{i}.weight": torch.ones(1)})
+    with pytest.raises(
+        CheckpointError, match=r"a shard of a model, .* \(\.safetensors\.index\.json"
+    ):
+        extract(list_files(shards[0])[0][0])
+    index = tmp_path / "m.safetensors.index.json"
+    homes = {f"{i}.weight": shard.name for i, shard in enumerate(shards)}
+    index.write_text(json.dumps({"weight_map": homes}))
+    assert list_files(shards) == ([index], [])
+    assert extract(index)[0].tensors.keys() == homes.keys()
+
+
 def test_folders_that_hold_no_weights(tmp_path: Path) -> None:
     for name, names, told in (
         ("a", ["adapter_config.json"], "an adapter_config.json without adapter_model.safetensors"),
