@@ -9,8 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# One worker more than cores: some tests wait, for disks and for other processes.
-JOBS ?= $(shell expr $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + 1)
+JOBS ?= auto
 # Every process that tests start would compile the package again, and every worker the tests.
 export PYTHONDONTWRITEBYTECODE :=
 

@@ -90,7 +90,7 @@ def damage_files(progress: Progress, total: int, only: Sequence[str]) -> None:
         campaign_files.make_corpus(corpus)
     each = -(-total // len(campaign_files.READERS))
     for end in range(BATCH, each + BATCH, BATCH):
-        for name in only or campaign_files.READERS:
+        for name in [n for n in campaign_files.READERS if n in only or not only]:
             row = progress.of("files", name)
             numbers = range(row["done"], min(end, each))
             if numbers and not progress.is_over:
@@ -101,7 +101,9 @@ def damage_files(progress: Progress, total: int, only: Sequence[str]) -> None:
 def disturb(progress: Progress, part: str, total: int, only: Sequence[str]) -> None:
     """`total` disturbances of each kind of command, in turns; of disks one for a write at most."""
     going = {}
-    for name in only or campaign_runs.PARTS[part]:
+    for name in campaign_runs.PARTS[part]:
+        if only and name not in only:
+            continue
         place = progress.folder / "runs" / f"{part}-{name.replace(' ', '-')}"
         row, begin = progress.of(part, name), campaign_runs.PARTS[part][name]
         going[name] = row, begin(place, progress.seed, row["done"], total)
@@ -170,6 +172,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/campaign"))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    known = {name for rows in campaign_runs.PARTS.values() for name in rows} | {
+        *campaign_files.READERS
+    }
+    if unknown := sorted({*arguments.only} - known):
+        parser.error(f"no row {unknown[0]!r}; there are {', '.join(sorted(known))}")
     began, arguments.folder = time.monotonic(), arguments.folder.resolve()
     end = began + arguments.seconds
     seeds = range(arguments.seed, arguments.seed + arguments.workers)
