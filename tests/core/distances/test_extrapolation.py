@@ -81,6 +81,8 @@ def test_lines_that_cannot_be_drawn_are_refused(generator: torch.Generator) -> N
     features, reference = torch.randn(60, 31, generator=generator), gaussian_reference(31)
     with pytest.raises(TooFewSamplesError, match="above their 31 dimensions, got 30 to 60"):
         frechet_infinity(features, reference, generator=generator)
+    with pytest.raises(TooFewSamplesError, match="above their 31 dimensions, got 31 to 60"):
+        frechet_infinity(features, reference, generator=generator, smallest=31)
     with pytest.raises(TooFewSamplesError, match="15 different numbers .* got 50 to 60"):
         frechet_infinity(features, reference, generator=generator, smallest=50)
     with pytest.raises(ConfigError, match="at least 3 points .* got 2"):

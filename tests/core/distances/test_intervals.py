@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from merge_rl.core.distances.intervals import Interval, mean_interval
+from merge_rl.core.distances.intervals import Interval, improvement, mean_interval
 from merge_rl.errors import TooFewSamplesError
 
 
@@ -66,3 +66,10 @@ def test_too_few_values(values: list[float]) -> None:
     message = f"an interval needs at least 2 values, got {len(values)}"
     with pytest.raises(TooFewSamplesError, match=message):
         mean_interval(values)
+
+
+def test_an_improvement_pairs_equal_seeds() -> None:
+    before = [{"fid": 3.0}, {"fid": 7.0}]
+    assert improvement([{"fid": 2.0}, {"fid": 4.0}], before, "fid") == mean_interval([1.0, 3.0])
+    with pytest.raises(ValueError, match="zip"):
+        improvement([{"fid": 2.0}], before, "fid")

@@ -18,6 +18,7 @@ from merge_rl.core.merging.tuned_map import (
     Setup,
     TunedMap,
     anchored,
+    before_and_after,
     merge_map,
     setup_of,
 )
@@ -129,3 +130,7 @@ def test_guidance_alone_keeps_the_coefficients_of_the_start() -> None:
     assert torch.equal(found.coefficients, start)
     assert found.as_dict()["guidance"]["strength"] == pytest.approx(math.exp(STRENGTH_UNIT))
     assert anchored(own, start) is own
+
+
+def test_a_map_of_coefficients_alone_gives_nothing_beside_them() -> None:
+    assert before_and_after(free(1, 2), torch.ones(1, 2, dtype=torch.float64)) == {}

@@ -68,3 +68,9 @@ def test_a_level_leads_back_to_its_step_and_between_two_to_a_part() -> None:
 def test_what_are_no_betas_is_refused(betas: list[float]) -> None:
     with pytest.raises(ConfigError, match="expected two or more betas between 0 and 1, found"):
         StepLevels(torch.tensor(betas))
+
+
+def test_two_steps_are_the_fewest() -> None:
+    assert StepLevels(torch.tensor([0.5, 0.5])).log_sigmas == pytest.approx(HALVING.log_sigmas[:2])
+    with pytest.raises(ConfigError, match=r"two or more betas .*, found \(1,\)"):
+        StepLevels(torch.tensor([0.5]))
