@@ -190,6 +190,14 @@ def test_a_loose_tensor_beside_a_state_dict_is_no_network() -> None:
     assert list(map(len, alone.states.values())) == [2]  # a flat file has nothing beside
 
 
+def test_a_quarter_of_the_largest_is_a_state_dict_and_less_is_none() -> None:
+    large = {f"w{i}": torch.ones(1) for i in range(8)}
+    few = {name: large[name] for name in ("w0", "w1")}
+    assert hold({"model": large, "ema": few}, Tensor).states.keys() == {"model", "ema"}
+    held = hold({"model": large, "ema": {"w0": large["w0"]}}, Tensor)
+    assert (list(held.states), held.others) == (["model"], ["ema/w0"])
+
+
 def test_any_beginning_of_all_names_may_be_left_out() -> None:
     wanted = ["first.weight", "last.weight"]
     for wrapper in ("denoiser", "model.diffusion_model", "a.b.c"):
