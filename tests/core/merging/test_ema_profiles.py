@@ -22,6 +22,7 @@ from merge_rl.core.merging.ema_profiles import (
     sparse_profile,
     std_from_exponent,
 )
+from merge_rl.core.merging.maps import EmaMap
 from merge_rl.errors import ConfigError
 
 
@@ -303,3 +304,13 @@ def test_profiles_without_a_distance_are_refused() -> None:
             Profiles(times, torch.tensor([0.5, 0.5]), start)
     with pytest.raises(ConfigError, match="expected exponents > -1"):
         Profiles(times, torch.tensor([0.5, -1.0]))
+
+
+def test_a_start_wider_than_the_flat_profile_moves_by_its_exponent() -> None:
+    profiles = Profiles(torch.tensor([50.0, 80.0, 80.0]), torch.tensor([-0.9, -0.5, 1.5]), 2.0)
+    moved = EmaMap(profiles=profiles, base=1, scale=1.0)
+    at = moved(torch.tensor([math.log(2), 0.0], dtype=torch.float64))
+    torch.testing.assert_close(at[0], profiles.row(80.0, -0.75))  # 0.5 / 2 - 1
+    torch.testing.assert_close(
+        moved(torch.zeros(2, dtype=torch.float64))[0], torch.tensor([0.0, 1, 0]).double()
+    )
