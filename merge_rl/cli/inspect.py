@@ -45,14 +45,14 @@ def inspect(
 
     Reads every weight of a set and compares hashes, unless --quick. Exits with 1 if a check fails.
     """
-    from merge_rl.storage.files import reference_file
+    from merge_rl.storage.files import index_of, reference_file
     from merge_rl.storage.runs import find_set, folder_kind, only_inside
 
     if network is not None:
         allow_network(network)
     if not reference_file(path)[0].exists():
         path = _fetched(path)
-    place = only_inside(path) if path.is_dir() else path
+    place = only_inside(path) if path.is_dir() else index_of(path) or path
     kind = folder_kind(place) if place.is_dir() else "file"
     if place != path:
         note(f"{path}: took the {kind} {place}")
@@ -202,7 +202,7 @@ def _shown(value: object) -> str:
     if isinstance(value, Mapping):
         value = [f"{key} {part}" for key, part in value.items()]
     shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return ", ".join(value) if isinstance(value, list) else shown
+    return ", ".join(map(str, value)) if isinstance(value, list) else shown
 
 
 def _show_file(path: Path, *, json: bool) -> None:

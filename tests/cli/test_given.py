@@ -195,6 +195,9 @@ def test_a_shard_means_its_model_and_is_none_alone(tiny: Path, mergerl: Mergerl)
     index = "whole/model.safetensors.index.json"
     took = f"{shard}: took {index}, the whole model"
     assert took in said(mergerl("sample", shard, "--num-images", 2))
+    ended = mergerl("inspect", shard, "--json")
+    assert f"{shard}: took the file {index}" in said(ended)
+    assert ended.out == mergerl("inspect", index, "--json").out
     assert find_model(shard).path == find_model(index).path
     Path(index).unlink()
     for command in (["inspect"], ["push", "user/repo", "--dry-run"], ["merge", "m", "--uniform"]):

@@ -21,9 +21,6 @@ _NAME: Final = re.compile(rf"[0-9A-Za-z_.-]{{1,{MAX_NAME}}}")
 _MAX_VALUES: Final = 2000
 _MAX_TEXT: Final = 1000
 _MAX_DOCUMENT: Final = 100_000
-SHARD: Final = re.compile(
-    r".*-[0-9]{5}-of-[0-9]{5}\.(bin|safetensors)"
-)  # a part, left to its index
 DEFAULT_BATCH: Final = 256  # images a step, in SiT's public training
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -223,7 +220,7 @@ def _settings(value: object) -> object:
 def _parsed(text: str) -> object:
     """What settings that were saved as YAML, or as JSON, which is a part of it, say."""
     try:
-        return parse_yaml(text[:_MAX_DOCUMENT], "settings")
+        return parse_yaml(text, "settings") if len(text) <= _MAX_DOCUMENT else None
     except ManifestError:
         return None
 

@@ -9,10 +9,11 @@ from typing import Any, Final, NamedTuple
 
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.checkpoints import is_network_config, library_document, network_config
-from merge_rl.storage.convert.contents import SHARD, Extracted, Hints
+from merge_rl.storage.convert.contents import Extracted, Hints
 from merge_rl.storage.files import (
     CONVERTED,
     averaged,
+    is_shard_name,
     natural_key,
     network_name,
     training_key,
@@ -98,7 +99,7 @@ def files_in(folder: Path) -> list[Path]:
         file
         for file in folder.iterdir()
         if file.suffix.lower() in CONVERTED or file.name.endswith(".bin.index.json")
-        if file.is_file() and not _BESIDE.match(file.name) and not SHARD.fullmatch(file.name)
+        if file.is_file() and not _BESIDE.match(file.name) and not is_shard_name(file.name)
     ]
     files = sorted(found, key=lambda file: training_key(file.stem))
     states = [file for file in files if file.name.startswith("training-state-")]

@@ -14,7 +14,6 @@ from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.storage.checkpoints import parse_stem
 from merge_rl.storage.convert.contents import (
     DEFAULT_BATCH,
-    SHARD,
     Extracted,
     Hints,
     Said,
@@ -25,7 +24,7 @@ from merge_rl.storage.convert.contents import (
 )
 from merge_rl.storage.convert.families import PROJECTORS, find_family, fitting, is_foreign, path_of
 from merge_rl.storage.convert.sit import ROTATIONS, describe_jit, describe_sit
-from merge_rl.storage.files import parse_index
+from merge_rl.storage.files import is_shard_name, parse_index
 from merge_rl.storage.pickles import TensorRef, read_data
 
 _STEP: Final = re.compile(r"(?:.*[-_.])?(\d{7,9})")
@@ -55,7 +54,7 @@ def read_states(
     or its settings say, else 256. Optimizers are left alone. A network of no known family keeps its
     names, unless (`whole` off) their first part is what the training program calls it.
     """
-    if SHARD.fullmatch(path.name):
+    if is_shard_name(path.name):
         raise CheckpointError(
             f"{path}: a shard of a model, expected its index ({path.suffix}{INDEX})"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -245,6 +246,11 @@ def parse_index(path: Path) -> dict[str, Path]:
         if not plain or not file.endswith(kind):
             raise CheckpointError(f"{path}: expected names of {kind} beside it, got {file!r}")
     return {name: path.parent / file for name, file in homes.items()}
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a name is that of a part of a model, which its index lists."""
+    return re.search(r"-[0-9]{5}-of-[0-9]{5}\.(?:bin|safetensors)$", name) is not None
 
 
 def shard_pattern(stem: str = MODEL_STEM) -> str:

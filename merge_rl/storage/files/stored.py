@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -24,13 +23,12 @@ from merge_rl.storage.files.naming import (
 )
 from merge_rl.storage.files.safetensors_file import TensorReader, check_file, map_file, read_file
 from merge_rl.storage.files.safetensors_header import Header, TensorInfo, read_header
-from merge_rl.storage.files.shards import INDEX_NAME, INDEX_SUFFIX, parse_index
+from merge_rl.storage.files.shards import INDEX_NAME, INDEX_SUFFIX, is_shard_name, parse_index
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONVERTED: Final = (".pkl", ".pt", ".pth", ".ckpt", ".bin")  # what `mergerl convert` reads
-_SHARD: Final = re.compile(r"-[0-9]{5}-of-[0-9]{5}\.safetensors$")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -202,7 +200,7 @@ def _right_in(folder: Path) -> list[Path]:
     for file in found:
         if _is_dead(file):
             raise CheckpointError(f"{file}: a link to nothing, expected its file to be there")
-        if _SHARD.search(file.name):
+        if is_shard_name(file.name):
             raise CheckpointError(f"{file}: a shard of a model, expected its index ({INDEX_NAME})")
     return found
 
@@ -227,8 +225,7 @@ def instead_of_weights(folder: Path) -> str:
     """For the refusal of a folder without weights: what makes some, or where some are; or ""."""
     files = [file for file in folder.iterdir() if file.suffix.lower() in CONVERTED]
     if files:
-        kinds = ".ckpt" if any(file.suffix == ".ckpt" for file in files) else ".pkl or .pt"
-        kinds = ".bin" if all(file.suffix == ".bin" for file in files) else kinds
+        kinds = ", ".join(sorted({file.suffix.lower() for file in files}))
         return f"; `mergerl convert` makes them from the {len(files)} {kinds} files there"
     within = {file.parent.name for file in folder.glob("*/*") if is_weights_name(file.name)}
     shown = ", ".join(sorted(within, key=natural_key)[:4])
@@ -237,7 +234,7 @@ def instead_of_weights(folder: Path) -> str:
 
 def index_of(file: Path) -> Path | None:
     """The index beside a file that says it is a shard of a model; None for any other file."""
-    indexes = file.parent.glob(f"*{INDEX_SUFFIX}") if _SHARD.search(file.name) else ()
+    indexes = file.parent.glob(f"*{INDEX_SUFFIX}") if is_shard_name(file.name) else ()
     return next((index for index in indexes if file in parse_index(index).values()), None)
 
 

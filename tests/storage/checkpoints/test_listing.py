@@ -85,9 +85,9 @@ def test_folders_of_files_to_convert_say_so(tmp_path: Path) -> None:
     for name in ("a.pkl", "b.pt"):
         (tmp_path / name).touch()
     makes = "no .safetensors files; `mergerl convert` makes them from the"
-    assert told() == f"{makes} 2 .pkl or .pt files there"
+    assert told() == f"{makes} 2 .pkl, .pt files there"
     (tmp_path / "c.ckpt").touch()
-    assert told() == f"{makes} 3 .ckpt files there"
+    assert told() == f"{makes} 3 .ckpt, .pkl, .pt files there"
 
 
 def test_weights_a_folder_deeper_are_found_or_said_to_be_there(tmp_path: Path) -> None:

@@ -361,3 +361,11 @@ def test_what_is_no_jit(change: dict[str, tuple[int, ...]]) -> None:
         describe_jit(jit() | change, Said(settings={}))
     two = {"y_embedder.embedding_table.weight": (2, 8)}
     assert describe_jit(jit() | two, Said(settings={}))[0]["num_classes"] == 1
+
+
+def test_a_text_of_settings_is_read_whole_or_not_at_all() -> None:
+    # Cut short, the last number would be another one.
+    text = "a: " + "x" * 99_970 + "\nglobal_batch_size: 12"
+    assert len(text) < 100_000
+    assert read_said({"args": text}).settings["global_batch_size"] == 12
+    assert read_said({"args": text + "8" * 50}).settings == {}
