@@ -38,8 +38,12 @@ from merge_rl.workflows.compare.trials import (
     SearcherSpec,
     run_trial,
 )
-from merge_rl.workflows.optimize import image_seconds
-from merge_rl.workflows.rollout import calls_an_image, own_device, require_same_everywhere
+from merge_rl.workflows.rollout import (
+    calls_an_image,
+    image_seconds,
+    own_device,
+    require_same_everywhere,
+)
 
 OTHERS: Final = "ranks"  # folder of what the other ranks have scored, until rank 0 takes it
 SCORES: Final = "scores.json"

@@ -6,7 +6,6 @@ from merge_rl.workflows.optimize.prepare import (
     Workload,
     WorkStage,
     check_names,
-    image_seconds,
     search_workload,
 )
 from merge_rl.workflows.optimize.result import OptimizeResult
@@ -21,7 +20,6 @@ __all__ = [
     "Workload",
     "check_names",
     "function",
-    "image_seconds",
     "optimize",
     "optimize_set",
     "require_first_round",

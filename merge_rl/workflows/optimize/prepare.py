@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -13,7 +12,6 @@ from merge_rl import registry
 from merge_rl.config import AUTO_BATCH, OptimizeConfig, SamplerConfig, to_mapping
 from merge_rl.core.sampling.compatibility import (
     VELOCITY,
-    balanced_labels,
     prediction_of,
     require_reward_solver,
     require_solver,
@@ -45,8 +43,7 @@ from merge_rl.workflows.optimize.budget import (
 from merge_rl.workflows.optimize.search import starts_of
 from merge_rl.workflows.rollout import (
     DistributedRollout,
-    Rollout,
-    calls_an_image,
+    image_seconds,
     on_device,
     require_same_everywhere,
 )
@@ -173,10 +170,6 @@ def _count_starts(config: OptimizeConfig, checkpoints: CheckpointSet, num_groups
     return len(starts_of(config, checkpoints, unweighed_map(checkpoints, config.merge, num_groups)))
 
 
-ENOUGH: Final = 0.1  # seconds that a measurement takes, where there are images for it
-STEPS: Final = (2, 4)  # of Euler, between which a network call is taken
-
-
 def check_names(config: OptimizeConfig) -> None:
     """Raise before any work for names that are not known and solvers no reward can use."""
     registry.population_of(config.search)
@@ -245,14 +238,14 @@ def opening_notes(
     return [text for text in found if text]
 
 
-def cost_note(load: Workload, image_seconds: float | None) -> str:
+def cost_note(load: Workload, each: float | None) -> str:
     """All that will be generated, by what it goes to, and about how long that takes if known."""
     sums: dict[str, int] = {}
     for stage in load.stages:
         sums[stage.name] = sums.get(stage.name, 0) + stage.total
     parts = ", ".join(f"{name} {count:,}" for name, count in sums.items())
     thrice = "; an image with its gradient counts as three" if load.gradients else ""
-    time = "" if image_seconds is None else f", about {duration(image_seconds * load.images)}"
+    time = "" if each is None else f", about {duration(each * load.images)}"
     return f"{load.images:,} images in all{time} ({parts}{thrice})"
 
 
@@ -266,27 +259,6 @@ def mixed_note(config: OptimizeConfig, checkpoints: CheckpointSet) -> str | None
         return None
     named = " and ".join(f"{count} of {name}" for name, count in sizes.items())
     return f"searching {named} together; --track takes one series alone"
-
-
-def image_seconds(rollout: Rollout, num_classes: int, most: int) -> float:
-    """Seconds that an image takes, about: from few steps of as few images as can be measured."""
-
-    def seconds(steps: int, count: int) -> float:
-        sampler = dataclasses.replace(rollout.sampler, solver="euler", num_steps=steps)
-        quick = rollout.with_sampler(sampler)
-        began = time.perf_counter()
-        quick.features(quick.noise(range(count)), balanced_labels(count, num_classes))
-        return time.perf_counter() - began
-
-    few, many = STEPS
-    count = min(8, most)
-    seconds(few, count)  # the first call sets things up
-    while count < most and seconds(many, count) < ENOUGH:
-        count = min(2 * count, most)
-    short, long = seconds(few, count), seconds(many, count)
-    call = max(0.0, long - short) / (many - few)
-    calls = calls_an_image(rollout.sampler, rollout.model)
-    return (call * calls + max(0.0, short - few * call)) / count
 
 
 SMALL: Final = 64  # pixels a side, up to which more images are shown

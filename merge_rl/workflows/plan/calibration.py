@@ -1,32 +1,28 @@
 """How fast this machine is at the parts of a search: a few seconds of each, on weights at random.
 
-Time does not depend on the values of weights, so nothing is read but settings and statistics. Other
-programs may keep the machine busy: a measurement is long beside their turns, is repeated, and the
-median counts.
+Time does not depend on the values of weights, so nothing is read but settings and statistics.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from time import perf_counter
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from merge_rl.core.distances.statistics import FeatureStats
 from merge_rl.core.merging.buffers import weighted_sum
-from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.parallel.blocks import block_size
 from merge_rl.storage.files import save_tensors
 from merge_rl.workflows.evaluate import Scorer
 from merge_rl.workflows.rewards import Pool, RewardSum
-from merge_rl.workflows.rollout import Rollout
+from merge_rl.workflows.rollout import Rollout, Timing, is_long, make_images, stepped
+from merge_rl.workflows.rollout import timings as timed
 
 ENOUGH: Final = 0.4  # seconds of one measurement at least
 PLENTY: Final = 1.0  # seconds after which a smaller item stands for a whole one
@@ -37,48 +33,9 @@ WRITTEN: Final = 1 << 26  # bytes that writing is measured with, at most
 CALLS: Final = (2, 10)  # solver steps between which a network call is taken
 
 
-class Timing(NamedTuple):
-    """Seconds of one call."""
-
-    seconds: float  # median
-    spread: float  # (most - least) / median of the repeats
-
-
 def timings(works: Sequence[Callable[[], object]]) -> list[Timing]:
-    """The time of each: repeats of all take turns, so that what slows one down slows down all."""
-    calls = [_calls(work) for work in works]
-    rows: list[list[float]] = []
-    began = perf_counter()
-    # The median of an even number would be half as wrong as a wrong one of the two in the middle.
-    while len(rows) < REPEATS and (len(rows) % 2 == 0 or perf_counter() - began < LONGEST):
-        rows.append(
-            [_seconds(partial(_repeat, work, n)) / n for work, n in zip(works, calls, strict=True)]
-        )
-    return [_timing(column) for column in zip(*rows, strict=True)]
-
-
-def _calls(work: Callable[[], object]) -> int:
-    """How many calls take long enough to be measured; the first one sets things up."""
-    work()
-    count = 1
-    while not _is_long(partial(_repeat, work, count), ENOUGH):
-        count *= 2
-    return count
-
-
-def _is_long(work: Callable[[], object], enough: float) -> bool:
-    # A pause that others force on it makes one measurement longer, not every one.
-    return all(_seconds(work) >= enough for _ in range(2))
-
-
-def _repeat(work: Callable[[], object], calls: int) -> None:
-    for _ in range(calls):
-        work()
-
-
-def _timing(seconds: Sequence[float]) -> Timing:
-    middle = statistics.median(seconds)
-    return Timing(middle, (max(seconds) - min(seconds)) / middle if middle else 0.0)
+    """The time of each, as calibration measures it."""
+    return timed(works, enough=ENOUGH, repeats=REPEATS, longest=LONGEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +59,10 @@ def time_images(rollout: Rollout, num_classes: int, images: int) -> ImageTime:
     As a search makes them: blocks side by side where there are threads for it. Where that takes
     long, fewer images stand for them: what a block takes at all is little then.
     """
-    short, long = (_with_steps(rollout, steps) for steps in CALLS)
+    short, long = (stepped(rollout, steps) for steps in CALLS)
     count = rollout.workers
-    _make(short, count, num_classes)  # the first call sets things up
-    while count < images and not (count > 1 and _is_long(_maker(long, count, num_classes), PLENTY)):
+    make_images(short, count, num_classes)  # the first call sets things up
+    while count < images and not (count > 1 and is_long(_maker(long, count, num_classes), PLENTY)):
         count = min(2 * count, images)
     counts = dict.fromkeys((max(1, count // 2), count))
     makers = [_maker(r, n, num_classes) for n in counts for r in (short, long)]
@@ -133,23 +90,8 @@ def _line(seconds: dict[int, float], blocks: dict[int, int]) -> tuple[float, flo
     return a, c
 
 
-def _with_steps(rollout: Rollout, steps: int) -> Rollout:
-    sampler = dataclasses.replace(rollout.sampler, solver="euler", num_steps=steps)
-    return rollout.with_sampler(sampler)
-
-
 def _maker(rollout: Rollout, count: int, num_classes: int) -> Callable[[], object]:
-    return partial(_make, rollout, count, num_classes)
-
-
-def _make(rollout: Rollout, count: int, num_classes: int) -> None:
-    rollout.features(rollout.noise(range(count)), balanced_labels(count, num_classes))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = perf_counter()
-    work()
-    return perf_counter() - began
+    return partial(make_images, rollout, count, num_classes)
 
 
 def time_merge(checkpoints: int, size: int, dtype: torch.dtype, device: str) -> float:

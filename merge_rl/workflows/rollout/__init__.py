@@ -38,6 +38,14 @@ from merge_rl.workflows.rollout.given import (
     without_gradient,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
+from merge_rl.workflows.rollout.timing import (
+    Timing,
+    image_seconds,
+    is_long,
+    make_images,
+    stepped,
+    timings,
+)
 from merge_rl.workflows.rollout.tuned import TunedRollout
 
 __all__ = [
@@ -52,6 +60,7 @@ __all__ = [
     "Rollout",
     "Room",
     "Subject",
+    "Timing",
     "TunedRollout",
     "WorkItem",
     "as_tensor",
@@ -63,8 +72,11 @@ __all__ = [
     "fast_hint",
     "free_memory",
     "free_on",
+    "image_seconds",
+    "is_long",
     "is_out_of_memory",
     "made_again",
+    "make_images",
     "matmul_precision",
     "on_device",
     "own_device",
@@ -75,6 +87,8 @@ __all__ = [
     "require_derivative",
     "require_device",
     "require_same_everywhere",
+    "stepped",
+    "timings",
     "unused_gpu",
     "with_gradient",
     "without_gradient",

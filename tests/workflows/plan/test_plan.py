@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from merge_rl.workflows.plan import calibration
 from merge_rl.workflows.plan.calibration import ImageTime
 from merge_rl.workflows.plan.run import plan
 from merge_rl.workflows.plan.work import Speeds
+from merge_rl.workflows.rollout import calls_an_image, timing
 from merge_rl.workflows.rollout.differentiable import (
     Cotangents,
     DifferentiableRollout,
@@ -266,7 +268,7 @@ def run_on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         machine.spend(-(-count // 8) * (0.01 * steps + 0.05) + count * (0.02 * steps + 0.03))
 
     monkeypatch.setattr(Rollout, "features", features)
-    monkeypatch.setattr(calibration, "perf_counter", machine)
+    monkeypatch.setattr(timing, "perf_counter", machine)
     return counts
 
 
@@ -302,6 +304,19 @@ def test_pauses_that_others_force_on_it_hardly_change_a_measurement(
     assert found.spread > 0.5
 
 
+@pytest.mark.parametrize("paused", range(12))
+def test_a_pause_does_not_change_what_is_said_at_first(
+    in_eights: Rollout, monkeypatch: pytest.MonkeyPatch, paused: int
+) -> None:
+    # One measurement waits for a second, about as long as it takes itself.
+    seconds = (float(i == paused) for i in itertools.count())
+    run_on(Machine(lambda: next(seconds)), monkeypatch)
+    calls = calls_an_image(in_eights.sampler, in_eights.model)
+    block, image = 0.01 * calls + 0.05, 0.02 * calls + 0.03
+    found = timing.image_seconds(in_eights, 10, 250)
+    assert found == pytest.approx(block / 8 + image)
+
+
 def test_what_takes_no_time_is_called_until_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, calls = Machine(), list[float]()
 
@@ -309,13 +324,13 @@ def test_what_takes_no_time_is_called_until_it_does(monkeypatch: pytest.MonkeyPa
         calls.append(seconds)
         machine.spend(seconds)
 
-    monkeypatch.setattr(calibration, "perf_counter", machine)
+    monkeypatch.setattr(timing, "perf_counter", machine)
     short, long = calibration.timings([lambda: work(2**-10), lambda: work(9.0)])
     assert (short.seconds, short.spread) == (2**-10, 0)
     assert (long.seconds, long.spread) == (9, 0)
     # 512 calls are the least power of two that takes 0.4 s; nothing is repeated after 30 s.
     assert calls.count(2**-10) == 1 + sum(2**k for k in range(9)) + 2 * 512 + 5 * 512
-    assert calls.count(9.0) == 1 + 2 + 5
+    assert calls.count(9.0) == 1 + 1 + 5  # no pause takes ten times what is long enough
 
 
 def test_one_image_alone_gives_a_time(in_eights: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
