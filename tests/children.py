@@ -27,6 +27,7 @@ from tests.quick import without_network
 
 FORKSERVER: Final = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.preloaded"])
+ROOT: Final = Path(__file__).parents[1]
 
 
 def run_command(*arguments: str) -> None:
@@ -106,7 +107,8 @@ class Child:
         self._process: ForkServerProcess = FORKSERVER.Process(
             target=_begin, args=(work, arguments, str(Path.cwd()), environment, self._outputs)
         )
-        self._process.start()
+        with _at(ROOT):
+            self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -136,12 +138,24 @@ class Child:
         return out, err
 
 
+@contextmanager
+def _at(folder: Path) -> Iterator[None]:
+    """In `folder`: the server, which the first child starts, imports what is found from there."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def _begin(
     work: Callable[..., None], arguments: tuple[object, ...], folder: str,
     environment: dict[str, str], outputs: list[Path],
 ) -> None:  # fmt: skip
     os.setsid()
     os.chdir(folder)
+    assert "tests.preloaded" in sys.modules, "the server passes over what it cannot import"
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -284,7 +284,7 @@ def test_images_a_reward_costs() -> None:
         "checkpoints: !custom x",
         "checkpoints: [unclosed",
         "checkpoints: 2024-99-99",
-        "a: " + "[" * 2000,
+        "a: " + "[\n" * 2000,
         "checkpoints: x\n\tbudget: 5",
     ],
 )

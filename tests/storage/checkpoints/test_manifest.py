@@ -144,7 +144,7 @@ BAD = {
     "broken": ("version: [1\nmodel: x", "not readable YAML: .*line 2"),
     "impossible date": (HEAD + "name: 2024-99-99\n" + ENTRY, "not readable YAML: month"),
     "empty number": ("version: !!int ''\n", "not readable YAML"),
-    "nested": ("[" * 100_000, "nested too deeply"),
+    "nested": ("[\n" * 100_000, "nested too deeply"),
     "aliases": ("a: &a [1]\nb: [*a, *a]\n", "aliases are not allowed"),
     "a catalogue": ("version: 1\nsets: []\n", "a catalogue of known sets, not the manifest"),
 }
