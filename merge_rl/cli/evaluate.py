@@ -77,7 +77,7 @@ def evaluate(
     if kind != "features":
         name, weights = _extractor(model, config, near)
         if kind == "model":
-            what |= _generated(model, config, named="solver" in settings.get("sampler", {}))
+            what |= _generated(model, config, settings)
         built, digest = build_extractor(name, weights, config.device, say)
         what |= {"extractor": built, "extractor_sha256": digest}
     number = config.num_images
@@ -100,18 +100,22 @@ def _metrics(config: EvaluateConfig) -> list[str]:
     return list(config.metric_names)
 
 
-def _generated(model: Path, config: EvaluateConfig, *, named: bool) -> dict[str, Any]:
-    """The network, and how its images are made; `named`: the solver was said."""
+def _generated(model: Path, config: EvaluateConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The network, and how its images are made."""
     from merge_rl.workflows.assembly import load_network
     from merge_rl.workflows.evaluate import samplers_of
 
-    network, sampler = load_network(meant(model), config.network), config.sampler or SamplerConfig()
+    place, sampler = meant(model), config.sampler or SamplerConfig()
+    network = load_network(place, config.network)
+    if place != model:  # the recipe of a merge from the Hub has come with it
+        _, sampler = generation_settings(EvaluateConfig, settings, place)
     # A solver that is named is the one that is meant.
+    named = "solver" in settings.get("sampler", {})
     which = config.under or (None if not named else "sde" if sampler.is_sde else "ode")
     return {
         "model": network,
         "sampler": samplers_of(network, sampler, which),
-        "autoencoder": find_autoencoder(model, network, config),
+        "autoencoder": find_autoencoder(place, network, config),
     }
 
 

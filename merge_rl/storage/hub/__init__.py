@@ -12,10 +12,18 @@ from merge_rl.storage.hub.fetch import FetchResult, run_fetch
 from merge_rl.storage.hub.fetch_plan import FetchPlan, plan_fetch
 from merge_rl.storage.hub.fetch_sources import Selection, parse_count
 from merge_rl.storage.hub.repository import list_once, pinned_file
-from merge_rl.storage.hub.upload import CARD_NAME, Pushed, push_folder
+from merge_rl.storage.hub.upload import (
+    CARD_NAME,
+    GUIDE_FOLDER,
+    RECIPE_NAME,
+    Pushed,
+    push_folder,
+)
 
 __all__ = [
     "CARD_NAME",
+    "GUIDE_FOLDER",
+    "RECIPE_NAME",
     "Downloaded",
     "FetchPlan",
     "FetchResult",

@@ -22,18 +22,20 @@ from merge_rl.storage.hub.repository import (
     listed_repository,
     split_repo,
 )
+from merge_rl.storage.hub.upload import CARD_NAME, GUIDE_FOLDER, RECIPE_NAME
 
 LIMIT_BYTES: Final = 10 * 10**9  # what is larger is for `mergerl fetch`, which asks
 
+_GUIDE: Final = f"{GUIDE_FOLDER}/"
 _LAYOUTS: Final = (LAYOUTS[:3], LAYOUTS[3:])  # file, index, shards: ours, and diffusers'
 
 
 def cached_model(text: str, tracker: Tracker | None = None) -> Path:
     """The model of "user/repo" or "user/repo@revision" in the client's cache, downloaded there.
 
-    Only the weights and `config.json` are fetched, of which one event tells beforehand. Without a
-    connection the cached copy serves. Returns a `.safetensors` file, or the folder of a model in
-    shards.
+    Only the weights and `config.json` are fetched, and of a merge its recipe, card and guide, of
+    which one event tells beforehand. Without a connection the cached copy serves. Returns a
+    `.safetensors` file, or the folder of a model in shards.
     """
     repo_id, revision = split_repo(text)
     try:
@@ -42,7 +44,7 @@ def cached_model(text: str, tracker: Tracker | None = None) -> Path:
         return _offline_model(repo_id, revision, error)
     names = [file.name for file in repository.files]
     weights = _one_model(repo_id, names)
-    wanted = [*weights, *(name for name in names if name in DESCRIBING)]
+    wanted = [*weights, *(name for name in names if name in DESCRIBING), *_of_a_merge(names)]
     files = [repository.find(name) for name in wanted]
     missing = [file for file in files if not _is_cached(repository, file)]
     sizes, heard = [file.size or 0 for file in missing], tracker or NullTracker()
@@ -65,6 +67,16 @@ def _one_model(repo_id: str, names: list[str]) -> list[str]:
             f"{'file' if count == 'no' else 'files'} (for sets: mergerl fetch)"
         )
     return found
+
+
+def _of_a_merge(names: list[str]) -> list[str]:
+    """What says how a merge is sampled: its recipe and its card, and the merge that guides it."""
+    if RECIPE_NAME not in names:
+        return []
+    inside = [name.removeprefix(_GUIDE) for name in names if name.startswith(_GUIDE)]
+    guide = [*weights_among(inside), *(name for name in inside if name in DESCRIBING)]
+    beside = [name for name in names if name in (RECIPE_NAME, CARD_NAME)]
+    return [*beside, *(f"{_GUIDE}{name}" for name in guide)]
 
 
 def weights_among(names: list[str]) -> list[str]:

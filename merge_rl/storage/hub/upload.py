@@ -122,7 +122,7 @@ def _upload(
             revision=branch,
             commit_message=message,
             allow_patterns=[glob.escape(file.name) for file in files],
-            delete_patterns=list(LAYOUTS),
+            delete_patterns=[*LAYOUTS, f"{GUIDE_FOLDER}/*"],
         )
 
     with quiet_client():
@@ -132,6 +132,7 @@ def _upload(
 
 CARD_NAME: Final = "README.md"
 RECIPE_NAME: Final = "merge.yaml"
+GUIDE_FOLDER: Final = "guide"  # of a merged model: the merge that guides it
 MERGEKIT_NAME: Final = "mergekit.yaml"
 PICTURE_ENDINGS: Final = (".png", ".jpg", ".jpeg", ".webp")
 PICTURE_FOLDER: Final = "images"
@@ -148,12 +149,20 @@ class FolderFile:
 def list_model(folder: Path) -> list[FolderFile]:
     """The files of a model folder that are published, checked; weights first.
 
-    Needs weights (model.safetensors, or shards and their index) and README.md. Everything else in
-    the folder is left out; a link that leads out of it, or out of the repository in the Hub's cache
-    that it belongs to, is refused, since what it leads to would be published.
+    Needs weights (model.safetensors, or shards and their index) and README.md; a guide that was
+    merged goes along. Everything else in the folder is left out; a link that leads out of it, or
+    out of the repository in the Hub's cache that it belongs to, is refused, since what it leads to
+    would be published.
     """
-    names = [*_weights(folder), *_companions(folder)]
+    names = [*_weights(folder), *_companions(folder), *_guide(folder / GUIDE_FOLDER)]
     return [FolderFile(name=name, size=_size(folder, name)) for name in names]
+
+
+def _guide(folder: Path) -> Iterator[str]:
+    if folder.is_dir():
+        papers = (CONFIG_NAME, SCHEDULER_PLACE, RECIPE_NAME)
+        for name in (*_weights(folder), *(name for name in papers if (folder / name).is_file())):
+            yield f"{GUIDE_FOLDER}/{name}"
 
 
 def _weights(folder: Path) -> list[str]:

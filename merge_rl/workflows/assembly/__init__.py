@@ -9,12 +9,12 @@ from merge_rl.late import offered
 if TYPE_CHECKING:
     from merge_rl.workflows.assembly.costs import PartCosts, cost_parts
     from merge_rl.workflows.assembly.defaults import (
-        GUIDE_FOLDER,
         ModelDefaults,
         find_defaults,
         find_model,
         guidance_text,
         load_model,
+        own_sampler,
     )
     from merge_rl.workflows.assembly.extractors import (
         build_extractor,
@@ -69,7 +69,6 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "GUIDE_FOLDER",
     "Announce",
     "ExtractorId",
     "Given",
@@ -110,6 +109,7 @@ __all__ = [
     "notes_of",
     "open_targets",
     "other_resolutions",
+    "own_sampler",
     "plan_memory",
     "require_all_allowed",
     "require_known",
@@ -127,7 +127,7 @@ __all__ = [
 # Each is loaded when it is asked for: some need torch, others do without.
 _HOMES: Final = {
     "costs": "PartCosts cost_parts",
-    "defaults": "GUIDE_FOLDER ModelDefaults find_defaults find_model guidance_text load_model",
+    "defaults": "ModelDefaults find_defaults find_model guidance_text load_model own_sampler",
     "extractors": "build_extractor encoder_spans encoders require_known",
     "given": "Given",
     "job": "GuideSet Job build_job require_tuning unweighed_map",

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from merge_rl import own_code
 from merge_rl.config import (
@@ -23,7 +23,7 @@ from merge_rl.interfaces import Tracker
 from merge_rl.progress import NoteTracker
 from merge_rl.storage.checkpoints import SetDefaults, has_manifest, newest_model, read_manifest
 from merge_rl.storage.files import index_of, is_weights_name, spellings
-from merge_rl.storage.hub import local_place
+from merge_rl.storage.hub import GUIDE_FOLDER, RECIPE_NAME, local_place
 from merge_rl.storage.runs import (
     FinetuneRun,
     Meant,
@@ -73,6 +73,8 @@ def find_defaults(model: str | Path) -> ModelDefaults:
     if tuned is None:
         return near
     note = f"{model}: sampled with {guidance_text(tuned)}, which was searched with its merge"
+    if tuned.guide is not None and not Path(tuned.guide).exists():
+        note += f"; the guide {tuned.guide} is not here, say where with --guide (or guide=)"
     return dataclasses.replace(near, sampler=tuned, note=note)
 
 
@@ -110,25 +112,26 @@ def of_set(found: SetDefaults, folder: Path) -> ModelDefaults:
     return ModelDefaults(**said, sampler=sampler)
 
 
-GUIDE_FOLDER: Final = "guide"  # of a merged model: the merge that guides it
-
-
 def own_sampler(model: Path, near: SamplerConfig | None) -> SamplerConfig | None:
     """The sampler that the recipe of a model, or of a run's result, names; None: it names none.
 
-    What the recipe leaves out, the place of a guide among it, is that of `near`.
+    What the recipe leaves out is that of `near`, and so is the place of a guide that was not
+    merged: a recipe has its name alone.
     """
     folder = model if model.is_dir() else model.parent
     for place in (folder, folder / "merged"):
-        recipe = place / "merge.yaml"
+        recipe = place / RECIPE_NAME
         document = load_yaml(recipe) if recipe.is_file() else None
         said = document.get("sampler") if isinstance(document, Mapping) else None
         if isinstance(said, Mapping):
             base = {} if near is None else to_mapping(near)
             found = from_mapping(SamplerConfig, {**base, **said}, f"{recipe}, sampler")
             if found.guide == GUIDE_FOLDER:
-                found = dataclasses.replace(found, guide=str(place / GUIDE_FOLDER))
-            return found
+                return dataclasses.replace(found, guide=str(place / GUIDE_FOLDER))
+            if found.guide is None:
+                return found
+            here = near.guide if near is not None else None
+            return dataclasses.replace(found, guide=here or found.guide)
     return None
 
 

@@ -36,10 +36,13 @@ class Given:
     near: ModelDefaults | None = None
 
     def completed(self, path: str, kind: str) -> Given:
-        """With the reference, and all that goes with it, of the run or set near the model."""
-        if self.reference is not None:
-            return self
+        """With sampler and decoder of the run or set near the model, and a reference that it names.
+
+        Its extractor goes with that reference.
+        """
         near = find_defaults(find_model(path).path) if kind == "model" and path else None
+        if self.reference is not None:
+            return dataclasses.replace(self, near=near)
         if near is None or near.reference is None:
             where = f"near {path}" if path else "for a network in memory"
             raise ConfigError(f"no run or set {where} names a reference; expected one")

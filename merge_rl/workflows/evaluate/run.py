@@ -86,13 +86,15 @@ def evaluate(
         model: network with `sample_shape` and `label_dim`, as `load_model` gives; a path of what it
             takes (a run, a set, a name of the Hub), of images (folder, .zip, .npz) or of features.
         reference, heldout: statistics, or files of them. Without a reference they are those of the
-            run or set that the model lies in, and so are extractor, sampler and autoencoder.
+            run or set that the model lies in, and so is the extractor.
         extractor: what made the statistics' features: an object, or a name with
             `extractor_weights`; by default the one that the reference names.
         extractor_sha256: hash of an object's weights, compared with what the statistics record.
-        sampler: solver settings, or several by name; by default an ODE, and for networks that
-            predict velocities (SiT) an SDE too, see `samplers_of`.
-        autoencoder: from samples to images, as `load_autoencoder` gives; pixel models need none.
+        sampler: solver settings, or several by name; by default those of the model's recipe, run or
+            set: an ODE, and for networks that predict velocities (SiT) an SDE too, see
+            `samplers_of`.
+        autoencoder: from samples to images, as `load_autoencoder` gives, by default that of the
+            model's run or set; pixel models need none.
         config: settings as of `mergerl evaluate`; it must not say otherwise than the call.
         tracker: hears of progress; by default it is printed, unless `progress` is off.
         settings: any of `EvaluateConfig` by its name. `metrics` may be a list; `num_images` is

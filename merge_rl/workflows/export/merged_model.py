@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from merge_rl import own_code
+from merge_rl.config import SamplerConfig, to_mapping
 from merge_rl.core.network import Network
-from merge_rl.core.sampling.sampler import sample
+from merge_rl.core.sampling.sampler import FOR_RUNS, sample
 from merge_rl.core.state_dicts import names_for
 from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import open_model_file
-from merge_rl.storage.hub import CARD_NAME, Pushed
+from merge_rl.storage.hub import CARD_NAME, GUIDE_FOLDER, RECIPE_NAME, Pushed
 from merge_rl.untrusted import load_yaml, read_bounded
-from merge_rl.workflows.assembly import find_model, load_network
+from merge_rl.workflows.assembly import find_model, load_network, own_sampler
 from merge_rl.workflows.export.folder import carried_metadata, dtype_of, save_model
 from merge_rl.workflows.export.publish import push
 
@@ -49,6 +50,8 @@ class MergedModel:
     _card: str | None = field(default=None, repr=False)
     _metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
     _loaded: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    _sampler: SamplerConfig | None = field(default=None, repr=False)
+    _guide: MergedModel | None = field(default=None, repr=False)
 
     @classmethod
     def from_pretrained(
@@ -73,6 +76,8 @@ class MergedModel:
         file = open_model_file(place)
         names = names_for(file.weights, built.state_dict())
         folder = place if place.is_dir() else place.parent
+        sampler = own_sampler(place, None) if "merge" in file.metadata else None
+        guided = sampler is not None and sampler.guide == str(folder / GUIDE_FOLDER)
         return cls(
             network=built,
             config=file.config if named is None and file.config else {"model": named},
@@ -81,10 +86,24 @@ class MergedModel:
             _card=_card(folder) if "merge" in file.metadata else None,
             _metadata=carried_metadata(file.metadata),
             _loaded={name: file.weights[known] for name, known in names.items()},
+            _sampler=sampler,
+            _guide=cls.from_pretrained(folder / GUIDE_FOLDER) if guided else None,
         )
 
     def sample(self, noise: Tensor, labels: Tensor | None = None, **settings: Any) -> Tensor:
-        """`merge_rl.sample` of the network."""
+        """`merge_rl.sample` of the network, by default as its recipe says.
+
+        Where guidance was searched with the merge the recipe says it. Raises ConfigError for a
+        guide that was not merged, and is not handed over as `guide`.
+        """
+        if self._sampler is not None:
+            said = to_mapping(self._sampler)
+            name = said.pop("guide")
+            settings = {k: v for k, v in said.items() if k not in FOR_RUNS} | settings
+            if self._guide is not None:
+                settings = {"guide": self._guide.network} | settings
+            elif name is not None and "guide" not in settings:
+                raise ConfigError(f"the recipe names the guide {name}, expected guide=its network")
         return sample(self.network, noise, labels, **settings)
 
     def save_pretrained(
@@ -115,6 +134,8 @@ class MergedModel:
             card=self._card if same else _CHANGED, dtype=self.dtype if same else "float32",
             metadata=self._metadata, replace=overwrite,
         )  # fmt: skip
+        if same and self._guide is not None:
+            self._guide.save_pretrained(saved / GUIDE_FOLDER)
         if push_to_hub:
             push(saved, repo_id or target.name, **push_options)
         return saved
@@ -128,7 +149,7 @@ class MergedModel:
 
 def _beside(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The recipe that lies with a merge; a file of a set has none, whatever lies beside it."""
-    file = folder / "merge.yaml"
+    file = folder / RECIPE_NAME
     if "merge" not in metadata or not file.is_file():
         return None
     found = load_yaml(file)

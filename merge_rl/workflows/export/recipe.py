@@ -18,9 +18,10 @@ from merge_rl.config import SamplerConfig, from_mapping, real_number
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import MAX_SHARD_BYTES, network_name, weights_stem
+from merge_rl.storage.hub import GUIDE_FOLDER, RECIPE_NAME
 from merge_rl.untrusted import load_yaml
 from merge_rl.version import __version__
-from merge_rl.workflows.assembly import GUIDE_FOLDER, find_model, guidance_text
+from merge_rl.workflows.assembly import find_model, guidance_text
 
 TOOL: Final = f"merge_rl {__version__}"
 
@@ -141,7 +142,7 @@ class Recipe:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if self.path.is_dir():  # a merged model, or the run that made it
-            self.path = find_model(self.path).path / "merge.yaml"
+            self.path = find_model(self.path).path / RECIPE_NAME
         document = load_yaml(self.path)
         if not isinstance(document, dict) or not isinstance(document.get("sources"), list):
             raise ConfigError(f"{self.path}: expected a merge recipe with a list of sources")

@@ -19,10 +19,10 @@ from merge_rl.errors import ConfigError, NonFiniteSamplesError
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.checkpoints import base_index, merged_licence
 from merge_rl.storage.files import enlarge, image_grid, side_by_side, write_picture, write_png
+from merge_rl.storage.hub import GUIDE_FOLDER
 from merge_rl.storage.runs import RunDir
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
-    GUIDE_FOLDER,
     GuideSet,
     Job,
     find_defaults,
@@ -190,6 +190,8 @@ def tuned_sampler(config: OptimizeConfig, job: Job, rows: Tensor) -> SamplerConf
     sampler, values = config.sampler or SamplerConfig(), setup_of(job.map, rows).guidance
     if job.guide is not None:
         sampler = dataclasses.replace(sampler, guide=GUIDE_FOLDER)
+    elif sampler.guide is not None and Path(sampler.guide).is_absolute():
+        sampler = dataclasses.replace(sampler, guide=Path(sampler.guide).name)
     if values is None:
         return sampler
     strength, low, high = values.tolist()

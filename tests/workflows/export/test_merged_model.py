@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,60 @@ def test_pushed_it_comes_back_by_its_name(merged: Path, hub: HubServer) -> None:
     assert again.config == model.config
     state = again.network.state_dict()
     assert all(torch.equal(state[k], t) for k, t in model.network.state_dict().items())
+
+
+@pytest.fixture
+def guided(raw: CheckpointSet, merged: Path) -> Path:
+    """The merge with guidance that was searched with it, by a merge in its folder."""
+    sampler = {"num_steps": 2, "guidance": 3.0, "guide": "guide"}
+    recipe = yaml.safe_load((merged / "merge.yaml").read_text()) | {"sampler": sampler}
+    (merged / "merge.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    mrl.save_model(merged / "guide", raw.read(0), raw.config)
+    return merged
+
+
+def test_guidance_goes_along_with_a_merge(
+    guided: Path, tmp_path: Path, hub: HubServer, mergerl: Callable[..., Any]
+) -> None:
+    weaker = mrl.load_model(guided / "guide")
+    noise, labels = torch.randn(2, *weaker.sample_shape), torch.tensor([1, 2])
+    expected = mrl.sample(
+        mrl.load_model(guided), noise, labels, guide=weaker, num_steps=2, guidance=3.0
+    )
+    mrl.push(guided, "user/guided")
+    model = mrl.MergedModel.from_pretrained("user/guided")
+    assert model.recipe is not None
+    for found in (model, mrl.MergedModel.from_pretrained(model.save_pretrained(tmp_path / "kept"))):
+        assert torch.equal(found.sample(noise, labels), expected)
+    assert not torch.equal(model.sample(noise, labels, guidance=1.0), expected)
+    drawn = [mergerl("sample", place, "--num-images", 2, "--out", f"{i}.png")
+             for i, place in enumerate((guided, "user/guided"))]  # fmt: skip
+    assert [ended.code for ended in drawn] == [0, 0], drawn
+    assert Path("0.png").read_bytes() == Path("1.png").read_bytes()
+    # A guide that was not merged is a name in the recipe: it has to be said where it is.
+    hub.repos["user/guided"].files = {
+        name: data.replace(b"guide: guide", b"guide: weaker")
+        for name, data in hub.repos["user/guided"].files.items()
+    }
+    hub.repos["user/guided"].commit("elsewhere")
+    model = mrl.MergedModel.from_pretrained("user/guided")
+    assert torch.equal(model.sample(noise, labels, guide=weaker), expected)
+    with pytest.raises(ConfigError, match="the recipe names the guide weaker, expected guide="):
+        model.sample(noise, labels)
+
+
+def test_scores_are_of_what_the_recipe_samples(guided: Path, shared_tiny: Path) -> None:
+    files = shared_tiny / "evaluation"
+    options: dict[str, Any] = {
+        "reference": files / "reference.safetensors", "extractor": "digits", "num_images": 80,
+        "extractor_weights": str(files / "extractor.safetensors"), "progress": False,
+    }  # fmt: skip
+    found = mrl.evaluate(guided, repeats=2, **options)
+    weaker, sampler = guided / "guide", mrl.SamplerConfig(num_steps=2, guidance=3.0)
+    sampler = dataclasses.replace(sampler, guide=str(weaker))
+    assert found["fid"] == mrl.evaluate(guided, repeats=2, sampler=sampler, **options)["fid"]
+    plain = dataclasses.replace(sampler, guidance=1.0)
+    assert found["fid"] != mrl.evaluate(guided, repeats=2, sampler=plain, **options)["fid"]
 
 
 def test_a_checkpoint_of_a_set_has_no_recipe(raw: CheckpointSet) -> None:
