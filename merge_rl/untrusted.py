@@ -68,8 +68,10 @@ def open_file(path: str | os.PathLike[str], refusal: Refusal = CheckpointError) 
             if problem := pointer_problem(file.read(_MAX_POINTER_BYTES)):
                 raise refusal(f"{path}: {problem}")
             file.seek(0)
-    except BaseException:
+    except BaseException as error:
         file.close()
+        if isinstance(error, OSError):  # such as a file of /proc that refuses to be read
+            raise refusal(f"{path}: cannot be read: {reason(error)}") from None
         raise
     return file
 
@@ -274,10 +276,7 @@ _ESCAPED_HALF: Final = re.compile(r"\\(u|U0000)[dD][89a-fA-F]")
 
 
 def _writable(value: object, text: str) -> object:
-    """The value itself; ValueError for escapes that are half of a character, of which no text is.
-
-    libyaml refuses them itself.
-    """
+    """The value itself; ValueError for an escape of half a character, as libyaml refuses it."""
     if _ESCAPED_HALF.search(text):
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")

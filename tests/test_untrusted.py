@@ -48,6 +48,14 @@ def make(kind: str, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
+def test_a_file_that_the_system_cannot_read_is_named() -> None:
+    # A regular file of 0 bytes, by its status, whose first page nobody has.
+    for read in (open_file, sha256_file, read_bounded, read_data, read_header):
+        with pytest.raises(MergeRLError, match="^/proc/self/mem: cannot be read: Input/output err"):
+            read(Path("/proc/self/mem"))
+
+
 @pytest.mark.parametrize("kind", ["a pipe", "a folder", "a device", "a socket"])
 def test_only_files_are_opened(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # and back

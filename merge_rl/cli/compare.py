@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from merge_rl.cli.optimize import NO_SDE, Checkpoints
 from merge_rl.cli.options import build_for_set, integer, meant_set, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
+    escape,
     note,
     note_unused_gpu,
     print_json,

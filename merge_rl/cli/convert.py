@@ -10,7 +10,7 @@ import typer
 
 from merge_rl.cli.inspect import width_text
 from merge_rl.cli.options import build, with_settings
-from merge_rl.cli.output import ByteTracker, JsonFlag, print_json, print_table
+from merge_rl.cli.output import ByteTracker, JsonFlag, print_json, print_table, tell
 from merge_rl.config import ConvertConfig
 from merge_rl.errors import ConfigError
 
@@ -126,7 +126,7 @@ def _show(result: ConvertResult, *, json: bool) -> None:
             for row in rows
         ],
     )
-    typer.echo(f"next: mergerl inspect {folder}")
+    tell(f"next: mergerl inspect {folder}")
 
 
 def _text(value: object) -> str:

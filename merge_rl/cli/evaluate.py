@@ -14,6 +14,7 @@ from merge_rl.cli.options import MODEL_HELP, build, meant, named, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
+    note_all,
     note_unused_gpu,
     print_json,
     print_table,
@@ -163,8 +164,7 @@ def _show_scores(document: Mapping[str, Any]) -> None:
         print_table(title + how, ["score", "mean [95 % interval]", "minimum"], rows)
     if repeats == 1:
         say("one block of images: no interval; a smaller --num-images gives several blocks")
-    for note in document.get("notes", []):
-        say(f"[yellow]note:[/] {note}")
+    note_all(document.get("notes", []))
 
 
 _NO_METRICS: Final = ("sampler", "samplers")

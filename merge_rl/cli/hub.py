@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_rl.cli.options import MODEL_HELP, build, meant, with_settings
-from merge_rl.cli.output import ByteTracker, JsonFlag, byte_text, print_json, print_table, say
+from merge_rl.cli.output import (
+    ByteTracker,
+    JsonFlag,
+    byte_text,
+    print_json,
+    print_table,
+    say,
+    tell,
+)
 from merge_rl.config import FetchConfig
 from merge_rl.errors import ConfigError
 
@@ -105,8 +113,8 @@ def fetch(
     if json:
         print_json(_plan_document(plan) | _result_document(result))
         return
-    typer.echo(f"{len(result.fetched)} files fetched, {len(result.kept)} were there already")
-    typer.echo(f"look at them: mergerl inspect {folder}")
+    tell(f"{len(result.fetched)} files fetched, {len(result.kept)} were there already")
+    tell(f"look at them: mergerl inspect {folder}")
 
 
 def push(
@@ -161,7 +169,7 @@ def push(
     verb = "would push" if dry_run else "pushed"
     print_table(f"{verb} {byte_text(pushed.size)} to {pushed.url} ({seen})", ["file", "size"], rows)
     if not dry_run:
-        typer.echo(f'load it: merge_rl.load_model("{pushed.repo_id}")')
+        tell(f'load it: merge_rl.load_model("{pushed.repo_id}")')
 
 
 def _show_plan(plan: FetchPlan) -> None:
@@ -176,7 +184,7 @@ def _show_plan(plan: FetchPlan) -> None:
         for file in plan.files
     ]
     print_table(plan.source.name, ["file", "nimg", "ema_std", "size", "state"], rows)
-    typer.echo(
+    tell(
         f"{len(plan.files)} files, {byte_text(plan.size)}; to download: "
         f"{byte_text(plan.to_download)}; disk needed: {byte_text(plan.disk_needed)} of "
         f"{byte_text(plan.disk_free)} free; licence: {plan.source.licence or 'not stated'}"

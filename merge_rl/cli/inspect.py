@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merge_rl.cli.output import JsonFlag, note, note_all, print_json, print_table
+from merge_rl.cli.output import JsonFlag, note, note_all, print_json, print_table, tell
 from merge_rl.cli.results import interval_text
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
 from merge_rl.own_code import allow_network
@@ -185,7 +185,7 @@ def _print_run(path: Path, document: Mapping[str, Any]) -> None:
     rows = [[key, _shown(value)] for key, value in document.items() if key != "comparison"]
     print_table(str(path), ["run", ""], rows)
     if document["state"] == "unfinished":
-        typer.echo(f"go on with: mergerl resume {path}")
+        tell(f"go on with: mergerl resume {path}")
     comparison = document["comparison"]
     if comparison is None:  # not there yet, or a search of several that are compared
         return

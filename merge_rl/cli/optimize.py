@@ -18,6 +18,7 @@ from merge_rl.cli.output import (
     note_unused_gpu,
     print_json,
     stoppable,
+    tell,
 )
 from merge_rl.cli.plan import show_plan
 from merge_rl.cli.results import print_result, result_document
@@ -70,9 +71,9 @@ def demo(
     for name, path in written.items():
         opened = open_checkpoints(path)
         tracks = ", ".join(opened.tracks)
-        typer.echo(f"wrote {path}: {len(opened)} checkpoints of {name} (tracks {tracks})")
+        tell(f"wrote {path}: {len(opened)} checkpoints of {name} (tracks {tracks})")
     for path in written.values():
-        typer.echo(f"next: mergerl optimize {path}")
+        tell(f"next: mergerl optimize {path}")
 
 
 Out = Annotated[

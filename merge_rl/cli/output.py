@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Any, Final, TypeVar
 
 import typer
+from rich import markup
 from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -36,6 +36,12 @@ from merge_rl.cli.ranks import leads
 from merge_rl.progress import level_text, round_text
 
 JsonFlag = typer.Option("--json", help="One JSON document on stdout; all else on stderr.")
+
+
+def escape(text: str) -> str:
+    """Text from anywhere, for rich: no markup, and what moves a cursor as Python writes it."""
+    shown = (c if c.isprintable() or c in "\n\xa0" else ascii(c)[1:-1] for c in text)
+    return markup.escape("".join(shown))
 
 
 def complain(sentence: str, *, anyone: bool = False) -> None:
@@ -119,7 +125,9 @@ def print_table(
     for index, column in enumerate(columns):
         side: JustifyMethod = "left" if words or index == 0 else "right"
         width = widths[index] - _EDGE if widths else None
-        table.add_column(column, justify=side, no_wrap=index == 0, overflow="fold", width=width)
+        table.add_column(
+            escape(column), justify=side, no_wrap=index == 0, overflow="fold", width=width
+        )
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)

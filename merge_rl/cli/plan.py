@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from merge_rl.cli.output import BarTracker, print_json, print_table, say
+from merge_rl.cli.output import BarTracker, note_all, print_json, print_table
 from merge_rl.config import numbers_in, whole_number
 from merge_rl.errors import ConfigError
 
@@ -101,8 +101,7 @@ def _print(found: SearchPlan) -> None:
         f"{found.speeds.spread:.0%}"
     )
     print_table(title, ["devices", "time", "efficiency", "what limits it"], times)
-    for note in found.notes:
-        say(f"[yellow]note:[/] {note}")
+    note_all(found.notes)
 
 
 def _memory_text(found: SearchPlan) -> str:

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
-from merge_rl.cli.output import ProgressTracker, print_table, say, tell
+from merge_rl.cli.output import ProgressTracker, escape, print_table, say, tell
 from merge_rl.progress import pool_text
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from merge_rl.cli.options import MODEL_HELP, build, integer, meant, positive, with_settings
-from merge_rl.cli.output import JsonFlag, ProgressTracker, note, print_json, say
+from merge_rl.cli.output import JsonFlag, ProgressTracker, note, print_json, say, tell
 from merge_rl.config import GenerationConfig, SampleConfig, SamplerConfig, to_mapping
 from merge_rl.errors import ConfigError
 from merge_rl.own_code import require_allowed
@@ -79,7 +79,7 @@ def sample(
         print_json({**document, **shown})
     else:
         of = f" of each of {len(models)} models" if len(models) > 1 else ""
-        typer.echo(f"wrote {count} images{of}, seeds {first}-{first + count - 1}, to {out}")
+        tell(f"wrote {count} images{of}, seeds {first}-{first + count - 1}, to {out}")
 
 
 def require_free(out: Path, *, force: bool) -> None:

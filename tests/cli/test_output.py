@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Task
 
 from merge_rl.cli import output
-from merge_rl.cli.output import ProgressTracker, print_table, rate_of, say, tell
+from merge_rl.cli.output import ProgressTracker, complain, note, print_table, rate_of, say, tell
 
 Terminal = Callable[[int], io.StringIO]
 
@@ -53,6 +53,22 @@ def test_lines_are_folded_between_words(terminal: Terminal, columns: int) -> Non
 def test_elsewhere_a_line_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     tell(LONG + " [95 %] " + LONG)
     assert capsys.readouterr().out == f"{LONG} [95 %] {LONG}\n"
+
+
+def test_what_moves_a_cursor_is_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b[31m\x07\x9b\u202e[bold]\udcff b"  # as files and tensors of others may be called
+    shown = r"a\x1b[31m\x07\x9b\u202e[bold]\udcff b"
+    tell(name)
+    note(name)
+    complain(name)
+    print_table("t\x1b", ["c\x07"], [["a long enough name\udcff"]])
+    said = capsys.readouterr()
+    assert said.err == f"note: {shown}\nerror: {shown}\n"
+    assert said.out.startswith(f"{shown}\n")
+    assert all(text in said.out for text in (r"t\x1b", r" c\x07 ", r" a long enough name\udcff "))
+    assert not set(said.out + said.err) & set("\x1b\x07\x9b\u202e\udcff")
+    tell("\u00e9 \u4e2d\nan\xa0end")  # letters of all languages, and lines, stay
+    assert capsys.readouterr().out == "\u00e9 \u4e2d\nan\xa0end\n"
 
 
 @pytest.mark.parametrize("columns", [60, 80])

@@ -114,9 +114,9 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Header of the file at `path`; CheckpointError unless the whole file is as it says."""
-    with open_file(path) as opened:
-        size, first = os.fstat(opened.fileno()).st_size, opened.read(32)
     try:
+        with open_file(path) as opened:
+            size, first = os.fstat(opened.fileno()).st_size, opened.read(32)
         # NumPy's view opens without a mapping of the tensors; none of them is loaded.
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}

@@ -95,7 +95,7 @@ class FinetuneLoop:
         self.tracker.phase(f"scores at step {step}", 4 * self.config.curves.num_images)
         with memory_advice(self.config), self.learner.averaged() as network:
             picture = write_grid(self.job, self.run_dir, step, network)
-            point = self.curves.make_point(network, self.parts.features, self.tracker.advance)
+            point = self.curves.make_point(network, self.parts.features, step, self.tracker)
         event = _score_event(step, point)
         with self.signals.held():
             self.curves.add(step, point)
@@ -182,9 +182,14 @@ class FinetuneLoop:
         if step:  # its own rollouts or losses are the ones that fail
             earlier = self.snapshots.result_path(self.snapshots.newest_before(step))
             advice = f"start again with a smaller --lr from earlier weights ({earlier})"
+        why = ""
+        if what != "loss" and (failures := self.parts.failures):
+            why = f": {failures.said(self.job.rollout.extractor.name)}"
+            if failures.features:
+                advice = "once the extractor is mended, go on with mergerl resume"
         raise TrainingError(
-            f"{MAX_FAILURES} steps in a row ({step + 1}..{last}) had a {what} that is not finite; "
-            f"the state before them is saved in {self.run_dir.path}, its weights in "
+            f"{MAX_FAILURES} steps in a row ({step + 1}..{last}) had a {what} that is not finite"
+            f"{why}; the state before them is saved in {self.run_dir.path}, its weights in "
             f"{self.snapshots.result_path(step)}; {advice}"
         )
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from merge_rl.config import CURVES, FinetuneConfig, without_nan
 from merge_rl.core.distances.intervals import improvement, summarize
 from merge_rl.core.sampling.compatibility import balanced_labels, prediction_of
-from merge_rl.errors import NonFiniteSamplesError
+from merge_rl.errors import NonFiniteSamplesError, StatisticsError
 from merge_rl.interfaces import Tracker
 from merge_rl.rng import image_seeds
 from merge_rl.storage.files import enlarge, image_grid, write_png
 from merge_rl.storage.runs import CURVES_FILE, FinetuneRun, fitting
 from merge_rl.workflows.evaluate import Scorer, sampler_summary
 from merge_rl.workflows.finetune.job import FinetuneJob
-from merge_rl.workflows.rollout import Rollout
+from merge_rl.workflows.rollout import Failures, Rollout
 
 Point = Mapping[str, Mapping[str, float | None]]
 """curve -> reference -> FID; None where a sample was not finite."""
@@ -47,16 +47,22 @@ class Curves:
         self.points = {k: v for k, v in self.points.items() if k <= step}
         self._write()
 
-    def make_point(self, network: nn.Module, make: Make, on_images: Callable[[int], None]) -> Point:
-        """Score a network by features that `make` makes; all points have the same seeds."""
+    def make_point(self, network: nn.Module, make: Make, step: int, tracker: Tracker) -> Point:
+        """Score the network of a step by features that `make` makes; all points have equal seeds.
+
+        Whose doing it is where one has no score, the tracker hears.
+        """
         rollout = self.job.scored.with_network(network)
-        rollout.on_images = on_images
+        rollout.on_images = tracker.advance
         count, seed = self.config.curves.num_images, self.config.seed
         seeds = image_seeds(count, seed, "curve", rules=self.config.rules)
         labels = balanced_labels(count, self.job.num_classes)
         point: dict[str, dict[str, float | None]] = {}
         for name, sampler in self.config.curve_samplers().items():
             features = make(rollout.with_sampler(sampler), seeds, labels, f"curve {name}")
+            if failures := Failures.of(features):
+                said = failures.said(rollout.extractor.name)
+                _warn(tracker, f"no score of step {step} under {name}: {said}")
             point[name] = without_nan(self.scorer.score(features))
         return point
 
@@ -132,7 +138,8 @@ def final_scores(
     """Start and result, the weights of `step`, on the same fresh seeds, under all four samplers.
 
     Seeds of their own, which nothing was chosen by. `make` makes the features. Each score is kept
-    as soon as it is known.
+    as soon as it is known. StatisticsError where the extractor's features are not finite: what it
+    does with some of the images says nothing of the weights.
     Returns {"num_images", "repeats", "headline", "curves": {curve: {"sampler", "entries":
     {entry: summary}, "gain": {"mean", "low", "high"}}}}; the gain is start - result, paired.
     """
@@ -155,6 +162,12 @@ def final_scores(
                         settings.final_images, seed, "final", repeat, rules=job.config.rules
                     )
                     features = make(rollout.with_sampler(sampler), seeds, labels, key)
+                    if failures := Failures.of(features):
+                        said = failures.said(rollout.extractor.name)
+                        text = f"no score of the {entry} under {curve}: {said}"
+                        if failures.features:
+                            raise StatisticsError(f"{run.path}: {text}; go on with mergerl resume")
+                        _warn(tracker, text)
                     known[key] = without_nan(scorer.score(features))
                     run.write("scores.json", known)
                 else:
@@ -162,6 +175,10 @@ def final_scores(
                 found = {k: math.nan if v is None else v for k, v in known[key].items()}
                 scores[curve].setdefault(entry, []).append(found)
     return _document(job, job.config, scores)
+
+
+def _warn(tracker: Tracker, text: str) -> None:
+    tracker.event({"kind": "warning", "text": text})
 
 
 def _document(

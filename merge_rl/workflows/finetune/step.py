@@ -37,6 +37,7 @@ class StepParts:
     def __init__(self, job: FinetuneJob, learner: Learner) -> None:
         self.job, self.config, self.learner = job, job.config, learner
         update, seed = self.config.update, self.config.seed
+        self.failures = Failures(0, 0, 0)  # of the images that were made last
         self.update: PolicyGradient | RejectionSampling | PathwiseGradient
         if self.config.algorithm == "pg":
             self.update = PolicyGradient(learner, job.rollout, update, job.reference)
@@ -75,9 +76,10 @@ class StepParts:
         labels = balanced_labels(size, self.job.num_classes)[rows]
         seeds = image_seeds(count, self.config.seed, "pool", step, rules=self.config.rules)
         features = self.features(self.job.rollout, seeds, labels, "pool")
-        if failures := Failures.of(features):
-            if state.pool is None and failures.features:
-                said = failures.said(self.job.rollout.extractor.name)
+        self.failures = Failures.of(features)
+        if self.failures:
+            if state.pool is None and self.failures.features:
+                said = self.failures.said(self.job.rollout.extractor.name)
                 raise StatisticsError(f"{self.config.model}: no score of the pool: {said}")
             if state.pool is None:
                 raise NonFiniteWeightsError(
@@ -98,6 +100,7 @@ class StepParts:
         seeds = image_seeds(sets * size, config.seed, "rollout", step, rules=config.rules)
         labels = pool.labels[rows].repeat(sets)
         features = self.features(self.job.rollout, seeds, labels, f"rollouts of step {step + 1}")
+        self.failures = Failures.of(features)
         features = features.reshape(sets, size, -1)
         followed = config.algorithm == "pathwise"  # there is nothing to choose between
         credit = assign_credit(

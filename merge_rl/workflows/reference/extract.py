@@ -13,7 +13,7 @@ from merge_rl.errors import StatisticsError
 from merge_rl.interfaces import FeatureExtractor
 from merge_rl.parallel.group import Group
 from merge_rl.storage.files import ImageKind, ImageSource, ImageStream
-from merge_rl.workflows.rollout import exact_products, is_out_of_memory
+from merge_rl.workflows.rollout import Failures, exact_products, is_out_of_memory
 
 
 class SharedExtraction:
@@ -104,13 +104,20 @@ def extract_features(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows (B,), features (B, D) float32 on the device) of each `batch` of the ascending rows.
 
-    Broken images, where the stream skips them, have no row.
+    Broken images, where the stream skips them, have no row. StatisticsError where the extractor
+    refuses a batch, or gives features that are not finite, with the first such image.
     """
     for found, pixels in images.batches(rows, batch):
         if len(found) == 0:
             yield found, torch.empty(0, extractor.dim, device=device)
             continue
-        yield found, _features(extractor, pixels.to(device))
+        features = _features(extractor, pixels.to(device))
+        if not bool(features.isfinite().all()) and len(features) == len(found):
+            failed = ~features.flatten(1).isfinite().all(1)
+            first = images.source.name(int(found[failed.cpu()][0]))
+            said = Failures(0, int(failed.sum()), len(found)).said(extractor.name)
+            raise StatisticsError(f"{images.source.path}: {said}, the first of them {first}")
+        yield found, features
 
 
 def _features(extractor: FeatureExtractor, images: Tensor) -> Tensor:

@@ -319,7 +319,8 @@ def test_failures_are_no_statistics(folder: Path, extractor: DigitsNet, tmp_path
             return super().__call__(images).index_fill(0, torch.tensor([1]), torch.nan)
 
     out = tmp_path / "r.safetensors"
-    with pytest.raises(StatisticsError, match="expected finite features, got 1 of 50 rows"):
+    told = f"{folder}: the extractor digits gives features that are not finite for 1 of 50 images, "
+    with pytest.raises(StatisticsError, match=f"{told}the first of them img_1.png"):
         build_reference(folder, out, extractor=Bad(extractor, 99, KeyboardInterrupt))
     np.savez(tmp_path / "rgb.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
     with pytest.raises(StatisticsError, match=r"'digits'.*\(3, 8, 8\)|'digits'.*\(5, 3, 8, 8\)"):
