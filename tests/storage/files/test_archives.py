@@ -27,18 +27,18 @@ def zipped(method: int = zipfile.ZIP_STORED) -> bytearray:
     return bytearray(file.getvalue())
 
 
-def opened(data: bytes, **options: int) -> tuple[Archive, io.BytesIO]:
+def opened(data: bytes | bytearray, **options: int) -> tuple[Archive, io.BytesIO]:
     file = io.BytesIO(data)
     return Archive(lambda: file, "here", DataFileError, "zip", **options), file
 
 
-def row(data: bytes, number: int) -> int:
+def row(data: bytes | bytearray, number: int) -> int:
     """Where a row of the table of contents begins."""
     names = list(CONTENT)[:number]
     return ENDS["b"] + sum(ROW + len(name) for name in names)
 
 
-def refused(data: bytes, **options: int) -> str:
+def refused(data: bytes | bytearray, **options: int) -> str:
     """What is said of an archive that is refused; its file is closed by then."""
     file = io.BytesIO(data)
     with pytest.raises(DataFileError) as told:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from merge_rl.errors import CheckpointError, DataFileError, ImageError
+from merge_rl.storage.files import image_files, image_source
+from merge_rl.storage.files.image_files import ImageFiles
 from merge_rl.storage.files.image_source import ImageStream, open_images
 
 
@@ -474,3 +478,75 @@ def test_mutated_zips_of_images_are_read_or_refused(seed: int, tmp_path: Path) -
             refusals.append(str(error))
     assert 10 < len(refusals) < 100
     assert all(len(why) < 1000 for why in refusals)
+
+
+def test_a_stream_that_is_left_decodes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_source, "WORKERS", 2)
+    source = open_images(write_folder(tmp_path / "a"))
+    begun, real = list[int](), ImageFiles.decode
+
+    def decode(self: ImageFiles, row: int) -> object:
+        begun.append(row)
+        if row == 0:
+            raise ImageError("broken")
+        time.sleep(0.02)
+        return real(self, row)
+
+    monkeypatch.setattr(ImageFiles, "decode", decode)
+    before = threading.active_count()
+    stream = ImageStream(source)
+    with pytest.raises(ImageError, match="^broken$"), stream:
+        next(stream.batches(range(12), 12))
+    assert threading.active_count() == before
+    assert len(begun) < 12
+    assert stream._pool is None
+    assert next(ImageStream(source).batches([1, 2], 1))[0].tolist() == [1]  # without a pool
+
+
+def test_empty_batches_are_of_three_axes_and_none(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", IMAGES[:2])
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no image")
+    stream = ImageStream(open_images(folder), skip_broken=True)
+    assert [tuple(images.shape) for _, images in stream.batches(range(2), 2)] == [(0, 3, 1, 1)]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_of_arrays_come_last_where_both_would_do(channels: int, tmp_path: Path) -> None:
+    pixels = draw(4, 3, 5, channels)
+    np.savez(tmp_path / "a.npz", images=pixels.numpy())
+    assert torch.equal(read_all(tmp_path / "a.npz")[0], pixels.permute(0, 3, 1, 2))
+
+
+def test_content_is_looked_at_within_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    picture(IMAGES[0]).save(folder / "unnamed", "PNG")
+    size = (folder / "unnamed").stat().st_size
+    monkeypatch.setattr(image_files, "MAX_FILE_BYTES", size)
+    assert len(open_images(folder)) == 1
+    monkeypatch.setattr(image_files, "MAX_FILE_BYTES", size - 1)
+    with pytest.raises(ImageError, match=r"found none; 1 left out of .*: 1 no images \(without"):
+        open_images(folder)
+    monkeypatch.undo()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.write(folder / "unnamed", "unnamed")
+    with pytest.raises(ImageError, match=r"found none; 1 left out of .*: 1 no images \(without"):
+        open_images(tmp_path / "a.zip")
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "a")
+
+    def refused(self: Path) -> object:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(folder), "iterdir", refused)
+    with pytest.raises(ImageError, match="a: cannot be read: Permission denied$"):
+        ImageFiles(folder)
