@@ -38,10 +38,14 @@ from merge_rl.progress import level_text, round_text
 JsonFlag = typer.Option("--json", help="One JSON document on stdout; all else on stderr.")
 
 
+def _visible(text: str) -> str:
+    """Text from anywhere: what would move a terminal's cursor as Python writes it."""
+    return "".join(c if c.isprintable() or c in "\n\xa0" else ascii(c)[1:-1] for c in text)
+
+
 def escape(text: str) -> str:
-    """Text from anywhere, for rich: no markup, and what moves a cursor as Python writes it."""
-    shown = (c if c.isprintable() or c in "\n\xa0" else ascii(c)[1:-1] for c in text)
-    return markup.escape("".join(shown))
+    """The same, for rich: without markup."""
+    return markup.escape(_visible(text))
 
 
 def complain(sentence: str, *, anyone: bool = False) -> None:
@@ -56,9 +60,8 @@ def note_unused_gpu(device: str) -> None:
     """Say so where a command works on the CPU of a machine with a GPU."""
     from merge_rl.workflows.rollout import unused_gpu
 
-    note = unused_gpu(device)
-    if note:
-        say(f"[yellow]note:[/] {escape(note)}")
+    if found := unused_gpu(device):
+        note(found)
 
 
 def note(sentence: str) -> None:
@@ -118,6 +121,7 @@ def print_table(
 
     Names of the first column and numbers of the others stay whole, if need be beyond the terminal.
     """
+    columns, *rows = [[_visible(text) for text in row] for row in (columns, *rows)]
     table = Table(title=escape(title), title_justify="left", header_style="bold")
     console = Console(emoji=False, highlight=False)
     widths = [] if words else _widths(list(zip(columns, *rows, strict=True)), console.width)
@@ -178,8 +182,6 @@ class _Left(ProgressColumn):
 
 
 KNOWN_SECONDS: Final = 0.05  # what comes so soon after a phase began was there before it
-
-
 Tracking = TypeVar("Tracking", bound="BarTracker")
 
 
