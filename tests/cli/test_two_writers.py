@@ -159,7 +159,8 @@ def test_two_conversions_at_once_lose_nothing(
             if child.returncode == 0:
                 waiting.remove(file)
             else:
-                assert "is being written by mergerl convert (pid " in err
+                # Who it is, is written a moment later, and gone a moment before: see the locks.
+                assert "is being written by " in err
     assert sorted(mrl.open_checkpoints(out).names) == sorted(file.stem for file in files)
 
 
@@ -186,5 +187,5 @@ def test_two_resumes_at_once_do_the_work_once(
     assert 0 in codes
     for code, text in zip(codes, said, strict=True):
         # Who comes when it is over finds it finished; nothing is done twice.
-        assert code == 0 or "is being written by mergerl resume (pid " in text
+        assert code == 0 or "is being written by " in text
     assert outcome(run) == outcome(whole)

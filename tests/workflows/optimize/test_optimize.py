@@ -558,7 +558,7 @@ def test_a_start_that_fails_leaves_no_folder_in_the_way(
 
 
 def test_resuming_with_another_version_warns(
-    shared_tiny: Path, tmp_path: Path, tiny_config: TinyConfig
+    shared_tiny: Path, tmp_path: Path, tiny_config: TinyConfig, no_network: None
 ) -> None:
     class Heard(NullTracker):
         def __init__(self) -> None:

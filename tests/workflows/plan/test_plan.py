@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from merge_rl.config.optimize import AUTO_BATCH, OptimizeConfig
 from merge_rl.errors import BudgetError, OutOfMemoryError
 from merge_rl.interfaces import NullTracker
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
-from merge_rl.workflows.assembly import references
+from merge_rl.workflows.assembly import costs, references
 from merge_rl.workflows.assembly.costs import cost_parts
 from merge_rl.workflows.assembly.memory import MOST_ON_CPU, fit_batch, plan_memory
 from merge_rl.workflows.assembly.resolve import resolve_config
@@ -54,6 +54,21 @@ def opened(shared_tiny: Path) -> CheckpointSet:
 @pytest.fixture(scope="module")
 def resolved(shared_tiny: Path, opened: CheckpointSet, tiny_config: TinyConfig) -> OptimizeConfig:
     return resolve_config(tiny_config(shared_tiny, budget=1500), opened)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _counted_once() -> Iterator[None]:
+    """What networks cost is looked at elsewhere: here those of one kind are counted once."""
+    count, counted = costs._costs, dict[object, Any]()
+
+    def once(model: Mapping[str, Any], rollout: Rollout) -> Any:
+        parts = (rollout.guide, rollout.autoencoder, rollout.extractor)
+        key = (str(model), rollout.shape, rollout.device.type, *map(type, parts))
+        return counted[key] if key in counted else counted.setdefault(key, count(model, rollout))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "_costs", once)
+        yield
 
 
 @pytest.fixture
