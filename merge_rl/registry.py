@@ -153,6 +153,12 @@ def population_of(search: SearchConfig) -> int:
     return int(own(search))
 
 
+def knows_population(search: SearchConfig) -> bool:
+    """Whether settings alone tell the first round; else the user's searcher has to be asked."""
+    own = hasattr(resolve_searcher(search.name), "population_of")
+    return own or search.population is not None
+
+
 def chooses_itself(searcher: str) -> bool:
     """Whether a searcher has candidates of its own to begin with and chooses among them itself.
 

@@ -68,20 +68,22 @@ def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
         final=final,
         look=look,
     )
-    needed = cost(start) + pool + plan.round
+    least = candidates if registry.knows_population(search) else 1
+    first = config.round_images(least, 0)
+    needed = cost(start) + pool + first
     if plan.limit < needed:
-        parts = [f"{candidates} candidates of {reward.images_per_candidate} images"]
-        refresh = plan.round - candidates * reward.images_per_candidate
+        parts = [f"{least} candidates of {reward.images_per_candidate} images"]
+        refresh = first - least * reward.images_per_candidate
         if search.takes_gradients:
             parts, refresh = [f"{reward.images_per_subset} images with their gradient"], 0
         parts += [f"the pool of {pool}"] * bool(pool) + [f"a refresh of {refresh}"] * bool(refresh)
         kept, reserved = cost(start) + final + again, config.evaluation.reserved
         parts += [f"{kept} to choose start and result"] * bool(kept)
         parts += [f"{reserved} for the final comparison"] * bool(reserved)
-        least = math.ceil((needed + final + again) * config.budget / own)
+        paid = math.ceil((needed + final + again) * config.budget / own)
         raise BudgetError(
             f"a budget of {config.budget} images does not pay for one round: "
-            f"{', '.join(parts)}: expected at least {least}"
+            f"{', '.join(parts)}: expected at least {paid}"
         )
     return plan
 
