@@ -15,6 +15,7 @@ from torch import Tensor
 
 from merge_rl.config import OptimizeConfig
 from merge_rl.core.distances.intervals import summarize
+from merge_rl.errors import StatisticsError
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
@@ -165,7 +166,7 @@ class FreshScores:
     """FID of coefficients on seeds that depend on one seed alone, not on any search's.
 
     A score is kept under what was scored, so that merges that several searches end in are
-    generated once.
+    generated once. StatisticsError where the extractor's features are not finite.
     """
 
     def __init__(self, run: RunDir, seed: int, tracker: Tracker) -> None:
@@ -222,6 +223,11 @@ class FreshScores:
         store = self._of(job, config)
         key = "/".join([*map(str, stream), str(count), _digest(rows, config)])
         (found,) = store.get_all([Request(key, rows, count, stream, second)])
+        if failures := store.failures(key):
+            text = f"no score on fresh seeds: {failures.said(job.rollout.rollout.extractor.name)}"
+            if failures.features:
+                raise StatisticsError(text)
+            self._tracker.event({"kind": "warning", "text": text})
         return {**found, store.second_metric.name: store.second(key)} if second else found
 
 

@@ -36,11 +36,14 @@ class Request:
 
 
 class ScoreStore:
-    """FID to every reference, by key; a score that the run knows already is not made again."""
+    """FID to every reference, by key; a score that the run knows already is not made again.
+
+    What the extractor's own failure cost its score is not kept in the run.
+    """
 
     def __init__(self, job: Job, run: RunDir, seed: int, rules: int = RULES) -> None:
         self.job, self.run, self.seed, self.rules = job, run, seed, rules
-        self.known = run.scores(job.references)
+        self.known, self._passing = run.scores(job.references), set[str]()
         self.scorer = Scorer({name: ref.stats for name, ref in job.references.items()})
 
     def get(
@@ -82,12 +85,16 @@ class ScoreStore:
         ]
         made = merged.features_of(items, f"score {requests[0].key}")
         for request, features in zip(requests, made, strict=True):
-            self.known[request.key] = without_nan(self.scorer.score(features))
+            found = {request.key: without_nan(self.scorer.score(features))}
             if failures := Failures.of(features):
-                self.known[f"failed/{request.key}"] = dict(vars(failures))
+                found[f"failed/{request.key}"] = dict(vars(failures))
             for key in self._keys(request)[1:]:
-                self.known[key] = without_nan({"reference": self.second_metric.score(features)})
-        self.run.write("scores.json", self.known)
+                found[key] = without_nan({"reference": self.second_metric.score(features)})
+            if failures.features:  # made again where the run goes on: it may be mended by then
+                self._passing |= found.keys()
+            self.known |= found
+        kept = {key: value for key, value in self.known.items() if key not in self._passing}
+        self.run.write("scores.json", kept)
 
     def failures(self, prefix: str) -> Failures:
         """Of all scores known whose keys begin so."""

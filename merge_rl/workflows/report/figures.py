@@ -68,7 +68,9 @@ def steps_axis(axis: Axes) -> None:
 
 
 def legend_below(axis: Axes) -> None:
-    """A legend that hides no line, half an inch below the axes."""
+    """A legend that hides no line, half an inch below the axes; none where nothing is drawn."""
+    if not axis.get_legend_handles_labels()[0]:
+        return
     whole = axis.get_figure(root=True)
     height = axis.get_position().height * (whole.get_figheight() if whole else 4.0)
     axis.legend(

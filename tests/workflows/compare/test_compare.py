@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 import merge_rl as mrl
 from merge_rl.config.optimize import OptimizeConfig
-from merge_rl.errors import BudgetError, ConfigError, RunError, UnknownNameError
+from merge_rl.errors import BudgetError, ConfigError, RunError, StatisticsError, UnknownNameError
+from merge_rl.features.digits import DigitsNet
 from merge_rl.interfaces import NullTracker
 from merge_rl.progress import NoteTracker
 from merge_rl.storage.runs import SETTINGS
@@ -300,6 +302,27 @@ def test_cut_short_it_goes_on(compared: Compared, tmp_path: Path) -> None:
         assert runs == [
             {k: v for k, v in run.items() if k not in timed} for run in expected["runs"]
         ]
+
+
+def test_an_extractor_that_fails_is_named_and_goes_on_once_it_is_mended(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = DigitsNet.forward
+
+    def forward(self: DigitsNet, images: Tensor) -> Tensor:
+        return real(self, images).index_fill(0, torch.tensor([1]), torch.inf)
+
+    arguments: dict[str, Any] = {"out": tmp_path / "out", "searchers": ["uniform"], "seeds": (3,)}
+    told = (
+        "no score on fresh seeds: the extractor digits gives features that are not finite for 1 of"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(DigitsNet, "forward", forward)
+        with pytest.raises(StatisticsError, match=f"{told} 10 images$"):
+            compare_searchers(tiny_config(shared_tiny), **arguments)
+    assert not (tmp_path / "out/compare.json").exists()
+    found = compare_searchers(tiny_config(shared_tiny), **arguments)
+    assert line(found, "uniform")["fid"]["heldout"]["median"] > 0
 
 
 # ------------------------------------------------------------------------------------- refusals

@@ -150,7 +150,7 @@ def test_an_extractor_that_fails_at_the_end_costs_the_merge(
 
     with monkeypatch.context() as patch:
         now_and_then(patch, noted)
-        mrl.optimize(shared_tiny, out=tmp_path / "whole", config=tiny_config(shared_tiny))
+        whole = mrl.optimize(shared_tiny, out=tmp_path / "whole", config=tiny_config(shared_tiny))
     config = tiny_config(shared_tiny)
     with monkeypatch.context() as patch:  # of the last 12 scores the last 3 are the result's
         now_and_then(patch, lambda call: call > len(calls) - 3)
@@ -169,3 +169,5 @@ def test_an_extractor_that_fails_at_the_end_costs_the_merge(
         with pytest.raises(StatisticsError, match="no score of the start or of the result"):
             mrl.optimize(shared_tiny, out=tmp_path / "none", config=config)
     assert not (tmp_path / "none/merged").exists()
+    again = mrl.resume(tmp_path / "none")  # once the extractor is mended
+    assert again.comparison.scores == whole.comparison.scores
