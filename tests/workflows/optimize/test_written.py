@@ -170,4 +170,5 @@ def test_an_extractor_that_fails_at_the_end_costs_the_merge(
             mrl.optimize(shared_tiny, out=tmp_path / "none", config=config)
     assert not (tmp_path / "none/merged").exists()
     again = mrl.resume(tmp_path / "none")  # once the extractor is mended
+    assert isinstance(again, mrl.OptimizeResult)
     assert again.comparison.scores == whole.comparison.scores
