@@ -438,36 +438,38 @@ def test_the_card_says_what_was_found(finished: Finished) -> None:
 # ------------------------------------------------------------------------------------ randomness
 
 
-@pytest.mark.numerics
-def test_the_same_seed_is_the_same_run_and_another_is_not(
-    finished: Finished, outcome: Outcome, tmp_path: Path
-) -> None:
-    with torch.random.fork_rng(devices=[]):  # the global generator plays no part
-        torch.manual_seed(123)
-        again = mrl.optimize(finished.folder, out=tmp_path / "b", config=finished.config)
-    assert outcome(again.run_dir) == outcome(finished.run)
-    config = dataclasses.replace(finished.config, seed=6)
-    other = mrl.optimize(finished.folder, out=tmp_path / "c", config=config)
-    assert not torch.equal(other.coefficients, finished.result.coefficients)
-    scores = [r.final["reference"]["values"] for r in (other, finished.result)]
-    assert set(scores[0]).isdisjoint(scores[1])
-
-
-def test_the_batch_changes_no_decision(finished: Finished, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def few(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Another one, of no more images than it takes."""
     evaluation = dataclasses.replace(finished.config.evaluation, num_images=4, selection_images=4)
     reward = dataclasses.replace(
         finished.config.reward, pool_size=10, subset_size=5, refresh_size=5
     )
     config = dataclasses.replace(finished.config, budget=35, evaluation=evaluation, reward=reward)
-    whole, found = (
-        mrl.optimize(
-            finished.folder, out=tmp_path / str(batch),
-            config=dataclasses.replace(config, batch=batch),
-        ).coefficients
-        for batch in (config.batch, 3)
-    )  # fmt: skip
+    out = tmp_path_factory.mktemp("few") / "run"
+    return Finished(finished.folder, config, mrl.optimize(finished.folder, out=out, config=config))
+
+
+@pytest.mark.numerics
+def test_the_same_seed_is_the_same_run_and_another_is_not(
+    few: Finished, outcome: Outcome, tmp_path: Path
+) -> None:
+    with torch.random.fork_rng(devices=[]):  # the global generator plays no part
+        torch.manual_seed(123)
+        again = mrl.optimize(few.folder, out=tmp_path / "b", config=few.config)
+    assert outcome(again.run_dir) == outcome(few.run)
+    config = dataclasses.replace(few.config, seed=6)
+    other = mrl.optimize(few.folder, out=tmp_path / "c", config=config)
+    assert not torch.equal(other.coefficients, few.result.coefficients)
+    scores = [r.final["reference"]["values"] for r in (other, few.result)]
+    assert set(scores[0]).isdisjoint(scores[1])
+
+
+def test_the_batch_changes_no_decision(few: Finished, tmp_path: Path) -> None:
+    config = dataclasses.replace(few.config, batch=3)
+    found = mrl.optimize(few.folder, out=tmp_path / "run", config=config)
     # Sums over another batch may round in another way, so equal up to rounding.
-    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.coefficients, few.result.coefficients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("no_network")
