@@ -54,6 +54,7 @@ from merge_rl.config.optimize import (
 from merge_rl.config.reward import SUBSET_SIZE, RewardConfig, RewardTerm, parse_reward
 from merge_rl.config.sampler import (
     FIXED_SOLVERS,
+    OWN,
     PATH_NAMES,
     SDE_SOLVERS,
     SOLVERS,
@@ -92,6 +93,7 @@ __all__ = [
     "MODEL_IMAGES",
     "MOST_FINAL",
     "MOST_SELECTION",
+    "OWN",
     "PANELS",
     "PAPER_REWARD",
     "PATH_NAMES",

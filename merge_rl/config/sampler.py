@@ -16,11 +16,12 @@ ADAPTIVE_SOLVERS: Final = ("dopri5",)
 SDE_SOLVERS: Final = ("sde-euler", "sde-heun")
 SOLVERS: Final = (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS, *SDE_SOLVERS)
 PATH_NAMES: Final = ("linear", "gvp", "vp")
+OWN: Final = "own"
 DIFFUSIONS: Final = (
     "sigma", "linear", "decreasing", "sbdm", "constant", "increasing-decreasing",
 )  # fmt: skip
 LAST_STEPS: Final = ("mean", "euler", "tweedie", "none")
-LEVELS: Final = ("own", "edm")
+LEVELS: Final = (OWN, "edm")
 ENDS: Final = ("sharp", "shared")
 MOST_STEPS: Final = 100_000
 MOST_IMAGES: Final = 10**9
@@ -51,8 +52,9 @@ class SamplerConfig:
     sigma_max: float = setting(80.0, "Highest noise level of networks that denoise (EDM2).", MODEL)
     rho: float = setting(7.0, "How noise levels crowd at the lowest one (EDM2).", MODEL)
     path: str = setting(
-        "linear", "Path of networks that predict velocities (SiT).", MODEL, choices=PATH_NAMES
-    )
+        OWN, "Path of networks that predict velocities; own: what they state, else linear.",
+        MODEL, choices=(OWN, *PATH_NAMES),
+    )  # fmt: skip
     diffusion: str = setting(
         "sigma", "Noise of an SDE; EDM2 has sigma alone, and ends in the denoised sample.",
         MODEL, "--diffusion", choices=DIFFUSIONS,

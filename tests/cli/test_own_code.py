@@ -37,7 +37,7 @@ class Shift(torch.nn.Module):
 
 def network():
     return mrl.describe(
-        Shift(), prediction="velocity", time="up", path="linear", sample_shape=[2]
+        Shift(), prediction="velocity", time="up", path="gvp", sample_shape=[2]
     )
 
 def unstated(): return Shift()

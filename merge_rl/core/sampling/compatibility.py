@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from merge_rl.config import FIXED_SOLVERS, SDE_SOLVERS, SOLVERS, SamplerConfig
+from merge_rl.config import (
+    FIXED_SOLVERS,
+    OWN,
+    PATH_NAMES,
+    SDE_SOLVERS,
+    SOLVERS,
+    SamplerConfig,
+)
 from merge_rl.core.sampling.edm import levels_of
 from merge_rl.core.sampling.sde import PathSDE
 from merge_rl.core.sampling.solvers import find_tableau
@@ -42,6 +50,13 @@ def scale_of(model: object) -> float:
     return float(getattr(model, "noise_scale", 1.0))
 
 
+def on_path(settings: SamplerConfig, model: object) -> SamplerConfig:
+    """The settings with the path by its name: "own" is what a network states, else linear."""
+    if settings.path != OWN:
+        return settings
+    return dataclasses.replace(settings, path=getattr(model, "stated_path", None) or PATH_NAMES[0])
+
+
 def require_solver(solver: str, prediction: str = DENOISED) -> None:
     """Raise UnknownNameError unless networks of this prediction can be sampled with a solver."""
     if solver not in SOLVERS_OF[prediction]:
@@ -56,7 +71,7 @@ def require_sampler(
     guided: bool = False,
 ) -> None:
     """Raise ConfigError unless a network can be sampled with these settings, `guided` at will."""
-    prediction = prediction_of(model)
+    prediction, settings = prediction_of(model), on_path(settings, model)
     require_solver(settings.solver, prediction)
     if settings.is_sde and settings.num_steps < 2:
         raise ConfigError(f"need num_steps >= 2 for an SDE, got {settings.num_steps}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.config import SamplerConfig
-from merge_rl.core.sampling.compatibility import VELOCITY, prediction_of
+from merge_rl.core.sampling.compatibility import VELOCITY, on_path, prediction_of
 from merge_rl.core.sampling.edm import levels_of
 from merge_rl.core.sampling.paths import make_path, noisy_times, time_grid
 from merge_rl.interfaces import Denoiser
@@ -25,6 +25,7 @@ def grid_of(
         return None
     if prediction_of(model) != VELOCITY:
         return levels_of(settings, model, dtype).double()
+    settings = on_path(settings, model)
     end = make_path(settings.path).end
     if not settings.is_sde:
         return time_grid(settings.num_steps, end=end, dtype=dtype).double()

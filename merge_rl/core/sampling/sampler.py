@@ -13,6 +13,7 @@ from merge_rl.config import SamplerConfig
 from merge_rl.core.sampling.compatibility import (
     VELOCITY,
     has_open_end,
+    on_path,
     prediction_of,
     require_labels,
     require_sampler,
@@ -103,8 +104,8 @@ def sample(
             where guidance holds; elsewhere `guide` is not called. See `Guidance`.
         guidance_channels, low_memory: see `classifier_free`.
         levels, sigma_min, sigma_max, rho: noise levels of denoisers, see `levels_of`.
-        path: "linear", "gvp" or "vp": what a velocity network was trained on, by default what it
-            states.
+        path: "linear", "gvp" or "vp": what a velocity network was trained on; "own", the default:
+            what it states, else linear.
         diffusion, diffusion_norm: noise of an SDE, see `merge_rl.core.diffusions.diffusion`.
         last_step, last_step_size: end of the SDE of a path, see `PathSDE`.
         rtol, atol: of dopri5.
@@ -115,8 +116,6 @@ def sample(
     """
     for name in sorted(FOR_RUNS & settings.keys()):
         raise TypeError(f"sample() takes the network as it is, and no setting {name!r}")
-    if stated := getattr(model, "stated_path", None):
-        settings = {"path": stated, **settings}
     return sample_with(
         SamplerConfig(**settings), model, noise, labels, guide=guide, churn=churn, draw=draw,
         dtype=dtype, check_finite=check_finite,
@@ -147,6 +146,7 @@ def sample_with(
     evaluation of the guided network goes through it; `on_step` hears of the steps instead of
     `check_finite`.
     """
+    settings = on_path(settings, model)
     require_sampler(settings, model, guide, guided=guidance is not None)
     require_labels(labels, model, len(noise))
     if churn is not None and (
@@ -191,6 +191,7 @@ def make_sde(
     With gradients where they are on: `gaussian(i, x)` at a stored state, and `step_log_prob` of
     the state that followed it, are what a policy gradient needs ("sde-euler").
     """
+    settings = on_path(settings, model)
     require_sampler(settings, model, guide, guided=guidance is not None)
     evaluate = _network(settings, model, labels, guide, dtype, guidance)
     if prediction_of(model) != VELOCITY:

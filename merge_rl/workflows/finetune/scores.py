@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from merge_rl.config import CURVES, FinetuneConfig, without_nan
 from merge_rl.core.distances.intervals import improvement, summarize
-from merge_rl.core.sampling.compatibility import balanced_labels, prediction_of
+from merge_rl.core.sampling.compatibility import balanced_labels, on_path, prediction_of
 from merge_rl.errors import NonFiniteSamplesError, StatisticsError
 from merge_rl.interfaces import Tracker
 from merge_rl.rng import image_seeds
@@ -192,7 +192,7 @@ def _document(
         found = scores[curve]
         gain = improvement(found["result"], found["start"], headline)
         curves[curve] = {
-            "sampler": sampler_summary(sampler, prediction_of(job.network)),
+            "sampler": sampler_summary(on_path(sampler, job.network), prediction_of(job.network)),
             "entries": {entry: summarize(rows) for entry, rows in found.items()},
             "gain": {"mean": gain.mean, "low": gain.low, "high": gain.high},
         }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_rl.config import UpdateConfig
-from merge_rl.core.sampling.compatibility import VELOCITY, prediction_of
+from merge_rl.core.sampling.compatibility import VELOCITY, on_path, prediction_of
 from merge_rl.core.sampling.paths import make_path
 from merge_rl.core.step_policy import (
     Action,
@@ -191,7 +191,7 @@ class RejectionSampling(Update):
             rate, null = float(getattr(network, "class_dropout_prob", 0.0)), _null(network)
             if null is not None:
                 labels = labels.masked_fill(drop < rate, null)
-            path = make_path(sampler.path)
+            path = make_path(on_path(sampler, network).path)
             t = uniform_times(uniform, path.end).to(device)
             return velocity_loss(self.policy, path, data, labels.to(device), t, noise)
         settings = self.settings

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_rl.config import SamplerConfig
 from merge_rl.core.merging.live_model import LiveModel
-from merge_rl.core.sampling.compatibility import require_sampler
+from merge_rl.core.sampling.compatibility import on_path, require_sampler
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.interfaces import Autoencoder, Denoiser, FeatureExtractor
 from merge_rl.parallel.blocks import Block, split_blocks
@@ -74,7 +74,7 @@ class Rollout:
 
     def _take_sampler(self, sampler: SamplerConfig) -> None:
         require_sampler(sampler, self.model, self.guide)
-        self.sampler = sampler
+        self.sampler = sampler = on_path(sampler, self.model)
         rest = sampler, self.device, self._sampling.announce
         self._network = as_graphs(self.model, *rest, self.graphs_below)
         self._guide = self.guide and as_graphs(self.guide, *rest, self.graphs_below)

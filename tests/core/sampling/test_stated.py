@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import merge_rl as mrl
 from merge_rl.core.sampling.compatibility import require_call
+from merge_rl.core.sampling.guidance import grid_of
 from merge_rl.core.sampling.paths import PATHS
+from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.stated import StatedNetwork, network_of
 from merge_rl.errors import ConfigError
 from tests.gaussian import denoised, path_velocity
@@ -137,6 +139,10 @@ def test_velocities_of_either_direction_are_sampled_alike(
         ends.append(mrl.sample(network, noise, num_steps=8))  # the path that it states
     torch.testing.assert_close(*ends)
     other = "gvp" if name == "linear" else "linear"
+    # Noise and the grid of guidance are of that path too, where settings name none.
+    own, said = (mrl.SamplerConfig(solver="sde-euler", num_steps=8, path=p) for p in ("own", name))
+    assert torch.equal(sample_with(own, network, noise), sample_with(said, network, noise))
+    torch.testing.assert_close(grid_of(own, network), grid_of(said, network), rtol=0, atol=0)
     with pytest.raises(ConfigError, match=f"the network's path is {name}, got {other}"):
         mrl.sample(network, noise, num_steps=8, path=other)
 

@@ -87,7 +87,7 @@ def test_all_settings_reach_the_sampler() -> None:
     assert not torch.equal(expected, plain)
     # The first one is left as it was.
     assert torch.equal(rollout.latents(noise, LABELS), plain)
-    assert (rollout.sampler, other.sampler) == (SamplerConfig(), settings)
+    assert (rollout.sampler, other.sampler) == (SamplerConfig(path="linear"), settings)
 
 
 def test_what_does_not_fit_the_network_is_refused_at_once() -> None:
@@ -126,14 +126,14 @@ def test_the_record_of_a_score_names_what_it_depends_on() -> None:
            "sigma_max": 80.0, "rho": 7.0}  # fmt: skip
     assert sampler_summary(SamplerConfig()) == edm
     path = {"solver": "heun", "num_steps": 32, "guidance": 1.0, "path": "linear"}
-    assert sampler_summary(SamplerConfig(), "velocity") == path
-    sde = SamplerConfig(solver="sde-euler", guidance=1.5, precision="tf32")
+    assert sampler_summary(SamplerConfig(path="linear"), "velocity") == path
+    sde = SamplerConfig(solver="sde-euler", guidance=1.5, precision="tf32", path="linear")
     noise = {"solver": "sde-euler", "guidance": 1.5, "precision": "tf32", "diffusion": "sigma",
              "diffusion_norm": 1.0}  # fmt: skip
     assert sampler_summary(sde) == {**edm, **noise}
     last = {"last_step": "mean", "last_step_size": 0.04, "guidance_channels": 3}
     assert sampler_summary(sde, "velocity") == {**path, **noise, **last}
-    adaptive = sampler_summary(SamplerConfig(solver="dopri5"), "velocity")
+    adaptive = sampler_summary(SamplerConfig(solver="dopri5", path="linear"), "velocity")
     assert adaptive == {**path, "solver": "dopri5", "rtol": 1e-3, "atol": 1e-6}
 
 
