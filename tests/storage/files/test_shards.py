@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,23 @@ def test_what_does_not_fit_the_announcement_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="at least 1 byte, got 0"):
         plan_shards(infos(given), 0)
+
+
+def test_tensors_come_in_parts_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, real = weights(), os.pwrite
+
+    def few(descriptor: int, data: memoryview, offset: int) -> int:
+        return real(descriptor, data[:3], offset)
+
+    monkeypatch.setattr(os, "pwrite", few)  # as a system may
+    path = tmp_path / "x.safetensors"
+    with tensor_file(path, infos(given), {}) as file:
+        for name, tensor in given.items():
+            data = memoryview(tensor.numpy().tobytes())
+            file.write(name, len(data) // 4, data[len(data) // 4 :])
+            file.write(name, 0, data[: len(data) // 4])
+    found = load_file(path)
+    assert all(torch.equal(found[name], given[name]) for name in given)
 
 
 @pytest.mark.parametrize(

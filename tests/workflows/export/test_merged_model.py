@@ -164,3 +164,8 @@ def test_other_merges_are_not(changes: dict[str, Any]) -> None:
     found = mergekit_document({"sources": [{**nested, "coefficients": [1.0]}]})
     assert found is not None
     assert found["models"][0]["model"] == "checkpoint-1/unet"
+    rows = {"a": 0.5, "b": 0.0, "c": 0.5 + 9e-7}  # what gives nothing is not named
+    three = [{"file": f"{name}.safetensors", "coefficients": [w]} for name, w in rows.items()]
+    found = mergekit_document({"sources": three})
+    assert found is not None
+    assert [model["model"] for model in found["models"]] == ["a", "c"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import merge_rl as mrl
 from merge_rl.errors import CheckpointError, ConfigError, HashMismatchError, MergeRLError
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet
 from merge_rl.storage.files.atomic import save_tensors, write_yaml
-from merge_rl.workflows.export.recipe import Recipe, merge_recipe
+from merge_rl.workflows.export.recipe import Recipe, merge_recipe, recipe_metadata
 
 ROWS = [[0.1, -1 / 3, 0.7, 1e-17], [0.25, 0.25, 0.25, 0.25]]
 GROUPS = {"encoder": r"\.enc\."}
@@ -138,6 +139,11 @@ def put(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (lambda d: d["sources"].append(copy.deepcopy(d["sources"][0])), "is listed twice"),
         (lambda d: d.update(groups=["encoder"]), "groups: expected a mapping"),
         (lambda d: d.update(groups={"encoder": 3}), "groups: expected a mapping"),
+        (lambda d: d.update(frozen="encoder"), "frozen: expected a list of text"),
+        (lambda d: d.update(frozen=[3]), "frozen: expected a list of text"),
+        (lambda d: d.update(max_shard_bytes=0), "max_shard_bytes: expected a number of bytes"),
+        (lambda d: d.update(max_shard_bytes=2.5), "max_shard_bytes: expected a number of bytes"),
+        (lambda d: d.update(max_shard_bytes=True), "max_shard_bytes: expected a number of bytes"),
     ],
 )
 def test_malformed_recipes(
@@ -147,6 +153,23 @@ def test_malformed_recipes(
     change(document)
     with pytest.raises(ConfigError, match=rf"merge\.yaml.*{message}"):
         written().coefficients(raw)
+
+
+def test_what_a_recipe_may_leave_out(
+    document: dict[str, Any], written: Callable[[], Recipe], raw: CheckpointSet
+) -> None:
+    assert "frozen" not in document
+    plain = written()
+    assert (plain.licence, plain.frozen, plain.dtype) == (None, [], "float32")
+    document |= {"licence": "mit", "frozen": ["enc"], "max_shard_bytes": 1}
+    full = written()
+    assert (full.licence, full.frozen, full.max_shard_bytes) == ("mit", ["enc"], 1)
+    rows = torch.tensor(ROWS[:1], dtype=torch.float64)
+    frozen = merge_recipe(raw, rows, base=0, groups={}, frozen=["enc"])
+    assert frozen["frozen"] == ["enc"]
+    how = json.loads(recipe_metadata({**frozen, "groups": {}, "found": "elsewhere"})["merge"])
+    assert how.keys() == {"base", "groups", "frozen", "sources"}
+    assert how["sources"][1].keys() == {"name", "sha256", "coefficients"}
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_rl.errors import MergeRLError, StatisticsError
+from merge_rl.errors import MergeRLError, RunError, StatisticsError
 from merge_rl.storage.files import save_tensors
 from merge_rl.workflows.reference import kind_of, load_features, load_reference
+from merge_rl.workflows.reference.features import FeatureStore, weights_digest
 
 
 def draw() -> Tensor:
@@ -135,3 +136,32 @@ def test_what_a_file_of_arrays_is_taken_for(tmp_path: Path) -> None:
     # Whoever saved them.
     save_tensors(tmp_path / "f.safetensors", {"features": FEATURES})
     torch.testing.assert_close(load_reference(tmp_path / "f.safetensors").features, FEATURES)
+
+
+def test_blocks_are_those_of_one_evaluation(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "kept", extractor="mine", sha256="ab", key={"model": "m"})
+    rows = torch.randn(3, 2)
+    assert store.load("block", {"steps": 4}) is None
+    store.save("block", {"steps": 4}, rows, torch.arange(3))
+    found = store.load("block", {"steps": 4})
+    assert found is not None
+    assert torch.equal(found, rows)
+    saved = load_features(store.file("block"))
+    assert (saved.extractor, saved.extractor_sha256) == ("mine", "ab")
+    assert saved.labels is not None
+    assert saved.labels.tolist() == [0, 1, 2]
+    with pytest.raises(RunError, match="another evaluation: its steps is 4, expected 5; choose an"):
+        store.load("block", {"steps": 5})
+    other = FeatureStore(tmp_path / "kept", extractor="mine", sha256=None, key={"model": "n"})
+    with pytest.raises(RunError, match="its (model is m, expected n|extractor_sha256 is ab)"):
+        other.load("block", {"steps": 4})
+    other.save("new", {}, rows)
+    assert load_features(other.file("new")).extractor_sha256 is None
+
+
+def test_weights_have_a_hash_of_names_shapes_and_values() -> None:
+    first, second = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    assert weights_digest(first) != weights_digest(second)
+    second.load_state_dict(first.state_dict())
+    assert weights_digest(first) == weights_digest(second)
+    assert weights_digest(3) == weights_digest(4) != weights_digest("text")

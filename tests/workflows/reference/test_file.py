@@ -108,3 +108,19 @@ def test_unreadable_files(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", sigma=torch.full((2, 2), math.nan))
     with pytest.raises(NonFiniteWeightsError, match="tensor 'sigma' holds NaN"):
         load_reference(path)
+
+
+def test_features_lie_beside_moments_with_labels_or_without(
+    stats: FeatureStats, tmp_path: Path
+) -> None:
+    path, rows = tmp_path / "r.safetensors", torch.randn(4, stats.dim)
+    save_reference(path, stats, extractor="mine", features=rows)
+    found = load_reference(path)
+    assert found.features is not None
+    assert torch.equal(found.features, rows)
+    assert found.labels is None
+    save_reference(path, stats, extractor="mine", labels=torch.arange(4))  # those of nothing
+    assert load_reference(path).labels is None
+    save_reference(path, stats, extractor="mine", features=torch.randn(4, stats.dim + 1))
+    with pytest.raises(StatisticsError, match=rf"expected features \(M, {stats.dim}\), got \(4, "):
+        load_reference(path)

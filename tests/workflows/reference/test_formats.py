@@ -24,6 +24,7 @@ from merge_rl.workflows.reference.file import (
     load_reference,
     save_reference,
 )
+from merge_rl.workflows.reference.formats import few_images
 
 FAMILY = ("inception", "inception-tf1", "inception-clean")
 
@@ -305,3 +306,9 @@ def test_kinds(tmp_path: Path, edm2: Path, shared_tiny: Path) -> None:
     (tmp_path / "folder/a.pt").touch()
     with pytest.raises(StatisticsError, match=r"found 1 \.pt; `mergerl convert` makes them from"):
         kind_of(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(("count", "singular"), [(1, True), (5, True), (6, False)])
+def test_as_many_images_as_features_are_too_few(count: int, singular: bool) -> None:
+    said = f"{count} images for 5 features: the covariance is singular, and a Fréchet distance "
+    assert few_images(count, 5) == ([f"{said}says little"] if singular else [])
