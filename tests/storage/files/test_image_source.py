@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from merge_rl.errors import CheckpointError, DataFileError, ImageError
-from merge_rl.storage.files import image_files, image_source
+from merge_rl.storage.files import image_files, image_source, images
 from merge_rl.storage.files.image_files import ImageFiles
 from merge_rl.storage.files.image_source import ImageStream, open_images
 
@@ -550,3 +550,30 @@ def test_a_folder_that_cannot_be_read_is_named(
     monkeypatch.setattr(type(folder), "iterdir", refused)
     with pytest.raises(ImageError, match="a: cannot be read: Permission denied$"):
         ImageFiles(folder)
+
+
+def test_bounds_are_what_is_still_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_images(write_folder(tmp_path / "a", IMAGES[:1]))
+    assert isinstance(source, ImageFiles)
+    (file,) = source._files
+    assert len(source._bytes(file, file.size)) == file.size
+    with pytest.raises(ImageError, match=f"larger than {file.size - 1} bytes, the most that is"):
+        source._bytes(file, file.size - 1)
+    monkeypatch.setattr(images, "MAX_PIXELS", 20)
+    assert source.decode(0).shape == (5, 4, 3)
+    monkeypatch.setattr(images, "MAX_PIXELS", 19)
+    with pytest.raises(ImageError, match="is 4x5, at most 19 pixels are read$"):
+        source.decode(0)
+
+
+def test_errors_of_a_decoder_that_are_no_images_fault_are_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_images(write_folder(tmp_path / "a", IMAGES[:2]))
+
+    def decode(_self: ImageFiles, _row: int) -> object:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(ImageFiles, "decode", decode)
+    with pytest.raises(MemoryError, match="no room"), ImageStream(source, skip_broken=True) as all_:
+        next(all_.batches([0, 1], 2))
