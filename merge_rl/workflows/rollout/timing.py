@@ -13,10 +13,12 @@ from time import perf_counter
 from typing import Final, NamedTuple
 
 from merge_rl.core.sampling.compatibility import balanced_labels
+from merge_rl.parallel.blocks import block_size
 from merge_rl.workflows.rollout.execution import calls_an_image
 from merge_rl.workflows.rollout.rollout import Rollout
 
-ENOUGH: Final = 0.1  # seconds of a measurement for a first estimate, where there are images for it
+ENOUGH: Final = 0.1  # seconds of a measurement for a first estimate
+PLENTY: Final = 1.0  # from which fewer images stand for a block
 REPEATS: Final = 3  # of it
 LONGEST: Final = 3.0  # seconds after which it is not repeated
 STEPS: Final = (2, 4)  # of Euler, between which a network call is taken
@@ -85,23 +87,28 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def image_seconds(rollout: Rollout, num_classes: int, most: int) -> float:
-    """Seconds that an image takes, about: from few steps of as few images as can be measured."""
+    """Seconds that an image takes, about: from few steps of as many images as a second takes.
+
+    As a search of items of `most` images makes them, blocks side by side: threads that share an
+    operation wait for one another, which takes many times as long where other programs run.
+    """
+    workers = rollout.workers
 
     def maker(steps: int, count: int) -> Callable[[], object]:
         quick = stepped(rollout, steps)
-        return lambda: make_images(quick, count, num_classes)
+        block = rollout.noise(range(count)), balanced_labels(count, num_classes)
+        return lambda: list(quick.features_of([lambda: block] * workers))
 
-    few, many = STEPS
-    count = min(8, most)
+    (few, many), count, largest = STEPS, 1, block_size(most, rollout.batch)
     maker(few, count)()  # the first call sets things up
-    while count < most and not is_long(maker(many, count), ENOUGH):
-        count = min(2 * count, most)
+    while count < largest and not is_long(maker(many, count), PLENTY):
+        count = min(2 * count, largest)
     works = maker(few, count), maker(many, count)
     found = timings(works, enough=ENOUGH, repeats=REPEATS, longest=LONGEST)
     short, long = (timing.seconds for timing in found)
     call = max(0.0, long - short) / (many - few)
     calls = calls_an_image(rollout.sampler, rollout.model)
-    return (call * calls + max(0.0, short - few * call)) / count
+    return (call * calls + max(0.0, short - few * call)) / (count * workers)
 
 
 def stepped(rollout: Rollout, steps: int) -> Rollout:

@@ -325,11 +325,22 @@ def test_a_pause_does_not_change_what_is_said_at_first(
 ) -> None:
     # One measurement waits for a second, about as long as it takes itself.
     seconds = (float(i == paused) for i in itertools.count())
-    run_on(Machine(lambda: next(seconds)), monkeypatch)
-    calls = calls_an_image(in_eights.sampler, in_eights.model)
+    machine = Machine(lambda: next(seconds))
+    run_on(machine, monkeypatch)
+
+    def side_by_side(
+        self: Rollout, blocks: Sequence[Callable[[], tuple[Tensor, Tensor]]]
+    ) -> list[Tensor]:
+        steps, made = self.sampler.num_steps, [block() for block in blocks]
+        count = max(len(labels) for _noise, labels in made)
+        machine.spend(0.01 * steps + 0.05 + count * (0.02 * steps + 0.03))
+        return [noise for noise, _labels in made]
+
+    monkeypatch.setattr(Rollout, "features_of", side_by_side)
+    calls, workers = calls_an_image(in_eights.sampler, in_eights.model), in_eights.workers
     block, image = 0.01 * calls + 0.05, 0.02 * calls + 0.03
     found = timing.image_seconds(in_eights, 10, 250)
-    assert found == pytest.approx(block / 8 + image)
+    assert found == pytest.approx((block / 8 + image) / workers)
 
 
 def test_what_takes_no_time_is_called_until_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
