@@ -6,6 +6,7 @@ tensors grow by that part's name; training programs keep raw weights and their a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
@@ -65,8 +66,11 @@ RAW: Final = (
 AVERAGED: Final = (
     *("ema", "model_ema", "ema_model", "net_ema", "ema_net", "ema_state_dict", "model_ema_state"),
     *("model_ema1", "model_ema2", "params_ema", "ema_params", "ema_weights", "G_ema", "shadow"),
-    *("averaged_model", "swa_model"),
+    *("averaged_model", "swa_model", "emas", "ema_models", "model_emas"),
 )
+# Averages of several decays, each under a key of its own: ema_0.9999, ema2.
+_NUMBERED: Final = re.compile(r"(model_ema|ema_model|net_ema|ema)[_-]?\d[\d.]*")
+_NUMBER: Final = re.compile(r"\d+(\.\d+)?(e-\d+)?")
 _KNOWN: Final = (*RAW, *AVERAGED)
 _MOST_LEVELS: Final = 4
 
@@ -113,7 +117,16 @@ class Held(Generic[T]):
 
 def is_average(place: str) -> bool:
     """Whether a place is that of an average of weights: "ema", "state_dict/model_ema"."""
-    return any(part in AVERAGED for part in place.split("/"))
+    return any(map(_means_average, place.split("/")))
+
+
+def number_of(place: str) -> str | None:
+    """Which of several averages under one key a place is: "ema/0.999" is "0.999"."""
+    return next((part for part in place.split("/")[1:] if _NUMBER.fullmatch(part)), None)
+
+
+def _means_average(name: object) -> bool:
+    return name in AVERAGED or (isinstance(name, str) and bool(_NUMBERED.fullmatch(name)))
 
 
 def hold(data: Mapping[str, object], kind: type[T], *, whole: bool = False) -> Held[T]:
@@ -198,10 +211,24 @@ def _collect(
         if name in flat:
             continue
         deep = place.count("/") >= _MOST_LEVELS
-        if name in _KNOWN and isinstance(item, Mapping) and not deep:
+        several = _several(item) if _means_average(name) else {}
+        if several and not deep:
+            for number, average in several.items():
+                _collect(average, kind, f"{_joined(place, name)}/{number}", held, whole)
+        elif (name in RAW or _means_average(name)) and isinstance(item, Mapping) and not deep:
             _collect(item, kind, _joined(place, name), held, whole)
         else:
             held.others.append(_joined(place, str(name)))
+
+
+def _several(item: object) -> dict[str, Mapping[str, object]]:
+    """Averages of several decays: listed, or by numbers."""
+    counted = dict(enumerate(item)) if isinstance(item, (list, tuple)) else item
+    if not isinstance(counted, Mapping):
+        return {}
+    found = {str(key): value for key, value in counted.items() if isinstance(value, Mapping)}
+    alike = len(found) == len(counted) and all(map(_NUMBER.fullmatch, found))
+    return found if alike else {}
 
 
 def _split(tensors: Mapping[str, T], whole: bool) -> dict[str, dict[str, T]]:

@@ -144,7 +144,11 @@ _CLASSES: Final = ("num_classes", "n_classes", "nb_classes")
 _DROPOUT: Final = ("class_dropout_prob", "cfg_prob", "label_dropout_prob")
 _HEADS: Final = ("num_heads", "n_heads")
 _STEPS: Final = ("steps", "step", "train_steps", "global_step", "iteration", "iter")
-_BATCH: Final = ("global_batch_size", "total_batch_size", "batch_size")
+_BATCH: Final = ("global_batch_size", "total_batch_size")
+_ACCUMULATED: Final = (
+    "gradient_accumulation_steps", "gradient_accumulate_every", "accumulate_grad_batches",
+    "grad_accum_steps", "accum_iter",
+)  # fmt: skip
 _MOST: Final = 2**30
 
 
@@ -198,9 +202,15 @@ def read_said(data: Mapping[str, object]) -> Said:
         num_classes=_count(_first(settings, _CLASSES)),
         class_dropout=_share(_first(settings, _DROPOUT)),
         num_heads=_count(_first(settings, _HEADS)),
-        batch=_count(_first(settings, _BATCH)),
+        batch=_images_a_step(settings),
         steps=_count(_first(beside, _STEPS)),
     )
+
+
+def _images_a_step(settings: Mapping[str, Any]) -> int | None:
+    """The whole batch, or that of a pass times the passes that a step of the optimizer adds up."""
+    whole, one = _count(_first(settings, _BATCH)), _count(_first(settings, ("batch_size",)))
+    return whole or (one and one * (_count(_first(settings, _ACCUMULATED)) or 1))
 
 
 def _settings(value: object) -> object:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from merge_rl import own_code, registry
-from merge_rl.core.state_dicts import Held, hold, is_average, names_for
+from merge_rl.core.state_dicts import Held, hold, is_average, names_for, number_of
 from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.storage.checkpoints import parse_stem
 from merge_rl.storage.convert.contents import (
@@ -145,6 +145,8 @@ def _wanted(held: Held[TensorRef], path: Path, weights: str) -> list[str]:
 
 def _track_of(place: str) -> str:
     """The series of a place: "raw", "ema", or "ema1" where a file numbers its averages (JiT)."""
+    if is_average(place) and (number := number_of(place)):
+        return f"ema-{number}"
     last = place.rpartition("/")[2]
     if last[-1:].isdigit():
         return last.removeprefix("model_")

@@ -127,6 +127,9 @@ def omega(content: object) -> Record:
         ({"steps": 10, "args": {"steps": 20}}, {"steps": 10}),  # counted beside the weights
         ({"step": 5.0, "train_steps": 6}, {"steps": 5}),
         ({"args": {"batch_size": 8, "global_batch_size": 64}}, {"batch": 64}),
+        ({"args": {"batch_size": 8, "grad_accum_steps": 4}}, {"batch": 32}),
+        ({"args": {"global_batch_size": 64, "grad_accum_steps": 4}}, {"batch": 64}),
+        ({"args": {"grad_accum_steps": 4}}, {}),
         ({"args": {"a": {"num_classes": 5}, "b": {"num_classes": 5}}}, {"num_classes": 5}),
         ({"args": {"a": {"num_classes": 5}, "b": {"num_classes": 6}}}, {}),  # several things
         ({"args": {"num_classes": 3, "a": {"num_classes": 6}}}, {"num_classes": 3}),

@@ -307,6 +307,36 @@ def test_jit_has_two_averages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("averages", "tracks"),
+    [
+        ({"ema": {0.999: 1, 0.9999: 2}}, ["ema-0.999", "ema-0.9999"]),
+        ({"emas": {"0.999": {"model": 1, "decay": 0.999}, "1e-4": {"model": 2}}},
+         ["ema-0.999", "ema-1e-4"]),
+        ({"ema_model": [1, 2]}, ["ema-0", "ema-1"]),
+        ({"ema_0.999": 1, "ema_0.9999": 2}, ["ema_0.999", "ema_0.9999"]),
+    ],
+)  # fmt: skip
+def test_averages_of_several_decays_are_tracks(
+    averages: dict[str, Any], tracks: list[str], tmp_path: Path
+) -> None:
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        return {"a.weight": torch.full((2, 2), value)} if isinstance(value, int) else value
+
+    torch.save({"model": filled(0), **filled(averages), "step": 3}, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "all", weights="both", images_per_step=2)
+    opened = mrl.open_checkpoints(tmp_path / "all")
+    assert opened.tracks == ["raw", *tracks]
+    assert [float(opened.read(i)["a.weight"][0, 0]) for i in range(3)] == [0, 1, 2]
+    assert opened.nimg == [6, 6, 6]
+    convert(tmp_path / "a.pt", tmp_path / "one")
+    assert mrl.open_checkpoints(tmp_path / "one").tracks == tracks[:1]
+
+
+@pytest.mark.parametrize(
     ("settings", "hints", "expected", "assumed"),
     [
         ({}, {}, (10, False), "taken: 10 and no null class for a label table of 10 rows"),
