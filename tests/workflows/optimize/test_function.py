@@ -240,7 +240,7 @@ def test_labels_take_turns_and_images_go_through_an_extractor(tiny: Path, tmp_pa
         reference=evaluation / "reference.safetensors", budget=400,
     )  # fmt: skip
     assert made.final["reference"]["mean"] > 0
-    assert seen[4:10] == [0, 1, 2, 0, 1, 2]  # before, two images were made twice: a trial
+    assert seen[4:10] == [0, 1, 2, 0, 1, 2]  # before, two times two images were made: a trial
     with pytest.raises(ConfigError, match="expected images uint8"):
         search(
             tmp_path / "other", extractor="digits", reference=evaluation / "reference.safetensors",
@@ -318,6 +318,13 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     def loose_numbers(*said: Any) -> Any:
         return loose(*said).detach().numpy()
 
+    def by_row(weights: Subject, seeds: Sequence[int], labels: Tensor) -> Tensor:
+        return shifted(weights, range(len(seeds)), labels)  # the seeds are not looked at
+
+    def normed(weights: Subject, seeds: Sequence[int], labels: Tensor) -> Tensor:
+        made = shifted(weights, seeds, labels)
+        return made - made.mean(0)  # as batch norm does while it is trained
+
     plain = dataclasses.replace(SMALL, search=SearchConfig())
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"checkpoints": []}, CheckpointError, "expected checkpoints, got none"),
@@ -326,7 +333,8 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
          "'shift' is missing"),
         ({"reference": [1.0]}, ConfigError, "expected reference as features .*, got list"),
         ({"checkpoints": [3, 4]}, CheckpointError, "state dicts, modules or files, got int"),
-        ({"generate": loose_numbers}, ConfigError, "something else for the same weights"),
+        *(({"generate": made}, ConfigError, "seed and label beside other seeds; expected that each")
+          for made in (loose_numbers, by_row, normed)),
         ({"searcher": Lost, "config": plain}, ConfigError, r"Lost': expected ask\(\) finite"),
         ({"checkpoints": {"a/b": states([1.0])[0]}}, CheckpointError, "got name 'a/b'"),
         ({"generate": wide}, ConfigError, r"generate returned float32 \(\d+, 2\), expected "
