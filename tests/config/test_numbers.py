@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -18,8 +19,10 @@ from merge_rl.config import (
     OptimizeConfig,
     SamplerConfig,
     SearchConfig,
+    dump_config,
     finite,
     from_mapping,
+    nimg_from_kimg,
     numbers_in,
     real_number,
     to_mapping,
@@ -165,3 +168,20 @@ def test_one_number_everywhere(
     refused = mergerl("optimize", tiny, "--budget", "many")
     assert refused.code == 2  # wrong usage
     assert "'many' is not a valid integer, such as 50000, 5e4, 50k or 192Mi" in refused.err
+
+
+@pytest.mark.parametrize(("kimg", "nimg"), [(0, 0), (1, 1024), (41, 41 * 1024), (43, 42 * 1024)])
+def test_images_of_a_kimg(kimg: int, nimg: int) -> None:
+    assert nimg_from_kimg(kimg) == nimg
+
+
+@pytest.mark.parametrize(("kimg", "following"), [(42, 43), (-1, 0)])
+def test_a_kimg_that_no_multiple_has(kimg: int, following: int) -> None:
+    # 41 x 1024 is 41,984 and 42 x 1024 is 43,008.
+    told = f"expected kimg of a multiple of 1024 images, got {kimg} (the next is {following})"
+    with pytest.raises(ConfigError, match=f"^{re.escape(told)}$"):
+        nimg_from_kimg(kimg)
+
+
+def test_settings_are_written_as_people_read_them() -> None:
+    assert "checkpoints: données\n" in dump_config(OptimizeConfig(checkpoints="données"))

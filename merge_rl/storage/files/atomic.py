@@ -63,7 +63,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             _sync(temporary)
             temporary.replace(target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed
+            temporary.unlink(missing_ok=True)
         raise
     # Not every file system lets a folder be synced; the file itself is safe by now.
     with suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -154,3 +155,16 @@ def test_counts_of_a_resume_point_are_whole_numbers() -> None:
             counts_of({**known, "step": odd}, "most", "step")
     with pytest.raises(KeyError):
         counts_of(known, "images")
+
+
+def test_what_cannot_be_written_is_named_where_nothing_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Path, *_: object, **_options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    for name in ("write_bytes", "unlink"):  # as on a file system that is for reading alone
+        monkeypatch.setattr(type(tmp_path), name, refused)
+    with pytest.raises(OSError, match="cannot be written: Read-only file system") as told:
+        write_text(tmp_path / "a.txt", "text")
+    assert told.value.filename == str(tmp_path / "a.txt")

@@ -14,11 +14,13 @@ from torch import Tensor
 from merge_rl.errors import CheckpointError, ConfigError, NonFiniteWeightsError
 from merge_rl.storage.checkpoints.model_file import model_sha256, open_model_file
 from merge_rl.storage.files.documents import sha256_file
-from merge_rl.storage.files.safetensors_header import TensorInfo
+from merge_rl.storage.files.safetensors_header import TensorInfo, read_header
 from merge_rl.storage.files.shards import (
+    DIFFUSERS_STEM,
     WeightStream,
     plan_shards,
     read_index,
+    stem_in,
     tensor_file,
     write_weights,
 )
@@ -147,13 +149,23 @@ def test_tensors_come_in_parts_of_any_size(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "pwrite", few)  # as a system may
     path = tmp_path / "x.safetensors"
-    with tensor_file(path, infos(given), {}) as file:
+    with tensor_file(path, infos(given), {"hash": "0" * 8}) as file:
         for name, tensor in given.items():
             data = memoryview(tensor.numpy().tobytes())
             file.write(name, len(data) // 4, data[len(data) // 4 :])
             file.write(name, 0, data[: len(data) // 4])
+        file.describe({"hash": "12345678"})
     found = load_file(path)
     assert all(torch.equal(found[name], given[name]) for name in given)
+    assert read_header(path).metadata == {"hash": "12345678"}
+
+
+def test_weights_are_called_as_their_library_calls_them(tmp_path: Path) -> None:
+    assert stem_in(tmp_path) == "model"
+    for name in (f"{DIFFUSERS_STEM}.safetensors", f"{DIFFUSERS_STEM}.safetensors.index.json"):
+        (tmp_path / name).touch()
+        assert stem_in(tmp_path) == DIFFUSERS_STEM
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize(
