@@ -143,7 +143,9 @@ _CONTENT: Final = ("_content", "_fields", "_val", "_value")
 _CLASSES: Final = ("num_classes", "n_classes", "nb_classes")
 _DROPOUT: Final = ("class_dropout_prob", "cfg_prob", "label_dropout_prob")
 _HEADS: Final = ("num_heads", "n_heads")
-_STEPS: Final = ("steps", "step", "train_steps", "global_step", "iteration", "iter")
+_STEPS: Final = (
+    "steps", "step", "train_steps", "global_step", "global_steps", "iteration", "iter",
+)  # fmt: skip
 _BATCH: Final = ("global_batch_size", "total_batch_size")
 _ACCUMULATED: Final = (
     "gradient_accumulation_steps", "gradient_accumulate_every", "accumulate_grad_batches",

@@ -11,8 +11,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
+from merge_rl.config import whole_number
 from merge_rl.errors import CheckpointError
 from merge_rl.late import torch
 from merge_rl.storage.pickles import (
@@ -185,3 +186,12 @@ def _whole(value: object, metadata: Path, name: str) -> tuple[int, ...]:
     if not all(type(n) is int and n >= 0 for n in sizes) or len(sizes) > 32:
         raise CheckpointError(f"{metadata}: {shown(name)} has no place or shape of whole numbers")
     return tuple(int(str(n)) for n in sizes)
+
+
+def read_sharded(folder: Path, metadata: Path) -> tuple[dict[str, Any], int | None]:
+    """(the tensors with the settings beside them, the steps), these as Lightning's meta.pt says."""
+    file = folder / "meta.pt"
+    found = read_data(file) if file.is_file() else {}
+    meta = found if isinstance(found, dict) else {}
+    said = {key: meta[key] for key in ("hyper_parameters",) if key in meta}
+    return {**said, **read_distcp(metadata)}, whole_number(meta.get("global_step"))

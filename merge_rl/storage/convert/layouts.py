@@ -92,6 +92,7 @@ def files_in(folder: Path) -> list[Path]:
     """
     if place_of(folder) is not None:
         return [folder]
+    _require_no_partitions(folder)
     posthoc = [file for file in folder.iterdir() if POSTHOC.fullmatch(file.name)]
     if posthoc:
         return sorted(posthoc, key=lambda file: [int(n) for n in file.name.split(".")[:2]])
@@ -181,3 +182,15 @@ def _with_classes(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
     if hints.null_class is not None and type(rows) is int:
         return {**config, "num_classes": rows - hints.null_class}
     return config
+
+
+def _require_no_partitions(folder: Path) -> None:
+    """Raise CheckpointError for DeepSpeed's folders, whose weights its program puts together."""
+    for above in ("", "*/", "*/checkpoint/"):
+        found = sorted(folder.glob(f"{above}*_model_states.pt"))
+        if found:
+            raise CheckpointError(
+                f"{folder}: a checkpoint of DeepSpeed ({found[0].name}), whose parts its "
+                "zero_to_fp32.py puts together; expected what that writes, or (without stage 3) "
+                "the file mp_rank_00_model_states.pt itself"
+            )

@@ -38,7 +38,7 @@ from merge_rl.storage.convert.contents import (
     require_size,
     state_dict,
 )
-from merge_rl.storage.convert.distcp import files_of_metadata, read_distcp
+from merge_rl.storage.convert.distcp import files_of_metadata, read_sharded
 from merge_rl.storage.convert.layouts import Place, files_in, place_of, read_library, steps_of
 from merge_rl.storage.convert.states import INDEX, holds_states, read_only_state, read_states
 from merge_rl.storage.convert.trajectories import (
@@ -79,8 +79,7 @@ def list_files(
     """The files that are meant: themselves, or those of a folder; each once.
 
     A folder that holds one checkpoint stands for itself (`layouts.place_of`), a shard for the model
-    of its index. Beside them a
-    sentence for each other name of a file among them, a link to it.
+    of its index. Beside them a sentence for each other name of a file among them, a link to it.
     """
     given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     names: dict[Path, list[Path]] = {}
@@ -150,8 +149,9 @@ def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
     if place is None:
         raise CheckpointError(f"{path}: no checkpoint of a known kind")
     if place.kind == "distcp":
-        pieced, steps = read_distcp(place.weights), steps_of(path)
-        found = read_states(pieced, path, weights, hints, steps=steps, whole=False)
+        data, steps = read_sharded(path, place.weights)
+        counted = steps or steps_of(path)
+        found = read_states(data, path, weights, hints, steps=counted, whole=False)
     elif place.kind == "peft":
         found = [_read_adapter(path, place.weights, hints)]
     else:
@@ -162,7 +162,7 @@ def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
             return [
                 replace(i, path=path, nimg=nimg, stem=path.name, kind=place.kind) for i in known
             ]
-        data: dict[str, Any] = dict(_tensors_of(place.weights))
+        data = dict(_tensors_of(place.weights))
         averages, left = _averages(place, data)
         others = sorted(path.glob("*model_[0-9].*"))
         left += [*lacking, *(f"left {o.name}, another network beside this one" for o in others)]

@@ -197,3 +197,12 @@ def test_networks_of_the_library(tmp_path: Path) -> None:
         CheckpointError, match="expected UNet2DModel or DiTTransformer2DModel, found 'VAE'"
     ):
         read_library(unet, {}, "auto", Hints())
+
+
+@pytest.mark.parametrize("above", ["", "global_step100/", "step=100.ckpt/checkpoint/"])
+def test_deepspeeds_parts_are_for_its_own_program(above: str, tmp_path: Path) -> None:
+    place = tmp_path / above
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "mp_rank_00_model_states.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="a checkpoint of DeepSpeed .mp_rank_00_model_states"):
+        files_in(tmp_path)

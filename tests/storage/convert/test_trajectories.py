@@ -415,6 +415,17 @@ def test_distributed_checkpoints_as_torch_writes_them(tmp_path: Path) -> None:
         convert(tmp_path / "run", tmp_path / "other")
 
 
+def test_lightnings_shards_count_the_steps_of_their_meta(tmp_path: Path) -> None:
+    place = tmp_path / "epoch=0-step=200.ckpt"  # a folder, where FSDP saves shards
+    save_distributed({"model": {"net.a.weight": torch.ones(2, 2)}}, place)
+    settings = {"batch_size": 32, "accumulate_grad_batches": 2}
+    torch.save({"global_step": 200, "hyper_parameters": settings}, place / "meta.pt")
+    convert(place, tmp_path / "set")
+    opened = open_checkpoints(tmp_path / "set")
+    assert opened.nimg == [200 * 64]
+    assert opened.read(0).keys() == {"a.weight"}
+
+
 @pytest.mark.parametrize(
     ("begins", "fits"), [([0, 2], True), ([2, 0], True), ([0, 1], False), ([0, 3], False)]
 )
