@@ -99,7 +99,8 @@ def image_seconds(rollout: Rollout, num_classes: int, most: int) -> float:
         block = rollout.noise(range(count)), balanced_labels(count, num_classes)
         return lambda: list(quick.features_of([lambda: block] * workers))
 
-    (few, many), count, largest = STEPS, 1, block_size(most, rollout.batch)
+    (few, many), largest = STEPS, block_size(most, rollout.batch)
+    count = min(2, largest)
     maker(few, count)()  # the first call sets things up
     while count < largest and not is_long(maker(many, count), PLENTY):
         count = min(2 * count, largest)

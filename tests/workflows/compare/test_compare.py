@@ -310,7 +310,7 @@ def test_an_extractor_that_fails_is_named_and_goes_on_once_it_is_mended(
     real = DigitsNet.forward
 
     def forward(self: DigitsNet, images: Tensor) -> Tensor:
-        return real(self, images).index_fill(0, torch.tensor([1]), torch.inf)
+        return real(self, images).index_fill(0, torch.tensor([len(images) - 1]), torch.inf)
 
     arguments: dict[str, Any] = {"out": tmp_path / "out", "searchers": ["uniform"], "seeds": (3,)}
     told = (
