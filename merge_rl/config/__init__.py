@@ -18,6 +18,7 @@ from merge_rl.config.finetune import (
     differing_keys,
 )
 from merge_rl.config.mapping import (
+    changed,
     dump_config,
     finite,
     flattened,
@@ -123,6 +124,7 @@ __all__ = [
     "SingleMergeConfig",
     "UpdateConfig",
     "byte_count",
+    "changed",
     "default_text",
     "differing_keys",
     "dump_config",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
-from merge_rl.config.mapping import flattened, to_mapping
+from merge_rl.config.mapping import changed, to_mapping
 from merge_rl.config.optimize import OptimizeConfig, RunConfig
 from merge_rl.config.reward import RewardConfig
 from merge_rl.config.sampler import FIXED_SOLVERS, SDE_SOLVERS, SamplerConfig, require
@@ -162,8 +162,5 @@ class FinetuneConfig(RunConfig):
 
 def differing_keys(one: FinetuneConfig, other: FinetuneConfig) -> list[str]:
     """Dotted names of settings that differ and that a run may not change as it goes on."""
-    a, b = flattened(to_mapping(one)), flattened(to_mapping(other))
-    return sorted(
-        key for key in a.keys() | b.keys()
-        if a.get(key) != b.get(key) and key not in (*FREE_ON_RESUME, "rules")
-    )  # fmt: skip
+    found = changed(to_mapping(one), to_mapping(other))
+    return sorted(found.keys() - {*FREE_ON_RESUME, "rules"})

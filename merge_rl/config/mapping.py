@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from merge_rl import own_code
 from merge_rl.config.numbers import real_number, whole_number
@@ -157,6 +157,9 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
+SAME_PATHS: Final = {"linear", "own"}
+
+
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted keys; an empty one stays as it is."""
     flat: dict[str, Any] = {}
@@ -166,6 +169,19 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of what two documents of settings say unlike, with the value in each.
+
+    A path "linear" and "own" are alike: where linear was accepted, it is what the network states.
+    """
+    old, new = flattened(before), flattened(now)
+    pairs = {key: (old.get(key), new.get(key)) for key in {**old, **new}}
+    return {
+        key: pair for key, pair in pairs.items()
+        if pair[0] != pair[1] and not (key.endswith("sampler.path") and set(pair) <= SAME_PATHS)
+    }  # fmt: skip
 
 
 def split_pair(pair: str) -> tuple[str, str]:

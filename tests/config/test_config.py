@@ -12,7 +12,14 @@ import pytest
 
 from merge_rl.config.commands import EvaluateConfig, SampleConfig
 from merge_rl.config.finetune import CurveConfig, FinetuneConfig
-from merge_rl.config.mapping import dump_config, from_mapping, load_config, recipe_names, to_mapping
+from merge_rl.config.mapping import (
+    changed,
+    dump_config,
+    from_mapping,
+    load_config,
+    recipe_names,
+    to_mapping,
+)
 from merge_rl.config.optimize import (
     EvaluationConfig,
     MergeConfig,
@@ -358,3 +365,13 @@ def test_a_gradient_through_rollouts_needs_few_sets_of_images() -> None:
         return config.images_per_step / config.reward.images_per_subset
 
     assert [made("pg"), made("rs"), made("pathwise"), made("pathwise", 5)] == [16, 16, 2, 5]
+
+
+def test_what_changed_between_two_documents() -> None:
+    before = {"seed": 1, "sampler": {"path": "linear", "num_steps": 8}, "gone": None}
+    assert changed(before, {"seed": 1, "sampler": {"path": "own", "num_steps": 8}}) == {}
+    now = {"seed": 2, "sampler": {"path": "gvp", "num_steps": 8}, "new": True}
+    assert changed(before, now) == {
+        "seed": (1, 2), "sampler.path": ("linear", "gvp"), "new": (None, True),
+    }  # fmt: skip
+    assert changed({"path": "linear"}, {"path": "own"}) == {"path": ("linear", "own")}

@@ -17,8 +17,9 @@ from merge_rl.config import (
     FREE_ON_RESUME,
     FinetuneConfig,
     OptimizeConfig,
+    changed,
     differing_keys,
-    flattened,
+    to_mapping,
 )
 from merge_rl.errors import RunError
 from merge_rl.interfaces import Tracker
@@ -149,7 +150,7 @@ def begin_run(
     run = RunDir(out)
 
     def require_settings() -> None:
-        if run.config() != config:
+        if changed(to_mapping(run.config()), to_mapping(config)):
             raise RunError(
                 f"{run.path} was begun with other settings; choose another --out, or resume that "
                 "run"
@@ -229,14 +230,10 @@ def require_same(
     path: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, what: str = "settings"
 ) -> None:
     """Raise RunError, naming what differs, unless both are equal."""
-    old, new = flattened(before), flattened(now)
-    differ = [
-        key
-        for key in {**old, **new}
-        if old.get(key) != new.get(key) and not key.endswith("weights_device")  # changes no result
-    ]
+    found = changed(before, now)
+    differ = [key for key in found if not key.endswith("weights_device")]  # changes no result
     if differ:
-        shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ[:5])
+        shown = "; ".join("{} was {!r}, is {!r}".format(k, *found[k]) for k in differ[:5])
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise RunError(
             f"{path} was begun with other {what}: {shown}{more}; choose another --out, or the same "
