@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from merge_rl.workflows.compare import match
 from merge_rl.workflows.optimize import prepare
 from merge_rl.workflows.report import figures
 from merge_rl.workflows.rollout.rollout import Rollout
@@ -73,7 +74,8 @@ def without_network(patch: pytest.MonkeyPatch) -> None:
         return made
 
     patch.setattr(Rollout, "latents", latents)
-    patch.setattr(prepare, "image_seconds", lambda *_: 1e-4)  # by which nothing is decided
+    for module in (prepare, match):
+        patch.setattr(module, "image_seconds", lambda *_: 1e-4)  # by which nothing is decided
 
 
 def with_network(patch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from merge_rl.parallel.blocks import block_size
 from merge_rl.workflows.rollout.execution import calls_an_image
 from merge_rl.workflows.rollout.rollout import Rollout
 
-ENOUGH: Final = 0.1  # seconds of a measurement for a first estimate
+ENOUGH: Final = 0.02  # seconds of a measurement for a first estimate
 PLENTY: Final = 1.0  # from which fewer images stand for a block
 REPEATS: Final = 3  # of it
 LONGEST: Final = 3.0  # seconds after which it is not repeated
@@ -103,7 +103,7 @@ def image_seconds(rollout: Rollout, num_classes: int, most: int) -> float:
     count = min(2, largest)
     maker(few, count)()  # the first call sets things up
     while count < largest and not is_long(maker(many, count), PLENTY):
-        count = min(2 * count, largest)
+        count = min(4 * count, largest)
     works = maker(few, count), maker(many, count)
     found = timings(works, enough=ENOUGH, repeats=REPEATS, longest=LONGEST)
     short, long = (timing.seconds for timing in found)
