@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 
 from merge_rl import own_code
 from merge_rl.config.numbers import real_number, whole_number
+from merge_rl.config.sampler import OWN, PATH_NAMES
 from merge_rl.config.setting import settings_of
 from merge_rl.errors import ConfigError, UnknownNameError
 
@@ -157,7 +158,7 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-SAME_PATHS: Final = {"linear", "own"}
+SAME_PATHS: Final = {PATH_NAMES[0], OWN}
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -339,6 +339,8 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         ({"checkpoints": {"a/b": states([1.0])[0]}}, CheckpointError, "got name 'a/b'"),
         ({"generate": wide}, ConfigError, r"generate returned float32 \(\d+, 2\), expected "
          r"floating features \(\d+, 1\)"),
+        ({"generate": lambda *_: torch.tensor(1.0)}, ConfigError,
+         r"generate returned float32 \(\), expected floating features"),
         ({"heldout": normal().expand(-1, 2)}, mrl.MergeRLError, "dimension"),
         ({"budgte": 3}, ConfigError, "unknown setting 'budgte'; did you mean 'budget'"),
         ({"pool_size": 50}, ConfigError, "pool_size is 50 in the call and 100 in its config"),
