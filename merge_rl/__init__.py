@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from merge_rl.registry import build_model
     from merge_rl.rng import seeded_noise
     from merge_rl.searchers import Searcher
-    from merge_rl.storage.checkpoints import CheckpointSet, open_checkpoints
-    from merge_rl.storage.convert import ConvertResult, convert
+    from merge_rl.storage.checkpoints import CheckpointSet
+    from merge_rl.storage.convert import ConvertResult
+    from merge_rl.storage.hub import convert, open_checkpoints
     from merge_rl.workflows.assembly import load_model
     from merge_rl.workflows.compare import compare_searchers
     from merge_rl.workflows.evaluate import evaluate
@@ -64,8 +65,9 @@ _HOMES: Final = {
     "registry": "build_model",
     "rng": "seeded_noise",
     "searchers": "Searcher",
-    "storage.checkpoints": "CheckpointSet open_checkpoints",
-    "storage.convert": "ConvertResult convert",
+    "storage.checkpoints": "CheckpointSet",
+    "storage.convert": "ConvertResult",
+    "storage.hub": "convert open_checkpoints",
     "workflows.assembly": "load_model",
     "workflows.compare": "compare_searchers",
     "workflows.evaluate": "evaluate",

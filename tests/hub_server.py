@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+import yaml
 
 TOKEN = "hf_loopbackTESTtokenNotARealOne000000"
 
@@ -354,7 +355,9 @@ def _info(hub: HubServer, request: Request, match: re.Match[str]) -> Reply:
     siblings = hub.listing
     if siblings is None:
         siblings = [_entry(hub, name, data) for name, data in sorted(repo.files.items())]
-    document = {"id": match["repo"], "sha": repo.commits[-1], "private": repo.private}
+    head = re.match(r"---\n(.*?)---\n", repo.files.get("README.md", b"").decode(), re.DOTALL)
+    card = {"cardData": yaml.safe_load(head[1])} if head else {}
+    document = {"id": match["repo"], "sha": repo.commits[-1], "private": repo.private, **card}
     return _json({**document, "siblings": siblings, "tags": [], "downloads": 0})
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_rl.cli.inspect import width_text
-from merge_rl.cli.options import build, with_settings
+from merge_rl.cli.options import build, named, with_settings
 from merge_rl.cli.output import ByteTracker, JsonFlag, print_json, print_table, tell
 from merge_rl.config import ConvertConfig
 from merge_rl.errors import ConfigError
@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
 def convert(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="SRC... DIR", help="Files, or folders of them; last, where to."),
+        typer.Argument(
+            metavar="SRC... DIR", help="Files, folders of them, or user/repo; last, where to."
+        ),
     ],
     settings: Mapping[str, Any],
     json: Annotated[bool, JsonFlag] = False,
@@ -54,7 +56,7 @@ def convert(
 
     Then look at it with [bold]mergerl inspect ckpts/[/bold].
     """
-    from merge_rl.storage.convert import convert as run_convert
+    from merge_rl.storage.hub import convert as run_convert
 
     config = build(ConvertConfig, settings)
     if len(paths) < 2:
@@ -63,7 +65,9 @@ def convert(
     for source in sources:
         require_convertible(source)
     with ByteTracker(quiet=json) as tracker:
-        result = run_convert(sources, folder, config=config, tracker=tracker)
+        result = run_convert(
+            [named(source) for source in sources], folder, config=config, tracker=tracker
+        )
     _show(result, json=json)
 
 

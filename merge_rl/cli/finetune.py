@@ -89,7 +89,7 @@ def build_settings(model: str | Path, said: Mapping[str, Any]) -> FinetuneConfig
     return build(FinetuneConfig, values, near=to_mapping(near) if near else None, model=str(model))
 
 
-def resume_run(run: Path, checkpoints: Path | None, *, json: bool) -> None:
+def resume_run(run: Path, checkpoints: Path | str | None, *, json: bool) -> None:
     """Go on with an interrupted run, for `mergerl resume`."""
     from merge_rl.workflows.finetune import resume_finetune
 

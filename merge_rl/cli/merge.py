@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merge_rl.cli.options import build, meant_set, with_settings
+from merge_rl.cli.options import build, meant_set, named, with_settings
 from merge_rl.cli.output import JsonFlag, note_all, print_json, print_table
 from merge_rl.config import SingleMergeConfig, byte_count, numbers_in, real_number
 from merge_rl.errors import ConfigError
@@ -50,7 +50,7 @@ def merge(
     if config.max_shard_size:
         parse_size(config.max_shard_size)
     stds = _widths(config.ema_std) if config.ema_std else []
-    known = Recipe(config.recipe) if config.recipe else None
+    known = Recipe(named(Path(config.recipe))) if config.recipe else None
     opened = _open(checkpoints, config, known)
     terms = merged_licence(opened, config.licence or (known.licence if known else None))
     if len(stds) > 1:

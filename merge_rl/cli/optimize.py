@@ -10,7 +10,7 @@ import typer
 
 from merge_rl.cli import ranks
 from merge_rl.cli.finetune import resume_run
-from merge_rl.cli.options import build_for_set, decimal, integer, meant_set, with_settings
+from merge_rl.cli.options import build_for_set, decimal, integer, meant_set, named, with_settings
 from merge_rl.cli.output import (
     JsonFlag,
     ProgressTracker,
@@ -190,14 +190,14 @@ def resume(
 
     for code in filter(None, (network, autoencoder, extractor, searcher, reward)):
         allow(code)
-    run = find_run(run).told(note)
+    run, moved = find_run(run).told(note), checkpoints and named(checkpoints)
     if is_finetune_run(run):
         ranks.require_parallel("finetune")
-        resume_run(run, checkpoints, json=json)
+        resume_run(run, moved, json=json)
     else:
         _drive(
             run,
-            lambda tracker: run_resume(run, checkpoints=checkpoints, tracker=tracker),
+            lambda tracker: run_resume(run, checkpoints=moved, tracker=tracker),
             json=json,
         )
 

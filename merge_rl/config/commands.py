@@ -157,7 +157,10 @@ class SingleMergeConfig:
         None, 'One number a checkpoint, in the set\'s order: "0.2,-0.1,0.9".', flag="--coefficients"
     )
     recipe: str | None = setting(
-        None, "A merge.yaml; hashes of the sources are checked.", flag="--recipe", path=True
+        None,
+        "A merge.yaml, or the merge that it lies with; hashes of the sources are checked.",
+        flag="--recipe",
+        path=True,
     )
     ema_std: str | None = setting(
         None,

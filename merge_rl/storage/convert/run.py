@@ -53,26 +53,7 @@ def convert(
     tracker: Tracker | None = None,
     **settings: Any,
 ) -> ConvertResult:
-    """Published files -> safetensors and `checkpoints_manifest.yaml` in `folder`.
-
-    EDM2 `.pkl` and `.pt`, SiT, DiT, REPA and JiT `.pt` and `.pth`, safetensors of any of them. The
-    files are read as data: no name in them is imported, looked up or called, and embedded source is
-    not run. Types are kept (float16 stays float16). One piece of a file is in memory at a time. All
-    files must hold the same network; outputs that are there already, sound and made from the same
-    source, are kept, so that an interrupted conversion is simply started again.
-
-    Args:
-        sources: files, or folders whose `.pkl`, `.pt` and `.pth` files are meant; of a folder
-            with EDM2 snapshots, these alone.
-        folder: where outputs and manifest go; entries of a manifest there are kept.
-        config: what to take, and what the files do not say of themselves.
-        tracker: hears of bytes written.
-        settings: fields of `ConvertConfig` by name, in the place of `config`.
-
-    Raises CheckpointError for files that are no such checkpoints, are damaged or hostile, hold
-    NaN, or belong to another network, RunError for a folder that cannot be written, or that another
-    process writes into; nothing is then left under a final name that is not whole.
-    """
+    """`merge_rl.convert`, of files and folders that lie here."""
     if config is not None and settings:
         raise TypeError(f"convert() takes config or {sorted(settings)[0]}=, not both")
     config = config or from_mapping(ConvertConfig, settings)

@@ -1,9 +1,11 @@
 """Downloads and uploads: the Hub, the catalogue, plain addresses."""
 
+from merge_rl.storage.hub.by_name import convert, open_checkpoints
 from merge_rl.storage.hub.cached import (
     is_set_of_hub,
     local_model,
     local_place,
+    local_recipe,
     local_set,
     user_cache,
 )
@@ -29,12 +31,15 @@ __all__ = [
     "FetchResult",
     "Pushed",
     "Selection",
+    "convert",
     "fetch_url",
     "is_set_of_hub",
     "list_once",
     "local_model",
     "local_place",
+    "local_recipe",
     "local_set",
+    "open_checkpoints",
     "parse_count",
     "pinned_file",
     "plan_fetch",

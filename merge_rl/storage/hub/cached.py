@@ -13,15 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from merge_rl.errors import BusyError, HubError, RunError
+from merge_rl.errors import BusyError, CheckpointError, HubError, RunError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import MANIFEST_NAME, by_progress
 from merge_rl.storage.files import write_json
-from merge_rl.storage.hub.cached_model import cached_model, tell_download, weights_among
+from merge_rl.storage.hub.cached_model import (
+    cached_files,
+    cached_model,
+    cached_recipe,
+    tell_download,
+    weights_among,
+)
 from merge_rl.storage.hub.client import UnreachableError
 from merge_rl.storage.hub.fetch import run_fetch
 from merge_rl.storage.hub.fetch_plan import plan_fetch
-from merge_rl.storage.hub.fetch_sources import Selection, select_files
+from merge_rl.storage.hub.fetch_sources import Selection, find_source, select_files
 from merge_rl.storage.hub.repository import (
     Repository,
     listed_repository,
@@ -66,6 +72,27 @@ def local_place(
         if track is None and not _is_set(name):
             return cached_model(name, tracker)
         return cached_set(name, newest=True, track=track, tracker=tracker)
+
+
+def local_recipe(path: str | os.PathLike[str], tracker: Tracker | None = None) -> Path:
+    """The same of a recipe: the `merge.yaml` of a repository."""
+    if (name := _named(path)) is None:
+        return Path(path)
+    with _not_here(name):
+        return cached_recipe(name, tracker)
+
+
+def local_sources(
+    path: str | os.PathLike[str], tracker: Tracker | None = None
+) -> tuple[list[Path], str | None]:
+    """(the same of what is to be converted: files as they were published, or their folder; licence)
+
+    Raises CheckpointError for a set that needs no conversion.
+    """
+    if (name := _named(path)) is None:
+        return [Path(path)], None
+    with _not_here(name):
+        return cached_sources(name, tracker)
 
 
 def is_set_of_hub(path: str | os.PathLike[str]) -> bool:
@@ -128,6 +155,25 @@ def cached_set(
         _when_free(lambda: _fetch(repository, folder, newest, track, heard), heard)
     references.add(key, repository.commit)
     return folder
+
+
+def cached_sources(text: str, tracker: Tracker | None = None) -> tuple[list[Path], str | None]:
+    """(all files that `mergerl fetch` would take, in the client's cache, or their folder; licence).
+
+    Raises HubError where they cannot come, CheckpointError for a set that has its manifest.
+    """
+    source, (_, revision) = find_source(text), split_repo(text)
+    if source.manifest is not None or source.repository is None:
+        raise CheckpointError(
+            f"{text}: a set of .safetensors already, nothing to convert; mergerl fetch {text} DIR "
+            "writes it to a folder"
+        )
+    names = [file.name for file in (*source.files, *source.companions)]
+    paths = cached_files(source.repository, names, revision, tracker)[: len(source.files)]
+    inner = [name for name in names[: len(paths)] if "/" in name]
+    if inner:  # a folder each, whose names say the steps
+        paths = [paths[names.index(inner[0])].parents[inner[0].count("/")]]
+    return paths, source.licence
 
 
 def _fetch(

@@ -45,17 +45,43 @@ def cached_model(text: str, tracker: Tracker | None = None) -> Path:
     names = [file.name for file in repository.files]
     weights = _one_model(repo_id, names)
     wanted = [*weights, *(name for name in names if name in DESCRIBING), *_of_a_merge(names)]
-    files = [repository.find(name) for name in wanted]
+    paths = cached_files(repository, wanted, revision, tracker)
+    return paths[0] if len(weights) == 1 else paths[0].parent
+
+
+def cached_recipe(text: str, tracker: Tracker | None = None) -> Path:
+    """The recipe of "user/repo" or "user/repo@revision" in the client's cache, its guide beside it.
+
+    Nothing is downloaded of the merge itself. Raises HubError for a repository without a recipe.
+    """
+    repo_id, revision = split_repo(text)
+    try:
+        repository = listed_repository(repo_id, revision, hasty=True)
+    except UnreachableError as error:
+        return _kept(repo_id, revision, [RECIPE_NAME], error)
+    wanted = _of_a_merge([file.name for file in repository.files])
+    if not wanted:
+        raise HubError(f"{repo_id}: expected a recipe ({RECIPE_NAME}), found none")
+    paths = cached_files(repository, wanted, revision, tracker)
+    return paths[wanted.index(RECIPE_NAME)]
+
+
+def cached_files(
+    repository: Repository, names: Sequence[str], revision: str | None, tracker: Tracker | None
+) -> list[Path]:
+    """Files of a repository in the client's cache, checked; one event tells what will come."""
+    repo_id = repository.repo_id
+    files = [repository.find(name) for name in names]
     missing = [file for file in files if not _is_cached(repository, file)]
     sizes, heard = [file.size or 0 for file in missing], tracker or NullTracker()
     tell_download(repo_id, sizes, sum(sizes), heard)
     paths = [_cached_file(repository, file, revision, file in missing, heard) for file in files]
     if any(
         path.parts[-1 - name.count("/") - 1] != repository.commit
-        for path, name in zip(paths, wanted, strict=True)
+        for path, name in zip(paths, names, strict=True)
     ):
         raise HubError(f"{repo_id}: the repository changed during the download; try again")
-    return paths[0] if len(weights) == 1 else paths[0].parent
+    return paths
 
 
 def _one_model(repo_id: str, names: list[str]) -> list[str]:
@@ -110,15 +136,22 @@ def _cached_file(
 
 
 def _offline_model(repo_id: str, revision: str | None, error: UnreachableError) -> Path:
+    known = [name for whole, index, _ in _LAYOUTS for name in (index, whole)]
+    folder = _kept(repo_id, revision, (*known, CONFIG_NAME), error).parent
+    weights = _one_model(repo_id, sorted(file.name for file in folder.iterdir()))
+    return folder / weights[0] if len(weights) == 1 else folder
+
+
+def _kept(
+    repo_id: str, revision: str | None, names: Sequence[str], error: UnreachableError
+) -> Path:
+    """The first of these files that is in the client's cache; HubError where none is."""
     from huggingface_hub import try_to_load_from_cache
 
-    known = [name for whole, index, _ in _LAYOUTS for name in (index, whole)]
-    for name in (*known, CONFIG_NAME):
+    for name in names:
         found = try_to_load_from_cache(repo_id, name, revision=revision)
         if isinstance(found, str):
-            folder = Path(found).parent
-            weights = _one_model(repo_id, sorted(file.name for file in folder.iterdir()))
-            return folder / weights[0] if len(weights) == 1 else folder
+            return Path(found)
     raise HubError(f"{error} (and no copy is stored here)")
 
 

@@ -29,7 +29,7 @@ from merge_rl.storage.hub.repository import Repository, download_file, listed_re
 from merge_rl.storage.hub.upload import CARD_NAME, RECIPE_NAME
 from merge_rl.storage.hub.web import require_safe, shown
 
-CONVERTIBLE: Final = (".pkl", ".pt", ".pth")
+CONVERTIBLE: Final = (".pkl", ".pt", ".pth", ".ckpt")
 PROBES: Final = 8  # at a time
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}")
@@ -88,7 +88,7 @@ def _from_address(url: str, sha256: str | None) -> Source:
     name = unquote(PurePosixPath(urlsplit(url).path).name)
     if not _FILE_NAME.fullmatch(name) or not name.endswith((*CONVERTIBLE, ".safetensors")):
         raise DownloadError(
-            f"{shown(url)}: expected the address of a .pkl, .pt, .pth or .safetensors file"
+            f"{shown(url)}: expected the address of a .pkl, .pt, .pth, .ckpt or .safetensors file"
         )
     if sha256 is not None and not _SHA256.fullmatch(sha256):
         raise ConfigError(f"expected a SHA-256 of 64 hexadecimal digits, got {sha256!r}")
@@ -128,7 +128,9 @@ def _from_hub(name: str, revision: str | None) -> Source:
         if name.endswith(CONVERTIBLE) and not PurePosixPath(name).name.startswith(_NOT_A_SNAPSHOT)
     ]
     if not snapshots:
-        raise HubError(f"{repo_id}: the repository has no .safetensors, .pkl, .pt or .pth file")
+        raise HubError(
+            f"{repo_id}: the repository has no .safetensors, .pkl, .pt, .pth or .ckpt file"
+        )
     return Source(
         name=repo_id,
         files=tuple(snapshots),

@@ -22,6 +22,7 @@ from merge_rl.storage.checkpoints import (
     write_manifest,
 )
 from merge_rl.storage.files import new_folder, sha256_file, tensor_file
+from merge_rl.storage.hub import open_checkpoints
 from merge_rl.workflows.export.folder import carried_metadata, stored_as, writer
 from merge_rl.workflows.export.recipe import merge_recipe, recipe_metadata
 
@@ -107,7 +108,7 @@ def _write_manifest(
 
 
 def merge(
-    checkpoints: CheckpointSet,
+    checkpoints: CheckpointSet | str | os.PathLike[str],
     coefficients: npt.ArrayLike,
     *,
     groups: Mapping[str, str] | None = None,
@@ -116,7 +117,7 @@ def merge(
     """Weighted sum of a set's checkpoints, dict of float32 tensors with the official names.
 
     Args:
-        checkpoints: an open set.
+        checkpoints: an open set, or what `merge_rl.open_checkpoints` opens.
         coefficients: (K,), or (G, K) with one row a group of tensors.
         groups: group name -> regular expression of tensor names, as in `MergeConfig`.
         base: name of the checkpoint whose buffers (Fourier frequencies and phases) are carried;
@@ -131,6 +132,8 @@ def merge(
         values = np.asarray(coefficients, np.float64)
     except (TypeError, ValueError):
         raise ConfigError(f"expected coefficients as numbers, got {coefficients!r:.60}") from None
+    if not isinstance(checkpoints, CheckpointSet):
+        checkpoints = open_checkpoints(checkpoints)
     plan = plan_merge(checkpoints, groups=groups, base=base)
     rows = values.reshape(1, -1) if values.ndim == 1 else values
     found = merge_into_memory(checkpoints, plan, rows[None])

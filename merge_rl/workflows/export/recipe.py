@@ -18,7 +18,7 @@ from merge_rl.config import SamplerConfig, from_mapping, real_number
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import MAX_SHARD_BYTES, network_name, weights_stem
-from merge_rl.storage.hub import GUIDE_FOLDER, RECIPE_NAME
+from merge_rl.storage.hub import GUIDE_FOLDER, RECIPE_NAME, local_recipe
 from merge_rl.untrusted import load_yaml
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import find_model, guidance_text
@@ -140,7 +140,7 @@ class Recipe:
     """A merge.yaml: coefficients by checkpoint name, with the hashes of the sources."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = local_recipe(path)  # of the Hub, where it is the name of a merge there
         if self.path.is_dir():  # a merged model, or the run that made it
             self.path = find_model(self.path).path / RECIPE_NAME
         document = load_yaml(self.path)

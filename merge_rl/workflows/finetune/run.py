@@ -18,6 +18,7 @@ from merge_rl.parallel.group import Group
 from merge_rl.progress import announcing, notes_of, tracker_of
 from merge_rl.storage.checkpoints import open_model_file
 from merge_rl.storage.files import locked, require_new
+from merge_rl.storage.hub import local_place
 from merge_rl.storage.runs import (
     Boards,
     FinetuneRun,
@@ -154,7 +155,8 @@ def resume_finetune(
     with joined() as group, locked(run.path if group.leads else None):
         own = continued(run, config)
         require_all_allowed(own, str(run.path))
-        own = located(own, run.path, checkpoints, announce=announcing(tracker))
+        moved = None if checkpoints is None else local_place(checkpoints, tracker=notes_of(tracker))
+        own = located(own, run.path, moved, announce=announcing(tracker))
         require_extras(own.track)
         job = _gather(group, own, wrap, tracker)
         require_resumable(run, job.hashes, tracker)

@@ -21,13 +21,15 @@ from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import Tracker
 from merge_rl.parallel import Place, joined
 from merge_rl.parallel.group import Group
-from merge_rl.progress import tracker_of
+from merge_rl.progress import announcing, notes_of, tracker_of
 from merge_rl.storage.checkpoints import CheckpointSet, keep_states, open_checkpoints, plan_merge
 from merge_rl.storage.files import require_new
-from merge_rl.storage.runs import INPUTS, goes_on
+from merge_rl.storage.hub import local_set
+from merge_rl.storage.runs import INPUTS, find_set, goes_on
 from merge_rl.workflows.assembly import (
     Given,
     Statistics,
+    find_model,
     foreign_extractors,
     load_weights,
     why_not_as_set,
@@ -63,7 +65,8 @@ def search(
 
     Args:
         checkpoints: state dicts of equal names and shapes, oldest first: mappings, modules or
-            files, in a sequence or by name; or a folder of .safetensors.
+            files, in a sequence or by name; or a folder of .safetensors. A model or a set may be
+            the name of one on the Hub, "user/repo".
         generate: (network or weights, N seeds, labels (N,)) -> features (N, D), or images
             where `extractor` names what makes features of them: uint8, or floating on 0..255, whose
             gradient goes on through the extractor. NumPy's do as well. Deterministic: a row
@@ -89,6 +92,8 @@ def search(
     settings |= {"generate": name} | ({} if searcher is None else {"searcher": searcher})
     base = with_settings(config or OptimizeConfig(), **settings)
     tracker = tracker_of(tracker, progress)
+    if isinstance(checkpoints, (str, os.PathLike)):
+        checkpoints = find_set(local_set(checkpoints, notes_of(tracker))).told(announcing(tracker))
     with _gone_unless_begun(run), joined() as group:
         if group.leads and not goes_on(run, group.place):
             require_new(run)
@@ -179,7 +184,7 @@ def _state(item: Any) -> Mapping[str, Tensor]:
     if not isinstance(item, (str, os.PathLike)):
         found = type(item).__name__
         raise CheckpointError(f"expected checkpoints as state dicts, modules or files, got {found}")
-    return load_weights(os.fspath(item)).tensors
+    return load_weights(str(find_model(item).path)).tensors
 
 
 def _first_module(checkpoints: Checkpoints) -> nn.Module | None:

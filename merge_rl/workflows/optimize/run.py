@@ -190,7 +190,8 @@ def resume(
     tracker = tracker_of(tracker, progress)
     run = RunDir.open(find_run(run_dir).told(announcing(tracker)))
     with joined() as group, locked(run.path if group.leads else None):
-        config = located(run.config(), run.path, checkpoints, announce=announcing(tracker))
+        moved = None if checkpoints is None else local_set(checkpoints, notes_of(tracker))
+        config = located(run.config(), run.path, moved, announce=announcing(tracker))
         given = _given(config, run, generate, model)
         select = config.select or None
         require_all_allowed(config, str(run.path))

@@ -365,7 +365,7 @@ def test_snapshots_of_a_repository_are_converted(hub: HubServer, tmp_path: Path)
 def test_repositories_with_nothing_to_fetch_are_refused(hub: HubServer, tmp_path: Path) -> None:
     hub.add_repo("user/text", {"README.md": b"# text"})
     with pytest.raises(
-        HubError, match=r"the repository has no \.safetensors, \.pkl, \.pt or \.pth"
+        HubError, match=r"the repository has no \.safetensors, \.pkl, \.pt, \.pth or \.ckpt"
     ):
         plan_fetch("user/text", tmp_path / "out")
     with pytest.raises(HubError, match="user/none: no such repository on the Hub"):
