@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.config import real_number, whole_number
-from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
+from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from merge_rl.late import torch
-from merge_rl.storage.convert.contents import Extracted, plain
+from merge_rl.storage.convert.contents import NO_HINTS, Extracted, Hints, plain
 from merge_rl.storage.pickles import StorageRef, TensorRef, row_major
 from merge_rl.untrusted import load_json_mapping, read_bounded
 
@@ -29,6 +29,8 @@ _ALIKE: Final = (
     "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern",
     _BASE,
 )  # fmt: skip
+# Beginnings of the factors that are taken out of the base's weights.
+_OTHER_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _DEFAULTS: Final = {"lora_alpha": 8}  # of the library
 _LAYER: Final = re.compile(r"(\^?)((?:\w|\\?\.)+)\$?")
 
@@ -79,9 +81,14 @@ def rank_of(item: Extracted) -> int:
     return int(item.facts["adapter"]["r"])
 
 
-def require_one_kind(found: list[Extracted]) -> None:
-    """Refuse adapters that differ in rank, scale or base."""
+def require_one_kind(found: list[Extracted], hints: Hints = NO_HINTS) -> None:
+    """Refuse adapters that differ in rank, scale or base; a word on them where there are none."""
     adapters = [item for item in found if "adapter" in item.facts]
+    if hints.adapters == "products" and not adapters:
+        raise ConfigError(
+            f"{found[0].path}: no adapter, of which --adapters products says how it is taken; "
+            f"expected a folder with {CONFIG}"
+        )
     for item in adapters[1:]:
         first = adapters[0]
         if rank_of(item) != rank_of(first):
@@ -117,6 +124,14 @@ def as_products(
     """
     if config.get("use_dora"):
         raise CheckpointError(f"{folder}: a DoRA, whose change is no product; take its factors")
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_OTHER_BASES):
+        raise CheckpointError(
+            f"{folder}: begun as {begun:.40}, which changes the base too; take its factors"
+        )
+    for key in ("target_parameters", "trainable_token_indices"):
+        if config.get(key):
+            raise CheckpointError(f"{folder}: an adapter with {key}; take its factors")
     factors: dict[str, dict[str, TensorRef]] = {}
     found: dict[str, TensorRef] = {}
     for name, tensor in tensors.items():

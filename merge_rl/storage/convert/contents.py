@@ -135,7 +135,7 @@ def require_same(found: Extracted, expected: Mapping[str, TensorInfo], name: str
 
 
 _HOLDERS: Final = re.compile(
-    "((train|training|trainer|model|network|run|experiment)_)?(args|arguments|config|conf|cfg"
+    "((train|training|trainer|model|network|run|experiment|data|dataset|datamodule)_)?(args|arguments|config|conf|cfg"
     "|hparams|hyper_?parameters|options|opts|settings|kwargs|flags)"
 )
 # Where objects of OmegaConf and of ml_collections keep their settings.
@@ -150,6 +150,11 @@ _BATCH: Final = ("global_batch_size", "total_batch_size")
 _ACCUMULATED: Final = (
     "gradient_accumulation_steps", "gradient_accumulate_every", "accumulate_grad_batches",
     "grad_accum_steps", "accum_iter",
+)  # fmt: skip
+# The batch of one process.
+_SHARE: Final = (
+    "batch_size_per_gpu", "per_gpu_batch_size", "batch_size_per_device",
+    "per_device_train_batch_size", "train_micro_batch_size_per_gpu",
 )  # fmt: skip
 _MOST: Final = 2**30
 
@@ -185,6 +190,10 @@ class Said:
     batch: int | None = None  # images a step, over all devices
     steps: int | None = None
 
+    def number(self, name: str) -> float | None:
+        """The number of that name, wherever in the settings."""
+        return real_number(_first(self.settings, (name,)))
+
 
 def read_said(data: Mapping[str, object]) -> Said:
     """The settings beside the weights: in a dict, a Namespace, an object like OmegaConf's, or text.
@@ -210,9 +219,16 @@ def read_said(data: Mapping[str, object]) -> Said:
 
 
 def _images_a_step(settings: Mapping[str, Any]) -> int | None:
-    """The whole batch, or that of a pass times the passes that a step of the optimizer adds up."""
-    whole, one = _count(_first(settings, _BATCH)), _count(_first(settings, ("batch_size",)))
-    return whole or (one and one * (_count(_first(settings, _ACCUMULATED)) or 1))
+    """The whole batch, or that of a pass times the passes that a step of the optimizer adds up.
+
+    Programs that keep how many processes there were say the batch of one (MAE's, MAR, JiT).
+    """
+    if whole := _count(_first(settings, _BATCH)):
+        return whole
+    processes, share = (_count(_first(settings, names)) for names in (("world_size",), _SHARE))
+    one = share if share and processes else _count(_first(settings, ("batch_size",)))
+    passes = _count(_first(settings, _ACCUMULATED)) or 1
+    return one and one * passes * (processes or 1)
 
 
 def _settings(value: object) -> object:

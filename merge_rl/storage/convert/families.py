@@ -17,7 +17,22 @@ _REPA_WORDS: Final = ("enc_type", "proj_coeff")
 _SIT_WORDS: Final = ("path_type", "prediction")
 _NAMED: Final = re.compile(r"(?:^|[^a-z])(sit|dit|repa|jit)(?![a-z])", re.IGNORECASE)
 # What the programs of a family call the prediction that its network here makes.
-_PREDICTIONS: Final = {"sit": ("velocity", "v"), "repa": ("v", "velocity")}
+_VELOCITIES: Final = ("velocity", "v")
+_NO: Final = (("false", "no", "0", "none"), "one without")
+_FLOW: Final = {"prediction": (_VELOCITIES, "a network of velocities")}
+# What settings may say of the networks that are sampled here, and what is expected of others.
+_TRAINED: Final[Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]]] = {
+    "sit": _FLOW,
+    "repa": _FLOW,
+    "dit": {
+        "noise_schedule": (("linear", ""), "linear betas"),
+        "diffusion_steps": (("1000",), "1000 steps"),
+        "predict_xstart": _NO,
+        "predict_v": _NO,
+        "prediction": (("noise", "eps", "epsilon"), "a network of noise"),
+        "prediction_type": (("noise", "eps", "epsilon"), "a network of noise"),
+    },
+}
 _PATHS: Final = {"linear": "linear", "gvp": "gvp", "cosine": "gvp", "vp": "vp"}
 
 
@@ -25,10 +40,13 @@ def fitting(shapes: Shapes) -> tuple[str, ...]:
     """The families whose networks have tensors of these names; () if none has.
 
     SiT, DiT and REPA have the same tensors: SiT and DiT with twice as many outputs as inputs (DiT
-    learns variances), SiT and REPA with as many. REPA's training adds projectors.
+    learns variances), all three with as many. REPA's training adds projectors. Their descendants
+    have some more (norms, rotations, other MLPs), and are none of them.
     """
     if is_edm2(shapes):
         return ("edm2",)
+    if strange(shapes):
+        return ()
     if is_jit(shapes):
         return ("jit",)
     if not is_sit(shapes):
@@ -39,7 +57,7 @@ def fitting(shapes: Shapes) -> tuple[str, ...]:
     outputs, single = shapes["final_layer.linear.weight"][0], 1
     for size in patch:
         single *= size
-    return ("sit", "dit") if outputs == 2 * single else ("sit", "repa")
+    return ("sit", "dit") if outputs == 2 * single else ("sit", "repa", "dit")
 
 
 _MARKS: Final = (
@@ -49,10 +67,34 @@ _MARKS: Final = (
 )
 
 
+# All names that a network of these families has.
+_SHARED: Final = (
+    r"pos_embed|t_embedder\.mlp\.[02]\.(weight|bias)|y_embedder\.embedding_table\.weight"
+    r"|((decoder_)?blocks\.\d+|final_layer)\.adaLN_modulation\.1\.(weight|bias)"
+    r"|(decoder_)?blocks\.\d+\.attn\.(qkv|proj)\.(weight|bias)|final_layer\.linear\.(weight|bias)"
+)
+_SIT_NAMES: Final = re.compile(
+    rf"{_SHARED}|x_embedder\.proj\.(weight|bias)|(decoder_)?blocks\.\d+\.mlp\.fc[12]\.(weight|bias)"
+    r"|projectors\..+"
+)
+_JIT_NAMES: Final = re.compile(
+    rf"{_SHARED}|x_embedder\.proj(1\.weight|2\.(weight|bias))|in_context_posemb|feat_rope.*"
+    r"|blocks\.\d+\.(norm[12]|attn\.[qk]_norm|mlp\.w(12|3))\.(weight|bias)"
+    r"|final_layer\.norm_final\.weight"
+)
+
+
+def strange(shapes: Shapes) -> list[str]:
+    """Names of parts that no SiT, or no JiT, has, where the tensors are one's in the main."""
+    known = _SIT_NAMES if is_sit(shapes) else _JIT_NAMES if is_jit(shapes) else None
+    parts = [name for name in shapes if "." in name and all(name.split("."))]
+    return [name for name in parts if known is not None and not known.fullmatch(name)]
+
+
 def is_foreign(shapes: Shapes) -> bool:
     """Whether tensors are those of a module, and of no family here, not even of a damaged one."""
     modular = any("." in name or name in ("weight", "bias") for name in shapes)
-    return modular and not is_damaged(shapes) and not fitting(shapes)
+    return modular and bool(strange(shapes) or not (is_damaged(shapes) or fitting(shapes)))
 
 
 def is_damaged(shapes: Shapes) -> bool:
@@ -76,8 +118,10 @@ def find_family(
         if told not in FAMILIES:
             raise UnknownNameError("family of networks", told, FAMILIES)
         if told not in able:
+            odd = f": it has no {strange(shapes)[0]!r}" if strange(shapes) else ""
             raise CheckpointError(
                 f"these are not the tensors of {told}, but of {' or '.join(able) or 'none known'}"
+                f"{odd}"
             )
         return told
     if not able and not is_damaged(shapes):
@@ -89,13 +133,16 @@ def find_family(
         return able[0] if able else "sit"
     stated = None if config is None else config.get("model")
     named = _NAMED.search(stem)
-    for word in (stated, _trained_as(said.settings), named and named[1].lower()):
+    words = [_trained_as(said.settings), named and named[1].lower()]
+    if "repa" in able and _everywhere(said.settings).keys().isdisjoint(_TRAINED["dit"]):
+        words = [word for word in words if word != "dit"]  # which flows are called, too
+    for word in (stated, *words):
         if word in able:
             return str(word)
-    apart = "which way time runs" if "repa" in able else "what they predict"
+    also = " or which way time runs" if "repa" in able else ""
     raise CheckpointError(
-        f"{' and '.join(able)} have these tensors and differ in {apart}, and neither the "
-        "file nor its name says which it is; say it with --family"
+        f"{', '.join(able[:-1])} and {able[-1]} have these tensors and differ in what they predict"
+        f"{also}, and neither the file nor its name says which it is; say it with --family"
     )
 
 
@@ -106,7 +153,9 @@ def _trained_as(settings: Mapping[str, Any]) -> str | None:
         return "repa"
     model = settings.get("model")
     named = _NAMED.match(model) if isinstance(model, str) else None
-    if named:
+    # Programs of flows call their networks by the plan of DiT, too.
+    flows = "path_type" in settings or str(settings.get("prediction")).lower() in _VELOCITIES
+    if named and not (flows and named[1].lower() == "dit"):
         return named[1].lower()
     return "sit" if any(word in settings for word in _SIT_WORDS) else None
 
@@ -119,18 +168,26 @@ def _everywhere(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found | {key: value for key, value in settings.items() if not isinstance(value, dict)}
 
 
+def plain_latents(said: Said) -> bool:
+    """Whether a network's latents are scaled as SiT's and DiT's are, as far as settings tell."""
+    settings = _everywhere(said.settings)
+    normed = str(settings.get("latent_norm", "")).lower() not in ("", *_NO[0])
+    return not normed and said.number("latent_multiplier") in (None, 0.18215)
+
+
 def path_of(family: str, settings: Mapping[str, Any]) -> str | None:
     """The path that a velocity network was trained on, where its settings say one.
 
-    Raises ConfigError for a path that is not known, and for a network that predicts anything but
-    a velocity (SiT can be trained to predict the score or the noise).
+    Raises ConfigError for a path that is not known, and for settings that no network of the family
+    here has: SiT can be trained to predict the score or the noise, DiT the data, or by other betas.
     """
-    if family not in _PREDICTIONS:
-        return None
     settings = _everywhere(settings)
-    prediction = settings.get("prediction")
-    if isinstance(prediction, str) and prediction.lower() not in _PREDICTIONS[family]:
-        raise ConfigError(f"trained to predict the {prediction}; expected a network of velocities")
+    for name, (known, expected) in _TRAINED.get(family, {}).items():
+        said = settings.get(name)
+        if said is not None and str(said).lower() not in known:
+            raise ConfigError(f"trained with {name} {said!s:.40}; expected {expected}")
+    if family not in ("sit", "repa"):
+        return None
     path = settings.get("path_type")
     if not isinstance(path, str):
         return None

@@ -31,11 +31,11 @@ _PICKLED: Final = (
 # What lies beside the weights to go on with: optimizers, schedules, states of generators.
 _BESIDE: Final = re.compile(
     r"(optimizer|scheduler|scaler|sampler|dl_state|rng_state|random_states|custom_checkpoint"
-    r"|training_args|trainer_state)"
+    r"|training_args|trainer_state|lr_scheduler|step\.pth|opt[-_]?[0-9]+\.pt)"
 )
 POSTHOC: Final = re.compile(r"(?P<index>[0-9]{1,4})\.(?P<step>[0-9]{1,12})\.pt")
 _STEPS: Final = re.compile(
-    r"(?:checkpoint-|(?:global_?)?steps?[-_=]?|iter(?:ation)?[-_]?)([0-9]+)$"
+    r"(?:checkpoint-|(?:global_?)?steps?[-_=]?|iter(?:ation)?[-_]?)([0-9]+)$|^([0-9]+)\.ckpt$"
 )
 _FSDP: Final = ("pytorch_model_fsdp_0", "distributed_checkpoint")
 
@@ -43,7 +43,7 @@ _FSDP: Final = ("pytorch_model_fsdp_0", "distributed_checkpoint")
 class Place(NamedTuple):
     """A folder that holds one checkpoint: what its weights and their averages are in."""
 
-    kind: str  # "accelerate", "diffusers", "distcp" or "peft"
+    kind: str  # "accelerate", "diffusers", "distcp", "peft", or "weights" of no library
     weights: Path  # a file, an index of shards, or the .metadata of a torch checkpoint
     averages: tuple[Path, ...] = ()
 
@@ -73,6 +73,9 @@ def place_of(folder: Path) -> Place | None:
         raw, average = _generic(pairs[0]), _generic(folder / f"{pairs[0].name}_ema")
         if raw and average:
             return Place("diffusers", raw, (average,))
+    files = [file for file in _pickled_in(folder) if not _BESIDE.match(file.name)]
+    if len(files) == 2 and files[1].stem == f"{files[0].stem}_ema":  # as U-ViT's nnet_ema.pth
+        return Place("weights", files[0], (files[1],))
     found = _generic(folder)
     alone = len(_right_in(folder)) < 2 and not any(folder.glob("*.pt"))
     within = [file for file in weights_in(folder) if file.parent.parent == folder]
@@ -96,13 +99,10 @@ def files_in(folder: Path) -> list[Path]:
     posthoc = [file for file in folder.iterdir() if POSTHOC.fullmatch(file.name)]
     if posthoc:
         return sorted(posthoc, key=lambda file: [int(n) for n in file.name.split(".")[:2]])
-    found = [
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in CONVERTED or file.name.endswith(".bin.index.json")
-        if file.is_file() and not _BESIDE.match(file.name) and not is_shard_name(file.name)
-    ]
-    files = sorted(found, key=lambda file: training_key(file.stem))
+    found = _pickled_in(folder)
+    found += [file for file in folder.iterdir() if file.name.endswith(".bin.index.json")]
+    usable = [f for f in found if not _BESIDE.match(f.name) and not is_shard_name(f.name)]
+    files = sorted(usable, key=lambda file: training_key(file.stem))
     states = [file for file in files if file.name.startswith("training-state-")]
     if any(file.suffix.lower() == ".pkl" for file in files):
         files = [file for file in files if file not in states]
@@ -127,12 +127,17 @@ def require_weights(folder: Path, names: Sequence[str]) -> None:
 def steps_of(path: Path) -> int | None:
     """The steps of training that the name of a folder says; None where its number is another's."""
     found = _STEPS.search(path.name)
-    return int(found[1]) if found else None
+    return int(found[1] or found[2]) if found else None
 
 
 def _folders(folder: Path) -> list[Path]:
     found = (item for item in folder.iterdir() if item.is_dir() and item.name[0] != ".")
     return sorted(found, key=lambda item: natural_key(item.name))
+
+
+def _pickled_in(folder: Path) -> list[Path]:
+    found = (f for f in folder.iterdir() if f.suffix.lower() in CONVERTED and f.is_file())
+    return sorted(found, key=lambda file: natural_key(file.stem))
 
 
 def _right_in(folder: Path) -> list[Path]:

@@ -36,7 +36,7 @@ from merge_rl.storage.convert.contents import (
 )
 from merge_rl.storage.convert.edm2 import ASSUMED, DEFAULTS, edm2_config_from_shapes
 from merge_rl.storage.convert.sources import extract, files_of, fingerprint
-from merge_rl.storage.convert.trajectories import require_one_width
+from merge_rl.storage.convert.trajectories import require_one_width, told_apart
 from merge_rl.storage.files import TensorInfo, read_header
 
 ORIGIN_KEY: Final = "converted_from"  # of an output's metadata
@@ -112,11 +112,11 @@ def make_plan(
     different networks, also than the one whose checkpoints are in the folder already.
     """
     existing = _existing(folder)
-    found = [item for path in paths for item in extract(path, weights, hints)]
+    found = told_apart([i for path in paths for i in extract(path, weights, hints)], weights)
     if not found:
         raise CheckpointError(f"{paths[0]}: holds no {weights!r} weights; see --weights")
-    require_one_kind(found)
-    require_one_width(found)
+    require_one_kind(found, hints)
+    require_one_width(found, hints)
     _require_one_network(found, folder, existing)
     config, assumed = _network(found, existing, folder)
     told = hints.num_classes not in (None, config.get("label_dim")) or hints.null_class is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from merge_rl.core.forms import sit_forms
 from merge_rl.errors import CheckpointError, ConfigError
@@ -22,6 +22,7 @@ SIZES: Final[Mapping[str, tuple[int, int, int]]] = {  # letter -> (depth, hidden
     "XL": (28, 1152, 16),
 }
 PATCH_SIZES: Final = (2, 4, 8)
+T = TypeVar("T")
 CLASS_DROPOUT: Final = 0.1  # of the public training script; weights only tell whether it was > 0
 
 
@@ -198,6 +199,18 @@ def _require_same(found: Shapes, expected: Shapes) -> None:
         )
 
 
+def joined_blocks(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Blocks in one row: early REPA checkpoints count those after the projectors anew."""
+    before = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    names = {}
+    for name in tensors:
+        first, _, rest = name.partition(".")
+        number, _, last = rest.partition(".")
+        again = first == "decoder_blocks" and number.isdecimal() and len(number) < 5
+        names[name] = f"blocks.{before + int(number)}.{last}" if again else name
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
 STARTS: Final = {12: 4, 24: 8, 32: 10}  # depth of B, L, H -> block before which class tokens join
 ROTATIONS: Final = "feat_rope"  # constants that some versions store
 
@@ -210,7 +223,8 @@ def is_jit(shapes: Shapes) -> bool:
 def describe_jit(shapes: Shapes, said: Said) -> tuple[dict[str, Any], dict[str, str]]:
     """(constructor options, what was assumed by option) of a JiT with these names and shapes.
 
-    Raises CheckpointError for tensors that are no consistent JiT.
+    Raises CheckpointError for tensors that are no consistent JiT, ConfigError for settings that it
+    has not.
     """
     inner, channels, patch, _ = require_axes(shapes, "x_embedder.proj1.weight", 4, "JiT")
     rows, hidden = require_axes(shapes, "y_embedder.embedding_table.weight", 2, "JiT")
@@ -237,8 +251,11 @@ def describe_jit(shapes: Shapes, said: Said) -> tuple[dict[str, Any], dict[str, 
         assumed["in_context_start"] = (
             f"no published depth; class tokens taken to join before block {depth // 3}"
         )
-    noise = said.settings.get("noise_scale")
-    if isinstance(noise, (int, float)) and 0 < noise < math.inf:
+    nearest = said.number("t_eps")
+    if nearest is not None and nearest != 0.05:
+        raise ConfigError(f"trained with t_eps {nearest:g}; expected 0.05")
+    noise = said.number("noise_scale")
+    if noise is not None and 0 < noise < math.inf:
         config["noise_scale"] = float(noise)
     else:
         assumed["noise_scale"] = f"no noise scale said; taken: {config['noise_scale']:g}"

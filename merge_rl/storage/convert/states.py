@@ -22,12 +22,21 @@ from merge_rl.storage.convert.contents import (
     shapes_of,
     state_dict,
 )
-from merge_rl.storage.convert.families import PROJECTORS, find_family, fitting, is_foreign, path_of
-from merge_rl.storage.convert.sit import ROTATIONS, describe_jit, describe_sit
+from merge_rl.storage.convert.families import (
+    PROJECTORS,
+    find_family,
+    fitting,
+    is_foreign,
+    path_of,
+    plain_latents,
+    strange,
+)
+from merge_rl.storage.convert.sit import ROTATIONS, describe_jit, describe_sit, joined_blocks
+from merge_rl.storage.convert.trajectories import with_listed
 from merge_rl.storage.files import is_shard_name, parse_index
 from merge_rl.storage.pickles import TensorRef, read_data
 
-_STEP: Final = re.compile(r"(?:.*[-_.])?(\d{7,9})")
+_STEP: Final = re.compile(r"(?:(?!(?:.*[^a-z])?ep(?:och)?[-_.=]?\d).*[-_.])?(\d{7,9})")
 State = Mapping[str, TensorRef]
 INDEX: Final = ".index.json"  # of shards, be they pickled or not
 
@@ -65,6 +74,7 @@ def read_states(
                 f"{path}: holds nothing of the name {hints.part} that is a network, and no tensors "
                 f"whose names begin with {hints.part}."
             )
+    data = with_listed(data)
     held, found = hold(data, TensorRef), list[Extracted]()
     if not any(map(_is_known, held.states.values())):
         held = hold(data, TensorRef, whole=whole or hints.part is not None)
@@ -124,6 +134,11 @@ def _wanted(held: Held[TensorRef], path: Path, weights: str) -> list[str]:
         [p for p in places if not any(q.startswith(f"{p}/") for q in places)]
         for places in (raw, averaged)
     )
+    # What has an average is the network that is meant.
+    followed = [
+        p for p in raw if any(held.states[p].keys() == held.states[q].keys() for q in averaged)
+    ]
+    raw = followed if len(followed) == 1 else raw
     several = [place for place in averaged if _track_of(place) == "ema"]
     for places in (raw, several):
         if len(places) > 1:
@@ -201,9 +216,12 @@ def _described(
         own = {"model": own_code.allow_network(hints.network)}
         names = names_for(tensors, registry.build_on_meta(own).state_dict())
         tensors = {name: tensors[known] for name, known in names.items()}
+    odd = strange(shapes_of(tensors))
+    more = f" and {len(odd) - 1} more" * (len(odd) > 1)
+    like = f" (but for {odd[0]}{more} they are a known one's)" if odd else ""
     told = () if own else (
-        "the tensors of no network that is known, taken as they are; what needs to build it takes "
-        "--network package.module:factory",
+        f"the tensors of no network that is known{like}, taken as they are; what needs to build it "
+        "takes --network package.module:factory",
     )  # fmt: skip
     return replace(item, tensors=tensors, config=own, notes=(*item.notes, *told))
 
@@ -230,7 +248,7 @@ def _network(
 ) -> Extracted:
     """With the options of its network, without what only training needs."""
     unused = (ROTATIONS,) if family == "jit" else (PROJECTORS,) if family == "repa" else ()
-    tensors = {k: t for k, t in _joined_blocks(item.tensors).items() if not k.startswith(unused)}
+    tensors = {k: t for k, t in joined_blocks(item.tensors).items() if not k.startswith(unused)}
     left = {name.partition(".")[0] for name in item.tensors if name.startswith(unused)}
     notes = tuple(f"left out the tensors {name}.*, which no sample depends on" for name in left)
     shapes = shapes_of(tensors)
@@ -241,6 +259,7 @@ def _network(
             config, assumed = describe_sit(shapes, said, hints)
             config["model"] = family
         path = path_of(family, said.settings)
+        latents = config["in_channels"] if plain_latents(said) else 0
     except MergeRLError as error:
         raise CheckpointError(f"{item.path}: {error}") from None
     if stated is not None:  # what tensors leave open, whoever built the network knows
@@ -248,21 +267,9 @@ def _network(
         config |= {key: value for key, value in stated.items() if key in config}
     return replace(
         item, tensors=tensors, config=config, assumed=assumed, notes=(*item.notes, *notes),
-        autoencoder="sd-vae-sit" if config["in_channels"] == 4 else None,
+        autoencoder="sd-vae-sit" if latents == 4 else None,
         sampler=() if path in (None, "linear") else (("path", path),),
     )  # fmt: skip
-
-
-def _joined_blocks(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    """Blocks in one row: early REPA checkpoints count those after the projectors anew."""
-    before = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    names = {}
-    for name in tensors:
-        first, _, rest = name.partition(".")
-        number, _, last = rest.partition(".")
-        again = first == "decoder_blocks" and number.isdecimal() and len(number) < 5
-        names[name] = f"blocks.{before + int(number)}.{last}" if again else name
-    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _trained(item: Extracted, said: Said, hints: Hints, counted: int | None) -> Extracted:
@@ -274,11 +281,16 @@ def _trained(item: Extracted, said: Said, hints: Hints, counted: int | None) -> 
         hints.images_per_step or said.batch,
     )
     notes = item.notes
+    images = None if steps is None else steps * (batch or DEFAULT_BATCH)
+    if step and steps is not None and images is not None:
+        alike = (steps, steps + 1, steps - 1, images, images // 1000)  # of images, or thousands
+        if int(step[1]) not in alike:
+            notes += (f"its name says {int(step[1])}, the file itself step {steps}, which counts",)
     if steps is not None and batch is None:
         notes += (f"no batch size said; nimg takes {DEFAULT_BATCH} images a step",)
     return replace(
         item,
-        nimg=named if steps is None else steps * (batch or DEFAULT_BATCH),
+        nimg=named if images is None else images,
         facts={"training": plain(said.settings)} if said.settings else {},
         notes=notes,
     )

@@ -8,6 +8,7 @@ it was updated: the user does, and the profile in time follows (`sparse_profile`
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any, Final
 import numpy as np
 
 from merge_rl.config import real_number
+from merge_rl.core.state_dicts import hold
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import MAX_EMA_STD
-from merge_rl.storage.convert.contents import DEFAULT_BATCH, Extracted, Hints
+from merge_rl.storage.convert.contents import DEFAULT_BATCH, NO_HINTS, Extracted, Hints
 from merge_rl.storage.convert.layouts import POSTHOC
 from merge_rl.storage.pickles import ByteSource, Span, StorageRef, TensorRef, kind_of
 
@@ -94,9 +96,18 @@ def with_profile(item: Extracted, data: Mapping[str, object], hints: Hints) -> E
     )  # fmt: skip
 
 
-def require_one_width(found: Sequence[Extracted]) -> None:
-    """Refuse averages of one index, which are one average at several times, of several widths."""
+def require_one_width(found: Sequence[Extracted], hints: Hints = NO_HINTS) -> None:
+    """Refuse averages of one index, which are one average at several times, of several widths.
+
+    And a word on widths where there are no such averages.
+    """
     first: dict[str | None, Extracted] = {}
+    said = "--ema-std" if hints.ema_std else "--update-every" if hints.update_every else None
+    if said and not any(item.kind == "posthoc-ema" for item in found):
+        raise ConfigError(
+            f"{found[0].path}: no post-hoc EMA, of which {said} says the profile; expected files "
+            "such as 0.1000.pt"
+        )
     for item in (item for item in found if item.kind == "posthoc-ema"):
         other = first.setdefault(item.track, item)
         here, there = (one.width or math.nan for one in (item, other))
@@ -213,6 +224,47 @@ def named_like(average: object, weights: Mapping[Any, object]) -> dict[Any, obje
     pairs = list(zip(tensors.items(), values, strict=True))
     alike = all(isinstance(v, TensorRef) and t.shape == v.shape for (_, t), v in pairs)
     return {name: value for (name, _), value in pairs} if alike else None
+
+
+def with_listed(data: Mapping[str, object]) -> Mapping[str, object]:
+    """Data with the average by name that it has in the order of its raw weights (torch-ema's)."""
+    held = hold(data, TensorRef)
+    raw = held.among(averaged=False)
+    if len(raw) != 1 or held.among(averaged=True):
+        return data
+    for key in SHADOWS:
+        item = data.get(key)
+        if isinstance(item, dict):
+            item = next((item[k] for k in SHADOWS if k in item), None)
+        named = named_like(item, held.states[raw[0]]) if isinstance(item, (list, tuple)) else None
+        if named:
+            return {**data, "ema": named}
+    return data
+
+
+_AVERAGE: Final = re.compile(r"(?:.*[-_.])?ema(?:[-_.]?(?P<decay>0?\.\d+))?(?:[-_.].*)?")
+
+
+def told_apart(found: list[Extracted], weights: str) -> list[Extracted]:
+    """Files of raw weights and of averages of one run, as tracks by what their names say.
+
+    guided-diffusion's programs write `model010000.pt` and `ema_0.9999_010000.pt`. As of one file,
+    "auto" takes the averages of the first decay.
+    """
+    names = [_AVERAGE.fullmatch(item.stem) if item.track is None else None for item in found]
+    said = [name and "-".join(filter(None, ("ema", name["decay"]))) for name in names]
+    raw = [item for item, track in zip(found, said, strict=True) if not track]
+    first = next(filter(None, said), None)
+    if first is None or (not raw and set(said) == {first}) or any(item.track for item in raw):
+        return found
+    told = [replace(i, track=track or "raw") for i, track in zip(found, said, strict=True)]
+    kinds = {"auto": (first,), "model": ("raw",), "ema": tuple(filter(None, said))}
+    kept = [item for item in told if item.track in kinds.get(weights, (item.track,))]
+    left = len(told) - len(kept)
+    if kept and left:
+        note = f"took {kept[0].track} by the names; {left} files hold others (--weights both)"
+        kept[0] = replace(kept[0], notes=(*kept[0].notes, note))
+    return kept
 
 
 def _code(value: object) -> str:

@@ -130,6 +130,13 @@ def omega(content: object) -> Record:
         ({"args": {"batch_size": 8, "grad_accum_steps": 4}}, {"batch": 32}),
         ({"args": {"global_batch_size": 64, "grad_accum_steps": 4}}, {"batch": 64}),
         ({"args": {"grad_accum_steps": 4}}, {}),
+        # The batch of one process, times how many there were.
+        ({"args": {"batch_size": 8, "world_size": "4", "accum_iter": 2}}, {"batch": 64}),
+        ({"args": {"batch_size": 8, "world_size": -1}}, {"batch": 8}),
+        ({"args": {"per_device_train_batch_size": 8, "world_size": 4}}, {"batch": 32}),
+        ({"args": {"per_device_train_batch_size": 8}}, {}),
+        ({"args": {"global_batch_size": 8, "world_size": 4}}, {"batch": 8}),
+        ({"datamodule_hyper_parameters": {"batch_size": 8}}, {"batch": 8}),
         ({"args": {"a": {"num_classes": 5}, "b": {"num_classes": 5}}}, {"num_classes": 5}),
         ({"args": {"a": {"num_classes": 5}, "b": {"num_classes": 6}}}, {}),  # several things
         ({"args": {"num_classes": 3, "a": {"num_classes": 6}}}, {"num_classes": 3}),
@@ -167,13 +174,17 @@ REPA = {**SIT, "projectors.0.weight": (1,)}
 
 def test_families_by_their_tensors() -> None:
     assert [fitting(shapes) for shapes in (SIT, TWICE, REPA, {"w": (1,)})] == [
-        ("sit", "repa"), ("sit", "dit"), ("repa",), (),
+        ("sit", "repa", "dit"), ("sit", "dit"), ("repa",), (),
     ]  # fmt: skip
     assert is_foreign({"layer.weight": (1,)})
     assert is_foreign({"weight": (1,)})
     assert not is_foreign({"w": (1,)})  # of no module
     assert not is_foreign({"pos_embed": (1,), "x_embedder.proj.weight": (1,)})  # damaged
     assert is_foreign({"pos_embed": (1,), "layer.weight": (1,)})
+    # Descendants have more: a norm, rotations, statistics of latents.
+    for name in ("blocks.0.attn.q_norm.weight", "feat_rope.freqs_cos", "bn.running_mean"):
+        assert fitting({**SIT, name: (1,)}) == ()
+        assert is_foreign({**SIT, name: (1,)})
     assert not is_foreign(SIT)
 
 
@@ -188,6 +199,10 @@ def test_families_by_their_tensors() -> None:
         (SIT, {"a": 1}, None, "repa", None, "repa"),
         (TWICE, {}, None, "my-DiT-7", None, "dit"),
         (TWICE, {"model": "DiT-B"}, None, "a", None, "dit"),
+        (TWICE, {"model": "DiT-B", "path_type": "Linear"}, None, "dit", None, "sit"),
+        (TWICE, {"model": "DiT-B", "prediction": "velocity"}, None, "dit", None, "sit"),
+        (SIT, {"model": "DiT-B", "noise_schedule": "linear"}, None, "a", None, "dit"),
+        (SIT, {}, {"model": "dit"}, "a", None, "dit"),
         (REPA, {}, None, "a", None, "repa"),
         (
             {"w": (1,), **dict.fromkeys(("pos_embed", "final_layer.linear.weight"), (1,))},
@@ -209,9 +224,14 @@ def test_a_family_is_told_by_user_config_settings_or_name(
 @pytest.mark.parametrize(
     ("shapes", "family", "told"),
     [
-        (SIT, None, "sit and repa have these tensors and differ in which way time runs"),
+        (
+            SIT,
+            None,
+            "sit, repa and dit have these tensors and differ in what they predict or which",
+        ),
         (TWICE, None, "sit and dit have these tensors and differ in what they predict"),
-        (SIT, "dit", "not the tensors of dit, but of sit or repa"),
+        (SIT, "jit", "not the tensors of jit, but of sit or repa or dit"),
+        ({**SIT, "bn.mean": (1,)}, "sit", "of sit, but of none known: it has no 'bn.mean'"),
         ({"w": (1,)}, "dit", "not the tensors of dit, but of none known"),
     ],
 )
@@ -230,9 +250,18 @@ def test_paths_and_predictions() -> None:
     assert path_of("sit", {"prediction": "Velocity", "path_type": "GVP"}) == "gvp"
     assert path_of("repa", {"prediction": "v", "path_type": "cosine"}) == "gvp"
     with pytest.raises(
-        ConfigError, match="trained to predict the score; expected a network of veloc"
+        ConfigError, match="trained with prediction score; expected a network of veloc"
     ):
         path_of("sit", {"prediction": "score"})
+    assert path_of("dit", {"noise_schedule": "linear", "predict_xstart": False}) is None
+    for settings, expected in (
+        ({"noise_schedule": "squaredcos_cap_v2"}, "linear betas"),
+        ({"diffusion": {"predict_xstart": True}}, "one without"),
+        ({"diffusion_steps": 4000}, "1000 steps"),
+        ({"prediction": "v"}, "a network of noise"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^trained with .*; expected {expected}$"):
+            path_of("dit", settings)
     with pytest.raises(ConfigError, match="trained on the path 'x'; expected one of linear, gvp"):
         path_of("sit", {"path_type": "x"})
 
