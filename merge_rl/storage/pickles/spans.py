@@ -19,6 +19,7 @@ Readable: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview"
 
 WINDOW_BYTES: Final = 16 * 2**10
 MAX_LINE_BYTES: Final = 64 * 2**10
+END_BYTES: Final = 4 * 2**10
 
 
 class ByteSource:
@@ -116,15 +117,27 @@ class Span:
 
 
 class PartSource(ByteSource):
-    """A stretch of a file as a file of its own."""
+    """A stretch of a file as a file of its own.
+
+    Its ends are kept once they were read: what an archive says of itself lies there, in a dozen
+    places, and a checkpoint may be of thousands of archives.
+    """
 
     def __init__(self, span: Span) -> None:
         self._span = span
+        self._ends: dict[int, bytes] = {}
         self.name, self.size = span.source.name, span.length
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset` on; CheckpointError if there are fewer."""
-        return self._span.part(offset, length).read()
+        wanted = self._span.part(offset, length)
+        for begin in (0, max(0, self.size - END_BYTES)):
+            if begin <= offset and offset + length <= begin + END_BYTES:
+                if begin not in self._ends:
+                    size = min(END_BYTES, self.size)
+                    self._ends[begin] = self._span.part(begin, size).read()
+                return self._ends[begin][offset - begin : offset - begin + length]
+        return wanted.read()
 
 
 class Cursor:
