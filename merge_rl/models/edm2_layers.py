@@ -44,8 +44,14 @@ def mp_silu(x: Tensor) -> Tensor:
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
     """((1 - t) a + t b) / sqrt((1 - t)^2 + t^2): unit rms for independent a, b of unit rms."""
-    scale = 1 / math.hypot(1 - t, t)
-    return (a * ((1 - t) * scale)).add(b, alpha=t * scale)
+    first, second = shares(t)
+    return (a * first).add(b, alpha=second)
+
+
+def shares(t: float) -> tuple[float, float]:
+    """The factors of a and b in their magnitude-preserving sum, see `mp_sum`."""
+    length = math.hypot(1 - t, t)
+    return (1 - t) / length, t / length
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -261,19 +267,25 @@ class Block(nn.Module):
         y = self._residual(x, emb)
         if self.decoder and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = mp_sum(x, y, self.config.res_balance)
+        x = y.add(x, alpha=shares(self.config.res_balance)[0])
         if self.attn_qkv is not None and self.attn_proj is not None:
-            y = self.attn_proj(self._attention(self.attn_qkv(x)))
-            x = mp_sum(x, y, self.config.attn_balance)
+            kept, added = shares(self.config.attn_balance)
+            y = self.attn_proj(self._attention(self.attn_qkv(x)), gain=added)
+            x = y.add(x, alpha=kept)
         return x.clip_(-self.config.clip_act, self.config.clip_act)
 
     def _residual(self, x: Tensor, emb: Tensor) -> Tensor:
-        y = self.conv_res0(mp_silu(x))
+        """The branch times its share of the sum.
+
+        Constant factors of `mp_silu` and `mp_sum` are in the weights, which are small and kept,
+        and not in the activations, where each would be one more pass over memory.
+        """
+        y = self.conv_res0(F.silu(x), gain=1 / SILU_RMS)
         modulation = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = mp_silu(y * modulation[:, :, None, None].to(y.dtype))
+        y = F.silu(y * modulation[:, :, None, None].to(y.dtype))
         if self.training and self.config.dropout:
             y = F.dropout(y, p=self.config.dropout)
-        out: Tensor = self.conv_res1(y)
+        out: Tensor = self.conv_res1(y, gain=shares(self.config.res_balance)[1] / SILU_RMS)
         return out
 
     def _attention(self, qkv: Tensor) -> Tensor:
