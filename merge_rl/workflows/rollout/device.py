@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -18,13 +21,19 @@ from merge_rl.storage.checkpoints import DISK
 
 
 def require_device(name: str) -> torch.device:
-    """The device of that name; ConfigError, with what is there instead, if there is none."""
+    """The device of that name; ConfigError, with what is there instead, if there is none.
+
+    With the processor comes `keep_freed_memory`.
+    """
     with suppress(RuntimeError):
         device = torch.device(name)
         if device.type == "cuda":
             _require_cuda(device)
             return device
-        if device.type == "cpu" or (device.type != "meta" and _holds_tensors(device)):
+        if device.type == "cpu":
+            keep_freed_memory()
+            return device
+        if device.type != "meta" and _holds_tensors(device):
             return device
     raise ConfigError(
         f"expected --device {' or '.join(_there())}, which this PyTorch finds here, got {name!r}"
@@ -143,6 +152,32 @@ def _granted(cgroup: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return None if limit == "max" else max(0, int(limit) - used + cached)
+
+
+_ALLOCATOR: Final = (
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+)
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # names of glibc's mallopt(3)
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Have the C library keep what tensors free for the tensors to come; whether it does.
+
+    An activation of a small network takes some hundred KiB. glibc maps and unmaps blocks of that
+    size, so that every pass over a batch faults all its pages in again. Blocks up to 32 MiB, the
+    most that glibc takes, now come from its heap, of which up to 256 MiB are kept. Once a process;
+    nothing is done where the C library is another one, or the user has set an allocator up.
+    """
+    if sys.platform != "linux" or any(name in os.environ for name in _ALLOCATOR):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, 32 << 20)) and bool(mallopt(_TRIM_THRESHOLD, 256 << 20))
 
 
 def cpu_workers(device: str) -> int:

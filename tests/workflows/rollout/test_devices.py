@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from merge_rl.errors import ConfigError
-from merge_rl.workflows.rollout.device import require_device, unused_gpu
+from merge_rl.workflows.rollout.device import keep_freed_memory, require_device, unused_gpu
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -90,3 +91,32 @@ def test_the_note_is_said_once(
     ended = mergerl("evaluate", tiny / "raw/tiny-0000100.safetensors", "--num-images", 20, "--json")
     assert ended.code == 0, ended.err
     assert ended.err.count("--device cuda takes this machine's Some GPU") == 1
+
+
+def test_freed_memory_is_kept() -> None:
+    """Tensors of 4 MiB, 1,024 pages each, are made of pages that are there already."""
+    require_device("cpu")
+    if not keep_freed_memory():
+        pytest.skip("another allocator")
+
+    def faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def some() -> int:
+        before = faults()
+        for _ in range(8):
+            torch.ones(2**20)
+        return faults() - before
+
+    some()  # the heap grows
+    assert some() < 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("LD_PRELOAD", "libjemalloc.so"), ("MALLOC_TRIM_THRESHOLD_", "131072")]
+)
+def test_an_allocator_of_the_users_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert keep_freed_memory.__wrapped__() is False
