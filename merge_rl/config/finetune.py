@@ -36,7 +36,7 @@ class FinetuneConfig(RunConfig):
     model: str = ""  # which one: the call, or the command's argument, says it too
     algorithm: str = setting(
         "pg",
-        "pg: policy gradient; rs: rejection sampling; pathwise: the reward's gradient through ODE "
+        "pg: policy gradient; rs: rejection sampling; pathwise: the reward's gradient through "
         "rollouts.",
         LEARN, "--algorithm", choices=("pg", "rs", "pathwise"),
     )  # fmt: skip
@@ -94,12 +94,12 @@ class FinetuneConfig(RunConfig):
 
     def _require_pathwise(self) -> None:
         """Raise ConfigError for what a gradient through whole rollouts cannot have."""
-        if self.rollout_kind != "ode":
+        if self.rollout.window_size is not None:
             raise ConfigError(
-                "the algorithm pathwise follows rollouts that draw nothing; expected them under "
-                f"ode, got {self.rollout_kind}"
+                "the algorithm pathwise follows every step of a rollout; expected no window_size, "
+                f"got {self.rollout.window_size}"
             )
-        if self.curves.ode_solver not in FIXED_SOLVERS:
+        if self.rollout_kind == "ode" and self.curves.ode_solver not in FIXED_SOLVERS:
             raise ConfigError(
                 f"the algorithm pathwise needs a solver with fixed steps "
                 f"({', '.join(FIXED_SOLVERS)}), got curves.ode_solver {self.curves.ode_solver}"

@@ -21,8 +21,8 @@ class RolloutConfig:
     # pg needs densities of steps. Samples of an SDE with few steps carry its discretisation error,
     # which rs would teach the network.
     under: str | None = setting(
-        None, "Rollouts of rs: ode or sde; those of pg are sde.", LEARN, "--under",
-        metavar="sde|ode", unset="sde for pg, ode for rs",
+        None, "Rollouts of rs and pathwise: ode or sde; those of pg are sde.", LEARN, "--under",
+        metavar="sde|ode", unset="sde for pg, else ode",
     )  # fmt: skip
     subsets: int | None = setting(
         None, "B, sets of images that a step learns from; pg and rs compare them.", LEARN,

@@ -142,9 +142,9 @@ def sample_with(
     `guidance` (3,) float64 is strength, low and high in the place of the settings', with shared
     ends; samples have a derivative by it with `through`.
 
-    With `through` the samples of a fixed-step ODE keep what backpropagation needs, and each
-    evaluation of the guided network goes through it; `on_step` hears of the steps instead of
-    `check_finite`.
+    With `through` the samples of a solver with fixed steps keep what backpropagation needs, and
+    each evaluation of the guided network goes through it; `on_step` hears of the steps instead of
+    `check_finite`. Noise of an SDE's steps depends on nothing that has a gradient.
     """
     settings = on_path(settings, model)
     require_sampler(settings, model, guide, guided=guidance is not None)
@@ -159,7 +159,10 @@ def sample_with(
     heard = on_step or watch
     with torch.set_grad_enabled(through is not None):
         if settings.is_sde:
-            sde = make_sde(settings, model, labels, guide=guide, dtype=dtype, guidance=guidance)
+            sde = make_sde(
+                settings, model, labels, guide=guide, dtype=dtype, guidance=guidance,
+                through=through,
+            )  # fmt: skip
             samples = solve_sde(sde, noise, draw or following(noise), on_step=heard)
         else:
             evaluate = _network(settings, model, labels, guide, dtype, guidance)
@@ -185,6 +188,7 @@ def make_sde(
     guide: Denoiser | None = None,
     dtype: torch.dtype = torch.float32,
     guidance: Tensor | None = None,
+    through: Callable[[Velocity], Velocity] | None = None,
 ) -> SDE:
     """The SDE that `sample_with` solves, step by step for whoever needs the steps.
 
@@ -194,6 +198,7 @@ def make_sde(
     settings = on_path(settings, model)
     require_sampler(settings, model, guide, guided=guidance is not None)
     evaluate = _network(settings, model, labels, guide, dtype, guidance)
+    evaluate = through(evaluate) if through is not None else evaluate
     if prediction_of(model) != VELOCITY:
         return EDMSDE(
             denoise=evaluate, sigmas=levels_of(settings, model, dtype),

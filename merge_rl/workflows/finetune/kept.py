@@ -52,7 +52,10 @@ class PolicyRollout(Rollout):
         return samples
 
     def followed(self, noise: Tensor, labels: Tensor, network: Denoiser) -> Tensor:
-        """Samples of an ODE, with gradients in the memory of one call of `network`."""
+        """Samples with gradients, in the memory of one call of `network`.
+
+        Those of an SDE draw what `latents` draws.
+        """
         return sample_with(
             self.sampler, network, noise.to(self.device), labels.to(self.device),
             guide=self._guide, through=made_again,

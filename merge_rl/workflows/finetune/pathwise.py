@@ -1,4 +1,4 @@
-"""Fine-tuning by the reward's own gradient: through features, decoder and every step of an ODE."""
+"""Fine-tuning by the reward's own gradient: through features, decoder and steps of a rollout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def _alone(_trained: Mapping[str, nn.Parameter]) -> None:
 
 
 class PathwiseGradient(Update):
-    """The weights' gradient of the reward of what an ODE makes; nothing is drawn but the noise.
+    """The weights' gradient of the reward of what a solver makes of an image's own noise.
+
+    An SDE's steps draw from that image's stream, whatever the weights: given what was drawn, its
+    samples have a derivative as those of an ODE have.
 
     The loss is the mean over images of their influence on the pool's distance: to first order that
     of the distance itself, and exactly its gradient (`merge_rl.workflows.rewards.subset_reward`).

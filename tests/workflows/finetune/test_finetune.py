@@ -303,9 +303,9 @@ def test_losses_go_through_the_wrapped_network(small: Path, tmp_path: Path) -> N
         ({"update": {"ema_decay": 1.0}}, ConfigError, "expected ema_decay in"),
         ({"rollout": {"under": "ode"}}, ConfigError, "the steps of an ODE draw nothing"),
         (
-            {"algorithm": "pathwise", "rollout": {"under": "sde"}},
+            {"algorithm": "pathwise", "rollout": {"under": "sde", "window_size": 1}},
             ConfigError,
-            "follows rollouts that draw nothing; expected them under ode, got sde",
+            "follows every step of a rollout; expected no window_size, got 1",
         ),
         (
             {"algorithm": "pathwise", "curves": {"ode_solver": "dopri5"}},

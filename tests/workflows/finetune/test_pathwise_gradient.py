@@ -28,10 +28,11 @@ def small(tmp_path_factory: pytest.TempPathFactory, shared_tiny: Path) -> Path:
     return write_sit_set(tmp_path_factory.mktemp("sit"), shared_tiny)
 
 
-def parts_of(small: Path, micro_batch: int) -> StepParts:
+def parts_of(small: Path, micro_batch: int, under: str = "ode") -> StepParts:
     config: FinetuneConfig = small_config(
         small / "raw/sit-2.safetensors",
         algorithm="pathwise",
+        rollout={"under": under},
         update={"micro_batch": micro_batch, "max_grad_norm": 1e9},
     )
     job = build_finetune(resolve_finetune(config))
@@ -48,9 +49,11 @@ def gradients_of(parts: StepParts) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in parts.learner.trained.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 5])
-def test_the_gradient_is_that_of_plain_backpropagation(small: Path, micro_batch: int) -> None:
-    parts = parts_of(small, micro_batch)
+@pytest.mark.parametrize(("micro_batch", "under"), [(1, "ode"), (2, "ode"), (5, "ode"), (2, "sde")])
+def test_the_gradient_is_that_of_plain_backpropagation(
+    small: Path, micro_batch: int, under: str
+) -> None:
+    parts = parts_of(small, micro_batch, under)
     kept = kept_of(parts)
     assert StepParts.gradients(parts, kept, 0)
     found = gradients_of(parts)
@@ -62,6 +65,7 @@ def test_the_gradient_is_that_of_plain_backpropagation(small: Path, micro_batch:
         samples = sample_with(
             rollout.sampler, network, part.noise, part.labels, through=lambda call: call
         )
+        assert torch.equal(samples, rollout.latents(part.noise, part.labels))
         levels = rollout.autoencoder.levels(samples)  # type: ignore[attr-defined]
         features = rollout.extractor(levels).float()
         assert part.pull is not None
