@@ -17,6 +17,8 @@ from merge_rl.errors import MissingLibraryError
 # Tests run in several processes: more threads than cores would only make them wait. Libraries look
 # at this when they are imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test has more, those that wait for work leave the processor to the other workers.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 pytest.register_assert_rewrite("tests.fixtures")
 
 

@@ -43,7 +43,7 @@ from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.workflows.reference.file import save_reference
 from tests.children import Child, run_command, run_disturbed
 from tests.hub_server import FileServer, HubServer, hub_client, only_loopback, running
-from tests.quick import draw_figures, draw_nothing, with_network, without_network
+from tests.quick import draw_figures, spare, with_network, without_network
 
 TINY_MODEL: dict[str, Any] = {
     "model": "edm2",
@@ -87,8 +87,8 @@ def _no_waiting_for_disks() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _no_figures() -> None:
-    draw_nothing()
+def _spared() -> None:
+    spare()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from merge_rl.workflows.compare import match
+from merge_rl.workflows.finetune import scores
 from merge_rl.workflows.optimize import prepare
 from merge_rl.workflows.report import figures
 from merge_rl.workflows.rollout.rollout import Rollout
@@ -37,12 +38,26 @@ class Late:
         return pytest.mark.skipif(missing, reason=f"needs {self._name}")
 
 
-def draw_nothing() -> None:
-    """From now on pages have no figures, as where matplotlib is missing.
+def spare() -> None:
+    """From now on nothing is drawn or estimated that takes longer than a tiny search.
 
-    A figure takes longer than all else that a tiny search does.
+    Pages have no figures, as where matplotlib is missing; pictures are as few as those of large
+    images; nobody takes the time of images before a search.
     """
     figures.find_spec = _not_found  # type: ignore[attr-defined]
+    prepare.SMALL = 0  # type: ignore[misc]
+    scores.GRID_IMAGES = 10  # type: ignore[misc]
+    for module in (prepare, match):
+        module.image_seconds = lambda *_: 1e-4  # type: ignore[attr-defined]
+
+
+def as_users_see_it(patch: pytest.MonkeyPatch) -> None:
+    """Estimates and all pictures of a search again, until `patch` is undone."""
+    for name, usual in _usual.items():
+        patch.setattr(prepare, name, usual)
+
+
+_usual = {name: getattr(prepare, name) for name in ("SMALL", "image_seconds")}
 
 
 def _not_found(name: str, package: str | None = None) -> None:
@@ -74,8 +89,6 @@ def without_network(patch: pytest.MonkeyPatch) -> None:
         return made
 
     patch.setattr(Rollout, "latents", latents)
-    for module in (prepare, match):
-        patch.setattr(module, "image_seconds", lambda *_: 1e-4)  # by which nothing is decided
 
 
 def with_network(patch: pytest.MonkeyPatch) -> None:

@@ -48,24 +48,31 @@ class Forbidding(MetaPathFinder):
 sys.meta_path.insert(0, Forbidding())
 from merge_rl.cli.main import main
 """
-# Each command in a process of its own, forked from one that has what all of them import, and has
-# read the options of a first one.
+# Each command in a process of its own, forked from one that has what several of them import, and
+# has read the options of a first one. It ends without taking apart what it had from there.
 RUNNING = """
-import json, os
+import gc, json, os
 import huggingface_hub.hf_api, numpy, rich.table, rich.progress, safetensors.numpy, yaml
+import merge_rl.cli.merge, merge_rl.storage.convert, merge_rl.storage.hub, merge_rl.workflows.export
 given, sys.argv = json.loads(sys.argv[1]), ["mergerl", "plan", "nothing"]
 try:
     main()
 except SystemExit:
     pass
 
+gc.freeze()
 for name, arguments in given.items():
     with open(name, "wb") as said:
         if (child := os.fork()) == 0:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
             sys.argv = ["mergerl", *arguments]
-            sys.exit(main())
+            try:
+                main()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
         os.waitpid(child, 0)
 """
 

@@ -41,6 +41,7 @@ from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.optimize.run import optimize, resume
 from merge_rl.workflows.reference.file import load_reference
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout
+from tests.quick import as_users_see_it
 
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]
@@ -83,7 +84,9 @@ def finished(
 ) -> Finished:
     config = tiny_config(shared_tiny, merge={"scale": 0.2})
     out = tmp_path_factory.mktemp("optimize") / "runs" / "a"
-    return Finished(shared_tiny, config, mrl.optimize(shared_tiny, out=out, config=config))
+    with pytest.MonkeyPatch.context() as patch:
+        as_users_see_it(patch)
+        return Finished(shared_tiny, config, mrl.optimize(shared_tiny, out=out, config=config))
 
 
 # ------------------------------------------------------------------------------ what is written
@@ -575,7 +578,7 @@ def test_resuming_with_another_version_warns(
     optimize(shared_tiny, out=run, config=tiny_config(shared_tiny), tracker=heard)
     cost, doubt, page = heard.notes
     assert page.startswith("no plot: a plot needs the library matplotlib")
-    assert cost.startswith("530 images in all, about ")
+    assert cost.startswith("494 images in all, about ")
     assert doubt == (
         "the pool has 40 images for 64 features: the covariance is singular, and a Fréchet "
         "distance says little"

@@ -22,7 +22,6 @@ from merge_rl.registry import REWARDS
 from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.assembly.extractors import build_extractor
-from merge_rl.workflows.optimize import prepare
 from merge_rl.workflows.reference.file import save_reference
 from tests.quick import without_network
 
@@ -193,7 +192,6 @@ def test_an_extractor_works_only_where_it_is_needed(
         return original(self, images)
 
     monkeypatch.setattr(Tone, "__call__", counted)
-    monkeypatch.setattr(prepare, "image_seconds", lambda *_: 1.0)  # which measures some images
     config = settings(tiny_config, shared_tiny, files, f"fd-{TONE}-subset")
     result = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
     assert sum(calls) == result.images  # the search's, none of the comparison's

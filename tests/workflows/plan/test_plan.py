@@ -34,6 +34,7 @@ from merge_rl.workflows.rollout.differentiable import (
     Differentiated,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
+from tests.quick import as_users_see_it
 
 TinyConfig = Callable[..., OptimizeConfig]
 
@@ -121,6 +122,7 @@ def test_a_budget_is_all_that_is_generated(
     searcher: str, shared_tiny: Path, opened: CheckpointSet, tiny_config: TinyConfig,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    as_users_see_it(monkeypatch)  # what is set aside for pictures is for those of small images
     made: list[int] = []
     plain, both = MergedRollout.features_of, DifferentiableRollout.__call__
 
@@ -202,7 +204,7 @@ def test_a_plan_by_hand(resolved: OptimizeConfig, opened: CheckpointSet, tmp_pat
         WorkStage("candidates", 29, 4, 10),
         WorkStage("refresh", 29, 1, 10),
     )  # fmt: skip
-    images = 40 + 29 * 50 + 40 + 240 + 60
+    images = 40 + 29 * 50 + 40 + 240 + 24
     assert found.workload.images == images
     # Heun with 2 steps: 3 calls, so 3 x 1 + 2 ms an image.
     assert found.network_calls == 3 * images
