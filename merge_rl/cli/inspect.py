@@ -16,8 +16,6 @@ from merge_rl.own_code import allow_network
 from merge_rl.progress import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from merge_rl.config import OptimizeConfig
     from merge_rl.storage.checkpoints import CheckpointEntry, CheckpointSet
 
@@ -206,9 +204,11 @@ def _shown(value: object) -> str:
 
 
 def _show_file(path: Path, *, json: bool) -> None:
-    from merge_rl.storage.checkpoints import check_model_file, require_network
+    from merge_rl.storage.checkpoints import check_model_file, left_in_file, require_network
 
     tensors, config = check_model_file(path)
+    if left := left_in_file(path):
+        note(left)
     document: dict[str, Any] = {
         "kind": "model",
         "network": _network_name(config, {key: info.shape for key, info in tensors.items()}),

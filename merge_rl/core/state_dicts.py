@@ -66,6 +66,7 @@ RAW: Final = (
 AVERAGED: Final = (
     *("ema", "model_ema", "ema_model", "net_ema", "ema_net", "ema_state_dict", "model_ema_state"),
     *("model_ema1", "model_ema2", "params_ema", "ema_params", "ema_weights", "G_ema", "shadow"),
+    "shadow_params",
     *("averaged_model", "swa_model", "emas", "ema_models", "model_emas"),
 )
 # Averages of several decays, each under a key of its own: ema_0.9999, ema2.
@@ -114,6 +115,14 @@ class Held(Generic[T]):
         """The places of averages, or of all else."""
         return [place for place in self.states if is_average(place) == averaged]
 
+    def beside(self, place: str) -> list[str]:
+        """What else there is: state dicts by place, or what their names begin with; the rest."""
+        others = {p: [name.partition(".")[0] for name in self.states[p]] for p in self.states}
+        named = [
+            name for p, begin in others.items() if p != place for name in ([p] if p else begin)
+        ]
+        return [*dict.fromkeys(named), *self.others]
+
 
 def is_average(place: str) -> bool:
     """Whether a place is that of an average of weights: "ema", "state_dict/model_ema"."""
@@ -150,6 +159,7 @@ def hold(data: Mapping[str, object], kind: type[T], *, whole: bool = False) -> H
     most = max(map(len, held.states.values()), default=0)
     nested = any(isinstance(data.get(place.partition("/")[0]), Mapping) for place in held.states)
     parts = {"": 1} if nested else {}  # loose beside a state dict: a generator's state, losses
+    _restore_names(held)
     few = [p for p, state in held.states.items() if parts.get(p, 4) * len(state) < most]
     for place in few:
         small = held.states.pop(place)
@@ -208,6 +218,23 @@ def _without_beginnings(names: dict[str, str]) -> Iterator[dict[str, str]]:
     while names and all("." in name for name in names) and begin_alike(names):
         names = {name.partition(".")[2]: known for name, known in names.items()}
         yield names
+
+
+def _restore_names(held: Held[T]) -> None:
+    """Averages whose names lost their dots, as latent-diffusion's, get those of the raw weights.
+
+    They lack what is not trained, which is the raw weights' own.
+    """
+    for place in held.among(averaged=True):
+        average = held.states[place]
+        if any("." in name for name in average):
+            continue
+        for raw in held.among(averaged=False):
+            names = {name.replace(".", ""): name for name in held.states[raw]}
+            if len(average.keys() & names.keys()) > len(names) // 2:
+                known = {names[name]: item for name, item in average.items() if name in names}
+                held.states[place] = {**held.states[raw], **known}
+                break
 
 
 def _names_parts(data: Mapping[object, object]) -> bool:

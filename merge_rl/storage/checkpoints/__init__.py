@@ -28,7 +28,6 @@ from merge_rl.storage.checkpoints.manifest import (
     CheckpointEntry,
     Manifest,
     SetDefaults,
-    find_listing,
     has_manifest,
     parse_stem,
     read_manifest,
@@ -41,6 +40,7 @@ from merge_rl.storage.checkpoints.model_file import (
     ModelFile,
     check_model_file,
     first_config,
+    left_in_file,
     library_document,
     metadata_config,
     model_sha256,
@@ -52,6 +52,7 @@ from merge_rl.storage.checkpoints.model_file import (
 )
 from merge_rl.storage.checkpoints.one_pass import merge_pass
 from merge_rl.storage.checkpoints.plan import MergePlan, base_index, merged_licence, plan_merge
+from merge_rl.storage.checkpoints.recorded import find_listing
 
 if TYPE_CHECKING:
     from merge_rl.storage.checkpoints.merging import (
@@ -88,6 +89,7 @@ __all__ = [
     "is_network_config",
     "is_of_library",
     "keep_states",
+    "left_in_file",
     "library_document",
     "library_documents",
     "load_catalogue",

@@ -168,13 +168,8 @@ class CheckpointSet:
             f"{self.folder}: {name} and {kept} are the same weights and count once, as {kept}"
             for name, kept in self.duplicates.items()
         ]
-        left = self._headers[0].left
-        if left:
-            took = next(iter(self._headers[0].in_files.values()), "")
-            notes.append(
-                f"{self.folder}: took {took} and its like, left {', '.join(left[:3])}, ..."
-            )
-        return notes
+        left = self._headers[0].left_text
+        return [*notes, f"{self.folder}: {left}"] if left else notes
 
     @property
     def total_bytes(self) -> int:

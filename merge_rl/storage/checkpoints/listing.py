@@ -16,7 +16,6 @@ from merge_rl.storage.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointEntry,
     Manifest,
-    find_listing,
     has_manifest,
     parse_stem,
     read_manifest,
@@ -29,15 +28,16 @@ from merge_rl.storage.checkpoints.model_file import (
     named_as_network,
     open_model_file,
 )
+from merge_rl.storage.checkpoints.recorded import find_listing, with_records
 from merge_rl.storage.files import (
     StoredWeights,
     absolute,
     averaged,
     instead_of_weights,
-    natural_key,
     network_name,
     open_weights,
     spellings,
+    training_key,
     weights_in,
     weights_stem,
     without_numbers,
@@ -69,6 +69,8 @@ def list_folder(folder: Path) -> Listing:
         entries = by_progress(manifest.checkpoints)
     else:
         manifest, entries = None, _entries_by_name(folder)
+        recorded = with_records(folder, entries)
+        entries = entries if recorded == entries else by_progress(recorded)
     names = _unique_names(entries)
     return Listing(folder=folder, manifest=manifest, entries=entries, names=names)
 
@@ -199,21 +201,24 @@ def _by_numbers(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, 
     stems = [weights_stem(PurePosixPath(entry.file).name) for entry in entries]
     if len({without_numbers(stem) for stem in stems}) > 1:
         return entries
-    return tuple(sorted(entries, key=lambda entry: natural_key(PurePosixPath(entry.file).stem)))
+    return tuple(sorted(entries, key=lambda entry: training_key(PurePosixPath(entry.file).stem)))
 
 
 def _unique_names(entries: Sequence[CheckpointEntry]) -> tuple[str, ...]:
     """File stems; with their folder where a stem occurs twice (raw/a and ema/a).
 
-    Files of one name in folders of their own are called by those.
+    Files of one name in folders of their own are called by those; a file beside shards of the same
+    name by its whole name.
     """
     paths = [PurePosixPath(entry.file) for entry in entries]
-    stems = [network_name(path) for path in paths]
-    count = Counter(stems)
-    return tuple(
-        stem if count[stem] == 1 else _long_name(path)
-        for path, stem in zip(paths, stems, strict=True)
-    )
+    names = [network_name(path) for path in paths]
+    for longer in (_long_name, str):
+        count = Counter(names)
+        names = [
+            name if count[name] == 1 else longer(path)
+            for path, name in zip(paths, names, strict=True)
+        ]
+    return tuple(names)
 
 
 def _long_name(path: PurePosixPath) -> str:

@@ -16,12 +16,11 @@ from typing import Any, Final
 
 from merge_rl.config import nimg_from_kimg
 from merge_rl.errors import ConfigError, ManifestError
-from merge_rl.storage.files import Fields, spellings, write_yaml
+from merge_rl.storage.files import Fields, write_yaml
 from merge_rl.untrusted import load_yaml, read_bounded
 
 MANIFEST_NAME: Final = "checkpoints_manifest.yaml"
 MANIFEST_VERSION: Final = 1
-_PARENTS: Final = 3  # the folder of a file and two above, where its manifest may lie
 MAX_NAME_BYTES: Final = 255  # that file systems take
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -106,19 +105,6 @@ def has_manifest(folder: Path) -> bool:
     """
     file = folder / MANIFEST_NAME
     return os.path.lexists(file) and not _CATALOGUE.search(read_bounded(file))
-
-
-def find_listing(file: Path) -> tuple[Manifest, CheckpointEntry] | None:
-    """The nearest manifest that lists `file`, and its entry."""
-    for place in spellings(file):
-        for folder in list(place.parents)[:_PARENTS]:
-            if has_manifest(folder):
-                manifest = read_manifest(folder / MANIFEST_NAME)
-                name = place.relative_to(folder).as_posix()
-                for entry in manifest.checkpoints:
-                    if entry.file == name:
-                        return manifest, entry
-    return None
 
 
 def relative_name(text: str, where: str) -> str:

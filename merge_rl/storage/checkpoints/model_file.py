@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from merge_rl import own_code, registry
 from merge_rl.core.forms import network_shapes
 from merge_rl.core.state_dicts import begin_alike, names_for, own_names
-from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
+from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError, MergeRLError
 from merge_rl.storage.checkpoints.diffusers_folder import (
     find_scheduler,
     is_network_config,
@@ -20,8 +20,8 @@ from merge_rl.storage.checkpoints.diffusers_folder import (
 )
 from merge_rl.storage.checkpoints.manifest import (
     Manifest,
-    find_listing,
 )
+from merge_rl.storage.checkpoints.recorded import find_listing
 from merge_rl.storage.files import (
     CONVERTED,
     StoredWeights,
@@ -107,6 +107,15 @@ def _opened(
     return named_as_network(stored, config), recorded, config
 
 
+def left_in_file(path: str | os.PathLike[str]) -> str | None:
+    """What a user should hear of a file that holds more than the network; None of any other."""
+    try:
+        left = _opened(path)[0].left_text
+    except MergeRLError:  # whoever reads it says why
+        return None
+    return f"{path}: {left}" if left else None
+
+
 def model_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a model's file; of shards, that of their hashes in name order."""
     return hash_weights(model_file_path(path))
@@ -121,7 +130,8 @@ def model_file_path(path: str | os.PathLike[str]) -> Path:
     if not is_weights_name(file.name):
         open_file(file).close()  # what is none at all, or a pointer to one, is called so
         hint = "; `mergerl convert` makes one" if file.suffix.lower() in CONVERTED else ""
-        raise CheckpointError(f"{file}: expected a .safetensors file{hint}")
+        found = f"a {file.suffix} file" if file.suffix else "one without ending"
+        raise CheckpointError(f"{file}: expected a .safetensors file, found {found}{hint}")
     return file
 
 

@@ -214,8 +214,17 @@ def read_said(data: Mapping[str, object]) -> Said:
         class_dropout=_share(_first(settings, _DROPOUT)),
         num_heads=_count(_first(settings, _HEADS)),
         batch=_images_a_step(settings),
-        steps=_count(_first(beside, _STEPS)),
+        steps=_count(_first(beside | _counters(data), _STEPS)),
     )
+
+
+def _counters(data: Mapping[str, object]) -> dict[str, object]:
+    """The steps that are kept as a tensor of one number, beside state dicts under their names."""
+    if not any(isinstance(value, dict) for value in data.values()):
+        return {}  # a tensor of the network's own
+    kept = {name: data[name] for name in _STEPS if name in data}
+    counts = {k: t for k, t in kept.items() if isinstance(t, TensorRef) and t.shape in ((), (1,))}
+    return {name: count.load().item() for name, count in counts.items()}
 
 
 def _images_a_step(settings: Mapping[str, Any]) -> int | None:

@@ -98,7 +98,7 @@ def read_states(
             item = replace(item, folder=track, track=track)
         if placed or steps is not None or hints.part is not None:
             item = _trained(item, said, hints, steps)
-        left = [*(other for other in held.states if other != place), *held.others]
+        left = held.beside(place)
         if left and weights != "both":
             what = f"took {place or 'the weights'}" + " (an average)" * is_average(place)
             more = f" and {len(left) - 8} more" * (len(left) > 8)

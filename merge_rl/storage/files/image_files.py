@@ -11,7 +11,7 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from merge_rl.errors import ImageError
 from merge_rl.storage.files.archives import DAMAGE, Archive
@@ -25,7 +25,7 @@ from merge_rl.storage.files.images import (
     parse_labels,
 )
 from merge_rl.storage.files.naming import natural_key
-from merge_rl.untrusted import load_json_mapping, open_file, reason
+from merge_rl.untrusted import describe, load_json_mapping, open_file, pointer_problem, reason
 
 LABELS_NAME: Final = "dataset.json"
 MAX_FILE_BYTES: Final = 256 * 2**20
@@ -115,7 +115,10 @@ class ImageFiles:
         problem = ""
         for file in sorted(files, key=lambda file: natural_key(file.name)):
             where = f"{self.path}, {file.name}"
-            pairs = load_json_mapping(self._bytes(file), where).get("labels")
+            content = self._bytes(file)
+            if pointer := pointer_problem(content):
+                raise ImageError(f"{where}: {pointer}")
+            pairs = load_json_mapping(content, where).get("labels")
             if not pairs:
                 problem = f"{where} holds no labels"
                 continue
@@ -146,17 +149,21 @@ def _pairs(pairs: object, where: str) -> dict[str, object]:
     ImageError for others, and for two labels of one name.
     """
     found: dict[str, object] = {}
-    pairs = pairs.items() if isinstance(pairs, dict) else pairs
-    try:
-        listed = [(_plain(str(name)), value) for name, value in pairs]  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise ImageError(f"{where}: expected labels as a list of [name, label]") from None
-    for name, value in listed:
+    pairs = list(map(list, pairs.items())) if isinstance(pairs, dict) else pairs
+    if odd := [p for p in _listed(pairs) if not isinstance(p, list) or len(p) != 2]:
+        raise ImageError(
+            f"{where}: expected labels as a list of [name, label], found {describe(odd[0])}"
+        )
+    for name, value in ((_plain(str(name)), value) for name, value in _listed(pairs)):
         known = found.setdefault(name, value)
         if known is not value and known != value:  # NaN is no other than itself
             both = f"{known!r:.40} and {value!r:.40}"
             raise ImageError(f"{where}: {name} has two labels, {both}")
     return found
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _opened(file: _File, archive: Archive | None) -> IO[bytes]:

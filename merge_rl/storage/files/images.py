@@ -42,7 +42,8 @@ def parse_labels(values: Iterable[object], name: Callable[[int], str]) -> Labels
         if label is None:
             shown = describe(value)
             return Labels(
-                problem=f"the label of {name(position)} is {shown}, expected a whole number from 0"
+                problem=f"the label of {name(position)} is {shown}, expected a whole number from 0 "
+                f"to {MAX_LABEL}"
             )
         found.append(label)
     return Labels(torch.tensor(found, dtype=torch.int64))
@@ -142,12 +143,16 @@ def decode_image(data: bytes, name: str) -> Pixels:
 
 
 def _as_rgb_or_grey(image: Image.Image, name: str) -> Image.Image:
-    if image.mode in ("RGB", "L"):
+    opaque, plain = "transparency" not in image.info, image.mode in ("RGB", "L")
+    deep = plain and ";16" in str(
+        getattr(image, "tile", "")
+    )  # of which Pillow would drop the lower half
+    if plain and opaque and not deep:
         return image
-    opaque = image.mode == "P" and "transparency" not in image.info
-    if opaque and image.palette is not None and image.palette.mode == "RGB":
+    palette = image.palette if image.mode == "P" else None
+    if opaque and palette is not None and palette.mode == "RGB":
         return image.convert("RGB")
-    what = "P with transparency" if image.mode == "P" else image.mode
+    what = image.mode + " with transparency" * (not opaque) + " in 16 bits" * deep
     raise ImageError(f"{name} is of mode {what}, expected RGB or grey (L)")
 
 

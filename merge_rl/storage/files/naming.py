@@ -65,16 +65,24 @@ def reference_file(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
     return Path(text), None
 
 
-# Words of their own such as 1e6, 1.5M, 500k or 16Ki: 12e5f may well be a hash.
+# Such as 1e6, 1.5M, 16Ki or 500kimg: words of their own, or after one that says what is counted
+# (step500k), as 12e5f may well be a hash and s1e10 an epoch.
+_COUNTED = ("step", "steps", "iter", "it", "ckpt", "checkpoint", "img", "nimg", "net", "model")
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_BEGIN = "|".join(["(?<![0-9A-Za-z.])", *(rf"(?<=\b{w})|(?<=_{w})" for w in _COUNTED)])
 _SCALED = (
-    r"(?<![0-9A-Za-z.])[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2}|[kKMG]i?|[mB])(?![0-9A-Za-z])"
+    rf"(?:(?i:{_BEGIN}))[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{{1,2}}|[kKMG]i?|[mB])"
+    r"(?=(?i:imgs?|images?|steps?)?(?![0-9A-Za-z]))"
 )
 _NUMBER = re.compile(rf"({_SCALED}|(?<![0-9.])0\.[0-9]+|[0-9]+)")  # 1.10 may well be a version
 _ANY_NUMBER = re.compile(rf"{_SCALED}|[0-9]+(?:\.[0-9]+)?")
+_SCORES = re.compile(
+    r"(loss|fid|kid|mse|score|acc(uracy)?)[-_=]?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE
+)
 _WORDS = re.compile(r"(?<![a-z])(best|last|latest|final)(?![a-z])", re.IGNORECASE)
 
-Key = tuple[list[tuple[int, str, str]], str]
+_Parts = list[tuple[int, str, str]]
+Key = tuple[_Parts, str]
 
 
 def natural_key(name: str) -> Key:
@@ -84,22 +92,30 @@ def natural_key(name: str) -> Key:
     with an exponent or unit (1e6, 1.5M, 500k, 16Ki), in the digits of any script. Names of the same
     numbers keep the order of text.
     """
-    parts = _NUMBER.split(_western(name))
-    return [_value(part) if i % 2 else (0, part, "") for i, part in enumerate(parts)], name
+    return _parts(name), name
 
 
-def training_key(name: str) -> tuple[int, Key]:
+def training_key(name: str) -> tuple[int, _Parts, Key]:
     """Sorts files of one training naturally, but "best" first and "last" or "final" last.
 
-    These words, where no number says more, are of no place in the order of text.
+    These words, where no number says more, are of no place in the order of text. A score
+    ("loss=0.2-step=500") and the case of letters count where all else is equal.
     """
     word = None if any(map(str.isdecimal, name)) else _WORDS.search(name)
-    return 1 if word is None else 0 if word[1].lower() == "best" else 2, natural_key(name)
+    place = 1 if word is None else 0 if word[1].lower() == "best" else 2
+    parts = [(size, text.lower(), more) for size, text, more in _parts(_SCORES.sub("", name))]
+    return place, parts, natural_key(name)
 
 
 def without_numbers(name: str) -> str:
     """What names of one series share: "step_750" and "step_2000" are both "step_#"."""
     return _ANY_NUMBER.sub("#", name)
+
+
+def _parts(name: str) -> _Parts:
+    """The texts and the numbers of a name in turn."""
+    parts = _NUMBER.split(_western(name))
+    return [_value(part) if i % 2 else (0, part, "") for i, part in enumerate(parts)]
 
 
 def _western(name: str) -> str:

@@ -56,6 +56,13 @@ class StoredWeights:
         known = set(self.in_files.values()) or set(self.tensors)
         return [name for part in self.parts.values() for name in part.tensors if name not in known]
 
+    @property
+    def left_text(self) -> str:
+        """Which tensors were taken where the files hold others, as averages; "" where all were."""
+        took = next(iter(self.in_files.values()), "")
+        left = self.left
+        return f"took {took} and its like, left {', '.join(left[:3])}, ..." if left else ""
+
     def _named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensors[self.in_files.get(name, name)] for name in self.tensors}
 

@@ -21,7 +21,13 @@ from merge_rl.config import (
 from merge_rl.errors import CheckpointError
 from merge_rl.interfaces import Tracker
 from merge_rl.progress import NoteTracker
-from merge_rl.storage.checkpoints import SetDefaults, has_manifest, newest_model, read_manifest
+from merge_rl.storage.checkpoints import (
+    SetDefaults,
+    has_manifest,
+    left_in_file,
+    newest_model,
+    read_manifest,
+)
 from merge_rl.storage.files import index_of, is_weights_name, spellings
 from merge_rl.storage.hub import GUIDE_FOLDER, RECIPE_NAME, local_place
 from merge_rl.storage.runs import (
@@ -156,6 +162,12 @@ def find_model(
     Raises CheckpointError that says what was found for anything else, RunError for a run that is
     not finished.
     """
+    found = _meant(path, track, tracker)
+    notes = [text for text in (found.note, left_in_file(found.path)) if text]
+    return Meant(found.path, "; ".join(notes) or None)
+
+
+def _meant(path: str | os.PathLike[str], track: str | None, tracker: Tracker | None) -> Meant:
     place = local_place(path, track, tracker)
     if place.is_file() and is_weights_name(place.name) and not holds_weights(place):
         raise CheckpointError(f"{place}: expected a model, found statistics or features")

@@ -106,6 +106,7 @@ def torch_features(value: object) -> tuple[Stored | None, Stored | None]:
     """Features and labels in what torch.save wrote: a matrix alone, or several by name."""
     found = value if isinstance(value, dict) else {"features": value}
     named, labels = _named(found), found.get("labels")
+    labels = np.array(labels, dtype=object) if isinstance(labels, list) else labels
     if isinstance(named, TensorRef):
         fits = len(named.shape) == 2 and named.info.is_floating
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ from merge_rl.storage.checkpoints.listing import (
     read_headers,
     select_entries,
 )
-from merge_rl.storage.checkpoints.manifest import CheckpointEntry, Manifest, write_manifest
+from merge_rl.storage.checkpoints.manifest import (
+    CheckpointEntry,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from merge_rl.storage.files import save_tensors
 
 MODEL = {"model": "edm2", "img_resolution": 4}
@@ -107,6 +113,31 @@ def test_a_link_to_nothing_is_no_checkpoint_less(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").symlink_to("gone")
     with pytest.raises(CheckpointError, match=r"b\.safetensors: a link to nothing"):
         list_folder(tmp_path)
+
+
+def test_a_folder_of_a_set_is_as_the_manifest_above_says(tracks: Path) -> None:
+    # By names alone a folder of non-commercial weights would make a merge without a licence.
+    manifest = read_manifest(tracks)
+    for folder in ("raw", "ema"):
+        part, whole = list_folder(tracks / folder), list_folder(tracks)
+        known = [entry for entry in whole.entries if entry.file.startswith(folder)]
+        assert part.manifest is None
+        assert list(part.entries) == [
+            dataclasses.replace(
+                entry, file=Path(entry.file).name, licence=entry.licence or manifest.licence
+            )
+            for entry in known
+        ]
+    (tracks / "raw/later.safetensors").write_bytes((tracks / "raw/a.safetensors").read_bytes())
+    assert list_folder(tracks / "raw").entries[1].licence is None
+
+
+def test_a_file_beside_shards_of_its_name_has_its_whole_name(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "model.safetensors", {"w": torch.zeros(1)})
+    save_tensors(tmp_path / "model-00001-of-00001.safetensors", {"w": torch.ones(1)})
+    index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert {*list_folder(tmp_path).names} == {"model.safetensors", "model.safetensors.index.json"}
 
 
 def test_a_selection_keeps_the_order(tracks: Path) -> None:

@@ -237,7 +237,8 @@ def test_one_model_is_a_file_or_a_folder_of_one(tmp_path: Path) -> None:
         model_file_path(tmp_path)
     (tmp_path / "c.pkl").touch()
     with pytest.raises(
-        CheckpointError, match="c.pkl: expected a .safetensors file; `mergerl convert` ma"
+        CheckpointError,
+        match="c.pkl: expected a .safetensors file, found a .pkl file; `mergerl",
     ):
         model_file_path(tmp_path / "c.pkl")
     save_tensors(path, {"w": torch.tensor([float("inf")])})

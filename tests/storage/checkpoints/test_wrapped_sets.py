@@ -14,6 +14,7 @@ from torch import Tensor
 import merge_rl as mrl
 from merge_rl.storage.checkpoints import open_checkpoints, open_model_file, save_checkpoint
 from merge_rl.storage.files import MODEL_NAME, WeightStream, write_weights
+from merge_rl.workflows.assembly import find_model
 from tests.finetuning import SIT, sit_weights
 
 Wrap = Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]
@@ -66,9 +67,12 @@ def test_commands_take_it(wrapped: Path, mergerl: Callable[..., Any]) -> None:
     assert set(open_model_file("out").weights) == set(sit_weights())
     assert mergerl("inspect", wrapped).code == 0
     assert mergerl("inspect", wrapped / "step_1.safetensors").code == 0
+    file = wrapped / "step_1.safetensors"
     left = "took ema." in mergerl("inspect", wrapped).err
     held = open_checkpoints(wrapped)._headers[0].left
     assert left == any(name.startswith("model.") for name in held)
+    for said in (mergerl("inspect", file).err, find_model(file).note or ""):
+        assert left == ("took ema." in said)
 
 
 def test_shards_and_repeats_are_seen_through_wrappers(tmp_path: Path) -> None:

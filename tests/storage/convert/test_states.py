@@ -430,6 +430,15 @@ BESIDE: dict[str, Callable[[State, State], dict[str, Any]]] = {
     "within a state dict": lambda raw, ema: {
         "state_dict": wrapped(raw, "model.") | wrapped(ema, "model_ema."), "global_step": 100
     },
+    "shadow parameters by name": lambda raw, ema: {
+        "model": raw, "ema": {"decay": 0.999, "shadow_params": wrapped(ema, "module.")}
+    },
+    "names without dots, of what is trained": lambda raw, ema: {
+        "state_dict": wrapped(raw, "model.")
+        | {f"model_ema.{name.replace('.', '')}": tensor for name, tensor in ema.items()
+           if name != "x_embedder.proj.bias"}
+        | {"model_ema.decay": torch.tensor(0.99)}, "global_step": 100
+    },
 }  # fmt: skip
 
 
@@ -498,6 +507,19 @@ def test_of_raw_weights_and_their_average_the_average_is_taken(form: str, tmp_pa
             assert file.parent.name == ("ema" if state is ema else "raw") or "flat" in form
         left = [text for text in ear.heard if "the file holds beside it" in text]
         assert len(left) == (weights != "both")
+
+
+def test_what_lies_beside_is_named_and_steps_may_be_a_tensor(tmp_path: Path) -> None:
+    raw, ema, ear = state_of(SIT, 1), state_of(SIT, 2), Ear()
+    flat = wrapped(ema, "ema_model.") | wrapped(raw, "online_model.") | {"initted": torch.ones(1)}
+    torch.save(flat, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2, family="sit", tracker=ear)
+    assert any(text.endswith("holds beside it: online_model, initted") for text in ear.heard)
+    for steps in (torch.tensor(500), torch.tensor([500], dtype=torch.int32)):
+        torch.save({"ema": ema, "steps": steps, "args": {"batch_size": 3}}, tmp_path / "last.pt")
+        out = tmp_path / f"of {steps.ndim}"
+        convert(tmp_path / "last.pt", out, num_heads=2, family="sit")
+        assert mrl.open_checkpoints(out).nimg == [500 * 3]
 
 
 def test_several_networks_are_not_guessed_among(tmp_path: Path) -> None:

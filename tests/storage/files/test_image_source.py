@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import struct
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -253,6 +256,25 @@ def test_why_labels_are_left_aside(odd: object, problem: str, tmp_path: Path) ->
     assert open_images(tmp_path).label_problem.startswith("the label of img_0.png is nan")
 
 
+@pytest.mark.parametrize("entry", ["ab", {"file": "a", "label": 1}, ["a", 1, 2], 3])
+def test_labels_are_pairs(entry: object, tmp_path: Path) -> None:
+    picture(IMAGES[0]).save(tmp_path / "a.png")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [entry]}))
+    with pytest.raises(ImageError, match=r"dataset\.json: expected labels as a list of \[name, la"):
+        open_images(tmp_path)
+
+
+def test_a_pointer_in_a_zip_is_called_one(tmp_path: Path) -> None:
+    picture(IMAGES[0]).save(tmp_path / "a.png")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1234\n"
+    for name in ("dataset.json", "b.png"):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+            file.write(tmp_path / "a.png", "a.png")
+            file.writestr(name, pointer)
+        with pytest.raises(ImageError, match=rf"{name}: a Git LFS pointer to a file of 1,234 byt"):
+            read_all(tmp_path / "a.zip")
+
+
 def test_labels_by_name_and_pictures_of_other_kinds(tmp_path: Path) -> None:
     for i in range(2):
         picture(IMAGES[i]).save(tmp_path / f"img_{i}.png")
@@ -329,6 +351,26 @@ def test_palettes_are_looked_up_unless_something_shines_through(tmp_path: Path) 
     assert images.tolist() == [[[[250, 1]], [[120, 2]], [[7, 3]]]] * 3
     palette.save(tmp_path / "d.png", transparency=0)
     with pytest.raises(ImageError, match=r"d\.png is of mode P with transparency, expected RGB"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGB", (1, 2, 3)), ("L", 7)])
+def test_a_colour_that_is_transparent_is_no_colour(mode: str, colour: Any, tmp_path: Path) -> None:
+    Image.new(mode, (4, 4), colour).save(tmp_path / "a.png", transparency=colour)
+    with pytest.raises(ImageError, match=rf"a\.png is of mode {mode} with transparency, expected"):
+        read_all(tmp_path)
+
+
+def test_colours_in_16_bits_are_not_cut_to_8(tmp_path: Path) -> None:
+    # Pillow writes none: a PNG by hand, one row of two pixels.
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    head, rows = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0), zlib.compress(bytes(13))
+    content = chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    with pytest.raises(ImageError, match=r"a\.png is of mode RGB in 16 bits, expected RGB"):
         read_all(tmp_path)
 
 

@@ -47,6 +47,25 @@ def test_words_for_the_newest_come_last_in_a_training() -> None:
     assert sorted(text, key=training_key) == text
 
 
+def test_units_stand_after_a_word_for_what_is_counted() -> None:
+    for ordered in (
+        ["step9500", "step10k", "step500k", "step1M"],
+        ["it9e3", "it2e4", "it1e5"],
+        ["a-500kimg", "a-2000kimg", "a-10Mimg"],
+        ["net-900k", "net-2Mi", "net-1Gi"],
+        ["run12e5f", "s1e10", "s2e3"],  # a hash, and seeds with epochs
+    ):
+        assert sorted({*ordered}, key=natural_key) == ordered
+
+
+def test_scores_and_capitals_count_where_all_else_is_equal() -> None:
+    scored = ["val_loss=0.4-step=100", "val_loss=0.31-step=500", "val_loss=0.29-step=1000"]
+    assert sorted({*scored}, key=training_key) == scored
+    assert sorted(["fid5-a", "fid3-a"], key=training_key) == ["fid3-a", "fid5-a"]
+    mixed = ["step_500", "STEP_786", "step_1000"]
+    assert sorted({*mixed}, key=training_key) == mixed
+
+
 def test_numbers_may_be_of_any_length() -> None:
     long = "9" * 10_000  # too long for a number of Python's
     assert natural_key(long) < natural_key("1" + long)

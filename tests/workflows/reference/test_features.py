@@ -71,6 +71,10 @@ def test_features_that_torch_saved(named: bool, legacy: bool, tmp_path: Path) ->
     )
     assert kind_of(path) == "features"
     assert load_reference(path).dim == 3
+    torch.save({"features": FEATURES, "labels": labels.tolist()}, path)
+    listed = load_features(path).labels
+    assert listed is not None
+    assert listed.tolist() == [*range(7)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""What manifests above files say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from merge_rl.storage.checkpoints.manifest import (
+    CheckpointEntry,
+    Manifest,
+    has_manifest,
+    read_manifest,
+)
+from merge_rl.storage.files import spellings
+
+_PARENTS: Final = 3  # the folder of a file and two above, where its manifest may lie
+
+Recorded = tuple[Manifest, CheckpointEntry]
+
+
+def find_listing(file: Path) -> Recorded | None:
+    """The nearest manifest that lists `file`, and its entry."""
+    return find_listings([file]).get(file)
+
+
+def find_listings(files: Iterable[Path]) -> dict[Path, Recorded]:
+    """The same of several files, as far as they are listed; every manifest is read once."""
+    known: dict[Path, dict[str, Recorded]] = {}
+    found: dict[Path, Recorded] = {}
+    for file in files:
+        places = [(place, above) for place in spellings(file) for above in place.parents[:_PARENTS]]
+        for place, folder in places:
+            if folder not in known:
+                known[folder] = _entries_of(folder)
+            entry = known[folder].get(place.relative_to(folder).as_posix())
+            if entry is not None:
+                found[file] = entry
+                break
+    return found
+
+
+def with_records(folder: Path, entries: Sequence[CheckpointEntry]) -> tuple[CheckpointEntry, ...]:
+    """The entries of a folder within a set, each as the set's manifest has it, with its licence."""
+    listed = find_listings(folder / entry.file for entry in entries)
+    return tuple(_recorded(entry, listed.get(folder / entry.file)) for entry in entries)
+
+
+def _recorded(entry: CheckpointEntry, listed: Recorded | None) -> CheckpointEntry:
+    if listed is None:
+        return entry
+    manifest, known = listed
+    return replace(known, file=entry.file, licence=known.licence or manifest.licence)
+
+
+def _entries_of(folder: Path) -> dict[str, Recorded]:
+    if not has_manifest(folder):
+        return {}
+    manifest = read_manifest(folder)
+    return {entry.file: (manifest, entry) for entry in manifest.checkpoints}
