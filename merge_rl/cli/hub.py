@@ -145,8 +145,9 @@ def push(
     """
     from merge_rl.workflows.export import push as push_model
 
+    place = meant(model)
     pushed = push_model(
-        meant(model),
+        place,
         repo,
         private=not public,
         revision=revision,
@@ -169,7 +170,20 @@ def push(
     verb = "would push" if dry_run else "pushed"
     print_table(f"{verb} {byte_text(pushed.size)} to {pushed.url} ({seen})", ["file", "size"], rows)
     if not dry_run:
-        tell(f'load it: merge_rl.load_model("{pushed.repo_id}")')
+        own = _own_network(place)
+        tell(f'load it: merge_rl.load_model("{pushed.repo_id}"{own})')
+
+
+def _own_network(place: Path) -> str:
+    """What loading a model folder takes besides its name, where the network is the user's."""
+    from merge_rl.own_code import is_own
+    from merge_rl.storage.checkpoints import CONFIG_NAME
+    from merge_rl.untrusted import load_json_mapping, read_bounded
+
+    file = place / CONFIG_NAME
+    said = load_json_mapping(read_bounded(file), str(file)) if file.is_file() else {}
+    name = str(said.get("model"))
+    return f', network="{name}"' if is_own(name) else ""
 
 
 def _show_plan(plan: FetchPlan) -> None:

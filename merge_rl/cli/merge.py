@@ -12,6 +12,7 @@ from merge_rl.cli.options import build, meant_set, named, with_settings
 from merge_rl.cli.output import JsonFlag, note_all, print_json, print_table
 from merge_rl.config import SingleMergeConfig, byte_count, numbers_in, real_number
 from merge_rl.errors import ConfigError
+from merge_rl.own_code import require_allowed
 from merge_rl.progress import counted
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def _open(checkpoints: Path, config: SingleMergeConfig, known: Recipe | None) ->
         from merge_rl.workflows.assembly import with_network
 
         with_network(opened, config.network)
+    elif known is not None and known.network is not None:  # else it would make another file
+        require_allowed(known.network, "network", "--network", str(known.path))
     return opened
 
 

@@ -19,6 +19,7 @@ from merge_rl.errors import ConfigError
 from merge_rl.storage.checkpoints import save_checkpoint
 from tests.finetuning import small_config
 from tests.fixtures import Ended
+from tests.hub_server import HubServer
 
 MODULE = '''
 import torch
@@ -158,16 +159,35 @@ def test_an_own_network_goes_through_all_commands(
     for command, flags in (
         (("evaluate", "run", "--extractor", f"{own}:Points"), ("--num-images", "40")),
         (("inspect", "run/merged"), ()),
+        (("merge", "set", "again", "--recipe", "run/merged"), ()),
         (("merge", "set", "out", "--uniform"), ()),
+        (("convert", "set", "ckpts"), ()),
     ):
         forget()
-        if command[0] == "merge":  # as a set says of itself
+        if "--uniform" in command:  # as a set says of itself
             Path("set/config.json").write_text(json.dumps({"model": f"{own}:network"}))
         refused = mergerl(*command, *flags)
         assert refused.code == 1
         assert f"pass --network {own}:network to import it" in refused.err
         ended = mergerl(*command, *flags, "--network", f"{own}:network")
         assert ended.code == 0, ended.err
+    made = [Path(f"{folder}/model.safetensors").read_bytes() for folder in ("run/merged", "again")]
+    assert made[0] == made[1]
+    loading = f'mrl.load_model("path/to/this/folder", network="{own}:network")'
+    assert loading in Path("run/merged/README.md").read_text()
+    assert mrl.open_checkpoints("ckpts").config == {"model": f"{own}:network"}
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_push_says_what_loading_takes(
+    mergerl: Callable[..., Ended], shifts: Path, own: str, hub: HubServer
+) -> None:
+    assert begin(mergerl, shifts, own, "--searcher", "uniform").code == 0
+    ended = mergerl("push", "run", "me/flow")
+    assert f'load it: merge_rl.load_model("me/flow", network="{own}:network")' in ended.out
+    assert ended.code == 0
+    model = mrl.load_model("me/flow", network=f"{own}:network")
+    assert model.state_dict()["shift"].tolist() == [3.0, 2.0]
 
 
 def test_python_hands_the_factory_over(

@@ -142,6 +142,8 @@ def describe(
     noise levels as EDM's are, those of betas at the levels of their steps (Euler's step is DDIM's);
     velocities along their path. Raises ConfigError for what is no statement.
     """
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"expected a torch module, got {type(module).__name__}")
     steps = None
     if betas is not None:  # on the CPU even where a network is built on the meta device
         steps = tuple(torch.as_tensor(betas, dtype=torch.float64, device="cpu").tolist())

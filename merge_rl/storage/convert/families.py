@@ -124,6 +124,12 @@ def find_family(
                 f"{odd}"
             )
         return told
+    stated = None if config is None else config.get("model")
+    if not able and not is_damaged(shapes) and stated:
+        raise CheckpointError(
+            f"its config says the model {stated!s:.60}, and its tensors are of none of "
+            f"{', '.join(FAMILIES)}; expected --network package.module:factory"
+        )
     if not able and not is_damaged(shapes):
         raise CheckpointError(
             f"expected the tensors of a network, found {next(iter(shapes), 'none')!r}, no name of "
@@ -131,7 +137,6 @@ def find_family(
         )
     if len(able) < 2:  # what fits none is refused for the tensor that it lacks
         return able[0] if able else "sit"
-    stated = None if config is None else config.get("model")
     named = _NAMED.search(stem)
     words = [_trained_as(said.settings), named and named[1].lower()]
     if "repa" in able and _everywhere(said.settings).keys().isdisjoint(_TRAINED["dit"]):

@@ -74,6 +74,10 @@ def read_states(
                 f"{path}: holds nothing of the name {hints.part} that is a network, and no tensors "
                 f"whose names begin with {hints.part}."
             )
+    stated = str((config or {}).get("model"))
+    if own_code.is_own(stated) and hints.network is None:
+        own_code.require_allowed(stated, "network", "--network", f"{path}: its config")
+        hints = replace(hints, network=stated)
     data = with_listed(data)
     held, found = hold(data, TensorRef), list[Extracted]()
     if not any(map(_is_known, held.states.values())):

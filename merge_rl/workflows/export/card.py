@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from merge_rl.own_code import is_own
 from merge_rl.progress import counted
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows.report import few_columns, interval, markdown_table
@@ -63,7 +64,7 @@ def model_card(facts: CardFacts) -> str:
 
 def card_header(facts: CardFacts) -> ModelCardData:
     """The header in the Hub's vocabulary, as its client writes it."""
-    family = [facts.family] if facts.family else []
+    family = [] if is_own(facts.family or "") else [facts.family] if facts.family else []
     return hub_header(
         facts.licence, facts.base_models, "merge", ["merge", "diffusion", *family, "merge_rl"],
         name=f"{facts.name} merge", results=evaluation_results(facts),
@@ -167,7 +168,7 @@ _LOADING: Final = """\
 import torch
 import merge_rl as mrl
 
-model = mrl.load_model("path/to/this/folder")  # or "user/repo"
+model = mrl.load_model("path/to/this/folder"{network})  # or "user/repo"
 noise = torch.randn(4, *model.sample_shape)
 samples = mrl.sample(model, noise{labels})"""
 _READING: Final = """\
@@ -177,7 +178,8 @@ weights = load_file("path/to/this/folder/model.safetensors")  # for load_state_d
 
 
 def _loading(facts: CardFacts) -> list[str]:
-    known = _LOADING.format(labels=", torch.arange(4)" if facts.conditional else "")
+    named = f', network="{facts.family}"' if is_own(facts.family or "") else ""
+    known = _LOADING.format(labels=", torch.arange(4)" if facts.conditional else "", network=named)
     library = ["diffusers' own `from_pretrained` loads this folder too.", ""]
     return [
         "## Loading",

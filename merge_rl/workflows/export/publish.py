@@ -33,7 +33,8 @@ def push(
 
     Args:
         model: finished run or fine-tuning run (its result), set (its newest checkpoint), model
-            folder or file. A checkpoint's file gets a config.json and a card of what is known.
+            folder or file, or a name of the Hub. A checkpoint's file gets a config.json and a card
+            of what is known.
         repo: "user/repo", or "user/repo@branch".
         private: make it private, and refuse to write to one that is public.
         revision: branch, which must exist; "main" by default.
@@ -46,7 +47,7 @@ def push(
     Raises CheckpointError and RunError for what cannot be pushed, HubError for everything at the
     Hub.
     """
-    with publishable(find_model(Path(model)).path) as folder:
+    with publishable(find_model(model).path) as folder:
         return push_folder(
             folder, repo, private=private, revision=revision, message=message, dry_run=dry_run,
             wait=wait,

@@ -163,6 +163,9 @@ class Recipe:
         self.licence = None if licence is None else str(licence)
         self.max_shard_bytes = self._size(document.get("max_shard_bytes", MAX_SHARD_BYTES))
         self.sources = [self._source(item) for item in document["sources"]]
+        search = document.get("search")
+        named = search.get("network") if isinstance(search, dict) else None
+        self.network = named if isinstance(named, str) else None  # of the user's who searched
         said = document.get("sampler")
         self.sampler: Mapping[str, Any] | None = said  # where a search has tuned it
         if said is not None:

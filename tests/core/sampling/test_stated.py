@@ -187,6 +187,11 @@ def test_attributes_do_as_well_as_a_description() -> None:
         network_of({}, "m:f")
 
 
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match="^expected a torch module, got function$"):
+        mrl.describe(denoised, prediction="denoised", time="sigma", sample_shape=[2])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

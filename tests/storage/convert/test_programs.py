@@ -204,6 +204,14 @@ def test_steps_in_names_and_in_files(
     assert [told is not None and told in text for text in said] == [True] * (told is not None)
 
 
+def test_a_config_that_fits_none_of_the_families(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "model.safetensors", net(1))
+    (tmp_path / "config.json").write_text('{"model": "sit"}')
+    told = "its config says the model sit, and its tensors are of none of edm2, sit, dit, repa, jit"
+    with pytest.raises(CheckpointError, match=told):
+        convert(tmp_path / "model.safetensors", tmp_path / "out")
+
+
 # ------------------------------------------------------------------------------ words for nothing
 
 
