@@ -154,8 +154,6 @@ def hold(data: Mapping[str, object], kind: type[T], *, whole: bool = False) -> H
             if name in held.others and isinstance(item, Mapping) and _names_parts(item):
                 held.others.remove(str(name))
                 _collect(item, kind, str(name), held, whole)
-    for place in held.among(averaged=True):
-        held.states[place] = _with_dots(held.states[place], held)
     most = max(map(len, held.states.values()), default=0)
     nested = any(isinstance(data.get(place.partition("/")[0]), Mapping) for place in held.states)
     parts = {"": 1} if nested else {}  # loose beside a state dict: a generator's state, losses
@@ -165,19 +163,6 @@ def hold(data: Mapping[str, object], kind: type[T], *, whole: bool = False) -> H
         small = held.states.pop(place)
         held.others = [_joined(place, name) for name in small][:3] + held.others  # before settings
     return held
-
-
-def _with_dots(average: dict[str, T], held: Held[T]) -> dict[str, T]:
-    """An average by the names of its raw weights, where it has theirs without the dots.
-
-    Modules cannot keep a buffer of a name with dots, as which CompVis' latent diffusion keeps it.
-    """
-    for place in held.among(averaged=False):
-        names = {name.replace(".", ""): name for name in held.states[place]}
-        common = names.keys() & average.keys()
-        if len(common) == len(held.states[place]) > 0 and common != set(names.values()):
-            return {names[short]: average[short] for short in names}
-    return average
 
 
 def own_names(names: Collection[str]) -> dict[str, str]:
