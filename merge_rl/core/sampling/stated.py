@@ -62,9 +62,7 @@ class Statement:
             raise ConfigError(f"expected path or betas for the time {self.time!r}, got {found}")
         if self.betas is not None:
             if self.time != "down":
-                raise ConfigError(
-                    "expected time 'down' with betas, whose steps rise with the noise"
-                )
+                raise ConfigError("expected time 'down' with betas: steps rise with the noise")
             if not all(0 < beta < 1 for beta in self.betas) or len(self.betas) < 2:
                 raise ConfigError("expected betas, two at least, between 0 and 1")
         if type(self.offset) is not int or not 0 <= self.offset < len(self.betas or (0,)):

@@ -34,6 +34,7 @@ _BESIDE: Final = re.compile(
     r"|training_args|trainer_state|lr_scheduler|step\.pth|opt[-_]?[0-9]+\.pt)"
 )
 POSTHOC: Final = re.compile(r"(?P<index>[0-9]{1,4})\.(?P<step>[0-9]{1,12})\.pt")
+AVERAGE: Final = re.compile(r"(?:.*[-_.])?ema(?:[-_.]?(?P<decay>0?\.\d+))?(?:[-_.].*)?")
 _STEPS: Final = re.compile(
     r"(?:checkpoint-|(?:global_?)?steps?[-_=]?|iter(?:ation)?[-_]?)([0-9]+)$|^([0-9]+)\.ckpt$"
 )
@@ -77,13 +78,14 @@ def place_of(folder: Path) -> Place | None:
     if len(files) == 2 and files[1].stem == f"{files[0].stem}_ema":  # as U-ViT's nnet_ema.pth
         return Place("weights", files[0], (files[1],))
     found = _generic(folder)
-    alone = len(_right_in(folder)) < 2 and not any(folder.glob("*.pt"))
+    averages = [f for f in _right_in(folder) if f != found and AVERAGE.fullmatch(f.stem)]
+    alone = len(_right_in(folder)) < 2 + len(averages) and not any(folder.glob("*.pt"))
     within = [file for file in weights_in(folder) if file.parent.parent == folder]
     if found is None and len(within) == 1 and (beside or steps_of(folder) is not None):
         return Place("diffusers", within[0])
     if found and (beside or (alone and re.search("[0-9]", folder.name))):
         custom = sorted(folder.glob("custom_checkpoint_*.pkl"), key=lambda f: natural_key(f.name))
-        return Place("accelerate", found, tuple(custom))
+        return Place("accelerate", found, (*averages, *custom))
     return None
 
 

@@ -8,7 +8,6 @@ it was updated: the user does, and the profile in time follows (`sparse_profile`
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from merge_rl.core.state_dicts import hold
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import MAX_EMA_STD
 from merge_rl.storage.convert.contents import DEFAULT_BATCH, NO_HINTS, Extracted, Hints
-from merge_rl.storage.convert.layouts import POSTHOC
+from merge_rl.storage.convert.layouts import AVERAGE, POSTHOC
 from merge_rl.storage.pickles import ByteSource, Span, StorageRef, TensorRef, kind_of
 
 _COUNTS: Final = ("initted", "step")
@@ -242,16 +241,13 @@ def with_listed(data: Mapping[str, object]) -> Mapping[str, object]:
     return data
 
 
-_AVERAGE: Final = re.compile(r"(?:.*[-_.])?ema(?:[-_.]?(?P<decay>0?\.\d+))?(?:[-_.].*)?")
-
-
 def told_apart(found: list[Extracted], weights: str) -> list[Extracted]:
     """Files of raw weights and of averages of one run, as tracks by what their names say.
 
     guided-diffusion's programs write `model010000.pt` and `ema_0.9999_010000.pt`. As of one file,
     "auto" takes the averages of the first decay.
     """
-    names = [_AVERAGE.fullmatch(item.stem) if item.track is None else None for item in found]
+    names = [AVERAGE.fullmatch(item.stem) if item.track is None else None for item in found]
     said = [name and "-".join(filter(None, ("ema", name["decay"]))) for name in names]
     raw = [item for item, track in zip(found, said, strict=True) if not track]
     first = next(filter(None, said), None)

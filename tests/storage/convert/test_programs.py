@@ -96,6 +96,20 @@ def test_a_folder_a_step_with_an_average_beside(
     assert list(read(tmp_path / "out").values()) == expected
 
 
+@pytest.mark.parametrize(("name", "beside"), [("ema", True), ("model_ema", False)])
+def test_an_average_beside_the_model_of_a_step(name: str, beside: bool, tmp_path: Path) -> None:
+    for step in (50, 100):
+        folder = tmp_path / f"run/checkpoint-{step}"
+        save_tensors(folder / "model.safetensors", net(5 + step))
+        save_tensors(folder / f"{name}.safetensors", net(7 + step))
+        if beside:
+            torch.save(OPTIMIZER, folder / "optimizer.bin")
+    convert(tmp_path / "run", tmp_path / "out", images_per_step=4)
+    assert list(read(tmp_path / "out").values()) == [("ema", 200, 57), ("ema", 400, 107)]
+    convert(tmp_path / "run", tmp_path / "raw", images_per_step=4, weights="model")
+    assert list(read(tmp_path / "raw").values()) == [("raw", 200, 55), ("raw", 400, 105)]
+
+
 def latent_diffusion(network: State, average: State) -> dict[str, Any]:
     """CompVis' checkpoint of Lightning: the average's names have no dots, a decoder lies beside."""
     raw = {f"model.diffusion_model.{name}": tensor for name, tensor in network.items()}
