@@ -1,9 +1,11 @@
 """What a search costs through a function of the user's, against `optimize` on the same network.
 
-    python -m benchmarks.function_cost [--pairs 3] [--budget 3000] [--out FILE.json]
+    python -m benchmarks.function_cost [--pairs 3] [--budget 3000] [--count] [--out FILE.json]
 
 The embedded EDM2 of the digits, the same sampler, extractor, budget and seed; policy gradient, and
 along the gradient with half of the budget. Processor time of whole calls, by turns, one thread.
+With `--count` the operations of one pair instead, and the elements that they made, which no other
+program on the machine changes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import merge_rl as mrl
 from merge_rl.config import SamplerConfig
@@ -57,10 +60,35 @@ def pair_of(source: Path, out: Path, searcher: str, budget: int) -> dict[str, Ca
     }  # fmt: skip
 
 
+class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, operations of torch are counted, and the elements of what they make."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations, self.elements = 0, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        made = func(*args, **(kwargs or {}))
+        first = made[0] if isinstance(made, (tuple, list)) and made else made
+        self.operations += 1
+        self.elements += first.numel() if isinstance(first, Tensor) else 0
+        return made
+
+
+def counts_of(call: Callable[[], object]) -> list[float]:
+    """[operations, elements] of one call."""
+    with Counted() as counted:
+        call()
+    return [counted.operations, counted.elements]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--budget", type=int, default=3000)
+    parser.add_argument("--count", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -71,6 +99,11 @@ def main() -> None:
             calls = pair_of(
                 Path(place) / "digits/edm2", Path(place), searcher, given.budget // share
             )
+            if given.count:
+                counts = found[searcher] = {name: counts_of(call) for name, call in calls.items()}
+                ratios = [s / o for s, o in zip(counts["search"], counts["optimize"], strict=True)]
+                print(f"{searcher}: {counts}: {ratios[0]:.3f} and {ratios[1]:.3f} (seed 1)")
+                continue
             spent = found[searcher] = {name: [] for name in calls}
             for turn in range(given.pairs + 1):  # the first pair only warms up
                 for name in list(calls)[:: -1 if turn % 2 else 1]:
