@@ -60,12 +60,14 @@ def _import_own_share(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     # What is collected stays: looking for garbage in it takes a fifth of the time, and later on.
+    # What tests leave lying about is looked for less often than usual: it is little.
     gc.disable()
     try:
         _import_own_share(session.config)
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000, 20, 50)
         gc.enable()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from merge_rl.workflows.compare import match
 from merge_rl.workflows.finetune import scores
 from merge_rl.workflows.optimize import prepare
-from merge_rl.workflows.report import figures
+from merge_rl.workflows.report import figures, writing
 from merge_rl.workflows.rollout.rollout import Rollout
 
 
@@ -89,6 +89,11 @@ def without_network(patch: pytest.MonkeyPatch) -> None:
         return made
 
     patch.setattr(Rollout, "latents", latents)
+
+
+def without_pages(patch: pytest.MonkeyPatch) -> None:
+    """Runs end without a page, which a run that was interrupted has as any other."""
+    patch.setattr(writing, "write_report", lambda run: writing.Report(run, None, None, None))
 
 
 def with_network(patch: pytest.MonkeyPatch) -> None:

@@ -52,14 +52,10 @@ class Replayed(AskTell):
 
     # ------------------------------------------------------------------------------------ the log
 
-    @property
-    def num_logged(self) -> int:
-        """Candidates told in this era."""
-        return sum(len(rewards) for rewards in self._rewards)
-
     def _clear_log(self) -> None:
         self._thetas: list[Tensor] = []
         self._rewards: list[Tensor] = []
+        self.num_logged = 0  # candidates told in this era
 
     def _learn(self, rewards: Tensor) -> None:
         lost = not bool(rewards.isfinite().any())
@@ -75,6 +71,7 @@ class Replayed(AskTell):
         self._feed(told)
         self._thetas.append(thetas)
         self._rewards.append(told)
+        self.num_logged += len(told)
         # In a replay, too: there are methods that draw to say what they recommend.
         return self._recommend()
 

@@ -161,6 +161,9 @@ def in_a_process(folder: Path) -> None:
     lines = []
     with joined() as group, sharding.process_group("cpu", group):
         for way in ("replicated", "sharded"):
+            halved = gradients(model, way=way, rows=halves[rank])
+            if rank != 0:
+                continue
             network = trainable(load_model(model))
             terms = Terms(network)
             if way == "sharded":
@@ -168,8 +171,7 @@ def in_a_process(folder: Path) -> None:
             for half in halves:
                 (loss_of(network, half, "cpu") / 2).backward()  # type: ignore[no-untyped-call]
             expected = whole_gradients(network)
-            off = terms.apart(gradients(model, way=way, rows=halves[rank]), expected)
-            lines.append(f"{way} {off:.3e} {len(expected)}")
+            lines.append(f"{way} {terms.apart(halved, expected):.3e} {len(expected)}")
         for name, algorithm, count in (("edm2", "pg", 3), ("edm2", "rs", 3), ("sit", "pg", 1)):
             for kind in ("ddp", "fsdp"):
                 shared = update_of(models[name], algorithm, kind, count, group)
@@ -200,4 +202,6 @@ def test_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
     assert [line[0] for line in lines] == ["replicated", "sharded", *updates, *pulled]
     assert all(int(line[2]) > 20 for line in lines)
     # The mean of two halves is that of the whole, of 2 and 1 rollouts too, and of 1 and none.
-    assert all(float(line[1]) <= 1 for line in lines), lines
+    assert all(float(line[1]) <= 1 for line in lines), [
+        line for line in lines if float(line[1]) > 1
+    ]

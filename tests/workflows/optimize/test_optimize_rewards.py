@@ -23,7 +23,7 @@ from merge_rl.storage.files.atomic import save_tensors
 from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.assembly.extractors import build_extractor
 from merge_rl.workflows.reference.file import save_reference
-from tests.quick import without_network
+from tests.quick import without_network, without_pages
 
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]
@@ -151,6 +151,7 @@ def test_every_reward_searches_and_resumes(
         original(self, event)
 
     monkeypatch.setattr(RunDir, "append_event", stopping)
+    without_pages(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         mrl.optimize(shared_tiny, out=tmp_path / "run", config=config)
     mrl.resume(tmp_path / "run")

@@ -28,7 +28,7 @@ from merge_rl.workflows.export import folder as export
 from merge_rl.workflows.optimize import resume
 from merge_rl.workflows.reference.file import load_reference, save_reference
 from merge_rl.workflows.rollout.rollout import MergedRollout
-from tests.quick import without_network
+from tests.quick import without_network, without_pages
 
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]
@@ -240,6 +240,7 @@ def test_interrupted_at_every_place(
     assert branches.ends == [0] * len(part_of)
     assert branches.passed == places
     assert outcome(run) == expected
+    without_pages(monkeypatch)
     for place in part_of:
         shutil.rmtree(run, ignore_errors=True)
         if (kept / str(place)).exists():
@@ -257,11 +258,13 @@ def test_interrupted_at_every_place(
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("first", [4, 20, 44, -1])
 def test_interrupted_again_and_again(
-    first: int, whole: Whole, tmp_path: Path, outcome: Outcome, tripwire: Tripwire
-) -> None:
+    first: int, whole: Whole, tmp_path: Path, outcome: Outcome, tripwire: Tripwire,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     config, run = whole.config, tmp_path / "run"
     with tripwire.at(first % len(whole.places)):
         drive(run, config)
+    without_pages(monkeypatch)
     # The resumed run is stopped soon after it has begun, then a little later.
     for limit in (1, 6):
         with tripwire.at(limit):
@@ -332,6 +335,7 @@ def test_every_kind_of_run_resumes(
 ) -> None:  # fmt: skip
     config, places, _, expected = whole_of(kind)
     quicken(kind, monkeypatch)
+    without_pages(monkeypatch)
     events = expected["events.jsonl"]
     assert isinstance(events, list)
     assert len(events) >= 3

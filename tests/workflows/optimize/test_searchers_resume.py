@@ -11,6 +11,7 @@ import pytest
 import merge_rl as mrl
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.interfaces import NullTracker
+from tests.quick import without_pages
 
 TinyConfig = Callable[..., OptimizeConfig]
 Outcome = Callable[[Path], dict[str, object]]
@@ -42,7 +43,7 @@ class StopAfter(NullTracker):
 @pytest.mark.parametrize(("name", "search", "track"), CASES, ids=[case[0] for case in CASES])
 def test_interrupted_and_resumed(
     name: str, search: dict[str, Any], track: str, shared_tiny: Path, tiny_config: TinyConfig,
-    tmp_path: Path, outcome: Outcome,
+    tmp_path: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     budget = 400 if name == "ema-grid" else 200  # five rounds, or all points of two grids
     config = tiny_config(
@@ -50,6 +51,7 @@ def test_interrupted_and_resumed(
         search={"name": name, "antithetic": True, **search},
     )  # fmt: skip
     mrl.optimize(shared_tiny, out=tmp_path / "whole", config=config)
+    without_pages(monkeypatch)
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         mrl.optimize(shared_tiny, out=run, config=config, tracker=StopAfter(2))

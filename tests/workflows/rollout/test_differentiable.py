@@ -201,7 +201,7 @@ def test_central_differences(family: str, solver: str, guidance: float) -> None:
         assert float(made.gradient.norm()) > 1e-3
 
 
-HEUN = SamplerConfig(num_steps=3, sigma_min=0.1, sigma_max=3.0)
+HEUN = SamplerConfig(num_steps=2, sigma_min=0.1, sigma_max=3.0)
 
 
 @pytest.mark.parametrize("family", ["edm2", "sit"])
