@@ -14,15 +14,16 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from merge_rl.config import SamplerConfig, from_mapping, real_number
+from merge_rl.config import SamplerConfig, from_mapping, real_number, whole_number
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import MAX_SHARD_BYTES, network_name, weights_stem
 from merge_rl.storage.hub import GUIDE_FOLDER, RECIPE_NAME, local_recipe
-from merge_rl.untrusted import load_yaml
+from merge_rl.untrusted import describe, load_yaml
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import find_model, guidance_text
 
+RECIPE_VERSION: Final = 1
 TOOL: Final = f"merge_rl {__version__}"
 
 
@@ -47,7 +48,7 @@ def merge_recipe(
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(checkpoints.sha256, range(len(checkpoints))))
     return {
-        "version": 1,
+        "version": RECIPE_VERSION,
         "tool": tool,
         "base": checkpoints.names[base],
         "groups": dict(groups),
@@ -146,6 +147,9 @@ class Recipe:
         document = load_yaml(self.path)
         if not isinstance(document, dict) or not isinstance(document.get("sources"), list):
             raise ConfigError(f"{self.path}: expected a merge recipe with a list of sources")
+        if whole_number(document.get("version", RECIPE_VERSION)) != RECIPE_VERSION:
+            found = describe(document["version"])
+            raise ConfigError(f"{self.path}, version: expected {RECIPE_VERSION}, found {found}")
         if not document["sources"]:
             raise ConfigError(f"{self.path}: no sources, expected at least one checkpoint")
         groups = document.get("groups") or {}
@@ -162,7 +166,7 @@ class Recipe:
         licence = document.get("licence")
         self.licence = None if licence is None else str(licence)
         self.max_shard_bytes = self._size(document.get("max_shard_bytes", MAX_SHARD_BYTES))
-        self.sources = [self._source(item) for item in document["sources"]]
+        self.sources = [self._source(i, item) for i, item in enumerate(document["sources"])]
         search = document.get("search")
         named = search.get("network") if isinstance(search, dict) else None
         self.network = named if isinstance(named, str) else None  # of the user's who searched
@@ -194,22 +198,29 @@ class Recipe:
         return "Made again from a recipe." + ("" if self.sampler is None else sampled(self.tuned))
 
     def _size(self, value: object) -> int:
-        if type(value) is not int or value < 1:
+        size = whole_number(value)
+        if size is None or size < 1:
             raise ConfigError(
-                f"{self.path}, max_shard_bytes: expected a number of bytes, found {value!r}"
+                f"{self.path}, max_shard_bytes: expected a number of bytes, found {describe(value)}"
             )
-        return value
+        return size
 
-    def _source(self, item: object) -> tuple[str, str | None, list[float]]:
+    def _source(self, index: int, item: object) -> tuple[str, str | None, list[float]]:
         source = item if isinstance(item, dict) else {}
         name, digest, values = (source.get(key) for key in ("name", "sha256", "coefficients"))
-        numbers = [real_number(v) for v in values] if isinstance(values, list) else [None]
-        texts = isinstance(name, str) and isinstance(digest, (str, type(None)))
-        if not texts or not all(v is not None and math.isfinite(v) for v in numbers):
+        listed = values if isinstance(values, list) else []
+        numbers = [real_number(value) for value in listed]
+        finite = [number is not None and math.isfinite(number) for number in numbers]
+        odd = [value for value, fits in zip(listed, finite, strict=True) if not fits]
+        odd += [name] if not isinstance(name, str) else [] if isinstance(values, list) else [values]
+        odd += [] if isinstance(digest, (str, type(None))) else [digest]
+        if odd:
+            what = describe(odd[0] if source else item)
             raise ConfigError(
-                f"{self.path}: expected name and coefficients of each source, found {item!r:.200}"
+                f"{self.path}, sources[{index}]: expected name and coefficients of each source, "
+                f"found {what}"
             )
-        return str(name), digest, [v for v in numbers if v is not None]
+        return str(name), digest and str(digest).lower(), [v for v in numbers if v is not None]
 
     def coefficients(self, checkpoints: CheckpointSet) -> npt.NDArray[np.float64]:
         """(G, K) in the set's order, after checking the names of the sources.

@@ -111,6 +111,15 @@ def test_a_recipe_without_hashes_is_taken(
     assert written().coefficients(raw).tolist() == ROWS
 
 
+def test_hashes_are_read_in_either_case(
+    document: dict[str, Any], written: Callable[[], Recipe], raw: CheckpointSet
+) -> None:
+    for source in document["sources"]:
+        source["sha256"] = source["sha256"].upper()
+    assert written().coefficients(raw).tolist() == ROWS
+    raw.hashes.compare()
+
+
 def without(key: str) -> Callable[[dict[str, Any]], None]:
     return lambda document: document["sources"][1].pop(key)
 
@@ -126,6 +135,9 @@ def put(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (lambda d: d.update(sources={"a": 1}), "expected a merge recipe with a list of sources"),
         (lambda d: d.update(sources=[]), "no sources"),
         (lambda d: d.update(sources=[3]), "expected name and coefficients of each source, found 3"),
+        (lambda d: d.update(version=2), "version: expected 1, found 2"),
+        (put("coefficients", [None]), r"sources\[1\]: expected name and .*, found nothing$"),
+        (put("coefficients", [float("inf")]), r"of each source, found inf$"),
         (without("name"), "expected name and coefficients of each source"),
         (without("coefficients"), "expected name and coefficients of each source"),
         (put("coefficients", "0.1"), "expected name and coefficients of each source"),
