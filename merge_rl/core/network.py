@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Final
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_DRAWS: Final = {
+    nn.init.kaiming_uniform_, nn.init.kaiming_normal_, nn.init.uniform_, nn.init.normal_,
+}  # fmt: skip
 
 
 def against(made: Tensor, cotangent: Tensor) -> Tensor:
@@ -16,6 +23,23 @@ def against(made: Tensor, cotangent: Tensor) -> Tensor:
     """
     product: Tensor = (made * cotangent).sum()
     return product
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside, new layers leave their weights undrawn: all of them are to be loaded.
+
+    Millions of numbers take longer to draw than to read.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: Sequence[type], args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:  # fmt: skip
+        """What torch calls in place of its functions."""
+        given = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 class Network(nn.Module, ABC):

@@ -14,6 +14,7 @@ from typing import Final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from merge_rl.core.network import Undrawn
 from merge_rl.core.state_dicts import load_exactly
 from merge_rl.features.preparation import ImageFeatures, resize_bicubic
 
@@ -102,7 +103,8 @@ def prepare(images: Tensor) -> Tensor:
 
 def load_efficientnet_lite0(weights: Mapping[str, Tensor]) -> ImageFeatures:
     """Features (B, 1280); CheckpointError for weights that are not the network's."""
-    network = EfficientNetLite0()
+    with Undrawn():
+        network = EfficientNetLite0()
     load_exactly(
         network, weights, "extractor 'efficientnet-lite0'",
         ignored=lambda name: name.startswith("_fc."),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from merge_rl.core.network import Undrawn
 from merge_rl.core.state_dicts import load_exactly
 from merge_rl.features.preparation import (
     ImageFeatures,
@@ -64,7 +65,8 @@ def prepare_clean(images: Tensor) -> Tensor:
 def _build(
     weights: Mapping[str, Tensor], name: str, prepare: Preparation, tap: str
 ) -> ImageFeatures:
-    network = Inception(tap)
+    with Undrawn():
+        network = Inception(tap)
     load_exactly(
         network,
         weights,

@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from merge_rl.core.network import Undrawn
 from merge_rl.core.sampling.sampler import signed_levels, unit_levels
 from merge_rl.core.state_dicts import load_exactly
 from merge_rl.errors import ConfigError, MissingLibraryError
@@ -205,7 +206,8 @@ def stability_vae(weights: Mapping[str, Tensor], config: Mapping[str, Any] | Non
         raise MissingLibraryError("decoding latents", "diffusers", "latent") from None
     options = {k: v for k, v in (config or SD_VAE).items() if not k.startswith("_")}
     try:
-        vae = AutoencoderKL(**options)
+        with Undrawn():
+            vae = AutoencoderKL(**options)
     except (TypeError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"the VAE does not take this config: {first}") from None

@@ -1,4 +1,4 @@
-"""The product with a cotangent, through which gradients are taken back."""
+"""The product with a cotangent, through which gradients are taken back; layers without draws."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
-from merge_rl.core.network import against
+from merge_rl.core.network import Undrawn, against
 
 PROGRAM = """
 import sys, torch
@@ -34,3 +35,13 @@ def test_the_gradient_is_the_cotangent_to_the_bit(kind: torch.dtype) -> None:
 def test_it_loads_no_symbolic_shapes() -> None:
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert ended.stdout == "False\n", ended.stderr
+
+
+def test_layers_that_are_to_be_loaded_draw_nothing() -> None:
+    before = torch.get_rng_state()
+    with Undrawn():
+        layers = nn.Linear(3, 4), nn.Conv2d(1, 2, 3), nn.Embedding(5, 2), nn.BatchNorm2d(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert layers[-1].weight.tolist() == [1, 1, 1]  # what is no draw is set
+    nn.Linear(3, 4)
+    assert not torch.equal(torch.get_rng_state(), before)

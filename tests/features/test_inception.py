@@ -102,7 +102,9 @@ def test_features_are_the_public_implementations(
     weights: dict[str, Tensor],
     expected: dict[str, Tensor],
 ) -> None:
+    before = torch.get_rng_state()
     extractor = load(weights)
+    assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn that is loaded then
     assert (extractor.name, extractor.dim) == (name, 2048)
     found = extractor(expected[images][:2])
     torch.testing.assert_close(found, expected[features][:2], rtol=1e-4, atol=1e-3)
