@@ -52,7 +52,7 @@ from merge_rl.storage.checkpoints.model_file import (
 )
 from merge_rl.storage.checkpoints.one_pass import merge_pass
 from merge_rl.storage.checkpoints.plan import MergePlan, base_index, merged_licence, plan_merge
-from merge_rl.storage.checkpoints.recorded import find_listing
+from merge_rl.storage.checkpoints.recorded import find_listing, recorded_facts
 
 if TYPE_CHECKING:
     from merge_rl.storage.checkpoints.merging import (
@@ -108,6 +108,7 @@ __all__ = [
     "parse_stem",
     "plan_merge",
     "read_manifest",
+    "recorded_facts",
     "relative_inside",
     "require_fit",
     "require_network",

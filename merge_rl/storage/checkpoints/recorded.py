@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from merge_rl.storage.checkpoints.manifest import (
     CheckpointEntry,
@@ -17,6 +17,7 @@ from merge_rl.storage.files import spellings
 
 _PARENTS: Final = 3  # the folder of a file and two above, where its manifest may lie
 
+_FACTS: Final = ("nimg", "ema_std", "ema_gamma", "ema_start", "track", "licence")
 Recorded = tuple[Manifest, CheckpointEntry]
 
 
@@ -45,6 +46,15 @@ def with_records(folder: Path, entries: Sequence[CheckpointEntry]) -> tuple[Chec
     """The entries of a folder within a set, each as the set's manifest has it, with its licence."""
     listed = find_listings(folder / entry.file for entry in entries)
     return tuple(_recorded(entry, listed.get(folder / entry.file)) for entry in entries)
+
+
+def recorded_facts(listed: Recorded | None) -> dict[str, Any]:
+    """What a manifest says of a file's training and licence, by the names of an entry's fields."""
+    if listed is None:
+        return {}
+    entry = _recorded(listed[1], listed)
+    facts = {key: getattr(entry, key) for key in _FACTS}
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _recorded(entry: CheckpointEntry, listed: Recorded | None) -> CheckpointEntry:

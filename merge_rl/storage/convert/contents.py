@@ -42,6 +42,7 @@ class Extracted:
     ema_start: float | None = None
     width: float | None = None  # that a post-hoc EMA was to have
     track: str | None = None
+    licence: str | None = None  # that a manifest states
     autoencoder: str | None = None  # registered name of what makes images of the samples
     sampler: tuple[tuple[str, Any], ...] = ()  # settings that differ from the defaults
     facts: Mapping[str, Any] = field(default_factory=dict)  # kept as JSON in the output

@@ -130,7 +130,7 @@ def make_plan(
             found=item,
             file=_file_name(item, folder),
             metadata=_metadata(item, config, origins[item.path]),
-            licence=licence or _of(known[item.path], "licence"),
+            licence=licence or item.licence or _of(known[item.path], "licence"),
         )
         for item in found
     )

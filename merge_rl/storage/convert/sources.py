@@ -20,6 +20,7 @@ from merge_rl.storage.checkpoints import (
     library_document,
     metadata_config,
     network_config,
+    recorded_facts,
 )
 from merge_rl.storage.convert import edm2 as edm2_source
 from merge_rl.storage.convert.adapters import (
@@ -166,9 +167,9 @@ def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
         averages, left = _averages(place, data)
         others = sorted(path.glob("*model_[0-9].*"))
         left += [*lacking, *(f"left {o.name}, another network beside this one" for o in others)]
-        if averages:
-            data = {"model": data, **averages}
-        found = read_states(data, path, weights, hints, steps=steps_of(path))
+        data = {"model": data, **averages} if averages else data
+        config = None if library_document(path) else first_config(place.weights, {}, None)
+        found = read_states(data, path, weights, hints, config, steps=steps_of(path))
         found = [replace(item, notes=(*item.notes, *left)) for item in found]
     return [replace(item, stem=path.name, kind=place.kind) for item in found]
 
@@ -280,7 +281,8 @@ def _read_safetensors(path: Path, weights: str, hints: Hints) -> list[Extracted]
     listed = find_listing(path)
     config = first_config(path, metadata, listed[0] if listed else None)
     found = read_states(named, path, weights, hints, config)
-    return [replace(item, stem=network_name(path)) for item in found]
+    facts = recorded_facts(listed) if len(found) == 1 else {}
+    return [replace(item, stem=network_name(path), **facts) for item in found]
 
 
 def _tensors_of(path: Path) -> dict[str, TensorRef]:

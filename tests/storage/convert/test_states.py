@@ -256,6 +256,30 @@ def test_a_family_that_nothing_tells_is_asked_for(
         convert(tmp_path / "a.pt", tmp_path / "out", num_heads=2, family="dti")
 
 
+def test_what_a_manifest_says_of_a_file_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "set/raw/a.safetensors"
+    save_checkpoint(file, state_of(SIT, 1))
+    facts: dict[str, Any] = {"nimg": 300, "ema_std": 0.05, "track": "narrow"}
+    entry = CheckpointEntry(file="raw/a.safetensors", **facts)
+    manifest = Manifest(model=SIT, checkpoints=(entry,), licence="CC-BY-NC-SA-4.0")
+    write_manifest(tmp_path / "set/checkpoints_manifest.yaml", manifest)
+    convert(file, tmp_path / "out")
+    made = read_manifest(tmp_path / "out")
+    assert made.licence == "CC-BY-NC-SA-4.0"
+    assert {key: getattr(made.checkpoints[0], key) for key in facts} == facts
+
+
+def test_a_model_folder_says_its_network(tmp_path: Path) -> None:
+    state, config = state_of(SIT, 1), {**SIT, "model": "repa"}
+    save_checkpoint(tmp_path / "made/model.safetensors", state)
+    (tmp_path / "made/config.json").write_text(json.dumps(config))
+    (written,) = convert(tmp_path / "made", tmp_path / "out").written
+    made = read_manifest(tmp_path / "out").model
+    assert {key: made[key] for key in config} == config
+    found = open_tensors(written).weights
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize("said", ["manifest", "config.json"])
 def test_what_lies_beside_a_file_tells_its_network(said: str, tmp_path: Path) -> None:
     file, config = tmp_path / "set/a.safetensors", {**SIT, "model": "repa", "num_classes": 9}
