@@ -52,7 +52,12 @@ from merge_rl.storage.checkpoints.model_file import (
 )
 from merge_rl.storage.checkpoints.one_pass import merge_pass
 from merge_rl.storage.checkpoints.plan import MergePlan, base_index, merged_licence, plan_merge
-from merge_rl.storage.checkpoints.recorded import find_listing, recorded_facts
+from merge_rl.storage.checkpoints.recorded import (
+    RECIPE_NAME,
+    find_listing,
+    licence_beside,
+    recorded_facts,
+)
 
 if TYPE_CHECKING:
     from merge_rl.storage.checkpoints.merging import (
@@ -69,6 +74,7 @@ __all__ = [
     "DISK",
     "MANIFEST_NAME",
     "MAX_EMA_STD",
+    "RECIPE_NAME",
     "SCHEDULER_NAME",
     "SCHEDULER_PLACE",
     "CheckpointEntry",
@@ -92,6 +98,7 @@ __all__ = [
     "left_in_file",
     "library_document",
     "library_documents",
+    "licence_beside",
     "load_catalogue",
     "load_checkpoints",
     "merge_into_memory",

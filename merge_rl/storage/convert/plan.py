@@ -19,6 +19,7 @@ from merge_rl.storage.checkpoints import (
     SetDefaults,
     by_progress,
     has_manifest,
+    licence_beside,
     load_catalogue,
     read_manifest,
     relative_inside,
@@ -130,7 +131,10 @@ def make_plan(
             found=item,
             file=_file_name(item, folder),
             metadata=_metadata(item, config, origins[item.path]),
-            licence=licence or item.licence or _of(known[item.path], "licence"),
+            licence=licence
+            or item.licence
+            or licence_beside(item.path)
+            or _of(known[item.path], "licence"),
         )
         for item in found
     )

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from merge_rl.errors import CheckpointError, HubError
 from merge_rl.storage.checkpoints import CONFIG_NAME, SCHEDULER_PLACE
+from merge_rl.storage.checkpoints import RECIPE_NAME as RECIPE_NAME
 from merge_rl.storage.files import (
     INDEX_SUFFIX,
     LAYOUTS,
@@ -131,7 +132,6 @@ def _upload(
 
 
 CARD_NAME: Final = "README.md"
-RECIPE_NAME: Final = "merge.yaml"
 GUIDE_FOLDER: Final = "guide"  # of a merged model: the merge that guides it
 MERGEKIT_NAME: Final = "mergekit.yaml"
 PICTURE_ENDINGS: Final = (".png", ".jpg", ".jpeg", ".webp")

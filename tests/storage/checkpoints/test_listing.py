@@ -28,6 +28,7 @@ from merge_rl.storage.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
+from merge_rl.storage.checkpoints.recorded import licence_beside
 from merge_rl.storage.files import save_tensors
 
 MODEL = {"model": "edm2", "img_resolution": 4}
@@ -130,6 +131,14 @@ def test_a_folder_of_a_set_is_as_the_manifest_above_says(tracks: Path) -> None:
         ]
     (tracks / "raw/later.safetensors").write_bytes((tracks / "raw/a.safetensors").read_bytes())
     assert list_folder(tracks / "raw").entries[1].licence is None
+
+
+def test_a_merge_has_the_licence_of_its_recipe(tmp_path: Path) -> None:
+    save(tmp_path / "model.safetensors")
+    for text, licence in (("licence: mit\nsources: []", "mit"), ("licence: [", None), ("a", None)):
+        (tmp_path / "merge.yaml").write_text(text)
+        assert list_folder(tmp_path).entries[0].licence == licence
+        assert licence_beside(tmp_path / "model.safetensors") == licence
 
 
 def test_a_file_beside_shards_of_its_name_has_its_whole_name(tmp_path: Path) -> None:
