@@ -94,9 +94,9 @@ class Statement:
 def describe(
     module: nn.Module,
     *,
-    prediction: str,
-    time: str,
-    sample_shape: Sequence[int],
+    prediction: str = "",
+    time: str = "",
+    sample_shape: Sequence[int] = (),
     path: str | None = None,
     betas: Sequence[float] | Tensor | None = None,
     label_dim: int = 0,
@@ -138,7 +138,7 @@ def describe(
 
     Networks over noise levels, and all that predict the clean sample or the noise, are sampled over
     noise levels as EDM's are, those of betas at the levels of their steps (Euler's step is DDIM's);
-    velocities along their path. Raises ConfigError for what is no statement.
+    velocities along their path. ConfigError where one of the first three is missing, or wrong.
     """
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expected a torch module, got {type(module).__name__}")

@@ -217,6 +217,21 @@ def test_what_is_no_statement_is_refused(change: dict[str, Any], sentence: str) 
 
 
 @pytest.mark.parametrize(
+    ("left_out", "sentence"),
+    [
+        ("prediction", "expected prediction denoised, velocity, noise, got ''"),
+        ("time", "expected time sigma, up, down, got ''"),
+        ("sample_shape", r"expected sample_shape of whole numbers > 0, got \(\)"),
+    ],
+)
+def test_what_is_left_unstated_is_asked_for(left_out: str, sentence: str) -> None:
+    said: dict[str, Any] = {"prediction": "denoised", "time": "sigma", "sample_shape": [2]}
+    del said[left_out]
+    with pytest.raises(ConfigError, match=sentence):
+        mrl.describe(Known(denoised), **said)
+
+
+@pytest.mark.parametrize(
     ("function", "sentence"),
     [
         # (B, 1) would be widened to (B, 2), and merged as if it were right.
