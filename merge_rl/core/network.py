@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_DRAWS: Final = {
+_FILLS: Final = {
     nn.init.kaiming_uniform_, nn.init.kaiming_normal_, nn.init.uniform_, nn.init.normal_,
+    Tensor.uniform_, Tensor.normal_,
 }  # fmt: skip
+_DRAWS: Final = {torch.randn, torch.rand}
 
 
 def against(made: Tensor, cotangent: Tensor) -> Tensor:
@@ -37,8 +40,10 @@ class Undrawn(TorchFunctionMode):
     ) -> object:  # fmt: skip
         """What torch calls in place of its functions."""
         given = kwargs or {}
-        if func in _DRAWS:
+        if func in _FILLS:
             return args[0] if args else given["tensor"]
+        if func in _DRAWS:
+            return torch.empty(*args, **given)  # type: ignore[call-overload]
         return func(*args, **given)
 
 

@@ -40,6 +40,9 @@ def test_it_loads_no_symbolic_shapes() -> None:
 def test_layers_that_are_to_be_loaded_draw_nothing() -> None:
     before = torch.get_rng_state()
     with Undrawn():
+        nn.init.xavier_uniform_(torch.empty(2, 3))
+        assert torch.randn(2, 3).shape == (2, 3)
+        assert torch.rand(4).shape == (4,)
         layers = nn.Linear(3, 4), nn.Conv2d(1, 2, 3), nn.Embedding(5, 2), nn.BatchNorm2d(3)
     assert torch.equal(torch.get_rng_state(), before)
     assert layers[-1].weight.tolist() == [1, 1, 1]  # what is no draw is set

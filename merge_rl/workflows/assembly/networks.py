@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from merge_rl import own_code, registry
 from merge_rl.config import SamplerConfig
-from merge_rl.core.network import Network
+from merge_rl.core.network import Network, Undrawn
 from merge_rl.core.state_dicts import Held, hold, names_for, unwrapped
 from merge_rl.errors import (
     CheckpointError,
@@ -197,6 +198,13 @@ def load_guide(sampler: SamplerConfig, device: str) -> Network | None:
     return load_network(sampler.guide).to(device) if sampler.guide else None
 
 
+def to_be_loaded(config: Mapping[str, Any]) -> Network:
+    """The network of a config, for weights that come: those of known families are not drawn."""
+    own = own_code.is_own(str(config.get("model")))
+    with nullcontext() if own else Undrawn():
+        return registry.build_model(config)
+
+
 def load_network(path: str | Path, network: str | None = None) -> Network:
     """A network with the weights of a file or folder, float32, in evaluation mode.
 
@@ -208,7 +216,7 @@ def load_network(path: str | Path, network: str | None = None) -> Network:
         raise unknown_config(path)
     if not own_code.is_own(str(config.get("model"))):  # before it takes memory
         require_network(WeightStream.of(unwrapped(file.weights)).infos, config, str(path))
-    model = registry.build_model(config)
+    model = to_be_loaded(config)
     names = names_for(file.weights, model.state_dict())
     weights = {name: file.weights[known] for name, known in names.items()}
     require_fit(WeightStream.of(weights).infos, model, str(path))
