@@ -277,14 +277,7 @@ def open_checkpoints(
     select: Sequence[str] | None = None,
     distinct: bool = True,
 ) -> CheckpointSet:
-    """Open a folder of `.safetensors`, with or without a manifest, reading headers and samples.
-
-    `track` keeps one series of a manifest, `select` the checkpoints of these names. Order: by
-    (nimg, ema_std) if a manifest gives every nimg, else by the numbers in names (step_750 before
-    step_2000), else the manifest's. Every file must agree with the first in tensor names, shapes
-    and dtypes. Links to a file, and copies of it, count once where `distinct`; `duplicates` names
-    them either way.
-    """
+    """`merge_rl.open_checkpoints`, of a folder that lies here."""
     listing = select_entries(list_folder(Path(path)), track=track, select=select)
     headers, config = read_headers(listing)
     repeated = find_duplicates(listing, headers)

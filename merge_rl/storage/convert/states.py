@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -88,13 +88,8 @@ def read_states(
         prefix = "" if hints.network else _prefix_of(tensors)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         told = (f"took the tensors by their names without {prefix!r}",) if prefix else ()
-        item = Extracted(
-            path=path,
-            tensors=tensors,
-            config=config,
-            stem=path.stem.removesuffix(".bin.index"),
-            notes=told,
-        )
+        stem = path.stem.removesuffix(".bin.index")
+        item = Extracted(path=path, tensors=tensors, config=config, stem=stem, notes=told)
         item = _described(item, _family(item, said, hints), said, hints, config)
         placed = place.partition("/")[0] in data or is_average(place)
         if placed:  # else names alone say the place
@@ -102,14 +97,17 @@ def read_states(
             item = replace(item, folder=track, track=track)
         if placed or steps is not None or hints.part is not None:
             item = _trained(item, said, hints, steps)
-        left = held.beside(place)
-        if left and weights != "both":
-            what = f"took {place or 'the weights'}" + " (an average)" * is_average(place)
-            more = f" and {len(left) - 8} more" * (len(left) > 8)
-            note = f"{what}; the file holds beside it: {', '.join(left[:8])}{more}"
-            item = replace(item, notes=(*item.notes, note))
-        found.append(item)
+        left = () if weights == "both" else held.beside(place)
+        found.append(replace(item, notes=(*item.notes, *_left(place, left))))
     return found
+
+
+def _left(place: str, others: Sequence[str]) -> Iterator[str]:
+    """What was taken of a file that holds more, and what that is."""
+    if others:
+        what = f"took {place or 'the weights'}" + " (an average)" * is_average(place)
+        more = f" and {len(others) - 8} more" * (len(others) > 8)
+        yield f"{what}; the file holds beside it: {', '.join(others[:8])}{more}"
 
 
 def read_only_state(path: Path) -> dict[str, TensorRef]:
