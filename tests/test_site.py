@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 import merge_rl
+from merge_rl.cli.tables import print_table
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -32,6 +34,41 @@ def test_blocks_of_code_are_closed(page: Path) -> None:
     fences = [line for line in page.read_text(encoding="utf-8").splitlines() if "```" in line]
     assert len(fences) % 2 == 0
     assert all(line.strip() == "```" for line in fences[1::2])
+
+
+def cut_paragraphs(text: str) -> list[str]:
+    """First lines of what begins small after a title or a full stop: the rest of a sentence."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    blocks = [block for block in prose.split("\n\n") if block.strip()]
+    return [
+        block.splitlines()[0]
+        for before, block in itertools.pairwise(blocks)
+        if re.match(" {0,3}[a-z]", block)
+        and not re.match(r"\w+\n: ", block)  # a word and what it means
+        and (before.startswith("#") or before.rstrip().endswith("."))
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_paragraph_begins_within_a_sentence(page: Path) -> None:
+    assert cut_paragraphs(page.read_text(encoding="utf-8")) == []
+
+
+def test_what_begins_within_a_sentence_is_found() -> None:
+    lost = "# Title\n\n  to the SDE.\n- All.\n\nloads it.\n\nScores\n\n    R(g)\n\nwhere g is."
+    assert cut_paragraphs(lost) == ["  to the SDE.", "loads it."]
+
+
+def test_the_readme_shows_the_table_as_it_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = text[text.index("FID, N = ") : text.index("\nfloor: ")].splitlines()
+    rows = [re.split(r" {2,}", line) for line in shown[1:] if not line.startswith("─")]
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table(shown[0], rows[0], rows[1:])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.rstrip() for line in printed] == shown
 
 
 def test_the_readme_is_short_and_shows_a_command_first() -> None:

@@ -18,12 +18,12 @@ from merge_rl.cli.output import (
     note,
     note_unused_gpu,
     print_json,
-    print_table,
     say,
     stoppable,
     tell,
 )
 from merge_rl.cli.results import there, write_page
+from merge_rl.cli.tables import print_table
 from merge_rl.config import SCORES, SEARCH, OptimizeConfig, numbers_in, whole_number
 from merge_rl.errors import ConfigError
 

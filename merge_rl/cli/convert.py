@@ -10,7 +10,8 @@ import typer
 
 from merge_rl.cli.inspect import width_text
 from merge_rl.cli.options import build, named, with_settings
-from merge_rl.cli.output import ByteTracker, JsonFlag, print_json, print_table, tell
+from merge_rl.cli.output import ByteTracker, JsonFlag, print_json, tell
+from merge_rl.cli.tables import print_table
 from merge_rl.config import ConvertConfig
 from merge_rl.errors import ConfigError
 

@@ -17,11 +17,11 @@ from merge_rl.cli.output import (
     note_all,
     note_unused_gpu,
     print_json,
-    print_table,
     say,
 )
 from merge_rl.cli.results import interval_text, number_text
 from merge_rl.cli.sample import find_autoencoder, generation_settings
+from merge_rl.cli.tables import print_table
 from merge_rl.config import MODEL_IMAGES, EvaluateConfig, ReferenceConfig, SamplerConfig
 from merge_rl.errors import ConfigError
 from merge_rl.own_code import is_own

@@ -15,10 +15,10 @@ from merge_rl.cli.output import (
     JsonFlag,
     byte_text,
     print_json,
-    print_table,
     say,
     tell,
 )
+from merge_rl.cli.tables import print_table
 from merge_rl.config import FetchConfig
 from merge_rl.errors import ConfigError
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merge_rl.cli.output import JsonFlag, note, note_all, print_json, print_table, tell
+from merge_rl.cli.output import JsonFlag, note, note_all, print_json, tell
 from merge_rl.cli.results import interval_text
+from merge_rl.cli.tables import print_table
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
 from merge_rl.own_code import allow_network
 from merge_rl.progress import counted
@@ -173,7 +174,7 @@ def _run_document(
         "budget": config.budget,
         "seed": config.seed,
         "rounds": len(events),
-        "images": last["images"] if last else 0,
+        "images": (result or {}).get("search_images", last["images"] if last else 0),
         "pool_fid": last["pool_after"] if last else None,
         "comparison": result.get("comparison") if result else None,
     }
@@ -184,8 +185,7 @@ def _print_run(path: Path, document: Mapping[str, Any]) -> None:
     print_table(str(path), ["run", ""], rows)
     if document["state"] == "unfinished":
         tell(f"go on with: mergerl resume {path}")
-    comparison = document["comparison"]
-    if comparison is None:  # not there yet, or a search of several that are compared
+    if (comparison := document["comparison"]) is None:  # not there yet, or one that is compared
         return
     headline, entries = comparison["headline"], comparison["entries"]
     print_table(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from merge_rl.cli.options import build, meant_set, named, with_settings
-from merge_rl.cli.output import JsonFlag, note_all, print_json, print_table
+from merge_rl.cli.output import JsonFlag, note_all, print_json
+from merge_rl.cli.tables import print_table
 from merge_rl.config import SingleMergeConfig, byte_count, numbers_in, real_number
 from merge_rl.errors import ConfigError
 from merge_rl.own_code import require_allowed

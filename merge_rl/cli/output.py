@@ -1,4 +1,4 @@
-"""What the user sees: errors, JSON, tables, progress."""
+"""What the user sees: errors, JSON, progress."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any, Final, TypeVar
 
 import typer
 from rich import markup
-from rich.cells import cell_len
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -29,7 +28,6 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from merge_rl.cli.ranks import leads
@@ -38,14 +36,14 @@ from merge_rl.progress import level_text, round_text
 JsonFlag = typer.Option("--json", help="One JSON document on stdout; all else on stderr.")
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Text from anywhere: what would move a terminal's cursor as Python writes it."""
     return "".join(c if c.isprintable() or c in "\n\xa0" else ascii(c)[1:-1] for c in text)
 
 
 def escape(text: str) -> str:
     """The same, for rich: without markup."""
-    return markup.escape(_visible(text))
+    return markup.escape(visible(text))
 
 
 def complain(sentence: str, *, anyone: bool = False) -> None:
@@ -105,51 +103,13 @@ def stoppable(saved: Callable[[], bool], sentence: str) -> Iterator[None]:
     except KeyboardInterrupt:
         if not saved():
             raise
-        say(f"\nstopped; {escape(sentence)}")
+        say(f"stopped; {escape(sentence)}")
         raise typer.Exit(1) from None
 
 
 def print_json(document: Any) -> None:
     """The one JSON document of --json."""
     sys.stdout.write(json.dumps(document, indent=2, allow_nan=False, default=str) + "\n")
-
-
-def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False
-) -> None:
-    """A table on stdout; the first column is left-aligned, the others right unless of words.
-
-    Names of the first column and numbers of the others stay whole, if need be beyond the terminal.
-    """
-    columns, *rows = [[_visible(text) for text in row] for row in (columns, *rows)]
-    table = Table(title=escape(title), title_justify="left", header_style="bold")
-    console = Console(emoji=False, highlight=False)
-    widths = [] if words else _widths(list(zip(columns, *rows, strict=True)), console.width)
-    console.width = max(console.width, sum(widths) + 1, _LEAST_WIDTH)
-    for index, column in enumerate(columns):
-        side: JustifyMethod = "left" if words or index == 0 else "right"
-        width = widths[index] - _EDGE if widths else None
-        table.add_column(
-            escape(column), justify=side, no_wrap=index == 0, overflow="fold", width=width
-        )
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
-
-
-_EDGE, _LEAST_WIDTH, _LONGEST_NUMBER = 3, 20, 24
-
-
-def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
-    """Of columns with their edges: within the room, where names and numbers stay whole."""
-    widths = [_EDGE + max(map(cell_len, column)) for column in columns]
-    parts = (" ".join(column).split() for column in columns[1:])
-    longest = (max(map(cell_len, part), default=0) for part in parts)
-    least = [widths[0], *(_EDGE + min(_LONGEST_NUMBER, length) for length in longest)]
-    while sum(widths) >= room and widths != least:  # one more for the last edge
-        spare = [width - needed for width, needed in zip(widths, least, strict=True)]
-        widths[spare.index(max(spare))] -= 1
-    return widths
 
 
 def rate_of(task: Task) -> float | None:

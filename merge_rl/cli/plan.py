@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from merge_rl.cli.output import BarTracker, note_all, print_json, print_table
+from merge_rl.cli.output import BarTracker, note_all, print_json
+from merge_rl.cli.tables import print_table
 from merge_rl.config import numbers_in, whole_number
 from merge_rl.errors import ConfigError
 

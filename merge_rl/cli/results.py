@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_rl.cli.output import ProgressTracker, escape, print_table, say, tell
+from merge_rl.cli.output import ProgressTracker, escape, say, tell
+from merge_rl.cli.tables import print_table
 from merge_rl.progress import pool_text
 
 if TYPE_CHECKING:

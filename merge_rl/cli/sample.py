@@ -14,6 +14,7 @@ from merge_rl.cli.output import JsonFlag, ProgressTracker, note, print_json, say
 from merge_rl.config import GenerationConfig, SampleConfig, SamplerConfig, to_mapping
 from merge_rl.errors import ConfigError
 from merge_rl.own_code import require_allowed
+from merge_rl.progress import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,7 +62,11 @@ def sample(
     from merge_rl.storage.files import enlarge, image_grid, side_by_side, write_picture
 
     require_free(out, force=force)
-    found = [generated(meant(model), settings, label, quiet=json) for model in models]
+    names = names_of(models)
+    found = [
+        generated(meant(model), settings, label, name, quiet=json)
+        for model, name in zip(models, names if len(models) > 1 else [""], strict=True)
+    ]
     if len({classes for _, _, classes in found}) > 1:
         counts = ", ".join(f"{m} {c}" for m, (_, _, c) in zip(models, found, strict=True))
         raise ConfigError(f"expected models of equally many classes, got {counts}")
@@ -70,7 +75,7 @@ def sample(
         tens = 10 if classes == 10 and len(images) % 10 == 0 else None
         grid = image_grid(images, columns or tens)
         grids.append(enlarge(grid, zoom or max(1, 480 // grid.shape[-1])))
-    named = list(zip(names_of(models), grids, strict=True))
+    named = list(zip(names, grids, strict=True))
     write_picture(out, side_by_side(named) if len(named) > 1 else grids[0])
     first, count = build(SampleConfig, settings).seed, len(found[0][1])
     if json:
@@ -79,7 +84,8 @@ def sample(
         print_json({**document, **shown})
     else:
         of = f" of each of {len(models)} models" if len(models) > 1 else ""
-        tell(f"wrote {count} images{of}, seeds {first}-{first + count - 1}, to {out}")
+        seeds = f"seeds {first}-{first + count - 1}" if count > 1 else f"seed {first}"
+        tell(f"wrote {counted(count, 'image')}{of}, {seeds}, to {out}")
 
 
 def require_free(out: Path, *, force: bool) -> None:
@@ -92,9 +98,12 @@ def require_free(out: Path, *, force: bool) -> None:
 
 
 def generated(
-    model: Path, settings: Mapping[str, Any], label: int | None, *, quiet: bool
+    model: Path, settings: Mapping[str, Any], label: int | None, name: str, *, quiet: bool
 ) -> tuple[Tensor, Tensor, int]:
-    """Images (N, C, H, W) uint8 of a model, their labels (N,), and how many classes it has."""
+    """Images (N, C, H, W) uint8 of a model, their labels (N,), and how many classes it has.
+
+    `name` is what it is called while they are made, where there are several models.
+    """
     from merge_rl.workflows.assembly import load_network, network_rollout
     from merge_rl.workflows.rollout import Rollout
 
@@ -108,7 +117,7 @@ def generated(
             network, sampler, config.batch, config.device, Rollout,
             autoencoder=decoder, on_images=tracker.advance, announce=note,
         )  # fmt: skip
-        tracker.phase("sample", config.num_images)
+        tracker.phase(f"sample {name}".rstrip(), config.num_images)
         seeds = range(config.seed, config.seed + config.num_images)
         images = rollout.images(rollout.noise(seeds), labels)
     if images.ndim != 4:

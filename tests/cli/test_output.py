@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 from rich.progress import Task
 
-from merge_rl.cli import output
-from merge_rl.cli.output import ProgressTracker, complain, note, print_table, rate_of, say, tell
+from merge_rl.cli import output, tables
+from merge_rl.cli.output import ProgressTracker, complain, note, rate_of, say, tell
+from merge_rl.cli.tables import print_table
 
 Terminal = Callable[[int], io.StringIO]
 
@@ -30,7 +31,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
             return Console(file=file, force_terminal=True, width=columns, color_system=None,
                            legacy_windows=False, **options)  # type: ignore[arg-type]  # fmt: skip
 
-        monkeypatch.setattr(output, "Console", console)
+        for module in (output, tables):
+            monkeypatch.setattr(module, "Console", console)
         return file
 
     return begin
@@ -91,9 +93,30 @@ def test_a_table_is_wider_than_a_terminal_too_small_for_it(
         "T", ["model", "nimg", "check"], [["digits-0002097-0.050", "2,097,152", "not read"]]
     )
     lines = shown.getvalue().splitlines()
-    # "digits-0002097-0.050", "2,097,152" and "check" with three edges and spaces around them.
-    assert max(map(len, lines)) == 20 + 9 + 5 + 10
-    assert sum("digits-0002097-0.050 │ 2,097,152 │" in line for line in lines) == 1
+    # "digits-0002097-0.050", "2,097,152" and "check" with two spaces between them, and one more.
+    assert max(map(len, lines)) <= 20 + 9 + 5 + 4 + 3
+    assert sum("digits-0002097-0.050  2,097,152  " in line for line in lines) == 1
+
+
+def test_edges_are_drawn_where_there_is_room(terminal: Terminal) -> None:
+    # 24 + 20 + 20 letters: with three edges and spaces around them 74 columns, without 68.
+    row = ["best single (snapshot-1)", "0.906 [0.862, 0.950]", "0.790 [0.728, 0.852]"]
+    for columns, edged in ((74, True), (73, False), (68, False)):
+        shown = terminal(columns)
+        print_table("FID", ["model", "reference", "heldout"], [row])
+        assert ("│" in shown.getvalue()) is edged
+        assert max(map(len, shown.getvalue().splitlines())) <= columns
+        assert ("  " if not edged else " │ ").join(row) in shown.getvalue()
+
+
+def test_words_are_broken_before_their_titles_are(terminal: Terminal) -> None:
+    shown = terminal(60)
+    row = ["edm2-img512-xs-uncond-0134217", "512", "128 of 249.4 MB", "CC-BY-NC-SA-4.0"]
+    print_table("sets", ["name", "pixels", "files", "licence"], [row], words=True)
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= 60
+    assert lines[1].split() == ["name", "pixels", "files", "licence"]
+    assert lines[3].startswith(f"{row[0]}  512     128 of ")
 
 
 def task(completed: int, elapsed: float, known: int = 0) -> Task:

@@ -50,7 +50,7 @@ def test_from_a_folder_to_scores(
     code, text, err = mergerl("reference", images, "--out", out, "--keep-features", *digits)
     assert code == 0, err
     assert "64 features of digits, 8 x 8" in text
-    assert f"│ {COUNT} │" in " ".join(text.split())
+    assert f" {COUNT} {COUNT}" in " ".join(text.replace("│", "").split())
     assert "reference (24 images)" in err
     assert "24 images for 64 features: the covariance is singular" in err
 
@@ -62,7 +62,7 @@ def test_from_a_folder_to_scores(
     assert code == 0, err
     assert "N = 20, 3 repeats, seed 0, heun with 2 steps" in text
     for score in ("fid", "kid", "precision", "recall", "density", "coverage"):
-        assert f"│ {score}, reference " in text
+        assert f" {score}, reference " in text
 
     # The features of one block, and the images themselves, are scored by the same command.
     kept = tmp_path / "features/ode-seed0-1-20.safetensors"

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Final
 import typer
 
 from merge_rl.cli.options import COMMANDS, Offer
-from merge_rl.cli.output import JsonFlag, print_json, print_table
+from merge_rl.cli.output import JsonFlag, print_json
+from merge_rl.cli.tables import print_table
 from merge_rl.config import Setting
 from merge_rl.errors import UnknownNameError
 
@@ -49,7 +50,8 @@ def settings(
         typer.echo(page(offers), nl=False)
     else:
         for title, offer in titled(offers):
-            print_table(title, COLUMNS, [row(offer, s) for s in offer.settings()], words=True)
+            listed = [listed_row(offer, setting) for setting in offer.settings()]
+            print_table(title, ("setting, option", "meaning"), listed, words=True)
 
 
 def titled(offers: Iterable[Offer]) -> Iterator[tuple[str, Offer]]:
@@ -67,6 +69,12 @@ def row(offer: Offer, setting: Setting) -> list[str]:
     if setting.default in (None, (), {}) and shown:
         shown = f"({shown})"
     return [setting.key, offer.flag(setting) or "", shown, meaning(setting)]
+
+
+def listed_row(offer: Offer, setting: Setting) -> list[str]:
+    """The same in two columns, which leave room for the meaning: name and option, what it is."""
+    key, option, default, meant = row(offer, setting)
+    return [f"{key}\n  {option}".rstrip(), f"{meant} [default: {default or 'none'}]"]
 
 
 def meaning(setting: Setting) -> str:

@@ -244,7 +244,8 @@ _INK, _PAPER = (22, 25, 29), (255, 255, 255)
 def side_by_side(panels: Sequence[Panel]) -> Tensor:
     """Pictures in a row with their captions above them, (3, H, W) uint8 on white.
 
-    A caption has lines, the first of them in larger letters, and is cut where its picture ends.
+    A caption has lines, the first of them in larger letters; the middle of one that is wider than
+    its picture is left out.
     """
     from PIL import Image, ImageDraw
 
@@ -277,9 +278,9 @@ def _font(size: int) -> Any:
 
 
 def _cut(text: str, width: int, font: Any) -> str:
-    """As much of a line as a width has room for."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}...") > width:
-        text = text[:-1]
-    return f"{text}..."
+    """As much of a line as a width has room for, of both ends: names often differ in the last."""
+    kept, shown = len(text), text
+    while kept and font.getlength(shown) > width:
+        kept -= 1
+        shown = f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
+    return shown

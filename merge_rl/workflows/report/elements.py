@@ -14,7 +14,8 @@ from merge_rl.untrusted import load_json_mapping, open_file
 from merge_rl.workflows.report.markup import NOTHING, Safe, interval, joined, number, safe, tag
 from merge_rl.workflows.report.results import Verdict
 
-FEW_COLUMNS: Final = 8  # of a heat table, up to which their names stand upright
+# Columns of a heat table, up to which their names stand upright, and it fits a printed page.
+FEW_COLUMNS, PAGE_COLUMNS = 8, 40
 
 
 def headline(verdict: Verdict | None, otherwise: str, context: str) -> Safe:
@@ -110,7 +111,8 @@ def heat_table(
         )
         for name, row in rows.items()
     ]  # fmt: skip
-    kind = "heat" if len(columns) <= FEW_COLUMNS else "heat dense"
+    kinds = {FEW_COLUMNS: " dense", PAGE_COLUMNS: " broad"}
+    kind = "heat" + "".join(more for few, more in kinds.items() if len(columns) > few)
     drawn = tag("table", tag("thead", head), tag("tbody", *body), class_=kind)
     return tag("div", drawn, class_="scroll")
 

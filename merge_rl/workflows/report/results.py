@@ -118,7 +118,8 @@ def finetune_verdict(comparison: Mapping[str, Any], labels: Mapping[str, str]) -
         return _not_finite(f"{NAMES[head]} FID")
     own = next((name for name in known if name.endswith("-eval")), known[0])
     kinds = {found: [n for n in labels if outcomes[n] == found] for found in outcomes.values()}
-    claim = "; ".join(f"{k} under {enumerated([labels[n] for n in of])}" for k, of in kinds.items())
+    whole = {name: label.replace(", ", " with ") for name, label in labels.items()}
+    claim = "; ".join(f"{k} under {enumerated([whole[n] for n in of])}" for k, of in kinds.items())
     counts = ", ".join(f"{kind} under {len(of)}" for kind, of in kinds.items())
     gain, measure = curves[own]["gain"], f"{NAMES[head]} FID ({labels[own]})"
     found = outcomes[own] if len(kinds) == 1 else "no clear difference"

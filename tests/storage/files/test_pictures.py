@@ -42,9 +42,9 @@ class Letters:
 
 @pytest.mark.parametrize(
     ("width", "shown"),
-    [(60, "abcdef"), (59, "ab..."), (50, "ab..."), (49, "a..."), (10, "..."), (0, "...")],
+    [(60, "abcdef"), (59, "a...f"), (50, "a...f"), (49, "a..."), (10, "..."), (0, "...")],
 )
-def test_a_line_is_cut_where_its_picture_ends(width: int, shown: str) -> None:
+def test_a_line_is_cut_to_the_width_of_its_picture(width: int, shown: str) -> None:
     assert module._cut("abcdef", width, Letters()) == shown
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def test_shades_go_by_the_largest_of_the_result() -> None:
     assert '<td class="up" style="--w:0.50">+0.50</td>' in drawn
     assert '<td class="down" style="--w:1.00">\N{MINUS SIGN}1.00</td>' in drawn
     assert '<td class="apart">+9.00</td>' in drawn
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind"), [(8, "heat"), (9, "heat dense"), (40, "heat dense"), (41, "dense broad")]
+)
+def test_tables_of_many_columns_are_printed_across(columns: int, kind: str) -> None:
+    drawn = heat_table("k", [f"c{i}" for i in range(columns)], {"a": [0.5] * columns})
+    assert f'{kind}"><thead>' in drawn
+    style = (files("merge_rl") / "data/report/page.css").read_text(encoding="utf-8")
+    assert "@page across{size:landscape}" in style
+    assert ".scroll:has(.broad){page:across}" in style
 
 
 # ---------------------------------------------------------------------------------- a search

@@ -93,7 +93,9 @@ def test_fine_tuning_says_under_which_sampler() -> None:
     document = tuned(ode_train=(0.4, 0.6), ode_eval=(0.4, 0.6), sde_eval=(-0.3, -0.1))
     found = finetune_verdict(document, LABELS)
     assert found.tone == "even"
-    assert found.claim == "Better under ODE, 4 steps and ODE, 8 steps; worse under SDE, 9 steps."
+    assert found.claim == (
+        "Better under ODE with 4 steps and ODE with 8 steps; worse under SDE with 9 steps."
+    )
     assert found.line == (
         "better under 2, worse under 1 samplers (ODE, 8 steps: +0.500 [+0.400, +0.600])"
     )
