@@ -33,20 +33,28 @@ def register(app: typer.Typer) -> None:
     app.command()(push)
 
 
-def _list_sets(asked: bool) -> None:
-    """The sets that `fetch` knows by name, and the end of the command."""
-    if not asked:
-        return
+def _list_sets(*, as_json: bool) -> None:
+    """The sets that `fetch` knows by name."""
     from merge_rl.storage.checkpoints import load_catalogue
 
-    rows = [
-        [known.name, str(known.resolution), _size_text(known), known.licence]
-        for known in load_catalogue().sets
-        if known.urls()
-    ]
+    listed = [known for known in load_catalogue().sets if known.urls()]
+    if as_json:
+        print_json([_set_document(known) for known in listed])
+        return
+    rows = [[k.name, str(k.resolution), _size_text(k), k.licence] for k in listed]
     title = "published sets, by the names that mergerl fetch takes"
     print_table(title, ["name", "pixels", "files", "licence"], rows, words=True)
-    raise typer.Exit
+
+
+def _set_document(known: KnownSet) -> dict[str, Any]:
+    """A set of the catalogue in the JSON document; `bytes` are those of one file, where known."""
+    return {
+        "name": known.name,
+        "pixels": known.resolution,
+        "files": len(known.urls()),
+        "bytes": known.tensor_bytes,
+        "licence": known.licence,
+    }
 
 
 def _size_text(known: KnownSet) -> str:
@@ -56,27 +64,24 @@ def _size_text(known: KnownSet) -> str:
 
 @with_settings(FetchConfig)
 def fetch(
+    settings: Mapping[str, Any],
     name: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="NAME",
             help="Set of the catalogue, user/repo\\[@revision] of the Hub, or an https address.",
         ),
-    ],
+    ] = None,
     folder: Annotated[
-        Path,
+        Path | None,
         typer.Argument(metavar="DIR", help="New folder, or one fetched into before."),
-    ],
-    settings: Mapping[str, Any],
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what it takes, no more.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    _list: Annotated[
-        bool,
-        typer.Option(
-            "--list", callback=_list_sets, is_eager=True, help="Print the sets of the catalogue."
-        ),
+    listed: Annotated[
+        bool, typer.Option("--list", help="Print the sets of the catalogue, no more.")
     ] = False,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
@@ -88,6 +93,11 @@ def fetch(
     """
     from merge_rl.storage.hub import Selection, parse_count, plan_fetch, run_fetch
 
+    if listed:
+        _list_sets(as_json=json)
+        return
+    if name is None or folder is None:
+        raise typer.BadParameter("expected NAME and DIR, or --list")
     config = build(FetchConfig, settings)
     selection = Selection(
         last=config.last,

@@ -61,12 +61,13 @@ def to_mapping(config: Any) -> dict[str, Any]:
 def from_mapping(cls: type[T], values: object, where: str = "config") -> T:
     """A config of type `cls` from plain mappings; ConfigError names the key that is off."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: expected a mapping, found {type(values).__name__}")
+        raise ConfigError(f"{where}: expected a mapping, found {_found(values)}")
     kinds = _kinds(cls)  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
         if key not in kinds:
-            raise UnknownNameError(f"setting in {where}", str(key), kinds)
+            deeper = [f"{name}.{key}" for name, kind in kinds.items() if key in _within(kind)]
+            raise UnknownNameError(f"setting in {where}", str(key), kinds, nearest=deeper or None)
         arguments[key] = _convert(kinds[key], value, f"{where}.{key}")
     missing = [
         item.name
@@ -85,6 +86,17 @@ def _kinds(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+def _within(kind: Any) -> Mapping[str, Any]:
+    """The settings of a section, also of one that may be left out; none of another kind."""
+    section = next((part for part in typing.get_args(kind) or (kind,) if part is not None), kind)
+    return _kinds(section) if dataclasses.is_dataclass(section) else {}  # type: ignore[arg-type]
+
+
+def _found(value: object) -> str:
+    """What a value is, for a sentence that says what was found."""
+    return "nothing" if value is None else type(value).__name__
+
+
 def load_mapping(path: Path) -> dict[str, Any]:
     """A YAML file, or the recipe of that name, that must hold a mapping with text keys."""
     # Help texts need the settings' names, and must not wait for what reads YAML.
@@ -92,7 +104,7 @@ def load_mapping(path: Path) -> dict[str, Any]:
 
     values = load_yaml(find_settings(path), ConfigError)
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping, found {type(values).__name__}")
+        raise ConfigError(f"{path}: expected a mapping, found {_found(values)}")
     return {str(key): value for key, value in values.items()}
 
 
@@ -137,7 +149,8 @@ def _convert(kind: Any, value: object, where: str) -> Any:
     if origin is not None:  # tuples, which are lists in files, or mappings by name
         part = getattr(parts[-1 if origin is not tuple else 0], "__name__", "value")
         name = f"a list of {part}" if origin is tuple else f"a mapping of names to {part}"
-    raise ConfigError(f"{where}: expected {name}, found {type(value).__name__} {value!r:.60}")
+    shown = "" if value is None else f" {value!r:.60}"
+    raise ConfigError(f"{where}: expected {name}, found {_found(value)}{shown}")
 
 
 def without_nan(value: Any) -> Any:

@@ -227,6 +227,14 @@ def test_fetch_lists_the_catalogue(mergerl: Mergerl) -> None:
     ended = mergerl("fetch", "--list")
     assert (ended.code, ended.err) == (0, "")
     assert "edm2-img512-xs-raw" in ended.out
+    (known,) = [
+        item for item in json.loads(mergerl("fetch", "--list", "--json").out)
+        if item["name"] == "edm2-img512-xs-raw"
+    ]  # fmt: skip
+    assert (known["pixels"], known["files"], known["licence"]) == (512, 128, "CC-BY-NC-SA-4.0")
+    refused = mergerl("fetch", "edm2-img512-xs-raw")
+    assert (refused.code, refused.out) == (2, "")
+    assert "expected NAME and DIR, or --list" in refused.err
 
 
 def test_a_shell_completes_commands(mergerl: Mergerl, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,7 @@ def test_bad_options_of_optimize(
         (b"budget: [", "settings.yaml: not readable YAML"),
         (b"\xff\xfe\x00", "settings.yaml: not UTF-8 text"),
         (b"- 1", "settings.yaml: expected a mapping, found list"),
-        (b"", "settings.yaml: expected a mapping, found NoneType"),
+        (b"", "settings.yaml: expected a mapping, found nothing"),
         (b"budget: !!python/object/apply:os.getcwd []", "settings.yaml: not readable YAML"),
         (b"budgt: 5", "'budgt'; did you mean 'budget'"),
         (b"search: 5", r"config\.search: expected a mapping, found int"),

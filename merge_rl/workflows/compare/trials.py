@@ -100,7 +100,10 @@ def parse_contender(text: str) -> SearcherSpec:
             continue
         section, dot, _ = key.partition(".")
         if not (separator and dot):
-            raise ConfigError(f"searcher {name}: expected KEY=VALUE, got {pair!r}")
+            raise ConfigError(
+                f"searcher {name}: expected label=LABEL, preset=NAME or SECTION.KEY=VALUE, such as "
+                f"search.std=0.5, got {pair!r}"
+            )
         if section not in SECTIONS or key == "search.name":
             raise ConfigError(
                 f"searcher {name}: {key} cannot be a setting of one searcher alone, expected "

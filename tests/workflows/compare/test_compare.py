@@ -106,8 +106,11 @@ def test_a_contender_has_settings_and_a_label() -> None:
     [
         ("", "expected NAME"),
         ("search.std=1", "expected a searcher's name before"),
-        ("lcsc std=1", "expected KEY=VALUE, got 'std=1'"),
-        ("lcsc search.std", "expected KEY=VALUE, got 'search.std'"),
+        (
+            "lcsc std=1",
+            "expected label=LABEL, preset=NAME or SECTION.KEY=VALUE, such as .*, got 'std=1'",
+        ),
+        ("lcsc search.std", "such as search.std=0.5, got 'search.std'"),
         ("lcsc 'search.std=1", "expected NAME"),
         ("lcsc search.std=[", "not readable YAML"),
         ("lcsc sampler.num_steps=9", r"sampler.num_steps cannot be .* expected search\.\*"),
