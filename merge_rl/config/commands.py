@@ -12,6 +12,7 @@ from merge_rl.errors import ConfigError
 WEIGHTS: Final = ("auto", "model", "ema", "both")
 FORMATS: Final = (
     *("auto", "weights", "posthoc-ema", "lightning", "accelerate", "diffusers", "distcp", "peft"),
+    *("deepspeed", "composer"),
 )
 
 

@@ -62,12 +62,13 @@ _INNER: Final = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_mod
 # Data parallel and averaged models, and programs that hold the network as an attribute.
 RAW: Final = (
     *("model", "module", "net", "network", "state_dict", "model_state_dict", "net_state_dict"),
+    "online_model",
 )
 AVERAGED: Final = (
     *("ema", "model_ema", "ema_model", "net_ema", "ema_net", "ema_state_dict", "model_ema_state"),
     *("model_ema1", "model_ema2", "params_ema", "ema_params", "ema_weights", "G_ema", "shadow"),
-    "shadow_params",
-    *("averaged_model", "swa_model", "emas", "ema_models", "model_emas"),
+    *("shadow_params", "state_dict_ema", "model_ema_state_dict", "ema_model_state_dict"),
+    *("swa_state_dict", "averaged_model", "swa_model", "emas", "ema_models", "model_emas"),
 )
 # Averages of several decays, each under a key of its own: ema_0.9999, ema2.
 _NUMBERED: Final = re.compile(r"(model_ema|ema_model|net_ema|ema)[_-]?\d[\d.]*")
@@ -126,7 +127,12 @@ class Held(Generic[T]):
 
 def is_average(place: str) -> bool:
     """Whether a place is that of an average of weights: "ema", "state_dict/model_ema"."""
-    return any(map(_means_average, place.split("/")))
+    return any(map(_means_average, place.split("/"))) and not _is_followed(place)
+
+
+def _is_followed(place: str) -> bool:
+    """Whether a place is that of the raw weights which ema-pytorch keeps in an average."""
+    return place.rpartition("/")[2] == "online_model"
 
 
 def number_of(place: str) -> str | None:
@@ -158,6 +164,7 @@ def hold(data: Mapping[str, object], kind: type[T], *, whole: bool = False) -> H
     nested = any(isinstance(data.get(place.partition("/")[0]), Mapping) for place in held.states)
     parts = {"": 1} if nested else {}  # loose beside a state dict: a generator's state, losses
     _restore_names(held)
+    _drop_copies(held)
     few = [p for p, state in held.states.items() if parts.get(p, 4) * len(state) < most]
     for place in few:
         small = held.states.pop(place)
@@ -222,6 +229,17 @@ def _restore_names(held: Held[T]) -> None:
                 break
 
 
+def _drop_copies(held: Held[T]) -> None:
+    """Leave raw weights that an average holds of its own where they lie elsewhere, too."""
+    for place in [p for p in held.states if _is_followed(p)]:
+        if any(
+            p != place and held.states[p].keys() == held.states[place].keys()
+            for p in held.among(averaged=False)
+        ):
+            del held.states[place]
+            held.others.append(place)
+
+
 def _names_parts(data: Mapping[object, object]) -> bool:
     """Whether keys are the names of tensors in parts of a network."""
     return any(isinstance(key, str) and "." in key for key in data)
@@ -260,7 +278,8 @@ def _several(item: object) -> dict[str, Mapping[str, object]]:
 
 def _split(tensors: Mapping[str, T], whole: bool) -> dict[str, dict[str, T]]:
     """State dicts of one flat mapping by what their names begin with; "" where nothing is known."""
-    if whole and not any(name.partition(".")[0] in AVERAGED for name in tensors):
+    counted = "n_averaged" in tensors  # torch's AveragedModel, beside its module
+    if whole and not counted and not any(n.partition(".")[0] in AVERAGED for n in tensors):
         return {"": unwrapped(tensors, ("module",))} if tensors else {}
     tensors = unwrapped(tensors, RAW)
     parts: dict[str, dict[str, T]] = {}

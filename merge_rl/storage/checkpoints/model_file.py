@@ -129,7 +129,7 @@ def model_file_path(path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{given}: no such file or folder")
     if not is_weights_name(file.name):
         open_file(file).close()  # what is none at all, or a pointer to one, is called so
-        hint = "; `mergerl convert` makes one" if file.suffix.lower() in CONVERTED else ""
+        hint = "; `mergerl convert` makes one" if file.name.lower().endswith(CONVERTED) else ""
         found = f"a {file.suffix} file" if file.suffix else "one without ending"
         raise CheckpointError(f"{file}: expected a .safetensors file, found {found}{hint}")
     return file

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from merge_rl.config import real_number, whole_number
 from merge_rl.errors import CheckpointError, IncompatibleCheckpointError, ManifestError
+from merge_rl.storage.convert.trainers import batches_of
 from merge_rl.storage.files import TensorInfo
 from merge_rl.storage.pickles import Record, TensorRef, kind_of, shown
 from merge_rl.untrusted import parse_yaml
@@ -147,6 +148,7 @@ _HEADS: Final = ("num_heads", "n_heads")
 _STEPS: Final = (
     "steps", "step", "train_steps", "global_step", "global_steps", "iteration", "iter",
 )  # fmt: skip
+_SEEN: Final = ("global_samples",)  # DeepSpeed's
 _BATCH: Final = ("global_batch_size", "total_batch_size")
 _ACCUMULATED: Final = (
     "gradient_accumulation_steps", "gradient_accumulate_every", "accumulate_grad_batches",
@@ -190,6 +192,7 @@ class Said:
     num_heads: int | None = None
     batch: int | None = None  # images a step, over all devices
     steps: int | None = None
+    images: int | None = None  # seen until then, where they are counted
 
     def number(self, name: str) -> float | None:
         """The number of that name, wherever in the settings."""
@@ -215,6 +218,7 @@ def read_said(data: Mapping[str, object]) -> Said:
         class_dropout=_share(_first(settings, _DROPOUT)),
         num_heads=_count(_first(settings, _HEADS)),
         batch=_images_a_step(settings),
+        images=_count(_first(beside, _SEEN)) or _images_seen(_count(batches_of(data)), settings),
         steps=_count(_first(beside | _counters(data), _STEPS)),
     )
 
@@ -229,16 +233,23 @@ def _counters(data: Mapping[str, object]) -> dict[str, object]:
 
 
 def _images_a_step(settings: Mapping[str, Any]) -> int | None:
-    """The whole batch, or that of a pass times the passes that a step of the optimizer adds up.
-
-    Programs that keep how many processes there were say the batch of one (MAE's, MAR, JiT).
-    """
+    """The whole batch, or that of a pass times the passes that a step of the optimizer adds up."""
     if whole := _count(_first(settings, _BATCH)):
         return whole
+    one = _images_a_pass(settings)
+    return one and one * (_count(_first(settings, _ACCUMULATED)) or 1)
+
+
+def _images_a_pass(settings: Mapping[str, Any]) -> int | None:
+    """Of all processes; programs that keep how many say the batch of one (MAE's, MAR, JiT)."""
     processes, share = (_count(_first(settings, names)) for names in (("world_size",), _SHARE))
     one = share if share and processes else _count(_first(settings, ("batch_size",)))
-    passes = _count(_first(settings, _ACCUMULATED)) or 1
-    return one and one * passes * (processes or 1)
+    return one and one * (processes or 1)
+
+
+def _images_seen(batches: int | None, settings: Mapping[str, Any]) -> int | None:
+    one = None if _count(_first(settings, _BATCH)) else _images_a_pass(settings)
+    return batches * one if batches and one else None
 
 
 def _settings(value: object) -> object:

@@ -193,5 +193,5 @@ def read_sharded(folder: Path, metadata: Path) -> tuple[dict[str, Any], int | No
     file = folder / "meta.pt"
     found = read_data(file) if file.is_file() else {}
     meta = found if isinstance(found, dict) else {}
-    said = {key: meta[key] for key in ("hyper_parameters",) if key in meta}
+    said = {key: meta[key] for key in ("hyper_parameters", "loops") if key in meta}
     return {**said, **read_distcp(metadata)}, whole_number(meta.get("global_step"))

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from merge_rl.errors import CheckpointError
-from merge_rl.storage.checkpoints import is_network_config, library_document, network_config
+from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.storage.checkpoints import (
+    has_manifest,
+    is_network_config,
+    library_document,
+    network_config,
+)
 from merge_rl.storage.convert.contents import Extracted, Hints
+from merge_rl.storage.convert.trainers import deepspeed_weights
 from merge_rl.storage.files import (
     CONVERTED,
+    SAVED,
     averaged,
+    index_of,
     is_shard_name,
     natural_key,
     network_name,
@@ -21,6 +30,7 @@ from merge_rl.storage.files import (
     weights_stem,
 )
 from merge_rl.storage.pickles import TensorRef
+from merge_rl.untrusted import open_file
 
 # What libraries call the weights in the folder of a checkpoint.
 GENERIC: Final = ("model", "diffusion_pytorch_model", "pytorch_model", "adapter_model")
@@ -38,13 +48,15 @@ AVERAGE: Final = re.compile(r"(?:.*[-_.])?ema(?:[-_.]?(?P<decay>0?\.\d+))?(?:[-_
 _STEPS: Final = re.compile(
     r"(?:checkpoint-|(?:global_?)?steps?[-_=]?|iter(?:ation)?[-_]?)([0-9]+)$|^([0-9]+)\.ckpt$"
 )
+_DEPTH: Final = 4  # of folders below: Lightning's logs/version_0/checkpoints
+_MOST_FOLDERS: Final = 1000
 _FSDP: Final = ("pytorch_model_fsdp_0", "distributed_checkpoint")
 
 
 class Place(NamedTuple):
     """A folder that holds one checkpoint: what its weights and their averages are in."""
 
-    kind: str  # "accelerate", "diffusers", "distcp", "peft", or "weights" of no library
+    kind: str  # "accelerate", "deepspeed", "diffusers", "distcp", "peft", or "weights" of none
     weights: Path  # a file, an index of shards, or the .metadata of a torch checkpoint
     averages: tuple[Path, ...] = ()
 
@@ -65,6 +77,8 @@ def place_of(folder: Path) -> Place | None:
                 f"{folder}: an adapter_config.json without adapter_model.safetensors or .bin"
             )
         return Place("peft", found)
+    if whole := deepspeed_weights(folder):
+        return Place("deepspeed", whole)
     beside = [item for item in folder.iterdir() if _BESIDE.match(item.name)]
     pairs = [inner for inner in _folders(folder) if (folder / f"{inner.name}_ema").is_dir()]
     if len(pairs) > 1:
@@ -89,15 +103,102 @@ def place_of(folder: Path) -> Place | None:
     return None
 
 
+def list_files(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> tuple[list[Path], list[str]]:
+    """The files that are meant: themselves, or those of a folder; each once.
+
+    A folder that holds one checkpoint stands for itself (`place_of`), a shard for the model of its
+    index. Beside them sentences: of each other name of a file among them, a link to it, and of what
+    a folder holds beside what was taken.
+    """
+    notes: list[str] = []
+    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    names: dict[Path, list[Path]] = {}
+    for item in map(Path, given):
+        if item.is_dir():
+            within, told = _meant(item)
+            notes += told
+        elif not item.exists():
+            raise CheckpointError(f"{item}: no such file or folder")
+        else:
+            open_file(item).close()  # refuses what is neither a file nor a folder
+            within = [index_of(item) or item]
+        for file in within:
+            names.setdefault(file.resolve(), []).append(file)
+    if not names:
+        raise ConfigError("expected at least one file or folder to convert, got none")
+    # A link is another name for its file: the file's own counts.
+    files = [min(alike, key=Path.is_symlink) for alike in names.values()]
+    repeated = [
+        f"{other} and {kept} are the same file and count once, as {kept.name}"
+        for kept, alike in zip(files, names.values(), strict=True)
+        for other in dict.fromkeys(alike)
+        if other != kept
+    ]
+    return files, [*notes, *repeated]
+
+
+def _meant(folder: Path) -> tuple[list[Path], list[str]]:
+    """What of a folder is converted, or of the one folder below with checkpoints; a word on it."""
+    within = files_in(folder)
+    if within:
+        saved = within[0].is_dir() and folder not in within
+        left = [file.name for file in _own(folder)] if saved else []
+        listed = ", ".join(left[:3]) + f" and {len(left) - 3} more" * (len(left) > 3)
+        told = f"{folder}: took the checkpoints in folders of their own; left {listed}"
+        return within, [told] if left else []
+    if has_manifest(folder):
+        raise CheckpointError(f"{folder}: a set of .safetensors already, nothing to convert")
+    below = _below(folder)
+    if not below:
+        raise CheckpointError(
+            f"{folder}: holds no checkpoints to convert (.pkl, .pt, .pth, .ckpt, folders)"
+        )
+    if len(below) > 1:
+        listed = ", ".join(str(item.relative_to(folder)) for item in below[:4])
+        raise CheckpointError(
+            f"{folder}: holds no checkpoints itself; some lie in {listed}: name the folder that is "
+            "meant"
+        )
+    return files_in(below[0]), [f"{folder}: took the checkpoints in {below[0].relative_to(folder)}"]
+
+
+def _below(folder: Path) -> list[Path]:
+    """The next folders below that hold something to convert, all of one depth."""
+    level = [folder]
+    for _ in range(_DEPTH):
+        level = [inner for item in level for inner in _folders(item)][:_MOST_FOLDERS]
+        found = [item for item in level if _holds_some(item)]
+        if found:
+            return found
+    return []
+
+
+def _holds_some(folder: Path) -> bool:
+    try:
+        return bool(files_in(folder))
+    except (CheckpointError, OSError):  # is no network's, or not ours to read
+        return False
+
+
 def files_in(folder: Path) -> list[Path]:
     """What of a folder is converted: files, or folders of one checkpoint each; [] for nothing.
 
     Of a folder with snapshots (.pkl), training states are left out: they are several times larger
     and of another type, so that both cannot form one set.
     """
-    if place_of(folder) is not None:
+    place = place_of(folder)
+    if len(_own(folder)) < 2:
+        # Trainers end by saving the last weights in the folder of the run.
+        saved = [item for item in _folders(folder) if SAVED.fullmatch(item.name)]
+        if place is not None:  # a checkpoint, beside DeepSpeed's state of it
+            saved = [item for item in saved if not any(item.glob("*_model_states.pt"))]
+        saved = [item for item in saved if place_of(item)]
+        if saved:
+            return saved
+    if place is not None:
         return [folder]
-    _require_no_partitions(folder)
     posthoc = [file for file in folder.iterdir() if POSTHOC.fullmatch(file.name)]
     if posthoc:
         return sorted(posthoc, key=lambda file: [int(n) for n in file.name.split(".")[:2]])
@@ -137,8 +238,13 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda item: natural_key(item.name))
 
 
+def _own(folder: Path) -> list[Path]:
+    """The files in a folder that may hold a network each."""
+    return [f for f in (*_right_in(folder), *_pickled_in(folder)) if not _BESIDE.match(f.name)]
+
+
 def _pickled_in(folder: Path) -> list[Path]:
-    found = (f for f in folder.iterdir() if f.suffix.lower() in CONVERTED and f.is_file())
+    found = (f for f in folder.iterdir() if f.name.lower().endswith(CONVERTED) and f.is_file())
     return sorted(found, key=lambda file: natural_key(file.stem))
 
 
@@ -189,15 +295,3 @@ def _with_classes(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
     if hints.null_class is not None and type(rows) is int:
         return {**config, "num_classes": rows - hints.null_class}
     return config
-
-
-def _require_no_partitions(folder: Path) -> None:
-    """Raise CheckpointError for DeepSpeed's folders, whose weights its program puts together."""
-    for above in ("", "*/", "*/checkpoint/"):
-        found = sorted(folder.glob(f"{above}*_model_states.pt"))
-        if found:
-            raise CheckpointError(
-                f"{folder}: a checkpoint of DeepSpeed ({found[0].name}), whose parts its "
-                "zero_to_fp32.py puts together; expected what that writes, or (without stage 3) "
-                "the file mp_rank_00_model_states.pt itself"
-            )

@@ -115,7 +115,7 @@ def make_plan(
     existing = _existing(folder)
     found = told_apart([i for path in paths for i in extract(path, weights, hints)], weights)
     if not found:
-        raise CheckpointError(f"{paths[0]}: holds no {weights!r} weights; see --weights")
+        raise CheckpointError(f"{paths[0]}: {_none_text(paths[0], weights)}")
     require_one_kind(found, hints)
     require_one_width(found, hints)
     _require_one_network(found, folder, existing)
@@ -157,6 +157,13 @@ def make_plan(
         notes=_notes((item.path.name, text) for item in found for text in item.notes),
         existing={entry.file: entry for entry in existing.checkpoints} if existing else {},
     )
+
+
+def _none_text(path: Path, weights: str) -> str:
+    if weights != "auto":
+        return f"holds no {weights!r} weights; see --weights"
+    home = f"{path.parent.name}_ema"  # of diffusers' networks
+    return f"raw weights, whose average lies beside them in {home}; name that, or --weights model"
 
 
 def _existing(folder: Path) -> Manifest | None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from merge_rl.core.state_dicts import hold
-from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.core.state_dicts import hold, names_for
+from merge_rl.errors import CheckpointError
 from merge_rl.storage.checkpoints import (
     find_listing,
     first_config,
-    has_manifest,
     is_network_config,
     library_document,
     metadata_config,
@@ -40,8 +38,15 @@ from merge_rl.storage.convert.contents import (
     state_dict,
 )
 from merge_rl.storage.convert.distcp import files_of_metadata, read_sharded
-from merge_rl.storage.convert.layouts import Place, files_in, place_of, read_library, steps_of
+from merge_rl.storage.convert.layouts import Place, place_of, read_library, steps_of
 from merge_rl.storage.convert.states import INDEX, holds_states, read_only_state, read_states
+from merge_rl.storage.convert.trainers import (
+    is_composer,
+    of_composer,
+    precision_note,
+    require_no_optimizer,
+    require_whole,
+)
 from merge_rl.storage.convert.trajectories import (
     SHADOWS,
     arranged,
@@ -52,7 +57,6 @@ from merge_rl.storage.convert.trajectories import (
     with_profile,
 )
 from merge_rl.storage.files import (
-    index_of,
     is_weights_name,
     network_name,
     open_weights,
@@ -68,49 +72,9 @@ from merge_rl.storage.pickles import (
     row_major,
     shown,
 )
-from merge_rl.untrusted import open_file
 
 _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
-
-
-def list_files(
-    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-) -> tuple[list[Path], list[str]]:
-    """The files that are meant: themselves, or those of a folder; each once.
-
-    A folder that holds one checkpoint stands for itself (`layouts.place_of`), a shard for the model
-    of its index. Beside them a sentence for each other name of a file among them, a link to it.
-    """
-    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    names: dict[Path, list[Path]] = {}
-    for item in map(Path, given):
-        if item.is_dir():
-            within = files_in(item)
-            if not within and has_manifest(item):
-                raise CheckpointError(f"{item}: a set of .safetensors already, nothing to convert")
-            if not within:
-                raise CheckpointError(
-                    f"{item}: holds no checkpoints to convert (.pkl, .pt, .pth, .ckpt, folders)"
-                )
-        elif not item.exists():
-            raise CheckpointError(f"{item}: no such file or folder")
-        else:
-            open_file(item).close()  # refuses what is neither a file nor a folder
-            within = [index_of(item) or item]
-        for file in within:
-            names.setdefault(file.resolve(), []).append(file)
-    if not names:
-        raise ConfigError("expected at least one file or folder to convert, got none")
-    # A link is another name for its file: the file's own counts.
-    files = [min(alike, key=Path.is_symlink) for alike in names.values()]
-    repeated = [
-        f"{other} and {kept} are the same file and count once, as {kept.name}"
-        for kept, alike in zip(files, names.values(), strict=True)
-        for other in dict.fromkeys(alike)
-        if other != kept
-    ]
-    return files, repeated
 
 
 def extract(path: Path, weights: str = "auto", hints: Hints = NO_HINTS) -> list[Extracted]:
@@ -135,13 +99,18 @@ def files_of(path: Path) -> list[Path]:
     """The files that a source consists of: itself, the shards of an index, those of a folder."""
     if path.is_dir():
         place = place_of(path)
-        inner = [place.weights, *place.averages] if place else []
+        inner = [place.weights, *place.averages, *_others(path).values()] if place else []
         if place and place.kind == "distcp":
             return files_of_metadata(place.weights)
         config = [path / CONFIG] if place and place.kind == "peft" else []
         return [*config, *(part for item in inner for part in files_of(item))]
     shards = parse_index(path).values() if path.name.endswith(INDEX) else ()
     return [path, *sorted(set(shards))]
+
+
+def _others(folder: Path) -> dict[str, Path]:
+    """accelerate's networks beside the first one by their names: model_1, pytorch_model_2."""
+    return {file.name.partition(".")[0]: file for file in sorted(folder.glob("*model_[0-9].*"))}
 
 
 def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
@@ -153,9 +122,18 @@ def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
         data, steps = read_sharded(path, place.weights)
         counted = steps or steps_of(path)
         found = read_states(data, path, weights, hints, steps=counted, whole=False)
+    elif place.kind == "deepspeed":
+        found = _read_pickled(place.weights, weights, hints)
+        found = [
+            replace(i, path=path, notes=(*i.notes, *precision_note(place.weights, i.tensors)))
+            for i in found
+        ]
     elif place.kind == "peft":
         found = [_read_adapter(path, place.weights, hints)]
     else:
+        others = _others(path)
+        if chosen := others.pop(hints.part or "", None):
+            place, hints = place._replace(weights=chosen), replace(hints, part=None)
         known, lacking = _read_known(place, weights, hints)
         if known:
             batch, steps = hints.images_per_step or DEFAULT_BATCH, steps_of(path)
@@ -165,13 +143,13 @@ def _read_place(path: Path, weights: str, hints: Hints) -> list[Extracted]:
             ]
         data = dict(_tensors_of(place.weights))
         averages, left = _averages(place, data)
-        others = sorted(path.glob("*model_[0-9].*"))
-        left += [*lacking, *(f"left {o.name}, another network beside this one" for o in others)]
+        left += [*lacking, *(f"left the network {name} (--part {name})" for name in others)]
         data = {"model": data, **averages} if averages else data
         config = None if library_document(path) else first_config(place.weights, {}, None)
         found = read_states(data, path, weights, hints, config, steps=steps_of(path))
         found = [replace(item, notes=(*item.notes, *left)) for item in found]
-    return [replace(item, stem=path.name, kind=place.kind) for item in found]
+    stem = path.name.removesuffix(".ckpt")  # as Lightning calls folders too
+    return [replace(item, stem=stem, kind=place.kind) for item in found]
 
 
 def _read_known(place: Place, weights: str, hints: Hints) -> tuple[list[Extracted], list[str]]:
@@ -192,23 +170,36 @@ def _averages(place: Place, weights: Mapping[str, Any]) -> tuple[dict[str, Any],
     """({"ema": the average's tensors} or {}, a sentence for each file without one)."""
     found: dict[str, Any] = {}
     left = []
+    # A safetensors file keeps no order, in which an average without names would lie.
+    order = {} if is_weights_name(place.weights.name) else weights
     for file in place.averages:
         data: Any = _tensors_of(file) if is_weights_name(file.name) else read_data(file)
         kept = data if isinstance(data, dict) else {}
-        states = hold(kept, TensorRef).among(averaged=True)
+        held, listed = hold(kept, TensorRef), next((kept[k] for k in SHADOWS if k in kept), None)
+        averages = held.among(averaged=True)
         named = kept if place.kind == "diffusers" else None
-        if states:
-            named = hold(kept, TensorRef).states[states[0]]
+        states = [held.states[averages[0]]] if averages else held.states.values()
+        alike = filter(None, (_under_names(state, weights) for state in states))
+        if averages:
+            named = next(alike, held.states[averages[0]])
         elif named is None:
-            listed = next((kept[k] for k in SHADOWS if k in kept), None)
-            # A safetensors file keeps no order, in which an average without names would lie.
-            order = {} if is_weights_name(place.weights.name) else weights
-            named = kept if weights.keys() <= kept.keys() else named_like(listed, order)
+            named = next(alike, None) or named_like(listed, order)
         if named and "ema" not in found:
             found["ema"] = named
         else:
-            left.append(f"left {file.name}, in which no average by the names of the weights is")
+            why = "in which no average by the names of the weights is"
+            if listed and not order:
+                why = "whose average is a list in the order of the weights, which safetensors lose"
+            left.append(f"left {file.name}, {why}")
     return found, left
+
+
+def _under_names(state: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The tensors by the names of the weights, with what wraps those; None where these differ."""
+    names = names_for(state, weights)
+    return (
+        {name: state[names[name]] for name in weights} if names.keys() == weights.keys() else None
+    )
 
 
 def _read_adapter(path: Path, file: Path, hints: Hints) -> Extracted:
@@ -238,11 +229,16 @@ def fingerprint(path: Path) -> str:
 
 
 def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
+    require_no_optimizer(path)
     data = read_data(path)
     if not isinstance(data, dict):
         raise _unknown(path, kind_of(data))
     if "param_groups" in data and "state" in data:
         raise CheckpointError(f"{path}: the state of an optimizer, and no weights of a network")
+    require_whole(data, path)
+    if is_composer(data):
+        read = read_states(of_composer(data), path, weights, hints, whole=False)
+        return [replace(item, kind="composer") for item in read]
     if is_average(data, path):
         if weights == "model":
             raise CheckpointError(f"{path}: holds an average, no raw weights")

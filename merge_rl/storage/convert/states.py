@@ -88,10 +88,10 @@ def read_states(
         prefix = "" if hints.network else _prefix_of(tensors)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         told = (f"took the tensors by their names without {prefix!r}",) if prefix else ()
-        stem = path.stem.removesuffix(".bin.index")
+        stem = path.stem.removesuffix(".bin.index").removesuffix(".pth")
         item = Extracted(path=path, tensors=tensors, config=config, stem=stem, notes=told)
         item = _described(item, _family(item, said, hints), said, hints, config)
-        placed = place.partition("/")[0] in data or is_average(place)
+        placed = place.partition("/")[0] in data or bool(held.among(averaged=True))
         if placed:  # else names alone say the place
             track = _track_of(place)
             item = replace(item, folder=track, track=track)
@@ -284,11 +284,13 @@ def _trained(item: Extracted, said: Said, hints: Hints, counted: int | None) -> 
     )
     notes = item.notes
     images = None if steps is None else steps * (batch or DEFAULT_BATCH)
+    if said.images is not None and hints.images_per_step is None:
+        images = said.images
     if step and steps is not None and images is not None:
         alike = (steps, steps + 1, steps - 1, images, images // 1000)  # of images, or thousands
         if int(step[1]) not in alike:
             notes += (f"its name says {int(step[1])}, the file itself step {steps}, which counts",)
-    if steps is not None and batch is None:
+    if steps is not None and batch is None and said.images is None:
         notes += (f"no batch size said; nimg takes {DEFAULT_BATCH} images a step",)
     return replace(
         item,

@@ -28,9 +28,10 @@ _NUMBERS: Final = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32"
 _INFINITE: Final = 65_520  # the least that float16 rounds to infinity
 _DIGITS: Final = {"F16": 11, "BF16": 8, "F32": 24}  # binary, of a number that is stored so
 _WIDTHS: Final = 1e-3  # relative: float16 may hold them
+_STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
 SHADOWS: Final = (
     *("ema_state_dict", "ema_weights", "ema_params", "shadow_params", "ema_model", "ema"),
-    *("model_ema", "averaged_model"),
+    *("model_ema", "averaged_model", "average_model_state"),
 )
 
 
@@ -197,7 +198,9 @@ def arranged(data: Mapping[str, object]) -> dict[str, object]:
         return {**found, "state_dict": raw, "ema": state}
     callbacks = data.get("callbacks")
     for kept in callbacks.values() if isinstance(callbacks, dict) else ():
-        for key in SHADOWS if isinstance(kept, dict) else ():
+        # StochasticWeightAveraging has the first weights there until it begins.
+        begun = isinstance(kept, dict) and kept.get("n_averaged") != 0
+        for key in SHADOWS if begun else ():
             named = named_like(kept.get(key), state if isinstance(state, dict) else {})
             if named:
                 return {**found, "ema": named}
@@ -207,8 +210,8 @@ def arranged(data: Mapping[str, object]) -> dict[str, object]:
 def named_like(average: object, weights: Mapping[Any, object]) -> dict[Any, object] | None:
     """An average by the names of the weights; None for what is none of them.
 
-    One without names has the order of the weights, whose shapes it must have; values that are no
-    parameters (buffers) are then those of the weights.
+    One without names has the order of the weights, of which it may lack some (buffers, what is not
+    trained); those are then the weights' own. None too where shapes leave open which it lacks.
     """
     if isinstance(average, dict):
         inner = average.get("state_dict", average)
@@ -216,13 +219,30 @@ def named_like(average: object, weights: Mapping[Any, object]) -> dict[Any, obje
         return inner if held else None
     if not isinstance(average, (list, tuple)) or not average:
         return None
-    values: Sequence[object] = list(average)
     tensors = {name: t for name, t in weights.items() if isinstance(t, TensorRef)}
-    if not all(isinstance(value, TensorRef) for value in values) or len(values) != len(tensors):
+    values = [value for value in average if isinstance(value, TensorRef)]
+    if len(values) < len(tensors):  # of batch norms, which have the shapes of what is trained
+        trained = {k: t for k, t in tensors.items() if not str(k).endswith(_STATISTICS)}
+    else:
+        trained = tensors
+    names = _in_order(trained, values)
+    few = 2 * len(values) <= len(tensors)  # of another network
+    if names is None or few or len(values) < len(average):
         return None
-    pairs = list(zip(tensors.items(), values, strict=True))
-    alike = all(isinstance(v, TensorRef) and t.shape == v.shape for (_, t), v in pairs)
-    return {name: value for (name, _), value in pairs} if alike else None
+    return {**tensors, **dict(zip(names, values, strict=True))}
+
+
+def _in_order(tensors: Mapping[Any, TensorRef], values: Sequence[TensorRef]) -> list[Any] | None:
+    """The names of values that follow one another as the tensors do; None if not one way alone."""
+
+    def first_fit(names: list[Any], wanted: Sequence[TensorRef]) -> list[Any]:
+        left = iter(names)
+        fits = (next((n for n in left if tensors[n].shape == v.shape), None) for v in wanted)
+        return list(fits)
+
+    early = first_fit(list(tensors), values)
+    late = first_fit(list(tensors)[::-1], values[::-1])[::-1]
+    return early if early == late and None not in early else None
 
 
 def with_listed(data: Mapping[str, object]) -> Mapping[str, object]:

@@ -58,6 +58,7 @@ from merge_rl.storage.files.locks import (
     temporary_beside,
 )
 from merge_rl.storage.files.naming import (
+    SAVED,
     averaged,
     in_series,
     is_weights_name,
@@ -123,6 +124,7 @@ __all__ = [
     "MAX_SHARD_BYTES",
     "MODEL_NAME",
     "MODEL_STEM",
+    "SAVED",
     "Archive",
     "ArrayInfo",
     "Fields",

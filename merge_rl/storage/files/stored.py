@@ -28,7 +28,8 @@ from merge_rl.storage.files.shards import INDEX_NAME, INDEX_SUFFIX, is_shard_nam
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONVERTED: Final = (".pkl", ".pt", ".pth", ".ckpt", ".bin")  # what `mergerl convert` reads
+# The ends of names of what `mergerl convert` reads.
+CONVERTED: Final = (".pkl", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -230,7 +231,7 @@ def _networks_within(folder: Path) -> list[Path]:
 
 def instead_of_weights(folder: Path) -> str:
     """For the refusal of a folder without weights: what makes some, or where some are; or ""."""
-    files = [file for file in folder.iterdir() if file.suffix.lower() in CONVERTED]
+    files = [file for file in folder.iterdir() if file.name.lower().endswith(CONVERTED)]
     if files:
         kinds = ", ".join(sorted({file.suffix.lower() for file in files}))
         return f"; `mergerl convert` makes them from the {len(files)} {kinds} files there"

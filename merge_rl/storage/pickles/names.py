@@ -20,6 +20,8 @@ from merge_rl.storage.pickles.values import Global, is_one_of, kind_of, shown, w
 
 _CLASSES: Final = (
     "argparse.Namespace",
+    "datetime.timedelta",
+    "torch.torch_version.TorchVersion",
     "types.SimpleNamespace",
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",

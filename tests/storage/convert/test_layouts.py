@@ -11,8 +11,8 @@ import torch
 
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.convert.contents import NO_HINTS, Hints
-from merge_rl.storage.convert.layouts import files_in, place_of, read_library, steps_of
-from merge_rl.storage.convert.sources import extract, files_of, list_files
+from merge_rl.storage.convert.layouts import files_in, list_files, place_of, read_library, steps_of
+from merge_rl.storage.convert.sources import extract, files_of
 from merge_rl.storage.files import save_tensors
 
 
@@ -199,10 +199,28 @@ def test_networks_of_the_library(tmp_path: Path) -> None:
         read_library(unet, {}, "auto", Hints())
 
 
-@pytest.mark.parametrize("above", ["", "global_step100/", "step=100.ckpt/checkpoint/"])
-def test_deepspeeds_parts_are_for_its_own_program(above: str, tmp_path: Path) -> None:
-    place = tmp_path / above
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "mp_rank_00_model_states.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="a checkpoint of DeepSpeed .mp_rank_00_model_states"):
-        files_in(tmp_path)
+def test_a_run_is_its_checkpoints_not_the_last_weights_beside_them(tmp_path: Path) -> None:
+    """transformers' Trainer ends with save_model(), into the folder of the run."""
+    saved = [f"checkpoint-{step}" for step in (20, 100)]
+    names = [f"{name}/{file}" for name in saved for file in ("model.safetensors", "optimizer.pt")]
+    for last in (["model.safetensors", "training_args.bin"], ["model.safetensors"], ["last.pt"]):
+        run = laid(tmp_path / "-".join(last), *names, *last)
+        files, told = list_files(run)
+        assert files == [run / name for name in saved]
+        assert told == [f"{run}: took the checkpoints in folders of their own; left {last[0]}"]
+    whole = run / "checkpoint-20"  # DeepSpeed's own state lies in transformers' checkpoint
+    laid(whole, "global_step20/mp_rank_00_model_states.pt")
+    assert list_files(whole) == ([whole], [])
+    laid(run, "first.pt")  # several of its own: these
+    assert [file.name for file in list_files(run)[0]] == ["first.pt", "last.pt"]
+
+
+def test_checkpoints_some_folders_below_are_found_where_one_folder_has_them(tmp_path: Path) -> None:
+    run = laid(tmp_path, "lightning_logs/version_0/checkpoints/step=5.ckpt", "config/a.yaml")
+    inner = "lightning_logs/version_0/checkpoints"
+    assert list_files(run) == (
+        [run / inner / "step=5.ckpt"], [f"{run}: took the checkpoints in {inner}"]
+    )  # fmt: skip
+    laid(run, "lightning_logs/version_1/checkpoints/step=5.ckpt")
+    with pytest.raises(CheckpointError, match=r"itself; some lie in .*sion_0/ch.*, .*sion_1/check"):
+        list_files(run)

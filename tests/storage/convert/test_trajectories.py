@@ -325,13 +325,13 @@ def test_folders_of_accelerate(tmp_path: Path) -> None:
     assert torch.equal(ema.read(0)["first.bias"], state(101)["first.bias"])
     torch.save(state(7), folder / "custom_checkpoint_0.pkl")  # registered as it is
     save_tensors(folder / "model_1.safetensors", {"d": torch.ones(2)}, {"format": "pt"})
-    assert "left model_1.safetensors, another network" in heard(folder, tmp_path / "plain")
+    assert "left the network model_1 (--part model_1)" in heard(folder, tmp_path / "plain")
     registered = load_file(tmp_path / "plain/ema/checkpoint-200.safetensors")
     assert torch.equal(registered["first.bias"], state(7)["first.bias"])
     # The order of an average without names is not that of a safetensors file.
     torch.save({"shadow_params": list(state(9).values())}, folder / "custom_checkpoint_0.pkl")
     said = heard(folder, tmp_path / "other")
-    assert "left custom_checkpoint_0.pkl, in which no average by the names" in said
+    assert "left custom_checkpoint_0.pkl, whose average is a list in the order" in said
 
 
 def test_a_network_beside_its_average_as_diffusers_saves_them(tmp_path: Path) -> None:
@@ -349,6 +349,12 @@ def test_a_network_beside_its_average_as_diffusers_saves_them(tmp_path: Path) ->
     said = heard(tmp_path / "run/checkpoint-7", tmp_path / "other")
     assert "expected a scheduler_config.json" in said
     assert open_checkpoints(tmp_path / "other").config is None
+    (folder.parent / "scheduler").mkdir()
+    (folder.parent / "scheduler/scheduler_config.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"raw weights, whose average lies beside them in unet_ema; name that"
+    ):
+        convert(folder.parent / "unet", tmp_path / "raw")
 
 
 def test_a_series_of_folders_is_a_set_as_it_is(tmp_path: Path) -> None:
@@ -410,6 +416,10 @@ def test_distributed_checkpoints_as_torch_writes_them(tmp_path: Path) -> None:
     for found, scale in zip(map(opened.read, (0, 1)), (2, 1), strict=True):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[k], scale * expected[k]) for k in expected)
+    both = {"model": twice["model"], "ema": expected, "step": 8}
+    save_distributed(both, tmp_path / "averaged/step_8")
+    convert(tmp_path / "averaged", tmp_path / "both", weights="both")
+    assert open_checkpoints(tmp_path / "both").tracks == ["raw", "ema"]
     (tmp_path / "run/step_7/__0_0.distcp").write_bytes(b"")
     with pytest.raises(CheckpointError, match="truncated"):
         convert(tmp_path / "run", tmp_path / "other")
