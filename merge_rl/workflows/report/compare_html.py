@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from merge_rl.config import OptimizeConfig
+from merge_rl.config import OptimizeConfig, SearchConfig
 from merge_rl.errors import RunError
 from merge_rl.progress import counted
 from merge_rl.storage.runs import SETTINGS, RunDir
@@ -50,13 +50,15 @@ def compare_document(folder: RunDir, *, reloads: bool = False) -> str:
     begun, found = folder.read(SETTINGS) or {}, folder.read("compare.json")
     shared = begun["settings"]["config"]
     name = Path(str(shared.get("checkpoints", folder.path))).name
+    # Every searcher has a name of its own.
+    common = {**shared, "search": {**shared.get("search", {}), "name": SearchConfig().name}}
     parts = [attempted("Verdict", partial(_headline, folder, found, name))]
     if found is not None:
         builders = {"Ranking": _ranking, "Along the search": _along, "Cost to reach": _reach}
         builders["Cost and time"] = _cost
         parts += [attempted(text, partial(build, found)) for text, build in builders.items()]
     parts += [
-        attempted("Settings", partial(settings_section, OptimizeConfig, shared)),
+        attempted("Settings", partial(settings_section, OptimizeConfig, common)),
         attempted("Provenance", partial(_provenance, begun, shared)),
         attempted("Make it again", partial(_again, folder.path, begun, found)),
     ]

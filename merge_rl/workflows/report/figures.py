@@ -49,13 +49,17 @@ def drawing(
 
 def counts_axis(axis: Axes, at: Sequence[float] | None = None) -> None:
     """An x axis of images: 1K, 10K, 1M; logarithmic, with ticks `at` some places, if these are."""
-    from matplotlib.ticker import EngFormatter, NullFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
+    form = EngFormatter(places=1 if at else None, sep="")
+    axis.xaxis.set_major_formatter(form)
     if at is not None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(at))
         axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.xaxis.set_major_formatter(EngFormatter(places=1 if at else None, sep=""))
+        # Parts of an image stand on no axis.
+        text = FuncFormatter(lambda x, _: f"{x:.0f}" if x < 1000 else form(x))
+        axis.xaxis.set_major_formatter(text)
     axis.set_xlabel("images generated")
 
 

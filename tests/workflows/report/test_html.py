@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -20,6 +21,7 @@ from merge_rl.workflows.optimize import optimize
 from merge_rl.workflows.report import LivePage, with_page, write_report, writing
 from merge_rl.workflows.report.compare_html import compare_document, cost_to_reach, spec_of
 from merge_rl.workflows.report.elements import Span, heat_table, strip
+from merge_rl.workflows.report.figures import counts_axis
 from merge_rl.workflows.report.finetune_html import finetune_document
 from merge_rl.workflows.report.markup import Safe, document, joined, tag
 from merge_rl.workflows.report.run_html import run_document
@@ -224,6 +226,24 @@ def test_the_page_of_a_comparison(figures: None, tmp_path: Path) -> None:
     assert page.text.index("1. early") < page.text.index("2. late") < page.text.index("newest")
     assert "--seeds 0,1,2 --searcher late --searcher early" in page.text
     assert "svg" in page.tags
+
+
+def test_a_comparison_has_no_searcher_among_what_all_share(tmp_path: Path) -> None:
+    folder = comparison_folder(tmp_path / "cmp", None)
+    begun = RunDir(folder).read("settings.json") or {}
+    begun["settings"]["config"]["search"] |= {"name": "policy-gradient", "std": 0.5}
+    (folder / "settings.json").write_text(json.dumps(begun), encoding="utf-8")
+    text = Seen(compare_document(RunDir(folder))).text
+    assert "search.std" in text
+    assert "search.name" not in text
+
+
+def test_an_axis_of_images_has_whole_numbers(figures: None) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axis = figure.subplots()
+    counts_axis(axis, [312.5, 625.0, 1250.0, 5000.0])
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["312", "625", "1.2k", "5.0k"]
 
 
 def test_cost_to_reach_is_the_first_look_at_or_below(tmp_path: Path) -> None:
