@@ -27,13 +27,12 @@ from merge_rl.config.mapping import (
     load_mapping,
     overlaid,
     override,
-    said_by,
     set_dotted,
     split_pair,
     to_mapping,
-    with_settings,
     without_nan,
 )
+from merge_rl.config.named import or_defaults, said_by, with_settings
 from merge_rl.config.numbers import (
     EXAMPLES,
     byte_count,
@@ -135,6 +134,7 @@ __all__ = [
     "load_mapping",
     "nimg_from_kimg",
     "numbers_in",
+    "or_defaults",
     "overlaid",
     "override",
     "parse_reward",

@@ -8,17 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from merge_rl import own_code
 from merge_rl.config.numbers import real_number, whole_number
 from merge_rl.config.sampler import OWN, PATH_NAMES
-from merge_rl.config.setting import settings_of
 from merge_rl.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
@@ -234,67 +231,3 @@ def set_dotted(values: dict[str, Any], key: str, value: object) -> None:
         values[part] = nested
         values = nested
     values[last] = value
-
-
-def with_settings(config: T, **named: Any) -> T:
-    """The config with settings by their names, as a call says them; see `said_by`.
-
-    Raises ConfigError for what the config says otherwise: neither overrules the other.
-    """
-    said = said_by(type(config), **named)
-    before, unset = flattened(to_mapping(config)), flattened(to_mapping(type(config)()))
-    for key, value in flattened(said).items():
-        at = before.get(key)
-        if at not in (unset.get(key), value):
-            raise ConfigError(
-                f"{key} is {value!r} in the call and {at!r} in its config; expected one of the two"
-            )
-    return from_mapping(type(config), overlaid(to_mapping(config), said), "settings")
-
-
-def said_by(cls: Any, **named: Any) -> dict[str, Any]:
-    """Settings by their names, nested as in files.
-
-    A name is that of a field, or the last part of a nested setting's key where one alone ends so:
-    `pool_size` is `reward.pool_size`. A part may be given as its dataclass, as a mapping, or by its
-    `name` alone (`reward="kid-subset"`, `searcher="random"`); code of the user's as an object, too.
-    Raises UnknownNameError for other names, and ConfigError for one that ends several keys.
-    """
-    said: dict[str, Any] = {}
-    for name, value in named.items():
-        set_dotted(said, *_key_of(cls, name, value))
-    return said
-
-
-def _key_of(cls: Any, name: str, value: Any) -> tuple[str, Any]:
-    """The dotted key that a name of a call means, and its value as plain data."""
-    fields = {item.name for item in dataclasses.fields(cls)}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = to_mapping(value)
-    elif isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    elif hasattr(value, "tolist"):  # a number, or numbers, of NumPy or torch
-        value = value.tolist()
-    elif not isinstance(value, (str, int, float, Mapping, list, tuple, type(None))):
-        value = own_code.allow(value)
-    name = "search" if name == "searcher" else name
-    if name in fields:
-        part = typing.get_type_hints(cls)[name]
-        return (f"{name}.name" if isinstance(value, str) and _has_name(part) else name), value
-    keys = [setting.key for setting in settings_of(cls)]
-    ends = [key for key in keys if key.rpartition(".")[2] == name]
-    if not ends:
-        known = {*fields, "searcher", *(key.rpartition(".")[2] for key in keys)}
-        flag = f"--{name.replace('_', '-')}"  # its option may have another name
-        nearest = [s.key.rpartition(".")[2] for s in settings_of(cls) if s.about.flag == flag]
-        raise UnknownNameError("setting", name, known, nearest=nearest or None)
-    if len(ends) > 1:
-        parts = " or ".join(f"{key.partition('.')[0]}={{{name!r}: ...}}" for key in ends)
-        raise ConfigError(f"the setting {name!r} is one of {', '.join(ends)}; say {parts}")
-    return ends[0], value
-
-
-def _has_name(part: Any) -> bool:
-    return dataclasses.is_dataclass(part) and any(
-        f.name == "name" for f in dataclasses.fields(part)
-    )

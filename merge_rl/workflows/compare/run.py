@@ -22,6 +22,7 @@ from merge_rl.config import (
     OptimizeConfig,
     finite,
     from_mapping,
+    or_defaults,
     to_mapping,
     without_nan,
 )
@@ -87,7 +88,7 @@ def compare_searchers(
     Returns the ranking, and all that is written to compare.json. Raises ConfigError before anything
     runs for what cannot work, RunError for a folder of other settings.
     """
-    heard = tracker_of(tracker, progress)
+    config, heard = or_defaults(OptimizeConfig, config), tracker_of(tracker, progress)
     seeds = check_seeds(seeds)
     contenders = parse_contenders(DEFAULT if searchers is None else searchers)
     if not contenders:

@@ -108,7 +108,7 @@ def evaluate(
     """
     if isinstance(settings.get("metrics"), (list, tuple)):
         settings["metrics"] = ",".join(settings["metrics"])
-    said = with_settings(config or EvaluateConfig(), **settings)
+    said = with_settings(EvaluateConfig, config, **settings)
     given = Given(
         reference or said.reference, heldout or said.heldout, extractor or said.extractor,
         said.extractor_weights, extractor_sha256, sampler or said.sampler, autoencoder,

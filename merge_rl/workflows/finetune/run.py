@@ -113,7 +113,7 @@ def finetune(
     """
     named = {"algorithm": algorithm, "reward": reward, "steps": steps, "seed": seed}
     settings |= {name: value for name, value in named.items() if value is not None}
-    chosen = with_settings(config or FinetuneConfig(), **settings)
+    chosen = with_settings(FinetuneConfig, config, **settings)
     allow_named(chosen)
     check_names(chosen)  # before a model is fetched from the Hub
     tracker = tracker_of(tracker, progress)

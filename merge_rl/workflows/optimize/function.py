@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from merge_rl import own_code
-from merge_rl.config import OptimizeConfig, SearchConfig, with_settings
+from merge_rl.config import OptimizeConfig, SearchConfig, or_defaults, with_settings
 from merge_rl.core.distances.statistics import FeatureStats, feature_stats
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import Tracker
@@ -87,10 +87,11 @@ def search(
     it. Raises MergeRLError subclasses for input that cannot work, with nothing left behind.
     """
     run, name = Path(out), own_code.name_of(generate)
-    if searcher is None and (config is None or config.search.name == SearchConfig().name):
+    config = or_defaults(OptimizeConfig, config)
+    if searcher is None and config.search.name == SearchConfig().name:
         searcher = "auto"
     settings |= {"generate": name} | ({} if searcher is None else {"searcher": searcher})
-    base = with_settings(config or OptimizeConfig(), **settings)
+    base = with_settings(OptimizeConfig, config, **settings)
     tracker = tracker_of(tracker, progress)
     if isinstance(checkpoints, (str, os.PathLike)):
         checkpoints = find_set(local_set(checkpoints, notes_of(tracker))).told(announcing(tracker))

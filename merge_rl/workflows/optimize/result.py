@@ -83,7 +83,11 @@ class OptimizeResult:
         return f"{self.run_dir}: {self.verdict}"
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Path:
-        """Draw the search, RUN/report.png or another file (extra `report`); where it lies."""
+        """Draw the search (extra `report`): RUN/report.png, or a file whose ending says the kind.
+
+        Returns where it lies. Raises ConfigError for an ending that is not a picture's, a PDF's or
+        an SVG's.
+        """
         run = RunDir.open(self.run_dir)
         picture = self.run_dir / "report.png" if path is None else Path(path)
         draw_run(run.events(), run.read("result.json"), picture)
@@ -92,9 +96,11 @@ class OptimizeResult:
     def samples(self, count: int = 16, *, seed: int = 0, device: str = "cpu") -> Tensor:
         """Images uint8 (N, 1 or 3, H, W) of the merged model, of the seeds from `seed` on.
 
-        They are those of `mergerl sample`. Raises ConfigError for a run that generates with a
-        function of the user's.
+        They are those of `mergerl sample`. Raises ConfigError for fewer than one image, and for a
+        run that generates with a function of the user's.
         """
+        if count < 1:
+            raise ConfigError(f"expected at least 1 image, got {count}")
         config = RunDir.open(self.run_dir).config()
         if config.generate is not None:
             raise ConfigError(f"{self.run_dir} generates with {config.generate}: call it instead")

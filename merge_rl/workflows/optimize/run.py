@@ -106,7 +106,7 @@ def optimize(
     folder = find_set(local_set(checkpoints, notes_of(tracker))).told(announcing(tracker))
     named = {"reward": reward, "searcher": searcher, "budget": budget, "seed": seed}
     settings |= {name: value for name, value in named.items() if value is not None}
-    base = with_settings(config or OptimizeConfig(), **settings)
+    base = with_settings(OptimizeConfig, config, **settings)
     _require_place(base.checkpoints, checkpoints, folder)
     base = dataclasses.replace(base, checkpoints=str(folder))
     opened = open_checkpoints(folder, track=base.track, select=base.select or None)

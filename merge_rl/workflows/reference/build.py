@@ -102,7 +102,7 @@ def build_reference(
 def _kept(config: ReferenceConfig | None, settings: dict[str, Any]) -> tuple[ReferenceConfig, int]:
     """The settings, and the rows of features that each file keeps at most."""
     keep = settings.pop("keep_features", None)
-    said = with_settings(config or ReferenceConfig(), **settings)
+    said = with_settings(ReferenceConfig, config, **settings)
     if type(keep) is not int:
         keep = said.max_features if keep or said.keep_features else 0
     if keep < 0:

@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from merge_rl.errors import MissingLibraryError
+from merge_rl.errors import ConfigError, MissingLibraryError
 from merge_rl.storage.files import atomic_path
 from merge_rl.workflows.report.markup import NOTHING, Safe, tag
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 MARKERS: Final = "osD^vPX*<>"
+DRAWN: Final = ("png", "jpg", "webp", "pdf", "svg")  # kinds of files
 
 
 def can_draw() -> bool:
@@ -30,11 +32,15 @@ def can_draw() -> bool:
 def drawing(
     path: str | os.PathLike[str], rows: int, columns: int, size: tuple[float, float]
 ) -> Iterator[list[Axes]]:
-    """Axes to draw on, row by row; written to `path`, a PNG, on leaving the block.
+    """Axes to draw on, row by row; written to `path`, as its ending says, on leaving the block.
 
-    `size` is that of the picture in inches. Raises ConfigError, naming the extra, where the library
-    is missing.
+    `size` is that of the picture in inches. Raises ConfigError for another ending than those of
+    DRAWN and, naming the extra, where the library is missing.
     """
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in DRAWN:
+        known = ", ".join(f".{name}" for name in DRAWN)
+        raise ConfigError(f"{os.fspath(path)}: expected the name of a plot, ending in {known}")
     if not can_draw():
         raise MissingLibraryError("a plot", "matplotlib", "report")
     from matplotlib.figure import Figure
@@ -44,7 +50,7 @@ def drawing(
     axes = figure.subplots(rows, columns, squeeze=False)
     yield [axis for row in axes for axis in row]
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format=kind)
 
 
 def counts_axis(axis: Axes, at: Sequence[float] | None = None) -> None:

@@ -56,18 +56,24 @@ def test_what_nobody_can_mean_is_refused(shared_tiny: Path, tmp_path: Path) -> N
     )
     other = mrl.OptimizeConfig(checkpoints=str(tmp_path))
     refused(ConfigError, "checkpoints is '.*' in the call and '.*' in its config", config=other)
+    for wrong in ("digits", {"budget": 3}, mrl.FinetuneConfig()):
+        refused(ConfigError, "expected a merge_rl.OptimizeConfig as config", config=wrong)
+        with pytest.raises(ConfigError, match="expected a merge_rl.OptimizeConfig as config"):
+            mrl.compare_searchers(wrong, out=tmp_path / "cmp")  # type: ignore[arg-type]
 
 
 def test_names_that_end_several_keys_want_their_part() -> None:
     assert said_by(mrl.OptimizeConfig, decay=0.5) == {"search": {"decay": 0.5}}
     # Numbers of other libraries are numbers.
     for seven in (np.int64(7), np.array(7), torch.tensor(7)):
-        assert with_settings(mrl.OptimizeConfig(), budget=seven).budget == 7
+        assert with_settings(mrl.OptimizeConfig, None, budget=seven).budget == 7
     assert said_by(mrl.OptimizeConfig, search=mrl.SearchConfig(std=2.0))["search"]["std"] == 2.0
     with pytest.raises(ConfigError, match=r"'name' is one of .*; say .*reward=\{'name': \.\.\.\}"):
         said_by(mrl.OptimizeConfig, name="x")
     config = mrl.OptimizeConfig(seed=4)
-    assert with_settings(config, seed=4, batch=7) == mrl.OptimizeConfig(seed=4, batch=7)
+    assert with_settings(mrl.OptimizeConfig, config, seed=4, batch=7) == mrl.OptimizeConfig(
+        seed=4, batch=7
+    )
 
 
 def test_a_result_is_shown_as_its_verdict(found: mrl.OptimizeResult) -> None:
@@ -84,6 +90,12 @@ def test_a_result_draws_its_search_and_its_samples(
     found: mrl.OptimizeResult, figures: None, tmp_path: Path
 ) -> None:
     assert found.plot(tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert found.plot(tmp_path / "search.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(ConfigError, match=r"search.xyz: expected the name of a plot, ending in"):
+        found.plot(tmp_path / "search.xyz")
+    assert not (tmp_path / "search.xyz").exists()
+    with pytest.raises(ConfigError, match="expected at least 1 image, got 0"):
+        found.samples(0)
     images = found.samples(6, seed=3)
     assert (images.dtype, tuple(images.shape)) == (torch.uint8, (6, 1, 8, 8))
     assert torch.equal(found.samples(2, seed=5)[:1] * 0, images[2:3] * 0)
