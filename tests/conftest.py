@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import suppress
 from importlib import import_module
@@ -22,7 +23,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 pytest.register_assert_rewrite("tests.fixtures")
 
 
+SHARED_MEMORY = Path("/dev/shm")
+ROOM = 4 * 2**30
+"""Bytes that are to be free where tests write: more than all that they ever hold at once."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # Files of tests live for a moment: a disk makes each that takes another's place be written.
+    memory = os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free >= ROOM
+    if memory and "TMPDIR" not in os.environ:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(SHARED_MEMORY))
     # A process that hands tests out to workers, and runs none, is spared the seconds of torch.
     if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
         config.pluginmanager.import_plugin("tests.fixtures")
