@@ -7,7 +7,9 @@ it and exits with 1; a library user catches the root or the branch.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 
 class MergeRLError(Exception):
@@ -125,6 +127,26 @@ class StoppedError(ParallelError):
 
 class SilentLeaderError(ParallelError):
     """Raised on one other rank where rank 0, which would tell it, hangs itself."""
+
+
+_ADDRESS: Final = re.compile(
+    "(?:https?|s3|gs|hf)://(?:(?:www\\.)?(?:huggingface\\.co|hf\\.co)/(?!datasets/|spaces/))?"
+)
+
+
+def absent(path: object, expected: str = "file or folder", *, of_hub: bool = False) -> str:
+    """What to say of a path at which nothing lies, and of an address given for one.
+
+    Where names of the Hub are taken, `of_hub`, the address of a repository is told its name.
+    """
+    text = re.sub(r"^(\w{2,}:)/+", r"\1//", str(path))  # a path has one slash where it had two
+    address = _ADDRESS.match(text)
+    if address is None:
+        return f"{path}: no such {expected}"
+    repo = "/".join(re.split("[/?#]", text[address.end() :])[:2])
+    named = of_hub and "/" in repo and address[0] not in ("http://", "https://", "s3://", "gs://")
+    way = f", or the repository's name: {repo}" if named else ": download it first"
+    return f"{text}: an address, expected a {expected}{way}"
 
 
 def misfit(error: Exception) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import yaml
 
-from merge_rl.errors import CheckpointError, ManifestError, MergeRLError
+from merge_rl.errors import CheckpointError, ManifestError, MergeRLError, absent
 
 if TYPE_CHECKING:
     from yaml import CSafeLoader as _LibraryLoader
@@ -55,7 +55,7 @@ def open_file(path: str | os.PathLike[str], refusal: Refusal = CheckpointError) 
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
         file = os.fdopen(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb")
     except FileNotFoundError:
-        raise refusal(f"{path}: no such file") from None
+        raise refusal(absent(path, "file")) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise refusal(f"{path}: cannot be read: {reason(error)}") from None
     try:
@@ -149,7 +149,8 @@ def read_bounded(
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise refusal(f"{path}: not UTF-8 text (byte {error.start})") from None
+        found = f"bytes that are not UTF-8 (byte {error.start})"
+        raise refusal(f"{path}: expected text, found {found}") from None
 
 
 class _KeysOnce(yaml.constructor.SafeConstructor):

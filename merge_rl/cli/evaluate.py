@@ -23,7 +23,7 @@ from merge_rl.cli.results import interval_text, number_text
 from merge_rl.cli.sample import find_autoencoder, generation_settings
 from merge_rl.cli.tables import print_table
 from merge_rl.config import MODEL_IMAGES, EvaluateConfig, ReferenceConfig, SamplerConfig
-from merge_rl.errors import ConfigError
+from merge_rl.errors import ConfigError, absent
 from merge_rl.own_code import is_own
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def reference(
 
     config = build(ReferenceConfig, settings)
     if not images.exists():
-        raise ConfigError(f"{images}: no such file or folder")
+        raise ConfigError(absent(images))
     device = ranks.own_device(config.device)
     note_unused_gpu(device)
     built, digest = build_extractor(extractor, extractor_weights, device, say)

@@ -17,6 +17,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from merge_rl.cli import ranks
+from merge_rl.config import at_home
 from merge_rl.errors import ConfigError, MergeRLError, SilentLeaderError
 from merge_rl.version import __version__
 
@@ -183,6 +184,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, stop)
     ranks.quiet_followers()
     try:
+        sys.argv[1:] = at_home(sys.argv[1:])
         _require_said(sys.argv[1:])
         listed = sys.argv[1:] in ([], ["--help"], ["-h"])
         command = command_line(*_needed(sys.argv[1:]), listed=listed)

@@ -72,6 +72,7 @@ from merge_rl.config.setting import (
     SCORES,
     SEARCH,
     Setting,
+    at_home,
     default_text,
     settings_of,
 )
@@ -122,6 +123,7 @@ __all__ = [
     "Setting",
     "SingleMergeConfig",
     "UpdateConfig",
+    "at_home",
     "byte_count",
     "changed",
     "default_text",

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 
 from merge_rl.config.numbers import real_number, whole_number
 from merge_rl.config.sampler import OWN, PATH_NAMES
+from merge_rl.config.setting import at_home
 from merge_rl.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ def find_settings(path: Path) -> Path:
     if there or path.suffix or len(path.parts) != 1:
         return path
     if path.name not in recipe_names():
-        raise UnknownNameError("file or recipe of settings", path.name, recipe_names())
+        raise UnknownNameError("file or recipe of settings", str(path), recipe_names())
     return RECIPES / f"{path.name}.yaml"
 
 
@@ -102,7 +103,7 @@ def load_mapping(path: Path) -> dict[str, Any]:
     values = load_yaml(find_settings(path), ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping, found {_found(values)}")
-    return {str(key): value for key, value in values.items()}
+    return {str(key): at_home(value) for key, value in values.items()}
 
 
 def load_config(cls: type[T], path: Path, **unsaid: Any) -> T:

@@ -6,10 +6,12 @@ The command line, `mergerl settings` and the documentation's page are made of it
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from merge_rl.errors import ConfigError, UnknownNameError
@@ -109,6 +111,21 @@ def _without_none(kind: Any) -> Any:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return next(part for part in typing.get_args(kind) if part is not type(None))
     return kind
+
+
+def at_home(value: Any) -> Any:
+    """A value of a file or of the command line, with the user's folder for `~/` at its begin.
+
+    A shell puts it there itself, but not behind `--option=` or `key=`.
+    """
+    if isinstance(value, dict):
+        return {key: at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [at_home(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    before, rest = re.fullmatch(r"((?:--)?[a-z][\w.-]*=)?(.*)", value, re.S).groups("")  # type: ignore[union-attr]
+    return before + str(Path(rest).expanduser()) if rest.startswith("~/") else value
 
 
 def default_text(value: Any) -> str:

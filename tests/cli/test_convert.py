@@ -89,6 +89,13 @@ def test_refusals_are_one_sentence(snapshots: Path, tmp_path: Path, mergerl: Com
         (("bad.pkl", "out"), "bad.pkl: refers to 'os.system', which is not among the names"),
         (("missing", "out"), "missing: no such file or folder"),
         (
+            ("https://hf.co/user/repo/tree/main", "out"),
+            "https://hf.co/user/repo/tree/main: an address, expected a file or folder, or the "
+            "repository's name: user/repo",
+        ),
+        (("s3://a/b.pt", "out"), "s3://a/b.pt: an address, expected a file or folder: download it"),
+        (("~/missing", "out"), f"{Path.home()}/missing: no such"),
+        (
             (snapshots, "out", "--weights", "raw"),
             "unknown weights 'raw' (known: auto, both, ema, model)",
         ),

@@ -109,6 +109,10 @@ def test_a_run_is_no_set_but_names_its_own(run: Path, shared_tiny: Path, mergerl
         (["sample", "tiny/evaluation/reference.safetensors"], "found statistics or features"),
         (["report", "tiny"], "tiny: expected a run, found set ("),
         (["resume", "cmp"], "cmp: a comparison goes on with the command that began it"),
+        (
+            ["merge", "tiny", "m", "--recipe", "tiny"],
+            "expected a merge.yaml, or the merge that it ",
+        ),
         (["convert", "run", "c"], "run: a run, whose weights are .safetensors: nothing to"),
         (["inspect", "run/gone"], "run/gone: no such file or folder"),
         (["evaluate", "cmp"], "cmp: expected a model, a set or a run, found a comparison"),

@@ -217,7 +217,7 @@ def test_bad_options_of_optimize(
     ("data", "message"),
     [
         (b"budget: [", "settings.yaml: not readable YAML"),
-        (b"\xff\xfe\x00", "settings.yaml: not UTF-8 text"),
+        (b"\xff\xfe\x00", "settings.yaml: expected text, found bytes that are not UTF-8"),
         (b"- 1", "settings.yaml: expected a mapping, found list"),
         (b"", "settings.yaml: expected a mapping, found nothing"),
         (b"budget: !!python/object/apply:os.getcwd []", "settings.yaml: not readable YAML"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from merge_rl.config.commands import EvaluateConfig, SampleConfig
 from merge_rl.config.finetune import CurveConfig, FinetuneConfig
@@ -28,6 +29,7 @@ from merge_rl.config.optimize import (
     SearchConfig,
 )
 from merge_rl.config.sampler import SamplerConfig
+from merge_rl.config.setting import at_home
 from merge_rl.config.training import RolloutConfig
 from merge_rl.errors import ConfigError, UnknownNameError
 
@@ -337,8 +339,25 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a file, found a folder"):
         load_config(OptimizeConfig, tmp_path)
     (tmp_path / "latin.yaml").write_bytes("checkpoints: über".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"latin.yaml: not UTF-8 text .byte 13"):
+    told = r"latin.yaml: expected text, found bytes that are not UTF-8 \(byte 13\)"
+    with pytest.raises(ConfigError, match=told):
         load_config(OptimizeConfig, tmp_path / "latin.yaml")
+
+
+def test_the_home_folder_is_known_where_no_shell_puts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    said = {"checkpoints": "~/ckpts", "extra_weights": {"a": "~/a.pt"}, "select": ["~/x", "y~/z"]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(said), encoding="utf-8")
+    read = load_config(OptimizeConfig, tmp_path / "run.yaml")
+    assert (read.checkpoints, read.extra_weights) == ("/home/me/ckpts", {"a": "/home/me/a.pt"})
+    assert read.select == ("/home/me/x", "y~/z")
+    words = ["--out=~/a", "sampler.guide=~/b c", "~", "a=b=~/c", "~/d\ne", "~you/f", ""]
+    assert at_home(words) == [
+        "--out=/home/me/a", "sampler.guide=/home/me/b c", "~", "a=b=~/c", "/home/me/d\ne", "~you/f",
+        "",
+    ]  # fmt: skip
 
 
 def test_a_refusal_in_a_file_names_the_key(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from merge_rl.errors import CheckpointError, IncompatibleCheckpointError, UnknownNameError
+from merge_rl.errors import CheckpointError, IncompatibleCheckpointError, UnknownNameError, absent
 from merge_rl.storage.checkpoints.catalogue import load_catalogue
 from merge_rl.storage.checkpoints.diffusers_folder import is_network_config, network_config
 from merge_rl.storage.checkpoints.manifest import (
@@ -61,7 +61,7 @@ class Listing:
 def list_folder(folder: Path) -> Listing:
     """All checkpoints of a folder: those of its manifest, or its `.safetensors` files."""
     if not folder.exists():
-        raise CheckpointError(f"{folder}: no such folder{_published(folder)}")
+        raise CheckpointError(f"{absent(folder, 'folder', of_hub=True)}{_published(folder)}")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder of checkpoints, found a file")
     if os.path.lexists(folder / MANIFEST_NAME):

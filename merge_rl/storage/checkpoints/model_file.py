@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from merge_rl import own_code, registry
+from merge_rl import errors, own_code, registry
 from merge_rl.core.forms import network_shapes
 from merge_rl.core.state_dicts import begin_alike, names_for, own_names
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError, MergeRLError
@@ -18,9 +18,7 @@ from merge_rl.storage.checkpoints.diffusers_folder import (
     is_network_config,
     network_config,
 )
-from merge_rl.storage.checkpoints.manifest import (
-    Manifest,
-)
+from merge_rl.storage.checkpoints.manifest import Manifest
 from merge_rl.storage.checkpoints.recorded import find_listing
 from merge_rl.storage.files import (
     CONVERTED,
@@ -126,7 +124,7 @@ def model_file_path(path: str | os.PathLike[str]) -> Path:
     given = Path(path)
     file = _only_file(given) if given.is_dir() else given
     if not file.exists():
-        raise CheckpointError(f"{given}: no such file or folder")
+        raise CheckpointError(errors.absent(given, of_hub=True))
     if not is_weights_name(file.name):
         open_file(file).close()  # what is none at all, or a pointer to one, is called so
         hint = "; `mergerl convert` makes one" if file.name.lower().endswith(CONVERTED) else ""

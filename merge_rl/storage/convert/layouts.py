@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from merge_rl.errors import CheckpointError, ConfigError
+from merge_rl.errors import CheckpointError, ConfigError, absent
 from merge_rl.storage.checkpoints import (
     has_manifest,
     is_network_config,
@@ -120,7 +120,7 @@ def list_files(
             within, told = _meant(item)
             notes += told
         elif not item.exists():
-            raise CheckpointError(f"{item}: no such file or folder")
+            raise CheckpointError(absent(item, of_hub=True))
         else:
             open_file(item).close()  # refuses what is neither a file nor a folder
             within = [index_of(item) or item]

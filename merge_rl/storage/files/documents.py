@@ -22,6 +22,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 _FIRST_BYTES: Final[Mapping[bytes, str]] = {
     b"PK\x03\x04": "an archive as torch.save writes (.pt)",
     b"\x80": "a pickle",
+    b"PK\x05\x06": "an empty archive",
     b"\x1f\x8b": "a compressed file (gzip)",
     b"\x93NUMPY": "an array of NumPy (.npy)",
     b"\x89HDF": "an HDF5 file",
@@ -36,12 +37,14 @@ def kind_by_content(first: bytes) -> str | None:
     if first[8:9] == b"{" and first[4:8] == bytes(4):
         return "a safetensors file"
     known = (words for begin, words in _FIRST_BYTES.items() if first.startswith(begin))
-    text = "text" if len(first) > 15 and first[:32].isascii() and _is_line(first[:32]) else None
-    return next(known, text)
+    return next(known, "text" if _is_text(first[:32]) else None)
 
 
-def _is_line(content: bytes) -> bool:
-    return content.decode("ascii").isprintable()
+def _is_text(content: bytes) -> bool:
+    """Whether content is lines, the first of which is no word alone: old pickles begin with one."""
+    line, *_ = lines = content.splitlines()[:8] or [b""]
+    printable = content.isascii() and all(part.decode("ascii").isprintable() for part in lines)
+    return printable and len(line) > 3 and (b" " in line.strip() or len(lines) == 1)
 
 
 def require_plain(value: object, where: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from merge_rl.errors import ImageError
+from merge_rl.errors import ImageError, absent
 from merge_rl.late import torch
 from merge_rl.storage.files.image_files import ImageFiles
 from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_rows
@@ -95,7 +95,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     if place.is_dir():
         return ImageFiles(place)
     if not place.exists():
-        raise ImageError(f"{place}: no such file or folder")
+        raise ImageError(absent(place))
     open_file(place, ImageError).close()
     kind = place.suffix.lower()
     if kind == ".zip":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from merge_rl.config import FinetuneConfig, OptimizeConfig
-from merge_rl.errors import CheckpointError, RunError
+from merge_rl.errors import CheckpointError, RunError, absent
 from merge_rl.storage.checkpoints import CONFIG_NAME, has_manifest
 from merge_rl.storage.files import absolute, is_image_name, read_header, reference_file, weights_in
 from merge_rl.storage.runs.run_dir import SETTINGS, FinetuneRun, RunDir, is_finetune_run
@@ -129,7 +129,10 @@ def find_run(path: str | os.PathLike[str]) -> Meant:
     folder = only_inside(given) if given.is_dir() else given
     near = [folder, *absolute(folder).parents[:2]] if folder.exists() else []
     for place in filter(Path.is_dir, near):
-        kind = folder_kind(place)
+        try:
+            kind = folder_kind(place)
+        except CheckpointError:  # a file that is no run's, such as a link to nothing
+            kind = "nothing"
         if kind in ("run", "fine-tuning run", "comparison"):
             shown = place if given.is_absolute() else Path(os.path.relpath(place))
             same = absolute(place) == absolute(given)
@@ -293,6 +296,4 @@ def _present(path: Path, run: Path, name: str, announce: Callable[[str], None]) 
     else:
         settings = "finetune.yaml" if (run / "finetune.yaml").is_file() else "config.yaml"
         way = f"put it back, or say in {run / settings} where it is now"
-    raise RunError(
-        f"{run}: cannot resume, {name} is missing: {path}: no such file or folder; {way}"
-    )
+    raise RunError(f"{run}: cannot resume, {name} is missing: {absent(path)}; {way}")

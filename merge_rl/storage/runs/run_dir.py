@@ -27,7 +27,7 @@ from merge_rl.config import (
     dump_config,
     load_config,
 )
-from merge_rl.errors import RunError, misfit
+from merge_rl.errors import RunError, absent, misfit
 from merge_rl.storage.files import (
     State,
     is_vacant,
@@ -88,8 +88,8 @@ class RunFolder(Generic[C]):
         """An existing run; RunError if the folder is missing or is not one."""
         run = cls(path)
         if not run.path.is_dir():
-            found = "expected a run directory, found a file"
-            raise RunError(f"{run.path}: {found if run.path.exists() else 'no such run directory'}")
+            found = f"{run.path}: expected a run directory, found a file"
+            raise RunError(found if run.path.exists() else absent(run.path, "run directory"))
         if is_there(run.path / SETTINGS, RunError):
             raise RunError(f"{run.path}: a comparison goes on with the command that began it")
         if not is_there(run.config_path, RunError):

@@ -18,7 +18,7 @@ from merge_rl.config import (
     load_config,
     to_mapping,
 )
-from merge_rl.errors import CheckpointError
+from merge_rl.errors import CheckpointError, absent
 from merge_rl.interfaces import Tracker
 from merge_rl.progress import NoteTracker
 from merge_rl.storage.checkpoints import (
@@ -175,7 +175,7 @@ def _meant(path: str | os.PathLike[str], track: str | None, tracker: Tracker | N
     if index is not None:
         return Meant(index, f"{path}: took {index}, the whole model")
     if not place.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
+        raise CheckpointError(absent(path, of_hub=True))
     if not place.is_dir():
         note = f"{path}: took the model of the Hub" if not os.path.lexists(path) else None
         return Meant(place, note)

@@ -19,6 +19,7 @@ from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import MAX_SHARD_BYTES, network_name, weights_stem
 from merge_rl.storage.hub import GUIDE_FOLDER, RECIPE_NAME, local_recipe
+from merge_rl.storage.runs import described
 from merge_rl.untrusted import describe, load_yaml
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import find_model, guidance_text
@@ -143,7 +144,11 @@ class Recipe:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = local_recipe(path)  # of the Hub, where it is the name of a merge there
         if self.path.is_dir():  # a merged model, or the run that made it
-            self.path = find_model(self.path).path / RECIPE_NAME
+            merge = find_model(self.path).path
+            if not merge.is_dir():
+                expected = f"a {RECIPE_NAME}, or the merge that it lies with"
+                raise ConfigError(f"{self.path}: expected {expected}, found {described(self.path)}")
+            self.path = merge / RECIPE_NAME
         document = load_yaml(self.path)
         if not isinstance(document, dict) or not isinstance(document.get("sources"), list):
             raise ConfigError(f"{self.path}: expected a merge recipe with a list of sources")

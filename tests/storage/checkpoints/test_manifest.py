@@ -222,7 +222,7 @@ def test_large_unreadable_and_binary_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="missing.yaml: no such file"):
         read_manifest(tmp_path / "missing.yaml")
     (tmp_path / MANIFEST_NAME).write_bytes(b"version: \xff")
-    with pytest.raises(ManifestError, match=r"not UTF-8 text \(byte 9\)"):
+    with pytest.raises(ManifestError, match=r"found bytes that are not UTF-8 \(byte 9\)"):
         read_manifest(tmp_path)
 
 

@@ -50,10 +50,17 @@ def test_the_nearest_name(name: str, hint: str) -> None:
         (b"<html>", "a page of the web, which a download may leave in the place of a file"),
         (b'{"a": 1}', "a JSON document"),
         (b"x" * 16, "text"),
-        (b"x" * 15, None),
+        (b"PK\x05\x06", "an empty archive"),
+        (b"hello", "text"),
+        (b"a b", None),
+        (b"a: [1\n", "text"),
+        (b"one word and more\nline", "text"),
+        (b"(dp0\nS'a'\n", None),  # as pickles without bytes begin
+        (b"ccopy_reg\n_reconstructor\n", None),
+        (b"a b\tc", None),
         (b"x" * 32 + b"\xff\n", "text"),  # as far as it is looked at
         (b"x" * 31 + b"\xff", None),
-        (b"x" * 31 + b"\n", None),
+        (b"x" * 31 + b"\n", "text"),
         (b"", None),
     ],
 )

@@ -162,6 +162,9 @@ def test_which_run_is_meant(model: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"model: expected a run, found model \(1 "):
         find_run(model)
     heard: list[str] = []
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "lost.safetensors").symlink_to("nothing")  # beside it, and of no run
+    assert find_run(tmp_path / "a.txt") == (tmp_path / "a.txt", None)
     assert find_run(run / "merged").told(heard.append) == run
     assert find_run(run).told(heard.append) == run
     assert heard == [f"{run / 'merged'}: took the run {run}"]
