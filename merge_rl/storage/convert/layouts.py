@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from merge_rl.errors import CheckpointError, ConfigError, absent
+from merge_rl.errors import CheckpointError
 from merge_rl.storage.checkpoints import (
-    has_manifest,
     is_network_config,
     library_document,
     network_config,
@@ -21,7 +19,6 @@ from merge_rl.storage.files import (
     CONVERTED,
     SAVED,
     averaged,
-    index_of,
     is_shard_name,
     natural_key,
     network_name,
@@ -30,7 +27,6 @@ from merge_rl.storage.files import (
     weights_stem,
 )
 from merge_rl.storage.pickles import TensorRef
-from merge_rl.untrusted import open_file
 
 # What libraries call the weights in the folder of a checkpoint.
 GENERIC: Final = ("model", "diffusion_pytorch_model", "pytorch_model", "adapter_model")
@@ -48,8 +44,6 @@ AVERAGE: Final = re.compile(r"(?:.*[-_.])?ema(?:[-_.]?(?P<decay>0?\.\d+))?(?:[-_
 _STEPS: Final = re.compile(
     r"(?:checkpoint-|(?:global_?)?steps?[-_=]?|iter(?:ation)?[-_]?)([0-9]+)$|^([0-9]+)\.ckpt$"
 )
-_DEPTH: Final = 4  # of folders below: Lightning's logs/version_0/checkpoints
-_MOST_FOLDERS: Final = 1000
 _FSDP: Final = ("pytorch_model_fsdp_0", "distributed_checkpoint")
 
 
@@ -80,7 +74,7 @@ def place_of(folder: Path) -> Place | None:
     if whole := deepspeed_weights(folder):
         return Place("deepspeed", whole)
     beside = [item for item in folder.iterdir() if _BESIDE.match(item.name)]
-    pairs = [inner for inner in _folders(folder) if (folder / f"{inner.name}_ema").is_dir()]
+    pairs = [inner for inner in folders_in(folder) if (folder / f"{inner.name}_ema").is_dir()]
     if len(pairs) > 1:
         listed = ", ".join(inner.name for inner in pairs)
         raise CheckpointError(f"{folder}: holds several networks, {listed}; name one's folder")
@@ -103,85 +97,6 @@ def place_of(folder: Path) -> Place | None:
     return None
 
 
-def list_files(
-    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-) -> tuple[list[Path], list[str]]:
-    """The files that are meant: themselves, or those of a folder; each once.
-
-    A folder that holds one checkpoint stands for itself (`place_of`), a shard for the model of its
-    index. Beside them sentences: of each other name of a file among them, a link to it, and of what
-    a folder holds beside what was taken.
-    """
-    notes: list[str] = []
-    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    names: dict[Path, list[Path]] = {}
-    for item in map(Path, given):
-        if item.is_dir():
-            within, told = _meant(item)
-            notes += told
-        elif not item.exists():
-            raise CheckpointError(absent(item, of_hub=True))
-        else:
-            open_file(item).close()  # refuses what is neither a file nor a folder
-            within = [index_of(item) or item]
-        for file in within:
-            names.setdefault(file.resolve(), []).append(file)
-    if not names:
-        raise ConfigError("expected at least one file or folder to convert, got none")
-    # A link is another name for its file: the file's own counts.
-    files = [min(alike, key=Path.is_symlink) for alike in names.values()]
-    repeated = [
-        f"{other} and {kept} are the same file and count once, as {kept.name}"
-        for kept, alike in zip(files, names.values(), strict=True)
-        for other in dict.fromkeys(alike)
-        if other != kept
-    ]
-    return files, [*notes, *repeated]
-
-
-def _meant(folder: Path) -> tuple[list[Path], list[str]]:
-    """What of a folder is converted, or of the one folder below with checkpoints; a word on it."""
-    within = files_in(folder)
-    if within:
-        saved = within[0].is_dir() and folder not in within
-        left = [file.name for file in _own(folder)] if saved else []
-        listed = ", ".join(left[:3]) + f" and {len(left) - 3} more" * (len(left) > 3)
-        told = f"{folder}: took the checkpoints in folders of their own; left {listed}"
-        return within, [told] if left else []
-    if has_manifest(folder):
-        raise CheckpointError(f"{folder}: a set of .safetensors already, nothing to convert")
-    below = _below(folder)
-    if not below:
-        raise CheckpointError(
-            f"{folder}: holds no checkpoints to convert (.pkl, .pt, .pth, .ckpt, folders)"
-        )
-    if len(below) > 1:
-        listed = ", ".join(str(item.relative_to(folder)) for item in below[:4])
-        raise CheckpointError(
-            f"{folder}: holds no checkpoints itself; some lie in {listed}: name the folder that is "
-            "meant"
-        )
-    return files_in(below[0]), [f"{folder}: took the checkpoints in {below[0].relative_to(folder)}"]
-
-
-def _below(folder: Path) -> list[Path]:
-    """The next folders below that hold something to convert, all of one depth."""
-    level = [folder]
-    for _ in range(_DEPTH):
-        level = [inner for item in level for inner in _folders(item)][:_MOST_FOLDERS]
-        found = [item for item in level if _holds_some(item)]
-        if found:
-            return found
-    return []
-
-
-def _holds_some(folder: Path) -> bool:
-    try:
-        return bool(files_in(folder))
-    except (CheckpointError, OSError):  # is no network's, or not ours to read
-        return False
-
-
 def files_in(folder: Path) -> list[Path]:
     """What of a folder is converted: files, or folders of one checkpoint each; [] for nothing.
 
@@ -189,9 +104,9 @@ def files_in(folder: Path) -> list[Path]:
     and of another type, so that both cannot form one set.
     """
     place = place_of(folder)
-    if len(_own(folder)) < 2:
+    if len(own_files(folder)) < 2:
         # Trainers end by saving the last weights in the folder of the run.
-        saved = [item for item in _folders(folder) if SAVED.fullmatch(item.name)]
+        saved = [item for item in folders_in(folder) if SAVED.fullmatch(item.name)]
         if place is not None:  # a checkpoint, beside DeepSpeed's state of it
             saved = [item for item in saved if not any(item.glob("*_model_states.pt"))]
         saved = [item for item in saved if place_of(item)]
@@ -211,7 +126,7 @@ def files_in(folder: Path) -> list[Path]:
         files = [file for file in files if file not in states]
     if files or _right_in(folder):
         return files or _right_in(folder)
-    inner = [item for item in _folders(folder) if place_of(item) is not None]
+    inner = [item for item in folders_in(folder) if place_of(item) is not None]
     inner = inner or weights_in(folder)
     if not inner:
         require_weights(folder, [item.name for item in folder.iterdir()])
@@ -233,12 +148,12 @@ def steps_of(path: Path) -> int | None:
     return int(found[1] or found[2]) if found else None
 
 
-def _folders(folder: Path) -> list[Path]:
+def folders_in(folder: Path) -> list[Path]:
     found = (item for item in folder.iterdir() if item.is_dir() and item.name[0] != ".")
     return sorted(found, key=lambda item: natural_key(item.name))
 
 
-def _own(folder: Path) -> list[Path]:
+def own_files(folder: Path) -> list[Path]:
     """The files in a folder that may hold a network each."""
     return [f for f in (*_right_in(folder), *_pickled_in(folder)) if not _BESIDE.match(f.name)]
 

@@ -236,6 +236,8 @@ def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
     if "param_groups" in data and "state" in data:
         raise CheckpointError(f"{path}: the state of an optimizer, and no weights of a network")
     require_whole(data, path)
+    if "pytorch-lightning_version" in data and isinstance(data.get("module"), dict):
+        data["state_dict"] = data.pop("module")  # of Lightning's DeepSpeed strategy
     if is_composer(data):
         read = read_states(of_composer(data), path, weights, hints, whole=False)
         return [replace(item, kind="composer") for item in read]

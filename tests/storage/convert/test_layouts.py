@@ -11,7 +11,8 @@ import torch
 
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.convert.contents import NO_HINTS, Hints
-from merge_rl.storage.convert.layouts import files_in, list_files, place_of, read_library, steps_of
+from merge_rl.storage.convert.given import list_files
+from merge_rl.storage.convert.layouts import files_in, place_of, read_library, steps_of
 from merge_rl.storage.convert.sources import extract, files_of
 from merge_rl.storage.files import save_tensors
 
@@ -216,11 +217,20 @@ def test_a_run_is_its_checkpoints_not_the_last_weights_beside_them(tmp_path: Pat
 
 
 def test_checkpoints_some_folders_below_are_found_where_one_folder_has_them(tmp_path: Path) -> None:
-    run = laid(tmp_path, "lightning_logs/version_0/checkpoints/step=5.ckpt", "config/a.yaml")
+    run = laid(
+        tmp_path / "run", "lightning_logs/version_0/checkpoints/step=5.ckpt", "config/a.yaml"
+    )
     inner = "lightning_logs/version_0/checkpoints"
     assert list_files(run) == (
         [run / inner / "step=5.ckpt"], [f"{run}: took the checkpoints in {inner}"]
     )  # fmt: skip
+    laid(run / inner, "epoch=1-val/loss=0.5.ckpt")  # by a name with a slash
+    assert list_files(run)[1][1:] == [
+        f"{run / inner}: took the files in it; left those in epoch=1-val"
+    ]
+    own = laid(tmp_path / "own", "final.ckpt", f"{inner}/step=5.ckpt")
+    told = f"{own}: took the files in it; left those in {inner}"
+    assert list_files(own) == ([own / "final.ckpt"], [told])
     laid(run, "lightning_logs/version_1/checkpoints/step=5.ckpt")
     with pytest.raises(CheckpointError, match=r"itself; some lie in .*sion_0/ch.*, .*sion_1/check"):
         list_files(run)

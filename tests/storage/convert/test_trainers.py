@@ -70,9 +70,13 @@ def test_the_whole_weights_of_deepspeeds_folders(zero: bool, tmp_path: Path) -> 
         ("raw", "global_step20"): 320,
     }
     assert same(weights(tmp_path / "set"), state(20))
-    rounded = {name: tensor.bfloat16() for name, tensor in state(1).items()}
+    rounded = {f"model.{name}": tensor.bfloat16() for name, tensor in state(1).items()}
     folder = deepspeed(tmp_path / "step=3.ckpt/checkpoint", 3, rounded, zero)  # Lightning's
+    file = folder / "mp_rank_00_model_states.pt"
+    version = {"pytorch-lightning_version": "2.6.6", "epoch": 0, "global_step": 3}
+    torch.save({**torch.load(file, weights_only=False), **version}, file)
     said = heard(folder.parent, tmp_path / "other")
+    assert weights(tmp_path / "other").keys() == state().keys()
     assert ("in BF16; zero_to_fp32.py writes them in float32" in said) == zero
     assert entries(tmp_path / "other") == {("raw", "step=3"): 48}
 
