@@ -9,7 +9,7 @@ from typing import Final
 
 from merge_rl.errors import CheckpointError, ConfigError, absent
 from merge_rl.storage.checkpoints import has_manifest
-from merge_rl.storage.convert.layouts import files_in, folders_in, own_files
+from merge_rl.storage.convert.layouts import files_in, folders_in, is_pipeline, own_files
 from merge_rl.storage.files import index_of
 from merge_rl.untrusted import open_file
 
@@ -62,7 +62,8 @@ def _meant(folder: Path) -> tuple[list[Path], list[str]]:
             left_those = f"{folder}: took the files in it; left those in {others}"
             return within, [left_those] if others else []
         saved = within[0].is_dir() and folder not in within
-        left = [file.name for file in own_files(folder)] if saved else []
+        pipelines = filter(is_pipeline, folders_in(folder))
+        left = [file.name for file in (*own_files(folder), *pipelines)] if saved else []
         listed = ", ".join(left[:3]) + f" and {len(left) - 3} more" * (len(left) > 3)
         left_own = f"{folder}: took the checkpoints in folders of their own; left {listed}"
         return within, [left_own] if left else []

@@ -109,9 +109,8 @@ def files_in(folder: Path) -> list[Path]:
         saved = [item for item in folders_in(folder) if SAVED.fullmatch(item.name)]
         if place is not None:  # a checkpoint, beside DeepSpeed's state of it
             saved = [item for item in saved if not any(item.glob("*_model_states.pt"))]
-        saved = [item for item in saved if place_of(item)]
-        if saved:
-            return saved
+        if any(map(place_of, saved)):
+            return [item for item in folders_in(folder) if not is_pipeline(item) and place_of(item)]
     if place is not None:
         return [folder]
     posthoc = [file for file in folder.iterdir() if POSTHOC.fullmatch(file.name)]
@@ -131,6 +130,11 @@ def files_in(folder: Path) -> list[Path]:
     if not inner:
         require_weights(folder, [item.name for item in folder.iterdir()])
     return inner
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether diffusers saved a pipeline there, as trainings end: the last average once more."""
+    return (folder / "model_index.json").is_file()
 
 
 def require_weights(folder: Path, names: Sequence[str]) -> None:

@@ -209,6 +209,10 @@ def test_a_run_is_its_checkpoints_not_the_last_weights_beside_them(tmp_path: Pat
         files, told = list_files(run)
         assert files == [run / name for name in saved]
         assert told == [f"{run}: took the checkpoints in folders of their own; left {last[0]}"]
+    laid(run, "final/model.safetensors", "final/training_args.bin", "pipe/model_index.json")
+    files, told = list_files(run)
+    assert files == [run / name for name in (*saved, "final")]
+    assert told[0].endswith(f"left {last[0]}, pipe")
     whole = run / "checkpoint-20"  # DeepSpeed's own state lies in transformers' checkpoint
     laid(whole, "global_step20/mp_rank_00_model_states.pt")
     assert list_files(whole) == ([whole], [])
