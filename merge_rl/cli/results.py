@@ -101,7 +101,7 @@ def print_result(result: OptimizeResult) -> None:
 
 
 def _print_gain(comparison: Comparison | SamplerComparison, other: str) -> None:
-    from merge_rl.workflows.report import outcome
+    from merge_rl.workflows.report import interval, outcome
 
     gain = comparison.gain(other)
     if math.isnan(gain.mean):
@@ -109,7 +109,7 @@ def _print_gain(comparison: Comparison | SamplerComparison, other: str) -> None:
         return
     verdict = outcome(vars(gain))
     tell(
-        f"result against {other}: {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
+        f"result against {other}: {interval(gain, '+.3f')} "
         f"{comparison.headline} FID gained, {verdict}"
     )
 

@@ -14,9 +14,10 @@ import yaml
 from safetensors.torch import load_file
 
 import merge_rl as mrl
-from merge_rl import own_code
-from merge_rl.errors import ConfigError
+from merge_rl import own_code, registry
+from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import save_checkpoint
+from merge_rl.workflows.assembly.networks import load_guide, open_guide
 from tests.finetuning import small_config
 from tests.fixtures import Ended
 from tests.hub_server import HubServer
@@ -47,6 +48,26 @@ def wide():
     made.register_parameter("other", torch.nn.Parameter(torch.zeros(3)))
     return made
 def nothing(): return {}
+
+BETAS = torch.linspace(0.1, 0.5, 4)  # made where the module is imported
+
+def stepped():
+    made = mrl.describe(
+        Shift(), prediction="noise", time="down", betas=BETAS * torch.ones(4), sample_shape=[2]
+    )
+    made.last = float(BETAS[-1])
+    return made
+
+one = Shift()
+def ends(): raise SystemExit(3)
+
+class Raising:
+    name, dim = "raising", 2
+
+    def __call__(self, points): raise ValueError("no such point")
+
+class First:
+    def decode(self, samples): return samples[:1]
 
 class Wrapping(torch.nn.Module):
     """Holds all that it has under a name that wrappers have too."""
@@ -99,6 +120,9 @@ class Nearest:
 
 class Short(Nearest):
     def rewards(self, pool, draws): return torch.zeros(1)
+
+class Far(Nearest):
+    def pool_distance(self, pool): return None
 '''
 SMALL = (
     "--budget", "600", "--pool", "60", "--subset", "20", "--final-images", "40",
@@ -171,6 +195,9 @@ def test_an_own_network_goes_through_all_commands(
         assert f"pass --network {own}:network to import it" in refused.err
         ended = mergerl(*command, *flags, "--network", f"{own}:network")
         assert ended.code == 0, ended.err
+    odd = mergerl("inspect", "run/merged", "--network", f"{own}:wide")
+    assert odd.code == 1
+    assert f"not the tensors of the {own}:wide network" in odd.err
     made = [Path(f"{folder}/model.safetensors").read_bytes() for folder in ("run/merged", "again")]
     assert made[0] == made[1]
     loading = f'mrl.load_model("path/to/this/folder", network="{own}:network")'
@@ -313,6 +340,10 @@ def test_an_own_network_is_fine_tuned_and_goes_on(
         if command[0] != "optimize":  # a search with these is tried above
             ended = mergerl(*command, *given)
             assert ended.code == 0, ended.err
+    card = Path("whole/final/README.md").read_text()
+    assert f'mrl.load_model("path/to/this/folder", network="{named["network"]}")' in card
+    assert "the network's own names and shapes" in card
+    assert f"- {named['network']}" not in card  # which is no tag
     weights = [Path(f"{run}/final/model.safetensors").read_bytes() for run in ("whole", "part")]
     assert weights[0] == weights[1]
 
@@ -347,7 +378,12 @@ def test_python_fine_tunes_a_network_by_its_factory(shifts: Path, own: str) -> N
         ({"searcher": "nothing"}, "searcher 'OWN:nothing': calling it with"),
         ({"reward": "nothing"}, "reward 'OWN:nothing': calling it with its source failed"),
         ({"reward": "Short"}, r"reward 'OWN:Short' returned \(1,\), expected a tensor"),
+        ({"reward": "Far"}, "reward 'OWN:Far' returned NoneType, expected a distance, a number"),
         ({"network": "a/b"}, "expected a network as package.module:factory"),
+        ({"network": "one"}, "expected a factory, found an object of Shift, which takes something"),
+        ({"network": "ends"}, r"OWN:ends': calling it .*: it ends the program \(exit code 3\)"),
+        ({"extractor": "Raising"}, r"OWN.py, line \d+, in __call__: ValueError: no such point"),
+        ({"autoencoder": "First"}, r"OWN:First' returned float32 \(1, 2\) for samples \("),
     ],
 )
 def test_code_that_cannot_be_used_is_refused_in_a_sentence(
@@ -363,7 +399,42 @@ def test_code_that_cannot_be_used_is_refused_in_a_sentence(
     ended = begin(mergerl, shifts, own, *more)
     assert ended.code == 1
     assert_one_sentence(ended, sentence.replace("OWN", own))
-    assert not Path("run").exists() or "Short" in change.values()  # found in the first round
+    late = {"Short", "Far", "Raising", "First"} & set(change.values())  # found in the first round
+    assert late or not Path("run").exists()
+
+
+@pytest.mark.parametrize("file", ["./flow.py", "flow.py", "/nets/flow.py"])
+def test_a_file_in_the_place_of_a_module_is_told_what_it_is_called(file: str) -> None:
+    expected = (
+        rf"expected a network as package.module:factory \(flow:make of flow.py\), got '{file}"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        own_code.find(f"{file}:make", "network")
+
+
+def test_shapes_of_an_own_network_cost_its_module_no_numbers(own: str) -> None:
+    """What it makes on import, or keeps for later, is used by the network that is sampled."""
+    own_code.allow(f"{own}:stepped")
+    built = registry.build_on_meta({"model": f"{own}:stepped"})
+    assert {name: value.is_meta for name, value in built.state_dict().items()} == {"shift": True}
+    again = registry.build_model({"model": f"{own}:stepped"})
+    assert again.last == pytest.approx(0.5)
+    assert again.noise_levels is not None
+
+
+def test_weights_beside_an_own_network_guide_it(shifts: Path, own: str) -> None:
+    """They say nothing of what they are; the user has."""
+    named = f"{own}:network"
+    own_code.allow(named)
+    network = registry.build_model({"model": named})
+    sampler = mrl.SamplerConfig(guide=str(shifts / "step_0.safetensors"))
+    guide = load_guide(sampler, "cpu", network)
+    assert guide is not None
+    assert guide.state_dict()["shift"].tolist() == [2.0, 1.0]
+    merged = open_guide(mrl.SamplerConfig(guide=str(shifts)), network)
+    assert merged.config == {"model": named}
+    with pytest.raises(CheckpointError, match="the model config is not known"):
+        load_guide(sampler, "cpu", torch.nn.Linear(1, 1))
 
 
 def assert_one_sentence(ended: Ended, pattern: str) -> None:

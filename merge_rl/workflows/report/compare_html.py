@@ -25,6 +25,7 @@ from merge_rl.workflows.report.markup import (
     interval,
     joined,
     listed,
+    number,
     section,
     table,
     tag,
@@ -151,7 +152,7 @@ def cost_to_reach(found: Found) -> tuple[list[str], list[Row]]:
         [line["searcher"], *(_first(line["curve"], head, level) for level in kept.values())]
         for line in ranked(found)
     ]
-    return ["images to reach", *(f"{name} ({level:.3f})" for name, level in kept.items())], rows
+    return ["images to reach", *(f"{name} ({number(level)})" for name, level in kept.items())], rows
 
 
 def _known(values: Any) -> list[float]:

@@ -16,6 +16,7 @@ from merge_rl.workflows.report.markup import (
     interval,
     markdown_table,
     metric_text,
+    number,
 )
 from merge_rl.workflows.report.plots import draw_comparison
 from merge_rl.workflows.report.results import compare_verdict, ranged
@@ -92,11 +93,11 @@ def legend(document: Mapping[str, Any]) -> list[str]:
     lines = []
     if free:
         lines.append(
-            f"ratio: to the best merge without a search, {free['entry']} ({free['fid']:.3f})"
+            f"ratio: to the best merge without a search, {free['entry']} ({number(free['fid'])})"
         )
     if baseline and free and baseline["entry"] != free["entry"]:
         lines.append(
-            f"the best of the simple searchers is {baseline['entry']} ({baseline['fid']:.3f})"
+            f"the best of the simple searchers is {baseline['entry']} ({number(baseline['fid'])})"
         )
     lines += [
         "optimism: score of the final choice minus that on fresh seeds; below 0 it was flattered",

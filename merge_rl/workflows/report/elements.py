@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.errors import RunError
-from merge_rl.storage.files import Pixels, decode_image, picture_address
-from merge_rl.untrusted import load_json_mapping, open_file
+from merge_rl.storage.files import Pixels, decode_image, picture_address, reading_from
+from merge_rl.untrusted import load_json_mapping
 from merge_rl.workflows.report.markup import NOTHING, Safe, interval, joined, number, safe, tag
 from merge_rl.workflows.report.results import Verdict
 
@@ -177,7 +177,7 @@ def pictured(folder: Path) -> Mapping[str, Any] | None:
     """Size, seeds and labels of the images of either end, where a search kept some."""
     if not (folder / SAMPLES).is_file():
         return None
-    with open_file(folder / SAMPLES, RunError) as file:
+    with reading_from(folder / SAMPLES, RunError) as file:
         return load_json_mapping(file.read(), str(folder / SAMPLES), RunError)
 
 
@@ -208,7 +208,7 @@ def grids(pictures: Mapping[str, tuple[Path, str]]) -> Safe:
 
 
 def _read(path: Path) -> Pixels:
-    with open_file(path, RunError) as file:
+    with reading_from(path, RunError) as file:
         return decode_image(file.read(), str(path))
 
 

@@ -20,6 +20,7 @@ from merge_rl.workflows.report.markup import (
     document,
     interval,
     joined,
+    number,
     section,
     table,
     tag,
@@ -154,7 +155,7 @@ def _step(picture: Path) -> int:
 
 def _score(run: TuningFacts, picture: Path) -> str:
     value = run.points.get(_step(picture), {}).get("sde-eval", {}).get(run.headline)
-    return "" if value is None else f"{NAMES[run.headline]} FID {value:.3f}"
+    return "" if value is None else f"{NAMES[run.headline]} FID {number(value)}"
 
 
 def _scores(run: TuningFacts) -> Safe:

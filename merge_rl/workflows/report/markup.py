@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from merge_rl.core.distances.intervals import Interval
 
 Row = list[str]
+LEAST_OF_THREE_DECIMALS: Final = 0.01
 NAMES: Final = {"heldout": "held-out", "reference": "reference"}
 
 
@@ -24,9 +25,24 @@ def metric_text(name: str) -> str:
     return " ".join(word.upper() if word in ABBREVIATED else word for word in name.split("-"))
 
 
-def number(value: float | None, form: str = ".3f") -> str:
-    """Three decimals, or as a format says; words for None and NaN."""
-    return "not finite" if value is None or math.isnan(value) else format(value, form)
+def number(value: float | None, form: str = ".3f", like: float | None = None) -> str:
+    """Three decimals, or as a format says; words for None and NaN.
+
+    Distances of one's own features may be of any size: three decimals grow to two digits of a
+    number below 0.01, or of one of the size of `like`, and to powers of ten below 0.0001.
+    """
+    if value is None or math.isnan(value):
+        return "not finite"
+    size = abs(value if like is None else like)
+    if form.endswith(".3f") and 0 < size < LEAST_OF_THREE_DECIMALS:
+        digits = ".3g" if size < 1e-4 else ".4f" if size >= 1e-3 else ".5f"
+        form = form.replace(".3f", digits)
+    return format(value, form)
+
+
+def largest(values: Iterable[float | None]) -> float | None:
+    """Of numbers, without signs; None where none is finite."""
+    return max((abs(v) for v in values if v is not None and math.isfinite(v)), default=None)
 
 
 def interval(
@@ -34,14 +50,16 @@ def interval(
 ) -> str:
     """Mean [low, high], or another `middle`; "+.3f" shows the sign of a difference."""
     found = value if isinstance(value, Mapping) else vars(value)
-    mean, low, high = (number(found[key], form) for key in (middle, "low", "high"))
+    ends = [found[key] for key in (middle, "low", "high")]
+    mean, low, high = (number(value, form, largest(ends)) for value in ends)
     return mean if mean == number(None) else f"{mean} [{low}, {high}]"
 
 
 def floor_lines(document: Mapping[str, Any]) -> list[str]:
     """How near real images come to real images; none where that is not known."""
     floor = document.get("floor")
-    return [] if floor is None else [f"floor: both halves of the real images are {floor:.3f} apart"]
+    said = f"floor: both halves of the real images are {number(floor)} apart"
+    return [] if floor is None else [said]
 
 
 MOST_COLUMNS: Final = 12

@@ -8,7 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.workflows.report.figures import counts_axis, drawing, legend_below, style, values_axis
-from merge_rl.workflows.report.markup import NAMES
+from merge_rl.workflows.report.markup import NAMES, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ def progress(axis: Axes, events: Events, levels: Mapping[str, float]) -> None:
         axis.plot(*zip(*held_out, strict=True), "--s", color="C1", markersize=3, label="held-out")
     for index, (entry, level) in enumerate(levels.items()):
         axis.axhline(
-            level, linewidth=1.2, label=f"{entry}: {level:.3f}",
+            level, linewidth=1.2, label=f"{entry}: {number(level)}",
             color=f"C{2 + index % 5}", linestyle=STYLES[index % len(STYLES)],
         )  # fmt: skip
     axis.set_title("the pool, which holds images of the policy mean")
@@ -207,7 +207,7 @@ def _window(document: Mapping[str, Any]) -> tuple[float, float]:
 
 def _fixed_label(entry: str, level: float, limits: tuple[float, float]) -> str:
     inside = limits[0] <= level <= limits[1]
-    return entry if inside else f"{entry}: {level:.3f}, off the scale"
+    return entry if inside else f"{entry}: {number(level)}, off the scale"
 
 
 def curves(axis: Axes, document: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from merge_rl.workflows.report.markup import NAMES, interval, metric_text, number
+from merge_rl.workflows.report.markup import NAMES, interval, largest, metric_text, number
 
 Outcome = Literal["better", "worse", "no clear difference", "not finite"]
 Tone = Literal["good", "bad", "even"]
@@ -64,7 +64,11 @@ def _verdict(
     gain: Mapping[str, Any],
     head: str,
 ) -> Verdict:
-    before, after = (number(entries[entry][head]["mean"]) for entry in ("start", "result"))
+    ends, size = (
+        [entries[entry][head]["mean"] for entry in ("start", "result")],
+        largest(gain.values()),
+    )
+    before, after = (number(value, like=size) for value in ends)
     change = interval(gain, "+.3f")
     return Verdict(
         TONES[found],

@@ -198,15 +198,15 @@ def _fresh(final: Mapping[str, Any], meaning: str = "") -> str:
     if final["fresh_score"] is None:
         return ""
     bounds = final.get("optimism_interval")  # earlier runs have none
-    width = f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else ""
+    width = f" [{', '.join(number(b, '+.3f') for b in bounds)}]" if bounds else ""
     fresh, optimism = final["fresh_score"], final["optimism"]
-    return f", {fresh:.3f} on fresh seeds: optimism {optimism:+.3f}{width}{meaning}"
+    return f", {number(fresh)} on fresh seeds: optimism {number(optimism, '+.3f')}{width}{meaning}"
 
 
 def _score(winner: Mapping[str, Any]) -> str:
     if winner["score"] is None:
         return "not finite"
-    return f"FID {winner['score']:.3f} at N = {winner['images_each']:,}"
+    return f"FID {number(winner['score'])} at N = {winner['images_each']:,}"
 
 
 def _spent(found: Mapping[str, Any]) -> str:

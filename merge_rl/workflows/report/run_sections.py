@@ -19,6 +19,7 @@ from merge_rl.workflows.report.markup import (
     joined,
     listed,
     metric_text,
+    number,
     section,
     table,
     tag,
@@ -202,9 +203,9 @@ def _notes(run: RunFacts) -> list[str]:
     final, notes = result["final"], []
     if final.get("optimism") is not None:
         bounds = final.get("optimism_interval")  # which earlier runs lack
-        width = f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else ""
+        width = f" [{', '.join(number(b, '+.3f') for b in bounds)}]" if bounds else ""
         notes.append(
-            f"Optimism of the final choice: {final['optimism']:+.3f}{width} FID on the seeds "
-            "that it was chosen by, against fresh ones (below 0 the choice was flattered)."
+            f"Optimism of the final choice: {number(final['optimism'], '+.3f')}{width} FID on the "
+            "seeds that it was chosen by, against fresh ones (below 0 the choice was flattered)."
         )
     return [*notes, *first_order_line(run.events)]

@@ -187,6 +187,14 @@ def test_attributes_do_as_well_as_a_description() -> None:
         network_of({}, "m:f")
 
 
+def test_the_last_statement_about_a_module_holds() -> None:
+    module = Known(lambda x, _t: x / 4)
+    first = mrl.describe(module, prediction="denoised", time="sigma", sample_shape=[2])
+    again = mrl.describe(first, prediction="noise", time="sigma", sample_shape=[2])
+    x = torch.ones(1, 2)
+    assert torch.equal(again(x, torch.tensor(2.0)), x - 2 * (x / 4))
+
+
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(ConfigError, match="^expected a torch module, got function$"):
         mrl.describe(denoised, prediction="denoised", time="sigma", sample_shape=[2])  # type: ignore[arg-type]
@@ -202,7 +210,11 @@ def test_what_is_no_module_is_refused() -> None:
         ({"prediction": "velocity"}, "expected no velocity over noise levels"),
         ({"path": "linear"}, "expected no path over noise levels"),
         ({"time": "up", "betas": [0.1, 0.2]}, "expected time 'down' with betas"),
-        ({"time": "down", "betas": [0.1, 2.0]}, "expected betas, two at least, between 0 and 1"),
+        ({"time": "down", "betas": [0.1, 2.0]}, "betas, two at least, between 0 and 1, got 2.0"),
+        ({"time": "down", "betas": [0.1]}, r"betas, two at least, between 0 and 1, got \(0.1,\)"),
+        ({"time": "down", "betas": "linear"}, "two at least, between 0 and 1, got 'linear'"),
+        ({"time": "down", "betas": 0.02}, "two at least, between 0 and 1, got 0.02"),
+        ({"time": "down", "betas": [[0.1, 0.2]]}, r"between 0 and 1, got \[\[0.1, 0.2\]\]"),
         ({"time": "down", "betas": [0.1, 0.2], "path": "vp"}, "got path and betas"),
         ({"sample_shape": []}, "expected sample_shape of whole numbers > 0"),
         ({"sample_shape": 2}, "expected sample_shape of whole numbers > 0, got 2"),

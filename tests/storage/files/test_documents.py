@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
+import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from merge_rl.errors import CheckpointError, HashMismatchError, ManifestError
+from merge_rl.errors import CheckpointError, HashMismatchError, ManifestError, RunError
 from merge_rl.storage.files import documents
 from merge_rl.storage.files.documents import (
     Fields,
     kind_by_content,
     nearest,
+    reading_from,
     require_hash,
     require_plain,
     sha256_file,
@@ -163,8 +167,21 @@ def test_a_file_is_hashed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sha256_file(path, lambda done, total: told.append((done, total))) == expected
     assert told == [(2, 5), (4, 5), (5, 5)]
     assert sha256_file(path) == expected
-    with pytest.raises(CheckpointError, match="b: cannot be read: No such file or directory$"):
+    with pytest.raises(CheckpointError, match="b: no such file$"):
         sha256_file(tmp_path / "b")
+
+
+def test_a_file_that_fails_while_it_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(io.BytesIO):
+        def read(self, _size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))  # without a name, as systems do
+
+    monkeypatch.setattr(documents, "open_file", lambda *_: Broken())
+    problem = f"^lines: cannot be read: {os.strerror(errno.EIO)}$"
+    with pytest.raises(RunError, match=problem), reading_from(Path("lines"), RunError) as file:
+        file.read()
 
 
 def test_hashes_are_held_against_what_is_recorded() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import merge_rl as mrl
 from merge_rl.workflows.assembly.costs import Cost, LiveBytes, forward_cost, weight_bytes
+from merge_rl.workflows.assembly.parts import blank_network
 
 
 class Chain(nn.Module):
@@ -82,3 +85,12 @@ def test_bytes_of_weights() -> None:
     assert weight_bytes(Chain().half()) == 2 * (8 * 16 + 16 * 4)
     assert weight_bytes(object()) == 0
     assert Cost(1.0, 5, 2.5).peak(2) == 10
+
+
+def test_a_network_for_weights_that_come_draws_none(tiny: Path) -> None:
+    checkpoints = mrl.open_checkpoints(tiny)
+    before = torch.get_rng_state()
+    blank_network(checkpoints, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    blank_network(checkpoints, "cpu", drawn=True)
+    assert not torch.equal(torch.get_rng_state(), before)

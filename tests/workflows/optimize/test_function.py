@@ -164,7 +164,7 @@ def test_the_run_is_that_of_every_search(found: OptimizeResult) -> None:
 
 
 def test_a_run_goes_on_with_the_function_and_ends_the_same(
-    found: OptimizeResult, tmp_path: Path
+    found: OptimizeResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = 0
 
@@ -182,6 +182,9 @@ def test_a_run_goes_on_with_the_function_and_ends_the_same(
     with pytest.raises(ConfigError, match=r"generate returned float32 \(3,\), expected floating"):
         mrl.resume(tmp_path / "run", generate=lambda *_: torch.zeros(3))
     again = mrl.resume(tmp_path / "run", generate=shifted)
+    assert "failing, goes on with tests.workflows.optimize.test_function:shifted" in (
+        capsys.readouterr().err
+    )
     assert isinstance(again, OptimizeResult)
     assert torch.equal(again.coefficients, found.coefficients)
     assert again.comparison == found.comparison
@@ -328,6 +331,17 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     plain = dataclasses.replace(SMALL, search=SearchConfig())
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"checkpoints": []}, CheckpointError, "expected checkpoints, got none"),
+        ({"checkpoints": 3}, CheckpointError, "state dicts, modules or files, got int"),
+        ({"checkpoints": {1: states([1.0])[0]}}, CheckpointError, "got name 1"),
+        ({"checkpoints": [nn.Linear(1, 1, device="meta")]}, CheckpointError,
+         "found a tensor without numbers at 'weight'"),
+        ({"checkpoints": states([1.0, 1.0]), "map": "whitened"}, ConfigError,
+         "checkpoint-1 and checkpoint-0 are the same weights and count once, as checkpoint-0; "
+         "expected 2 checkpoints, at least, that differ"),
+        ({"checkpoints": [{"shift": torch.ones(1, dtype=torch.int64)}]}, ConfigError,
+         "no tensor is averaged; expected some to merge"),
+        ({"guidance": 2.0, "network": "a:b"}, ConfigError,
+         "guidance, network: expected no settings of networks and samplers"),
         ({"checkpoints": [{"shift": 3}]}, CheckpointError, "expected tensors by name, found int"),
         ({"checkpoints": [*states([1.0]), {"other": torch.ones(1)}]}, IncompatibleCheckpointError,
          "'shift' is missing"),

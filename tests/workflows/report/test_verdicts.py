@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from merge_rl.workflows.report import compare_verdict, finetune_verdict, outcome, run_verdict
+from merge_rl.workflows.report.markup import number
 
 
 def summary(mean: float | None) -> dict[str, Any]:
@@ -55,6 +56,29 @@ def test_a_result_that_is_better_than_all() -> None:
         found.numbers == "Held-out FID went from 1.000 to 0.900, a gain of +0.100 [+0.080, +0.120]."
     )
     assert found.line == "better: held-out FID 1.000 to 0.900, +0.100 [+0.080, +0.120]"
+
+
+def test_distances_of_any_size_are_told_in_digits_that_say_something() -> None:
+    """A gain of a hundredth of a small distance is no 0.000."""
+    told = comparison((0.0004, 0.0005), (0.0004, 0.0005))
+    for entry, mean in (("start", 0.0335), ("result", 0.03305)):
+        told["entries"][entry] = {"heldout": summary(mean)}
+    line = "better: held-out FID 0.03350 to 0.03305, +0.00045 [+0.00040, +0.00050]"
+    assert run_verdict(told).line == line
+
+
+@pytest.mark.parametrize(
+    ("value", "like", "shown"),
+    [
+        (0.0, None, "0.000"), (0.01, None, "0.010"), (0.0099, None, "0.0099"),
+        (0.00012, None, "0.00012"), (0.0000123, None, "1.23e-05"), (-0.0123, None, "-0.012"),
+        (0.5, 0.002, "0.5000"), (0.002, 0.5, "0.002"), (None, None, "not finite"),
+    ],
+)  # fmt: skip
+def test_three_decimals_become_more_for_small_numbers(
+    value: float | None, like: float | None, shown: str
+) -> None:
+    assert number(value, like=like) == shown
 
 
 def test_what_is_not_clear_is_not_called_a_gain() -> None:

@@ -114,5 +114,12 @@ def test_failures_are_nan_and_bad_input_is_refused(generator: torch.Generator) -
         mrl.SubsetReward(real, pool, name="fid-full")
     with pytest.raises(UnknownNameError, match="unknown reward 'fid-subse'"):
         mrl.SubsetReward(real, pool, name="fid-subse")
+    for rows in ([0, 1], [0, 1, 80], [-1, 0, 1], [0, 1, 1], [0.0, 1.0, 2.0]):
+        with pytest.raises(ConfigError, match=r"expected 3 rows of the pool, each once, in 0..79"):
+            reward(real[:3], rows=torch.tensor(rows))
+    for labels in (torch.zeros(80), "0" * 80):
+        given: Any = labels
+        with pytest.raises(ConfigError, match="expected 80 labels, one a row, got (float32|str)$"):
+            mrl.SubsetReward(real, pool, labels=given)
     with pytest.raises(ConfigError, match="expected 80 labels"):
         mrl.SubsetReward(real, pool, labels=torch.zeros(79, dtype=torch.int64))

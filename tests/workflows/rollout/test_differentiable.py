@@ -319,6 +319,20 @@ def test_other_parts_without_a_derivative_are_named() -> None:
 
     with pytest.raises(ConfigError, match="the decoder Plain has no derivative"):
         DifferentiableRollout(merged("edm2", HEUN, exact=False, decoder=Plain()))
+
+    class Unrounded(Plain):
+        def levels(self, latents: Tensor) -> Tensor:
+            return 127.5 * latents.clip(-1, 1) + 128
+
+    class Others(Plain):
+        def levels(self, latents: Tensor) -> Tensor:
+            return signed_levels(latents).flip(-1)
+
+    for decoder, why in ((Unrounded(), "no whole numbers"), (Others(), "not its images")):
+        with pytest.raises(
+            ConfigError, match=f"decoder {type(decoder).__name__} .*`levels` are {why}"
+        ):
+            DifferentiableRollout(merged("edm2", HEUN, exact=False, decoder=decoder))
     noisy = SamplerConfig(solver="sde-euler", num_steps=3)
     with pytest.raises(ConfigError, match=r"needs a solver with fixed steps \(.*\), got sde-euler"):
         DifferentiableRollout(merged("edm2", noisy, exact=False))
