@@ -25,6 +25,7 @@ from merge_rl.storage.files.documents import (
     Progress,
     kind_by_content,
     nearest,
+    reading_from,
     require_hash,
     sha256_file,
 )
@@ -186,6 +187,7 @@ __all__ = [
     "read_index",
     "read_npy",
     "read_state",
+    "reading_from",
     "reference_file",
     "require_finite",
     "require_hash",

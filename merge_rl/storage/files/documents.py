@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from merge_rl.config import real_number, whole_number
 from merge_rl.errors import CheckpointError, HashMismatchError, ManifestError
-from merge_rl.untrusted import describe, open_file
+from merge_rl.untrusted import Refusal, describe, open_file
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -156,22 +158,30 @@ class Fields:
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
+
+@contextmanager
+def reading_from(path: Path, refusal: Refusal = CheckpointError) -> Iterator[BinaryIO]:
+    """A file as `open_file` opens it; an error of the system on the way names it too."""
+    try:
+        with open_file(path, refusal) as file:
+            yield file
+    except OSError as error:
+        raise refusal(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
 CHUNK_BYTES = 16 * 2**20
 
 
 def sha256_file(path: Path, progress: Progress | None = None) -> str:
     """Hexadecimal SHA-256 of a file of any size, in constant memory."""
     digest, done = hashlib.sha256(), 0
-    try:
-        total = path.stat().st_size
-        with open_file(path) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-                done += len(chunk)
-                if progress is not None:
-                    progress(done, total)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    with reading_from(path) as file:
+        total = os.fstat(file.fileno()).st_size
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, total)
     return digest.hexdigest()
 
 

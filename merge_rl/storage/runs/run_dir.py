@@ -32,6 +32,7 @@ from merge_rl.storage.files import (
     State,
     is_vacant,
     read_state,
+    reading_from,
     told_of,
     write_json,
     write_state,
@@ -41,7 +42,6 @@ from merge_rl.untrusted import (
     describe,
     is_there,
     load_json_mapping,
-    open_file,
 )
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class RunFolder(Generic[C]):
         path = self.path / name
         if not os.path.lexists(path):
             return None
-        with open_file(path, RunError) as file:
+        with reading_from(path, RunError) as file:
             return load_json_mapping(file.read(), f"{path}: damaged", RunError)
 
     def scores(self, names: Iterable[str] = ()) -> dict[str, dict[str, float | None]]:
@@ -150,7 +150,7 @@ class RunFolder(Generic[C]):
         if not os.path.lexists(self.events_path):
             return []
         events = []
-        with open_file(self.events_path, RunError) as file:
+        with reading_from(self.events_path, RunError) as file:
             for number, line in enumerate(file, 1):
                 try:
                     events.append(_event(line, f"{self.events_path}: damaged in line {number}"))
