@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any, Final
 from merge_rl.errors import ConfigError, MergeRLError
 
 _allowed: Final[dict[str, Any]] = {}  # name -> the object, or None: to be imported
+_packages: Final[set[str]] = set()  # what was imported
 
 
 def is_own(name: str) -> bool:
@@ -36,9 +38,20 @@ def allow(code: Any) -> str:
             _allowed.setdefault(one)
         return code
     name = name_of(code)
-    factory = inspect.isclass(code) or inspect.isroutine(code) or isinstance(code, partial)
-    _allowed[name] = code if factory else lambda *_given, **_options: code
+    _allowed[name] = code if _makes(code) else lambda *_given, **_options: code
     return name
+
+
+def _makes(code: Any) -> bool:
+    """Whether code is a factory by its kind: a class or a function."""
+    return inspect.isclass(code) or inspect.isroutine(code) or isinstance(code, partial)
+
+
+def _problem(error: BaseException) -> str:
+    """What user code raised, or that it would end the program, as scripts do."""
+    if isinstance(error, SystemExit):
+        return f"it ends the program (exit code {error.code})"
+    return f"{type(error).__name__}: {error}"
 
 
 def allow_network(code: Any) -> str:
@@ -71,9 +84,13 @@ def require_readable(name: str, kind: str) -> None:
 
 def _split(name: str, kind: str) -> tuple[str, str]:
     module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
+    parts, file = [*module.split("."), *attribute.split(".")], Path(module)
+    if file.suffix == ".py" or not all(part.isidentifier() for part in parts):
         article = "an" if kind[0] in "aeiou" else "a"
-        raise ConfigError(f"expected {article} {kind} as package.module:factory, got {name!r}")
+        hint = f" ({file.stem}:{attribute} of {file.name})" if file.suffix == ".py" else ""
+        raise ConfigError(
+            f"expected {article} {kind} as package.module:factory{hint}, got {name!r}"
+        )
     return module, attribute
 
 
@@ -103,22 +120,38 @@ def call(
         raise ConfigError(f"{kind} {name!r}: {error}") from error
     except MergeRLError:
         raise
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{kind} {name!r}: calling it with {what} failed: {problem}") from error
+    except (Exception, SystemExit) as error:
+        if not _makes(factory):
+            found = f"an object of {type(factory).__name__}, which takes something else"
+            raise ConfigError(f"{kind} {name!r}: expected a factory, found {found}") from error
+        raise ConfigError(
+            f"{kind} {name!r}: calling it with {what} failed: {_problem(error)}"
+        ) from error
+
+
+def place_of(error: BaseException) -> str | None:
+    """Where in the user's code an exception was raised, or what was called from there; else None.
+
+    Such as "/home/me/mine.py, line 12, in forward".
+    """
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _packages - {"merge_rl"}:
+            found = f"{frame.f_code.co_filename}, line {line}, in {frame.f_code.co_name}"
+    return found
 
 
 def _imported(name: str, kind: str) -> Any:
     module, attribute = _split(name, kind)
+    _packages.add(module.partition(".")[0])
     try:
         found: Any = import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{kind} {name!r}: cannot be imported, from the installed packages or from "
-            f"{Path.cwd()}: {problem}"
+            f"{Path.cwd()}: {_problem(error)}"
         ) from error
     return found
 

@@ -227,15 +227,22 @@ def _own_network(name: str, options: Mapping[str, Any]) -> Network:
 
     own_code.require_allowed(name, "network", "--network", "the model config")
     what = f"the options {', '.join(options)}" if options else "no arguments"
-    return network_of(own_code.call(name, "network", what=what, **options), name).eval()
+    made = network_of(own_code.call(name, "network", what=what, **options), name).eval()
+    made.__dict__["own_name"] = name
+    return made
 
 
 def build_on_meta(config: Mapping[str, Any]) -> Network:
-    """The same network on the meta device: names, shapes and types of its tensors, no memory."""
+    """The same network on the meta device: names, shapes and types of its tensors, no memory.
+
+    Code of the user's is built where there are numbers and moved: it may compute constants, and
+    what it keeps for later (a module's own tensors, a cache) would have none for ever.
+    """
     import torch
 
-    with torch.device("meta"):
-        return build_model(config)
+    own = own_code.is_own(str(config.get("model")))
+    with torch.device("cpu" if own else "meta"):
+        return build_model(config).to("meta")
 
 
 def build_autoencoder(

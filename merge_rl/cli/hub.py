@@ -153,6 +153,8 @@ def push(
     [bold]hf auth login[/bold] or the variable HF_TOKEN; it has no option here, because a command
     line ends up in the history of the shell.
     """
+    from merge_rl.storage.checkpoints import folder_config
+    from merge_rl.workflows.export import load_call
     from merge_rl.workflows.export import push as push_model
 
     place = meant(model)
@@ -180,20 +182,8 @@ def push(
     verb = "would push" if dry_run else "pushed"
     print_table(f"{verb} {byte_text(pushed.size)} to {pushed.url} ({seen})", ["file", "size"], rows)
     if not dry_run:
-        own = _own_network(place)
-        tell(f'load it: merge_rl.load_model("{pushed.repo_id}"{own})')
-
-
-def _own_network(place: Path) -> str:
-    """What loading a model folder takes besides its name, where the network is the user's."""
-    from merge_rl.own_code import is_own
-    from merge_rl.storage.checkpoints import CONFIG_NAME
-    from merge_rl.untrusted import load_json_mapping, read_bounded
-
-    file = place / CONFIG_NAME
-    said = load_json_mapping(read_bounded(file), str(file)) if file.is_file() else {}
-    name = str(said.get("model"))
-    return f', network="{name}"' if is_own(name) else ""
+        config = folder_config(place) or {}
+        tell(f"load it: merge_rl.{load_call(str(config.get('model')), pushed.repo_id)}")
 
 
 def _show_plan(plan: FetchPlan) -> None:

@@ -60,7 +60,7 @@ def inspect(
     elif _holds_statistics(place):
         _show_references(place, json=json)
     elif kind in ("file", "model"):
-        _show_file(place, json=json)
+        _show_file(place, network=network, json=json)
     else:
         _show_set(find_set(place).path, track=track, quick=quick, network=network, json=json)
 
@@ -203,10 +203,11 @@ def _shown(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else shown
 
 
-def _show_file(path: Path, *, json: bool) -> None:
+def _show_file(path: Path, *, network: str | None, json: bool) -> None:
     from merge_rl.storage.checkpoints import check_model_file, left_in_file, require_network
 
     tensors, config = check_model_file(path)
+    config = config if network is None else {"model": network}
     if left := left_in_file(path):
         note(left)
     document: dict[str, Any] = {
@@ -288,9 +289,7 @@ def _network_name(
 
 def _width(entry: CheckpointEntry) -> str:
     said = width_text(entry.ema_std, entry.ema_gamma)
-    if said:
-        return said
-    return "raw" if entry.track in (None, "raw") else "-"
+    return said or ("raw" if entry.track in (None, "raw") else "-")
 
 
 def width_text(ema_std: float | None, ema_gamma: float | None) -> str | None:

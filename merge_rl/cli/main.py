@@ -16,6 +16,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
+from merge_rl import own_code
 from merge_rl.cli import ranks
 from merge_rl.config import at_home
 from merge_rl.errors import ConfigError, MergeRLError, SilentLeaderError
@@ -216,7 +217,9 @@ def main() -> None:
             size = re.search("allocate ([0-9]+) bytes", str(error))
             more = f": {int(size[1]):,} bytes were asked for at once" if size else ""
             _fail(error, f"out of memory{more}; smaller numbers need less")
-        _fail(error, f"unexpected {type(error).__name__}: {error} (run with --debug for more)")
+        place, problem = own_code.place_of(error), f"{type(error).__name__}: {error}"
+        said = f"{place}: {problem}" if place else f"unexpected {problem}"
+        _fail(error, f"{said} (run with --debug for more)")
 
 
 USAGE: Final = 2  # wrong usage of the command line, as its library says it

@@ -120,7 +120,7 @@ def generated(
         tracker.phase(f"sample {name}".rstrip(), config.num_images)
         seeds = range(config.seed, config.seed + config.num_images)
         images = rollout.images(rollout.noise(seeds), labels)
-    if images.ndim != 4:
+    if images.ndim != 4 or str(images.dtype) != "torch.uint8":
         raise ConfigError(
             f"{model}: samples of shape {list(images.shape[1:])} are no pictures; expected an "
             "--autoencoder that makes some, or merge_rl.sample from Python"

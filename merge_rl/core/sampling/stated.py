@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from merge_rl.config import PATH_NAMES
 from merge_rl.core.network import Network
 from merge_rl.core.sampling.paths import VP
-from merge_rl.core.sampling.steps import SPACINGS, StepLevels
+from merge_rl.core.sampling.steps import BETAS, SPACINGS, StepLevels, betas_of
 from merge_rl.errors import ConfigError
 
 PREDICTIONS: Final = ("denoised", "velocity", "noise")
@@ -63,8 +63,9 @@ class Statement:
         if self.betas is not None:
             if self.time != "down":
                 raise ConfigError("expected time 'down' with betas: steps rise with the noise")
-            if not all(0 < beta < 1 for beta in self.betas) or len(self.betas) < 2:
-                raise ConfigError("expected betas, two at least, between 0 and 1")
+            odd = [beta for beta in self.betas if not 0 < beta < 1]
+            if odd or len(self.betas) < 2:
+                raise ConfigError(f"{BETAS}, got {odd[0] if odd else self.betas}")
         if type(self.offset) is not int or not 0 <= self.offset < len(self.betas or (0,)):
             raise ConfigError(
                 f"expected an offset within the steps of the betas, got {self.offset}"
@@ -142,9 +143,7 @@ def describe(
     """
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expected a torch module, got {type(module).__name__}")
-    steps = None
-    if betas is not None:  # on the CPU even where a network is built on the meta device
-        steps = tuple(torch.as_tensor(betas, dtype=torch.float64, device="cpu").tolist())
+    steps = None if betas is None else betas_of(betas)
     shape: Any = tuple(sample_shape) if isinstance(sample_shape, Sequence) else sample_shape
     statement = Statement(
         prediction=prediction, time=time, sample_shape=shape, path=path, betas=steps,
@@ -154,8 +153,8 @@ def describe(
 
 
 def _stating(module: nn.Module, statement: Statement) -> Network:
-    """The module itself, of a class of its own that answers for its statement."""
-    kind = type(module)
+    """The module itself, of a class of its own that answers for its statement, the last one."""
+    kind = type(module).__bases__[1] if isinstance(module, StatedNetwork) else type(module)
     stated = types.new_class(kind.__name__, (StatedNetwork, kind))
     stated.__module__ = kind.__module__
     module.__class__ = stated

@@ -13,7 +13,7 @@ et al., 2022, arXiv:2206.00364, section C.1).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -29,6 +29,20 @@ SPACINGS: Final = ("linspace", "leading", "trailing")
 def linear_betas(count: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
     """Variances (count,) float64, equally spaced: those of Ho et al., 2020 (arXiv:2006.11239)."""
     return torch.linspace(first, last, count, dtype=torch.float64, device="cpu")
+
+
+BETAS: Final = "expected betas, two at least, between 0 and 1"
+
+
+def betas_of(betas: Any) -> tuple[float, ...]:
+    """Betas (T,) as numbers; ConfigError for what is no list of such."""
+    try:  # on the CPU even where a network is built on the meta device
+        steps = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        steps = torch.empty(0, 0)
+    if steps.ndim != 1:
+        raise ConfigError(f"{BETAS}, got {betas!r:.60}")
+    return tuple(steps.tolist())
 
 
 class StepLevels:

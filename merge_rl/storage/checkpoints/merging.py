@@ -125,14 +125,19 @@ def keep_states(folder: Path, states: Mapping[str, Mapping[str, Tensor]]) -> Non
     """
     folder.mkdir(parents=True)
     for name, state in states.items():
-        if not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise CheckpointError(f"expected letters, digits, '.', '_' and '-', got name {name!r}")
-        odd = [key for key, value in state.items() if not isinstance(value, Tensor)]
+        odd = [k for k, value in state.items() if not isinstance(value, Tensor) or value.is_meta]
         if odd or not state:
-            found = f"{type(state[odd[0]]).__name__} at {odd[0]!r}" if odd else "nothing"
+            found = f"{_kind(state[odd[0]])} at {odd[0]!r}" if odd else "nothing"
             raise CheckpointError(f"checkpoint {name}: expected tensors by name, found {found}")
         kept = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_checkpoint(folder / f"{name}.safetensors", kept)
+
+
+def _kind(value: object) -> str:
+    """What stands where a tensor with numbers should."""
+    return "a tensor without numbers" if isinstance(value, Tensor) else type(value).__name__
 
 
 def module_of(tensors: Mapping[str, TensorInfo]) -> nn.Module:

@@ -71,7 +71,8 @@ def plan_merge(
     carried |= frozen_names(infos, freeze)
     merged = tuple(name for name in infos if name not in carried)
     if not merged:
-        raise ConfigError(f"--freeze takes all {len(infos)} tensors; expected some to merge")
+        said = f"--freeze takes all {len(infos)} tensors" if freeze else "no tensor is averaged"
+        raise ConfigError(f"{said}; expected some to merge")
     assigned = assign_groups(merged, groups) if groups else Groups(("all",), (0,) * len(merged))
     return MergePlan(
         merged=merged,

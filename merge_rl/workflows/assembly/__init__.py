@@ -37,8 +37,9 @@ if TYPE_CHECKING:
         load_network,
         load_weights,
         require_known_autoencoder,
+        with_network,
     )
-    from merge_rl.workflows.assembly.parts import OfParts, Parts, network_rollout, with_network
+    from merge_rl.workflows.assembly.parts import OfParts, Parts, network_rollout
     from merge_rl.workflows.assembly.published import is_public
     from merge_rl.workflows.assembly.references import (
         ExtractorId,
@@ -132,8 +133,10 @@ _HOMES: Final = {
     "given": "Given",
     "job": "GuideSet Job build_job require_tuning unweighed_map",
     "memory": "MemoryPlan fit_batch gib plan_memory",
-    "networks": "Announce load_autoencoder load_network load_weights require_known_autoencoder",
-    "parts": "OfParts Parts network_rollout with_network",
+    "networks": (
+        "Announce load_autoencoder load_network load_weights require_known_autoencoder with_network"
+    ),
+    "parts": "OfParts Parts network_rollout",
     "published": "is_public",
     "references": (
         "ExtractorId Statistics expected_extractor extractor_of find_extractor find_references "

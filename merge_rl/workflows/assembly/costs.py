@@ -81,7 +81,7 @@ def cost_parts(
             f"what {config.generate} costs is not known beforehand: expected a number as batch, "
             "and no plan"
         )
-    parts = Parts(config, blank_network(checkpoints, config.device), announce)
+    parts = Parts(config, blank_network(checkpoints, config.device, drawn=True), announce)
     parts.require_fit([parts.sampler])
     rollout = parts.rollout(Rollout)
     merge = config.merge
@@ -116,7 +116,7 @@ def _costs(model: Mapping[str, Any], rollout: Rollout) -> tuple[dict[str, Cost],
     def images(batch: int) -> tuple[Tensor, ...]:
         return (_Decoding(rollout.autoencoder)(torch.empty(batch, *shape)),)
 
-    costs = {"network": forward_cost(lambda: registry.build_model(model), samples, kind)}
+    costs = {"network": forward_cost(lambda: registry.build_on_meta(model), samples, kind)}
     others: dict[str, tuple[Any, Callable[[int], tuple[Tensor, ...]]]] = {
         "guide": (rollout.guide, samples),
         "decoder": (_Decoding(rollout.autoencoder), latents),

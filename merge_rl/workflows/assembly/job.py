@@ -147,6 +147,8 @@ def build_map(
     checkpoints: CheckpointSet, merge: MergeConfig, num_groups: int, gram: Tensor | None = None
 ) -> CoefficientMap:
     """The map from theta to coefficients for this set; "whitened" needs its `gram` (G, K, K)."""
+    if len(checkpoints) < 2 and checkpoints.duplicates:
+        raise ConfigError(f"{checkpoints.notes[0]}; expected 2 checkpoints, at least, that differ")
     base = base_index(checkpoints, merge.start)
     named = merge.start in checkpoints.names
     start = "newest" if named or merge.start == "auto" else merge.start

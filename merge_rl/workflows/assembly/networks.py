@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from merge_rl import own_code, registry
@@ -20,7 +21,9 @@ from merge_rl.errors import (
 )
 from merge_rl.interfaces import Autoencoder
 from merge_rl.storage.checkpoints import (
+    CheckpointSet,
     model_sha256,
+    open_checkpoints,
     open_model_file,
     require_fit,
     require_network,
@@ -73,9 +76,38 @@ def load_autoencoder(
             built = registry.build_autoencoder(name, loaded.tensors, loaded.config, dtype=dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from None
+    built = CheckedDecoder(built, name) if own_code.is_own(name) else built
     if isinstance(built, nn.Module):
         built.to(device)
     return built, digest
+
+
+class CheckedDecoder(nn.Module):
+    """An autoencoder of the user's whose results are checked; a network goes along as a part."""
+
+    def __init__(self, inner: Autoencoder, name: str) -> None:
+        super().__init__()
+        self.inner, self.name = inner, name
+        for offered in ("levels", "chunk"):
+            if hasattr(inner, offered):
+                setattr(self, offered, getattr(inner, offered))
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """What it makes of samples (B, ...), one of each.
+
+        Of samples (B, C, h, w) these are images (B, 1 or 3, H, W) uint8. ConfigError for others.
+        """
+        made: object = self.inner.decode(samples)
+        count, found = len(samples), type(made).__name__
+        if isinstance(made, Tensor):
+            picture = made.ndim == 4 and made.shape[1] in (1, 3) and made.dtype == torch.uint8
+            if made.shape[:1] == (count,) and (picture or samples.ndim != 4):
+                return made
+            found = f"{str(made.dtype).removeprefix('torch.')} {tuple(made.shape)}"
+        raise ConfigError(
+            f"the autoencoder {self.name!r} returned {found} for samples {tuple(samples.shape)}; "
+            f"expected images ({count}, 1 or 3, H, W) of uint8"
+        )
 
 
 def default_name(shape: Sequence[int]) -> str:
@@ -193,9 +225,40 @@ def _chosen(held: Held[T], path: Path, announce: Announce) -> dict[str, T]:
     return held.states[places[0]]
 
 
-def load_guide(sampler: SamplerConfig, device: str) -> Network | None:
-    """The weaker network that the sampler names, on a device; None without guidance."""
-    return load_network(sampler.guide).to(device) if sampler.guide else None
+def load_guide(sampler: SamplerConfig, device: str, beside: nn.Module) -> Network | None:
+    """The weaker network that the sampler names, on a device; None without guidance.
+
+    Weights of which nothing says what they are of are of the user's network that they stand beside.
+    """
+    if not sampler.guide:
+        return None
+    own = own_name(beside)
+    if own is not None and open_model_file(sampler.guide).config is not None:
+        own = None
+    return load_network(sampler.guide, own).to(device)
+
+
+def own_name(network: nn.Module) -> str | None:
+    """What the user's code that built a network is called; None for a family's."""
+    return network.__dict__.get("own_name")
+
+
+def open_guide(sampler: SamplerConfig, beside: nn.Module) -> CheckpointSet:
+    """The set of a guide; ConfigError for one of a single checkpoint."""
+    opened = open_checkpoints(sampler.guide or "")
+    with_network(opened, own_name(beside) if opened.config is None else None)
+    if len(opened) < 2:
+        raise ConfigError(
+            f"{sampler.guide}: expected a guide of at least 2 checkpoints to search its "
+            f"coefficients, got {len(opened)}"
+        )
+    return opened
+
+
+def with_network(checkpoints: CheckpointSet, network: str | None) -> None:
+    """Let a set's network be the one that code of the user's builds, if some is named."""
+    if network is not None:
+        checkpoints.describe({"model": own_code.allow_network(network)})
 
 
 def to_be_loaded(config: Mapping[str, Any]) -> Network:

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from merge_rl import own_code, registry
 from merge_rl.config import GUIDE, OptimizeConfig, SamplerConfig
 from merge_rl.core.sampling.compatibility import require_call, require_sampler
-from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor
 from merge_rl.storage.checkpoints import (
     CheckpointSet,
     model_sha256,
-    open_checkpoints,
     require_network,
     unknown_config,
 )
@@ -27,7 +25,9 @@ from merge_rl.workflows.assembly.networks import (
     Announce,
     load_autoencoder,
     load_guide,
+    open_guide,
     require_autoencoder,
+    to_be_loaded,
 )
 from merge_rl.workflows.assembly.references import Opened, fit_reference
 from merge_rl.workflows.assembly.reward import (
@@ -80,14 +80,16 @@ class Parts:
     @cached_property
     def guide_set(self) -> CheckpointSet | None:
         """The set that the guide is merged from, where its coefficients are searched."""
-        return open_guide(self.sampler) if GUIDE in self.settings.search.tune else None
+        return (
+            open_guide(self.sampler, self.network) if GUIDE in self.settings.search.tune else None
+        )
 
     @cached_property
     def guide(self) -> nn.Module | None:
         """The weaker network of the sampler, on the device."""
         if self.guide_set is not None:
             return blank_network(self.guide_set, self.settings.device)
-        return load_guide(self.sampler, self.settings.device)
+        return load_guide(self.sampler, self.settings.device, self.network)
 
     def require_fit(self, samplers: Iterable[SamplerConfig]) -> None:
         """Raise for parts that do not go together, before any weights are read or fetched.
@@ -245,7 +247,7 @@ def network_rollout(
         batch=batch,
         device=device,
         workers=cpu_workers(device),
-        guide=guide or load_guide(sampler, device),
+        guide=guide or load_guide(sampler, device, model),
         on_images=on_images,
         announce=announce,
     )
@@ -266,33 +268,17 @@ def sample_shape(model: nn.Module) -> list[int]:
     return [int(n) for n in model.sample_shape]  # type: ignore[union-attr]
 
 
-def open_guide(sampler: SamplerConfig) -> CheckpointSet:
-    """The set of a guide; ConfigError for one of a single checkpoint."""
-    opened = open_checkpoints(sampler.guide or "")
-    if len(opened) < 2:
-        raise ConfigError(
-            f"{sampler.guide}: expected a guide of at least 2 checkpoints to search its "
-            f"coefficients, got {len(opened)}"
-        )
-    return opened
-
-
 def set_hashes(checkpoints: CheckpointSet) -> dict[str, str]:
     """SHA-256 of a set's files by name."""
     return {name: checkpoints.sha256(i) for i, name in enumerate(checkpoints.names)}
 
 
-def with_network(checkpoints: CheckpointSet, network: str | None) -> None:
-    """Let a set's network be the one that code of the user's builds, if some is named."""
-    if network is not None:
-        checkpoints.describe({"model": own_code.allow_network(network)})
-
-
-def blank_network(checkpoints: CheckpointSet, device: str) -> nn.Module:
-    """The network that a set's model config describes, its weights at random, on a device."""
+def blank_network(checkpoints: CheckpointSet, device: str, *, drawn: bool = False) -> nn.Module:
+    """The network of a set's config, on a device: for weights that come, or with some `drawn`."""
     if checkpoints.config is None:
         raise unknown_config(checkpoints.paths[0])
     if not own_code.is_own(str(checkpoints.config.get("model"))):  # before it takes memory
         require_network(checkpoints.tensors, checkpoints.config, str(checkpoints.folder))
-    network: nn.Module = registry.build_model(checkpoints.config)
+    build = registry.build_model if drawn else to_be_loaded
+    network: nn.Module = build(checkpoints.config)
     return network.to(device).requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -179,7 +180,13 @@ class OwnReward:
 
     def pool_distance(self, pool: Pool) -> float:
         """Distance of the pool to the real data."""
-        return float(self.inner.pool_distance(pool))
+        found: object = self.inner.pool_distance(pool)
+        if isinstance(found, Tensor) and found.numel() == 1:
+            found = found.item()
+        if not isinstance(found, Real):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ConfigError(f"reward {self.name!r} returned {got}, expected a distance, a number")
+        return float(found)
 
     def rewards(self, pool: Pool, draws: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Rewards (P,) float64 on the CPU; ConfigError for another shape."""

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 from merge_rl.late import offered
 
 if TYPE_CHECKING:
-    from merge_rl.workflows.export.card import hub_header, hub_repositories, model_card
+    from merge_rl.workflows.export.card import (
+        hub_header,
+        hub_repositories,
+        load_call,
+        loading_section,
+        model_card,
+    )
     from merge_rl.workflows.export.folder import carried_metadata, save_merge, save_model, set_facts
     from merge_rl.workflows.export.merged_model import MergedModel
     from merge_rl.workflows.export.profiles import ema_coefficients, merge, save_profiles
@@ -22,6 +28,8 @@ __all__ = [
     "ema_coefficients",
     "hub_header",
     "hub_repositories",
+    "load_call",
+    "loading_section",
     "merge",
     "merge_recipe",
     "model_card",
@@ -36,7 +44,7 @@ __all__ = [
 
 # Each is loaded when it is asked for: some need torch, others do without.
 _HOMES: Final = {
-    "card": "hub_header hub_repositories model_card",
+    "card": "hub_header hub_repositories load_call loading_section model_card",
     "folder": "carried_metadata save_merge save_model set_facts",
     "merged_model": "MergedModel",
     "profiles": "ema_coefficients merge save_profiles",

@@ -64,9 +64,8 @@ def model_card(facts: CardFacts) -> str:
 
 def card_header(facts: CardFacts) -> ModelCardData:
     """The header in the Hub's vocabulary, as its client writes it."""
-    family = [] if is_own(facts.family or "") else [facts.family] if facts.family else []
     return hub_header(
-        facts.licence, facts.base_models, "merge", ["merge", "diffusion", *family, "merge_rl"],
+        facts.licence, facts.base_models, "merge", ["merge", "diffusion"], facts.family,
         name=f"{facts.name} merge", results=evaluation_results(facts),
     )  # fmt: skip
 
@@ -76,17 +75,23 @@ def hub_header(
     bases: Sequence[str],
     relation: str,
     tags: Sequence[str],
+    network: str | None,
     *,
     name: str | None = None,
     results: Sequence[EvalResult] = (),
 ) -> ModelCardData:
-    """What every card of ours says to the Hub; `relation` is the model's to its bases."""
+    """What every card of ours says to the Hub; `relation` is the model's to its bases.
+
+    A `network` of a family is a tag; the name of the user's code says nothing to others.
+    """
     from huggingface_hub import ModelCardData
 
+    family = [network] if network is not None and not is_own(network) else []
     return ModelCardData(
         library_name="merge_rl", **hub_licence(licence), base_model=list(bases) or None,
-        base_model_relation=relation if bases else None, pipeline_tag=TASK, tags=list(tags),
-        model_name=name if results else None, eval_results=list(results) or None,
+        base_model_relation=relation if bases else None, pipeline_tag=TASK,
+        tags=[*tags, *family, "merge_rl"], model_name=name if results else None,
+        eval_results=list(results) or None,
     )  # fmt: skip
 
 
@@ -164,34 +169,51 @@ def _scores(facts: CardFacts, comparison: Comparison) -> list[str]:
     ]
 
 
-_LOADING: Final = """\
-import torch
-import merge_rl as mrl
-
-model = mrl.load_model("path/to/this/folder"{network})  # or "user/repo"
-noise = torch.randn(4, *model.sample_shape)
-samples = mrl.sample(model, noise{labels})"""
-_READING: Final = """\
-from safetensors.torch import load_file
-
-weights = load_file("path/to/this/folder/model.safetensors")  # for load_state_dict"""
+def load_call(network: str, place: str) -> str:
+    """How Python loads a model folder whose config names a network: the user's own is named."""
+    named = f', network="{network}"' if is_own(network) else ""
+    return f'load_model("{place}"{named})'
 
 
-def _loading(facts: CardFacts) -> list[str]:
-    named = f', network="{facts.family}"' if is_own(facts.family or "") else ""
-    known = _LOADING.format(labels=", torch.arange(4)" if facts.conditional else "", network=named)
+def loading_section(network: str | None, more: Sequence[str], sentences: str) -> list[str]:
+    """How a card says that its weights are loaded; `more` are lines of Python behind that."""
+    own = network is None or is_own(network)
+    read = [
+        "from safetensors.torch import load_file",
+        "",
+        'weights = load_file("path/to/this/folder/model.safetensors")  # for load_state_dict',
+    ]
+    if network is not None:
+        call = load_call(network, "path/to/this/folder")
+        read = ["import merge_rl as mrl", "", f'model = mrl.{call}  # or "user/repo"', *more]
+        read = ["import torch", *read] if more else read
     library = ["diffusers' own `from_pretrained` loads this folder too.", ""]
+    whose = "network's own" if own else "official network's"
     return [
         "## Loading",
         "",
-        f"```python\n{_READING if facts.family is None else known}\n```",
+        "```python",
+        *read,
+        "```",
         "",
-        *(library if facts.family == "diffusers" else []),
-        f"The weights have the official network's names and shapes, in {facts.dtype}; "
-        "`merge.yaml` lists the sources with their SHA-256, and "
-        "`mergerl merge CHECKPOINTS OUT --recipe merge.yaml` makes the same files again.",
+        *(library if network == "diffusers" else []),
+        f"The weights have the {whose} names and shapes, {sentences}",
         "",
     ]
+
+
+def _loading(facts: CardFacts) -> list[str]:
+    labels = ", torch.arange(4)" if facts.conditional else ""
+    hint = "  # and labels, if it has classes" if is_own(facts.family or "") else ""
+    sampling = [
+        "noise = torch.randn(4, *model.sample_shape)",
+        f"samples = mrl.sample(model, noise{labels}){hint}",
+    ]
+    again = (
+        f"in {facts.dtype}; `merge.yaml` lists the sources with their SHA-256, and "
+        "`mergerl merge CHECKPOINTS OUT --recipe merge.yaml` makes the same files again."
+    )
+    return loading_section(facts.family, sampling, again)
 
 
 def _slug(text: str) -> str:

@@ -11,7 +11,7 @@ from merge_rl.storage.checkpoints import Origin
 from merge_rl.storage.files import write_text
 from merge_rl.storage.runs import FinetuneRun
 from merge_rl.version import __version__
-from merge_rl.workflows.export import hub_header, hub_repositories
+from merge_rl.workflows.export import hub_header, hub_repositories, loading_section
 from merge_rl.workflows.report import (
     can_draw,
     drawing,
@@ -129,8 +129,8 @@ def finetune_card(
     """Markdown with Hub metadata: how it was made, how good it is under which sampler."""
     licence = config.licence or origin.licence
     bases = hub_repositories([origin.source or ""])
-    tags = ["diffusion", str(origin.config.get("model")), "finetuned", "merge_rl"]
-    front = hub_header(licence, bases, "finetune", tags).to_yaml()
+    network = str(origin.config.get("model"))
+    front = hub_header(licence, bases, "finetune", ["diffusion", "finetuned"], network).to_yaml()
     how = ALGORITHMS[config.algorithm]
     better = [c for c in CURVES if (comparison["curves"][c]["gain"]["low"] or 0) > 0]
     verdict = ", ".join(better) if better else "none of them"
@@ -155,15 +155,6 @@ def finetune_card(
             "",
             f"Better beyond the interval under: {verdict}.",
             "",
-            "## Loading",
-            "",
-            "```python",
-            "import merge_rl as mrl",
-            "",
-            'model = mrl.load_model("path/to/this/folder")  # or "user/repo"',
-            "```",
-            "",
-            "The weights have the official network's names and shapes, in float32.",
-            "",
+            *loading_section(network, (), "in float32."),
         ]
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from merge_rl import own_code
-from merge_rl.config import OptimizeConfig, SearchConfig, or_defaults, with_settings
+from merge_rl.config import (
+    OptimizeConfig,
+    SamplerConfig,
+    SearchConfig,
+    or_defaults,
+    with_settings,
+)
 from merge_rl.core.distances.statistics import FeatureStats, feature_stats
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import Tracker
@@ -87,6 +93,7 @@ def search(
     it. Raises MergeRLError subclasses for input that cannot work, with nothing left behind.
     """
     run, name = Path(out), own_code.name_of(generate)
+    _require_of_use(settings)
     config = or_defaults(OptimizeConfig, config)
     if searcher is None and config.search.name == SearchConfig().name:
         searcher = "auto"
@@ -95,6 +102,10 @@ def search(
     tracker = tracker_of(tracker, progress)
     if isinstance(checkpoints, (str, os.PathLike)):
         checkpoints = find_set(local_set(checkpoints, notes_of(tracker))).told(announcing(tracker))
+    elif not isinstance(checkpoints, Mapping):
+        if not isinstance(checkpoints, Iterable):
+            raise CheckpointError(f"{_EXPECTED}, got {type(checkpoints).__name__}")
+        checkpoints = list(checkpoints)
     with _gone_unless_begun(run), joined() as group:
         if group.leads and not goes_on(run, group.place):
             require_new(run)
@@ -106,6 +117,21 @@ def search(
         opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
         given = Given(generate, model if model is not None else _first_module(checkpoints))
         return begin(group, _settled(group, base, given, opened), opened, run, tracker, given)
+
+
+_EXPECTED: Final = "expected checkpoints as state dicts, modules or files"
+_OF_NETWORKS: Final = {
+    "autoencoder", "autoencoder_dtype", "autoencoder_weights", "network",
+    *(field.name for field in dataclasses.fields(SamplerConfig)),
+}  # fmt: skip
+
+
+def _require_of_use(settings: Mapping[str, Any]) -> None:
+    """Refuse what says how a network is sampled, which is the function's own doing."""
+    if odd := sorted(_OF_NETWORKS & settings.keys()):
+        raise ConfigError(
+            f"{', '.join(odd)}: expected no settings of networks and samplers, as generate is both"
+        )
 
 
 @contextmanager
@@ -184,7 +210,7 @@ def _state(item: Any) -> Mapping[str, Tensor]:
         return item
     if not isinstance(item, (str, os.PathLike)):
         found = type(item).__name__
-        raise CheckpointError(f"expected checkpoints as state dicts, modules or files, got {found}")
+        raise CheckpointError(f"{_EXPECTED}, got {found}")
     return load_weights(str(find_model(item).path)).tensors
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from merge_rl import own_code
 from merge_rl.config import (
     OptimizeConfig,
     SamplerConfig,
@@ -193,6 +194,8 @@ def resume(
         moved = None if checkpoints is None else local_set(checkpoints, notes_of(tracker))
         config = located(run.config(), run.path, moved, announce=announcing(tracker))
         given = _given(config, run, generate, model)
+        if given is not None and (name := own_code.name_of(generate)) != config.generate:
+            announcing(tracker)(f"{run.path} began with {config.generate}, goes on with {name}")
         select = config.select or None
         require_all_allowed(config, str(run.path))
         opened = open_checkpoints(config.checkpoints, track=config.track, select=select)

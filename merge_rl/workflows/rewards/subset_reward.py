@@ -176,10 +176,12 @@ class SubsetReward:
         seed: int = 0,
     ) -> None:
         own = _kept(_rows(pool, "(N, D)"))
-        classes = torch.zeros(len(own), dtype=torch.int64) if labels is None else labels
+        classes = torch.zeros(len(own), dtype=torch.int64)
+        if labels is not None:
+            classes = _whole(labels, f"{len(own)} labels, one a row")
         if classes.shape != own.shape[:1]:
             raise ConfigError(f"expected {len(own)} labels, one a row, got {tuple(classes.shape)}")
-        self.pool = Pool.of(own, classes.cpu())
+        self.pool = Pool.of(own, classes)
         self.seed, self.calls, self.cursor = seed, 0, 0
         source = RewardSource(name=name, reference=_reference(real), path="real")
         terms = [_weighted(term, source, self.pool.stats.dim) for term in parse_reward(name)]
@@ -194,14 +196,14 @@ class SubsetReward:
     def __call__(self, features: Features, rows: Tensor | None = None) -> Tensor:
         """Rewards (P,) float64 of P candidates' features (P, n, D), or () of (n, D); no gradient.
 
-        `rows` (n,) are those of the pool that the images stand for; drawn anew at every call if
-        None. Candidates of one call share them, and so can be compared. NaN for a candidate with a
-        feature that is not finite.
+        `rows` (n,) int64 are those of the pool that the images stand for, each once; drawn anew at
+        every call if None. Candidates of one call share them, and so can be compared. NaN for a
+        candidate with a feature that is not finite.
         """
         dim = self.pool.stats.dim
         given = _kept(_rows(features, f"(n, {dim}) or (P, n, {dim})", dim, most=3))
         added = given if given.ndim == 3 else given[None]
-        chosen = self._draw(added.shape[1]) if rows is None else rows
+        chosen = self._draw(added.shape[1]) if rows is None else self._given(rows, added.shape[1])
         found = self.reward.rewards(self.pool, [(chosen, added)])
         return found if given.ndim == 3 else found[0]
 
@@ -233,6 +235,16 @@ class SubsetReward:
         self.pool = self.pool.replaced(rows, given)
         self.cursor = (self.cursor + len(given)) % count
 
+    def _given(self, rows: Tensor, size: int) -> Tensor:
+        expected = f"{size} rows of the pool, each once, in 0..{len(self.pool) - 1}"
+        found = _whole(rows, expected)
+        known = torch.unique(found)
+        if found.shape != (size,) or len(known) != size:
+            raise ConfigError(f"expected {expected}, got {len(known)} in {tuple(found.shape)}")
+        if size and not (int(known[0]) >= 0 and int(known[-1]) < len(self.pool)):
+            raise ConfigError(f"expected {expected}, got {int(known[0])}..{int(known[-1])}")
+        return found
+
     def _draw(self, size: int) -> Tensor:
         self.calls += 1
         return draw_subset(self.pool.labels, size, stream(self.seed, "subset", self.calls))
@@ -260,6 +272,15 @@ def _rows(
         kind = "" if floating else f"{str(given.dtype).removeprefix('torch.')} "
         raise ConfigError(f"expected features {expected}, got {kind}{shape}")
     return given
+
+
+def _whole(values: object, expected: str) -> Tensor:
+    """Whole numbers as int64 on the CPU; ConfigError for anything else."""
+    given = torch.tensor(values) if isinstance(values, (list, tuple)) else as_tensor(values)
+    if not isinstance(given, Tensor) or given.is_floating_point():
+        found = str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
+        raise ConfigError(f"expected {expected}, got {found.removeprefix('torch.')}")
+    return given.to("cpu", torch.int64)
 
 
 def _kept(features: Tensor) -> Tensor:

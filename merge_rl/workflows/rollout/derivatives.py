@@ -33,9 +33,18 @@ def require_derivative(rollout: Rollout) -> None:
     """
     samples = rollout.noise([0, 1]).to(rollout.device) / 4
     levels = getattr(rollout.autoencoder, "levels", None)
+    name = getattr(rollout.autoencoder, "name", type(rollout.autoencoder).__name__)
     if levels is None:
-        name = type(rollout.autoencoder).__name__
         raise ConfigError(f"the decoder {name} has no derivative: it has no method `levels`")
+    with torch.no_grad():
+        images, found = rollout.autoencoder.decode(samples), levels(samples)
+    if images.shape != found.shape or float((images.float() - found).abs().max()) > 1:
+        raise ConfigError(f"the decoder {name} has no derivative: its `levels` are not its images")
+    if images.dtype == torch.uint8 and not torch.equal(found, found.round()):
+        raise ConfigError(
+            f"the decoder {name} has no derivative: its `levels` are no whole numbers; expected "
+            "them rounded, with the gradient straight through"
+        )
     require_extractor_derivative(rollout, samples)
 
 
