@@ -118,8 +118,8 @@ def test_failures_are_nan_and_bad_input_is_refused(generator: torch.Generator) -
         with pytest.raises(ConfigError, match=r"expected 3 rows of the pool, each once, in 0..79"):
             reward(real[:3], rows=torch.tensor(rows))
     for labels in (torch.zeros(80), "0" * 80):
-        given: Any = labels
+        said: Any = labels
         with pytest.raises(ConfigError, match="expected 80 labels, one a row, got (float32|str)$"):
-            mrl.SubsetReward(real, pool, labels=given)
+            mrl.SubsetReward(real, pool, labels=said)
     with pytest.raises(ConfigError, match="expected 80 labels"):
         mrl.SubsetReward(real, pool, labels=torch.zeros(79, dtype=torch.int64))
