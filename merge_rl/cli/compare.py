@@ -169,9 +169,12 @@ def _watched(run: Path) -> Report:
     written = write_page(run, reloads=True)
     if not written.finished:
         say(f"{escape(str(written.html))} follows the run; Ctrl-C ends this")
-    while not written.finished:
-        time.sleep(WATCH_SECONDS)
-        written = write_report(run, reloads=True)
+    try:
+        while not written.finished:
+            time.sleep(WATCH_SECONDS)
+            written = write_report(run, reloads=True)
+    except KeyboardInterrupt:
+        written = write_report(run)  # which nobody writes anew: it reloads itself no longer
     return written
 
 

@@ -222,7 +222,7 @@ def _show_file(path: Path, *, network: str | None, json: bool) -> None:
         print_json(document)
     else:
         rows = [[key, _shown(value)] for key, value in document.items() if value is not None]
-        print_table(str(path), ["file", ""], rows)
+        print_table(str(path), ["file", ""], rows, words=True)
     require_network(tensors, config, str(path))
 
 

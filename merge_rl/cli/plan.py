@@ -89,7 +89,7 @@ def _print(found: SearchPlan) -> None:
         [f"memory of {memory.device}", gib(memory.needed(batch)), _memory_text(found)],
         ["disk", gib(found.disk), f"{gib(found.disk_free)} free"],
     ]
-    print_table("The search", ["what", "how much", "of which"], rows)
+    print_table("The search", ["what", "how much", "of which"], rows, words=True)
     times = [
         [
             f"{e.devices}", duration(e.seconds), f"{e.efficiency:.0%}",
@@ -101,7 +101,7 @@ def _print(found: SearchPlan) -> None:
         "Estimate for devices like this one, from a calibration whose repeats differ by "
         f"{found.speeds.spread:.0%}"
     )
-    print_table(title, ["devices", "time", "efficiency", "what limits it"], times)
+    print_table(title, ["devices", "time", "efficiency", "what limits it"], times, words=True)
     note_all(found.notes)
 
 

@@ -130,7 +130,7 @@ def test_a_search_without_a_pool_tells_of_its_candidates(tiny: Path, mergerl: Me
         (["--seeds", ","], "expected --seeds such as 0,1,2, got ','"),
         (["--seeds", "a"], "expected --seeds such as 0,1,2, got 'a'"),
         (["--searcher", "lcs"], "unknown searcher 'lcs'; did you mean 'lcsc'"),
-        (["--searcher", "uniform budget=9"], "searcher uniform: expected KEY=VALUE"),
+        (["--searcher", "uniform budget=9"], "searcher uniform: expected label=LABEL"),
         (["--searcher", "lcsc", "--searcher", "lcsc"], "the searcher 'lcsc' is there twice"),
         (["--searcher", "policy-gradient", "--budget", 30], "searcher policy-gradient: a budget"),
         (["--curve-images", 1], "expected 0 or at least 2 images along the search, got 1"),
@@ -152,3 +152,21 @@ def test_seeds_are_whole_numbers() -> None:
     for text in ("1.5", "", ",", "1,x"):
         with pytest.raises(ConfigError, match=f"such as 0,1,2, got {text!r}"):
             parse_seeds(text)
+
+
+def test_who_watches_a_run_ends_it_by_an_interrupt(
+    mergerl: Mergerl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = search_run(tmp_path / "run", ["a", "b"], finished=False, pictures=False)
+    seen = []
+
+    def interrupted(_seconds: float) -> None:
+        seen.append((run / "report.html").read_text(encoding="utf-8"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("merge_rl.cli.compare.time.sleep", interrupted)
+    code, out, err = mergerl("report", run, "--watch")
+    assert (code, out.startswith(f"wrote {run / 'report.html'}")) == (0, True), err
+    assert "report.html follows the run; Ctrl-C ends this" in err
+    assert 'http-equiv="refresh"' in seen[0]
+    assert 'http-equiv="refresh"' not in (run / "report.html").read_text(encoding="utf-8")
