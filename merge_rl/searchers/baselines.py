@@ -228,8 +228,9 @@ class Uniform(AskTell):
 
     @staticmethod
     def population_of(config: SearchConfig) -> int:
-        """Unset: there is no round."""
-        return population.planned(config)
+        """None, and the setting must be unset: there is no round."""
+        population.planned(config)
+        return 0
 
     @property
     def done(self) -> bool:

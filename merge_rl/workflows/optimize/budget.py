@@ -37,7 +37,7 @@ class BudgetPlan:
     @property
     def rounds(self) -> int:
         """About how many rounds there will be; at least one."""
-        return max(1, (self.limit - cost(self.start) - self.pool) // self.round)
+        return max(1, (self.limit - cost(self.start) - self.pool) // max(1, self.round))
 
 
 def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
@@ -57,19 +57,19 @@ def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
     # What was paid on top of the budget before the comparison became part of it still is.
     look = rungs[-1].images if rungs and config.evaluation.reserved else 0
     again = AGAIN * look
-    pool = reward.pool_size if reward.pooled else 0
     candidates = registry.population_of(search)
+    pool = reward.pool_size if reward.pooled and candidates else 0
     plan = BudgetPlan(
         start=start,
         pool=pool,
         candidates=candidates,
-        round=config.round_images(candidates, 0),
+        round=config.round_images(candidates, 0) if candidates else 0,
         limit=own - final - again,
         final=final,
         look=look,
     )
     least = candidates if registry.knows_population(search) else 1
-    first = config.round_images(least, 0)
+    first = config.round_images(least, 0) if candidates else 0
     needed = cost(start) + pool + first
     if plan.limit < needed:
         parts = [f"{least} candidates of {reward.images_per_candidate} images"]

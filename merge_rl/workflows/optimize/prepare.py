@@ -144,6 +144,8 @@ def _rounds(config: OptimizeConfig, budget: BudgetPlan) -> tuple[int, list[WorkS
     reward = config.reward
     left = budget.limit - sum(rung.entries * rung.images for rung in budget.start) - budget.pool
     rounds, refreshes = 0, dict[int, int]()
+    if not budget.candidates:  # of a method that asks nothing
+        return 0, []
     while True:
         cost = config.round_images(budget.candidates, rounds)
         refresh = cost - budget.candidates * reward.images_per_candidate

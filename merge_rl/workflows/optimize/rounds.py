@@ -76,7 +76,7 @@ class SearchLoop:
                 asked = len(self.searcher.ask())
                 needed = self.images + self._round_cost(asked)
                 require_paid(self.config, asked, needed, self.limit)
-            if self.config.reward.pooled:
+            if self._needs_pool():
                 self._first_pool()
             self._save()
         while self.failed_rounds < FAILED_ROUNDS and not self.searcher.done:
@@ -102,6 +102,10 @@ class SearchLoop:
         self.images += len(labels)
         item = WorkItem(self.job.map(theta), seeds, labels)
         return self.job.rollout.features_of([item], " ".join(map(str, names)))[0]
+
+    def _needs_pool(self) -> bool:
+        """Whether rewards replace a part of one, and anything is rewarded."""
+        return self.config.reward.pooled and not self.searcher.done
 
     def _first_pool(self) -> None:
         labels = balanced_labels(self.config.reward.pool_size, self.job.num_classes)
@@ -230,7 +234,7 @@ class SearchLoop:
 
     def _restore(self) -> bool:
         """Whether there was a resume point to go on from."""
-        pooled = self.config.reward.pooled
+        pooled = self._needs_pool()  # of the searcher as it was at first
         saved = SearchState.load(self.run_dir, self.incumbents, pooled=pooled)
         if saved is None:
             self.run_dir.keep_events_before(0)

@@ -150,7 +150,7 @@ def make_searcher(config: OptimizeConfig, job: Job) -> Searcher:
         nimg=tuple(job.checkpoints.nimg),
         ema_std=tuple(job.checkpoints.ema_std),
         profiles=job.checkpoints.profiles() if config.search.name == "ema-grid" else None,
-        evaluations=plan.rounds * plan.candidates,
+        evaluations=max(1, plan.rounds * plan.candidates),
         renewed=min(1.0, config.reward.images_per_subset / config.reward.pool_size),
     )
     search, name = config.search, config.search.name

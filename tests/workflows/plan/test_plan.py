@@ -117,6 +117,20 @@ class Notes(NullTracker):
 
 
 @pytest.mark.usefixtures("no_network")
+def test_the_uniform_average_takes_no_images_of_a_search(
+    shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    config = tiny_config(shared_tiny, search={"name": "uniform", "population": None})
+    opened = open_checkpoints(shared_tiny, track=config.track)
+    load = search_workload(resolve_config(config, opened), opened, 1, (1, 8, 8))
+    run = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config, progress=False)
+    assert config.reward.pooled
+    assert run.images == load.rounds == 0
+    assert {stage.name for stage in load.stages} == {"best single", "comparison", "pictures"}
+    assert isinstance(mrl.resume(tmp_path / "run", progress=False), mrl.OptimizeResult)
+
+
+@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("searcher", ["auto", "policy-gradient"])
 def test_a_budget_is_all_that_is_generated(
     searcher: str, shared_tiny: Path, opened: CheckpointSet, tiny_config: TinyConfig,
