@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,24 @@ EVERY: Final = 10.0  # seconds between two lines on how far a phase is
 def counted(count: int, noun: str) -> str:
     """So many of a thing: "1 round", "1,200 rounds"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+LEAST_OF_THREE_DECIMALS: Final = 0.01
+
+
+def number(value: float | None, form: str = ".3f", like: float | None = None) -> str:
+    """Three decimals, or as a format says; words for None and NaN.
+
+    Distances of one's own features may be of any size: three decimals grow to two digits of a
+    number below 0.01, or of one of the size of `like`, and to powers of ten below 0.0001.
+    """
+    if value is None or math.isnan(value):
+        return "not finite"
+    size = abs(value if like is None else like)
+    if form.endswith(".3f") and 0 < size < LEAST_OF_THREE_DECIMALS:
+        digits = ".3g" if size < 1e-4 else ".4f" if size >= 1e-3 else ".5f"
+        form = form.replace(".3f", digits)
+    return format(value, form)
 
 
 class LineTracker:
@@ -101,12 +120,12 @@ def level_text(event: Mapping[str, Any]) -> str:
     if event["pool_after"] is not None:
         return pool_text(event, event["pool_after"])
     rewards = [reward for reward in event["rewards"] if reward is not None]
-    return f"best candidate {-max(rewards):.3f}" if rewards else "no candidate"
+    return f"best candidate {number(-max(rewards))}" if rewards else "no candidate"
 
 
 def pool_text(event: Mapping[str, Any], distance: float) -> str:
     """The pool's distance by its name; older runs, which do not say it, had FID."""
-    return f"pool {event.get('distance', 'FID')} {distance:.3f}"
+    return f"pool {event.get('distance', 'FID')} {number(distance)}"
 
 
 def duration(seconds: float) -> str:

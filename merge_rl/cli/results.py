@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_rl.cli.output import ProgressTracker, escape, say, tell
 from merge_rl.cli.tables import print_table
-from merge_rl.progress import pool_text
+from merge_rl.progress import number, pool_text
 
 if TYPE_CHECKING:
     from merge_rl.workflows.evaluate import Comparison, SamplerComparison, SecondScores
@@ -45,7 +45,8 @@ def interval_text(summary: Mapping[str, Any]) -> str:
 
 def number_text(value: float, like: float) -> str:
     """A number to the decimals that one of the size of `like` needs."""
-    return f"{value:.3f}" if abs(like) >= 0.1 else f"{value:.6f}"
+    few = abs(like) >= 0.1 or 0 < abs(like) < 1e-4
+    return number(value, ".3f" if few else ".6f", like)
 
 
 def result_document(result: OptimizeResult) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def _score_text(event: Mapping[str, Any]) -> str:
         return ""
     head = event["headline"]
     values = {curve: scores[head] for curve, scores in event["scores"].items()}
-    shown = [f"{c} {'not finite' if v is None else f'{v:.3f}'}" for c, v in values.items()]
+    shown = [f"{c} {number(v)}" for c, v in values.items()]
     return f"[bold]step {event['step']}[/]  {head} FID  " + "  ".join(shown)
 
 

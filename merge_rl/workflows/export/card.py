@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.own_code import is_own
-from merge_rl.progress import counted
+from merge_rl.progress import counted, number
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.workflows.report import few_columns, interval, markdown_table
 
@@ -111,13 +111,13 @@ def evaluation_results(facts: CardFacts) -> list[EvalResult]:
         label = (facts.data or {}).get(name) or name
         how = (
             f"FID ({facts.extractor} features, N = {comparison.num_images:,}, mean of "
-            f"{repeats} repeats, 95 % interval {low:.3f} to {high:.3f})"
+            f"{repeats} repeats, 95 % interval {number(low)} to {number(high)})"
         )
         found.append(
             EvalResult(
                 task_type=TASK, task_name="Image generation", dataset_type=_slug(label),
                 dataset_name=f"{label} ({name})", metric_type="fid", metric_name=how,
-                metric_value=round(mean, 4),
+                metric_value=round(mean, 4) if mean >= 0.01 else float(f"{mean:.3g}"),
             )
         )  # fmt: skip
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.config import CURVES, FinetuneConfig
+from merge_rl.progress import number
 from merge_rl.storage.checkpoints import Origin
 from merge_rl.storage.files import write_text
 from merge_rl.storage.runs import FinetuneRun
@@ -18,7 +19,6 @@ from merge_rl.workflows.report import (
     finetune_verdict,
     interval,
     markdown_table,
-    number,
     steps_axis,
 )
 

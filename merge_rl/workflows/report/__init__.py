@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         interval,
         markdown_table,
         metric_text,
-        number,
     )
     from merge_rl.workflows.report.plots import draw_run
     from merge_rl.workflows.report.results import (
@@ -54,7 +53,6 @@ __all__ = [
     "interval",
     "markdown_table",
     "metric_text",
-    "number",
     "outcome",
     "run_verdict",
     "search_lines",
@@ -69,7 +67,7 @@ __all__ = [
 _HOMES: Final = {
     "compare_page": "write_comparison",
     "figures": "can_draw drawing steps_axis",
-    "markup": "NAMES few_columns floor_lines interval markdown_table metric_text number",
+    "markup": "NAMES few_columns floor_lines interval markdown_table metric_text",
     "plots": "draw_run",
     "results": (
         "CompareResult EvaluateResult Score SearcherScore Verdict compare_verdict "

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from merge_rl.config import OptimizeConfig, SearchConfig
 from merge_rl.errors import RunError
-from merge_rl.progress import counted
+from merge_rl.progress import counted, number
 from merge_rl.storage.runs import SETTINGS, RunDir
 from merge_rl.workflows.report.compare_page import cost_table, legend, title
 from merge_rl.workflows.report.elements import figure, headline, span_of, strip, value_or_dash
@@ -25,7 +25,6 @@ from merge_rl.workflows.report.markup import (
     interval,
     joined,
     listed,
-    number,
     section,
     table,
     tag,

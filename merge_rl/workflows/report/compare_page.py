@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_rl.errors import ConfigError
-from merge_rl.progress import counted
+from merge_rl.progress import counted, number
 from merge_rl.storage.files import write_text
 from merge_rl.workflows.report.markup import (
     NAMES,
@@ -16,7 +16,6 @@ from merge_rl.workflows.report.markup import (
     interval,
     markdown_table,
     metric_text,
-    number,
 )
 from merge_rl.workflows.report.plots import draw_comparison
 from merge_rl.workflows.report.results import compare_verdict, ranged

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.errors import RunError
+from merge_rl.progress import number
 from merge_rl.storage.files import Pixels, decode_image, picture_address, reading_from
 from merge_rl.untrusted import load_json_mapping
-from merge_rl.workflows.report.markup import NOTHING, Safe, interval, joined, number, safe, tag
+from merge_rl.workflows.report.markup import NOTHING, Safe, interval, joined, safe, tag
 from merge_rl.workflows.report.results import Verdict
 
 # Columns of a heat table, up to which their names stand upright, and it fits a printed page.

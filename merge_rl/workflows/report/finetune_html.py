@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.config import CURVES, FinetuneConfig, load_mapping
-from merge_rl.progress import counted
+from merge_rl.progress import counted, number
 from merge_rl.storage.runs import FinetuneRun
 from merge_rl.workflows.report.elements import badge, facts, figure, grids, headline, span_of, strip
 from merge_rl.workflows.report.figures import chart, charts, steps_axis, values_axis
@@ -20,7 +20,6 @@ from merge_rl.workflows.report.markup import (
     document,
     interval,
     joined,
-    number,
     section,
     table,
     tag,

@@ -9,11 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
+from merge_rl.progress import number
+
 if TYPE_CHECKING:
     from merge_rl.core.distances.intervals import Interval
 
 Row = list[str]
-LEAST_OF_THREE_DECIMALS: Final = 0.01
 NAMES: Final = {"heldout": "held-out", "reference": "reference"}
 
 
@@ -23,21 +24,6 @@ ABBREVIATED: Final = frozenset({"fd", "fid", "kid", "mmd", "prdc"})
 def metric_text(name: str) -> str:
     """A metric's name as people write it: "quadratic-mmd" as quadratic MMD."""
     return " ".join(word.upper() if word in ABBREVIATED else word for word in name.split("-"))
-
-
-def number(value: float | None, form: str = ".3f", like: float | None = None) -> str:
-    """Three decimals, or as a format says; words for None and NaN.
-
-    Distances of one's own features may be of any size: three decimals grow to two digits of a
-    number below 0.01, or of one of the size of `like`, and to powers of ten below 0.0001.
-    """
-    if value is None or math.isnan(value):
-        return "not finite"
-    size = abs(value if like is None else like)
-    if form.endswith(".3f") and 0 < size < LEAST_OF_THREE_DECIMALS:
-        digits = ".3g" if size < 1e-4 else ".4f" if size >= 1e-3 else ".5f"
-        form = form.replace(".3f", digits)
-    return format(value, form)
 
 
 def largest(values: Iterable[float | None]) -> float | None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final
 
+from merge_rl.progress import number
 from merge_rl.workflows.report.figures import counts_axis, drawing, legend_below, style, values_axis
-from merge_rl.workflows.report.markup import NAMES, number
+from merge_rl.workflows.report.markup import NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from merge_rl.workflows.report.markup import NAMES, interval, largest, metric_text, number
+from merge_rl.progress import number
+from merge_rl.workflows.report.markup import NAMES, interval, largest, metric_text
 
 Outcome = Literal["better", "worse", "no clear difference", "not finite"]
 Tone = Literal["good", "bad", "even"]

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from merge_rl.config import OptimizeConfig
-from merge_rl.progress import counted
+from merge_rl.progress import counted, number
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.report.elements import TITLES, before_after, facts, headline, pictured
 from merge_rl.workflows.report.markup import (
@@ -16,7 +16,6 @@ from merge_rl.workflows.report.markup import (
     document,
     interval,
     joined,
-    number,
     section,
     tag,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_rl.config import OptimizeConfig
-from merge_rl.progress import counted
+from merge_rl.progress import counted, number
 from merge_rl.workflows.report.markup import (
     NAMES,
     Row,
@@ -17,7 +17,6 @@ from merge_rl.workflows.report.markup import (
     interval,
     markdown_table,
     metric_text,
-    number,
 )
 from merge_rl.workflows.report.results import run_verdict
 from merge_rl.workflows.rewards import first_order_line, first_order_warnings

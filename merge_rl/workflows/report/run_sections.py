@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.config import load_mapping
+from merge_rl.progress import number
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.report.elements import badge, figure, heat_table, span_of, strip
 from merge_rl.workflows.report.figures import chart, charts
@@ -19,7 +20,6 @@ from merge_rl.workflows.report.markup import (
     joined,
     listed,
     metric_text,
-    number,
     section,
     table,
     tag,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from merge_rl.progress import level_text, number
 from merge_rl.workflows.report import compare_verdict, finetune_verdict, outcome, run_verdict
-from merge_rl.workflows.report.markup import number
 
 
 def summary(mean: float | None) -> dict[str, Any]:
@@ -79,6 +79,11 @@ def test_three_decimals_become_more_for_small_numbers(
     value: float | None, like: float | None, shown: str
 ) -> None:
     assert number(value, like=like) == shown
+
+
+def test_rounds_say_small_distances_too() -> None:
+    assert level_text({"pool_after": 0.00357, "distance": "FID"}) == "pool FID 0.0036"
+    assert level_text({"pool_after": None, "rewards": [-0.002, None]}) == "best candidate 0.0020"
 
 
 def test_what_is_not_clear_is_not_called_a_gain() -> None:
