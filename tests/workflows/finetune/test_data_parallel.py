@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -82,9 +81,9 @@ def update_of(model: Path, algorithm: str, kind: str, kept_rows: int, group: Gro
 
 
 def pulled_update(
-    model: Path, algorithm: str, rows: Sequence[int], group: Group | None, kind: str = "ddp"
-) -> dict[str, Tensor]:
-    """Gradients of an update that follows the reward's derivative by images, of these rows."""
+    model: Path, algorithm: str, kind: str, rows: Sequence[int], group: Group | None
+) -> Found:
+    """One update that follows the reward's derivative by images, of these rows."""
     update = UpdateConfig(micro_batch=1, max_grad_norm=1e9)
     window = 1 if algorithm == "pg" else None
     config = FinetuneConfig(
@@ -94,6 +93,9 @@ def pulled_update(
     )  # fmt: skip
     job = build_finetune(resolve_finetune(config))
     job.rollout.window = (1, 2) if algorithm == "pg" else None
+    terms = Terms(job.network)
+    if group is None and kind == "fsdp":
+        block_by_block(job.network)
     parts = (
         StepParts(job, Learner(job.network, update))
         if group is None
@@ -102,36 +104,8 @@ def pulled_update(
     places = torch.tensor(rows)
     pull = torch.linspace(-1, 1, 64 * 8).reshape(8, 64)[places]
     kept = KeptRollouts(job.rollout.noise(rows), places % 10, places.double() - 1, places, 3, pull)
-    StepParts.gradients(parts, kept, 0)
-    return whole_gradients(parts.learner.policy)
-
-
-@functools.cache
-def pulled_alone(
-    model: Path, algorithm: str, rows: range
-) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """The gradients of one process: of all rows, and of each by itself."""
-    single = [pulled_update(model, algorithm, [row], None) for row in rows]
-    return pulled_update(model, algorithm, rows, None), single
-
-
-def pulled_apart(model: Path, algorithm: str, group: Group, kind: str = "ddp") -> tuple[float, int]:
-    """How far the gradients of two processes are from those of one, in bounds; found by rank 0.
-
-    Both sum the same M images in float32, in other orders: each of the M sums may be off by an eps
-    of what it adds up to in size.
-    """
-    rows = range(5)
-    shared = pulled_update(model, algorithm, rows, group, kind)
-    if group.rank != 0:
-        return 0.0, len(shared)
-    alone, single = pulled_alone(model, algorithm, rows)
-    worst = 0.0
-    for name, expected in alone.items():
-        size = sum(found[name].abs() for found in single) / len(rows)
-        bound = 4 * len(rows) * EPS * size + EPS64 * EPS64
-        worst = max(worst, float(((shared[name] - expected).abs() / bound).max()))
-    return worst, len(alone)
+    seen = StepParts.gradients(parts, kept, 0)
+    return Found(whole_gradients(parts.learner.policy), seen, terms)
 
 
 def means_apart(found: dict[str, float], alone: Found) -> float:
@@ -182,8 +156,12 @@ def in_a_process(folder: Path) -> None:
                 off = max(off, means_apart(shared.seen, alone))
                 lines.append(f"{name}-{algorithm}-{kind} {off:.3e} {len(alone.gradients)}")
         for algorithm, kind in (("pg", "ddp"), ("pg", "fsdp"), ("pathwise", "ddp")):
-            off, count = pulled_apart(models["sit"], algorithm, group, kind)
-            lines.append(f"pulled-{algorithm}-{kind} {off:.3e} {count}")
+            pulled = pulled_update(models["sit"], algorithm, kind, range(3), group)
+            if rank != 0:
+                continue
+            alone = pulled_update(models["sit"], algorithm, kind, range(3), None)
+            off = alone.terms.apart(pulled.gradients, alone.gradients)
+            lines.append(f"pulled-{algorithm}-{kind} {off:.3e} {len(alone.gradients)}")
     if rank == 0:
         sys.stdout.write("\n".join(lines) + "\n")
 
