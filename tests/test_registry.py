@@ -99,7 +99,7 @@ def test_members_of_a_family_resolve_to_it() -> None:
         ("lcsc", None, 16),
         ("nevergrad:TBPSA", 7, 7),
         ("nevergrad:NelderMead", None, 1),
-        ("uniform", None, 1),
+        ("uniform", None, 0),  # nothing is asked
     ],
 )
 def test_population_of(name: str, population: int | None, expected: int) -> None:
