@@ -85,6 +85,15 @@ class CheckpointSet:
         """Take them for weights of another network, under its names."""
         self.config, self._headers = config, tuple(named_alike(self._headers, config))
 
+    @property
+    def title(self) -> str:
+        """What the set is called: by its manifest, its folder, or that above one of any run."""
+        if self.manifest and self.manifest.name:
+            return self.manifest.name
+        folder = self.folder.resolve()
+        generic = folder.name in ("checkpoints", "ckpts", "ckpt") and folder.parent.name
+        return folder.parent.name if generic else folder.name
+
     def __repr__(self) -> str:
         return f"CheckpointSet({str(self.folder)!r}, {len(self)} checkpoints)"
 

@@ -228,9 +228,8 @@ def set_facts(
 ) -> CardFacts:
     """What a card tells of any merge of a set."""
     config = checkpoints.config or {}
-    named = checkpoints.manifest.name if checkpoints.manifest else None
     return CardFacts(
-        name=named or checkpoints.folder.resolve().name,
+        name=checkpoints.title,
         family=str(config["model"]) if "model" in config else None,
         checkpoints=checkpoints.names,
         group_names=group_names,

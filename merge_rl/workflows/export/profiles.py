@@ -99,9 +99,8 @@ def _write_manifest(
     """The manifest of averages of a set, where its network is known."""
     if checkpoints.config is None:
         return
-    named = checkpoints.manifest.name if checkpoints.manifest else None
     manifest = Manifest(
-        name=f"{named or checkpoints.folder.resolve().name}-phema", licence=licence,
+        name=f"{checkpoints.title}-phema", licence=licence,
         model=checkpoints.config, checkpoints=tuple(entries),
     )  # fmt: skip
     write_manifest(folder / MANIFEST_NAME, manifest)

@@ -145,6 +145,17 @@ def test_one_unknown_progress_keeps_the_order_of_the_manifest(tmp_path: Path) ->
 STEPS = ["step_250", "step_500", "step_750", "step_2000", "step_20000"]
 
 
+def test_a_set_is_called_by_what_is_its_own(listed: Path, tmp_path: Path) -> None:
+    called = open_checkpoints(listed)
+    assert called.manifest is not None
+    assert called.title == (called.manifest.name or listed.name)
+    for folder, title in (("run/checkpoints", "run"), ("a/ckpts", "a"), ("run/raw", "raw")):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("1", "2"):
+            save_tensors(tmp_path / folder / f"{name}.safetensors", {"w": torch.zeros(2)})
+        assert open_checkpoints(tmp_path / folder).title == title
+
+
 def test_numbers_in_names_count_as_numbers(tmp_path: Path) -> None:
     for seed, name in enumerate(reversed(STEPS)):
         save_tensors(tmp_path / f"{name}.safetensors", weights(seed))
