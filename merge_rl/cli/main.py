@@ -18,7 +18,6 @@ import typer
 
 from merge_rl import own_code
 from merge_rl.cli import ranks
-from merge_rl.config import at_home
 from merge_rl.errors import ConfigError, MergeRLError, SilentLeaderError
 from merge_rl.version import __version__
 
@@ -137,6 +136,14 @@ def _complain(sentence: str, *, anyone: bool = False) -> None:
     complain(sentence, anyone=anyone)
 
 
+def _find_home() -> None:
+    """Put the user's folder for `~/` where the shell has not."""
+    if any("~/" in word for word in sys.argv[1:]):
+        from merge_rl.config import at_home  # all settings: the help would wait for them
+
+        sys.argv[1:] = at_home(sys.argv[1:])
+
+
 def _require_said(arguments: Sequence[str]) -> None:
     """Refuse an argument of no characters, which as a path would mean the current folder."""
     for before, argument in zip(("", *arguments), arguments, strict=False):
@@ -185,7 +192,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, stop)
     ranks.quiet_followers()
     try:
-        sys.argv[1:] = at_home(sys.argv[1:])
+        _find_home()
         _require_said(sys.argv[1:])
         listed = sys.argv[1:] in ([], ["--help"], ["-h"])
         command = command_line(*_needed(sys.argv[1:]), listed=listed)

@@ -47,6 +47,7 @@ class Forbidding(MetaPathFinder):
 
 sys.meta_path.insert(0, Forbidding())
 from merge_rl.cli.main import main
+assert "merge_rl.config" not in sys.modules, "the list of commands waits for all settings"
 """
 # Each command in a process of its own, forked from one that has what several of them import, and
 # has read the options of a first one. It ends without taking apart what it had from there.
