@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import merge_rl
+from benchmarks.source_figures import functions_of, length
 
 PACKAGE = "merge_rl"
 ROOT = Path(merge_rl.__file__).parent
@@ -35,6 +36,7 @@ PARENTS = {"storage", "workflows"}
 # that is alone (parallel).
 BY_FILE = {"core", "parallel"}
 MOST_FILES, LEAST_FILES, MOST_LINES = 16, 3, 300
+LONGEST_FUNCTION = 60
 # The front doors: the public names, and `python -m`.
 TOP = {"", "__main__"}
 THIRD_PARTY_HOMES: dict[str, set[str]] = {
@@ -239,6 +241,16 @@ def check_folders(sources: Sources) -> list[str]:
     return problems
 
 
+def check_functions(sources: Sources) -> list[str]:
+    """A line for every function that is too long."""
+    return [
+        f"{module}.{name} has {length(function)} lines, more than {LONGEST_FUNCTION}"
+        for module, source in sources.items()
+        for name, function in functions_of(ast.parse(source))
+        if length(function) > LONGEST_FUNCTION
+    ]
+
+
 def check_third_parties(sources: Sources) -> list[str]:
     """A line for every import of a library outside of the part that it belongs to."""
     problems = []
@@ -331,6 +343,10 @@ def test_no_name_hides_a_file(sources: dict[str, str]) -> None:
 
 def test_folders_and_files_are_of_a_size_to_read(sources: dict[str, str]) -> None:
     assert check_folders(sources) == []
+
+
+def test_functions_are_of_a_size_to_read(sources: dict[str, str]) -> None:
+    assert check_functions(sources) == []
 
 
 def test_third_parties_stay_at_home(sources: dict[str, str]) -> None:
@@ -428,6 +444,15 @@ def test_imports_past_a_face_are_found(module: str, text: str, found: int) -> No
 
 def test_a_module_without_a_place_is_found() -> None:
     assert check_order(package(helpers="")) == ["merge_rl.helpers has no place in the order"]
+
+
+def test_functions_that_are_too_long_are_found() -> None:
+    body = "    pass\n" * (LONGEST_FUNCTION - 1)
+    kept = {"merge_rl.a": f"def f():\n{body}"}
+    assert check_functions(kept) == []
+    longer = {"merge_rl.a": f"class C:\n  def f(self):\n{body}    pass\n"}
+    told = f"merge_rl.a.C.f has {LONGEST_FUNCTION + 1} lines, more than {LONGEST_FUNCTION}"
+    assert check_functions(longer) == [told]
 
 
 def test_folders_and_files_of_the_wrong_size_are_found() -> None:

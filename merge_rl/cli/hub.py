@@ -99,13 +99,11 @@ def fetch(
     if name is None or folder is None:
         raise typer.BadParameter("expected NAME and DIR, or --list")
     config = build(FetchConfig, settings)
+    every = parse_count(config.every) if config.every is not None else None
     selection = Selection(
-        last=config.last,
-        every=parse_count(config.every) if config.every is not None else None,
-        track=config.track,
-        ema_std=config.ema_std,
+        last=config.last, every=every, track=config.track, ema_std=config.ema_std,
         files=config.files,
-    )
+    )  # fmt: skip
     plan = plan_fetch(
         name, folder, selection=selection, revision=config.revision, sha256=config.sha256,
         delete_original=config.delete_original,

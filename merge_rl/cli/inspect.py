@@ -44,11 +44,12 @@ def inspect(
 
     Reads every weight of a set and compares hashes, unless --quick. Exits with 1 if a check fails.
     """
+    from merge_rl.registry import build_on_meta
     from merge_rl.storage.files import index_of, reference_file
     from merge_rl.storage.runs import find_set, folder_kind, only_inside
 
-    if network is not None:
-        allow_network(network)
+    if network is not None:  # where its code fails, no checkpoint is at fault
+        build_on_meta({"model": allow_network(network)})
     if not reference_file(path)[0].exists():
         path = _fetched(path)
     place = only_inside(path) if path.is_dir() else index_of(path) or path

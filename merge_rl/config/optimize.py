@@ -198,10 +198,15 @@ class OptimizeConfig(RunConfig):
         return self.tunes_guidance or (self.sampler is not None and self.sampler.guidance != 1)
 
     def round_images(self, candidates: int, round_index: int) -> int:
-        """What a round costs, in images: of candidates, or with the gradient at the mean."""
+        """What a round costs, in images: of candidates, or with the gradient at the mean.
+
+        A method without candidates has no round, which costs nothing.
+        """
         reward = self.reward
         if self.search.takes_gradients:
             return GRADIENT_COST * reward.images_per_subset
+        if not candidates:
+            return 0
         refresh = reward.refresh_images(round_index) if reward.pooled else 0
         return candidates * reward.images_per_candidate + refresh
 

@@ -6,12 +6,12 @@ The command line, `mergerl settings` and the documentation's page are made of it
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from merge_rl.errors import ConfigError, UnknownNameError
@@ -124,8 +124,11 @@ def at_home(value: Any) -> Any:
         return [at_home(item) for item in value]
     if not isinstance(value, str):
         return value
-    before, rest = re.fullmatch(r"((?:--)?[a-z][\w.-]*=)?(.*)", value, re.S).groups("")  # type: ignore[union-attr]
-    return before + str(Path(rest).expanduser()) if rest.startswith("~/") else value
+    before = re.match(r"(?:(?:--)?[a-z][\w.-]*=)?(?=~/)", value)
+    if before is None:
+        return value
+    # Where no home is known the text stays: a Path would raise.
+    return before[0] + os.path.expanduser(value[before.end() :])  # noqa: PTH111
 
 
 def default_text(value: Any) -> str:

@@ -399,6 +399,10 @@ def test_code_that_cannot_be_used_is_refused_in_a_sentence(
     ended = begin(mergerl, shifts, own, *more)
     assert ended.code == 1
     assert_one_sentence(ended, sentence.replace("OWN", own))
+    if change.get("network") in ("missing", "nothing", "unstated"):  # no fault of the files
+        looked = mergerl("inspect", shifts, *more[:2])
+        assert (looked.code, looked.out) == (1, "")
+        assert_one_sentence(looked, sentence.replace("OWN", own))
     late = {"Short", "Far", "Raising", "First"} & set(change.values())  # found in the first round
     assert late or not Path("run").exists()
 

@@ -353,6 +353,7 @@ def test_the_home_folder_is_known_where_no_shell_puts_it(
     read = load_config(OptimizeConfig, tmp_path / "run.yaml")
     assert (read.checkpoints, read.extra_weights) == ("/home/me/ckpts", {"a": "/home/me/a.pt"})
     assert read.select == ("/home/me/x", "y~/z")
+    assert at_home("key=~/a/") == "key=/home/me/a/"
     words = ["--out=~/a", "sampler.guide=~/b c", "~", "a=b=~/c", "~/d\ne", "~you/f", ""]
     assert at_home(words) == [
         "--out=/home/me/a", "sampler.guide=/home/me/b c", "~", "a=b=~/c", "/home/me/d\ne", "~you/f",

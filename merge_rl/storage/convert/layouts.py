@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from merge_rl.errors import CheckpointError
-from merge_rl.storage.checkpoints import (
-    is_network_config,
-    library_document,
-    network_config,
-)
+from merge_rl.storage.checkpoints import is_network_config, library_document, network_config
 from merge_rl.storage.convert.contents import Extracted, Hints
 from merge_rl.storage.convert.trainers import deepspeed_weights
 from merge_rl.storage.files import (

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Final
 
 from merge_rl.config import real_number, whole_number
 from merge_rl.errors import CheckpointError, HashMismatchError, ManifestError
-from merge_rl.untrusted import Refusal, describe, open_file
+from merge_rl.untrusted import Refusal, describe, open_file, reason
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -166,7 +166,7 @@ def reading_from(path: Path, refusal: Refusal = CheckpointError) -> Iterator[Bin
         with open_file(path, refusal) as file:
             yield file
     except OSError as error:
-        raise refusal(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise refusal(f"{path}: cannot be read: {reason(error)}") from None
 
 
 CHUNK_BYTES = 16 * 2**20

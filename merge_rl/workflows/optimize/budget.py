@@ -36,8 +36,10 @@ class BudgetPlan:
 
     @property
     def rounds(self) -> int:
-        """About how many rounds there will be; at least one."""
-        return max(1, (self.limit - cost(self.start) - self.pool) // max(1, self.round))
+        """About how many rounds there will be: at least one, of a method that has any."""
+        if not self.round:
+            return 0
+        return max(1, (self.limit - cost(self.start) - self.pool) // self.round)
 
 
 def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
@@ -63,13 +65,13 @@ def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
         start=start,
         pool=pool,
         candidates=candidates,
-        round=config.round_images(candidates, 0) if candidates else 0,
+        round=config.round_images(candidates, 0),
         limit=own - final - again,
         final=final,
         look=look,
     )
     least = candidates if registry.knows_population(search) else 1
-    first = config.round_images(least, 0) if candidates else 0
+    first = config.round_images(least, 0)
     needed = cost(start) + pool + first
     if plan.limit < needed:
         parts = [f"{least} candidates of {reward.images_per_candidate} images"]

@@ -94,18 +94,12 @@ def search(
     """
     run, name = Path(out), own_code.name_of(generate)
     _require_of_use(settings)
-    config = or_defaults(OptimizeConfig, config)
+    config, tracker = or_defaults(OptimizeConfig, config), tracker_of(tracker, progress)
     if searcher is None and config.search.name == SearchConfig().name:
         searcher = "auto"
     settings |= {"generate": name} | ({} if searcher is None else {"searcher": searcher})
     base = with_settings(OptimizeConfig, config, **settings)
-    tracker = tracker_of(tracker, progress)
-    if isinstance(checkpoints, (str, os.PathLike)):
-        checkpoints = find_set(local_set(checkpoints, notes_of(tracker))).told(announcing(tracker))
-    elif not isinstance(checkpoints, Mapping):
-        if not isinstance(checkpoints, Iterable):
-            raise CheckpointError(f"{_EXPECTED}, got {type(checkpoints).__name__}")
-        checkpoints = list(checkpoints)
+    checkpoints = _looked_up(checkpoints, tracker)
     with _gone_unless_begun(run), joined() as group:
         if group.leads and not goes_on(run, group.place):
             require_new(run)
@@ -132,6 +126,17 @@ def _require_of_use(settings: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{', '.join(odd)}: expected no settings of networks and samplers, as generate is both"
         )
+
+
+def _looked_up(checkpoints: Checkpoints, tracker: Tracker) -> Checkpoints:
+    """The folder of a set, which may have its name on the Hub; any iterable as a list."""
+    if isinstance(checkpoints, (str, os.PathLike)):
+        return find_set(local_set(checkpoints, notes_of(tracker))).told(announcing(tracker))
+    if isinstance(checkpoints, Mapping):
+        return checkpoints
+    if not isinstance(checkpoints, Iterable):
+        raise CheckpointError(f"{_EXPECTED}, got {type(checkpoints).__name__}")
+    return list(checkpoints)
 
 
 @contextmanager

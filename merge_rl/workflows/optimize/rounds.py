@@ -67,7 +67,8 @@ class SearchLoop:
 
     def run(self) -> None:
         """From the resume point, or the beginning, until the budget is used up."""
-        self.tracker.phase("search", self.limit)
+        if not self.searcher.done:  # what asks nothing makes no images
+            self.tracker.phase("search", self.limit)
         with fitting(self.run_dir.state_path, "resume point"):
             begun = self._restore()
         self.tracker.advance(self.images)

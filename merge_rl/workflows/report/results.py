@@ -65,11 +65,8 @@ def _verdict(
     gain: Mapping[str, Any],
     head: str,
 ) -> Verdict:
-    ends, size = (
-        [entries[entry][head]["mean"] for entry in ("start", "result")],
-        largest(gain.values()),
-    )
-    before, after = (number(value, like=size) for value in ends)
+    size = largest(gain.values())
+    before, after = (number(entries[e][head]["mean"], like=size) for e in ("start", "result"))
     change = interval(gain, "+.3f")
     return Verdict(
         TONES[found],

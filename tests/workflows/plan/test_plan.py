@@ -116,6 +116,16 @@ class Notes(NullTracker):
             self.said.append(str(event["text"]))
 
 
+class Phases(NullTracker):
+    """Keeps what is announced."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def phase(self, name: str, total: int) -> None:
+        self.names.append(name)
+
+
 @pytest.mark.usefixtures("no_network")
 def test_the_uniform_average_takes_no_images_of_a_search(
     shared_tiny: Path, tiny_config: TinyConfig, tmp_path: Path
@@ -123,8 +133,10 @@ def test_the_uniform_average_takes_no_images_of_a_search(
     config = tiny_config(shared_tiny, search={"name": "uniform", "population": None})
     opened = open_checkpoints(shared_tiny, track=config.track)
     load = search_workload(resolve_config(config, opened), opened, 1, (1, 8, 8))
-    run = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config, progress=False)
+    heard = Phases()
+    run = mrl.optimize(shared_tiny, out=tmp_path / "run", config=config, tracker=heard)
     assert config.reward.pooled
+    assert "search" not in heard.names
     assert run.images == load.rounds == 0
     assert {stage.name for stage in load.stages} == {"best single", "comparison", "pictures"}
     assert isinstance(mrl.resume(tmp_path / "run", progress=False), mrl.OptimizeResult)
