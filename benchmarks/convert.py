@@ -2,7 +2,8 @@
 
 The snapshot is synthetic: the published network's names and shapes, random float16. Peak memory is
 that of a process of its own, libraries included. With `--formats`, the same weights as each library
-writes them, against a plain state dict of them. Run from the repository's root:
+writes them, against a plain state dict of them; and the snapshot's weights as torch.distributed
+writes them, against the snapshot. Run from the repository's root:
 
     python -m benchmarks.convert [--out FILE.json]
     python -m benchmarks.convert --formats [--megabytes 128]
@@ -45,8 +46,8 @@ print(before, peak())
 """
 
 
-def make_snapshot(name: str, folder: Path) -> Path:
-    """A snapshot of the catalogue's network `name`, with random weights."""
+def make_snapshot(name: str, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A snapshot of the catalogue's network `name`, and the random weights that it holds."""
     config = dict(load_catalogue().find(name).model or {})
     with torch.device("meta"):
         state = build_model(config).state_dict()
@@ -54,7 +55,7 @@ def make_snapshot(name: str, folder: Path) -> Path:
     weights = random_weights(shapes, torch.float16, seed=0)
     path = folder / "network-snapshot-0008388-0.050.pkl"
     write_snapshot(path, weights, {key: v for key, v in config.items() if key != "model"})
-    return path
+    return path, weights
 
 
 def write_formats(folder: Path, megabytes: int) -> dict[str, Path]:
@@ -99,10 +100,21 @@ def write_formats(folder: Path, megabytes: int) -> dict[str, Path]:
     return {**found, **places, "distcp": folder / "distcp/step_1000"}
 
 
-def measure_formats(megabytes: int, repeats: int, folder: Path) -> dict[str, float | str]:
+def write_network(name: str, folder: Path) -> dict[str, Path]:
+    """A network of the catalogue as an EDM2 snapshot, and its weights by torch.distributed."""
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    (snapshot, weights), pieces = make_snapshot(name, folder), folder / "network/step_1000"
+    save({"model": weights}, checkpoint_id=pieces, no_dist=True)
+    return {f"{name} snapshot": snapshot, f"{name} distcp": pieces}
+
+
+def measure_formats(
+    network: str, megabytes: int, repeats: int, folder: Path
+) -> dict[str, float | str]:
     """MB of output a second of processor time, of each format, and relative to a state dict."""
     out, rates = folder / "out", dict[str, list[float]]()
-    places = write_formats(folder, megabytes)
+    places = write_formats(folder, megabytes) | write_network(network, folder)
     for _ in range(repeats):  # in turn, so that all meet the same load of the machine
         for name, path in places.items():
             shutil.rmtree(out, ignore_errors=True)
@@ -114,6 +126,10 @@ def measure_formats(megabytes: int, repeats: int, folder: Path) -> dict[str, flo
     for name, each in rates.items():
         found[f"{name} MB/s"] = statistics.median(each)
         found[f"{name} of a state dict's speed"] = statistics.median(each) / plain
+    pieces, snapshot = (
+        statistics.median(rates[f"{network} {of}"]) for of in ("distcp", "snapshot")
+    )
+    found[f"{network} distcp of its snapshot's speed"] = pieces / snapshot
     return found
 
 
@@ -135,7 +151,7 @@ def seconds(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(name: str, repeats: int, folder: Path) -> dict[str, float | str]:
-    source = make_snapshot(name, folder)
+    source, _ = make_snapshot(name, folder)
     size, out = source.stat().st_size, folder / "out"
     baseline, ours, again = [], [], []
     for _ in range(repeats):  # in turn, so that both meet the same load of the machine
@@ -182,7 +198,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         result = (
-            measure_formats(options.megabytes, options.repeats, Path(folder))
+            measure_formats(options.network, options.megabytes, options.repeats, Path(folder))
             if options.formats
             else measure(options.network, options.repeats, Path(folder))
         )

@@ -17,6 +17,7 @@ from merge_rl.config import whole_number
 from merge_rl.errors import CheckpointError
 from merge_rl.late import torch
 from merge_rl.storage.pickles import (
+    Alike,
     ByteSource,
     Record,
     Span,
@@ -77,7 +78,7 @@ def read_distcp(metadata: Path) -> dict[str, TensorRef]:
     a tensor.
     """
     described, stored = _tables(metadata)
-    sources: dict[str, ByteSource] = {}
+    pieces = _Pieces(metadata)
     found: dict[str, TensorRef] = {}
     holders = {f"{match[1]}." for match in map(_HOLDER.match, described) if match}
     for name, record in described.items():
@@ -87,10 +88,7 @@ def read_distcp(metadata: Path) -> dict[str, TensorRef]:
         if sizes is None or _OPTIMIZER.match(own):
             continue  # plain objects: counts, options, settings
         shape = _whole(sizes, metadata, name)
-        parts = [
-            (offsets, _part(metadata, place, sources, name))
-            for offsets, place in stored.get(name, [])
-        ]
+        parts = [(offsets, pieces.read(place, name)) for offsets, place in stored.get(name, [])]
         _require_cover(metadata, name, shape, parts)
         alone = len(parts) == 1 and parts[0][1].shape == shape
         found[own] = parts[0][1] if alone else PiecedRef(shape, parts)
@@ -127,18 +125,28 @@ def _tables(
     return named, stored
 
 
-def _part(metadata: Path, place: _Place, sources: dict[str, ByteSource], name: str) -> TensorRef:
-    file, offset, length = place
-    if PurePosixPath(file).name != file or "\\" in file:
-        raise CheckpointError(
-            f"{metadata}: {shown(name)} lies in {shown(file)}, outside its folder"
-        )
-    if file not in sources:
-        sources[file] = ByteSource(metadata.parent / file)
-    found = read_data(Span(sources[file], offset, length))
-    if not isinstance(found, TensorRef):
-        raise CheckpointError(f"{metadata.parent / file}: {shown(name)} is no tensor")
-    return found
+class _Pieces:
+    """Reads the archives that the parts of a checkpoint's tensors are, each once."""
+
+    def __init__(self, metadata: Path) -> None:
+        self._metadata = metadata
+        self._sources: dict[str, ByteSource] = {}
+        self._alike: Alike = {}
+
+    def read(self, place: _Place, name: str) -> TensorRef:
+        """The part of tensor `name` at a place, which is one of the folder's own files."""
+        file, offset, length = place
+        if PurePosixPath(file).name != file or "\\" in file:
+            raise CheckpointError(
+                f"{self._metadata}: {shown(name)} lies in {shown(file)}, outside its folder"
+            )
+        path = self._metadata.parent / file
+        if file not in self._sources:
+            self._sources[file] = ByteSource(path)
+        found = read_data(Span(self._sources[file], offset, length), alike=self._alike)
+        if not isinstance(found, TensorRef):
+            raise CheckpointError(f"{path}: {shown(name)} is no tensor")
+        return found
 
 
 def _require_cover(

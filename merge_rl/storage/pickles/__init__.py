@@ -1,12 +1,13 @@
 """Pickles and torch archives read as data: tensors and plain containers, nothing is ever called."""
 
 from merge_rl.storage.pickles.machine import Record
-from merge_rl.storage.pickles.reading import read_data, read_pickle
+from merge_rl.storage.pickles.reading import Alike, read_data, read_pickle
 from merge_rl.storage.pickles.spans import ByteSource, Span
 from merge_rl.storage.pickles.tensors import StorageRef, TensorRef, row_major
 from merge_rl.storage.pickles.values import kind_of, shown
 
 __all__ = [
+    "Alike",
     "ByteSource",
     "Record",
     "Span",

@@ -7,7 +7,7 @@ fixed table of handlers written here, and whatever is not in the table is refuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final, TypeAlias
 
 from merge_rl.errors import CheckpointError
@@ -226,37 +226,38 @@ def require_tree(root: object, name: str) -> None:
     sizes: dict[int, int] = {}  # id of a finished container -> values in it, all levels
     depths: dict[int, int] = {}
     entered: set[int] = set()
-    stack: list[tuple[object, bool]] = [(root, False)]
+    # With what a container holds that has an inside, once that was put on top of it.
+    stack: list[tuple[object, list[object] | None]] = [(root, None)]
     while stack:
-        value, leaving = stack.pop()
+        value, within = stack.pop()
         key = id(value)
-        if leaving:
-            entered.discard(key)
-            children = [id(child) for child in _children(value)]
-            sizes[key] = 1 + sum(sizes.get(child, 1) for child in children)
-            depths[key] = 1 + max((depths.get(child, 0) for child in children), default=0)
-            if sizes[key] > MAX_NODES or depths[key] > MAX_DEPTH:
-                limits = f"{MAX_DEPTH} levels or {MAX_NODES} values"
-                raise CheckpointError(f"{name}: nested beyond {limits}")
-        elif key in entered:
-            raise CheckpointError(f"{name}: a value contains itself")
-        elif isinstance(value, Unbuilt) and not isinstance(value, Record):
-            raise CheckpointError(f"{name}: an array or type was announced, but not described")
-        elif key not in sizes and isinstance(value, _CONTAINERS):
-            entered.add(key)
-            stack.append((value, True))
-            # Only what has an inside: a list of a million numbers would fill the stack as well.
-            stack.extend((child, False) for child in _children(value) if isinstance(child, _INNER))
+        if within is None:
+            if key in sizes or not isinstance(value, _INNER):
+                continue
+            if key in entered:
+                raise CheckpointError(f"{name}: a value contains itself")
+            if isinstance(value, Unbuilt) and not isinstance(value, Record):
+                raise CheckpointError(f"{name}: an array or type was announced, but not described")
+            within = [child for child in _children(value) if isinstance(child, _INNER)]
+            if within:
+                entered.add(key)
+                stack.append((value, within))
+                stack.extend((child, None) for child in within)
+                continue
+        entered.discard(key)
+        inside = list(map(id, within))
+        sizes[key] = 1 + len(_children(value)) + sum(sizes[child] - 1 for child in inside)
+        depths[key] = 1 + max((depths[child] for child in inside), default=0)
+        if sizes[key] > MAX_NODES or depths[key] > MAX_DEPTH:
+            raise CheckpointError(f"{name}: nested beyond {MAX_DEPTH} levels or {MAX_NODES} values")
 
 
-def _children(value: object) -> Iterator[object]:
+def _children(value: object) -> Collection[object]:
     if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, (list, tuple)):
-        yield from value
-    elif isinstance(value, Record):
-        yield from (value.args, value.state)
+        return value.values()
+    if isinstance(value, Record):
+        return value.args, value.state
+    return value if isinstance(value, (list, tuple)) else ()
 
 
-_CONTAINERS: Final = (dict, list, tuple, Record)
 _INNER: Final = (dict, list, tuple, Unbuilt)

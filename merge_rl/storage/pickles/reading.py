@@ -14,19 +14,27 @@ from __future__ import annotations
 
 import io
 import os
-from typing import BinaryIO, Final, cast
+from typing import BinaryIO, Final, TypeAlias, cast
 
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.files import LOCAL_HEADER, Archive, kind_by_content
-
-# SELF torch_archive
 from merge_rl.storage.pickles import tensors as torch_legacy
 from merge_rl.storage.pickles.machine import Machine, require_tree
 from merge_rl.storage.pickles.names import PERMITTED
 from merge_rl.storage.pickles.opcodes import run
-from merge_rl.storage.pickles.spans import ByteSource, Cursor, PartSource, Readable, Span
-from merge_rl.storage.pickles.tensors import StorageRef, storage_of
+from merge_rl.storage.pickles.spans import END_BYTES, ByteSource, Cursor, PartSource, Readable, Span
+from merge_rl.storage.pickles.tensors import StorageRef, TensorRef, storage_of
 from merge_rl.storage.pickles.values import Budget, shown
+
+FIRST_BYTES: Final = b"PK\x03\x04"
+_PID_PARTS: Final = 5
+_PICKLE: Final = "data.pkl"
+_MAX_DIRECTORY: Final = 32 * 2**20  # bytes of a table of contents: some 200,000 entries
+Alike: TypeAlias = "dict[bytes, tuple[str, TensorRef]]"
+"""What archives of one tensor say of it, by the bytes of their pickle: its storage's name, itself.
+
+Most tensors of a network share shape and type with others, so that their pickles are equal.
+"""
 
 
 def read_pickle(content: Readable, name: str | None = None) -> object:
@@ -35,12 +43,17 @@ def read_pickle(content: Readable, name: str | None = None) -> object:
     return _checked(_plain_pickle(source, _budget(source)), source)
 
 
-def read_data(content: Readable | Span, name: str | None = None) -> object:
-    """The value of a pickle or of anything torch.save wrote, whatever the file is called."""
+def read_data(
+    content: Readable | Span, name: str | None = None, alike: Alike | None = None
+) -> object:
+    """The value of a pickle or of anything torch.save wrote, whatever the file is called.
+
+    Of many archives of one tensor each, `alike` remembers what was read.
+    """
     source = PartSource(content) if isinstance(content, Span) else ByteSource(content, name)
     budget, first = _budget(source), source.read(0, min(source.size, 32))
     if first.startswith(FIRST_BYTES):
-        return _checked(read_archive(source, budget), source)
+        return _checked(read_archive(source, budget, alike), source)
     if first.startswith(torch_legacy.FIRST_BYTES):
         whole = Span(source, 0, source.size)
         return _checked(torch_legacy.read_legacy(whole, PERMITTED, budget), source)
@@ -73,12 +86,7 @@ def _checked(value: object, source: ByteSource) -> object:
     return value
 
 
-FIRST_BYTES: Final = b"PK\x03\x04"
-_PID_PARTS: Final = 5
-_PICKLE: Final = "data.pkl"
-
-
-def read_archive(source: ByteSource, budget: Budget) -> object:
+def read_archive(source: ByteSource, budget: Budget, alike: Alike | None = None) -> object:
     """The object in an archive, with references to its storages."""
     archive = TorchArchive(source, budget)
     pickles = [name for name in archive.names if name.partition("/")[2] == _PICKLE]
@@ -91,7 +99,7 @@ def read_archive(source: ByteSource, budget: Budget) -> object:
     order = f"{prefix}byteorder"
     if order in archive.names and archive.span(order).read() != b"little":
         raise CheckpointError(f"{source.name}: expected tensors in little-endian byte order")
-    storages: dict[str, StorageRef] = {}
+    pickled, storages = archive.span(pickles[0]), dict[str, StorageRef]()
 
     def persistent(pid: object, machine: Machine) -> StorageRef:
         found, key = storage_of(pid, machine, _PID_PARTS)
@@ -104,11 +112,16 @@ def read_archive(source: ByteSource, budget: Budget) -> object:
             raise machine.refuse(f"storage {shown(key)} is not of {expected} bytes of {found.code}")
         return known
 
-    cursor = Cursor(archive.span(pickles[0]))
-    return run(Machine(cursor, PERMITTED, budget, persistent))
-
-
-_MAX_DIRECTORY: Final = 32 * 2**20  # bytes of a table of contents: some 200,000 entries
+    content = b"" if alike is None or pickled.length > END_BYTES else pickled.read()
+    if alike and content in alike:
+        key, like = alike[content]
+        span = archive.span(f"{prefix}data/{key}")
+        if span.length == like.storage.nbytes:  # else the machine says what is wrong
+            return like.moved(span)
+    value = run(Machine(Cursor(pickled), PERMITTED, budget, persistent))
+    if alike is not None and content and isinstance(value, TensorRef) and len(storages) == 1:
+        alike[content] = next(iter(storages)), value
+    return value
 
 
 class TorchArchive:

@@ -81,6 +81,11 @@ class TensorRef:
         """Bytes of the elements, row by row."""
         return self.info.nbytes
 
+    def moved(self, span: Span) -> TensorRef:
+        """The same tensor of a storage whose bytes are those of `span`, as many."""
+        storage = StorageRef(self.storage.code, self.storage.count, span)
+        return TensorRef(storage, self.offset, self.shape, self.stride, self.code)
+
     def pieces(self, size: int) -> Iterator[bytes]:
         """The elements' bytes in row-major order, at most `size` bytes at a time."""
         expected = row_major(self.shape)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.files.safetensors_header import TensorInfo
-from merge_rl.storage.pickles.reading import read_data, read_pickle
+from merge_rl.storage.pickles.reading import Alike, read_data, read_pickle
 from merge_rl.storage.pickles.tensors import TensorRef
 
 DTYPES = [
@@ -327,3 +327,24 @@ def test_a_block_within_a_block_is_refused() -> None:
     nested = inner_block(torch.arange(4.0)).replace(name, deeper)
     with pytest.raises(CheckpointError, match="refers to 'torch.storage._load_from_bytes'"):
         read_pickle(block_of(nested))
+
+
+def test_archives_that_are_alike_hold_each_its_own() -> None:
+    alike: Alike = {}
+    first, second = torch.arange(12.0).reshape(3, 4), torch.arange(12.0, 24.0).reshape(3, 4)
+    # The last is the transpose: of equal shape and of other strides.
+    tensors = [first, second, second.reshape(4, 3).T, second[:2], first.long()]
+    for tensor in tensors:
+        found: Any = read_data(saved(tensor), alike=alike)
+        assert torch.equal(found.load(), tensor)
+    assert len(alike) == 4  # of the second nothing new was said
+
+    shorter = rezipped(saved(first), replaced("data/0", bytes(44)))
+    with pytest.raises(CheckpointError, match="storage 0 is not of 48 bytes of F32"):
+        read_data(shorter, alike=alike)
+    with pytest.raises(CheckpointError, match="the archive lacks"):
+        read_data(rezipped(saved(first), replaced("data/0", None)), alike=alike)
+    # A list of tensors is no tensor, and is read each time.
+    both: Any = [read_data(saved([first]), alike=alike) for _ in range(2)]
+    assert len(alike) == 4
+    assert all(torch.equal(found.load(), first) for (found,) in both)
