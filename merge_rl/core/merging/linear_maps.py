@@ -92,6 +92,8 @@ class WhitenedMap(ShiftedInit):
             raise ConfigError(
                 f"expected a Gram matrix {expected}, got shape {tuple(self.gram.shape)}"
             )
+        if not bool(self.gram.any()):
+            raise ConfigError(f"the {self.kind} map needs weights that are not all 0")
         bases = [whitened_basis(gram, self.scale, CAP) for gram in self.gram]
         object.__setattr__(self, "_bases", torch.stack(bases))
 
@@ -196,7 +198,7 @@ def whitened_basis(gram: Tensor, reach: float, cap: float) -> Tensor:
     """Moves of the coefficients, as columns of B (K, K-1), that change the weights alike.
 
     With C = I - 1/K, the moves whose sum is 0, and C gram C / s = V diag(λ) Vᵀ, where s is the
-    mean squared norm of a checkpoint:
+    mean squared norm of a checkpoint (1 where weights are all 0, as a group's may be):
 
         B = V diag(reach / √(λ + ρ)),  ρ = (reach / cap)²
 
@@ -210,14 +212,14 @@ def whitened_basis(gram: Tensor, reach: float, cap: float) -> Tensor:
         reach: relative change of the weights, > 0.
         cap: largest coefficient of a unit step, > 0.
 
-    Raises ConfigError for a Gram matrix that is not finite, or of weights that are all 0.
+    Raises ConfigError for a Gram matrix that is not finite.
     """
     count = len(gram)
     if count < 2:
         raise ConfigError("expected at least 2 checkpoints for the whitened map, got 1")
-    size = float(gram.diagonal().mean())
-    if not bool(gram.isfinite().all()) or size <= 0:
-        raise ConfigError("the whitened map needs finite weights that are not all 0")
+    if not bool(gram.isfinite().all()):
+        raise ConfigError("the whitened map needs finite weights")
+    size = float(gram.diagonal().mean()) or 1.0
     # An orthonormal basis of the moves whose sum is 0 keeps the direction (1, ..., 1) out.
     eye = torch.eye(count, dtype=torch.float64)
     moves = torch.linalg.qr(eye[:, 1:] - 1 / count).Q

@@ -106,8 +106,7 @@ def test_twins_are_no_trouble(weights: Tensor) -> None:
     ("gram", "message"),
     [
         (torch.ones(1, 1), "expected at least 2 checkpoints for the whitened map, got 1"),
-        (torch.zeros(2, 2), "needs finite weights that are not all 0"),
-        (torch.full((2, 2), torch.nan), "needs finite weights that are not all 0"),
+        (torch.full((2, 2), torch.nan), "the whitened map needs finite weights"),
     ],
 )
 def test_refusals(gram: Tensor, message: str) -> None:
@@ -115,7 +114,24 @@ def test_refusals(gram: Tensor, message: str) -> None:
         whitened_basis(gram.double(), 0.1, 0.5)
 
 
+def test_weights_of_0_are_twins() -> None:
+    # Nothing that a step changes: every column is of length cap, along moves whose sum is 0.
+    basis = whitened_basis(torch.zeros(3, 3, dtype=F64), 0.1, 0.5)
+    torch.testing.assert_close(basis.T @ basis, 0.25 * torch.eye(2, dtype=F64))
+    torch.testing.assert_close(basis.sum(0), torch.zeros(2, dtype=F64))
+
+
 # ------------------------------------------------------------------------------------ the maps
+
+
+def test_a_group_of_0_has_coefficients_as_any_other() -> None:
+    gram = torch.stack([torch.zeros(2, 2, dtype=F64), 2 * torch.eye(2, dtype=F64)])
+    init = torch.tensor([0.25, 0.75], dtype=F64)
+    whitened = WhitenedMap(init=init, scale=0.3, num_groups=2, gram=gram)
+    theta = torch.tensor([-0.5, 0.25], dtype=F64)
+    torch.testing.assert_close(whitened.theta_of(whitened(theta)), theta)
+    with pytest.raises(ConfigError, match="the whitened map needs weights that are not all 0"):
+        WhitenedMap(init=init, scale=0.3, num_groups=2, gram=torch.zeros_like(gram))
 
 
 def test_whitened_rows_keep_their_sum_and_can_be_inverted(
