@@ -20,9 +20,17 @@ if TYPE_CHECKING:
         build_extractor,
         encoder_spans,
         encoders,
+        own_weights,
         require_known,
     )
     from merge_rl.workflows.assembly.given import Given
+    from merge_rl.workflows.assembly.gradients import (
+        auto_note,
+        own_extractors,
+        tried_in_vain,
+        why_no_gradient,
+        why_not_as_set,
+    )
     from merge_rl.workflows.assembly.job import (
         GuideSet,
         Job,
@@ -56,12 +64,9 @@ if TYPE_CHECKING:
     )
     from merge_rl.workflows.assembly.resolve import (
         allow_named,
-        foreign_extractors,
         require_all_allowed,
         resolve_config,
         resolve_finetune,
-        searcher_note,
-        why_not_as_set,
     )
     from merge_rl.workflows.assembly.reward import (
         check_reward,
@@ -82,6 +87,7 @@ __all__ = [
     "Parts",
     "Statistics",
     "allow_named",
+    "auto_note",
     "build_extractor",
     "build_job",
     "check_reward",
@@ -95,7 +101,6 @@ __all__ = [
     "find_model",
     "find_references",
     "fit_batch",
-    "foreign_extractors",
     "gib",
     "guidance_text",
     "image_size",
@@ -110,7 +115,9 @@ __all__ = [
     "notes_of",
     "open_targets",
     "other_resolutions",
+    "own_extractors",
     "own_sampler",
+    "own_weights",
     "plan_memory",
     "require_all_allowed",
     "require_known",
@@ -119,8 +126,9 @@ __all__ = [
     "resolve_config",
     "resolve_finetune",
     "search_doubts",
-    "searcher_note",
+    "tried_in_vain",
     "unweighed_map",
+    "why_no_gradient",
     "why_not_as_set",
     "with_network",
 ]
@@ -129,8 +137,9 @@ __all__ = [
 _HOMES: Final = {
     "costs": "PartCosts cost_parts",
     "defaults": "ModelDefaults find_defaults find_model guidance_text load_model own_sampler",
-    "extractors": "build_extractor encoder_spans encoders require_known",
+    "extractors": "build_extractor encoder_spans encoders own_weights require_known",
     "given": "Given",
+    "gradients": "auto_note own_extractors tried_in_vain why_no_gradient why_not_as_set",
     "job": "GuideSet Job build_job require_tuning unweighed_map",
     "memory": "MemoryPlan fit_batch gib plan_memory",
     "networks": (
@@ -142,10 +151,7 @@ _HOMES: Final = {
         "ExtractorId Statistics expected_extractor extractor_of find_extractor find_references "
         "image_size name_extractor notes_of other_resolutions search_doubts"
     ),
-    "resolve": (
-        "allow_named foreign_extractors require_all_allowed resolve_config resolve_finetune "
-        "searcher_note why_not_as_set"
-    ),
+    "resolve": "allow_named require_all_allowed resolve_config resolve_finetune",
     "reward": "check_reward known_terms open_targets",
 }
 

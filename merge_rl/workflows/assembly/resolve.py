@@ -10,7 +10,6 @@ from typing import NamedTuple, TypeVar
 from merge_rl import own_code, registry
 from merge_rl.config import (
     FIRST_RULES,
-    FIXED_SOLVERS,
     SUBSET_SIZE,
     FinetuneConfig,
     MergeConfig,
@@ -25,6 +24,7 @@ from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import absolute
 from merge_rl.storage.runs import is_finetune_run
 from merge_rl.workflows.assembly.defaults import ModelDefaults, find_defaults, of_set
+from merge_rl.workflows.assembly.gradients import tried_in_vain, why_no_gradient
 from merge_rl.workflows.assembly.job import meant_guide, tuned_dim, unweighed_map
 from merge_rl.workflows.assembly.published import is_public
 from merge_rl.workflows.assembly.references import resolve_evaluation
@@ -34,7 +34,6 @@ GRADIENTS = (100, 250)  # images of a round that takes gradients, from small bud
 STEPS = 360  # such rounds a budget would pay for, if it paid for nothing else and they cost 1
 LEAST_POOL, POOLS = 400, 20  # smallest pool, and parts of the budget that it is one of at most
 AUTO_SEARCHER = "auto"
-DIFFERENTIABLE = frozenset(registry.EXTRACTORS)  # of the package, as it is imported
 
 
 Settings = TypeVar("Settings", OptimizeConfig, FinetuneConfig)
@@ -109,7 +108,7 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
         defaults = _near(folder, config)
     config = _completed(config, defaults, "the checkpoint set names no default for")
     config = dataclasses.replace(config, evaluation=resolve_evaluation(config, checkpoints))
-    config = resolve_search(config)
+    config = resolve_search(config, checkpoints)
     config = dataclasses.replace(config, merge=resolve_merge(config, checkpoints))
     config = _scaled(config, checkpoints)
     return dataclasses.replace(
@@ -119,14 +118,15 @@ def resolve_config(config: OptimizeConfig, checkpoints: CheckpointSet) -> Optimi
     )
 
 
-def resolve_search(config: OptimizeConfig) -> OptimizeConfig:
+def resolve_search(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfig:
     """The config with a searcher for "auto", and what the searcher has no use for left out.
 
     The incumbents of one that takes gradients are its own best means, by either metric.
     """
     search = config.search
     if search.name == AUTO_SEARCHER:
-        name = "pathwise" if why_no_gradient(config) is None else "policy-gradient"
+        why = why_no_gradient(config) or tried_in_vain(config, checkpoints)
+        name = "policy-gradient" if why else "pathwise"
         search = dataclasses.replace(search, name=name)
     if search.takes_gradients:
         search = dataclasses.replace(search, incumbents=min(search.incumbents, 2))
@@ -153,49 +153,6 @@ def _scaled(config: OptimizeConfig, checkpoints: CheckpointSet) -> OptimizeConfi
     if merge.scale is None and found.exploration < 1:
         merge = dataclasses.replace(merge, scale=merge.unit * found.exploration)
     return dataclasses.replace(config, search=search, merge=merge)
-
-
-def searcher_note(asked: OptimizeConfig, resolved: OptimizeConfig) -> str | None:
-    """Which searcher "auto" is, and why where it is not the gradient's; None for another name."""
-    if asked.search.name == resolved.search.name:
-        return None
-    why = why_no_gradient(dataclasses.replace(resolved, search=asked.search))
-    return f"searcher auto: {resolved.search.name}" + (f", as {why}" if why else "")
-
-
-def why_no_gradient(config: OptimizeConfig) -> str | None:
-    """Why "auto" takes the policy gradient, whose sampler and extractor are known; None: no reason.
-
-    Told by names alone: extractors of the package have derivatives, others are not looked at.
-    """
-    solver = (config.sampler or SamplerConfig()).solver
-    if config.generate is not None:
-        return "whether what generate returns has a gradient is not known"
-    foreign = foreign_extractors(config)
-    if solver not in FIXED_SOLVERS:
-        return f"the solver {solver} has no gradient"
-    if foreign:
-        return f"whether the extractor {foreign[0]} has a gradient is not known"
-    return why_not_as_set(config)
-
-
-def foreign_extractors(config: OptimizeConfig) -> list[str]:
-    """Those of the settings that are not the package's, whose derivatives are not known."""
-    extractors = [config.extractor or "", *config.extra_references]
-    singles = [one for name in extractors for one in name.split(",")]
-    return [name for name in singles if name not in DIFFERENTIABLE]
-
-
-def why_not_as_set(config: OptimizeConfig) -> str | None:
-    """Why "auto" takes the policy gradient, whatever generates: reward or search are set for it."""
-    search, reward = config.search, config.reward
-    if any(term.base.endswith("-full") for term in reward.terms):
-        return f"the reward {reward.text} has no gradient"
-    several = reward.num_subsets * reward.num_replacements != 1 or reward.refresh != "rolling"
-    given = search.population is not None or search.update is not None
-    if several or given or search.policy != "direct":
-        return "the settings are those of the policy gradient"
-    return None
 
 
 def resolve_merge(config: OptimizeConfig, checkpoints: CheckpointSet) -> MergeConfig:

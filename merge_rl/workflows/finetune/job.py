@@ -152,7 +152,7 @@ def _follows(
     """
     if config.algorithm == "pathwise":
         require_gradient(parts.reward.reward, "the algorithm pathwise", "one that does without")
-        require_derivative(rollout)
+        require_derivative(rollout, "the algorithm pg")
         return True
     if config.algorithm != "pg" or not config.update.still_steps or config.rules == FIRST_RULES:
         return False

@@ -18,7 +18,6 @@ from merge_rl import own_code
 from merge_rl.config import (
     OptimizeConfig,
     SamplerConfig,
-    SearchConfig,
     or_defaults,
     with_settings,
 )
@@ -35,16 +34,20 @@ from merge_rl.storage.runs import INPUTS, find_set, goes_on
 from merge_rl.workflows.assembly import (
     Given,
     Statistics,
+    auto_note,
+    build_extractor,
     find_model,
-    foreign_extractors,
     load_weights,
+    own_extractors,
+    own_weights,
     why_not_as_set,
 )
 from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.optimize.run import begin
 from merge_rl.workflows.reference import Reference, save_reference
-from merge_rl.workflows.rollout import Generate, as_tensor
+from merge_rl.workflows.rollout import Generate, as_tensor, made_without_gradient
 
+AUTO_SEARCHER: Final = "auto"
 ROUNDING: Final = 0.01  # of the largest value that a function makes
 Features = Statistics | Tensor | NDArray[Any]
 Checkpoint = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
@@ -75,8 +78,9 @@ def search(
             the name of one on the Hub, "user/repo".
         generate: (network or weights, N seeds, labels (N,)) -> features (N, D), or images
             where `extractor` names what makes features of them: uint8, or floating on 0..255, whose
-            gradient goes on through the extractor. NumPy's do as well. Deterministic: a row
-            follows from the weights, its seed and its label. `merge_rl.seeded_noise` draws noise.
+            gradient goes on through the extractor. NumPy's do as well. Weights are float32,
+            whatever the checkpoints are. Deterministic: a row follows from the weights, its seed
+            and its label. `merge_rl.seeded_noise` draws noise.
         reference: features (M, D) of real data, their statistics, or a file of them.
         out: run directory; must not exist. What was in memory is kept in its folder `inputs`.
         heldout: the same of data that the search never sees: final scores are of these.
@@ -95,8 +99,6 @@ def search(
     run, name = Path(out), own_code.name_of(generate)
     _require_of_use(settings)
     config, tracker = or_defaults(OptimizeConfig, config), tracker_of(tracker, progress)
-    if searcher is None and config.search.name == SearchConfig().name:
-        searcher = "auto"
     settings |= {"generate": name} | ({} if searcher is None else {"searcher": searcher})
     base = with_settings(OptimizeConfig, config, **settings)
     checkpoints = _looked_up(checkpoints, tracker)
@@ -110,7 +112,8 @@ def search(
         base = dataclasses.replace(base, **places)
         opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
         given = Given(generate, model if model is not None else _first_module(checkpoints))
-        return begin(group, _settled(group, base, given, opened), opened, run, tracker, given)
+        settled, note = _settled(group, base, given, opened)
+        return begin(group, settled, opened, run, tracker, given, note)
 
 
 _EXPECTED: Final = "expected checkpoints as state dicts, modules or files"
@@ -228,18 +231,22 @@ def _first_module(checkpoints: Checkpoints) -> nn.Module | None:
 
 def _settled(
     group: Group, base: OptimizeConfig, given: Given, opened: CheckpointSet
-) -> OptimizeConfig:
-    """The settings with a searcher for "auto"; rank 0 tries the function, and chooses for all."""
-    gradient = group.leads and _has_gradient(base, given, opened)
-    name = "pathwise" if gradient and why_not_as_set(base) is None else "policy-gradient"
-    name = group.broadcast(name, phase="trying the function")
-    if base.search.name != "auto":
-        return base
-    return dataclasses.replace(base, search=dataclasses.replace(base.search, name=name))
+) -> tuple[OptimizeConfig, str | None]:
+    """The settings with a searcher for "auto", and the note that says which.
+
+    Rank 0 tries the function, and chooses for all.
+    """
+    why = _why_no_gradient(base, given, opened) if group.leads else None
+    why = group.broadcast(why, phase="trying the function")
+    if base.search.name != AUTO_SEARCHER:
+        return base, None
+    name = "policy-gradient" if why else "pathwise"
+    search = dataclasses.replace(base.search, name=name)
+    return dataclasses.replace(base, search=search), auto_note(name, why)
 
 
-def _has_gradient(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> bool:
-    """Whether what the function makes of the newest checkpoint's weights depends on them.
+def _why_no_gradient(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> str | None:
+    """Why what the function makes of the newest checkpoint's weights has no gradient by them.
 
     Raises ConfigError for a function that makes something else of a seed each time, or beside
     another one.
@@ -255,9 +262,14 @@ def _has_gradient(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> 
             for seeds in ([0, 1], [1, 2])
         )
     _require_same(made, other)
-    if not isinstance(made, Tensor) or not made.requires_grad:
-        return False
-    return base.extractor is None or not foreign_extractors(base)
+    if base.search.name != AUTO_SEARCHER:
+        return None
+    if (why := why_not_as_set(base)) is not None or not isinstance(made, Tensor):
+        return why or "what generate returns does not depend on one"
+    extractor = None
+    if own_extractors(base) and made.ndim == 4:
+        extractor, _ = build_extractor(base.extractor or "", own_weights(base), base.device)
+    return made_without_gradient(made, extractor)
 
 
 def _require_same(made: object, other: object) -> None:

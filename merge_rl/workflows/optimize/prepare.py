@@ -22,13 +22,15 @@ from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.runs import RunDir, goes_on
 from merge_rl.workflows.assembly import (
     Job,
+    auto_note,
     check_reward,
     fit_batch,
     require_known,
     require_known_autoencoder,
     require_tuning,
-    searcher_note,
+    tried_in_vain,
     unweighed_map,
+    why_no_gradient,
 )
 from merge_rl.workflows.evaluate import ENTRIES
 from merge_rl.workflows.optimize.budget import (
@@ -236,7 +238,10 @@ def opening_notes(
         count = resolved.reward.images_per_subset
         each = image_seconds(job.rollout.rollout, job.num_classes, count) / ranks
     found = [cost_note(load, each), *job.checkpoints.notes, mixed_note(asked, job.checkpoints)]
-    found.append(searcher_note(asked, resolved))
+    if asked.search.name != resolved.search.name:
+        auto = dataclasses.replace(resolved, search=asked.search)
+        why = why_no_gradient(auto) or tried_in_vain(auto, job.checkpoints)
+        found.append(auto_note(resolved.search.name, why))
     return [text for text in found if text]
 
 

@@ -144,8 +144,12 @@ def begin(
     out: Path,
     tracker: Tracker,
     given: Given | None = None,
+    note: str | None = None,
 ) -> OptimizeResult:
-    """The search of an open set, from settings that leave open what the set says, to its end."""
+    """The search of an open set, from settings that leave open what the set says, to its end.
+
+    `note` is told with those that open it.
+    """
     allow_named(base)
     with_network(opened, base.network)
     resolved = resolve_config(base, opened)
@@ -157,8 +161,9 @@ def begin(
         return from_plain(ranks.follow())
     require_first_round(resolved, job)  # refuses before anything is written
     timed = given is None and resolved.generate is None
-    for text in opening_notes(base, resolved, job, group.size, timed=timed):
-        announcing(tracker)(text)
+    for text in [*opening_notes(base, resolved, job, group.size, timed=timed), note]:
+        if text is not None:
+            announcing(tracker)(text)
     with locked(out):
         inputs = {"hashes": job.hashes, "version": __version__}
         run = begin_run(out, resolved, inputs, group.place)

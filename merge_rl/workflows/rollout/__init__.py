@@ -1,7 +1,13 @@
 """Weights to images to features: placement, execution, the same work on several processes."""
 
 from merge_rl.workflows.rollout.compiled import prepare_network
-from merge_rl.workflows.rollout.derivatives import Room, made_again, pull_back, require_derivative
+from merge_rl.workflows.rollout.derivatives import (
+    Room,
+    made_again,
+    pull_back,
+    require_derivative,
+    without_derivative,
+)
 from merge_rl.workflows.rollout.device import (
     choose_place,
     cpu_workers,
@@ -34,6 +40,7 @@ from merge_rl.workflows.rollout.given import (
     GivenRollout,
     Subject,
     as_tensor,
+    made_without_gradient,
     with_gradient,
     without_gradient,
 )
@@ -76,6 +83,7 @@ __all__ = [
     "is_long",
     "is_out_of_memory",
     "made_again",
+    "made_without_gradient",
     "make_images",
     "matmul_precision",
     "on_device",
@@ -91,5 +99,6 @@ __all__ = [
     "timings",
     "unused_gpu",
     "with_gradient",
+    "without_derivative",
     "without_gradient",
 ]

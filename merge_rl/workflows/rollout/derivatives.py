@@ -20,58 +20,71 @@ from merge_rl.core.network import against
 from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.core.sampling.solvers import Velocity
 from merge_rl.errors import ConfigError
+from merge_rl.interfaces import Autoencoder, FeatureExtractor
 from merge_rl.workflows.rollout.rollout import Rollout
 
 ALIKE = 1e-3  # of a feature vector's norm: how near those of bytes and of whole numbers must be
 
 
-def require_derivative(rollout: Rollout) -> None:
+def require_derivative(rollout: Rollout, instead: str = "the searcher auto") -> None:
     """Raise ConfigError, naming the part, unless features of samples have a derivative.
 
-    Tried on two samples: the decoder must offer `levels`, and every extractor must take them with
-    a gradient and give what it gives for bytes.
+    The sentence ends with what does without (`instead`).
     """
     samples = rollout.noise([0, 1]).to(rollout.device) / 4
-    levels = getattr(rollout.autoencoder, "levels", None)
-    name = getattr(rollout.autoencoder, "name", type(rollout.autoencoder).__name__)
+    why = without_derivative(rollout.autoencoder, rollout.extractor, samples)
+    if why is not None:
+        raise ConfigError(f"{why}; {instead} does without")
+
+
+def without_derivative(
+    autoencoder: Autoencoder, extractor: FeatureExtractor, samples: Tensor
+) -> str | None:
+    """Why features of samples (B, C, h, w) have no derivative; None where they have one.
+
+    The decoder must offer `levels`, and every extractor must take them with a gradient and give
+    what it gives for bytes.
+    """
+    levels = getattr(autoencoder, "levels", None)
+    decoder = f"the decoder {getattr(autoencoder, 'name', type(autoencoder).__name__)}"
     if levels is None:
-        raise ConfigError(f"the decoder {name} has no derivative: it has no method `levels`")
+        return f"{decoder} has no derivative: it has no method `levels`"
     with torch.no_grad():
-        images, found = rollout.autoencoder.decode(samples), levels(samples)
-    if images.shape != found.shape or float((images.float() - found).abs().max()) > 1:
-        raise ConfigError(f"the decoder {name} has no derivative: its `levels` are not its images")
+        images = autoencoder.decode(samples)
+    with torch.enable_grad():
+        found = levels(samples.clone().requires_grad_(True))
+    if images.shape != found.shape or float((images.float() - found.detach()).abs().max()) > 1:
+        return f"{decoder} has no derivative: its `levels` are not its images"
     if images.dtype == torch.uint8 and not torch.equal(found, found.round()):
-        raise ConfigError(
-            f"the decoder {name} has no derivative: its `levels` are no whole numbers; expected "
-            "them rounded, with the gradient straight through"
+        return (
+            f"{decoder} has no derivative: its `levels` are no whole numbers, expected them "
+            "rounded, with the gradient straight through"
         )
-    require_extractor_derivative(rollout, samples)
+    if not found.requires_grad:
+        return f"{decoder} has no derivative: its `levels` do not depend on a gradient"
+    return extractor_without_derivative(extractor, images, found)
 
 
-def require_extractor_derivative(rollout: Rollout, samples: Tensor) -> None:
-    """The same of every extractor, for a decoder that is known to have one."""
-    images: Tensor = rollout.autoencoder.levels(samples).detach().requires_grad_(True)  # type: ignore[attr-defined]
-    for extractor in getattr(rollout.extractor, "extractors", (rollout.extractor,)):
+def extractor_without_derivative(
+    extractor: FeatureExtractor, images: Tensor, levels: Tensor
+) -> str | None:
+    """The same of every extractor, at images as a decoder gives them and at their levels."""
+    levels = levels.detach().requires_grad_(True)
+    for one in getattr(extractor, "extractors", (extractor,)):
+        name = f"the extractor {getattr(one, 'name', type(one).__name__)!r}"
         with torch.no_grad():
-            expected = extractor(rollout.autoencoder.decode(samples)).float()
+            expected = one(images).float()
         try:
             with torch.enable_grad():
-                found = extractor(images).float()
+                found = one(levels).float()
         except Exception as error:  # noqa: BLE001  (whatever a user's extractor raises)
             reason = " ".join(str(error).split())[:200]
-            raise ConfigError(_without(extractor, f"it takes bytes alone ({reason})")) from None
+            return f"{name} has no derivative: it takes bytes alone ({reason})"
         if not found.requires_grad:
-            raise ConfigError(_without(extractor, "its features do not depend on a gradient"))
+            return f"{name} has no derivative: its features do not depend on a gradient"
         if float((found.detach() - expected).norm()) > ALIKE * float(expected.norm()):
-            raise ConfigError(_without(extractor, "it reads whole numbers unlike the same bytes"))
-
-
-def _without(extractor: object, why: str) -> str:
-    name = getattr(extractor, "name", type(extractor).__name__)
-    return (
-        f"the extractor {name!r} has no derivative: {why}; "
-        "the searcher auto takes one that needs none"
-    )
+            return f"{name} has no derivative: it reads whole numbers unlike the same bytes"
+    return None
 
 
 def pull_back(rollout: Rollout, latents: Tensor, cotangents: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from merge_rl.interfaces import FeatureExtractor
 from merge_rl.workflows.rollout.derivatives import (
     Room,
     StepWatch,
-    require_extractor_derivative,
+    extractor_without_derivative,
 )
 from merge_rl.workflows.rollout.differentiable import DifferentiableRollout
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout
@@ -178,7 +178,9 @@ class GivenGradient(DifferentiableRollout):
         self._given = _given(self.merged)
         why = without_gradient(self._given, self.live)
         if why is not None:
-            raise ConfigError(f"the searcher pathwise needs a gradient, but {why}")
+            raise ConfigError(
+                f"the searcher pathwise needs a gradient, but {why}; the searcher auto does without"
+            )
 
     @property
     def room(self) -> Room:
@@ -207,16 +209,20 @@ def without_gradient(rollout: GivenRollout, live: LiveModel) -> str | None:
     live.set_coefficients(torch.full(shape, 1 / shape[1], dtype=torch.float64))
     with live.gradients(), torch.enable_grad():
         made = rollout.latents(rollout.noise([0, 1]), labels)
+    return made_without_gradient(made, None if rollout.takes_features else rollout.extractor)
+
+
+def made_without_gradient(made: Tensor, extractor: FeatureExtractor | None) -> str | None:
+    """The same of what it made, features or images for the extractor."""
     if not made.is_floating_point():
-        return (
-            "generate makes images of bytes, which have none: return floating ones on 0..255, or "
-            "take the searcher auto"
-        )
+        return "generate makes images of bytes, which have none: return floating ones on 0..255"
     if not made.requires_grad:
         return "what generate returns does not depend on one"
-    if not rollout.takes_features:
-        require_extractor_derivative(rollout, made.detach())
-    return None
+    if extractor is None:
+        return None
+    decoder = GivenImages()
+    with torch.no_grad():
+        return extractor_without_derivative(extractor, decoder.decode(made), decoder.levels(made))
 
 
 def with_gradient(merged: MergedRollout, **options: object) -> DifferentiableRollout:

@@ -269,7 +269,9 @@ class Halves:
         return torch.stack([half.float().mean((1, 2, 3)) for half in images.chunk(2, -1)], 1)
 
 
-def test_a_search_follows_floating_images_through_the_extractor(tmp_path: Path) -> None:
+def test_a_search_follows_floating_images_through_the_extractor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def images(weights: Subject, seeds: Sequence[int], _labels: Tensor) -> Tensor:
         assert isinstance(weights, Mapping)
         light = mrl.seeded_noise(seeds, [1, 1, 2]).repeat_interleave(4, -1).expand(-1, 1, 8, 8)
@@ -277,13 +279,14 @@ def test_a_search_follows_floating_images_through_the_extractor(tmp_path: Path) 
 
     # Levels about 50 are those of a shift of 0.3; the search begins at the newest, 1.
     given: dict[str, Any] = {
-        "checkpoints": states([0.0, 1.0]), "extractor": Halves(), "searcher": "pathwise",
+        "checkpoints": states([0.0, 1.0]), "extractor": Halves(), "searcher": "auto",
         "reference": 50 + 10 * torch.randn(500, 2, generator=torch.Generator().manual_seed(0)),
         "scale": 0.5, "start": "newest", "budget": 3000, "config": dataclasses.replace(
             SMALL, search=SearchConfig(incumbents=1), reward=RewardConfig(pool_size=100)
         ),
     }  # fmt: skip
-    found = search(tmp_path / "run", generate=images, **given)
+    found = search(tmp_path / "run", generate=images, progress=True, **given)
+    assert "searcher auto: pathwise\n" in capsys.readouterr().err
     # Of a shift s the distance is about 2 (100 s - 30)^2: 9800 at the start.
     assert found.baseline["reference"]["mean"] == pytest.approx(9800, rel=0.1)
     assert found.final["reference"]["mean"] < 1500

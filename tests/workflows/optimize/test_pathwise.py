@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import merge_rl as mrl
+from merge_rl import own_code
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import BudgetError, ConfigError
 from merge_rl.features.digits import DigitsNet
 from merge_rl.interfaces import NullTracker
 from merge_rl.storage.checkpoints import open_checkpoints
-from merge_rl.workflows.assembly import resolve_config
-from merge_rl.workflows.assembly.resolve import searcher_note, why_no_gradient
+from merge_rl.workflows.assembly import resolve_config, tried_in_vain, why_no_gradient
 from merge_rl.workflows.rewards import Level, RewardGradient
 from merge_rl.workflows.rollout import DifferentiableRollout
 
@@ -197,15 +197,66 @@ def test_auto_takes_the_gradient_where_there_is_one(
         resolved(search={"policy": "mlp"}),
     ]
     assert [found.search.name for found in policy] == ["policy-gradient"] * 4
-    asked = tiny_config(shared_tiny, search={"name": "auto", "population": None})
-    assert searcher_note(asked, resolved()) == "searcher auto: pathwise"
-    assert searcher_note(resolved(), resolved()) is None
-    why = "the reward fid-full has no gradient"
-    assert searcher_note(asked, policy[0]) == f"searcher auto: policy-gradient, as {why}"
-    foreign = tiny_config(
-        shared_tiny, extractor="mine", search={"name": "auto", "population": None}
-    )
-    assert why_no_gradient(foreign) == "whether the extractor mine has a gradient is not known"
+    assert why_no_gradient(policy[0]) == "the reward fid-full has no gradient"
+
+
+class Brightness:
+    """Features of bytes and of floating images alike."""
+
+    name, dim = "brightness", 2
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        values = images.float().flatten(1) / 255
+        return torch.stack([values.mean(1), values.std(1)], 1)
+
+
+class Counted(Brightness):
+    """Without a gradient."""
+
+    name = "counted"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return super().__call__(images.detach())
+
+
+class Decoder:
+    """Makes bytes alone."""
+
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        return (samples.clip(-1, 1) * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "found", "why"),
+    [
+        (Brightness, "extractor", "pathwise", None),
+        (
+            Counted, "extractor", "policy-gradient",
+            "the extractor 'counted' has no derivative: its features do not depend on a gradient",
+        ),
+        (
+            Decoder, "autoencoder", "policy-gradient",
+            f"the decoder {__name__}:Decoder has no derivative: it has no method `levels`",
+        ),
+    ],
+)  # fmt: skip
+def test_auto_tries_the_users_code_once(
+    shared_tiny: Path, tiny_config: TinyConfig, code: Callable[[], object], kind: str, found: str,
+    why: str | None,
+) -> None:  # fmt: skip
+    made = list[object]()
+
+    def factory() -> object:
+        made.append(code())
+        return made[-1]
+
+    factory.__qualname__ = code.__qualname__
+    opened = open_checkpoints(shared_tiny, track="raw")
+    named = {kind: own_code.allow(factory)}
+    asked = tiny_config(shared_tiny, search={"name": "auto", "population": None}, **named)
+    assert tried_in_vain(asked, opened) == why
+    assert resolve_config(asked, opened).search.name == found
+    assert len(made) == 1
 
 
 def test_pools_are_no_larger_than_a_budget_renews(

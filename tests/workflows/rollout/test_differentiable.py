@@ -328,10 +328,17 @@ def test_other_parts_without_a_derivative_are_named() -> None:
         def levels(self, latents: Tensor) -> Tensor:
             return signed_levels(latents).flip(-1)
 
-    for decoder, why in ((Unrounded(), "no whole numbers"), (Others(), "not its images")):
-        with pytest.raises(
-            ConfigError, match=f"decoder {type(decoder).__name__} .*`levels` are {why}"
-        ):
+    class Detached(Plain):
+        def levels(self, latents: Tensor) -> Tensor:
+            return signed_levels(latents).detach()
+
+    cases = (
+        (Unrounded(), "are no whole numbers"),
+        (Others(), "are not its images"),
+        (Detached(), "do not depend on a gradient; the searcher auto does without"),
+    )
+    for decoder, why in cases:
+        with pytest.raises(ConfigError, match=f"decoder {type(decoder).__name__} .*`levels` {why}"):
             DifferentiableRollout(merged("edm2", HEUN, exact=False, decoder=decoder))
     noisy = SamplerConfig(solver="sde-euler", num_steps=3)
     with pytest.raises(ConfigError, match=r"needs a solver with fixed steps \(.*\), got sde-euler"):
