@@ -91,7 +91,7 @@ def own_extractors(config: OptimizeConfig) -> dict[str, str | None]:
 def why_not_as_set(config: OptimizeConfig) -> str | None:
     """Why "auto" takes the policy gradient, whatever generates: reward or search are set for it."""
     search, reward = config.search, config.reward
-    if any(term.base.endswith("-full") for term in reward.terms):
+    if any(term.base.endswith("-full") or own_code.is_own(term.base) for term in reward.terms):
         return f"the reward {reward.text} has no gradient"
     several = reward.num_subsets * reward.num_replacements != 1 or reward.refresh != "rolling"
     given = search.population is not None or search.update is not None

@@ -192,11 +192,12 @@ def test_auto_takes_the_gradient_where_there_is_one(
     assert resolved().search.incumbents == 2
     policy = [
         resolved(reward={"name": "fid-full"}),
+        resolved(reward={"name": "fid-subset + 2 * mine:Reward"}),
         resolved(sampler=SamplerConfig(solver="sde-euler", num_steps=4)),
         resolved(search={"population": 6}),
         resolved(search={"policy": "mlp"}),
     ]
-    assert [found.search.name for found in policy] == ["policy-gradient"] * 4
+    assert [found.search.name for found in policy] == ["policy-gradient"] * 5
     assert why_no_gradient(policy[0]) == "the reward fid-full has no gradient"
 
 
