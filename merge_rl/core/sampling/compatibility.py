@@ -184,22 +184,38 @@ def count_network_calls(
 
 def require_call(model: nn.Module) -> None:
     """Call a stated network on one sample of zeros; ConfigError, with its reason, if it fails."""
-    if not hasattr(model, "statement"):
-        return
+    if hasattr(model, "statement"):
+        with torch.no_grad():
+            _called(model)
+
+
+def without_gradient(model: nn.Module) -> str | None:
+    """Why what a stated network makes has no gradient by its weights; None where it has one."""
+    name = type(model).__name__
+    model.requires_grad_(True)
+    with torch.enable_grad():
+        made = _called(model)
+    model.requires_grad_(False)
+    if made.requires_grad:
+        return None
+    return f"the network {name} has no derivative: what it makes does not depend on a gradient"
+
+
+def _called(model: nn.Module) -> Tensor:
     device = next((tensor.device for tensor in model.state_dict().values()), None)
     said: Any = model.statement
     x, labels = torch.zeros(1, *said.sample_shape, device=device), None
     if said.label_dim:
         labels = torch.zeros(1, dtype=torch.int64, device=device)
     try:
-        with torch.no_grad():
-            model(x, torch.tensor(0.5, device=device), labels)
+        made: Tensor = model(x, torch.tensor(0.5, device=device), labels)
     except (MergeRLError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         what = f"x {tuple(x.shape)}, t (1,)" + (" and labels (1,)" if said.label_dim else "")
         name, problem = type(model).__name__, f"{type(error).__name__}: {reason(error)}"
         raise ConfigError(f"calling the network {name} with {what} failed: {problem}") from error
+    return made
 
 
 def require_class_ids(labels: Tensor, count: int) -> None:

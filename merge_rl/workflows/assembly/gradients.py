@@ -8,6 +8,7 @@ from typing import Any
 
 from merge_rl import own_code
 from merge_rl.config import FIXED_SOLVERS, OptimizeConfig, SamplerConfig
+from merge_rl.core.sampling.compatibility import without_gradient
 from merge_rl.errors import MergeRLError
 from merge_rl.rng import seeded_noise
 from merge_rl.storage.checkpoints import CheckpointSet
@@ -39,26 +40,31 @@ def why_no_gradient(config: OptimizeConfig) -> str | None:
 
 
 def tried_in_vain(config: OptimizeConfig, checkpoints: CheckpointSet) -> str | None:
-    """Why the user's own decoder and extractors have no gradient; None where they have, or are not.
+    """Why the user's own network, decoder or extractors have no gradient; None where they have.
 
     Tried on two samples of noise, once for the same code and weights. Code that cannot be built, or
     not from these samples, is refused later.
     """
     named = config.autoencoder
     decoder = own_code.is_own(named or "")
-    found = own_extractors(config)
-    if not (decoder or found):
+    found, stated = own_extractors(config), (checkpoints.config or {}).get("model")
+    network = own_code.is_own(str(stated))
+    if not (decoder or found or network):
         return None
     codes = [(name, "extractor") for name in found] + [(named or "", "autoencoder")] * decoder
+    codes += [(str(stated), "network")] * network
     try:
-        shape = sample_shape(blank_network(checkpoints, "cpu"))
+        model = blank_network(checkpoints, "cpu")
+        if network and (why := without_gradient(model)):
+            return why
+        if not (decoder or found):
+            return None
         return _tried(
             tuple(own_code.find(*code) for code in codes), tuple(found.items()), named,
-            config.autoencoder_weights, tuple(shape), config.device,
+            config.autoencoder_weights, tuple(sample_shape(model)), config.device,
         )  # fmt: skip
     except MergeRLError:
-        kind = "extractor" if found else "decoder"
-        return f"whether the {kind} {codes[0][0]} has a gradient is not known"
+        return f"whether the {codes[0][1]} {codes[0][0]} has a gradient is not known"
 
 
 @lru_cache(maxsize=4)

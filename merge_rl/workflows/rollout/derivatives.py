@@ -129,6 +129,11 @@ class StepWatch:
 
     def __call__(self, index: int, x: Tensor) -> None:
         """Note which of x (B, ...) are finite after step `index`, and listen for gradients."""
+        if not x.requires_grad:
+            raise ConfigError(
+                "the network has no derivative: what it makes does not depend on a gradient; the "
+                "searcher auto does without"
+            )
         self._there.append(_finite(x))
         x.register_hook(partial(self._note, index))  # type: ignore[no-untyped-call]
 

@@ -247,7 +247,9 @@ class Way:
                 made = self._maker.latents(part, classes, again, watch, self._guidance)
                 self._samples.append(made)
         with exact_products(), torch.no_grad():
-            parts = [rollout.extractor(rollout.decode(x)).float().cpu() for x in self._samples]
+            # Detached: an extractor may return its input, which has the whole way behind it.
+            samples = [x.detach() for x in self._samples]
+            parts = [rollout.extractor(rollout.decode(x)).float().cpu() for x in samples]
         self.features = torch.cat([self.features, *parts])
 
     def problems(self) -> dict[int, str]:

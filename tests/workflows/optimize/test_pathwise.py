@@ -16,6 +16,7 @@ import merge_rl as mrl
 from merge_rl import own_code
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.config.sampler import SamplerConfig
+from merge_rl.core.sampling.compatibility import without_gradient
 from merge_rl.errors import BudgetError, ConfigError
 from merge_rl.features.digits import DigitsNet
 from merge_rl.interfaces import NullTracker
@@ -23,6 +24,7 @@ from merge_rl.storage.checkpoints import open_checkpoints
 from merge_rl.workflows.assembly import resolve_config, tried_in_vain, why_no_gradient
 from merge_rl.workflows.rewards import Level, RewardGradient
 from merge_rl.workflows.rollout import DifferentiableRollout
+from merge_rl.workflows.rollout.derivatives import StepWatch
 
 pytestmark = pytest.mark.usefixtures("no_network_here")
 
@@ -258,6 +260,33 @@ def test_auto_tries_the_users_code_once(
     assert tried_in_vain(asked, opened) == why
     assert resolve_config(asked, opened).search.name == found
     assert len(made) == 1
+
+
+def test_a_network_without_a_gradient_is_named() -> None:
+    class Flow(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = self.layer(x) + t[:, None]
+            return made
+
+    class Blind(Flow):
+        @torch.no_grad()
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, t)
+
+    def stated(module: torch.nn.Module) -> mrl.Network:
+        return mrl.describe(
+            module, prediction="velocity", time="up", path="linear", sample_shape=[2]
+        )
+
+    assert without_gradient(stated(Flow())) is None
+    why = "the network Blind has no derivative: what it makes does not depend on a gradient"
+    assert without_gradient(stated(Blind())) == why
+    with pytest.raises(ConfigError, match="the network has no derivative.* searcher auto"):
+        StepWatch()(0, torch.zeros(2, 1))
 
 
 def test_pools_are_no_larger_than_a_budget_renews(
