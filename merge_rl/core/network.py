@@ -1,4 +1,4 @@
-"""The base of all networks."""
+"""The base of all networks, and weights loaded into one, all or nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from merge_rl.errors import CheckpointError
 
 _FILLS: Final = {
     nn.init.kaiming_uniform_, nn.init.kaiming_normal_, nn.init.uniform_, nn.init.normal_,
@@ -70,3 +72,41 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
         """Of one sample; (C, H, W) of images and latents."""
+
+
+def load_exactly(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    what: str,
+    *,
+    optional: Callable[[str], bool] = lambda _name: False,
+    ignored: Callable[[str], bool] = lambda _name: False,
+) -> None:
+    """Load weights whose names and shapes are the network's.
+
+    Args:
+        network: what to load into; unchanged if the weights do not fit.
+        weights: name -> tensor, cast to the network's dtypes.
+        what: the network's name, for the message.
+        optional: whether a tensor of the network may be missing.
+        ignored: whether a tensor that the network lacks may be there.
+
+    Raises CheckpointError that counts the odd tensors and describes the first.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    given = {
+        name: tuple(tensor.shape)
+        for name, tensor in weights.items()
+        if name in own or not ignored(name)
+    }
+    odd = [
+        name
+        for name in sorted(own.keys() | given.keys())
+        if own.get(name) != given.get(name) and (name in given or not optional(name))
+    ]
+    if odd:
+        raise CheckpointError(
+            f"not weights of {what}: {len(odd)} tensors do not fit, first {odd[0]!r}: "
+            f"found {given.get(odd[0], 'nothing')}, expected {own.get(odd[0], 'nothing')}"
+        )
+    network.load_state_dict({name: weights[name] for name in given}, strict=False)

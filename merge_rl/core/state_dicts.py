@@ -1,4 +1,4 @@
-"""State dicts: into a network, all or nothing, and under the names that wrappers give them.
+"""State dicts under the names that wrappers give them, and which of them are averages.
 
 What compiles, spreads or averages a network holds it as a part of its own, so that names of
 tensors grow by that part's name; training programs keep raw weights and their average side by side.
@@ -7,53 +7,9 @@ tensors grow by that part's name; training programs keep raw weights and their a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
-
-from merge_rl.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-
-def load_exactly(
-    network: nn.Module,
-    weights: Mapping[str, Tensor],
-    what: str,
-    *,
-    optional: Callable[[str], bool] = lambda _name: False,
-    ignored: Callable[[str], bool] = lambda _name: False,
-) -> None:
-    """Load weights whose names and shapes are the network's.
-
-    Args:
-        network: what to load into; unchanged if the weights do not fit.
-        weights: name -> tensor, cast to the network's dtypes.
-        what: the network's name, for the message.
-        optional: whether a tensor of the network may be missing.
-        ignored: whether a tensor that the network lacks may be there.
-
-    Raises CheckpointError that counts the odd tensors and describes the first.
-    """
-    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    given = {
-        name: tuple(tensor.shape)
-        for name, tensor in weights.items()
-        if name in own or not ignored(name)
-    }
-    odd = [
-        name
-        for name in sorted(own.keys() | given.keys())
-        if own.get(name) != given.get(name) and (name in given or not optional(name))
-    ]
-    if odd:
-        raise CheckpointError(
-            f"not weights of {what}: {len(odd)} tensors do not fit, first {odd[0]!r}: "
-            f"found {given.get(odd[0], 'nothing')}, expected {own.get(odd[0], 'nothing')}"
-        )
-    network.load_state_dict({name: weights[name] for name in given}, strict=False)
-
+from typing import Final, Generic, TypeGuard, TypeVar
 
 T = TypeVar("T")
 
@@ -70,8 +26,8 @@ AVERAGED: Final = (
     *("shadow_params", "state_dict_ema", "model_ema_state_dict", "ema_model_state_dict"),
     *("swa_state_dict", "averaged_model", "swa_model", "emas", "ema_models", "model_emas"),
 )
-# Averages of several decays, each under a key of its own: ema_0.9999, ema2.
-_NUMBERED: Final = re.compile(r"(model_ema|ema_model|net_ema|ema)[_-]?\d[\d.]*")
+# As a word, with a decay after it or not: generator_ema, ema_state, ema2; no optimizer's.
+_EMA: Final = re.compile(r"(?!.*optim)(.+_)?ema(_model)?([_-]?\d[\d.]*|_.+)?", re.IGNORECASE)
 _NUMBER: Final = re.compile(r"\d+(\.\d+)?(e-\d+)?")
 _KNOWN: Final = (*RAW, *AVERAGED)
 _MOST_LEVELS: Final = 4
@@ -141,7 +97,7 @@ def number_of(place: str) -> str | None:
 
 
 def _means_average(name: object) -> bool:
-    return name in AVERAGED or (isinstance(name, str) and bool(_NUMBERED.fullmatch(name)))
+    return name in AVERAGED or (isinstance(name, str) and bool(_EMA.fullmatch(name)))
 
 
 def hold(data: Mapping[str, object], kind: type[T], *, whole: bool = False) -> Held[T]:
@@ -255,15 +211,21 @@ def _collect(
     for name, item in data.items():
         if name in flat:
             continue
-        deep = place.count("/") >= _MOST_LEVELS
-        several = _several(item) if _means_average(name) else {}
+        deep, average = place.count("/") >= _MOST_LEVELS, _means_average(name)
+        several = _several(item) if average else {}
         if several and not deep:
-            for number, average in several.items():
-                _collect(average, kind, f"{_joined(place, name)}/{number}", held, whole)
-        elif (name in RAW or _means_average(name)) and isinstance(item, Mapping) and not deep:
+            for number, one in several.items():
+                _collect(one, kind, f"{_joined(place, name)}/{number}", held, whole)
+        elif (name in RAW or average) and not deep and _may_hold(item, kind):
             _collect(item, kind, _joined(place, name), held, whole)
         else:
             held.others.append(_joined(place, str(name)))
+
+
+def _may_hold(item: object, kind: type[T]) -> TypeGuard[Mapping[str, object]]:
+    """Whether it is a mapping of more than settings: `ema_config` is no average."""
+    inner = item.values() if isinstance(item, Mapping) else ()
+    return any(isinstance(value, (kind, Mapping)) for value in inner)
 
 
 def _several(item: object) -> dict[str, Mapping[str, object]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merge_rl.core.state_dicts import load_exactly
+from merge_rl.core.network import load_exactly
 
 NUM_FEATURES = 64
 NUM_CLASSES = 10

@@ -14,8 +14,7 @@ from typing import Final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merge_rl.core.network import Undrawn
-from merge_rl.core.state_dicts import load_exactly
+from merge_rl.core.network import Undrawn, load_exactly
 from merge_rl.features.preparation import ImageFeatures, resize_bicubic
 
 SIZE: Final = 224

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merge_rl.core.network import Undrawn
-from merge_rl.core.state_dicts import load_exactly
+from merge_rl.core.network import Undrawn, load_exactly
 from merge_rl.features.preparation import (
     ImageFeatures,
     Preparation,

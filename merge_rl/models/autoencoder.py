@@ -12,9 +12,8 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from merge_rl.core.network import Undrawn
+from merge_rl.core.network import Undrawn, load_exactly
 from merge_rl.core.sampling.sampler import signed_levels, unit_levels
-from merge_rl.core.state_dicts import load_exactly
 from merge_rl.errors import ConfigError, MissingLibraryError
 
 # Mean and standard deviation of the VAE's raw latents over the training images of EDM2, and the

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from merge_rl.core.state_dicts import hold, is_average, load_exactly, names_for, unwrapped
+from merge_rl.core.network import load_exactly
+from merge_rl.core.state_dicts import hold, is_average, names_for, unwrapped
 from merge_rl.errors import CheckpointError
 
 
@@ -205,3 +206,22 @@ def test_any_beginning_of_all_names_may_be_left_out() -> None:
         assert names_for(found, wanted) == dict(zip(wanted, found, strict=True))
     other = ["a.first.weight", "b.last.weight"]
     assert names_for(other, wanted) == {name: name for name in other}
+
+
+def test_averages_say_so_by_a_word_of_their_key() -> None:
+    raw, mean = plain(), plain()
+    for data, expected in (
+        ({"model": raw, "ema_state": {"module": mean}}, "ema_state/module"),
+        ({"generator": raw, "generator_ema": mean}, "generator_ema"),
+        ({"net": raw, "EMA_weights_0.999": mean}, "EMA_weights_0.999"),
+        ({"model": raw, "ema-2": mean}, "ema-2"),
+    ):
+        held = hold(data, Tensor)
+        assert held.among(averaged=True) == [expected]
+        assert len(held.among(averaged=False)) == 1
+        assert held.states[expected] == mean
+    # Settings of an average, and an optimizer's own, are none; a word is a whole one.
+    other = {"ema_config": {"decay": 0.999}, "ema_optimizer": mean, "schema": mean}
+    held = hold({"model": raw, **other}, Tensor)
+    assert list(held.states) == ["model"]
+    assert held.others == list(other)

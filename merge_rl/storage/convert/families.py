@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
-from merge_rl.storage.convert.contents import Hints, Said, Shapes
+from merge_rl.storage.convert.contents import Hints, Shapes
 from merge_rl.storage.convert.edm2 import is_edm2
+from merge_rl.storage.convert.said import Said
 from merge_rl.storage.convert.sit import is_jit, is_sit
 
 FAMILIES: Final = ("edm2", "sit", "dit", "repa", "jit")

@@ -13,7 +13,8 @@ from typing import Any, Final, TypeVar
 
 from merge_rl.core.forms import sit_forms
 from merge_rl.errors import CheckpointError, ConfigError
-from merge_rl.storage.convert.contents import Hints, Said, Shapes, require_axes
+from merge_rl.storage.convert.contents import Hints, Shapes, require_axes
+from merge_rl.storage.convert.said import Said
 
 SIZES: Final[Mapping[str, tuple[int, int, int]]] = {  # letter -> (depth, hidden size, heads)
     "S": (12, 384, 6),

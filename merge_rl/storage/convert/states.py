@@ -16,9 +16,7 @@ from merge_rl.storage.convert.contents import (
     DEFAULT_BATCH,
     Extracted,
     Hints,
-    Said,
     plain,
-    read_said,
     shapes_of,
     state_dict,
 )
@@ -31,6 +29,7 @@ from merge_rl.storage.convert.families import (
     plain_latents,
     strange,
 )
+from merge_rl.storage.convert.said import Said, read_said
 from merge_rl.storage.convert.sit import ROTATIONS, describe_jit, describe_sit, joined_blocks
 from merge_rl.storage.convert.trajectories import with_listed
 from merge_rl.storage.files import is_shard_name, parse_index

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from merge_rl.errors import (
     CheckpointError,
@@ -19,16 +21,15 @@ from merge_rl.storage.convert.contents import (
     NO_HINTS,
     Extracted,
     Hints,
-    Said,
     infos_of,
     plain,
-    read_said,
     require_axes,
     require_same,
     require_size,
     state_dict,
 )
 from merge_rl.storage.convert.families import find_family, fitting, is_foreign, path_of
+from merge_rl.storage.convert.said import Said, read_said
 from merge_rl.storage.convert.sit import (
     describe_jit,
     describe_sit,
@@ -37,7 +38,7 @@ from merge_rl.storage.convert.sit import (
     sit_size_name,
 )
 from merge_rl.storage.files import TensorInfo
-from merge_rl.storage.pickles import Record, StorageRef, TensorRef
+from merge_rl.storage.pickles import Record, StorageRef, TensorRef, read_data
 from tests.storage.convert.test_sit_config import CUSTOM
 
 
@@ -401,3 +402,18 @@ def test_a_text_of_settings_is_read_whole_or_not_at_all() -> None:
     assert len(text) < 100_000
     assert read_said({"args": text}).settings["global_batch_size"] == 12
     assert read_said({"args": text + "8" * 50}).settings == {}
+
+
+def test_settings_that_are_tensors_of_one_number_are_numbers() -> None:
+    args: dict[str, Any] = {
+        "global_batch_size": torch.tensor(64),
+        "cfg": {"num_heads": torch.tensor([4])},
+    }
+    buffer = io.BytesIO()
+    # More numbers are no setting; a step is counted beside state dicts.
+    torch.save(
+        {"args": args | {"num_classes": torch.tensor([7, 7])}, "step": torch.tensor(9)}, buffer
+    )
+    data: Any = read_data(buffer.getvalue())
+    said = read_said(data)
+    assert (said.batch, said.num_heads, said.num_classes, said.steps) == (64, 4, None, 9)
