@@ -124,7 +124,7 @@ class Fields:
             return None
         number = whole_number(value)
         if number is None or number < 0:
-            raise self.refuse(key, "a whole number of at least 0")
+            raise self.refuse(key, "a whole number of at least 0, within 64 bits")
         return number
 
     def number(self, key: str) -> float | None:

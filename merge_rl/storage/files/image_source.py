@@ -48,8 +48,14 @@ class ImageArray:
         self._channels_last = _channels_last(self.shape)
         if info.dtype != np.uint8 or self._channels_last is None or 0 in self.shape:
             raise ImageError(
-                f"{path}: expected {self.key!r} as images (N, H, W, 3) or (N, 3, H, W) of type "
-                f"uint8, found {info}"
+                f"{path}: expected {self.key!r} as images (N, H, W, 3) or (N, 3, H, W), or grey "
+                f"with one channel or none, of type uint8, found {info}"
+            )
+        twins = [k for k, other in arrays.items() if _are_alike(info, other) and k != self.key]
+        if twins:
+            raise ImageError(
+                f"{path}: {self.key!r} {info} and {twins[0]!r} {arrays[twins[0]]} are images both; "
+                "expected one array of images"
             )
         if len(self.shape) == 3 and (self.shape[0] == 3 or self.shape[2] in (1, 3)):
             raise ImageError(
@@ -236,6 +242,12 @@ def image_key(arrays: Mapping[str, ArrayInfo]) -> str:
         if info.dtype == np.uint8 and _channels_last(info.shape) is not None
     ]
     return usual or (alike[0] if len(alike) == 1 else "")
+
+
+def _are_alike(images: ArrayInfo, other: ArrayInfo) -> bool:
+    """Whether the other array holds images of the same size: half of a set that is in two."""
+    same = (images.dtype, images.shape[1:]) == (other.dtype, other.shape[1:])
+    return same and len(images.shape) == len(other.shape) == 4
 
 
 def _channels_last(shape: tuple[int, ...]) -> bool | None:

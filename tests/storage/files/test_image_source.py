@@ -488,6 +488,20 @@ def test_arrays_that_may_all_be_images_are_refused(tmp_path: Path) -> None:
         open_images(tmp_path / "a.npz")
 
 
+def test_images_in_two_arrays_are_refused_and_others_left(tmp_path: Path) -> None:
+    images, file = np.zeros((4, 5, 5, 3), np.uint8), tmp_path / "a.npz"
+    for first in ("arr_0", "images"):
+        arrays: dict[str, Any] = {first: images, "arr_1": images[:2]}
+        np.savez(file, **arrays)
+        both = rf"'{first}' \(4, 5, 5, 3\) of type uint8 and 'arr_1' \(2, 5, 5, 3\) .*images both"
+        with pytest.raises(ImageError, match=both):
+            open_images(file)
+    # Masks, features and latents of the same images are none of them.
+    mask, latents = images[..., :1], images.astype(np.float32)
+    np.savez(file, arr_0=images, mask=mask, reps=np.zeros((4, 5)), z=latents)
+    assert len(open_images(file)) == 4
+
+
 def test_fingerprints_change_with_the_images(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images")
     first = open_images(folder).fingerprint
