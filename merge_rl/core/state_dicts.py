@@ -121,6 +121,7 @@ def hold(data: Mapping[str, object], kind: type[T], *, whole: bool = False) -> H
     parts = {"": 1} if nested else {}  # loose beside a state dict: a generator's state, losses
     _restore_names(held)
     _drop_copies(held)
+    _drop_foreign(held)
     few = [p for p, state in held.states.items() if parts.get(p, 4) * len(state) < most]
     for place in few:
         small = held.states.pop(place)
@@ -192,6 +193,16 @@ def _drop_copies(held: Held[T]) -> None:
             p != place and held.states[p].keys() == held.states[place].keys()
             for p in held.among(averaged=False)
         ):
+            del held.states[place]
+            held.others.append(place)
+
+
+def _drop_foreign(held: Held[T]) -> None:
+    """Leave what a word alone calls an average, and has no name of the raw weights: another's."""
+    raw = [held.states[place] for place in held.among(averaged=False)]
+    for place in held.among(averaged=True):
+        told = any(part in AVERAGED for part in place.split("/"))
+        if raw and not told and all(held.states[place].keys().isdisjoint(one) for one in raw):
             del held.states[place]
             held.others.append(place)
 

@@ -221,7 +221,10 @@ def test_averages_say_so_by_a_word_of_their_key() -> None:
         assert len(held.among(averaged=False)) == 1
         assert held.states[expected] == mean
     # Settings of an average, and an optimizer's own, are none; a word is a whole one.
+    # Nor is the average of another network, whose names are none of the raw weights'.
+    alien = {f"heads.{i}.w": torch.zeros(1) for i in range(6)}
     other = {"ema_config": {"decay": 0.999}, "ema_optimizer": mean, "schema": mean}
+    other |= {"discriminator_ema": alien}
     held = hold({"model": raw, **other}, Tensor)
     assert list(held.states) == ["model"]
     assert held.others == list(other)
