@@ -203,6 +203,11 @@ def test_a_shard_means_its_model_and_is_none_alone(tiny: Path, mergerl: Mergerl)
     assert f"{shard}: took the file {index}" in said(ended)
     assert ended.out == mergerl("inspect", index, "--json").out
     assert find_model(shard).path == find_model(index).path
+    stray = shard.with_name("model-00009-of-00009.safetensors")
+    stray.write_bytes(shard.read_bytes())
+    told = f"{stray}: a shard of a model, expected {Path(index).name} to name it"
+    assert told in mergerl("inspect", "whole").err
+    stray.unlink()
     Path(index).unlink()
     for command in (["inspect"], ["push", "user/repo", "--dry-run"], ["merge", "m", "--uniform"]):
         ended = mergerl(command[0], "whole", *command[1:])

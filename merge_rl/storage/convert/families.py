@@ -61,11 +61,14 @@ def fitting(shapes: Shapes) -> tuple[str, ...]:
     return ("sit", "dit") if outputs == 2 * single else ("sit", "repa", "dit")
 
 
-_MARKS: Final = (
-    {"unet.out_conv.weight", "unet.emb_noise.weight", "logvar_linear.weight"},
-    {"pos_embed", "x_embedder.proj.weight", "final_layer.linear.weight"},
-    {"pos_embed", "x_embedder.proj1.weight", "final_layer.linear.weight"},
-)
+_MARKS: Final[Mapping[str, frozenset[str]]] = {
+    family: frozenset(names)
+    for family, names in (
+        ("edm2", ("unet.out_conv.weight", "unet.emb_noise.weight", "logvar_linear.weight")),
+        ("sit", ("pos_embed", "x_embedder.proj.weight", "final_layer.linear.weight")),
+        ("jit", ("pos_embed", "x_embedder.proj1.weight", "final_layer.linear.weight")),
+    )
+}
 
 
 # All names that a network of these families has.
@@ -100,7 +103,12 @@ def is_foreign(shapes: Shapes) -> bool:
 
 def is_damaged(shapes: Shapes) -> bool:
     """Whether some tensors are named as those of a family here."""
-    return any(len(marks & shapes.keys()) > 1 for marks in _MARKS)
+    return any(len(marks & shapes.keys()) > 1 for marks in _MARKS.values())
+
+
+def _nearest(shapes: Shapes) -> str:
+    """The family that most of the tensors by which one is told are of."""
+    return max(_MARKS, key=lambda family: len(_MARKS[family] & shapes.keys()))
 
 
 def find_family(
@@ -118,6 +126,8 @@ def find_family(
     if told is not None:
         if told not in FAMILIES:
             raise UnknownNameError("family of networks", told, FAMILIES)
+        if not able and is_damaged(shapes) and not strange(shapes):
+            return _nearest(shapes)  # is refused for the tensor that it lacks
         if told not in able:
             odd = f": it has no {strange(shapes)[0]!r}" if strange(shapes) else ""
             raise CheckpointError(
@@ -137,7 +147,7 @@ def find_family(
             "a module's part; if they are one's, say --network package.module:factory"
         )
     if len(able) < 2:  # what fits none is refused for the tensor that it lacks
-        return able[0] if able else "sit"
+        return able[0] if able else _nearest(shapes)
     named = _NAMED.search(stem)
     words = [_trained_as(said.settings), named and named[1].lower()]
     if "repa" in able and _everywhere(said.settings).keys().isdisjoint(_TRAINED["dit"]):

@@ -209,7 +209,8 @@ def _right_in(folder: Path) -> list[Path]:
         if _is_dead(file):
             raise CheckpointError(f"{file}: a link to nothing, expected its file to be there")
         if is_shard_name(file.name):
-            raise CheckpointError(f"{file}: a shard of a model, expected its index ({INDEX_NAME})")
+            lacks = f"{indexes[0].name} to name it" if indexes else f"its index ({INDEX_NAME})"
+            raise CheckpointError(f"{file}: a shard of a model, expected {lacks}")
     return found
 
 

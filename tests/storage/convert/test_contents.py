@@ -213,6 +213,24 @@ def test_families_by_their_tensors() -> None:
             None,
             "sit",
         ),
+        # Of the family that most tensors are of, which then names the one that is missing.
+        (dict.fromkeys(("pos_embed", "x_embedder.proj.weight"), (1,)), {}, None, "a", "jit", "sit"),
+        (
+            dict.fromkeys(("pos_embed", "x_embedder.proj1.weight"), (1,)),
+            {},
+            None,
+            "a",
+            None,
+            "jit",
+        ),
+        (
+            dict.fromkeys(("unet.emb_noise.weight", "logvar_linear.weight"), (1,)),
+            {},
+            None,
+            "a",
+            "sit",
+            "edm2",
+        ),
     ],
 )
 def test_a_family_is_told_by_user_config_settings_or_name(
