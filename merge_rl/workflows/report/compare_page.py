@@ -99,7 +99,7 @@ def legend(document: Mapping[str, Any]) -> list[str]:
             f"the best of the simple searchers is {baseline['entry']} ({number(baseline['fid'])})"
         )
     lines += [
-        "optimism: score of the final choice minus that on fresh seeds; below 0 it was flattered",
+        "optimism: lead of a final choice by its own seeds against fresh ones, below 0: flattered",
         *floor_lines(document),
         "network calls: images times evaluations an image; an image with its gradient is three",
         "overhead: share of the time outside sampling and features",

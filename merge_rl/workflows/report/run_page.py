@@ -120,7 +120,7 @@ def _finalists(final: Mapping[str, Any]) -> list[str]:
         "other seeds and twice the images.",
         markdown_table(["finalist", *columns], rows),
         f"Chosen: {final['chosen']}, {number(final['score'])} at N = {final['images_each']:,}"
-        f"{_fresh(final, ' (below 0 the choice was flattered by its seeds)')}.",
+        f"{_fresh(final)}.",
     ]
 
 
@@ -193,13 +193,22 @@ def _chose(final: Mapping[str, Any]) -> str:
     return f"{text}{_fresh(final)})"
 
 
-def _fresh(final: Mapping[str, Any], meaning: str = "") -> str:
+def _fresh(final: Mapping[str, Any]) -> str:
     if final["fresh_score"] is None:
         return ""
-    bounds = final.get("optimism_interval")  # earlier runs have none
-    width = f" [{', '.join(number(b, '+.3f') for b in bounds)}]" if bounds else ""
-    fresh, optimism = final["fresh_score"], final["optimism"]
-    return f", {number(fresh)} on fresh seeds: optimism {number(optimism, '+.3f')}{width}{meaning}"
+    return f", {number(final['fresh_score'])} on fresh seeds; optimism {optimism_text(final)}"
+
+
+def optimism_text(final: Mapping[str, Any]) -> str:
+    """The optimism of a choice with its interval, and what its sign says."""
+    optimism, bounds = number(final["optimism"], "+.3f"), final.get("optimism_interval")
+    if not bounds:  # earlier runs have none
+        return f"{optimism}, below 0 where its seeds flattered it"
+    low, high = bounds
+    said = "its seeds were hard on it" if low > 0 else "not clearly flattered by its seeds"
+    if high < 0:
+        said = "flattered by its seeds"
+    return f"{optimism} [{number(low, '+.3f')}, {number(high, '+.3f')}], {said}"
 
 
 def _score(winner: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.config import load_mapping
-from merge_rl.progress import number
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.report.elements import badge, figure, heat_table, span_of, strip
 from merge_rl.workflows.report.figures import chart, charts
@@ -26,7 +25,7 @@ from merge_rl.workflows.report.markup import (
 )
 from merge_rl.workflows.report.plots import gap, progress
 from merge_rl.workflows.report.results import outcome
-from merge_rl.workflows.report.run_page import search_lines
+from merge_rl.workflows.report.run_page import optimism_text, search_lines
 from merge_rl.workflows.rewards import first_order_line
 
 Found = Mapping[str, Any]
@@ -202,10 +201,8 @@ def _notes(run: RunFacts) -> list[str]:
     result = run.result or {}
     final, notes = result["final"], []
     if final.get("optimism") is not None:
-        bounds = final.get("optimism_interval")  # which earlier runs lack
-        width = f" [{', '.join(number(b, '+.3f') for b in bounds)}]" if bounds else ""
         notes.append(
-            f"Optimism of the final choice: {number(final['optimism'], '+.3f')}{width} FID on the "
-            "seeds that it was chosen by, against fresh ones (below 0 the choice was flattered)."
+            f"Optimism of the final choice: {optimism_text(final)} (its FID less the start's on "
+            "the seeds that it was chosen by, minus that on fresh ones)."
         )
     return [*notes, *first_order_line(run.events)]

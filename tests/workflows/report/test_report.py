@@ -28,7 +28,7 @@ from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.reference.file import load_reference, save_reference
 from merge_rl.workflows.reference.formats import Reference
 from merge_rl.workflows.report import Report, run_verdict, write_report
-from merge_rl.workflows.report.run_page import costs, search_lines
+from merge_rl.workflows.report.run_page import costs, optimism_text, search_lines
 from tests.quick import draw_figures
 
 pytestmark = pytest.mark.usefixtures("no_network_here")
@@ -145,6 +145,16 @@ def test_where_nothing_was_gained_nothing_is_warned_of() -> None:
 
 
 # ------------------------------------------------------------------------------------ the sentences
+
+
+@pytest.mark.parametrize(("low", "high", "said"), [
+    (-0.3, -0.1, "-0.200 [-0.300, -0.100], flattered by its seeds"),
+    (-0.3, 0.1, "-0.200 [-0.300, +0.100], not clearly flattered by its seeds"),
+    (0.1, 0.3, "-0.200 [+0.100, +0.300], its seeds were hard on it"),
+])  # fmt: skip
+def test_the_sign_of_an_optimism_is_said(low: float, high: float, said: str) -> None:
+    assert optimism_text({"optimism": -0.2, "optimism_interval": [low, high]}) == said
+    assert optimism_text({"optimism": -0.2}) == "-0.200, below 0 where its seeds flattered it"
 
 
 def test_a_search_in_sentences(finished: OptimizeResult) -> None:
