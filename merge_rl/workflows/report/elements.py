@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,12 +102,13 @@ def heat_table(
         if name not in apart and column not in apart and math.isfinite(value)
     ]
     largest = max(map(abs, own), default=0.0) or 1.0
+    dense = len(columns) > FEW_COLUMNS
     head = tag("tr", tag("th", corner), *(tag("th", tag("span", c), scope="col") for c in columns))
     body = [
         tag(
             "tr", tag("th", name, scope="row"),
             *(
-                _shade(value, largest, apart=name in apart or column in apart)
+                _shade(value, largest, apart=name in apart or column in apart, short=dense)
                 for column, value in zip(columns, row, strict=True)
             ),
         )
@@ -118,8 +120,12 @@ def heat_table(
     return tag("div", drawn, class_="scroll")
 
 
-def _shade(value: float, largest: float, *, apart: bool) -> Safe:
-    shown = f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+def _shade(value: float, largest: float, *, apart: bool, short: bool) -> Safe:
+    shown = f"{value:+.2f}"
+    if short:  # ".05" and "0", so that two dozen columns need no scrolling
+        shown = "0" if shown[1:] == "0.00" else shown.removeprefix("+")
+        shown = re.sub(r"^(-?)0\.", r"\1.", shown)
+    shown = shown.replace("-", "\N{MINUS SIGN}")
     if apart:
         return tag("td", shown, class_="apart")
     kind = "up" if value > 0 else "down"

@@ -76,10 +76,14 @@ def scores(run: RunFacts) -> Safe:
         return NOTHING
     head, single = comparison["headline"], comparison["best_single"]
     rows = _entry_rows(comparison["entries"], head, single, comparison["gain_over"])
+    extractor = run.setting("extractor")
+    of = f" of {extractor} features" if extractor else ""
+    unseen = " and never saw the held-out real images" if head == "heldout" else ""
     note = (
-        f"FID, lower is better: mean [95 % interval] of {comparison['repeats']} repeats of "
-        f"{comparison['num_images']:,} images, on seeds that nothing was chosen by. Dots are the "
-        f"repeats of the {NAMES[head]} FID."
+        f"FID{of}, lower is better: mean [95 % interval] of {comparison['repeats']} repeats of "
+        f"{comparison['num_images']:,} images, on seeds that nothing was chosen by. It falls with "
+        "the number of images, so compare at equal numbers. The search optimised against the "
+        f"reference{unseen}. Dots are the repeats of the {NAMES[head]} FID."
     )
     columns = [*_columns(comparison["entries"], head), "result is"]
     return section("Scores on fresh seeds", table(columns, rows, kind="wide"), note=note)

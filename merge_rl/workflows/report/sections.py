@@ -66,7 +66,8 @@ def settings_section(cls: type, values: Mapping[str, Any]) -> Safe:
     if not rows:
         return section("Settings", tag("p", "All settings are the defaults."))
     drawn = table(["setting", "here", "default"], rows, kind="text")
-    return section("Settings that differ from the defaults", drawn)
+    note = "Said by you, or worked out from the set, the searcher and the budget."
+    return section("Settings that differ from the defaults", drawn, note=note)
 
 
 def _said(values: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -139,6 +140,8 @@ def shown_path(path: str | Path) -> str:
 def footer() -> Safe:
     """Who wrote the page."""
     text = (
-        f"Written by merge_rl {__version__}. The page is one file and loads nothing from elsewhere."
+        f"Written by merge_rl {__version__}. The page is one file and loads nothing from "
+        "elsewhere. To cite the method: Li et al., Optimizing Visual Generative Models via "
+        "Distribution-wise Rewards, ICML 2026 (arXiv:2607.02291)."
     )
     return tag("footer", text)

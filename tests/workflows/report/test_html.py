@@ -83,6 +83,14 @@ def test_a_strip_is_to_scale() -> None:
     assert strip({"mean": None, "low": None, "high": None}, Span(0.0, 1.0)) == ""
 
 
+def test_many_columns_have_short_numbers() -> None:
+    values = [0.05, -0.05, 0.001, -0.001, 1.2, -10.05, 0.996, 20.0, -0.5]
+    drawn = heat_table("k", [f"c{i}" for i in range(9)], {"a": values})
+    shown = re.findall("<td[^>]*>([^<]*)</td>", drawn)
+    shown = [text.replace("\N{MINUS SIGN}", "-") for text in shown]
+    assert shown == [".05", "-.05", "0", "0", "1.20", "-10.05", "1.00", "20.00", "-.50"]
+
+
 def test_shades_go_by_the_largest_of_the_result() -> None:
     drawn = heat_table("k", ["start", "g"], {"a": [9.0, 0.5], "b": [0.0, -1.0]}, apart={"start"})
     assert '<td class="up" style="--w:0.50">+0.50</td>' in drawn
