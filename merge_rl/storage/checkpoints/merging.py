@@ -10,6 +10,7 @@ from typing import Final
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from merge_rl.core.merging.buffers import (
     Checkpoints,
@@ -127,17 +128,24 @@ def keep_states(folder: Path, states: Mapping[str, Mapping[str, Tensor]]) -> Non
     for name, state in states.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise CheckpointError(f"expected letters, digits, '.', '_' and '-', got name {name!r}")
-        odd = [k for k, value in state.items() if not isinstance(value, Tensor) or value.is_meta]
+        odd = [k for k, value in state.items() if not isinstance(k, str) or _kind(value)]
         if odd or not state:
-            found = f"{_kind(state[odd[0]])} at {odd[0]!r}" if odd else "nothing"
+            found = f"{_kind(state[odd[0]]) or 'a tensor'} at {odd[0]!r}" if odd else "nothing"
             raise CheckpointError(f"checkpoint {name}: expected tensors by name, found {found}")
         kept = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_checkpoint(folder / f"{name}.safetensors", kept)
 
 
-def _kind(value: object) -> str:
-    """What stands where a tensor with numbers should."""
-    return "a tensor without numbers" if isinstance(value, Tensor) else type(value).__name__
+def _kind(value: object) -> str | None:
+    """What stands where a plain tensor with numbers should; None where one does."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.is_meta or is_lazy(value):
+        return "a tensor without numbers"
+    if value.layout != torch.strided or value.is_quantized:
+        layout = "a quantized" if value.is_quantized else f"a {value.layout}".replace("torch.", "")
+        return f"{layout} tensor"
+    return None
 
 
 def module_of(tensors: Mapping[str, TensorInfo]) -> nn.Module:

@@ -238,9 +238,11 @@ def _require_forms(
     odd = [name for name in {**expected, **tensors} if not _fits(tensors, expected, name)]
     if odd:
         wanted = expected.get(odd[0])
-        kind = "a floating type" if wanted and wanted.is_floating else "whole numbers"
         found, want = tensors.get(odd[0], "missing"), "no such tensor"
         if wanted:
+            complex_ = wanted.type_name.startswith("complex")
+            kind = "complex numbers" if complex_ else "whole numbers"
+            kind = "a floating type" if wanted.is_floating else kind
             want = f"{kind} {list(wanted.shape)}"
         raise IncompatibleCheckpointError(
             f"{where}: not the tensors of {network}: {len(odd)} differ, first {odd[0]!r}: "

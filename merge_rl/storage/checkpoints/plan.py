@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from merge_rl import registry
 from merge_rl.core.forms import network_constants
@@ -51,8 +51,8 @@ def plan_merge(
 
     `groups` maps group names to regular expressions of tensor names. `freeze` are regular
     expressions too: what they are found in stays as in the base. `model` saves building the
-    network of the set's config again. Without any network (no config known) only tensors that are
-    not floating are carried.
+    network of the set's config again. Whole numbers are carried, and complex ones, which must be
+    the same in all checkpoints unless a network or `freeze` says that they are carried.
     """
     infos, where, known = checkpoints.tensors, str(checkpoints.folder), None
     if model is not None:
@@ -63,12 +63,13 @@ def plan_merge(
         model = None if known else registry.build_on_meta(checkpoints.config)
     if model is not None:
         known = carried_names(model), fixed_names(model)
-    if known is not None:
-        require_shared(checkpoints, known[1])
-        carried = set(known[0])
-    else:
-        carried = {n for n, info in infos.items() if not info.is_floating}
+    carried, constants = (set(), ()) if known is None else (set(known[0]), known[1])
+    require_shared(checkpoints, constants)
     carried |= frozen_names(infos, freeze)
+    other = {name for name, info in infos.items() if not info.is_floating} - carried
+    waves = sorted(name for name in other if infos[name].type_name.startswith("complex"))
+    require_shared(checkpoints, waves, _COMPLEX)
+    carried |= other
     merged = tuple(name for name in infos if name not in carried)
     if not merged:
         said = f"--freeze takes all {len(infos)} tensors" if freeze else "no tensor is averaged"
@@ -112,15 +113,21 @@ def fixed_names(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def require_shared(checkpoints: CheckpointSet, names: Sequence[str]) -> None:
+_RUN: Final = ("the constant", "expected checkpoints of one run")
+_COMPLEX: Final = ("the complex", "averages are of real numbers: carry it with --freeze")
+
+
+def require_shared(
+    checkpoints: CheckpointSet, names: Sequence[str], said: tuple[str, str] = _RUN
+) -> None:
     """Raise IncompatibleCheckpointError unless all checkpoints hold the same values of `names`."""
     for name in names:
         first = finite_bytes(checkpoints, 0, name)
         for index in range(1, len(checkpoints)):
             if finite_bytes(checkpoints, index, name) != first:
                 raise IncompatibleCheckpointError(
-                    f"{checkpoints.paths[index]}: the constant {name!r} differs from that of "
-                    f"{checkpoints.paths[0].name}; expected checkpoints of one run"
+                    f"{checkpoints.paths[index]}: {said[0]} {name!r} differs from that of "
+                    f"{checkpoints.paths[0].name}; {said[1]}"
                 )
 
 

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from merge_rl.config import SamplerConfig
-from merge_rl.errors import StatisticsError
+from merge_rl.errors import ConfigError, StatisticsError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor
 from merge_rl.storage.checkpoints import CheckpointSet, module_of
 from merge_rl.workflows.assembly.extractors import build_extractor
@@ -37,7 +39,7 @@ class Given:
     def network(self, checkpoints: CheckpointSet, device: str) -> nn.Module:
         """What holds the merged weights; the user's own module is left as it is."""
         require_device(device)
-        made = module_of(checkpoints.tensors) if self.model is None else copy.deepcopy(self.model)
+        made = module_of(checkpoints.tensors) if self.model is None else _copied(self.model)
         return made.to(device).float().eval().requires_grad_(False)
 
     def subject(self, network: nn.Module) -> Subject:
@@ -49,6 +51,24 @@ class Given:
             return network
         weights: Mapping[str, Tensor] = network.state_dict(keep_vars=True)
         return dict(weights)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy with weights of its own; ConfigError for a module whose weights cannot be changed."""
+    kind, state = type(model).__name__, model.state_dict(keep_vars=True)
+    lazy = [name for name, value in state.items() if is_lazy(value)]
+    empty = [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(f"{kind} is scripted; expected the module it was made from as `model`")
+    if lazy:
+        raise ConfigError(f"{kind} has no shape of {lazy[0]!r} yet; expected it called once before")
+    if empty:
+        raise ConfigError(f"{kind} is on the meta device, without numbers; expected it on the CPU")
+    # What layers keep between calls (weight_norm, pruning: the weight itself) has a history, which
+    # torch does not copy; values are enough, as every call makes them anew.
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    past = [value for value in kept if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in past})
 
 
 @dataclass(frozen=True, eq=False)

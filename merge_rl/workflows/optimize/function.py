@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,35 +21,30 @@ from merge_rl.config import (
     with_settings,
 )
 from merge_rl.core.distances.statistics import FeatureStats, feature_stats
+from merge_rl.core.state_dicts import names_for
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.interfaces import Tracker
 from merge_rl.parallel import Place, joined
 from merge_rl.parallel.group import Group
 from merge_rl.progress import announcing, notes_of, tracker_of
-from merge_rl.storage.checkpoints import CheckpointSet, keep_states, open_checkpoints, plan_merge
+from merge_rl.storage.checkpoints import keep_states, open_checkpoints
 from merge_rl.storage.files import require_new
 from merge_rl.storage.hub import local_set
 from merge_rl.storage.runs import INPUTS, find_set, goes_on
 from merge_rl.workflows.assembly import (
     Given,
     Statistics,
-    auto_note,
-    build_extractor,
     find_model,
     load_weights,
-    own_extractors,
-    own_weights,
-    why_not_as_set,
 )
 from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.optimize.run import begin
+from merge_rl.workflows.optimize.trial import settled_searcher
 from merge_rl.workflows.reference import Reference, save_reference
-from merge_rl.workflows.rollout import Generate, as_tensor, made_without_gradient
+from merge_rl.workflows.rollout import Generate, as_tensor
 
-AUTO_SEARCHER: Final = "auto"
-ROUNDING: Final = 0.01  # of the largest value that a function makes
 Features = Statistics | Tensor | NDArray[Any]
-Checkpoint = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
+Checkpoint = Mapping[str, Tensor | NDArray[Any]] | nn.Module | str | os.PathLike[str]
 Checkpoints = str | os.PathLike[str] | Sequence[Checkpoint] | Mapping[str, Checkpoint]
 
 
@@ -73,9 +67,9 @@ def search(
     The function may be a sampler, a pipeline of another library, or no diffusion model at all.
 
     Args:
-        checkpoints: state dicts of equal names and shapes, oldest first: mappings, modules or
-            files, in a sequence or by name; or a folder of .safetensors. A model or a set may be
-            the name of one on the Hub, "user/repo".
+        checkpoints: state dicts of equal names and shapes, oldest first: mappings (of torch's or
+            NumPy's numbers), modules or files, in a sequence or by name; or a folder of
+            .safetensors. A model or a set may be the name of one on the Hub, "user/repo".
         generate: (network or weights, N seeds, labels (N,)) -> features (N, D), or images
             where `extractor` names what makes features of them: uint8, or floating on 0..255, whose
             gradient goes on through the extractor. NumPy's do as well. Weights are float32,
@@ -108,11 +102,11 @@ def search(
             shutil.rmtree(run / INPUTS, ignore_errors=True)
         named = base.extractor or ""  # one's own is called as it says itself, once it is built
         maker = "" if own_code.is_own(named) and "," not in named else named
-        places = _kept(group, run, checkpoints, reference, heldout, maker)
+        holder = model if model is not None else _first_module(checkpoints)
+        places = _kept(group, run, checkpoints, holder, reference, heldout, maker)
         base = dataclasses.replace(base, **places)
         opened = open_checkpoints(base.checkpoints, track=base.track, select=base.select or None)
-        given = Given(generate, model if model is not None else _first_module(checkpoints))
-        settled, note = _settled(group, base, given, opened)
+        settled, note = settled_searcher(group, base, given := Given(generate, holder), opened)
         return begin(group, settled, opened, run, tracker, given, note)
 
 
@@ -158,6 +152,7 @@ def _kept(
     group: Group,
     run: Path,
     checkpoints: Checkpoints,
+    model: nn.Module | None,
     reference: Features,
     heldout: Features | None,
     extractor: str,
@@ -170,7 +165,7 @@ def _kept(
     else:
         places["checkpoints"] = str(folder / "checkpoints")
         if group.leads and not (folder / "checkpoints").exists():
-            keep_states(folder / "checkpoints", _states(checkpoints))
+            keep_states(folder / "checkpoints", _states(checkpoints, model))
     for name, given in (("reference", reference), ("heldout", heldout)):
         if given is None or isinstance(given, (str, os.PathLike)):
             places[name] = None if given is None else os.fspath(given)
@@ -201,21 +196,32 @@ def _keep_statistics(path: Path, given: Any, extractor: str) -> None:
     )  # fmt: skip
 
 
-def _states(checkpoints: Sequence[Checkpoint] | Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """State dicts by name; those without a name are counted."""
+def _states(
+    checkpoints: Sequence[Checkpoint] | Mapping[str, Checkpoint], model: nn.Module | None
+) -> dict[str, Any]:
+    """State dicts by name, with the tensor names of the model; those without a name are counted."""
     if not isinstance(checkpoints, Mapping):
         width = len(str(len(checkpoints) - 1))
         checkpoints = {f"checkpoint-{i:0{width}}": item for i, item in enumerate(checkpoints)}
     if not checkpoints:
         raise CheckpointError("expected checkpoints, got none")
-    return {name: _state(item) for name, item in checkpoints.items()}
+    states = {name: _state(item) for name, item in checkpoints.items()}
+    wanted = None if model is None else model.state_dict().keys()
+    return states if wanted is None else {k: _under(v, wanted) for k, v in states.items()}
+
+
+def _under(state: Mapping[str, Any], wanted: Collection[str]) -> Mapping[str, Any]:
+    """A state dict under the wanted names, where it has them but for what wrappers add."""
+    if not all(isinstance(name, str) for name in state):
+        return state
+    return {own: state[name] for own, name in names_for(state, wanted).items()}
 
 
 def _state(item: Any) -> Mapping[str, Tensor]:
     if isinstance(item, nn.Module):
         return item.state_dict()
     if isinstance(item, Mapping):
-        return item
+        return {name: as_tensor(value) for name, value in item.items()}
     if not isinstance(item, (str, os.PathLike)):
         found = type(item).__name__
         raise CheckpointError(f"{_EXPECTED}, got {found}")
@@ -227,65 +233,3 @@ def _first_module(checkpoints: Checkpoints) -> nn.Module | None:
         return None
     items = list(checkpoints.values() if isinstance(checkpoints, Mapping) else checkpoints)
     return items[0] if items and isinstance(items[0], nn.Module) else None
-
-
-def _settled(
-    group: Group, base: OptimizeConfig, given: Given, opened: CheckpointSet
-) -> tuple[OptimizeConfig, str | None]:
-    """The settings with a searcher for "auto", and the note that says which.
-
-    Rank 0 tries the function, and chooses for all.
-    """
-    why = _why_no_gradient(base, given, opened) if group.leads else None
-    why = group.broadcast(why, phase="trying the function")
-    if base.search.name != AUTO_SEARCHER:
-        return base, None
-    name = "policy-gradient" if why else "pathwise"
-    search = dataclasses.replace(base.search, name=name)
-    return dataclasses.replace(base, search=search), auto_note(name, why)
-
-
-def _why_no_gradient(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> str | None:
-    """Why what the function makes of the newest checkpoint's weights has no gradient by them.
-
-    Raises ConfigError for a function that makes something else of a seed each time, or beside
-    another one.
-    """
-    network = given.network(opened, base.device)
-    plan_merge(opened, model=network)  # refuses weights that do not fit it
-    network.load_state_dict(opened.read(opened.newest))
-    network.requires_grad_(True)
-    labels = torch.zeros(2, dtype=torch.int64, device=base.device)
-    with torch.enable_grad():
-        made, other = (
-            as_tensor(given.generate(given.subject(network), seeds, labels))
-            for seeds in ([0, 1], [1, 2])
-        )
-    _require_same(made, other)
-    if base.search.name != AUTO_SEARCHER:
-        return None
-    if (why := why_not_as_set(base)) is not None or not isinstance(made, Tensor):
-        return why or "what generate returns does not depend on one"
-    extractor = None
-    if own_extractors(base) and made.ndim == 4:
-        extractor, _ = build_extractor(base.extractor or "", own_weights(base), base.device)
-    return made_without_gradient(made, extractor)
-
-
-def _require_same(made: object, other: object) -> None:
-    """Of seeds 0 and 1, and of 1 and 2: seed 1 stands elsewhere, beside another neighbour.
-
-    Kernels of some devices add in any order, which is far less than other noise makes.
-    """
-    if not (isinstance(made, Tensor) and isinstance(other, Tensor) and made.numel()):
-        return  # refused for what it is
-    first, second = made.detach().double(), other.detach().double()
-    alike = first.shape == second.shape
-    if alike and first.shape[:1] != (2,):
-        return  # refused for that, later
-    if not alike or bool((first[1] - second[0]).abs().max() > ROUNDING * first.abs().max()):
-        raise ConfigError(
-            "generate returned something else for the same weights, seed and label beside other "
-            "seeds; expected that each row follows from its own seed, as merge_rl.seeded_noise "
-            "draws it, and from no neighbour in the batch"
-        )

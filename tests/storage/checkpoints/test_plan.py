@@ -102,6 +102,30 @@ def test_constants_are_the_same_in_all(tmp_path: Path) -> None:
         finite_bytes(spoilt, 2, "weight")
 
 
+def test_complex_tensors_are_carried_where_all_are_the_same(tmp_path: Path) -> None:
+    class Turned(Net):
+        """A network whose parameters are not all averaged: one is complex, one counts."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.turns = nn.Parameter(torch.ones(1) * 1j)
+            self.places = nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False)
+
+    for last in (1j, 2j):
+        folder = tmp_path / str(last.imag)
+        for k, turn in enumerate((1j, last)):
+            weights = {**Turned().state_dict(), "weight": torch.ones(2) * k}
+            save_tensors(folder / f"s_{k}.safetensors", weights | {"turns": torch.tensor([turn])})
+    same, other = (open_checkpoints(tmp_path / name) for name in ("1.0", "2.0"))
+    carried = ("constant", "count", "places", "turns")
+    assert plan_merge(same, model=Turned()).carried == carried
+    assert plan_merge(same).carried == carried[1:]
+    assert plan_merge(other, freeze=["turns"]).carried == carried[1:]
+    for model in (Turned(), None):
+        with pytest.raises(IncompatibleCheckpointError, match="the complex 'turns' differs from"):
+            plan_merge(other, model=model)
+
+
 def test_what_coefficients_start_from(tmp_path: Path) -> None:
     checkpoints = states(tmp_path)
     starts = ("auto", "newest", "uniform", "s_0", "s_1")
@@ -148,6 +172,8 @@ def test_states_are_kept_by_name(tmp_path: Path) -> None:
             {"w": torch.ones(1), "x": 3},
             "checkpoint t: expected tensors by name, found int at 'x'",
         ),
+        "u": ({1: torch.ones(1)}, "found a tensor at 1$"),
+        "v": ({"x": torch.ones(1).to_sparse()}, "found a sparse_coo tensor at 'x'$"),
     }
     for number, (name, (value, told)) in enumerate(wrong.items()):
         with pytest.raises(CheckpointError, match=told):

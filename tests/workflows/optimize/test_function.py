@@ -225,6 +225,36 @@ def test_modules_files_and_a_folder_are_checkpoints_as_well(tmp_path: Path) -> N
         assert torch.equal(again.coefficients, found.coefficients)
 
 
+def test_checkpoints_are_numpys_or_a_wrappers_and_the_model_keeps_what_it_made(
+    tmp_path: Path,
+) -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.ones(1))
+            self.kept = 2 * self.shift  # with a history, as weight_norm's weights
+
+        def forward(self, noise: Tensor) -> Tensor:
+            self.kept = 1 * self.shift
+            return noise + self.kept
+
+    model = Shift()
+
+    def by_module(subject: Subject, seeds: Sequence[int], _labels: Tensor) -> Tensor:
+        assert isinstance(subject, Shift)
+        assert subject is not model
+        made: Tensor = subject(mrl.seeded_noise(seeds, [1]))
+        return made
+
+    given = [{"_orig_mod.shift": state["shift"].numpy()} for state in states([2.0, 3.0])]
+    found = search(
+        tmp_path / "run", checkpoints=given, model=model, generate=by_module, budget=2000
+    )
+    plain = search(tmp_path / "plain", budget=2000)
+    assert torch.equal(found.coefficients, plain.coefficients)
+    assert float(model.kept.detach()) == 2.0
+
+
 def test_labels_take_turns_and_images_go_through_an_extractor(tiny: Path, tmp_path: Path) -> None:
     seen = list[int]()
 
@@ -314,6 +344,22 @@ def refused(change: dict[str, Any], error: type[Exception], match: str, folder: 
     assert not (folder / "refused").exists()
 
 
+def unfit_modules() -> list[tuple[nn.Module, str]]:
+    """Modules that hold no merged weights, and why."""
+    return [
+        (nn.LazyLinear(1), "LazyLinear has no shape of 'weight' yet"),
+        (nn.Linear(1, 1, device="meta"), "Linear is on the meta device"),
+        (torch.jit.trace(nn.Linear(1, 1), torch.ones(1, 1)), "is scripted; expected the module it"),  # type: ignore[no-untyped-call]
+    ]
+
+
+def narrow(weights: Subject, seeds: Sequence[int], _labels: Tensor) -> Tensor:
+    """Refuses weights that are not of the type that the user knows."""
+    assert isinstance(weights, Mapping)
+    return mrl.seeded_noise(seeds, [1]).double() @ weights["shift"].reshape(1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     def wide(_weights: Subject, seeds: Sequence[int], _labels: Tensor) -> Tensor:
         return torch.zeros(len(seeds), 2)
@@ -362,6 +408,11 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         ({"budgte": 3}, ConfigError, "unknown setting 'budgte'; did you mean 'budget'"),
         ({"pool_size": 50}, ConfigError, "pool_size is 50 in the call and 100 in its config"),
         ({"model": nn.Linear(1, 1)}, CheckpointError, "not the tensors of the network: 3 differ"),
+        *(({"model": model}, ConfigError, told) for model, told in unfit_modules()),
+        ({"checkpoints": [{"shift": torch.ones(1).double()}] * 2, "generate": narrow}, ConfigError,
+         r"generate with weights in float32 \(stored as float64\), .* failed: RuntimeError: "),
+        ({"checkpoints": [{"shift": torch.ones(1) * (1 + 1j * k)} for k in range(2)]},
+         IncompatibleCheckpointError, "the complex 'shift' differs .*; averages are of real numb"),
     ]  # fmt: skip
     for change, error, match in cases:
         refused(change, error, match, tmp_path)
