@@ -65,6 +65,8 @@ def _key_of(cls: Any, name: str, value: Any) -> tuple[str, Any]:
         value = to_mapping(value)
     elif isinstance(value, os.PathLike):
         value = os.fspath(value)
+    elif name == "device" and type(value).__module__ == "torch":  # which need not be loaded here
+        value = str(value)
     elif hasattr(value, "tolist"):  # a number, or numbers, of NumPy or torch
         value = value.tolist()
     elif not isinstance(value, (str, int, float, Mapping, list, tuple, type(None))):

@@ -151,8 +151,8 @@ def _kind(value: object) -> str | None:
 def module_of(tensors: Mapping[str, TensorInfo]) -> nn.Module:
     """A module whose state dict has these names, shapes and types, its values 0; it has no forward.
 
-    What is floating is a parameter, the rest buffers: carried by a merge, not averaged. Raises
-    CheckpointError for names that no module's state dict has.
+    What is floating or complex is a parameter, the rest buffers: carried by a merge, not averaged.
+    Raises CheckpointError for names that no module's state dict has.
     """
     root = nn.Module()
     for name, info in tensors.items():
@@ -164,7 +164,7 @@ def module_of(tensors: Mapping[str, TensorInfo]) -> nn.Module:
                 if part not in owner._modules:
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
-            if info.dtype.is_floating_point:
+            if info.dtype.is_floating_point or info.dtype.is_complex:
                 owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
             else:
                 owner.register_buffer(leaf, value)

@@ -41,7 +41,7 @@ from merge_rl.workflows.optimize.result import OptimizeResult
 from merge_rl.workflows.optimize.run import begin
 from merge_rl.workflows.optimize.trial import settled_searcher
 from merge_rl.workflows.reference import Reference, save_reference
-from merge_rl.workflows.rollout import Generate, as_tensor
+from merge_rl.workflows.rollout import Generate, as_tensor, is_plain, written
 
 Features = Statistics | Tensor | NDArray[Any]
 Checkpoint = Mapping[str, Tensor | NDArray[Any]] | nn.Module | str | os.PathLike[str]
@@ -91,7 +91,7 @@ def search(
     it. Raises MergeRLError subclasses for input that cannot work, with nothing left behind.
     """
     run, name = Path(out), own_code.name_of(generate)
-    _require_of_use(settings)
+    _require_of_use(settings, model)
     config, tracker = or_defaults(OptimizeConfig, config), tracker_of(tracker, progress)
     settings |= {"generate": name} | ({} if searcher is None else {"searcher": searcher})
     base = with_settings(OptimizeConfig, config, **settings)
@@ -117,8 +117,10 @@ _OF_NETWORKS: Final = {
 }  # fmt: skip
 
 
-def _require_of_use(settings: Mapping[str, Any]) -> None:
-    """Refuse what says how a network is sampled, which is the function's own doing."""
+def _require_of_use(settings: Mapping[str, Any], model: object) -> None:
+    """Refuse what is no module, and how a network is sampled, which is the function's own doing."""
+    if not isinstance(model, (nn.Module, type(None))):
+        raise ConfigError(f"expected model as a torch module, got {type(model).__name__}")
     if odd := sorted(_OF_NETWORKS & settings.keys()):
         raise ConfigError(
             f"{', '.join(odd)}: expected no settings of networks and samplers, as generate is both"
@@ -179,8 +181,9 @@ def _kept(
 
 def _keep_statistics(path: Path, given: Any, extractor: str) -> None:
     given = as_tensor(given)
-    if not isinstance(given, (Tensor, FeatureStats, Reference)):
-        found = type(given).__name__
+    tensor = isinstance(given, Tensor) and is_plain(given)
+    if not (tensor or isinstance(given, (FeatureStats, Reference))):
+        found = written(given)
         expected = "features (M, D), statistics or a file"
         raise ConfigError(f"expected {path.stem} as {expected}, got {found}")
     path.parent.mkdir(parents=True, exist_ok=True)

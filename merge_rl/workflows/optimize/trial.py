@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from merge_rl.workflows.assembly import (
     own_weights,
     why_not_as_set,
 )
-from merge_rl.workflows.rollout import as_tensor, made_without_gradient
+from merge_rl.workflows.rollout import as_tensor, is_plain, made_without_gradient
 
 AUTO_SEARCHER: Final = "auto"
 ROUNDING: Final = 0.01  # of the largest value that a function makes
@@ -72,12 +72,12 @@ def _why_no_gradient(base: OptimizeConfig, given: Given, opened: CheckpointSet) 
     return made_without_gradient(made, extractor)
 
 
-def _require_same(made: object, other: object) -> None:
+def _require_same(made: Any, other: Any) -> None:
     """Of seeds 0 and 1, and of 1 and 2: seed 1 stands elsewhere, beside another neighbour.
 
     Kernels of some devices add in any order, which is far less than other noise makes.
     """
-    if not (isinstance(made, Tensor) and isinstance(other, Tensor) and made.numel()):
+    if not all(isinstance(one, Tensor) and is_plain(one) and one.numel() for one in (made, other)):
         return  # refused for what it is
     first, second = made.detach().double(), other.detach().double()
     alike = first.shape == second.shape

@@ -24,7 +24,7 @@ from merge_rl.rng import draw_subset, stream
 from merge_rl.workflows.reference import Reference
 from merge_rl.workflows.rewards.frechet import Pool, RewardSource
 from merge_rl.workflows.rewards.sum import RewardSum, WeightedReward
-from merge_rl.workflows.rollout import as_tensor
+from merge_rl.workflows.rollout import as_tensor, is_plain, written
 
 Features = Tensor | NDArray[Any]
 Influence = Callable[[Tensor], Tensor]
@@ -265,12 +265,13 @@ def _rows(
     """Floating features of `dim` columns, from NumPy too; ConfigError for anything else."""
     given = as_tensor(features)
     if not isinstance(given, Tensor):
-        raise ConfigError(f"expected features {expected}, got {type(given).__name__}")
-    shape, floating = tuple(given.shape), given.is_floating_point()
+        raise ConfigError(f"expected features {expected}, got {written(given)}")
+    shape, floating = tuple(given.shape), is_plain(given) and given.is_floating_point()
     fits = 2 <= len(shape) <= most and dim in (None, shape[-1]) and shape[0] >= least
     if not (fits and floating):
-        kind = "" if floating else f"{str(given.dtype).removeprefix('torch.')} "
-        raise ConfigError(f"expected features {expected}, got {kind}{shape}")
+        raise ConfigError(
+            f"expected features {expected}, got {shape if floating else written(given)}"
+        )
     return given
 
 

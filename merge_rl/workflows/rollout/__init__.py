@@ -40,9 +40,11 @@ from merge_rl.workflows.rollout.given import (
     GivenRollout,
     Subject,
     as_tensor,
+    is_plain,
     made_without_gradient,
     with_gradient,
     without_gradient,
+    written,
 )
 from merge_rl.workflows.rollout.rollout import MergedRollout, Rollout, WorkItem
 from merge_rl.workflows.rollout.timing import (
@@ -82,6 +84,7 @@ __all__ = [
     "image_seconds",
     "is_long",
     "is_out_of_memory",
+    "is_plain",
     "made_again",
     "made_without_gradient",
     "make_images",
@@ -101,4 +104,5 @@ __all__ = [
     "with_gradient",
     "without_derivative",
     "without_gradient",
+    "written",
 ]

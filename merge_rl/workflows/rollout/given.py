@@ -34,6 +34,26 @@ def as_tensor(made: Any) -> Any:
     return torch.from_numpy(np.array(made, kind.newbyteorder("="), order="C"))
 
 
+def is_plain(made: Tensor) -> bool:
+    """Whether a tensor has its numbers in memory, one after another and real."""
+    return made.layout == torch.strided and not (made.is_meta or made.is_complex())
+
+
+def written(made: object) -> str:
+    """What a function made, in a few words: its type, or type and shape of a tensor."""
+    if not isinstance(made, Tensor):
+        return type(made).__name__
+    kind = made.dtype if made.layout == torch.strided else made.layout
+    place = " without numbers" if made.is_meta else ""
+    return f"{str(kind).removeprefix('torch.')} {tuple(made.shape)}{place}"
+
+
+def _weights(subject: Subject) -> list[tuple[object, ...]]:
+    """Where the weights lie, and how often they were written to."""
+    tensors = subject.parameters() if isinstance(subject, nn.Module) else subject.values()
+    return [(t.data_ptr(), t.dtype, t._version) if isinstance(t, Tensor) else (t,) for t in tensors]
+
+
 class Generate(Protocol):
     """Makes what is compared with real data, one row a seed; deterministic."""
 
@@ -85,8 +105,8 @@ class GivenRollout(Rollout):
 
     What the function returns is checked at every call: floating features (N, D) of the dimension of
     the statistics, or with an extractor of images these (N, 1 or 3, H, W), bytes or floating on
-    0..255. Raises ConfigError for anything else, and for a first call of floating images that are
-    all within -1..1.
+    0..255. Raises ConfigError for anything else, for a first call of floating images that are all
+    within -1..1, and for a function that changes the weights: merges are written into them.
     """
 
     _ranged = False  # whether a range was looked at
@@ -120,9 +140,15 @@ class GivenRollout(Rollout):
         check_finite: bool = False,  # noqa: ARG002  (the function's steps are its own)
     ) -> Tensor:
         """What the function makes of seeds (B,) and labels (B,), checked."""
+        before = _weights(self.subject)
         made: Tensor = as_tensor(
             self.generate(self.subject, noise.tolist(), labels.to(self.device))
         )
+        if _weights(self.subject) != before:
+            raise ConfigError(
+                "generate changed the weights, or their type or place, as .half(), .to() and "
+                "load_state_dict() do; expected them left as they are, or a copy changed"
+            )
         self._check(made, len(noise))
         return made
 
@@ -135,8 +161,8 @@ class GivenRollout(Rollout):
         return rows.masked_fill(~rows.isfinite().all(1, keepdim=True), mark)
 
     def _check(self, made: object, count: int) -> None:
-        if not isinstance(made, Tensor):
-            raise ConfigError(self._problem(count, type(made).__name__))
+        if not isinstance(made, Tensor) or not is_plain(made):
+            raise ConfigError(self._problem(count, written(made)))
         wanted = (count, self.extractor.dim)
         if self.takes_features:
             good = made.is_floating_point() and tuple(made.shape) == wanted
@@ -144,8 +170,7 @@ class GivenRollout(Rollout):
             known = made.dtype == torch.uint8 or made.is_floating_point()
             good = known and made.ndim == 4 and made.shape[1] in (1, 3) and len(made) == count
         if not good:
-            found = f"{str(made.dtype).removeprefix('torch.')} {tuple(made.shape)}"
-            raise ConfigError(self._problem(count, found))
+            raise ConfigError(self._problem(count, written(made)))
         if made.is_floating_point() and not (self.takes_features or self._ranged):
             self._ranged = True
             if made.numel() and float(made.detach().abs().max()) <= 1:  # a later black one may be

@@ -250,7 +250,7 @@ def test_checkpoints_are_numpys_or_a_wrappers_and_the_model_keeps_what_it_made(
     found = search(
         tmp_path / "run", checkpoints=given, model=model, generate=by_module, budget=2000
     )
-    plain = search(tmp_path / "plain", budget=2000)
+    plain = search(tmp_path / "plain", budget=2000, device=torch.device("cpu"))
     assert torch.equal(found.coefficients, plain.coefficients)
     assert float(model.kept.detach()) == 2.0
 
@@ -377,6 +377,18 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         made = shifted(weights, seeds, labels)
         return made - made.mean(0)  # as batch norm does while it is trained
 
+    def halved(weights: Subject, seeds: Sequence[int], labels: Tensor) -> Tensor:
+        assert isinstance(weights, dict)
+        weights["shift"] = weights["shift"].half()  # no later merge would be seen
+        return shifted(weights, seeds, labels)
+
+    def drifting(weights: Subject, seeds: Sequence[int], labels: Tensor) -> Tensor:
+        made = shifted(weights, seeds, labels)
+        assert isinstance(weights, Mapping)
+        with torch.no_grad():
+            weights["shift"].add_(1e-3)
+        return made
+
     plain = dataclasses.replace(SMALL, search=SearchConfig())
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"checkpoints": []}, CheckpointError, "expected checkpoints, got none"),
@@ -408,6 +420,13 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         ({"budgte": 3}, ConfigError, "unknown setting 'budgte'; did you mean 'budget'"),
         ({"pool_size": 50}, ConfigError, "pool_size is 50 in the call and 100 in its config"),
         ({"model": nn.Linear(1, 1)}, CheckpointError, "not the tensors of the network: 3 differ"),
+        ({"model": "net"}, ConfigError, "expected model as a torch module, got str"),
+        ({"reference": normal().to_sparse()}, ConfigError, r"got sparse_coo \(4000, 1\)"),
+        ({"reference": normal() + 1j}, ConfigError, r"got complex64 \(4000, 1\)"),
+        ({"generate": lambda *said: shifted(*said).to_sparse()}, ConfigError,
+         r"generate returned sparse_coo \(\d+, 1\), expected floating features"),
+        *(({"generate": made}, ConfigError, "generate changed the weights, or their type or place")
+          for made in (halved, drifting)),
         *(({"model": model}, ConfigError, told) for model, told in unfit_modules()),
         ({"checkpoints": [{"shift": torch.ones(1).double()}] * 2, "generate": narrow}, ConfigError,
          r"generate with weights in float32 \(stored as float64\), .* failed: RuntimeError: "),
