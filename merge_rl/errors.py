@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 
@@ -147,6 +148,17 @@ def absent(path: object, expected: str = "file or folder", *, of_hub: bool = Fal
     named = of_hub and "/" in repo and address[0] not in ("http://", "https://", "s3://", "gs://")
     way = f", or the repository's name: {repo}" if named else ": download it first"
     return f"{text}: an address, expected a {expected}{way}"
+
+
+@contextmanager
+def about(what: object) -> Iterator[None]:
+    """Refusals of statistics begin with what they are about, of several files the one."""
+    try:
+        yield
+    except StatisticsError as error:
+        if str(error).startswith(str(what)):
+            raise
+        raise type(error)(f"{what}: {error}") from None
 
 
 def misfit(error: Exception) -> str:

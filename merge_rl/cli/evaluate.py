@@ -58,9 +58,9 @@ def evaluate(
     from merge_rl.storage.hub import is_set_of_hub
     from merge_rl.workflows.assembly import build_extractor, find_defaults
     from merge_rl.workflows.evaluate import evaluate as score
-    from merge_rl.workflows.reference import kind_of
+    from merge_rl.workflows.reference import kind_to_score
 
-    kind = kind_of(model)
+    kind = kind_to_score(model)
     # One model of the Hub is fetched when all else is known; of a set, its manifest has to be.
     here = isinstance(named(model), Path) or model.is_absolute()
     if kind == "model" and (here or is_set_of_hub(named(model))):

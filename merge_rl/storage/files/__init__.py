@@ -70,7 +70,14 @@ from merge_rl.storage.files.naming import (
     weights_stem,
     without_numbers,
 )
-from merge_rl.storage.files.npz import ArrayInfo, npz_arrays, npz_labels, read_array, read_npy
+from merge_rl.storage.files.npz import (
+    LABEL_KEYS,
+    ArrayInfo,
+    npz_arrays,
+    npz_labels,
+    read_array,
+    read_npy,
+)
 from merge_rl.storage.files.safetensors_file import (
     TensorReader,
     check_file,
@@ -119,6 +126,7 @@ __all__ = [
     "DIFFUSERS_STEM",
     "INDEX_NAME",
     "INDEX_SUFFIX",
+    "LABEL_KEYS",
     "LAYOUTS",
     "LOCAL_HEADER",
     "LOCK_NAME",

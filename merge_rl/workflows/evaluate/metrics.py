@@ -34,7 +34,7 @@ from merge_rl.core.distances.kernels import (
 )
 from merge_rl.core.distances.neighbours import prdc
 from merge_rl.core.distances.statistics import FeatureStats, check_features, feature_stats
-from merge_rl.errors import ConfigError
+from merge_rl.errors import ConfigError, about
 from merge_rl.rng import stream
 from merge_rl.workflows.assembly import encoder_spans, encoders
 from merge_rl.workflows.reference import Reference
@@ -238,7 +238,8 @@ class MetricScores:
                 MetricSource, reference=reference, path=path, device=place, max_rows=max_rows,
                 seed=seed, real=real,
             )  # fmt: skip
-            self._metrics[key] = [factory(of_one(name=name)) for name, factory in factories]
+            with about(path):
+                self._metrics[key] = [factory(of_one(name=name)) for name, factory in factories]
 
     @property
     def rows_used(self) -> int | None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from merge_rl.config import EvaluateConfig, SamplerConfig, with_settings
 from merge_rl.core.distances.intervals import summarize_repeats
+from merge_rl.core.distances.statistics import check_features
 from merge_rl.core.sampling.compatibility import prediction_of
-from merge_rl.errors import StatisticsError, TooFewSamplesError
+from merge_rl.errors import TooFewSamplesError, about
 from merge_rl.interfaces import Autoencoder, FeatureExtractor, Tracker
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
@@ -47,7 +48,7 @@ from merge_rl.workflows.reference import (
     FeatureStore,
     Reference,
     few_images,
-    kind_of,
+    kind_to_score,
     load_features,
     weights_digest,
 )
@@ -122,11 +123,7 @@ def _scored(
 ) -> dict[str, Any]:
     require_device(said.device)
     path = "" if isinstance(model, nn.Module) else os.fspath(model)
-    kind = kind_of(path) if path else "model"
-    if kind == "reference":
-        raise StatisticsError(
-            f"{path} holds statistics; expected a model, images, or features to compare"
-        )
+    kind = kind_to_score(path) if path else "model"
     given, metrics = given.completed(path, kind), said.metric_names
 
     def begin(maker: ExtractorId, group: Group) -> EvaluationContext:
@@ -220,6 +217,8 @@ class EvaluationContext:
         self, features: Tensor, path: str, resolution: int | None = None
     ) -> dict[str, Any]:
         """Scores of disjoint blocks of what there is, of images of this side."""
+        with about(path):
+            check_features(features, at_least=2)
         blocks = blocks_of(features, self.said.num_images, self.said.repeats, self.said.seed, path)
         self.note_doubts(len(blocks[0]), resolution)
         found = [self.scores.of(block) for block in blocks]

@@ -15,7 +15,7 @@ from merge_rl.core.distances.frechet import FrechetReference
 from merge_rl.core.distances.kernels import quadratic_distance
 from merge_rl.core.distances.statistics import FeatureStats, check_features, feature_stats
 from merge_rl.core.sampling.compatibility import balanced_labels
-from merge_rl.errors import StatisticsError
+from merge_rl.errors import StatisticsError, about
 from merge_rl.rng import image_seeds
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import Job
@@ -123,7 +123,10 @@ class Scorer:
     """Fréchet distances to the named references, e.g. "reference" and "heldout"."""
 
     def __init__(self, references: Mapping[str, FeatureStats]) -> None:
-        self.references = {k: FrechetReference.from_stats(v) for k, v in references.items()}
+        self.references: dict[str, FrechetReference] = {}
+        for name, stats in references.items():
+            with about(name):
+                self.references[name] = FrechetReference.from_stats(stats)
 
     def score(self, features: Tensor) -> dict[str, float]:
         """Distance to each reference; NaN where a feature is not finite."""

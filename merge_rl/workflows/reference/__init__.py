@@ -9,6 +9,7 @@ from merge_rl.workflows.reference.features import (
 )
 from merge_rl.workflows.reference.file import (
     kind_of,
+    kind_to_score,
     load_all_references,
     load_reference,
     save_reference,
@@ -26,6 +27,7 @@ __all__ = [
     "few_images",
     "kept_features",
     "kind_of",
+    "kind_to_score",
     "load_all_references",
     "load_features",
     "load_reference",

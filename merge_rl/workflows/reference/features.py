@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from merge_rl.errors import RunError, StatisticsError
 from merge_rl.storage.files import (
+    LABEL_KEYS,
     ArrayInfo,
     WorkFolder,
     npz_arrays,
@@ -34,7 +35,7 @@ from merge_rl.storage.files import (
     save_tensors,
     tensor_bytes,
 )
-from merge_rl.storage.pickles import TensorRef, read_data
+from merge_rl.storage.pickles import TensorRef, kind_of, read_data, shown
 from merge_rl.untrusted import open_file
 
 FEATURES_FORMAT: Final = "merge_rl.features.v1"
@@ -117,14 +118,28 @@ def torch_features(value: object) -> tuple[Stored | None, Stored | None]:
 
 
 def _from_torch(file: Path) -> SavedFeatures:
-    found, labels = torch_features(read_data(file))
-    if isinstance(found, np.ndarray):  # the machine's own type, aligned
-        loaded: Tensor | None = torch.tensor(found.astype(np.float64))
-    else:
-        loaded = None if found is None else found.load()
+    data = read_data(file)
+    found, labels = torch_features(data)
+    if found is None:
+        raise StatisticsError(
+            f"{file}: expected features (N, D) of a floating type, alone or as 'features' or "
+            f"'reps', found {told(data)}"
+        )
+    # In the machine's own type, aligned.
+    loaded = (
+        torch.tensor(found.astype(np.float64)) if isinstance(found, np.ndarray) else found.load()
+    )
     features = _checked(loaded, file)
     given = labels.load() if isinstance(labels, TensorRef) else labels
     return SavedFeatures(features=features, labels=_labels(given, len(features)))
+
+
+def told(data: object) -> str:
+    """What torch.save wrote, in a few words: a tensor as it is, a mapping with its first names."""
+    if isinstance(data, dict) and data:
+        names = ", ".join(repr(shown(str(key), 40)) for key in itertools.islice(data, 4))
+        return f"a mapping of {names}{', ...' if len(data) > 4 else ''}"
+    return str(data) if isinstance(data, TensorRef) else kind_of(data)
 
 
 def _from_npz(file: Path) -> SavedFeatures:
@@ -136,9 +151,10 @@ def _from_npz(file: Path) -> SavedFeatures:
 
 
 def feature_key(arrays: Mapping[str, ArrayInfo]) -> str | None:
-    """The array that holds features: one of their names, or the only one if it is a matrix."""
+    """The array that holds features: one of their names, or the only one beside labels."""
     named = next((key for key in FEATURE_KEYS if key in arrays), None)
-    alone = next(iter(arrays.items())) if len(arrays) == 1 else None
+    others = [item for item in arrays.items() if item[0] not in LABEL_KEYS]
+    alone = others[0] if len(others) == 1 else None
     matrix = alone and len(alone[1].shape) == 2 and alone[1].dtype.kind == "f"
     return alone[0] if named is None and alone and matrix else named
 

@@ -28,7 +28,6 @@ from merge_rl.storage.files import (
     save_tensors,
 )
 from merge_rl.storage.pickles import TensorRef, read_data
-from merge_rl.storage.pickles import kind_of as kind_of_data
 from merge_rl.storage.runs import described, folder_kind, only_inside
 from merge_rl.untrusted import open_file
 from merge_rl.workflows.reference.features import (
@@ -37,12 +36,15 @@ from merge_rl.workflows.reference.features import (
     TORCH_SUFFIXES,
     feature_key,
     load_features,
+    told,
     torch_features,
 )
 from merge_rl.workflows.reference.formats import (
+    MOMENTS,
     Reference,
     edm2_entries,
     from_features,
+    from_moments,
     read_edm2,
     read_npz,
     sound_moments,
@@ -99,8 +101,8 @@ def load_reference(
 
     Args:
         path: `.safetensors` of ours (statistics or saved features), EDM2 `.pkl`, `.npz` with mu
-            and sigma (pytorch-fid, clean-fid, ADM) or reps (dgm-eval), or other features that
-            `load_features` takes.
+            and sigma (pytorch-fid, clean-fid, ADM) or reps (dgm-eval), mu and sigma in any of the
+            other kinds of file (torch-fidelity), or other features that `load_features` takes.
         entry: of an EDM2 file with several, "fid" or "fd_dinov2"; PATH#ENTRY says the same.
         extractor, sha256, dim: name, weights' hash and dimension of the extractor in use; the
             statistics must be of the same, as far as the file says.
@@ -114,7 +116,7 @@ def load_reference(
     elif file.suffix.lower() == ".npz":
         loaded = read_npz(file)
     elif file.suffix.lower() in (".npy", *TORCH_SUFFIXES):
-        loaded = from_features(load_features(file), file)
+        loaded = _from_arrays(file)
     elif file.suffix.lower() in ("", ".safetensors") and not file.is_dir():
         loaded = _from_safetensors(file)
     else:
@@ -145,11 +147,26 @@ def load_all_references(path: str | os.PathLike[str]) -> dict[str, Reference]:
     return {entry: load_reference(file, entry=entry) for entry in edm2_entries(file)[1]}
 
 
+def _from_arrays(path: Path) -> Reference:
+    """A .npy, or what torch.save wrote: features, or moments by their names."""
+    data = read_data(path) if path.suffix.lower() in TORCH_SUFFIXES else None
+    if not isinstance(data, dict) or not data.keys() >= MOMENTS:
+        return from_features(load_features(path), path)
+    beside = torch_features(data)[0] is not None
+    return from_moments(path, data, map(str, data), load_features(path) if beside else None)
+
+
 def _from_safetensors(path: Path) -> Reference:
     file = open_tensors(path)
-    said = file.metadata.get("format")
+    said = file.metadata.get("format", "")
+    ours = said.startswith(FORMAT.partition(".")[0])
+    if not ours and file.weights.keys() >= MOMENTS:
+        beside = load_features(path) if file.weights.keys() & set(FEATURE_KEYS) else None
+        return from_moments(path, file.weights, file.weights, beside)
     if said == FEATURES_FORMAT or (said != FORMAT and file.weights.keys() & set(FEATURE_KEYS)):
         return from_features(load_features(path), path)
+    if said != FORMAT and ours:
+        raise StatisticsError(f"{path}: expected format {FORMAT!r}, found {said!r:.60}")
     found = set(file.weights) - {"labels"}
     if said != FORMAT or found not in _TENSORS:
         raise StatisticsError(f"{path}: expected reference statistics, found other tensors")
@@ -190,7 +207,6 @@ def _count(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> int:
 
 
 Kind = Literal["model", "images", "features", "reference"]
-_MOMENTS: Final = {"mu", "sigma"}
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
@@ -220,7 +236,19 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
     return "images" if suffix == ".zip" else "model"
 
 
+def kind_to_score(path: str | os.PathLike[str]) -> Kind:
+    """What a path holds, see `kind_of`; StatisticsError for statistics, which are no samples."""
+    kind = kind_of(path)
+    if kind == "reference":
+        raise StatisticsError(
+            f"{path} holds statistics; expected a model, images, or features to compare"
+        )
+    return kind
+
+
 def _of_saved(data: object, file: Path) -> Kind:
+    if isinstance(data, dict) and data.keys() >= MOMENTS:
+        return "reference"
     if torch_features(data)[0] is not None:
         return "features"
     if isinstance(data, dict) and any(
@@ -229,13 +257,13 @@ def _of_saved(data: object, file: Path) -> Kind:
         return "model"
     raise StatisticsError(
         f"{file}: expected features (N, D) of a floating type, alone or by name, or weights, "
-        f"found {data if isinstance(data, TensorRef) else kind_of_data(data)}"
+        f"found {told(data)}"
     )
 
 
 def _of_names(names: set[str]) -> Kind | None:
     # ADM's statistics come with images, and ours may come with features.
-    if names >= _MOMENTS:
+    if names >= MOMENTS:
         return "reference"
     return "features" if names & set(FEATURE_KEYS) else None
 

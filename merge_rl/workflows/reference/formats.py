@@ -2,6 +2,7 @@
 
     EDM2 .pkl                 {"num_images", "fid": {"mu", "sigma"}, "fd_dinov2": {...}}
     pytorch-fid, clean-fid    .npz with mu, sigma
+    torch-fidelity            .pt with mu, sigma
     ADM                       .npz with mu, sigma, and mu_s, sigma_s, arr_0
     dgm-eval                  .npz with reps: features
 
@@ -11,9 +12,10 @@ be assumed, is said in the `Reference`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,12 +26,18 @@ from torch import Tensor
 
 from merge_rl.config import whole_number
 from merge_rl.core.distances.statistics import FeatureStats, check_moments, feature_stats
-from merge_rl.errors import StatisticsError
-from merge_rl.storage.files import ArrayInfo, image_key, npz_arrays, read_array
-from merge_rl.storage.pickles import read_pickle
-from merge_rl.workflows.reference.features import SavedFeatures, feature_key, load_features
+from merge_rl.errors import StatisticsError, about
+from merge_rl.storage.files import LABEL_KEYS, image_key, npz_arrays, read_array
+from merge_rl.storage.pickles import TensorRef, kind_of, read_pickle, shown
+from merge_rl.workflows.reference.features import (
+    FEATURE_KEYS,
+    SavedFeatures,
+    feature_key,
+    load_features,
+)
 
 MAX_DIM: Final = 16_384
+MOMENTS: Final = frozenset({"mu", "sigma"})
 # EDM2's entries, and the extractors that its published code computes them with.
 EDM2_ENTRIES: Final[Mapping[str, str]] = {"fid": "inception-tf1", "fd_dinov2": "dinov2"}
 INCEPTION_DIM: Final = 2048
@@ -45,6 +53,8 @@ def read_edm2(
     """
     count, entries = edm2_entries(path)
     name = _choose(path, entries, entry, extractor, dim)
+    if not name:
+        return from_moments(path, entries[name], entries[name], None)
     where = f"{path}, {name!r}"
     mean, cov = (_tensor(entries[name][key], key, where) for key in ("mu", "sigma"))
     known = EDM2_ENTRIES.get(name, "")
@@ -57,14 +67,19 @@ def read_edm2(
 
 
 def edm2_entries(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Number of images, and {"fid": {"mu", "sigma"}, ...} of an EDM2 reference pickle."""
+    """Number of images, and {"fid": {"mu", "sigma"}, ...} of an EDM2 reference pickle.
+
+    Moments that lie in a pickle by themselves are the entry "", of an unknown number.
+    """
     content = read_pickle(path)
     if not isinstance(content, dict):
         raise StatisticsError(f"{path}: expected a mapping of statistics, found other data")
+    if content.keys() >= MOMENTS:
+        return UNKNOWN_COUNT, {"": content}
     entries = {
         str(name): value
         for name, value in content.items()
-        if isinstance(value, dict) and {"mu", "sigma"} <= value.keys()
+        if isinstance(value, dict) and value.keys() >= MOMENTS
     }
     if not entries:
         raise StatisticsError(f"{path}: expected entries with 'mu' and 'sigma', found none")
@@ -100,49 +115,65 @@ def _choose(
 def read_npz(path: Path) -> Reference:
     """Statistics or features of a .npz file; its keys tell which."""
     arrays = npz_arrays(path)
-    if {"mu", "sigma"} <= arrays.keys():
-        return _from_moments(path, arrays)
+    if arrays.keys() >= MOMENTS:
+        if (dim := math.prod(arrays["mu"].shape)) > MAX_DIM:
+            raise StatisticsError(f"{path}: of {dim} dimensions, at most {MAX_DIM} are read")
+        saved = load_features(path) if feature_key(arrays) else None
+        return from_moments(path, {key: read_array(path, key) for key in MOMENTS}, arrays, saved)
     if feature_key(arrays):
         return from_features(load_features(path), path)
     made = "; `mergerl reference` makes statistics of images" if image_key(arrays) else ""
-    found = ", ".join(map(repr, arrays))
+    found = ", ".join(f"{name!r} {info}" for name, info in itertools.islice(arrays.items(), 4))
     raise StatisticsError(f"{path}: expected 'mu' and 'sigma', or 'reps', found {found}{made}")
 
 
-def _from_moments(path: Path, arrays: Mapping[str, ArrayInfo]) -> Reference:
-    dim = math.prod(arrays["mu"].shape)
-    if dim > MAX_DIM:
-        raise StatisticsError(f"{path}: statistics of {dim} dimensions, at most {MAX_DIM} are read")
-    mean, cov = (_tensor(read_array(path, key), key, str(path)) for key in ("mu", "sigma"))
-    unused = [key for key in ("mu_s", "sigma_s", "arr_0") if key in arrays]
-    notes = ["the number of images is not recorded", _family_note(dim)]
+def from_moments(
+    path: Path,
+    found: Mapping[str, object],
+    names: Iterable[str],
+    saved: SavedFeatures | None = None,
+) -> Reference:
+    """Moments that lie by themselves under "mu" and "sigma", of a number of images not recorded.
+
+    `names` are all that lie there, and `saved` features beside the moments, which are kept;
+    StatisticsError for those of another dimension.
+    """
+    mean, cov = (_tensor(found[key], key, str(path)) for key in ("mu", "sigma"))
+    stats = _symmetric_moments(UNKNOWN_COUNT, mean, cov, str(path))
+    if saved and saved.features.shape[1] != stats.dim:
+        raise StatisticsError(
+            f"{path}: expected features (M, {stats.dim}), got {tuple(saved.features.shape)}"
+        )
+    used = MOMENTS.union((*FEATURE_KEYS, *LABEL_KEYS) if saved else ())
+    unused = [shown(str(name)) for name in names if name not in used]
+    notes = ["the number of images is not recorded", _family_note(stats.dim)]
     if unused:
-        notes.append(f"{', '.join(unused)} left aside")
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        notes.append(f"{', '.join(unused[:3])}{more} left aside")
     return Reference(
-        stats=_symmetric_moments(UNKNOWN_COUNT, mean, cov, str(path)),
+        stats=stats,
         count_known=False,
-        extractor="inception" if dim == INCEPTION_DIM else "",
+        extractor="inception" if stats.dim == INCEPTION_DIM else "",
         family=True,
         source=path.name,
         assumed="; ".join(notes),
+        features=saved.features if saved else None,
+        labels=saved.labels if saved else None,
     )
 
 
 def from_features(saved: SavedFeatures, path: Path) -> Reference:
     """Moments of saved features, which are kept too."""
-    try:
+    with about(path):
         stats = feature_stats(saved.features)
-    except StatisticsError as error:
-        raise type(error)(f"{path}: {error}") from None
-    dim = stats.dim
-    family = "inception" if dim == INCEPTION_DIM else ""
+    family = "inception" if stats.dim == INCEPTION_DIM else ""
     return Reference(
         stats=stats,
         extractor=saved.extractor or family,
         extractor_sha256=saved.extractor_sha256,
         family=not saved.extractor,
         source=path.name,
-        assumed="" if saved.extractor else _family_note(dim),
+        assumed="" if saved.extractor else _family_note(stats.dim),
         features=saved.features,
         labels=saved.labels,
     )
@@ -161,9 +192,15 @@ def _family_note(dim: int) -> str:
 
 
 def _tensor(value: object, key: str, where: str) -> Tensor:
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
-        kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-        raise StatisticsError(f"{where}: expected {key!r} as an array of numbers, found {kind}")
+    if isinstance(value, TensorRef):
+        value = value.load()
+    if isinstance(value, Tensor):  # whose type is looked at with the moments
+        return value
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        kind = f"type {value.dtype}" if isinstance(value, np.ndarray) else kind_of(value)
+        raise StatisticsError(
+            f"{where}: expected {key!r} as an array of a floating type, found {kind}"
+        )
     return torch.tensor(value.astype(np.float64))  # aligned, as numpy's own memory is not
 
 
@@ -240,14 +277,12 @@ def sound_moments(count: int, mean: Tensor, cov: Tensor, where: str) -> FeatureS
     not square, not symmetric or has a negative variance, a mean of another dimension, and fewer
     than two samples.
     """
-    try:
+    with about(where):
         if odd := [t.dtype for t in (mean, cov) if not t.is_floating_point()]:
             found = str(odd[0]).removeprefix("torch.")
             raise StatisticsError(f"expected moments of a floating type, got {found}")
         stats = FeatureStats(count, mean.double(), cov.double())
         check_moments(stats)
-    except StatisticsError as error:
-        raise type(error)(f"{where}: {error}") from None
     return stats
 
 

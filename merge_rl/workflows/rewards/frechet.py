@@ -16,6 +16,7 @@ from torch import Tensor
 
 from merge_rl.core.distances.frechet_pool import TOLERANCE, FrechetPool, Influence, ReferenceFactor
 from merge_rl.core.distances.statistics import FeatureStats, feature_stats, replace_rows
+from merge_rl.errors import about
 from merge_rl.workflows.reference import Reference
 
 
@@ -125,7 +126,8 @@ class FrechetReward:
 
     def __init__(self, source: RewardSource) -> None:
         self.device = source.device
-        self.reference = ReferenceFactor.from_stats(source.stats())
+        with about(source.path):
+            self.reference = ReferenceFactor.from_stats(source.stats())
         self.prepared = PoolCache(self._prepare)
 
     def _prepare(self, pool: Pool) -> FrechetPool:

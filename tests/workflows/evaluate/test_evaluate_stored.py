@@ -201,10 +201,27 @@ def test_features_of_others_are_refused(features: Tensor, reference: Path, tmp_p
     with pytest.raises(StatisticsError, match="of 64 dimensions, expected the 5 of extractor"):
         mrl.evaluate(path, reference=reference)
     save_features(path, SavedFeatures(features=features[:1], extractor="digits"))
-    with pytest.raises(TooFewSamplesError, match="at least 2 feature rows, got 1"):
+    with pytest.raises(TooFewSamplesError, match=f"{path}: .* at least 2 feature rows, got 1"):
+        mrl.evaluate(path, reference=reference)
+    save_features(path, SavedFeatures(features=features / 0, extractor="digits"))
+    with pytest.raises(StatisticsError, match=f"{path}: expected finite features, got "):
         mrl.evaluate(path, reference=reference)
     with pytest.raises(StatisticsError, match="holds statistics; expected a model, images, or fe"):
         mrl.evaluate(reference, reference=reference)
+
+
+def test_a_covariance_that_none_can_have_is_told_by_its_file(tmp_path: Path) -> None:
+    # Variances of 1 with a correlation of 3: eigenvalues 4 and -2.
+    indefinite = np.array([[1.0, 3.0], [3.0, 1.0]])
+    for name, cov in (("good", np.eye(2)), ("bad", indefinite)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(2), sigma=cov)
+    np.savez(tmp_path / "features.npz", np.random.default_rng(0).normal(size=(9, 2)))
+    with pytest.raises(StatisticsError, match=r"bad\.npz: .* eigenvalues, got -2 beside .* of 4$"):
+        mrl.evaluate(
+            tmp_path / "features.npz",
+            reference=tmp_path / "good.npz",
+            heldout=tmp_path / "bad.npz",
+        )
 
 
 def test_edm2_statistics_choose_by_dimension(golden: Path, tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ def test_one_matrix_alone_needs_no_name(tmp_path: Path) -> None:
     assert torch.equal(load_features(path).features, FEATURES)
     assert kind_of(path) == "features"
     assert load_reference(path).count == 7
+    np.savez(path, FEATURES.numpy(), np.arange(7))  # labels as arr_1
+    listed = load_features(path)
+    assert torch.equal(listed.features, FEATURES)
+    assert listed.labels is not None
+    assert listed.labels.tolist() == [*range(7)]
     for others, found in (({"x": np.zeros(3)}, "'x'"), ({"mu": 1, "sigma": 2}, "'mu', 'sigma'")):
         np.savez(path, **others)
         with pytest.raises(StatisticsError, match=f"as 'features' or 'reps', found {found}$"):
@@ -75,6 +80,23 @@ def test_features_that_torch_saved(named: bool, legacy: bool, tmp_path: Path) ->
     listed = load_features(path).labels
     assert listed is not None
     assert listed.tolist() == [*range(7)]
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (torch.zeros(3, 2).int(), r"<tensor int32 \[3, 2\]>"),
+        ({"features": torch.zeros(3)}, "a mapping of 'features'"),
+        (dict.fromkeys("abcde", torch.zeros(3, 2)), "a mapping of 'a', 'b', 'c', 'd', ..."),
+        ([torch.zeros(3, 2)], "'list'"),
+        (None, "nothing"),
+    ],
+)
+def test_what_torch_saved_is_called_what_it_is(value: object, found: str, tmp_path: Path) -> None:
+    torch.save(value, tmp_path / "a.pt")
+    expected = r"\(N, D\) of a floating type, alone or as 'features' or 'reps', found "
+    with pytest.raises(StatisticsError, match=rf"{expected}{found}$"):
+        load_reference(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(

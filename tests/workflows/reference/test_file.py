@@ -83,7 +83,10 @@ def test_narrow_types_are_widened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "merge_rl.reference.v9"}, "expected reference statistics, found other"),
+        (
+            {"format": "merge_rl.reference.v9"},
+            "format 'merge_rl.reference.v1', found 'merge_rl.refe",
+        ),
         ({"extra": torch.ones(1)}, "expected reference statistics, found other tensors"),
         ({"sigma": torch.eye(3)}, r"a covariance \(D, D\), got shapes \(2,\) and \(3, 3\)"),
         ({"mu": torch.zeros(1, 2)}, r"a mean \(D,\) and a covariance .*, got shapes \(1, 2\)"),

@@ -156,6 +156,48 @@ def test_adm_files(tmp_path: Path) -> None:
     assert kind_of(tmp_path / "a.npz") == "reference"
 
 
+@pytest.mark.parametrize("dress", ["npz", "safetensors", "pt", "numpy.pt", "pkl"])
+def test_moments_by_their_names_are_read_from_any_file(dress: str, tmp_path: Path) -> None:
+    stats, path = feature_stats(draw(40, 3)), tmp_path / f"a.{dress}"
+    tensors = {"mu": stats.mean, "sigma": stats.cov, "extra": torch.ones(2)}
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    if dress == "npz":
+        np.savez(path, **arrays)
+    elif dress == "safetensors":
+        save_tensors(path, tensors, {"made": "elsewhere"})
+    elif dress == "pkl":
+        path.write_bytes(pickle.dumps(arrays))
+    else:
+        torch.save(tensors if dress == "pt" else arrays, path)
+    found = load_reference(path, extractor="digits", dim=3)
+    assert torch.equal(found.stats.mean, stats.mean)
+    assert torch.equal(found.stats.cov, stats.cov)
+    assert (found.count, list(load_all_references(path))) == (None, [""])
+    assert found.assumed.endswith("extra left aside")
+    assert dress == "pkl" or kind_of(path) == "reference"
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt"])
+def test_features_beside_moments_are_kept(suffix: str, tmp_path: Path) -> None:
+    features, path = draw(40, 3), tmp_path / f"a.{suffix}"
+    stats = feature_stats(features)
+    labels = torch.arange(len(features[:9]))
+    tensors = {"mu": stats.mean, "sigma": stats.cov, "features": features[:9], "labels": labels}
+    if suffix == "npz":
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        np.savez(path, **arrays)
+    elif suffix == "pt":
+        torch.save(tensors, path)
+    else:
+        save_tensors(path, tensors)
+    found = load_reference(path)
+    assert torch.equal(found.stats.cov, stats.cov)  # of all images, not of the nine that are kept
+    assert torch.equal(found.require_features("kid"), features[:9])
+    assert found.labels is not None
+    assert torch.equal(found.labels, labels)
+    assert "left aside" not in found.assumed
+
+
 def test_dgm_eval_files_hold_features(tmp_path: Path) -> None:
     features = draw(40, 4)
     options = np.array({"model": "dinov2"}, dtype=object)
@@ -188,7 +230,9 @@ def test_our_own_features_serve_as_a_reference(tmp_path: Path) -> None:
         ({"mu": np.zeros(2), "sigma": np.ones((2, 3))}, r"\(D, D\), got shapes \(2,\) and \(2, 3"),
         ({"mu": np.zeros(2), "sigma": np.eye(3)}, r"\(D, D\), got shapes \(2,\) and \(3, 3\)"),
         ({"mu": np.zeros((2, 1)), "sigma": np.eye(2)}, r"a mean \(D,\) .* shapes \(2, 1\)"),
-        ({"mu": np.zeros(2, complex), "sigma": np.eye(2)}, "'mu' as an array of numbers, found co"),
+        ({"mu": np.zeros(2, complex), "sigma": np.eye(2)}, "'mu' .* a floating type, found type c"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2, dtype=int)}, "'sigma' .* type, found type int64"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "reps": np.ones((9, 3))}, r"\(M, 2\), got \(9, 3"),
         ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "at least 1 dimension"),
         ({"mu": np.zeros(20_000), "sigma": np.eye(2)}, "of 20000 dimensions, at most 16384"),
         ({"other": np.zeros(2)}, "expected 'mu' and 'sigma', or 'reps', found 'other'"),
