@@ -80,6 +80,15 @@ class Machine:
             raise self.refuse("an instruction takes a value from an empty stack")
         return self.stack.pop()
 
+    def pop_last(self, count: int) -> list[object]:
+        """Take the topmost values above the last mark, the lowest of them first."""
+        begin = len(self.stack) - count
+        if begin < self._floor:
+            raise self.refuse("an instruction takes a value from an empty stack")
+        values = self.stack[begin:]
+        del self.stack[begin:]
+        return values
+
     def top(self) -> object:
         """The topmost value, which stays."""
         if len(self.stack) <= self._floor:
@@ -115,12 +124,13 @@ class Machine:
 
     def put(self, key: int | None = None) -> None:
         """Remember the topmost value, by the next number where none is given."""
-        value = self.top()
-        key = len(self._memo) if key is None else key
-        self.budget.spend(MEMO_COST)
-        self._memo[key] = value
+        value, memo, budget = self.top(), self._memo, self.budget
+        budget.left -= MEMO_COST  # `spend` in place: most instructions are this one
+        if budget.left < 0:
+            budget.spend(0)
+        memo[len(memo) if key is None else key] = value
         if isinstance(value, Unbuilt):
-            value.memo_keys.append(key)
+            value.memo_keys.append(len(memo) - 1 if key is None else key)
 
     def get(self, key: int) -> None:
         """Put a remembered value on the stack."""
@@ -223,33 +233,30 @@ def require_tree(root: object, name: str) -> None:
     What passes can be walked by plain recursion: no cycles, at most MAX_DEPTH levels, and at most
     MAX_NODES values even where several containers share one.
     """
-    sizes: dict[int, int] = {}  # id of a finished container -> values in it, all levels
-    depths: dict[int, int] = {}
-    entered: set[int] = set()
-    # With what a container holds that has an inside, once that was put on top of it.
-    stack: list[tuple[object, list[object] | None]] = [(root, None)]
-    while stack:
-        value, within = stack.pop()
-        key = id(value)
-        if within is None:
-            if key in sizes or not isinstance(value, _INNER):
+    known: dict[int, tuple[int, int] | None] = {}  # None while a container is being walked
+
+    def walk(value: object, level: int) -> tuple[int, int]:
+        """(values in a container, levels of it), both with itself."""
+        children = _children(value)
+        if isinstance(value, Unbuilt) and not isinstance(value, Record):
+            raise CheckpointError(f"{name}: an array or type was announced, but not described")
+        size, depth, key = 1 + len(children), 0, id(value)
+        known[key] = None
+        for child in children:
+            if not isinstance(child, _INNER):
                 continue
-            if key in entered:
+            found = known.get(id(child), ()) if level < MAX_DEPTH else (0, MAX_DEPTH)
+            if found is None:
                 raise CheckpointError(f"{name}: a value contains itself")
-            if isinstance(value, Unbuilt) and not isinstance(value, Record):
-                raise CheckpointError(f"{name}: an array or type was announced, but not described")
-            within = [child for child in _children(value) if isinstance(child, _INNER)]
-            if within:
-                entered.add(key)
-                stack.append((value, within))
-                stack.extend((child, None) for child in within)
-                continue
-        entered.discard(key)
-        inside = list(map(id, within))
-        sizes[key] = 1 + len(_children(value)) + sum(sizes[child] - 1 for child in inside)
-        depths[key] = 1 + max((depths[child] for child in inside), default=0)
-        if sizes[key] > MAX_NODES or depths[key] > MAX_DEPTH:
+            inside, below = found or walk(child, level + 1)
+            size, depth = size + inside - 1, max(depth, below)
+        if size > MAX_NODES or depth >= MAX_DEPTH:
             raise CheckpointError(f"{name}: nested beyond {MAX_DEPTH} levels or {MAX_NODES} values")
+        known[key] = size, depth + 1
+        return size, depth + 1
+
+    if isinstance(root, _INNER):
+        walk(root, 1)
 
 
 def _children(value: object) -> Collection[object]:

@@ -6,7 +6,6 @@ live objects (EXT1 to EXT4, NEXT_BUFFER, READONLY_BUFFER, OBJ, INST) are refused
 
 from __future__ import annotations
 
-import codecs
 import pickletools
 import struct
 from collections.abc import Callable
@@ -44,8 +43,7 @@ def run(machine: Machine) -> object:
 
 def _tuple(count: int) -> Opcode:
     def step(m: Machine) -> None:
-        values = [m.pop() for _ in range(count)]
-        m.push(tuple(reversed(values)), 72)
+        m.push(tuple(m.pop_last(count)), 72)
 
     return step
 
@@ -85,8 +83,7 @@ def _extend(m: Machine, values: list[object]) -> None:
 
 
 def _set_item(m: Machine) -> None:
-    value, key = m.pop(), m.pop()
-    _set_items(m, [key, value])
+    _set_items(m, m.pop_last(2))
 
 
 def _set_items(m: Machine, values: list[object]) -> None:
@@ -240,7 +237,7 @@ def decode(m: Machine, data: bytes, encoding: str) -> str:
     """Text from bytes; `encoding` is one of ours, never one that the file names."""
     m.budget.spend(64 + 4 * len(data))
     try:
-        return codecs.decode(data, encoding, "surrogatepass" if encoding == "utf-8" else "strict")
+        return data.decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
     except UnicodeError:
         raise m.refuse(f"text that is not {encoding}") from None
 

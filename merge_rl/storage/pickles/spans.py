@@ -130,14 +130,14 @@ class PartSource(ByteSource):
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset` on; CheckpointError if there are fewer."""
-        wanted = self._span.part(offset, length)
+        end = offset + length
         for begin in (0, max(0, self.size - END_BYTES)):
-            if begin <= offset and offset + length <= begin + END_BYTES:
+            if begin <= offset <= end <= min(begin + END_BYTES, self.size):
                 if begin not in self._ends:
                     size = min(END_BYTES, self.size)
                     self._ends[begin] = self._span.part(begin, size).read()
-                return self._ends[begin][offset - begin : offset - begin + length]
-        return wanted.read()
+                return self._ends[begin][offset - begin : end - begin]
+        return self._span.part(offset, length).read()
 
 
 class Cursor:
