@@ -69,11 +69,23 @@ def name_of(code: Any) -> str:
 
 def require_allowed(name: str, kind: str, flag: str, where: str) -> None:
     """Raise ConfigError for code that a file names and the user does not; says which flag would."""
-    for one in name.split(","):
-        if is_own(one) and one not in _allowed:
-            raise ConfigError(
-                f"{where} names the {kind} {one!r}, a module; pass {flag} {name} to import it"
-            )
+    require_all_allowed([(name, kind, flag)], where)
+
+
+def require_all_allowed(named: Iterable[tuple[str | None, str, str]], where: str) -> None:
+    """The same of several names, each with its kind and flag: all that are missing are told."""
+    odd, flags = dict[str, str](), list[str]()
+    for name, kind, flag in named:
+        for one in (name or "").split(","):
+            if is_own(one) and one not in _allowed:
+                odd[one] = f"the {kind} {one!r}"
+                flags.append(f"{flag} {name}")
+    if odd:
+        what, it = ("modules", "them") if len(odd) > 1 else ("a module", "it")
+        raise ConfigError(
+            f"{where} names {' and '.join(odd.values())}, {what}; pass "
+            f"{' '.join(dict.fromkeys(flags))} to import {it}"
+        )
 
 
 def require_readable(name: str, kind: str) -> None:

@@ -227,7 +227,7 @@ def _own_network(name: str, options: Mapping[str, Any]) -> Network:
 
     own_code.require_allowed(name, "network", "--network", "the model config")
     what = f"the options {', '.join(options)}" if options else "no arguments"
-    made = network_of(own_code.call(name, "network", what=what, **options), name).eval()
+    made = network_of(own_code.call(name, "network", what=what, **options), name).eval().float()
     made.__dict__["own_name"] = name
     return made
 

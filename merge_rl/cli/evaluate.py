@@ -20,7 +20,7 @@ from merge_rl.cli.output import (
     say,
 )
 from merge_rl.cli.results import interval_text, number_text
-from merge_rl.cli.sample import find_autoencoder, generation_settings
+from merge_rl.cli.sample import find_autoencoder, generation_settings, require_named
 from merge_rl.cli.tables import print_table
 from merge_rl.config import MODEL_IMAGES, EvaluateConfig, ReferenceConfig, SamplerConfig
 from merge_rl.errors import ConfigError, absent
@@ -75,6 +75,9 @@ def evaluate(
     heldout = config.heldout or (None if config.reference else near.heldout)
     config = replace(config, reference=target, heldout=heldout)
     what: dict[str, Any] = {"model": model, "extractor": config.extractor}
+    if kind == "model" and here:
+        unsaid = near.extractor if config.extractor is None else None
+        require_named(model, config, unsaid)
     if kind != "features":
         name, weights = _extractor(model, config, near)
         if kind == "model":

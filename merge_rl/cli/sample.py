@@ -13,7 +13,7 @@ from merge_rl.cli.options import MODEL_HELP, build, integer, meant, positive, wi
 from merge_rl.cli.output import JsonFlag, ProgressTracker, note, print_json, say, tell
 from merge_rl.config import GenerationConfig, SampleConfig, SamplerConfig, to_mapping
 from merge_rl.errors import ConfigError
-from merge_rl.own_code import require_allowed
+from merge_rl.own_code import require_all_allowed
 from merge_rl.progress import counted
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def generated(
     from merge_rl.workflows.rollout import Rollout
 
     config, sampler = generation_settings(SampleConfig, settings, model)
+    require_named(model, config)
     network = load_network(model, config.network)
     classes = int(getattr(network, "label_dim", 0))
     labels = labels_of(config.num_images, classes, label)
@@ -171,14 +172,27 @@ def generation_settings(
     return config, sampler
 
 
+def require_named(model: Path, config: GenerationConfig, extractor: str | None = None) -> None:
+    """Refuse code of others that model and run name for what is to be done, and nobody here."""
+    from merge_rl.storage.checkpoints import stated_config
+    from merge_rl.workflows.assembly import find_defaults
+
+    stated = (stated_config(model) or {}) if config.network is None else {}
+    decoder = find_defaults(model).autoencoder if config.autoencoder is None else None
+    named = [
+        (str(stated.get("model", "")), "network", "--network"),
+        (decoder, "autoencoder", "--autoencoder"),
+        (extractor, "extractor", "--extractor"),
+    ]
+    require_all_allowed(named, f"the run or set of {model}")
+
+
 def find_autoencoder(model: Path, network: nn.Module, config: GenerationConfig) -> Autoencoder:
     """What makes images of a network's samples: as said, else as its run or set says."""
     from merge_rl.workflows.assembly import find_defaults, load_autoencoder
 
     near = find_defaults(model)
     own = config.autoencoder in (None, near.autoencoder)
-    if config.autoencoder is None and near.autoencoder is not None:
-        require_allowed(near.autoencoder, "autoencoder", "--autoencoder", f"the run of {model}")
     built, _ = load_autoencoder(
         config.autoencoder or near.autoencoder,
         config.autoencoder_weights or (near.autoencoder_weights if own else None),

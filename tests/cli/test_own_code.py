@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import merge_rl as mrl
 from merge_rl import own_code, registry
+from merge_rl.core.sampling.compatibility import require_call
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import save_checkpoint
 from merge_rl.workflows.assembly.networks import load_guide, open_guide
@@ -248,16 +249,19 @@ def test_a_run_goes_on_where_its_code_is_named_again(
     forget()
     kinds = {"network": "network", "autoencoder": "Twice", "extractor": "Points",
              "searcher": "Steps", "reward": "Nearest"}  # fmt: skip
-    named: list[str] = []
-    for kind, name in kinds.items():
-        refused = mergerl("resume", "run", *named)
-        assert refused.code == 1
-        assert (
-            f"names the {kind} '{own}:{name}', a module; pass --{kind} {own}:{name}" in refused.err
-        )
+    named = [f"--{kind} {own}:{name}" for kind, name in kinds.items()]
+    for count in (0, 4):  # all that is missing is asked for at once
+        refused = mergerl("resume", "run", *" ".join(named[:count]).split())
         forget()
-        named += [f"--{kind}", f"{own}:{name}"]
-    again = mergerl("resume", "run", "--json", *named)
+        assert refused.code == 1
+        missing = [f"the {k} '{own}:{name}'" for k, name in list(kinds.items())[count:]]
+        what, it = ("modules", "them") if count == 0 else ("a module", "it")
+        assert (
+            f"run names {' and '.join(missing)}, {what}; pass {' '.join(named[count:])} to import "
+            f"{it}" in refused.err
+        )
+    given = " ".join(named).split()
+    again = mergerl("resume", "run", "--json", *given)
     assert again.code == 0, again.err
     assert json.loads(again.out)["coefficients"] == json.loads(whole.out)["coefficients"]
     # Twice the points are nearest to (1, 0) where the points are about (0.5, 0).
@@ -424,6 +428,27 @@ def test_shapes_of_an_own_network_cost_its_module_no_numbers(own: str) -> None:
     again = registry.build_model({"model": f"{own}:stepped"})
     assert again.last == pytest.approx(0.5)
     assert again.noise_levels is not None
+
+
+def test_an_own_network_of_another_type_is_one_of_float32() -> None:
+    class Half(torch.nn.Linear):
+        def forward(self, input: torch.Tensor, *_t: torch.Tensor) -> torch.Tensor:
+            if input.dtype != self.weight.dtype:
+                raise TypeError(f"{input.dtype} meets {self.weight.dtype}")
+            return super().forward(input)
+
+    def network() -> torch.nn.Module:
+        made = Half(2, 2, bias=False).bfloat16()
+        return mrl.describe(made, prediction="noise", time="sigma", sample_shape=[2])
+
+    built = registry.build_model({"model": own_code.allow(network)})
+    assert {tensor.dtype for tensor in built.state_dict().values()} == {torch.float32}
+    require_call(built)
+    other = mrl.describe(Half(2, 2).double(), prediction="noise", time="sigma", sample_shape=[2])
+    with pytest.raises(
+        ConfigError, match="the network Half, in float32, with x .* failed: TypeErr"
+    ):
+        require_call(other)
 
 
 def test_weights_beside_an_own_network_guide_it(shifts: Path, own: str) -> None:

@@ -214,7 +214,9 @@ def _called(model: nn.Module) -> Tensor:
     except Exception as error:
         what = f"x {tuple(x.shape)}, t (1,)" + (" and labels (1,)" if said.label_dim else "")
         name, problem = type(model).__name__, f"{type(error).__name__}: {reason(error)}"
-        raise ConfigError(f"calling the network {name} with {what} failed: {problem}") from error
+        raise ConfigError(
+            f"calling the network {name}, in float32, with {what} failed: {problem}"
+        ) from error
     return made
 
 

@@ -50,6 +50,7 @@ from merge_rl.storage.checkpoints.model_file import (
     require_fit,
     require_network,
     save_checkpoint,
+    stated_config,
 )
 from merge_rl.storage.checkpoints.one_pass import merge_pass
 from merge_rl.storage.checkpoints.plan import MergePlan, base_index, merged_licence, plan_merge
@@ -122,6 +123,7 @@ __all__ = [
     "require_fit",
     "require_network",
     "save_checkpoint",
+    "stated_config",
     "unknown_config",
     "write_manifest",
 ]

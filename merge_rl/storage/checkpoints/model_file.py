@@ -105,6 +105,12 @@ def _opened(
     return named_as_network(stored, config), recorded, config
 
 
+def stated_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The config of `open_model_file`; what it describes is not looked at."""
+    listed = find_listing(file := model_file_path(path))
+    return first_config(file, open_weights(file).metadata, listed[0] if listed else None)
+
+
 def left_in_file(path: str | os.PathLike[str]) -> str | None:
     """What a user should hear of a file that holds more than the network; None of any other."""
     try:
@@ -238,12 +244,8 @@ def _require_forms(
     odd = [name for name in {**expected, **tensors} if not _fits(tensors, expected, name)]
     if odd:
         wanted = expected.get(odd[0])
-        found, want = tensors.get(odd[0], "missing"), "no such tensor"
-        if wanted:
-            complex_ = wanted.type_name.startswith("complex")
-            kind = "complex numbers" if complex_ else "whole numbers"
-            kind = "a floating type" if wanted.is_floating else kind
-            want = f"{kind} {list(wanted.shape)}"
+        found = tensors.get(odd[0], "missing")
+        want = f"{wanted.kind} {list(wanted.shape)}" if wanted else "no such tensor"
         raise IncompatibleCheckpointError(
             f"{where}: not the tensors of {network}: {len(odd)} differ, first {odd[0]!r}: "
             f"found {found}, expected {want}"
@@ -269,7 +271,7 @@ def _fits(tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo],
     found, wanted = tensors.get(name), expected.get(name)
     if found is None or wanted is None or found.shape != wanted.shape:
         return False
-    return found.is_floating == wanted.is_floating
+    return found.kind == wanted.kind
 
 
 def _nested(config: Config) -> Config:

@@ -67,7 +67,7 @@ def plan_merge(
     require_shared(checkpoints, constants)
     carried |= frozen_names(infos, freeze)
     other = {name for name, info in infos.items() if not info.is_floating} - carried
-    waves = sorted(name for name in other if infos[name].type_name.startswith("complex"))
+    waves = sorted(name for name in other if infos[name].kind.startswith("complex"))
     require_shared(checkpoints, waves, _COMPLEX)
     carried |= other
     merged = tuple(name for name in infos if name not in carried)

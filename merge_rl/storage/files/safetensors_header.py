@@ -87,6 +87,13 @@ class TensorInfo:
         """Whether elements are real numbers, not whole or complex ones."""
         return self.code.startswith(("F", "BF", "float", "bfloat"))
 
+    @property
+    def kind(self) -> str:
+        """What elements are, in words."""
+        if self.is_floating:
+            return "a floating type"
+        return "complex numbers" if self.type_name.startswith("complex") else "whole numbers"
+
     def __str__(self) -> str:
         return f"{self.type_name} {list(self.shape)}"
 

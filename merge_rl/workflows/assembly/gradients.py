@@ -51,20 +51,27 @@ def tried_in_vain(config: OptimizeConfig, checkpoints: CheckpointSet) -> str | N
     network = own_code.is_own(str(stated))
     if not (decoder or found or network):
         return None
-    codes = [(name, "extractor") for name in found] + [(named or "", "autoencoder")] * decoder
-    codes += [(str(stated), "network")] * network
     try:
         model = blank_network(checkpoints, "cpu")
         if network and (why := without_gradient(model)):
             return why
-        if not (decoder or found):
-            return None
-        return _tried(
-            tuple(own_code.find(*code) for code in codes), tuple(found.items()), named,
-            config.autoencoder_weights, tuple(sample_shape(model)), config.device,
-        )  # fmt: skip
+        shape = tuple(sample_shape(model))
     except MergeRLError:
-        return f"whether the {codes[0][1]} {codes[0][0]} has a gradient is not known"
+        return _unknown(str(stated), "network") if network else None
+    if not (decoder or found):
+        return None
+    codes = [(name, "extractor") for name in found] + [(named or "", "autoencoder")] * decoder
+    try:
+        code = tuple(own_code.find(*one) for one in codes)
+    except MergeRLError:
+        return None
+    return _tried(
+        code, tuple(found.items()), named, config.autoencoder_weights, shape, config.device
+    )
+
+
+def _unknown(name: str, kind: str) -> str:
+    return f"whether the {kind} {name} has a gradient is not known"
 
 
 @lru_cache(maxsize=4)
@@ -76,10 +83,17 @@ def _tried(
     shape: tuple[int, ...],
     device: str,
 ) -> str | None:
-    built = [build_extractor(name, own, device)[0] for name, own in extractors]
-    decoder, _ = load_autoencoder(autoencoder, weights, shape=shape, device=device)
-    samples = seeded_noise([0, 1], shape).to(device) / 4
-    return without_derivative(decoder, SideBySide(built, ""), samples)
+    built, at = [], (autoencoder or "none", "autoencoder")
+    try:
+        decoder, _ = load_autoencoder(autoencoder, weights, shape=shape, device=device)
+        samples = seeded_noise([0, 1], shape).to(device) / 4
+        decoder.decode(samples)
+        for name, own in extractors:
+            at = (name, "extractor")
+            built.append(build_extractor(name, own, device)[0])
+        return without_derivative(decoder, SideBySide(built, ""), samples)
+    except MergeRLError:
+        return _unknown(*at)
 
 
 def own_extractors(config: OptimizeConfig) -> dict[str, str | None]:

@@ -78,10 +78,9 @@ def _completed(config: Settings, defaults: ModelDefaults, nothing: str) -> Setti
 def _near(path: str | Path, config: Settings) -> ModelDefaults:
     """What the set or run of a path says; refuses to run code that it alone names."""
     near = find_defaults(path)
-    for kind in ("extractor", "autoencoder"):
-        named = getattr(near, kind)
-        if getattr(config, kind) is None and named is not None:
-            own_code.require_allowed(named, kind, f"--{kind}", f"the run or set of {path}")
+    unsaid = [kind for kind in ("extractor", "autoencoder") if getattr(config, kind) is None]
+    named = [(getattr(near, kind), kind, f"--{kind}") for kind in unsaid]
+    own_code.require_all_allowed(named, f"the run or set of {path}")
     return near
 
 
@@ -244,5 +243,4 @@ def allow_named(config: OptimizeConfig | FinetuneConfig) -> None:
 
 def require_all_allowed(config: OptimizeConfig | FinetuneConfig, where: str) -> None:
     """Raise ConfigError for code that settings in a file name and the user does not."""
-    for name, kind, flag in names_in(config):
-        own_code.require_allowed(name, kind, flag, where)
+    own_code.require_all_allowed(names_in(config), where)

@@ -78,7 +78,9 @@ def plan_budget(config: OptimizeConfig, starts: int = 1) -> BudgetPlan:
         refresh = first - least * reward.images_per_candidate
         if search.takes_gradients:
             parts, refresh = [f"{reward.images_per_subset} images with their gradient"], 0
-        parts += [f"the pool of {pool}"] * bool(pool) + [f"a refresh of {refresh}"] * bool(refresh)
+        parts += [f"the pool of {pool} (--pool)"] * bool(pool) + [f"a refresh of {refresh}"] * bool(
+            refresh
+        )
         kept, reserved = cost(start) + final + again, config.evaluation.reserved
         parts += [f"{kept} to choose start and result"] * bool(kept)
         parts += [f"{reserved} for the final comparison"] * bool(reserved)

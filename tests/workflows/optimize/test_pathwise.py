@@ -229,9 +229,22 @@ class Decoder:
         return (samples.clip(-1, 1) * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
+class Broken:
+    """An extractor that fails."""
+
+    name, dim = "broken", 2
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        raise ConfigError(f"no features of {len(images)} images")
+
+
 @pytest.mark.parametrize(
     ("code", "kind", "found", "why"),
     [
+        (
+            Broken, "extractor", "policy-gradient",
+            f"whether the extractor {__name__}:Broken has a gradient is not known",
+        ),
         (Brightness, "extractor", "pathwise", None),
         (
             Counted, "extractor", "policy-gradient",

@@ -180,7 +180,7 @@ def test_the_budget_is_divided(shared_tiny: Path, tiny_config: TinyConfig) -> No
     # Shares that pay for too little are left to the rounds.
     plan = plan_budget(dataclasses.replace(config, budget=3900), 4)
     assert (plan.start, plan.final, plan.limit) == ((), 780 * 0, 3900)
-    with pytest.raises(BudgetError, match="the pool of 1000.* expected at least 1050$"):
+    with pytest.raises(BudgetError, match=r"the pool of 1000 \(--pool\).* expected at least 1050$"):
         plan_budget(dataclasses.replace(config, budget=1049), 4)
 
 

@@ -201,7 +201,7 @@ def test_a_search_by_two_encoders(
     if ":" in second:  # whose code the run alone does not let in
         monkeypatch.setattr(own_code, "_allowed", {})
         refused = mergerl(*command)
-        assert f"pass --extractor digits,{second} to import it here" in refused.err
+        assert f"pass --extractor digits,{second} to import it" in refused.err
         named = both[:2]
     ended = mergerl(*command, *named)
     assert ended.code == 0, ended.err
