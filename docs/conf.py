@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import generated
+from sphinx_gallery.sorting import ExplicitOrder
 
 from merge_rl.version import __version__
 
@@ -17,6 +18,13 @@ author = "The merge_rl authors"
 copyright = author
 release = version = __version__
 
+TUTORIALS = [  # in the order to read them
+    "first_merge.py",
+    "own_network.py",
+    "diffusers_unet.py",
+    "posthoc_ema.py",
+    "reward_alone.py",
+]
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
@@ -29,7 +37,8 @@ sphinx_gallery_conf = {  # every tutorial is run; one that fails ends the build
     "gallery_dirs": "learn",
     "filename_pattern": r"\.py$",
     "abort_on_example_error": True,
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": ExplicitOrder(TUTORIALS),
+    "write_computation_times": False,
     "min_reported_time": 1,
     "download_all_examples": False,
     "show_memory": False,
@@ -49,6 +58,7 @@ autodoc_preserve_defaults = True
 html_theme = "furo"
 html_title = f"merge_rl {version}"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 
 generated.write(HERE / "reference")

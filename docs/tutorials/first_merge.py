@@ -6,6 +6,8 @@ The package comes with small training runs of handwritten digits. Here the raw s
 are merged, with a budget so small that it takes seconds; the defaults ask for 50,000 images.
 """
 
+# sphinx_gallery_thumbnail_number = 2
+
 # %%
 # A set of checkpoints
 # --------------------
@@ -37,23 +39,22 @@ print(len(average), "tensors, the first is", next(iter(average)))
 # %%
 # A search
 # --------
-# 2,000 images, made with 4 steps of the solver: a pool of 500 is renewed bit by bit, and the
-# gradient of its distance to real digits says where to go. By default a search begins at the best
-# merge that costs nothing; so few images begin at the newest snapshot. At the end start and result
-# are scored on fresh seeds that nothing was chosen by, against digits that the search never saw.
+# 5,000 images, made with 4 Euler steps, where a good merge gains much: a pool of images is renewed
+# bit by bit, and the gradient of its distance to real digits says where to go. By default a search
+# begins at the best merge that costs nothing; this one begins at the newest snapshot. At the end
+# start and result are scored on fresh seeds, against digits that the search never saw.
 
 result = mrl.optimize(
     runs["sit"],
     out=folder / "run",
     track="raw",
-    budget=2000,
+    budget=5000,
     searcher="pathwise",
     start="newest",
     start_share=0,
     final_share=0,
-    solver="midpoint",
+    solver="euler",
     num_steps=4,
-    pool_size=500,
     num_images=100,
     repeats=3,
     selection_images=50,
@@ -62,13 +63,14 @@ result = mrl.optimize(
 print(result.verdict)
 
 # %%
-# Rows are groups of tensors, columns checkpoints; each row has the sum 1, and entries may be
-# negative.
+# Every tensor has a coefficient for every checkpoint; those of a tensor have the sum 1, and may be
+# negative. The search began with 1 for the newest and 0 for all others: this is what it changed.
 
-figure, axes = plt.subplots(figsize=(6, 2.2), layout="constrained")
-limit = float(result.coefficients.abs().max())
-picture = axes.imshow(result.coefficients, cmap="RdBu", vmin=-limit, vmax=limit)
-axes.set(xlabel="checkpoint, oldest to newest", ylabel="group")
+change = result.coefficients - torch.eye(len(ckpts))[-1]
+figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+limit = float(change.abs().max())
+picture = axes.imshow(change, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+axes.set(title="change of the coefficients", xlabel="checkpoint, oldest to newest", ylabel="tensor")
 figure.colorbar(picture)
 plt.show()
 
@@ -83,7 +85,7 @@ models = {"newest": ckpts.paths[-1], "merged": result.run_dir / "merged"}
 figure, rows = plt.subplots(2, 1, figsize=(8, 2.4), layout="constrained")
 for axes, (name, path) in zip(rows, models.items(), strict=True):
     with torch.no_grad():
-        samples = mrl.sample(mrl.load_model(path), noise, labels, solver="midpoint", num_steps=4)
+        samples = mrl.sample(mrl.load_model(path), noise, labels, solver="euler", num_steps=4)
     axes.imshow(torch.cat(samples[:, 0].unbind(), 1), cmap="gray_r", vmin=-1, vmax=1)
     axes.set(title=name, xticks=[], yticks=[])
 plt.show()

@@ -43,8 +43,9 @@ class Velocity(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2)
-        )
+            nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(),
+            nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2),
+        )  # fmt: skip
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The velocity at x and t."""
@@ -54,13 +55,13 @@ class Velocity(nn.Module):
 
 network, snapshots = Velocity(), []
 optimizer = torch.optim.Adam(network.parameters(), lr=2e-2)
-for step in range(1, 1601):
-    data, noise, t = half_moons(128), torch.randn(128, 2), torch.rand(128, 1)
+for step in range(1, 2001):
+    data, noise, t = half_moons(256), torch.randn(256, 2), torch.rand(256, 1)
     loss = (network(t * data + (1 - t) * noise, t) - (data - noise)).square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    if step % 200 == 0:
+    if step > 1200 and step % 100 == 0:
         snapshots.append(copy.deepcopy(network))
 
 # %%
@@ -100,7 +101,7 @@ result = mrl.search(
     reference=features(half_moons(5000)),
     heldout=features(half_moons(5000)),
     out=Path(tempfile.mkdtemp()) / "run",
-    budget=8000,
+    budget=16_000,
     pool_size=1000,
     progress=False,
 )
