@@ -77,9 +77,11 @@ def compare(
     """Compare searchers: all with the same budget, scored on the same fresh seeds.
 
     Every searcher searches with every seed of --seeds; --seed is that of the fresh images. The
-    table tells the FID of what they found, the images and the time they took, and how much their
-    coefficients differ between seeds; the plot how FID falls with the images generated. Ctrl-C
-    keeps what is done: the same command goes on.
+    table has the FID of what they found, the images and the time they took, and how much their
+    coefficients differ between seeds; the plot shows how FID falls with the images generated.
+    Ctrl-C keeps what is done; the same command goes on.
+
+    [bold]mergerl compare digits/edm2 --searcher pathwise --searcher nevergrad:CMA[/bold]
     """
     checkpoints = meant_set(checkpoints)
     config, _ = build_for_set(settings, checkpoints)
@@ -146,7 +148,7 @@ def report(
 
     One file to look at and to send on: verdict, pictures, scores with intervals, curves,
     coefficients, cost, settings, hashes, and the command that makes it again. Markdown and plots
-    lie beside it. A run that goes on is reported as far as it is.
+    lie beside it. An unfinished run is reported as far as it has come.
     """
     from merge_rl.storage.runs import find_run
 

@@ -54,6 +54,8 @@ def evaluate(
     """Score a model: FID and others, the mean of repeats with its 95 % interval.
 
     What is not said comes from the run or the checkpoint set that the model lies in.
+
+    [bold]mergerl evaluate runs/a --num-images 2000 --metrics fid,mmd[/bold]
     """
     from merge_rl.storage.hub import is_set_of_hub
     from merge_rl.workflows.assembly import build_extractor, find_defaults
@@ -194,6 +196,8 @@ def reference(
 
     Images stream through the extractor, so their number does not matter. Interrupted, the same
     command goes on where it was. Labels come from a dataset.json beside the images.
+
+    [bold]mergerl reference photos/ --out ref.safetensors --extractor inception --split[/bold]
     """
     from merge_rl.workflows.assembly import build_extractor
     from merge_rl.workflows.reference import build_reference

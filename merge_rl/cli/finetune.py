@@ -63,6 +63,8 @@ def finetune(
     the steps of training and of evaluation: gains under one need not carry over. The run is a
     checkpoint set of its snapshots: [bold]mergerl optimize RUN[/bold] merges the trajectory.
     Ctrl-C and SIGTERM save; [bold]mergerl resume RUN[/bold] goes on.
+
+    [bold]mergerl finetune digits/sit --config finetune-digits-sit --out runs/ft[/bold]
     """
     from merge_rl.storage.hub import is_set_of_hub
 

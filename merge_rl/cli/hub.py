@@ -150,6 +150,8 @@ def push(
     arrived is not sent again when the command is run once more. The token comes from
     [bold]hf auth login[/bold] or the variable HF_TOKEN; it has no option here, because a command
     line ends up in the history of the shell.
+
+    [bold]mergerl push runs/a user/my-merge[/bold]
     """
     from merge_rl.storage.checkpoints import folder_config
     from merge_rl.workflows.export import load_call

@@ -42,6 +42,10 @@ def merge(
 
     OUT gets model.safetensors, config.json, a model card and merge.yaml: a recipe from which
     [bold]--recipe[/bold] makes the same file again, bit for bit.
+
+    [bold]mergerl merge digits/edm2 average --track raw --uniform[/bold]
+
+    [bold]mergerl merge digits/edm2 narrow --ema-std 0.07[/bold]
     """
     from merge_rl.storage.checkpoints import merged_licence
     from merge_rl.storage.files import require_new

@@ -72,8 +72,9 @@ def demo(
         opened = open_checkpoints(path)
         tracks = ", ".join(opened.tracks)
         tell(f"wrote {path}: {len(opened)} checkpoints of {name} (tracks {tracks})")
+    recipe = " --config digits28" if pixels == 28 else ""
     for path in written.values():
-        tell(f"next: mergerl optimize {path}")
+        tell(f"next: mergerl optimize {path}{recipe}")
 
 
 Out = Annotated[
@@ -120,6 +121,8 @@ def optimize(
     how the FID of a pool of images changes when some of it is replaced. Ends with a comparison on
     fresh seeds and writes RUN/merged. Ctrl-C keeps the finished rounds; go on with
     [bold]mergerl resume RUN[/bold].
+
+    [bold]mergerl optimize digits/edm2 --out runs/a --budget 20000[/bold]
     """
     config, opened, run_dir = search_settings(checkpoints, settings, out)
     if dry_run:
@@ -150,6 +153,8 @@ def plan(
     Images, network calls, FLOPs, bytes moved, memory of a device, disk, and the time on several
     numbers of devices, from a calibration of this machine that takes some seconds. Refuses what
     cannot fit, and says the largest batch that does.
+
+    [bold]mergerl plan digits/edm2 --budget 20000[/bold]
     """
     config, opened, run_dir = search_settings(checkpoints, settings, out)
     show_plan(config, opened, run_dir, devices=devices, memory=memory, json=json)

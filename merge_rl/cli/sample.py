@@ -58,6 +58,8 @@ def sample(
     """Generate a grid of images. The same seed is the same image, whatever the batch.
 
     Of several models, grids side by side on equal seeds, each with its name.
+
+    [bold]mergerl sample digits/edm2 runs/a --num-images 40 --out side.png[/bold]
     """
     from merge_rl.storage.files import enlarge, image_grid, side_by_side, write_picture
 

@@ -271,9 +271,9 @@ class EvaluateConfig(GenerationConfig):
         DATA, "--heldout", path=True, unset=f"{NEAR}, unless --reference is given",
     )  # fmt: skip
     under: str | None = setting(
-        None, "What a model's images are made under.", MODEL, "--under",
+        None, "Make a model's images by the ODE, the SDE or both.", MODEL, "--under",
         metavar="ode|sde|both",
-        unset="both for SiT, ode for EDM2; what a solver that is named is",
+        unset="both for SiT, ode for EDM2; with --solver what that one solves",
     )  # fmt: skip
     max_rows: int = setting(
         10_000, "Rows of either set that kid, mmd and prdc compare.", SCORES, "--max-rows"

@@ -92,9 +92,12 @@ class RewardConfig:
         "extractor as fd-NAME-subset, fd-mean of several (--extractor inception,dinov2), or a sum: "
         "'fid-subset + 0.2 * fd-dinov2-subset'.",
         REWARD, "--reward",
-        unset="fid-subset, or fid-full for searchers that remember rewards",
+        unset="fid-subset; of black boxes in a search, which remember rewards, fid-full",
     )  # fmt: skip
-    pool_size: int = setting(5000, "N, images in the pool.", REWARD, "--pool")
+    pool_size: int = setting(
+        5000, "N, images in the pool; in a search pathwise takes 1/20 of the budget at most.",
+        REWARD, "--pool",
+    )  # fmt: skip
     subset_size: int | None = setting(
         None, "n, images a candidate replaces, or all it is scored on.", REWARD, "--subset",
         unset="what suits reward and budget",
@@ -104,7 +107,9 @@ class RewardConfig:
     # The result of a search is the policy mean of the last refresh, the last one whose samples
     # were seen to be sound.
     refresh: str = setting(
-        "rolling", "rolling: some rows of the pool every round; K: all rows, every K rounds.",
+        "rolling",
+        "rolling: some rows of the pool every round; K: all rows, every K rounds. Rounds are steps "
+        "in fine-tuning; the searcher pathwise is always rolling.",
         REWARD, "--refresh", metavar="rolling|K",
     )  # fmt: skip
     # A pool that is renewed more slowly than the policy moves makes it overshoot.

@@ -150,6 +150,8 @@ def test_demo_says_what_to_do_next(mergerl: Mergerl, tmp_path: Path) -> None:
     for name, count in (("edm2", 24), ("sit", 12)):
         assert f"wrote digits/{name}: {count} checkpoints of {name} (tracks raw, " in out
         assert f"next: mergerl optimize digits/{name}\n" in out
+    large = mergerl("demo", "large", "--pixels", "28").out
+    assert "next: mergerl optimize large/edm2 --config digits28\n" in large
     code, out, _ = mergerl("demo", "others", "--json")
     assert json.loads(out) == {"edm2": "others/edm2", "sit": "others/sit"}
 

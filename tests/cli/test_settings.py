@@ -49,7 +49,8 @@ def test_json_has_what_a_program_needs(mergerl: Mergerl) -> None:
     found = {item["setting"]: item for item in document}
     assert found["reward.pool_size"] == {
         "setting": "reward.pool_size", "option": "--pool", "type": "int", "default": 5000,
-        "default_text": "5000", "choices": [], "meaning": "N, images in the pool.",
+        "default_text": "5000", "choices": [],
+        "meaning": "N, images in the pool; in a search pathwise takes 1/20 of the budget at most.",
     }  # fmt: skip
     assert found["reward.subset_size"]["default"] == 50  # the paper's, not that of a search
     assert found["algorithm"]["choices"] == ["pg", "rs", "pathwise"]
