@@ -153,6 +153,13 @@ def _step(picture: Path) -> int:
 
 
 def _score(run: TuningFacts, picture: Path) -> str:
+    """The final score of a picture's model, as in the table; before the end that along the run."""
+    if run.result is not None:
+        entry = {run.result["step"]: "result", 0: "start"}.get(_step(picture))
+        comparison = run.result["comparison"]
+        if entry is not None:
+            score = comparison["curves"]["sde-eval"]["entries"][entry][comparison["headline"]]
+            return f"{NAMES[comparison['headline']]} FID {interval(score)}"
     value = run.points.get(_step(picture), {}).get("sde-eval", {}).get(run.headline)
     return "" if value is None else f"{NAMES[run.headline]} FID {number(value)}"
 

@@ -221,6 +221,7 @@ def test_the_page_of_fine_tuning(figures: None, tmp_path: Path) -> None:
     assert page.tags.count("svg") == 4
     assert page.tags.count("img") == 2
     assert page.text.count("2.000 [1.800, 2.200] +1.000 [+0.950, +1.050] better") == 4
+    assert "held-out FID 2.000 [1.800, 2.200]" in page.text  # as in the table
     assert "20 steps, 200 images, 10 s in steps" in page.text
     begun = Seen(finetune_document(FinetuneRun(tuning_run(tmp_path / "b", finished=False))))
     assert "Not finished: step 20 of 20." in begun.text
