@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,29 +141,41 @@ WRITERS: Final[dict[str, Callable[[Path], object]]] = {
 }
 
 
-def told(write: Callable[[Path], object], place: Path, first: int) -> str:
-    """What writing says in a child whose disk is full from a number on; "" when all is written."""
+def fill(write: Callable[[Path], object], places: Path) -> list[str]:
+    """What writing into each of the folders "whole", "0", "1" ... says, whose disk is full never,
+    at once, after one write ...; "" for what is written whole, with which the numbers end.
+    """
     receiving, sending = os.pipe()
     pid = os.fork()
     if pid == 0:
-        said = "lost"
+        said: list[str] = []
         os.fsync = lambda fd: None
         try:
-            FullDisk(first).install()
-            write(place)
-            said = ""
-        except MergeRLError as error:
-            said = f"refused: {error}"
-        except OSError as error:
-            said = f"{error.filename}: {error.strerror}"
+            disk = FullDisk(None)
+            disk.install()
+            for place in ("whole", *map(str, range(200))):
+                disk.first, disk.count = None if place == "whole" else int(place), 0
+                said.append(refusal(write, places / place))
+                if said[1:] and not said[-1]:
+                    break
         finally:
-            FullDisk.real_write(sending, said.encode())
+            FullDisk.real_write(sending, json.dumps(said).encode())
             os._exit(0)
     os.close(sending)
     with os.fdopen(receiving) as file:
-        said = file.read()
+        found: list[str] = json.load(file)
     os.waitpid(pid, 0)
-    return said
+    return found
+
+
+def refusal(write: Callable[[Path], object], place: Path) -> str:
+    try:
+        write(place)
+    except MergeRLError as error:
+        return f"refused: {error}"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return ""
 
 
 def contents(place: Path) -> dict[str, bytes]:
@@ -172,15 +185,14 @@ def contents(place: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_disk_that_is_full_at_any_write_leaves_whole_files(name: str, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    assert told(WRITERS[name], whole, 10**9) == ""
-    expected = contents(whole)
+    whole, *full = fill(WRITERS[name], tmp_path)
+    assert whole == full[-1] == ""
+    assert len(full) > 2  # there were writes to refuse
+    expected = contents(tmp_path / "whole")
     assert expected
-    for first in range(200):
+    assert contents(tmp_path / str(len(full) - 1)).keys() == expected.keys()
+    for first, said in enumerate(full[:-1]):
         place = tmp_path / str(first)
-        said = told(WRITERS[name], place, first)
-        if not said:
-            break
         # The sentence names what was to be written, by the name that it was to have.
         assert "No space left on device" in said
         assert f"{place}/out" in said or str(place) in said
@@ -190,5 +202,3 @@ def test_a_disk_that_is_full_at_any_write_leaves_whole_files(name: str, tmp_path
         growing = ("events.jsonl", "state.safetensors")  # which a run replaces as it goes on
         for file, data in left.items():
             assert data == expected.get(file, data) or Path(file).name in growing
-    assert first > 1  # there were writes to refuse
-    assert contents(place).keys() == expected.keys()
