@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from merge_rl.progress import number
@@ -54,7 +54,13 @@ def run_verdict(comparison: Mapping[str, Any]) -> Verdict:
         return _not_finite(f"{NAMES[head]} FID")
     names = {**OTHERS, "best single": f"{OTHERS['best single']} ({comparison['best_single']})"}
     outcomes = {names[other]: outcome(gain) for other, gain in gains.items()}
-    return _verdict(found, outcomes, f"{NAMES[head]} FID", entries, gains["start"], head)
+    told = _verdict(found, outcomes, f"{NAMES[head]} FID", entries, gains["start"], head)
+    ahead = [other for other, gain in gains.items() if outcome(gain) == "worse"]
+    if not ahead or "start" in ahead:
+        return told
+    # Who could have had the better one without a search is told so first.
+    line = f"worse than {enumerated(ahead)}{told.line.removeprefix(found)}"
+    return replace(told, tone="bad", line=line)
 
 
 def _verdict(

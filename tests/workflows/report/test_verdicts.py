@@ -87,13 +87,22 @@ def test_rounds_say_small_distances_too() -> None:
 
 
 def test_what_is_not_clear_is_not_called_a_gain() -> None:
-    found = run_verdict(comparison((-0.02, 0.22), (-0.3, -0.1)))
+    found = run_verdict(comparison((-0.02, 0.22), (0.1, 0.3)))
     assert found.tone == "even"
     assert found.claim == (
-        "Better than the uniform average; no clear difference from its start; worse than the best "
-        "single checkpoint (snap-7)."
+        "Better than the uniform average and the best single checkpoint (snap-7); no clear "
+        "difference from its start."
     )
     assert found.line.startswith("no clear difference: held-out FID 1.000 to 0.900, +0.100 [-0.020")
+    assert len(found.line) <= 80
+
+
+@pytest.mark.parametrize("start", [(0.08, 0.12), (-0.02, 0.22)])
+def test_a_result_behind_a_merge_without_a_search_is_no_success(start: tuple[float, float]) -> None:
+    found = run_verdict(comparison(start, (-0.3, -0.1)))
+    assert found.tone == "bad"
+    assert found.claim.endswith("; worse than the best single checkpoint (snap-7).")
+    assert found.line.startswith("worse than best single: held-out FID 1.000 to 0.900, +0.100 [")
     assert len(found.line) <= 80
 
 
