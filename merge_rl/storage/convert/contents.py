@@ -18,6 +18,7 @@ MAX_TENSORS: Final = 20_000
 _NAME: Final = re.compile(rf"[0-9A-Za-z_.-]{{1,{MAX_NAME}}}")
 _MAX_VALUES: Final = 2000
 _MAX_TEXT: Final = 1000
+ELSE: Final = "another network takes --network package.module:factory"
 DEFAULT_BATCH: Final = 256  # images a step, in SiT's public training
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -79,7 +80,9 @@ def require_axes(
     shape = tuple(shapes.get(name, ()))
     if len(shape) != ndim:
         found = f"of shape {list(shape)}" if name in shapes else "missing"
-        raise CheckpointError(f"not a {family}: tensor {name!r} is {found}, expected {ndim} axes")
+        raise CheckpointError(
+            f"not a {family}: tensor {name!r} is {found}, expected {ndim} axes; {ELSE}"
+        )
     return shape
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -10,7 +11,7 @@ from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.storage.convert.contents import Hints, Shapes
 from merge_rl.storage.convert.edm2 import is_edm2
 from merge_rl.storage.convert.said import Said
-from merge_rl.storage.convert.sit import is_jit, is_sit
+from merge_rl.storage.convert.sit import is_jit, is_sit, sit_config_from_shapes
 
 FAMILIES: Final = ("edm2", "sit", "dit", "repa", "jit")
 PROJECTORS: Final = "projectors."  # of REPA's loss: nothing that is sampled depends on them
@@ -90,8 +91,12 @@ _JIT_NAMES: Final = re.compile(
 
 def strange(shapes: Shapes) -> list[str]:
     """Names of parts that no SiT, or no JiT, has, where the tensors are one's in the main."""
-    known = _SIT_NAMES if is_sit(shapes) else _JIT_NAMES if is_jit(shapes) else None
-    parts = [name for name in shapes if "." in name and all(name.split("."))]
+    near = _nearest(shapes) if is_damaged(shapes) else ""
+    known = {"sit": _SIT_NAMES, "jit": _JIT_NAMES}.get(near)
+    parts = [
+        name for name, shape in shapes.items()
+        if (all(name.split(".")) if "." in name else math.prod(shape) > 1)  # no count, no decay
+    ]  # fmt: skip
     return [name for name in parts if known is not None and not known.fullmatch(name)]
 
 
@@ -155,6 +160,7 @@ def find_family(
     for word in (stated, *words):
         if word in able:
             return str(word)
+    sit_config_from_shapes(shapes, num_heads=1)  # refuses what none of them can be
     also = " or which way time runs" if "repa" in able else ""
     raise CheckpointError(
         f"{', '.join(able[:-1])} and {able[-1]} have these tensors and differ in what they predict"

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 from merge_rl.core.forms import sit_forms
 from merge_rl.errors import CheckpointError, ConfigError
-from merge_rl.storage.convert.contents import Hints, Shapes, require_axes
+from merge_rl.storage.convert.contents import ELSE, Hints, Shapes, require_axes
 from merge_rl.storage.convert.said import Said
 
 SIZES: Final[Mapping[str, tuple[int, int, int]]] = {  # letter -> (depth, hidden size, heads)
@@ -65,7 +65,7 @@ def sit_config_from_shapes(
     if min(hidden, channels, patch, tokens, inner, rows) < 1 or side * side != tokens:
         raise CheckpointError(
             f"not a SiT: expected a square number of tokens and no empty tensor, found {tokens} "
-            f"tokens and a patch kernel {list(kernel)}"
+            f"tokens and a patch kernel {list(kernel)}; {ELSE}"
         )
     depth = _depth(shapes)
     classes = _num_classes(rows, num_classes)
@@ -196,7 +196,7 @@ def _require_same(found: Shapes, expected: Shapes) -> None:
         want = list(expected[name]) if name in expected else "no such tensor"
         raise CheckpointError(
             f"not a consistent SiT: {len(odd)} tensors do not fit the others, first {name!r}: "
-            f"found {have}, expected {want}"
+            f"found {have}, expected {want}; {ELSE}"
         )
 
 

@@ -186,6 +186,10 @@ def test_families_by_their_tensors() -> None:
     for name in ("blocks.0.attn.q_norm.weight", "feat_rope.freqs_cos", "bn.running_mean"):
         assert fitting({**SIT, name: (1,)}) == ()
         assert is_foreign({**SIT, name: (1,)})
+    # Or tokens beside them, or no stored positions; a count and what lacks a tensor are no parts.
+    assert is_foreign({**SIT, "register_tokens": (1, 4, 8)})
+    assert is_foreign({n: s for n, s in SIT.items() if n != "pos_embed"} | {"feat_rope.sin": (2,)})
+    assert not is_foreign({**SIT, "n_averaged": ()})
     assert not is_foreign(SIT)
 
 
@@ -250,6 +254,13 @@ def test_a_family_is_told_by_user_config_settings_or_name(
         ),
         (TWICE, None, "sit and dit have these tensors and differ in what they predict"),
         (SIT, "jit", "not the tensors of jit, but of sit or repa or dit"),
+        # What none of the three can be is not asked for its family first.
+        (
+            {name: shape for name, shape in TWICE.items() if not name.startswith("y_embedder")},
+            None,
+            "'y_embedder.embedding_table.weight' is missing, .*; another network takes --network",
+        ),
+        ({**TWICE, "t_embedder.mlp.0.weight": (1, 128)}, None, "1 tensors do not fit .* --networ"),
         ({**SIT, "bn.mean": (1,)}, "sit", "of sit, but of none known: it has no 'bn.mean'"),
         ({"w": (1,)}, "dit", "not the tensors of dit, but of none known"),
     ],
