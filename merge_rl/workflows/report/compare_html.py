@@ -13,7 +13,7 @@ from merge_rl.config import OptimizeConfig, SearchConfig
 from merge_rl.errors import RunError
 from merge_rl.progress import counted, number
 from merge_rl.storage.runs import SETTINGS, RunDir
-from merge_rl.workflows.report.compare_page import cost_table, legend, title
+from merge_rl.workflows.report.compare_page import COST_LEGEND, cost_table, quality_legend, title
 from merge_rl.workflows.report.elements import figure, headline, span_of, strip, value_or_dash
 from merge_rl.workflows.report.figures import chart, charts
 from merge_rl.workflows.report.markup import (
@@ -123,7 +123,7 @@ def _ranking(found: Found) -> Safe:
         "Searchers: median [range] over seeds, a dot a seed. Merges without a search: mean [95 % "
         "interval], a dot a repeat."
     )
-    return section("Ranking", drawn, listed(legend(found)), note=note)
+    return section("Ranking", drawn, listed(quality_legend(found)), note=note)
 
 
 def _along(found: Found) -> Safe:
@@ -175,7 +175,7 @@ def _reach(found: Found) -> Safe:
 
 
 def _cost(found: Found) -> Safe:
-    return section("Cost and time", table(*cost_table(found)))
+    return section("Cost and time", table(*cost_table(found)), listed(COST_LEGEND))
 
 
 def _provenance(begun: Found, shared: Found) -> Safe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from merge_rl.errors import ConfigError
 from merge_rl.progress import counted, number
@@ -19,6 +19,12 @@ from merge_rl.workflows.report.markup import (
 )
 from merge_rl.workflows.report.plots import draw_comparison
 from merge_rl.workflows.report.results import compare_verdict, ranged
+
+COST_LEGEND: Final = (
+    "network calls: images times evaluations an image; an image with its gradient is three",
+    "overhead: share of the time outside sampling and features",
+    "spread: standard deviation of a coefficient over seeds, median; max |c|: the largest",
+)
 
 
 def quality_table(document: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
@@ -87,7 +93,12 @@ def title(document: Mapping[str, Any]) -> str:
 
 
 def legend(document: Mapping[str, Any]) -> list[str]:
-    """Sentences that explain the columns."""
+    """Sentences that explain all columns."""
+    return [*quality_legend(document), *COST_LEGEND]
+
+
+def quality_legend(document: Mapping[str, Any]) -> list[str]:
+    """Sentences that explain the columns of `quality_table`, and name what is not in it."""
     free, baseline = document["best_free"], document["best_baseline"]
     lines = []
     if free:
@@ -101,9 +112,6 @@ def legend(document: Mapping[str, Any]) -> list[str]:
     lines += [
         "optimism: lead of a final choice by its own seeds against fresh ones, below 0: flattered",
         *floor_lines(document),
-        "network calls: images times evaluations an image; an image with its gradient is three",
-        "overhead: share of the time outside sampling and features",
-        "spread: standard deviation of a coefficient over seeds, median; max |c|: the largest",
     ]
     return [*lines, *(f"left out: {text}" for text in document["left_out"])]
 
