@@ -62,7 +62,9 @@ def compare(
             rich_help_panel=SEARCH,
         ),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Of the searches.", rich_help_panel=SEARCH)] = "0,1,2",
+    seeds: Annotated[
+        str, typer.Option(help="Seeds of the searches.", rich_help_panel=SEARCH)
+    ] = "0,1,2",
     curve_images: Annotated[
         int | None,
         typer.Option(

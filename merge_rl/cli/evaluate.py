@@ -188,7 +188,7 @@ def reference(
     out: Annotated[Path, typer.Option(help="The .safetensors to write.")],
     extractor: Annotated[str, typer.Option(help="Feature extractor, or package.module:factory.")],
     extractor_weights: Annotated[
-        str | None, typer.Option(help="Its weights: file, folder, or public name.")
+        str | None, typer.Option(help="The extractor's weights: file, folder, or public name.")
     ] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:

@@ -56,7 +56,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
     pixels: Annotated[
         int,
-        typer.Option(help="Of a digit's side: 8, or 28 for a larger EDM2 alone.", parser=integer),
+        typer.Option(help="Side of a digit: 8, or 28 for a larger EDM2 alone.", parser=integer),
     ] = 8,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:

@@ -47,7 +47,8 @@ def sample(
         ),
     ] = None,
     columns: Annotated[
-        int | None, typer.Option(help="Of the grid.", show_default="square", parser=positive)
+        int | None,
+        typer.Option(help="Columns of the grid.", show_default="square", parser=positive),
     ] = None,
     zoom: Annotated[
         int | None,

@@ -21,7 +21,7 @@ class ConvertConfig:
     """What `mergerl convert` takes of its sources, and what they do not say of themselves."""
 
     weights: str = setting(
-        "auto", "Of files with raw weights and averages: model, ema or both. auto: the (first) "
+        "auto", "What to take of raw weights and averages: model, ema or both. auto: the (first) "
         "average, and everything of an EDM2 training state.",
         flag="--weights", choices=WEIGHTS,
     )  # fmt: skip
@@ -33,12 +33,12 @@ class ConvertConfig:
         "not asked for (--weights, optimizers) is lost with it.",
         flag="--delete-source",
     )  # fmt: skip
-    name: str | None = setting(None, "Of the set, for the manifest.", flag="--name")
+    name: str | None = setting(None, "Name of the set, for the manifest.", flag="--name")
     licence: str | None = setting(
-        None, "Of the weights.", flag="--license", unset="that of published files is known"
+        None, "Licence of the weights.", flag="--license", unset="that of published files is known"
     )
     family: str | None = setting(
-        None, "Of networks that have the same tensors: sit, dit, repa; edm2 and jit.",
+        None, "Which network, where several have the same tensors: sit, dit, repa; edm2 and jit.",
         flag="--family", unset="what the files say",
     )  # fmt: skip
     num_heads: int | None = setting(
@@ -60,7 +60,7 @@ class ConvertConfig:
         flag="--network", unset="a known family, else none",
     )  # fmt: skip
     part: str | None = setting(
-        None, "Of models with several networks: the one whose names begin so.", flag="--part",
+        None, "Which network of a model with several: the one whose names begin so.", flag="--part",
         metavar="NAME", unset="all, or the one that is known",
     )  # fmt: skip
     images_per_step: int | None = setting(
@@ -112,7 +112,7 @@ class ReferenceConfig:
     balanced: bool = setting(
         False, "The same number of each class; needs labels.", flag="--balanced"
     )
-    seed: int = setting(0, "Of the subset and of the halves.", flag="--seed")
+    seed: int = setting(0, "Fixes what the subset and the halves hold.", flag="--seed")
     batch: int = setting(64, "Images in one forward pass.", flag="--batch")
     device: str = setting("cpu", "cpu, cuda, ...", flag="--device")
 
@@ -189,7 +189,7 @@ class SingleMergeConfig:
         unset="5GB, or the recipe's",
     )  # fmt: skip
     licence: str | None = setting(
-        None, "Of the merge.", flag="--license", unset="that of the checkpoints"
+        None, "Licence of the merge.", flag="--license", unset="that of the checkpoints"
     )
 
     def __post_init__(self) -> None:
@@ -219,7 +219,7 @@ class GenerationConfig:
         MODEL, "--autoencoder", unset=NEAR,
     )  # fmt: skip
     autoencoder_weights: str | None = setting(
-        None, "Its weights: file, folder, or public name.",
+        None, "The autoencoder's weights: file, folder, or public name.",
         MODEL, "--autoencoder-weights", unset=NEAR,
     )  # fmt: skip
     batch: int = setting(250, "Images in one forward pass.", MODEL, "--batch")
@@ -251,7 +251,7 @@ class EvaluateConfig(GenerationConfig):
         unset=f"{MODEL_IMAGES}; of images and features, all there are",
     )  # fmt: skip
     repeats: int = setting(3, "Disjoint blocks of seeds, or of images.", flag="--repeats")
-    seed: int = setting(0, "Of the images; no two seeds share one.", flag="--seed")
+    seed: int = setting(0, "Fixes the images; no two seeds share one.", flag="--seed")
     metrics: str = setting(
         "fid", "Comma-separated: fid, kid, mmd, prdc, fid-infinity, fd-mean.", flag="--metrics"
     )
@@ -260,8 +260,9 @@ class EvaluateConfig(GenerationConfig):
         unset=f"{NEAR}, or of the reference",
     )  # fmt: skip
     extractor_weights: str | None = setting(
-        None, "Its weights: file, folder, or public name.", DATA, "--extractor-weights", unset=NEAR
-    )
+        None, "The extractor's weights: file, folder, or public name.",
+        DATA, "--extractor-weights", unset=NEAR,
+    )  # fmt: skip
     reference: str | None = setting(
         None, "Statistics of real data, of any known format.",
         DATA, "--reference", path=True, unset=NEAR,

@@ -43,12 +43,16 @@ class EvaluationConfig:
         None, "N of one repeat; where it is given, the comparison comes on top of the budget.",
         SCORES, "--final-images", unset=f"what its share of the budget pays, {MOST_FINAL} at most",
     )  # fmt: skip
-    repeats: int = setting(4, "At least 3.", SCORES, "--repeats")
+    repeats: int = setting(
+        4, "Disjoint sets of seeds that every entry is scored on, at least 3.", SCORES, "--repeats"
+    )
     selection_images: int | None = setting(
         None, "Images to find the best single checkpoint, on seeds of their own.", SCORES,
         unset="as for num_images",
     )  # fmt: skip
-    share: float = setting(0.4, "Of the budget, where num_images is not given.", SCORES)
+    share: float = setting(
+        0.4, "Share of the budget for the comparison, where num_images is not given.", SCORES
+    )
     reserved: int = setting(0, "Images of the budget that are kept for it.", SCORES, unset="found")
     keep_worse: bool = setting(
         False, "Write the result even where it is worse than its start, or has no score.", SCORES,
@@ -83,7 +87,7 @@ class RunConfig:
 
     extractor: str | None = setting(None, "Feature extractor.", DATA, "--extractor", unset=OF_SET)
     extractor_weights: str | None = setting(
-        None, "Its weights; with NAME those of another extractor of the reward.",
+        None, "The extractor's weights; with NAME those of another extractor of the reward.",
         DATA, "--extractor-weights", metavar="[NAME=]PATH", unset=OF_SET, named="extra_weights",
     )  # fmt: skip
     reference: str | None = setting(
@@ -113,19 +117,19 @@ class RunConfig:
         MODEL, "--autoencoder", unset=f"{OF_SET}, or the samples if they can be images",
     )  # fmt: skip
     autoencoder_weights: str | None = setting(
-        None, "Its weights: file, folder, or public name.",
+        None, "The autoencoder's weights: file, folder, or public name.",
         MODEL, "--autoencoder-weights", unset=OF_SET,
     )  # fmt: skip
     autoencoder_dtype: str = setting(
-        "float32", "Of a latent decoder; bfloat16 halves its time and memory.", MODEL,
+        "float32", "Precision of a latent decoder; bfloat16 halves its time and memory.", MODEL,
         choices=DTYPES,
     )  # fmt: skip
     device: str = setting("cpu", "cpu, cuda, ...", MODEL, "--device")
     seed: int = setting(0, "Fixes every draw.", RUN, "--seed")
     licence: str | None = setting(
-        None, "Of the result.", RUN, "--license", unset="that of the weights"
+        None, "Licence of the result.", RUN, "--license", unset="that of the weights"
     )
-    rules: int = setting(RULES, "Of the release that a run began with, which it goes on by.", RUN)
+    rules: int = setting(RULES, "Rules of the release that a run began with, which it keeps.", RUN)
 
     def __post_init__(self) -> None:
         require_choices(self)

@@ -67,7 +67,7 @@ class SamplerConfig:
     sde_num_steps: int = setting(250, "num_steps where an SDE is scored beside the ODE.", MODEL)
     rtol: float = setting(1e-3, "Relative tolerance of dopri5.", MODEL)
     atol: float = setting(1e-6, "Absolute tolerance of dopri5.", MODEL)
-    guidance: float = setting(1.0, "Strength; 1 is off.", MODEL, "--guidance")
+    guidance: float = setting(1.0, "Strength of guidance; 1 is off.", MODEL, "--guidance")
     guidance_interval: tuple[float, float] | None = setting(
         None,
         "LOW,HIGH: noise levels above LOW up to HIGH (EDM2, DiT), or such times from 0 for noise "
@@ -76,8 +76,8 @@ class SamplerConfig:
     )  # fmt: skip
     guidance_ends: str = setting(
         "sharp",
-        "Of a step that an end of the interval cuts: sharp (each call of the network is inside or "
-        "not), or shared (guided by the share of the step that is inside).",
+        "How a step that an end of the interval cuts is guided: sharp (each call of the network is "
+        "inside or not), or shared (guided by the share of the step that is inside).",
         MODEL, choices=ENDS,
     )  # fmt: skip
     guide: str | None = setting(
@@ -92,7 +92,7 @@ class SamplerConfig:
         MODEL, "--low-memory",
     )  # fmt: skip
     precision: str = setting(
-        "float32", "Of the network's forward pass; the state stays float32.",
+        "float32", "Precision of the network's forward pass; the state stays float32.",
         MODEL, "--precision", choices=PRECISIONS,
     )  # fmt: skip
     compile: bool = setting(False, "torch.compile, on accelerators.", MODEL)

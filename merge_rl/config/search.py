@@ -105,7 +105,7 @@ class SearchConfig:
         None, "P, candidates a round.", SEARCH, "--population", unset="the searcher's"
     )
     antithetic: bool = setting(True, "Candidates in pairs about the mean.", SEARCH)
-    std: float = setting(1.0, "Of the first draws, in theta units.", SEARCH)
+    std: float = setting(1.0, "Standard deviation of the first draws, in theta units.", SEARCH)
     box: float = setting(
         5.0, "Half-width of the box that a bounded method searches, in theta units.", SEARCH
     )
@@ -116,7 +116,7 @@ class SearchConfig:
         "units, about the step of one round.",
         SEARCH, unset="1 for natural, 0.7 for adam; 0.7 for pathwise, its first steps",
     )  # fmt: skip
-    momentum: float = setting(0.7, "Of the natural gradient.", SEARCH)
+    momentum: float = setting(0.7, "Momentum of the natural gradient.", SEARCH)
     width_rate: float = setting(
         0.3,
         "natural: how fast exploration widens where successive gradients agree, and narrows where "
@@ -124,16 +124,16 @@ class SearchConfig:
         SEARCH,
     )  # fmt: skip
     std_learning_rate: float = setting(0.05, "Step of std, where it is learnt.", SEARCH)
-    betas: tuple[float, float] = setting((0.5, 0.9), "Adam's.", SEARCH)
-    decay: float = setting(0.93, "adam: of step and exploration, a round.", SEARCH)
+    betas: tuple[float, float] = setting((0.5, 0.9), "Adam's betas.", SEARCH)
+    decay: float = setting(0.93, "adam: what a round leaves of step and exploration.", SEARCH)
     min_decay: float = setting(0.1, "Where the schedule of step and exploration stops.", SEARCH)
     shaping: str = setting(
         "batch", "Advantages from rewards: their values (batch) or their places (rank).", SEARCH,
         choices=("batch", "rank"),
     )  # fmt: skip
-    top_fraction: float = setting(1.0, "Kept for the update, by advantage.", SEARCH)
+    top_fraction: float = setting(1.0, "Share of candidates that the update keeps.", SEARCH)
     clip: float = setting(
-        0.2, "adam: of the ratio of probabilities, which is 1 in the first of the epochs.", SEARCH
+        0.2, "adam: bound on the ratio of probabilities, 1 in the first of the epochs.", SEARCH
     )
     epochs: int = setting(1, "adam: updates from one batch.", SEARCH)
     # 0 leaves out the one or the other.
@@ -144,7 +144,9 @@ class SearchConfig:
         "and the best candidates.",
         SEARCH,
     )  # fmt: skip
-    incumbents: int = setting(4, "Of the best candidates, scored again at the end.", SEARCH)
+    incumbents: int = setting(
+        4, "How many of the best candidates are scored again at the end.", SEARCH
+    )
 
     @property
     def takes_gradients(self) -> bool:

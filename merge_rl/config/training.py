@@ -60,11 +60,11 @@ class UpdateConfig:
     """What a step does with its rollouts."""
 
     top_fraction: float = setting(
-        0.25, "Of all rollouts, kept for the update, by advantage.", LEARN, "--top-fraction"
+        0.25, "Share of all rollouts that the update keeps, by advantage.", LEARN, "--top-fraction"
     )
     epochs: int = setting(1, "Updates from one batch of rollouts.", LEARN, "--epochs")
     clip: float = setting(
-        0.2, "Of the ratio of a step's probabilities, which is 1 in the first of the epochs.",
+        0.2, "Bound on the ratio of a step's probabilities, which is 1 in the first of the epochs.",
         LEARN, "--clip",
     )  # fmt: skip
     still_steps: bool = setting(
@@ -78,9 +78,9 @@ class UpdateConfig:
         False, "Ratios of one of the D values, the D-th root of those of all of them.", LEARN
     )
     kl_weight: float = setting(0.0, "Weight of the KL to the frozen start.", LEARN, "--kl")
-    learning_rate: float = setting(1e-5, "Adam's.", LEARN, "--lr")
-    betas: tuple[float, float] = setting((0.9, 0.999), "Adam's.", LEARN)
-    weight_decay: float = setting(0.0, "Of AdamW.", LEARN)
+    learning_rate: float = setting(1e-5, "Adam's learning rate.", LEARN, "--lr")
+    betas: tuple[float, float] = setting((0.9, 0.999), "Adam's betas.", LEARN)
+    weight_decay: float = setting(0.0, "AdamW's weight decay.", LEARN)
     warmup_steps: int = setting(0, "Steps until the learning rate is reached.", LEARN)
     max_grad_norm: float = setting(1.0, "Longer gradients are shortened to it.", LEARN)
     ema_decay: float = setting(
