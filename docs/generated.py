@@ -88,27 +88,28 @@ def as_restructured(
     _app: Any, _what: str, _name: str, _value: Any, _options: Any, lines: list[str]
 ) -> None:
     """Indented formulas after a blank line become literal blocks; stray markup is escaped."""
-    lines[:] = escaped(list(literal_blocks(lines)))
+    lines[:] = literal_blocks(lines)
 
 
 def literal_blocks(lines: list[str]) -> Iterator[str]:
-    """A `::` before every indented block that follows a blank line and ordinary text."""
+    """A `::` before every indented block that follows a blank line and text, which is escaped."""
     before = ""  # the last line of text
-    blank = False
+    blank = inside = False
     for line in lines:
         starts = blank and line.startswith("    ") and before and not before.startswith(" ")
         if starts and not before.endswith("::"):
             yield "::"
             yield ""
-        yield line
+        inside = (starts or inside) and (not line.strip() or line.startswith("    "))
+        is_code = inside or line.lstrip().startswith((">>>", "..."))
+        yield line if is_code else escaped(line)
         blank = not line.strip()
         before = before if blank else line
 
 
-def escaped(lines: list[str]) -> list[str]:
-    """Stars, bars and trailing underscores outside of `names` and of blocks mean themselves."""
-    parts = (re.split(r"(`[^`]*`)", line) for line in lines)
-    return ["".join(_escaped(part) for part in line) for line in parts]
+def escaped(line: str) -> str:
+    """Stars, bars and trailing underscores outside of `names` mean themselves."""
+    return "".join(_escaped(part) for part in re.split(r"(`[^`]*`)", line))
 
 
 def _escaped(part: str) -> str:

@@ -180,7 +180,7 @@ def default_reward(searcher: str) -> str:
 def build_model(config: Mapping[str, Any]) -> Network:
     """A network in evaluation mode with random weights.
 
-    `config` has "model" (a name of `MODELS`, or "package.module:factory") and the options
+    `config` has "model" ("edm2", "sit", ..., or "package.module:factory") and the options
     of its constructor. Raises UnknownNameError for another model, ConfigError for options the
     network does not take, for code that the user has not named, and for what is no network.
     """

@@ -22,7 +22,7 @@ from merge_rl.cli.output import (
 from merge_rl.cli.results import interval_text, number_text
 from merge_rl.cli.sample import find_autoencoder, generation_settings, require_named
 from merge_rl.cli.tables import print_table
-from merge_rl.config import MODEL_IMAGES, EvaluateConfig, ReferenceConfig, SamplerConfig
+from merge_rl.config import EvaluateConfig, ReferenceConfig, SamplerConfig
 from merge_rl.errors import ConfigError, absent
 from merge_rl.own_code import is_own
 
@@ -86,13 +86,10 @@ def evaluate(
             what |= _generated(model, config, settings)
         built, digest = build_extractor(name, weights, config.device, say)
         what |= {"extractor": built, "extractor_sha256": digest}
-    number = config.num_images
-    if number is None and kind == "model":
-        number = MODEL_IMAGES
     with ProgressTracker(quiet=json) as tracker:
         document = score(
             **what, reference=target, heldout=heldout, metrics=_metrics(config),
-            num_images=number, repeats=config.repeats, batch=config.batch,
+            num_images=config.num_images, repeats=config.repeats, batch=config.batch,
             device=config.device, seed=config.seed, max_rows=config.max_rows,
             save_features=config.save_features, skip_broken=config.skip_broken, tracker=tracker,
         )  # fmt: skip

@@ -78,8 +78,8 @@ def compare_searchers(
             seeds, and `search.name` is not looked at.
         out: folder of the comparison. One that was cut short goes on, and what is done is not
             done again; searchers and seeds may be added to a finished one.
-        searchers: "NAME [label=LABEL] [KEY=VALUE ...]" each, see `parse_contender`; by default
-            `trials.DEFAULT`, without those that cannot work here.
+        searchers: "NAME [label=LABEL] [KEY=VALUE ...]" each; by default those of `mergerl
+            compare`, without those that cannot work here.
         seeds: of the searches.
         curve_images: N of the scores along the searches, 0 for none; by default N of the result's,
             2,000 at most.

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from merge_rl.config import EvaluateConfig, SamplerConfig, with_settings
+from merge_rl.config import MODEL_IMAGES, EvaluateConfig, SamplerConfig, with_settings
 from merge_rl.core.distances.intervals import summarize_repeats
 from merge_rl.core.distances.statistics import check_features
 from merge_rl.core.sampling.compatibility import prediction_of
@@ -63,7 +63,6 @@ from merge_rl.workflows.rollout import (
     require_device,
 )
 
-NUM_IMAGES: Final = 50_000
 FRECHET: Final = ("fid", "fid-infinity")
 
 
@@ -99,9 +98,10 @@ def evaluate(
         config: settings as of `mergerl evaluate`; it must not say otherwise than the call.
         tracker: hears of progress; by default it is printed, unless `progress` is off.
         settings: any of `EvaluateConfig` by its name. `metrics` may be a list; `num_images` is
-            50,000 of a model by default, and all there are of images and features; FID is biased
-            upward at small N: compare equal N only. A call with `save_features` that was cut short
-            goes on from what is there, and ends in the same numbers.
+            5,000 of a model by default, and all there are of images and features; FID is biased
+            upward at small N: compare equal N only; papers use 50,000. A call with
+            `save_features` that was cut short goes on from what is there, and ends in the same
+            numbers.
 
     Where there is only one block of images an interval's ends are None. Never a score for a
     failure: StatisticsError for statistics of another extractor, NonFiniteSamplesError for samples
@@ -244,7 +244,7 @@ def _of_network(
     extractor: FeatureExtractor,
     given: Given,
 ) -> dict[str, Any]:
-    count = NUM_IMAGES if job.said.num_images is None else job.said.num_images
+    count = MODEL_IMAGES if job.said.num_images is None else job.said.num_images
     if count < 2:
         raise TooFewSamplesError(f"FID needs at least 2 images, got {count}")
     if job.said.repeats < 2:

@@ -89,11 +89,10 @@ def optimize(
     Args:
         checkpoints: folder of safetensors, with or without a manifest.
         out: run directory; must not exist.
-        reward: name of the reward, or a weighted sum: "fid-subset + 0.2 * kid-subset"; see
-            `merge_rl.workflows.assembly.reward`.
+        reward: name of the reward, or a weighted sum: "fid-subset + 0.2 * kid-subset".
         searcher: name of the searcher; "policy-gradient", "pathwise", "auto", ...; or a class of
             one's own, see `merge_rl.Searcher`.
-        budget: images the search may generate: pool, candidates, refreshes.
+        budget: images that may be generated in all, the final comparison included.
         seed: fixes every draw of the run.
         config: other settings; it may leave out what the call says, and must not say otherwise.
         tracker: hears of progress; by default it is printed, unless `progress` is off.
