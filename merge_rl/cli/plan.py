@@ -79,7 +79,7 @@ def _print(found: SearchPlan) -> None:
     from merge_rl.workflows.assembly import gib
 
     load, memory, batch = found.workload, found.memory, found.config.batch
-    stages = ", ".join(f"{stage.name} {stage.total:,}" for stage in load.stages)
+    stages = ", ".join(f"{name} {count:,}" for name, count in load.by_name.items())
     rows = [
         ["images", f"{load.images:,}", f"{load.rounds} rounds; {stages}"],
         ["network calls", _short(found.network_calls), f"{found.calls['reward']} an image"],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from merge_rl import registry
-from merge_rl.config import AUTO_BATCH, OptimizeConfig, SamplerConfig, to_mapping
+from merge_rl.config import AUTO_BATCH, OptimizeConfig, SamplerConfig, sde_counterpart, to_mapping
 from merge_rl.core.sampling.compatibility import (
     VELOCITY,
     prediction_of,
@@ -45,6 +45,8 @@ from merge_rl.workflows.optimize.budget import (
 from merge_rl.workflows.optimize.search import starts_of
 from merge_rl.workflows.rollout import (
     DistributedRollout,
+    Rollout,
+    calls_an_image,
     image_seconds,
     on_device,
     require_same_everywhere,
@@ -87,6 +89,14 @@ class Workload:
     def images(self) -> int:
         """Images of all stages."""
         return sum(stage.total for stage in self.stages)
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        """Images of the stages of each name."""
+        sums: dict[str, int] = {}
+        for stage in self.stages:
+            sums[stage.name] = sums.get(stage.name, 0) + stage.total
+        return sums
 
     @property
     def merges(self) -> int:
@@ -237,7 +247,8 @@ def opening_notes(
     if timed:
         count = resolved.reward.images_per_subset
         each = image_seconds(job.rollout.rollout, job.num_classes, count) / ranks
-    found = [cost_note(load, each), *job.checkpoints.notes, mixed_note(asked, job.checkpoints)]
+    seconds = None if each is None else each * ode_images(load, job.final_rollout.rollout)
+    found = [cost_note(load, seconds), *job.checkpoints.notes, mixed_note(asked, job.checkpoints)]
     if asked.search.name != resolved.search.name:
         auto = dataclasses.replace(resolved, search=asked.search)
         why = why_no_gradient(auto) or tried_in_vain(auto, job.checkpoints)
@@ -245,14 +256,21 @@ def opening_notes(
     return [text for text in found if text]
 
 
-def cost_note(load: Workload, each: float | None) -> str:
+def ode_images(load: Workload, rollout: Rollout) -> float:
+    """Images of the ODE that take as long as all of the load: those of an SDE have more steps."""
+    under_sde = sum(stage.total for stage in load.stages if stage.sampler == SDE)
+    if not under_sde:
+        return load.images
+    own, other = rollout.sampler, sde_counterpart(rollout.sampler)
+    calls = [calls_an_image(sampler, rollout.model) for sampler in (own, other)]
+    return load.images + under_sde * (calls[1] / calls[0] - 1)
+
+
+def cost_note(load: Workload, seconds: float | None) -> str:
     """All that will be generated, by what it goes to, and about how long that takes if known."""
-    sums: dict[str, int] = {}
-    for stage in load.stages:
-        sums[stage.name] = sums.get(stage.name, 0) + stage.total
-    parts = ", ".join(f"{name} {count:,}" for name, count in sums.items())
+    parts = ", ".join(f"{name} {count:,}" for name, count in load.by_name.items())
     thrice = "; an image with its gradient counts as three" if load.gradients else ""
-    time = "" if each is None else f", about {duration(each * load.images)}"
+    time = "" if seconds is None else f", about {duration(seconds)}"
     return f"{load.images:,} images in all{time} ({parts}{thrice})"
 
 

@@ -58,7 +58,7 @@ class SearchPlan:
         return {
             "images": self.workload.images,
             "rounds": self.workload.rounds,
-            "stages": _by_name((s.name, s.total) for s in self.workload.stages),
+            "stages": self.workload.by_name,
             "merges": self.workload.merges,
             "network_calls": self.network_calls,
             "flops": self.flops,

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import merge_rl as mrl
 from merge_rl.config.optimize import AUTO_BATCH, OptimizeConfig
+from merge_rl.config.sampler import SamplerConfig
 from merge_rl.errors import BudgetError, OutOfMemoryError
 from merge_rl.interfaces import NullTracker
 from merge_rl.storage.checkpoints.checkpoint_set import CheckpointSet, open_checkpoints
@@ -103,6 +105,15 @@ def test_the_stages_are_those_of_the_search(
     assert searched == found.images - found.choice.images
     assert by_name["finalists"] == found.choice.images
     assert by_name["optimism"] == 7 * found.choice.images_each
+
+
+def test_images_of_an_sde_take_the_time_of_their_steps() -> None:
+    pool, under = WorkStage("pool", 1, 1, 100), WorkStage("comparison", 1, 2, 10, prepare.SDE)
+    load = prepare.Workload((pool, under, under), 1, 0)
+    assert load.by_name == {"pool": 100, "comparison": 40}
+    sampler = SamplerConfig(solver="euler", num_steps=4, sde_num_steps=12)
+    rollout: Any = SimpleNamespace(sampler=sampler, model=SimpleNamespace(prediction="velocity"))
+    assert prepare.ode_images(load, rollout) == 100 + 40 * 12 / 4
 
 
 class Notes(NullTracker):
