@@ -184,6 +184,7 @@ def resume(
     extractor: Annotated[str | None, OWN] = None,
     searcher: Annotated[str | None, OWN] = None,
     reward: Annotated[str | None, OWN] = None,
+    guide_network: Annotated[str | None, OWN] = None,
     json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Go on with an interrupted run; it ends as if it had never been interrupted.
@@ -193,7 +194,7 @@ def resume(
     from merge_rl.storage.runs import find_run, is_finetune_run
     from merge_rl.workflows.optimize import resume as run_resume
 
-    for code in filter(None, (network, autoencoder, extractor, searcher, reward)):
+    for code in filter(None, (network, autoencoder, extractor, searcher, reward, guide_network)):
         allow(code)
     run, moved = find_run(run).told(note), checkpoints and named(checkpoints)
     if is_finetune_run(run):

@@ -13,7 +13,7 @@ from merge_rl.cli.options import MODEL_HELP, build, integer, meant, positive, wi
 from merge_rl.cli.output import JsonFlag, ProgressTracker, note, print_json, say, tell
 from merge_rl.config import GenerationConfig, SampleConfig, SamplerConfig, to_mapping
 from merge_rl.errors import ConfigError
-from merge_rl.own_code import require_all_allowed
+from merge_rl.own_code import allow, require_all_allowed
 from merge_rl.progress import counted
 
 if TYPE_CHECKING:
@@ -167,6 +167,8 @@ def generation_settings(
     near = found.sampler or SamplerConfig()
     config = build(cls, settings, near=to_mapping(near))
     sampler = config.sampler or near
+    if said := settings.get("sampler", {}).get("guide_network"):
+        allow(said)
     if found.note is not None and sampler.guidance == near.guidance:
         note(found.note)
     require_solver(sampler.solver)
@@ -181,11 +183,14 @@ def require_named(model: Path, config: GenerationConfig, extractor: str | None =
     from merge_rl.workflows.assembly import find_defaults
 
     stated = (stated_config(model) or {}) if config.network is None else {}
-    decoder = find_defaults(model).autoencoder if config.autoencoder is None else None
+    near = find_defaults(model)
+    guide = None if near.sampler is None else near.sampler.guide_network
+    decoder = near.autoencoder if config.autoencoder is None else None
     named = [
         (str(stated.get("model", "")), "network", "--network"),
         (decoder, "autoencoder", "--autoencoder"),
         (extractor, "extractor", "--extractor"),
+        (guide, "network", "--guide-network"),
     ]
     require_all_allowed(named, f"the run or set of {model}")
 

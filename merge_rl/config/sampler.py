@@ -84,6 +84,10 @@ class SamplerConfig:
         None, "Model file or folder of the weaker network; none: the null class.",
         MODEL, "--guide", path=True,
     )  # fmt: skip
+    guide_network: str | None = setting(
+        None, "Your own, package.module:factory, of the guide.", MODEL, "--guide-network",
+        unset="what its config says, else the network's",
+    )  # fmt: skip
     guidance_channels: int | None = setting(
         3, "Channels guided by the null class; null: all.", MODEL
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -464,6 +465,31 @@ def test_weights_beside_an_own_network_guide_it(shifts: Path, own: str) -> None:
     assert merged.config == {"model": named}
     with pytest.raises(CheckpointError, match="the model config is not known"):
         load_guide(sampler, "cpu", torch.nn.Linear(1, 1))
+
+
+def test_a_guide_of_another_network_of_the_users_is_named(
+    shifts: Path, own: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "guide"
+    for k in range(2):
+        save_checkpoint(folder / f"step_{k}.safetensors", {"model.shift": torch.ones(2) * k})
+    (folder / "config.json").write_text(json.dumps({"model": f"{own}:wrapping"}))
+    own_code.allow(f"{own}:network")
+    network = registry.build_model({"model": f"{own}:network"})
+    said = mrl.SamplerConfig(guide=str(folder), guide_network=f"{own}:wrapping")
+    one = dataclasses.replace(said, guide=str(folder / "step_1.safetensors"))
+    told = f"names the network '{own}:wrapping', a module; pass --guide-network {own}:wrapping to"
+    for sampler in (one, dataclasses.replace(one, guide_network=None)):
+        with pytest.raises(ConfigError, match=told):
+            load_guide(sampler, "cpu", network)
+    with pytest.raises(ConfigError, match=told):
+        open_guide(said, network)
+    assert mrl.OptimizeConfig(checkpoints=str(shifts), sampler=said).sampler == said
+    own_code.allow(f"{own}:wrapping")
+    guide = load_guide(one, "cpu", network)
+    assert guide is not None
+    assert guide.state_dict()["model.shift"].tolist() == [1.0, 1.0]
+    assert open_guide(said, network).config == {"model": f"{own}:wrapping"}
 
 
 def assert_one_sentence(ended: Ended, pattern: str) -> None:

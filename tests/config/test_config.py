@@ -38,6 +38,7 @@ SAMPLER = SamplerConfig(
     solver="euler", num_steps=7, sigma_min=0.01, sigma_max=40.0, rho=5.5, guidance=1.4,
     guide="g/x", path="gvp", diffusion="linear", diffusion_norm=2.0, last_step="tweedie",
     last_step_size=0.125, sde_num_steps=77, rtol=1e-4, atol=1e-7, guidance_channels=None,
+    guide_network="g.n:f",
     low_memory=True, precision="bfloat16", compile=True, levels="edm",
     guidance_interval=(0.25, 1.5), guidance_ends="shared",
 )  # fmt: skip

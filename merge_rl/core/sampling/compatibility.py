@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Final
 
 import torch
@@ -112,12 +113,9 @@ def _require_guidance(settings: SamplerConfig, model: Denoiser, guide: Denoiser 
             f"{settings.solver} chooses its own steps, of which no share can lie in an interval; "
             "expected guidance_ends sharp, or a solver with fixed steps"
         )
+    _require_interval(settings, model)
     if guide is not None:
-        if prediction_of(guide) != prediction_of(model):
-            raise ConfigError(
-                f"the guide predicts {prediction_of(guide)!r}, the network "
-                f"{prediction_of(model)!r}; expected two networks of one family"
-            )
+        _require_alike(model, guide)
     elif getattr(model, "null_label", None) is None:
         null = prediction_of(model) == VELOCITY or getattr(model, "noise_levels", None)
         needed = "a network with a null class, or a guide network" if null else "a guide network"
@@ -125,6 +123,35 @@ def _require_guidance(settings: SamplerConfig, model: Denoiser, guide: Denoiser 
         if strength == 1:
             raise ConfigError(f"tuning guidance needs {needed}; name a weaker one with --guide")
         raise ConfigError(f"guidance {strength:g} needs {needed}; 1 switches guidance off")
+
+
+def _require_alike(model: Denoiser, guide: Denoiser) -> None:
+    """Refuse a guide that predicts something else, or of other samples or classes."""
+    if prediction_of(guide) != prediction_of(model):
+        raise ConfigError(
+            f"the guide predicts {prediction_of(guide)!r}, the network "
+            f"{prediction_of(model)!r}; expected two networks of one family"
+        )
+    own, other = (list(getattr(one, "sample_shape", ())) for one in (model, guide))
+    if own and other and own != other:
+        raise ConfigError(f"the guide's samples are {other}, the network's {own}; expected equal")
+    own_classes, classes = (getattr(one, "label_dim", None) for one in (model, guide))
+    if classes and own_classes is not None and classes != own_classes:
+        raise ConfigError(
+            f"the guide has {classes} classes, the network {own_classes}; expected as many, or none"
+        )
+
+
+def _require_interval(settings: SamplerConfig, model: Denoiser) -> None:
+    """Refuse an interval in which no step lies, and noise levels where times are meant."""
+    if settings.guidance_interval is None:
+        return
+    low, high = settings.guidance_interval
+    times = prediction_of(model) == VELOCITY
+    first = 1.0 if times else float(levels_of(settings, model).max())
+    if low >= first or (times and 1 < high < math.inf):
+        what = "times from 0 for noise to 1" if times else f"noise levels below {first:g}"
+        raise ConfigError(f"expected a guidance_interval of {what}, got {low:g},{high:g}")
 
 
 def require_reward_solver(settings: SamplerConfig) -> None:

@@ -14,19 +14,17 @@ from merge_rl import own_code, registry
 from merge_rl.config import SamplerConfig
 from merge_rl.core.network import Network, Undrawn
 from merge_rl.core.state_dicts import Held, hold, names_for, unwrapped
-from merge_rl.errors import (
-    CheckpointError,
-    ConfigError,
-    UnknownNameError,
-)
+from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.interfaces import Autoencoder
 from merge_rl.storage.checkpoints import (
     CheckpointSet,
     model_sha256,
+    newest_model,
     open_checkpoints,
     open_model_file,
     require_fit,
     require_network,
+    stated_config,
     unknown_config,
 )
 from merge_rl.storage.files import WeightStream, sha256_file
@@ -232,10 +230,18 @@ def load_guide(sampler: SamplerConfig, device: str, beside: nn.Module) -> Networ
     """
     if not sampler.guide:
         return None
-    own = own_name(beside)
-    if own is not None and open_model_file(sampler.guide).config is not None:
-        own = None
-    return load_network(sampler.guide, own).to(device)
+    return load_network(sampler.guide, _guides_code(sampler, sampler.guide, beside)).to(device)
+
+
+def _guides_code(sampler: SamplerConfig, file: str | Path, beside: nn.Module) -> str | None:
+    """What the user's code that builds the guide is called; None for a family's, or its config's.
+
+    Raises ConfigError for code that only a file names.
+    """
+    stated, named = stated_config(file), sampler.guide_network
+    asked = named or str((stated or {}).get("model", ""))
+    own_code.require_allowed(asked, "network", "--guide-network", f"the guide {sampler.guide}")
+    return own_name(beside) if stated is None and named is None else named
 
 
 def own_name(network: nn.Module) -> str | None:
@@ -245,8 +251,9 @@ def own_name(network: nn.Module) -> str | None:
 
 def open_guide(sampler: SamplerConfig, beside: nn.Module) -> CheckpointSet:
     """The set of a guide; ConfigError for one of a single checkpoint."""
+    code = _guides_code(sampler, newest_model(sampler.guide or ""), beside)
     opened = open_checkpoints(sampler.guide or "")
-    with_network(opened, own_name(beside) if opened.config is None else None)
+    with_network(opened, code)
     if len(opened) < 2:
         raise ConfigError(
             f"{sampler.guide}: expected a guide of at least 2 checkpoints to search its "

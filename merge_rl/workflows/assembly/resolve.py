@@ -226,6 +226,8 @@ def names_in(config: OptimizeConfig | FinetuneConfig) -> Iterator[Named]:
     for kind, name in plain:
         if name is not None and own_code.is_own(name):
             yield Named(name, kind, f"--{kind}")
+    if config.sampler is not None and config.sampler.guide_network is not None:
+        yield Named(config.sampler.guide_network, "network", "--guide-network")
     if isinstance(config, OptimizeConfig) and registry.own_searcher(config.search.name):
         yield Named(config.search.name, "searcher", "--searcher")
     for term in config.reward.terms:

@@ -60,13 +60,14 @@ class MergedModel:
         *,
         revision: str | None = None,
         network: str | Callable[..., Any] | None = None,
+        guide_network: str | Callable[..., Any] | None = None,
     ) -> MergedModel:
         """The model of a folder, a file, a run, a set, or of "user/repo" on the Hub.
 
         Args:
             name: see `merge_rl.load_model`.
             revision: branch, tag or commit of a repository.
-            network: code of one's own that builds it.
+            network, guide_network: code of one's own that builds it, and the guide in its folder.
 
         Raises CheckpointError, RunError, HubError as `load_model` does.
         """
@@ -77,7 +78,8 @@ class MergedModel:
         names = names_for(file.weights, built.state_dict())
         folder = place if place.is_dir() else place.parent
         sampler = own_sampler(place, None) if "merge" in file.metadata else None
-        guided = sampler is not None and sampler.guide == str(folder / GUIDE_FOLDER)
+        guide = folder / GUIDE_FOLDER
+        guided = sampler is not None and sampler.guide == str(guide)
         return cls(
             network=built,
             config=file.config if named is None and file.config else {"model": named},
@@ -87,7 +89,7 @@ class MergedModel:
             _metadata=carried_metadata(file.metadata),
             _loaded={name: file.weights[known] for name, known in names.items()},
             _sampler=sampler,
-            _guide=cls.from_pretrained(folder / GUIDE_FOLDER) if guided else None,
+            _guide=cls.from_pretrained(guide, network=guide_network) if guided else None,
         )
 
     def sample(self, noise: Tensor, labels: Tensor | None = None, **settings: Any) -> Tensor:
