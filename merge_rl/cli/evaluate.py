@@ -53,7 +53,8 @@ def evaluate(
 ) -> None:
     """Score a model: FID and others, the mean of repeats with its 95 % interval.
 
-    What is not said comes from the run or the checkpoint set that the model lies in.
+    What is not said comes from the run or the checkpoint set that the model lies in. The minimum
+    of the repeats is printed too: papers on EDM2 report that of three.
 
     [bold]mergerl evaluate runs/a --num-images 2000 --metrics fid,mmd[/bold]
     """
