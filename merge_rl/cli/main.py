@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import os
 import re
 import signal
@@ -167,6 +168,13 @@ def _share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
+def _write_anything() -> None:
+    """What an encoding of the terminal or the pipe lacks is written as Python writes it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class Stop:
     """What Ctrl-C and SIGTERM do: the first raises KeyboardInterrupt, others nothing.
 
@@ -186,6 +194,7 @@ class Stop:
 def main() -> None:
     """Run the command line; exit 0, or 1 after one sentence on stderr (2 for wrong usage)."""
     _share_cores()
+    _write_anything()
     stop = Stop()
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored

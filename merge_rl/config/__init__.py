@@ -31,6 +31,7 @@ from merge_rl.config.mapping import (
     split_pair,
     to_mapping,
     without_nan,
+    yaml_text,
 )
 from merge_rl.config.named import or_defaults, said_by, with_settings
 from merge_rl.config.numbers import (
@@ -152,4 +153,5 @@ __all__ = [
     "whole_number",
     "with_settings",
     "without_nan",
+    "yaml_text",
 ]

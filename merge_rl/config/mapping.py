@@ -113,10 +113,26 @@ def load_config(cls: type[T], path: Path, **unsaid: Any) -> T:
 
 def dump_config(config: Any) -> str:
     """A config as YAML text that `load_config` reads back to an equal config."""
+    return yaml_text(to_mapping(config))
+
+
+def yaml_text(value: object, width: int = 80) -> str:
+    """Plain data as YAML, keys in the order given; ConfigError for names that YAML cannot hold.
+
+    The bytes of a file's name need not be text; Python stands halves of characters for them.
+    """
     import yaml
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml, where it is built in
-    text: str = yaml.dump(to_mapping(config), Dumper=dumper, sort_keys=False, allow_unicode=True)
+    try:
+        text: str = yaml.dump(
+            value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=width
+        )
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{error.object}: cannot be recorded, as its name holds bytes that are no text; "
+            "expected UTF-8, so rename it"
+        ) from None
     return text
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +44,21 @@ def images(tmp_path: Path) -> Path:
 def digits(shared_tiny: Path) -> list[object]:
     weights = shared_tiny / "evaluation/extractor.safetensors"
     return ["--extractor", "digits", "--extractor-weights", weights]
+
+
+def test_names_that_are_no_text_of_the_terminal_or_at_all(
+    images: Path, digits: list[object], mergerl: Mergerl, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    odd = images.rename(tmp_path / f"é{os.fsdecode(bytes([255]))}")
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", plain)
+    out = odd / "é.safetensors"
+    code, _, err = mergerl("reference", odd, "--out", out, *digits)
+    assert code == 0, err
+    plain.seek(0)
+    assert r"\xe9.safetensors" in plain.read()
+    assert load_reference(out).source == "é?"
 
 
 def test_from_a_folder_to_scores(

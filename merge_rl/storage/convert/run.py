@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from merge_rl.config import ConvertConfig, from_mapping
+from merge_rl.config import ConvertConfig, from_mapping, yaml_text
 from merge_rl.errors import CheckpointError, NonFiniteWeightsError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import MANIFEST_NAME, write_manifest
@@ -66,6 +66,7 @@ def convert(
             files, Path(folder), config.weights, name=config.name, licence=config.licence,
             hints=hints,
         )  # fmt: skip
+        yaml_text([job.file for job in plan.jobs])  # names that no manifest holds are refused here
         for kind, texts in (("warning", plan.assumed), ("note", [*repeated, *plan.notes])):
             for text in texts:
                 tracker.event({"kind": kind, "text": text})

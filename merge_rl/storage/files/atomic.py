@@ -16,8 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import yaml
-
+from merge_rl.config import yaml_text
 from merge_rl.errors import CheckpointError, MergeRLError, RunError
 from merge_rl.storage.files.locks import is_vacant, locked_output, temporary_beside
 from merge_rl.storage.files.safetensors_file import read_file, write_tensors
@@ -92,13 +91,15 @@ def told_of(target: Path, temporary: Path) -> Iterator[None]:
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE: Final = "cannot be written: "
-_Dumper: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml, where it is built in
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text atomically, line ends as given."""
+    """Write UTF-8 text atomically, line ends as given.
+
+    Bytes of a file's name that are no text are written as JSON writes what they are read as.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8"))
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
@@ -108,8 +109,7 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 
 def write_yaml(path: str | os.PathLike[str], value: object) -> None:
     """Write one YAML document of plain data atomically, keys in the order given."""
-    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
-    write_text(path, text)
+    write_text(path, yaml_text(value, width=100))
 
 
 def save_tensors(

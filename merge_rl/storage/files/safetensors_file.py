@@ -215,7 +215,9 @@ def write_header(
     so every tensor is aligned to its own size, and readers can map the file into memory.
     """
     order = sorted(infos, key=lambda name: -infos[name].itemsize)
-    header: dict[str, object] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
+    # Readers refuse halves of characters, which Python has for names of files that are no text.
+    notes = {key: metadata[key].encode("utf-8", "replace").decode() for key in sorted(metadata)}
+    header: dict[str, object] = {METADATA_KEY: notes} if notes else {}
     position = 0
     for name in order:
         info = infos[name]

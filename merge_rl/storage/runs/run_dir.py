@@ -75,6 +75,7 @@ class RunFolder(Generic[C]):
         run = cls(path)
         if not is_vacant(run.path, INPUTS):
             raise RunError(f"{run.path} exists already; choose another --out, or {cls.OTHERWISE}")
+        dump_config(config)  # refused before anything is there
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

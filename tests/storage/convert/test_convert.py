@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import tracemalloc
 from collections.abc import Mapping
@@ -152,6 +153,14 @@ def test_snapshots_of_any_protocol(protocol: int, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------- names and manifest
+
+
+def test_a_name_that_no_manifest_can_hold_is_refused_first(golden: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"a\xff.pkl")
+    shutil.copy(golden / "edm2/snapshot/tiny_snapshot.pkl", odd)
+    with pytest.raises(ConfigError, match="cannot be recorded, as its name holds bytes that are"):
+        convert(odd, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == [odd]
 
 
 def test_a_folder_of_snapshots(tmp_path: Path) -> None:

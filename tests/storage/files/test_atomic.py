@@ -15,7 +15,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from merge_rl.errors import CheckpointError
+from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.files.atomic import (
     atomic_path,
     counts_of,
@@ -102,6 +102,22 @@ def test_text_json_and_yaml_read_back(tmp_path: Path) -> None:
     assert loaded == value
     assert list(loaded) == ["name", "items", "b"]
     assert (tmp_path / "a.txt").read_bytes() == "one\r\ntwo é\n".encode()
+
+
+NO_TEXT = os.fsdecode(b"/data/photo\xff")  # the name of a file in an encoding of the last century
+
+
+def test_names_that_are_no_text_are_written_or_refused(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.html", f"<b>{NO_TEXT} é</b>")
+    assert (tmp_path / "a.html").read_text("utf-8") == r"<b>/data/photo\udcff é</b>"
+    write_json(tmp_path / "a.json", {"of": NO_TEXT})
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"of": NO_TEXT}
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"source": NO_TEXT})
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"source": "/data/photo?"}
+    with pytest.raises(ConfigError, match="/data/photo.: .* holds bytes that are no text; exp"):
+        write_yaml(tmp_path / "a.yaml", {"checkpoints": NO_TEXT})
+    assert not (tmp_path / "a.yaml").exists()
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,13 @@ INPUTS = {"hashes": {"reference": "abc", "checkpoints": {"a": "1f"}}}
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     return RunDir.create(tmp_path / "runs/a", CONFIG, INPUTS)
+
+
+def test_settings_that_cannot_be_recorded_leave_no_folder(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, checkpoints=os.fsdecode(b"/data/\xff"))
+    with pytest.raises(ConfigError, match="/data/.: cannot be recorded, .* so rename it"):
+        RunDir.create(tmp_path / "a", config, INPUTS)
+    assert not (tmp_path / "a").exists()
 
 
 def test_create_and_open(run: RunDir) -> None:
