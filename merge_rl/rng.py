@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,8 +118,19 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     >>> one, two = mrl.seeded_noise([7, 9], [3]), mrl.seeded_noise([9], [3])
     >>> bool((one[1] == two[0]).all())
     True
+
+    Raises ConfigError for what are no whole numbers below 2^63.
     """
-    return ImageStreams(seeds).randn(shape)
+    whole = [_whole(seed) for seed in seeds]
+    return ImageStreams(whole).randn(shape) if whole else torch.empty(0, *shape)
+
+
+def _whole(seed: Any) -> int:
+    """A seed that is its own: another one would give the noise of a number that it rounds to."""
+    found = seed.tolist() if hasattr(seed, "tolist") else seed  # of NumPy or torch
+    if not isinstance(found, int) or found >= 1 << 63:
+        raise ConfigError(f"expected seeds as whole numbers below 2^63, got {found!r:.40}")
+    return found
 
 
 def draw_subset(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from merge_rl.rng import SEED_BITS, ImageStreams, derive_seed, image_seeds, stream
+from merge_rl.errors import ConfigError
+from merge_rl.rng import (
+    SEED_BITS,
+    ImageStreams,
+    derive_seed,
+    image_seeds,
+    seeded_noise,
+    stream,
+)
 
 pytestmark = pytest.mark.numerics
 
@@ -124,3 +134,13 @@ def test_what_follows_the_noise_of_an_image_depends_on_that_noise_alone() -> Non
     moved = noise * (1 + 1e-6)
     assert torch.equal(ImageStreams.following(moved).randn((3, 4, 4)), first)
     assert not torch.equal(ImageStreams.following(-noise).randn((3, 4, 4)), first)
+
+
+def test_seeds_of_noise_are_whole_numbers_of_their_own() -> None:
+    given: list[Any] = [3, np.int64(3), torch.tensor(3)]
+    assert len({tuple(row.tolist()) for row in seeded_noise(given, [4])}) == 1
+    assert seeded_noise([], [4]).shape == (0, 4)
+    odd: list[Any] = [1.5, 2.0, 1 << 63, "3"]
+    for seed in odd:
+        with pytest.raises(ConfigError, match=r"expected seeds as whole numbers below 2\^63, got"):
+            seeded_noise([seed], [4])

@@ -36,6 +36,8 @@ def parse_reward(text: str) -> tuple[RewardTerm, ...]:
     Raises ConfigError for what is no sum of terms, for weights that are not above 0, and for a term
     that comes twice. Which names are known, registries say.
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"expected a reward by its name, got {type(text).__name__}")
     terms, position = [], 0
     while True:
         found = _TERM.match(text, position)

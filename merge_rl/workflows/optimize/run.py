@@ -67,6 +67,7 @@ from merge_rl.workflows.optimize.result import (
     write_samples,
 )
 from merge_rl.workflows.optimize.search import make_searcher, run_search, starts_of
+from merge_rl.workflows.optimize.trial import try_function
 from merge_rl.workflows.report import with_page
 from merge_rl.workflows.rollout import DistributedRollout, Generate, on_device
 
@@ -205,6 +206,9 @@ def resume(
         opened = open_checkpoints(config.checkpoints, track=config.track, select=select)
         require_same_set(run, opened.names)
         with_network(opened, config.network)
+        if given is not None and group.leads:
+            try_function(config, given, opened)
+        group.broadcast(phase="trying the function")
         ranks, job = _gather(group, config, opened, tracker, given)
         if not group.leads:
             return from_plain(ranks.follow())

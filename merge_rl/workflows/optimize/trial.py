@@ -48,20 +48,9 @@ def settled_searcher(
 def _why_no_gradient(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> str | None:
     """Why what the function makes of the newest checkpoint's weights has no gradient by them.
 
-    Raises ConfigError for a function that makes something else of a seed each time, or beside
-    another one.
+    Raises as `try_function`.
     """
-    network = given.network(opened, base.device)
-    plan_merge(opened, model=network)  # refuses weights that do not fit it
-    network.load_state_dict(opened.read(opened.newest))
-    network.requires_grad_(True)
-    labels = torch.zeros(2, dtype=torch.int64, device=base.device)
-    with torch.enable_grad(), _failures_told(opened):
-        made, other = (
-            as_tensor(given.generate(given.subject(network), seeds, labels))
-            for seeds in ([0, 1], [1, 2])
-        )
-    _require_same(made, other)
+    made = try_function(base, given, opened)
     if base.search.name != AUTO_SEARCHER:
         return None
     if (why := why_not_as_set(base)) is not None or not isinstance(made, Tensor):
@@ -70,6 +59,26 @@ def _why_no_gradient(base: OptimizeConfig, given: Given, opened: CheckpointSet) 
     if own_extractors(base) and made.ndim == 4:
         extractor, _ = build_extractor(base.extractor or "", own_weights(base), base.device)
     return made_without_gradient(made, extractor)
+
+
+def try_function(base: OptimizeConfig, given: Given, opened: CheckpointSet) -> Any:
+    """What the function makes of the newest checkpoint's weights and two seeds.
+
+    Raises ConfigError for a function that fails, or makes something else of a seed each time or
+    beside another one.
+    """
+    network = given.network(opened, base.device)
+    plan_merge(opened, model=network)  # refuses weights that do not fit it
+    network.load_state_dict(opened.read(opened.newest))
+    network.requires_grad_(True)
+    labels = torch.zeros(2, dtype=torch.int64, device=base.device)
+    with torch.enable_grad(), _failures_told(given, opened):
+        made, other = (
+            as_tensor(given.generate(given.subject(network), seeds, labels))
+            for seeds in ([0, 1], [1, 2])
+        )
+    _require_same(made, other)
+    return made
 
 
 def _require_same(made: Any, other: Any) -> None:
@@ -92,7 +101,7 @@ def _require_same(made: Any, other: Any) -> None:
 
 
 @contextmanager
-def _failures_told(opened: CheckpointSet) -> Iterator[None]:
+def _failures_told(given: Given, opened: CheckpointSet) -> Iterator[None]:
     """What the user's function raises as ConfigError, with the types that it has to do with."""
     try:
         yield
@@ -101,7 +110,10 @@ def _failures_told(opened: CheckpointSet) -> Iterator[None]:
     except Exception as error:
         stored = {info.type_name for info in opened.tensors.values() if info.is_floating}
         types = "" if stored <= {"float32"} else f" (stored as {', '.join(sorted(stored))})"
+        model = given.model
+        held = "weights by name" if model is None else type(model).__name__
+        hint = "; a module that holds the weights is handed over as model" if model is None else ""
         raise ConfigError(
-            f"calling generate with weights in float32{types}, seeds [0, 1] and labels (2,) "
-            f"failed: {type(error).__name__}: {reason(error)}"
+            f"calling generate with {held} in float32{types}, seeds [0, 1] and labels (2,) "
+            f"failed: {type(error).__name__}: {reason(error)}{hint}"
         ) from error

@@ -9,6 +9,7 @@ order; for the gradient of the distance of the policy's own distribution first o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -263,21 +264,20 @@ def _rows(
     features: object, expected: str, dim: int | None = None, *, least: int = 0, most: int = 2
 ) -> Tensor:
     """Floating features of `dim` columns, from NumPy too; ConfigError for anything else."""
-    given = as_tensor(features)
-    if not isinstance(given, Tensor):
-        raise ConfigError(f"expected features {expected}, got {written(given)}")
-    shape, floating = tuple(given.shape), is_plain(given) and given.is_floating_point()
-    fits = 2 <= len(shape) <= most and dim in (None, shape[-1]) and shape[0] >= least
-    if not (fits and floating):
-        raise ConfigError(
-            f"expected features {expected}, got {shape if floating else written(given)}"
-        )
+    given: Tensor = as_tensor(features)
+    plain = isinstance(given, Tensor) and is_plain(given) and given.is_floating_point()
+    shape = tuple(given.shape) if plain else ()
+    if not (2 <= len(shape) <= most and dim in (None, shape[-1]) and shape[0] >= least):
+        raise ConfigError(f"expected features {expected}, got {shape if plain else written(given)}")
     return given
 
 
 def _whole(values: object, expected: str) -> Tensor:
     """Whole numbers as int64 on the CPU; ConfigError for anything else."""
-    given = torch.tensor(values) if isinstance(values, (list, tuple)) else as_tensor(values)
+    if isinstance(values, (list, tuple)):
+        with suppress(ValueError, TypeError, RuntimeError):  # texts, rows of several lengths
+            values = torch.tensor(values)
+    given = as_tensor(values)
     if not isinstance(given, Tensor) or given.is_floating_point():
         found = str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
         raise ConfigError(f"expected {expected}, got {found.removeprefix('torch.')}")

@@ -181,6 +181,10 @@ def test_a_run_goes_on_with_the_function_and_ends_the_same(
         mrl.resume(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"generate returned float32 \(3,\), expected floating"):
         mrl.resume(tmp_path / "run", generate=lambda *_: torch.zeros(3))
+    with pytest.raises(
+        ConfigError, match="'dict' object is not callable; a module .* is handed over as model$"
+    ):
+        mrl.resume(tmp_path / "run", generate=lambda model, *_: model())
     again = mrl.resume(tmp_path / "run", generate=shifted)
     assert "failing, goes on with tests.workflows.optimize.test_function:shifted" in (
         capsys.readouterr().err
@@ -429,7 +433,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
           for made in (halved, drifting)),
         *(({"model": model}, ConfigError, told) for model, told in unfit_modules()),
         ({"checkpoints": [{"shift": torch.ones(1).double()}] * 2, "generate": narrow}, ConfigError,
-         r"generate with weights in float32 \(stored as float64\), .* failed: RuntimeError: "),
+         r"with weights by name in float32 \(stored as float64\), .* failed: RuntimeError: "),
         ({"checkpoints": [{"shift": torch.ones(1) * (1 + 1j * k)} for k in range(2)]},
          IncompatibleCheckpointError, "the complex 'shift' differs .*; averages are of real numb"),
     ]  # fmt: skip

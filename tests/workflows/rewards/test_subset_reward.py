@@ -83,6 +83,8 @@ def test_failures_are_nan_and_bad_input_is_refused(generator: torch.Generator) -
     with pytest.raises(ConfigError, match=r"expected features \(n, 3\) or \(P, n, 3\), got \(6, 2"):
         reward(broken[:, :2])
     no_path: Any = "real.pt"
+    no_labels: Any = ["cat"] * 80
+    no_name: Any = 3
     bytes_of = (10 * pool).byte()  # images, not features
     for call, found in (
         (lambda: reward(bytes_of), r"\(P, n, 3\), got uint8 \(80, 3\)"),
@@ -91,6 +93,8 @@ def test_failures_are_nan_and_bad_input_is_refused(generator: torch.Generator) -
         (lambda: reward.renew(real), "at most the 80 rows of the pool, got 300"),
         (lambda: mrl.SubsetReward(real, bytes_of), r"\(N, D\), got uint8"),
         (lambda: mrl.SubsetReward(no_path, pool), r"\(M, D\), or statistics, got str"),
+        (lambda: mrl.SubsetReward(real, pool, labels=no_labels), "80 labels, one a row, got list"),
+        (lambda: mrl.SubsetReward(real, pool, name=no_name), "a reward by its name, got int"),
     ):
         with pytest.raises(ConfigError, match=found):
             call()
