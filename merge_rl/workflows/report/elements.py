@@ -17,7 +17,7 @@ from merge_rl.workflows.report.markup import NOTHING, Safe, interval, joined, sa
 from merge_rl.workflows.report.results import Verdict
 
 # Columns of a heat table, up to which their names stand upright, and it fits a printed page.
-FEW_COLUMNS, PAGE_COLUMNS = 8, 40
+FEW_COLUMNS, PAGE_COLUMNS = 8, 26
 
 
 def headline(verdict: Verdict | None, otherwise: str, context: str) -> Safe:
