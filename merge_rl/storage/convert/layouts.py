@@ -115,6 +115,7 @@ def files_in(folder: Path) -> list[Path]:
     found = _pickled_in(folder)
     found += [file for file in folder.iterdir() if file.name.endswith(".bin.index.json")]
     usable = [f for f in found if not _BESIDE.match(f.name) and not is_shard_name(f.name)]
+    usable += _of_series(usable, _right_in(folder))
     files = sorted(usable, key=lambda file: training_key(file.stem))
     states = [file for file in files if file.name.startswith("training-state-")]
     if any(file.suffix.lower() == ".pkl" for file in files):
@@ -126,6 +127,21 @@ def files_in(folder: Path) -> list[Path]:
     if not inner:
         require_weights(folder, [item.name for item in folder.iterdir()])
     return inner
+
+
+def _of_series(files: Sequence[Path], others: Sequence[Path]) -> list[Path]:
+    """Of others those whose names differ from a file's in their numbers: a run changed its format.
+
+    One of the same name is what was made from it.
+    """
+    stems = {file.stem for file in files}
+    series = {_numberless(stem) for stem in stems} - stems
+    named = {file: weights_stem(file.name) for file in others}
+    return [f for f, stem in named.items() if stem not in stems and _numberless(stem) in series]
+
+
+def _numberless(stem: str) -> str:
+    return re.sub("[0-9]+", "#", stem)
 
 
 def is_pipeline(folder: Path) -> bool:

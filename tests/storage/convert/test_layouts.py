@@ -120,6 +120,16 @@ def test_a_shard_means_the_model_of_its_index(tmp_path: Path) -> None:
     assert extract(index)[0].tensors.keys() == homes.keys()
 
 
+def test_a_series_that_changed_its_format_is_one(tmp_path: Path) -> None:
+    """What was made of a file, and the weights of something else, are not of it."""
+    names = ("step_9.pt", "step_80.safetensors", "step_700.pt", "step_6000.safetensors")
+    for name in (*names, "step_9.safetensors", "vae.safetensors", "model.safetensors"):
+        (tmp_path / name).touch()
+    assert [file.name for file in files_in(tmp_path)] == list(names)
+    (tmp_path / "other.pt").touch()
+    assert len(files_in(tmp_path)) == 5
+
+
 def test_folders_that_hold_no_weights(tmp_path: Path) -> None:
     for name, names, told in (
         ("a", ["adapter_config.json"], "an adapter_config.json without adapter_model.safetensors"),
