@@ -235,17 +235,18 @@ def free_starts(
 
 
 def _averages(checkpoints: CheckpointSet) -> dict[str, Tensor]:
-    rows = {}
-    for track, members in _tracks(checkpoints).items():
-        of = f" of {track}" if track else ""
-        size = 1
-        while size // 2 < len(members):
+    """Of the newest, then of the 2, 4, 8 ... newest, the tracks in turns: few are of all tracks."""
+    tracks, rows, size = _tracks(checkpoints), dict[str, Tensor](), 1
+    while any(size // 2 < len(members) for members in tracks.values()):
+        for track, members in tracks.items():
+            if size // 2 >= len(members):
+                continue
+            of = f" of {track}" if track else ""
             chosen = members[-min(size, len(members)) :]
             row = torch.zeros(len(checkpoints), dtype=torch.float64)
             row[chosen] = 1 / len(chosen)
-            alone = f"newest{of}" if size == 1 else f"average of {len(chosen)} newest{of}"
-            rows[alone] = row
-            size *= 2
+            rows[f"newest{of}" if size == 1 else f"average of {len(chosen)} newest{of}"] = row
+        size *= 2
     return rows
 
 

@@ -58,8 +58,10 @@ def run_verdict(comparison: Mapping[str, Any]) -> Verdict:
     ahead = [other for other, gain in gains.items() if outcome(gain) == "worse"]
     if not ahead or "start" in ahead:
         return told
-    # Who could have had the better one without a search is told so first.
-    line = f"worse than {enumerated(ahead)}{told.line.removeprefix(found)}"
+    # Who could have had a better one without a search is told so first, by the numbers of the best.
+    best = min(ahead, key=lambda other: float(entries[other][head]["mean"]))
+    theirs, ours, change = _change(entries, gains[best], head, best)
+    line = f"worse than {enumerated(ahead)}: {NAMES[head]} FID {theirs} to {ours}, {change}"
     return replace(told, tone="bad", line=line)
 
 
@@ -71,15 +73,22 @@ def _verdict(
     gain: Mapping[str, Any],
     head: str,
 ) -> Verdict:
-    size = largest(gain.values())
-    before, after = (number(entries[e][head]["mean"], like=size) for e in ("start", "result"))
-    change = interval(gain, "+.3f")
+    before, after, change = _change(entries, gain, head)
     return Verdict(
         TONES[found],
         f"{_capital('; '.join(_grouped(outcomes)))}.",
         f"{_capital(measure)} went from {before} to {after}, a gain of {change}.",
         f"{found}: {measure} {before} to {after}, {change}",
     )
+
+
+def _change(
+    entries: Mapping[str, Any], gain: Mapping[str, Any], head: str, other: str = "start"
+) -> tuple[str, str, str]:
+    """The mean of another, that of the result, and the interval of what was gained."""
+    size = largest(gain.values())
+    before, after = (number(entries[e][head]["mean"], like=size) for e in (other, "result"))
+    return before, after, interval(gain, "+.3f")
 
 
 def _grouped(outcomes: Mapping[str, Outcome]) -> list[str]:

@@ -99,11 +99,24 @@ def test_what_is_not_clear_is_not_called_a_gain() -> None:
 
 @pytest.mark.parametrize("start", [(0.08, 0.12), (-0.02, 0.22)])
 def test_a_result_behind_a_merge_without_a_search_is_no_success(start: tuple[float, float]) -> None:
-    found = run_verdict(comparison(start, (-0.3, -0.1)))
+    told = comparison(start, (-0.3, -0.1))
+    told["entries"]["best single"] = {"heldout": summary(0.7)}
+    found = run_verdict(told)
     assert found.tone == "bad"
     assert found.claim.endswith("; worse than the best single checkpoint (snap-7).")
-    assert found.line.startswith("worse than best single: held-out FID 1.000 to 0.900, +0.100 [")
+    line = "worse than best single: held-out FID 0.700 to 0.900, -0.200 [-0.300, -0.100]"
+    assert found.line == line
     assert len(found.line) <= 80
+    # By the numbers of the best of those that are ahead.
+    told["gain_over"]["uniform"], told["entries"]["uniform"] = (
+        gain(-0.5, -0.3),
+        {"heldout": summary(0.5)},
+    )
+    found = run_verdict(told)
+    line = (
+        "worse than uniform and best single: held-out FID 0.500 to 0.900, -0.400 [-0.500, -0.300]"
+    )
+    assert found.line == line
 
 
 def test_no_score_is_no_verdict() -> None:
