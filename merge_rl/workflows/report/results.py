@@ -60,19 +60,14 @@ def run_verdict(comparison: Mapping[str, Any]) -> Verdict:
         return told
     # Who could have had a better one without a search is told so first, by the numbers of the best.
     best = min(ahead, key=lambda other: float(entries[other][head]["mean"]))
-    theirs, ours, change = _change(entries, gains[best], head, best)
-    line = f"worse than {enumerated(ahead)}: {NAMES[head]} FID {theirs} to {ours}, {change}"
-    return replace(told, tone="bad", line=line)
+    line = "{} FID {} to {}, {}".format(NAMES[head], *_change(entries, gains[best], head, best))
+    return replace(told, tone="bad", line=f"worse than {enumerated(ahead)}: {line}")
 
 
 def _verdict(
-    found: Outcome,
-    outcomes: Mapping[str, Outcome],
-    measure: str,
-    entries: Mapping[str, Any],
-    gain: Mapping[str, Any],
-    head: str,
-) -> Verdict:
+    found: Outcome, outcomes: Mapping[str, Outcome], measure: str, entries: Mapping[str, Any],
+    gain: Mapping[str, Any], head: str,
+) -> Verdict:  # fmt: skip
     before, after, change = _change(entries, gain, head)
     return Verdict(
         TONES[found],
