@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Final, NoReturn
 
@@ -169,9 +170,15 @@ def _share_cores() -> None:
 
 
 def _write_anything() -> None:
-    """What an encoding of the terminal or the pipe lacks is written as Python writes it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    """What an encoding of the terminal or the pipe lacks is written as Python writes it.
+
+    Where there is no stdout or stderr at all (`>&-`), what would go there is dropped.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -61,6 +61,18 @@ def test_names_that_are_no_text_of_the_terminal_or_at_all(
     assert load_reference(out).source == "é?"
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_nobody_has_to_listen(
+    closed: str, images: Path, digits: list[object], mergerl: Mergerl, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "a.safetensors"
+    monkeypatch.setattr(sys, closed, None)  # as after >&- or 2>&-
+    assert mergerl("reference", images, "--out", out, "--json", *digits).code == 0
+    getattr(sys, closed).close()
+    assert load_reference(out).count == COUNT
+
+
 def test_from_a_folder_to_scores(
     images: Path, digits: list[object], tiny: Path, mergerl: Mergerl, tmp_path: Path
 ) -> None:
