@@ -26,6 +26,7 @@ from merge_rl.storage.files import (
 )
 from merge_rl.storage.hub.client import call_hub, client, endpoint, quiet_client
 from merge_rl.storage.hub.repository import open_repository, split_repo
+from merge_rl.untrusted import open_file
 
 DEFAULT_MESSAGE: Final = "Upload a merged model"
 
@@ -203,4 +204,5 @@ def _size(folder: Path, name: str) -> int:
     homes = (followed(folder), followed(own))
     if not any(followed(path).is_relative_to(home) for home in homes):
         raise CheckpointError(f"{path}: a link that leaves the folder is not published")
+    open_file(path, CheckpointError).close()  # a pointer of Git LFS, say, is no file to publish
     return path.stat().st_size

@@ -103,6 +103,13 @@ def test_what_is_pushed_comes_back_the_same(hub: HubServer, model: Path, tmp_pat
         assert ("authorization" in sent) == (not request.path.startswith(("/upload", "/cdn")))
 
 
+def test_a_pointer_of_git_lfs_is_not_published(model: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1234\n"
+    (model / "config.json").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"config\.json: a Git LFS pointer to .* of 1,234 by"):
+        list_model(model)
+
+
 def test_nothing_leaves_in_a_dry_run(
     hub: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
