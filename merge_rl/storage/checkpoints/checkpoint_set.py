@@ -29,6 +29,7 @@ from merge_rl.storage.files import (
     StoredWeights,
     TensorInfo,
     WeightsReader,
+    left_to_convert,
     nearest,
     require_finite,
     tensor_bytes,
@@ -177,8 +178,10 @@ class CheckpointSet:
             f"{self.folder}: {name} and {kept} are the same weights and count once, as {kept}"
             for name, kept in self.duplicates.items()
         ]
-        left = self._headers[0].left_text
-        return [*notes, f"{self.folder}: {left}"] if left else notes
+        if left := self._headers[0].left_text:
+            notes.append(f"{self.folder}: {left}")
+        others = "" if self.manifest else left_to_convert(self.folder, self.paths)
+        return [*notes, others] if others else notes
 
     @property
     def total_bytes(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -93,9 +92,11 @@ def strange(shapes: Shapes) -> list[str]:
     """Names of parts that no SiT, or no JiT, has, where the tensors are one's in the main."""
     near = _nearest(shapes) if is_damaged(shapes) else ""
     known = {"sit": _SIT_NAMES, "jit": _JIT_NAMES}.get(near)
+    width = shapes.get("pos_embed", ())[-1:]
     parts = [
         name for name, shape in shapes.items()
-        if (all(name.split(".")) if "." in name else math.prod(shape) > 1)  # no count, no decay
+        # Of names without a part the tokens that go along with those of the image.
+        if (all(name.split(".")) if "." in name else len(shape) > 1 and shape[-1:] == width)
     ]  # fmt: skip
     return [name for name in parts if known is not None and not known.fullmatch(name)]
 

@@ -18,6 +18,7 @@ from merge_rl.storage.files import (
     is_shard_name,
     natural_key,
     network_name,
+    of_series,
     training_key,
     weights_in,
     weights_stem,
@@ -134,14 +135,8 @@ def _of_series(files: Sequence[Path], others: Sequence[Path]) -> list[Path]:
 
     One of the same name is what was made from it.
     """
-    stems = {file.stem for file in files}
-    series = {_numberless(stem) for stem in stems} - stems
-    named = {file: weights_stem(file.name) for file in others}
-    return [f for f, stem in named.items() if stem not in stems and _numberless(stem) in series]
-
-
-def _numberless(stem: str) -> str:
-    return re.sub("[0-9]+", "#", stem)
+    named = {weights_stem(file.name): file for file in others}
+    return [named[stem] for stem in of_series([file.stem for file in files], named)]
 
 
 def is_pipeline(folder: Path) -> bool:

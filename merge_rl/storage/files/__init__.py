@@ -59,12 +59,15 @@ from merge_rl.storage.files.locks import (
     temporary_beside,
 )
 from merge_rl.storage.files.naming import (
+    CONVERTED,
     SAVED,
     averaged,
     in_series,
     is_weights_name,
+    left_to_convert,
     natural_key,
     network_name,
+    of_series,
     reference_file,
     training_key,
     weights_stem,
@@ -110,7 +113,6 @@ from merge_rl.storage.files.shards import (
     write_weights,
 )
 from merge_rl.storage.files.stored import (
-    CONVERTED,
     StoredWeights,
     WeightsReader,
     hash_weights,
@@ -173,6 +175,7 @@ __all__ = [
     "is_vacant",
     "is_weights_name",
     "kind_by_content",
+    "left_to_convert",
     "locked",
     "locked_output",
     "map_file",
@@ -183,6 +186,7 @@ __all__ = [
     "nonfinite",
     "npz_arrays",
     "npz_labels",
+    "of_series",
     "open_images",
     "open_weights",
     "parse_index",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path, PurePath
 from typing import Final
@@ -12,6 +13,8 @@ from typing import Final
 from merge_rl.storage.files.shards import DIFFUSERS_STEM, INDEX_NAME, INDEX_SUFFIX, MODEL_NAME
 
 SUFFIX: Final = ".safetensors"
+# The ends of names of what `mergerl convert` reads.
+CONVERTED: Final = (".pkl", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
 PARTS: Final = ("unet", "transformer", "unet_ema", "transformer_ema")  # diffusers' folders
 # A training program's folder: checkpoint-500, global_step500, epoch=1-step=500, ckpt_5e4, 500.
 SAVED: Final = re.compile(
@@ -110,6 +113,24 @@ def training_key(name: str) -> tuple[int, _Parts, Key]:
 def without_numbers(name: str) -> str:
     """What names of one series share: "step_750" and "step_2000" are both "step_#"."""
     return _ANY_NUMBER.sub("#", name)
+
+
+def of_series(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Of other names those that differ from one of `names`, and from all, in their numbers."""
+    known = set(names)
+    series = {without_numbers(name) for name in known} - known
+    return [name for name in others if name not in known and without_numbers(name) in series]
+
+
+def left_to_convert(folder: Path, files: Iterable[Path]) -> str:
+    """A sentence on what is of a series with the `.safetensors`, but to be converted; or ""."""
+    others = (file.name for file in folder.iterdir() if file.name.lower().endswith(CONVERTED))
+    found = {PurePath(name.removesuffix(".tar")).stem: name for name in others}
+    left = sorted(of_series([weights_stem(file.name) for file in files], found), key=natural_key)
+    if not left:
+        return ""
+    shown = ", ".join(found[stem] for stem in left[:3]) + " ..." * (len(left) > 3)
+    return f"{folder}: left out {shown}, of the same series; `mergerl convert` makes a set of all"
 
 
 def _parts(name: str) -> _Parts:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.files.documents import CHUNK_BYTES, Progress, sha256_file
 from merge_rl.storage.files.naming import (
+    CONVERTED,
     PARTS,
     PLAIN,
     SAVED,
@@ -27,9 +28,6 @@ from merge_rl.storage.files.shards import INDEX_NAME, INDEX_SUFFIX, is_shard_nam
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# The ends of names of what `mergerl convert` reads.
-CONVERTED: Final = (".pkl", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

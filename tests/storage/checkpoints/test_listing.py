@@ -327,3 +327,18 @@ def test_a_set_says_its_licences_and_its_newest(tracks: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="a.safetensors: no tensor 'ww'; did you mean 'w'"):
         opened.read_tensor(1, "ww")
     assert opened.read_tensor(1, "w").tolist() == [0.0, 2.0]
+
+
+def test_files_of_the_series_in_another_format_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    for number, name in enumerate(("step_1.safetensors", "step_20.safetensors")):
+        save(tmp_path / name, float(number))
+    for name in ("step_1.pt", "optimizer.pt", "step_20.txt"):  # made into one, and of no series
+        (tmp_path / name).touch()
+    assert open_checkpoints(tmp_path).notes == []
+    for name in ("step_10.pt", "step_3.pth.tar", "step_5.ckpt"):
+        (tmp_path / name).touch()
+    told = f"{tmp_path}: left out step_3.pth.tar, step_5.ckpt, step_10.pt, of the same series; "
+    assert open_checkpoints(tmp_path).notes == [f"{told}`mergerl convert` makes a set of all"]
+    (tmp_path / "step_4.pkl").touch()
+    (note,) = open_checkpoints(tmp_path).notes
+    assert "left out step_3.pth.tar, step_4.pkl, step_5.ckpt ..., of the same" in note

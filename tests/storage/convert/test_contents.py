@@ -187,7 +187,9 @@ def test_families_by_their_tensors() -> None:
         assert fitting({**SIT, name: (1,)}) == ()
         assert is_foreign({**SIT, name: (1,)})
     # Or tokens beside them, or no stored positions; a count and what lacks a tensor are no parts.
-    assert is_foreign({**SIT, "register_tokens": (1, 4, 8)})
+    width = SIT["pos_embed"][-1]
+    assert is_foreign({**SIT, "register_tokens": (1, 4, width)})
+    assert not any(is_foreign({**SIT, "extra": of}) for of in ((width,), (1, width + 1)))  # spoilt
     assert is_foreign({n: s for n, s in SIT.items() if n != "pos_embed"} | {"feat_rope.sin": (2,)})
     assert not is_foreign({**SIT, "n_averaged": ()})
     assert not is_foreign(SIT)
