@@ -35,7 +35,9 @@ SITES: Final = {
     "storage/hub/download:finish", "storage/hub/fetch:_download", "storage/runs/run_dir:create",
     "storage/runs/run_dir:append_event", "workflows/finetune/snapshots:_beside",
     "workflows/report/figures:drawing",
-    # A folder in a work folder, a file in a folder made for it, and folders that go by themselves.
+    # A folder in a work folder, a file in a folder made for it, folders that go by themselves, and
+    # what swallows all.
+    "cli/main:_write_anything",
     "workflows/optimize/function:_keep_statistics", "storage/runs/trackers:__init__",
     "storage/hub/fetch_sources:_hub_manifest", "workflows/export/publish:publishable",
     "workflows/plan/calibration:time_write", "workflows/export/folder:_write_papers",
