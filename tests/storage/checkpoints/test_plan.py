@@ -116,7 +116,12 @@ def test_complex_tensors_are_carried_where_all_are_the_same(tmp_path: Path) -> N
         for k, turn in enumerate((1j, last)):
             weights = {**Turned().state_dict(), "weight": torch.ones(2) * k}
             save_tensors(folder / f"s_{k}.safetensors", weights | {"turns": torch.tensor([turn])})
-    same, other = (open_checkpoints(tmp_path / name) for name in ("1.0", "2.0"))
+    try:
+        same, other = (open_checkpoints(tmp_path / name) for name in ("1.0", "2.0"))
+    except CheckpointError as error:
+        if "unknown variant `C64`" in str(error):
+            pytest.skip("this safetensors knows no complex numbers")
+        raise
     carried = ("constant", "count", "places", "turns")
     assert plan_merge(same, model=Turned()).carried == carried
     assert plan_merge(same).carried == carried[1:]
