@@ -20,6 +20,7 @@ Readable: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview"
 WINDOW_BYTES: Final = 16 * 2**10
 MAX_LINE_BYTES: Final = 64 * 2**10
 END_BYTES: Final = 4 * 2**10
+_READING: Final = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 class ByteSource:
@@ -49,23 +50,27 @@ class ByteSource:
         if self._buffer is not None:
             return bytes(self._buffer[offset : offset + length])
         try:
-            with self._path.open("rb", buffering=0) as file:
-                if _stamp(os.fstat(file.fileno())) != self._stamp:
+            # Without a file object, which takes longer to make than most reads take.
+            descriptor = os.open(self._path, _READING)
+            try:
+                if _stamp(os.fstat(descriptor)) != self._stamp:
                     raise CheckpointError(f"{self.name}: the file has changed since it was opened")
-                file.seek(offset)
-                return self._read_all(file, length)
+                os.lseek(descriptor, offset, os.SEEK_SET)
+                return self._read_all(descriptor, length)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise self._unreadable(error) from None
 
-    def _read_all(self, file: object, length: int) -> bytes:
-        # One read of a raw file may return less than was asked for.
-        data = file.read(length)  # type: ignore[attr-defined]
+    def _read_all(self, descriptor: int, length: int) -> bytes:
+        # One read may return less than was asked for.
+        data = os.read(descriptor, length)
         while len(data) < length:
-            more = file.read(length - len(data))  # type: ignore[attr-defined]
+            more = os.read(descriptor, length - len(data))
             if not more:
                 raise CheckpointError(f"{self.name}: the file became shorter while it was read")
             data += more
-        return bytes(data)
+        return data
 
     def _unreadable(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"{self.name}: cannot be read: {error.strerror or error}")

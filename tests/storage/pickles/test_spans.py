@@ -89,12 +89,16 @@ class Short:
         return self.parts.pop(0)
 
 
-def test_short_reads_are_gone_on_with() -> None:
-    source, file = ByteSource(b"", "a"), Short(b"ab", b"c", b"de")
-    assert source._read_all(file, 5) == b"abcde"
+def test_short_reads_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"abcde")
+    source, file = ByteSource(tmp_path / "a"), Short(b"ab", b"c", b"de")
+    monkeypatch.setattr(os, "read", lambda _descriptor, count: file.read(count))
+    assert source.read(0, 5) == b"abcde"
     assert file.asked == [5, 3, 2]
+    ended = Short(b"ab", b"")
+    monkeypatch.setattr(os, "read", lambda _descriptor, count: ended.read(count))
     with pytest.raises(CheckpointError, match="a: the file became shorter while it was read"):
-        source._read_all(Short(b"ab", b""), 3)
+        source.read(1, 3)
 
 
 def test_a_cursor_reads_across_the_edges_of_its_window(
