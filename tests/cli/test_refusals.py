@@ -347,6 +347,7 @@ def test_what_nobody_thought_of_is_one_sentence_too(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("nobody\nthought of it")
 
+    monkeypatch.setattr("merge_rl.own_code._packages", set())  # in which tests are, after some
     monkeypatch.setattr("merge_rl.storage.checkpoints.open_checkpoints", fail)
     code, out, err = mergerl("inspect", tiny)
     assert (code, out) == (1, "")
