@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 import io
-import logging
 import os
 import re
 import signal
@@ -174,10 +173,8 @@ def _share_cores() -> None:
 def _write_anything() -> None:
     """What an encoding of the terminal or the pipe lacks is written as Python writes it.
 
-    Where there is no stdout or stderr at all (`>&-`), what would go there is dropped. What
-    matplotlib has to say of a home that cannot be written is no concern of a command's.
+    Where there is no stdout or stderr at all (`>&-`), what would go there is dropped.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import re
 import sys
@@ -72,14 +71,6 @@ def test_nobody_has_to_listen(
     assert mergerl("reference", images, "--out", out, "--json", *digits).code == 0
     getattr(sys, closed).close()
     assert load_reference(out).count == COUNT
-
-
-def test_a_home_that_cannot_be_written_is_no_news(mergerl: Mergerl, tmp_path: Path) -> None:
-    logger = logging.getLogger("matplotlib")
-    logger.setLevel(logging.NOTSET)
-    mergerl("inspect", tmp_path)
-    assert not logger.isEnabledFor(logging.WARNING)  # of which are its words on its own cache
-    assert logger.isEnabledFor(logging.ERROR)
 
 
 def test_from_a_folder_to_scores(

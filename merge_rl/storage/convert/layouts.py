@@ -12,9 +12,9 @@ from merge_rl.storage.checkpoints import is_network_config, library_document, ne
 from merge_rl.storage.convert.contents import Extracted, Hints
 from merge_rl.storage.convert.trainers import deepspeed_weights
 from merge_rl.storage.files import (
-    CONVERTED,
     SAVED,
     averaged,
+    convertible,
     is_shard_name,
     natural_key,
     network_name,
@@ -79,7 +79,7 @@ def place_of(folder: Path) -> Place | None:
         raw, average = _generic(pairs[0]), _generic(folder / f"{pairs[0].name}_ema")
         if raw and average:
             return Place("diffusers", raw, (average,))
-    files = [file for file in _pickled_in(folder) if not _BESIDE.match(file.name)]
+    files = [file for file in convertible(folder) if not _BESIDE.match(file.name)]
     if len(files) == 2 and files[1].stem == f"{files[0].stem}_ema":  # as U-ViT's nnet_ema.pth
         return Place("weights", files[0], (files[1],))
     found = _generic(folder)
@@ -113,7 +113,7 @@ def files_in(folder: Path) -> list[Path]:
     posthoc = [file for file in folder.iterdir() if POSTHOC.fullmatch(file.name)]
     if posthoc:
         return sorted(posthoc, key=lambda file: [int(n) for n in file.name.split(".")[:2]])
-    found = _pickled_in(folder)
+    found = convertible(folder)
     found += [file for file in folder.iterdir() if file.name.endswith(".bin.index.json")]
     usable = [f for f in found if not _BESIDE.match(f.name) and not is_shard_name(f.name)]
     usable += _of_series(usable, _right_in(folder))
@@ -166,12 +166,7 @@ def folders_in(folder: Path) -> list[Path]:
 
 def own_files(folder: Path) -> list[Path]:
     """The files in a folder that may hold a network each."""
-    return [f for f in (*_right_in(folder), *_pickled_in(folder)) if not _BESIDE.match(f.name)]
-
-
-def _pickled_in(folder: Path) -> list[Path]:
-    found = (f for f in folder.iterdir() if f.name.lower().endswith(CONVERTED) and f.is_file())
-    return sorted(found, key=lambda file: natural_key(file.stem))
+    return [f for f in (*_right_in(folder), *convertible(folder)) if not _BESIDE.match(f.name)]
 
 
 def _right_in(folder: Path) -> list[Path]:

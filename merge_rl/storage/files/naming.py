@@ -122,10 +122,16 @@ def of_series(names: Iterable[str], others: Iterable[str]) -> list[str]:
     return [name for name in others if name not in known and without_numbers(name) in series]
 
 
+def convertible(folder: Path) -> list[Path]:
+    """The files in a folder that by their names `mergerl convert` reads, in their natural order."""
+    found = (f for f in folder.iterdir() if f.name.lower().endswith(CONVERTED) and f.is_file())
+    return sorted(found, key=lambda file: natural_key(file.stem))
+
+
 def left_to_convert(folder: Path, files: Iterable[Path]) -> str:
     """A sentence on what is of a series with the `.safetensors`, but to be converted; or ""."""
-    others = (file.name for file in folder.iterdir() if file.name.lower().endswith(CONVERTED))
-    found = {PurePath(name.removesuffix(".tar")).stem: name for name in others}
+    names = [file.name for file in convertible(folder)]
+    found = {PurePath(name.removesuffix(".tar")).stem: name for name in names}
     left = sorted(of_series([weights_stem(file.name) for file in files], found), key=natural_key)
     if not left:
         return ""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.files.documents import CHUNK_BYTES, Progress, sha256_file
 from merge_rl.storage.files.naming import (
-    CONVERTED,
     PARTS,
     PLAIN,
     SAVED,
     SHARED,
+    convertible,
     is_weights_name,
     natural_key,
     training_key,
@@ -230,8 +230,7 @@ def _networks_within(folder: Path) -> list[Path]:
 
 def instead_of_weights(folder: Path) -> str:
     """For the refusal of a folder without weights: what makes some, or where some are; or ""."""
-    files = [file for file in folder.iterdir() if file.name.lower().endswith(CONVERTED)]
-    if files:
+    if files := convertible(folder):
         kinds = ", ".join(sorted({file.suffix.lower() for file in files}))
         return f"; `mergerl convert` makes them from the {len(files)} {kinds} files there"
     within = {file.parent.name for file in folder.glob("*/*") if is_weights_name(file.name)}

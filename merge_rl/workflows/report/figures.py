@@ -28,6 +28,17 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
+def _without_its_words() -> None:
+    """Before the library is imported: what it has to say of a home that cannot be written is no
+    concern of ours. A user's own level counts.
+    """
+    import logging
+
+    logger = logging.getLogger("matplotlib")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)
+
+
 @contextmanager
 def drawing(
     path: str | os.PathLike[str], rows: int, columns: int, size: tuple[float, float]
@@ -43,6 +54,7 @@ def drawing(
         raise ConfigError(f"{os.fspath(path)}: expected the name of a plot, ending in {known}")
     if not can_draw():
         raise MissingLibraryError("a plot", "matplotlib", "report")
+    _without_its_words()
     from matplotlib.figure import Figure
 
     # Without pyplot: no window system, and no figures that live on.
@@ -135,6 +147,7 @@ def chart(
     """
     if not can_draw():
         return NOTHING
+    _without_its_words()
     import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure

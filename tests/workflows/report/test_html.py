@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -21,7 +22,7 @@ from merge_rl.workflows.optimize import optimize
 from merge_rl.workflows.report import LivePage, with_page, write_report, writing
 from merge_rl.workflows.report.compare_html import compare_document, cost_to_reach, spec_of
 from merge_rl.workflows.report.elements import Span, heat_table, strip
-from merge_rl.workflows.report.figures import counts_axis
+from merge_rl.workflows.report.figures import chart, counts_axis
 from merge_rl.workflows.report.finetune_html import finetune_document
 from merge_rl.workflows.report.markup import Safe, document, joined, tag
 from merge_rl.workflows.report.run_html import run_document
@@ -35,6 +36,7 @@ from tests.pages import (
     searcher,
     tuning_run,
 )
+from tests.quick import draw_figures
 
 NAMES = ["snap-1", "snap-2", "snap-3"]
 
@@ -396,3 +398,12 @@ def test_settings_that_are_mappings_are_told() -> None:
     seen = Seen(settings_section(OptimizeConfig, grouped))  # the groups are those of the grouping
     assert "merge.grouping" in seen.words
     assert "merge.groups" not in seen.words
+
+
+def test_a_home_that_cannot_be_written_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_figures(monkeypatch)
+    logger = logging.getLogger("matplotlib")
+    for level, warns in ((logging.NOTSET, False), (logging.DEBUG, True)):  # the user's word counts
+        monkeypatch.setattr(logger, "level", level)
+        chart(lambda _axes: None, (1.0, 1.0), "nothing")
+        assert (logger.level <= logging.WARNING) is warns
