@@ -10,11 +10,20 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 
 class MergeRLError(Exception):
     """Root of all errors raised on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made anew from its message: an error that its own arguments make cannot leave a worker of
+        # `multiprocessing`, whose pool then waits for it for ever.
+        return _anew, (type(self), *self.args), self.__dict__
+
+
+def _anew(kind: type[MergeRLError], *args: object) -> MergeRLError:
+    return kind.__new__(kind, *args)
 
 
 class ConfigError(MergeRLError):

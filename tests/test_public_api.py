@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import merge_rl as mrl
 from merge_rl.config.optimize import EvaluationConfig, OptimizeConfig, RewardConfig, SearchConfig
-from merge_rl.errors import MergeRLError
+from merge_rl.errors import MergeRLError, MissingLibraryError, UnknownNameError
+
+
+def _sent(value: Any) -> Any:
+    """What arrives of it in a worker of `multiprocessing` or of a DataLoader."""
+    return pickle.loads(pickle.dumps(value))
+
 
 PROMISED = [
     "CheckpointSet", "FeatureStats", "MergeRLError", "build_model", "compare_searchers", "convert",
@@ -105,5 +113,26 @@ def test_the_short_way_through(tiny: Path, tmp_path: Path) -> None:
     again = mrl.resume(run)
     assert isinstance(again, mrl.OptimizeResult)
     assert again.final == result.final
+    sent = _sent((opened, model, config, result, mrl.MergedModel.from_pretrained(run)))
+    again_merged = mrl.merge(sent[0], [0.25] * 4)
+    assert all(torch.equal(again_merged[name], weights[name]) for name in weights)
+    assert torch.equal(mrl.sample(sent[1], noise, labels, solver="heun", num_steps=2), samples)
+    assert sent[2] == config
+    assert sent[3].final == result.final
+    assert sent[4].recipe == mrl.MergedModel.from_pretrained(run).recipe
     with pytest.raises(MergeRLError, match="exists already"):
         mrl.optimize(tiny, out=run, config=config)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MergeRLError("plain"),
+        UnknownNameError("reward", "fid", ["fid-subset", "mmd-subset"]),
+        MissingLibraryError("fetch", "timm", "latent"),
+    ],
+)
+def test_errors_leave_a_worker_as_they_are(error: MergeRLError) -> None:
+    arrived = _sent(error)
+    assert type(arrived) is type(error)
+    assert (str(arrived), vars(arrived)) == (str(error), vars(error))

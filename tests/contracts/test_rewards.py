@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ from merge_rl.interfaces import Reward
 from merge_rl.registry import REWARDS, resolve
 from merge_rl.workflows.reference.formats import Reference
 from merge_rl.workflows.rewards.frechet import Pool, RewardSource
+from merge_rl.workflows.rewards.sum import RewardSum, WeightedReward
 
 pytestmark = pytest.mark.numerics
 
@@ -132,6 +134,19 @@ def test_a_restored_reward_gives_the_same_bits(
     anew.load_state_dict(after, {})
     expected = reward.pool_distance(after)
     assert anew.pool_distance(after) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_a_reward_is_the_same_in_another_process(
+    name: str, make: Make, pool: Pool, generator: torch.Generator
+) -> None:
+    # As RewardSum and SubsetReward hold it, with what was made of the pool and before that.
+    draws = [(torch.arange(6), images(12, generator).reshape(2, 6, DIM))]
+    reward = RewardSum([WeightedReward(name, 0.5, make(name), 0, DIM)])
+    new = pickle.loads(pickle.dumps(reward))
+    found = reward.rewards(pool, draws)
+    used, own = pickle.loads(pickle.dumps((reward, pool)))
+    assert torch.equal(new.rewards(pool, draws), found)
+    assert torch.equal(used.rewards(own, draws), found)
 
 
 @pytest.mark.parametrize("needy", NEEDS_FEATURES)

@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 from safetensors import SafetensorError, safe_open
@@ -145,12 +144,7 @@ def read_header(path: Path) -> Header:
     for name, info in tensors.items():
         begins[name] = begin
         begin += info.nbytes
-    return Header(
-        tensors=MappingProxyType(tensors),
-        begins=MappingProxyType(begins),
-        metadata=MappingProxyType(metadata),
-        file_bytes=size,
-    )
+    return Header(tensors=tensors, begins=begins, metadata=metadata, file_bytes=size)
 
 
 def _info(name: str, dtype: str, shape: list[int], path: Path) -> TensorInfo:

@@ -109,7 +109,11 @@ class RewardSource:
 
 
 class PoolCache(Generic[T]):
-    """What was last made of a pool, as long as the same pool comes back."""
+    """What was last made of a pool, as long as the same pool comes back.
+
+    `make` is a method of the reward that holds this one: a reward with a function without a name
+    could not be sent to another process.
+    """
 
     def __init__(self, make: Callable[[Pool], T]) -> None:
         self._make = make
@@ -154,8 +158,11 @@ class SubsetFrechet(FrechetReward):
 
     def __init__(self, source: RewardSource) -> None:
         super().__init__(source)
-        self.influence = PoolCache(lambda pool: Influence.of(self.prepared(pool)))
+        self.influence = PoolCache(self._influence)
         self.by_eigenvalues = self._checked = False
+
+    def _influence(self, pool: Pool) -> Influence:
+        return Influence.of(self.prepared(pool))
 
     def rewards(self, pool: Pool, draws: Sequence[Subset]) -> Tensor:
         """Mean over draws, Ns subsets x Nr replacements (equation 10): (P,) float64 on the CPU.

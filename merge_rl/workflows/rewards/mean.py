@@ -43,7 +43,10 @@ class MeanFrechet:
             for distance, span in zip(apart, spans, strict=True)
             for own in [Reference(stats=columns(reference.stats, span))]
         ]
-        self._views = PoolCache(lambda pool: [pool.columns(*span) for _, span, _ in self.parts])
+        self._views = PoolCache(self._split)
+
+    def _split(self, pool: Pool) -> list[Pool]:
+        return [pool.columns(*span) for _, span, _ in self.parts]
 
     def pool_distance(self, pool: Pool) -> float:
         """fd-mean of the pool itself."""

@@ -53,9 +53,12 @@ class RewardSum:
     def __init__(self, terms: Sequence[WeightedReward]) -> None:
         self.terms = tuple(terms)
         self.has_first_order = any(isinstance(t.reward, InfluenceFrechet) for t in self.terms)
-        spans = {(term.start, term.stop) for term in self.terms}
+        self._views = PoolCache(self._split)
+
+    def _split(self, pool: Pool) -> dict[tuple[int, int], Pool]:
         # Terms of one extractor are given one object, which they recognise.
-        self._views = PoolCache(lambda pool: {span: pool.columns(*span) for span in spans})
+        spans = {(term.start, term.stop) for term in self.terms}
+        return {span: pool.columns(*span) for span in spans}
 
     def view(self, pool: Pool | None, term: WeightedReward) -> Pool:
         """The pool with the features alone that a term reads."""

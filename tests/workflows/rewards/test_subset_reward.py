@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -44,6 +45,17 @@ def test_candidates_of_one_call_share_rows_that_the_seed_fixes(generator: torch.
     assert pair[0] == pair[1]
     assert torch.equal(again(torch.stack([images, images])), pair)
     assert again(images) != pair[0]  # other rows
+
+
+def test_a_copy_in_another_process_goes_on_alike(generator: torch.Generator) -> None:
+    reward = mrl.SubsetReward(draw(300, 0.0, generator), draw(80, 0.4, generator), seed=5)
+    reward.renew(draw(6, 0.0, generator))
+    images = draw(6, 0.0, generator)
+    reward(images)
+    other = pickle.loads(pickle.dumps(reward))
+    assert (other.distance, other.cursor) == (reward.distance, 6)
+    assert other(images) == reward(images)  # of the rows that are next
+    assert other.loss(images) == reward.loss(images)
 
 
 def test_the_loss_leads_images_to_the_real_data(generator: torch.Generator) -> None:
