@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pkgutil
 import re
 from pathlib import Path
 
@@ -87,6 +88,14 @@ def test_help_quotes_what_the_code_says() -> None:
     assert len(said) > 10
     code = re.sub(r'"\s*\n\s*f?"', "", SOURCES)  # sentences that go over several lines
     assert [text for text in said if text not in code] == []
+
+
+def test_names_of_the_package_in_pages_and_docstrings_are_there() -> None:
+    text = "\n".join([SOURCES, *(page.read_text(encoding="utf-8") for page in PAGES)])
+    named = set(re.findall(r"`(merge_rl(?!\.reference\.v1)(?:\.\w+)+)\b[`(]", text))
+    assert {"merge_rl.sample", "merge_rl.interfaces.Searcher"} <= named
+    for name in sorted(named):
+        pkgutil.resolve_name(name)
 
 
 def test_recipes_that_pages_name_are_there() -> None:

@@ -49,9 +49,10 @@ class FeatureStats:
 
 
 def feature_stats(features: Tensor) -> FeatureStats:
-    """Moments of features (N, D) of any dtype, N >= 2, in two passes over blocks of rows.
+    """Moments of features (N, D) of any real dtype, N >= 2, in two passes over blocks of rows.
 
-    The second pass holds one block in float64, never a float64 copy of all rows.
+    The second pass holds one block in float64, never a float64 copy of all rows. Raises
+    StatisticsError for what is no finite matrix, TooFewSamplesError for fewer than 2 rows.
     """
     check_features(features, at_least=2)
     count, dim = features.shape
@@ -139,6 +140,8 @@ def check_features(features: Tensor, *, at_least: int) -> None:
         raise StatisticsError(f"expected features as a tensor, got {type(features).__name__}")
     if features.ndim != 2:
         raise StatisticsError(f"expected features (N, D), got shape {tuple(features.shape)}")
+    if features.is_complex():
+        raise StatisticsError(f"expected features as real numbers, got {features.dtype}")
     if len(features) < at_least:
         raise TooFewSamplesError(f"expected at least {at_least} feature rows, got {len(features)}")
     bad = 0
@@ -191,6 +194,11 @@ def check_finite_moments(stats: FeatureStats) -> None:
 
 
 def check_same_dim(a: FeatureStats, b: FeatureStats) -> None:
-    """Raise StatisticsError unless both have the same number of features."""
+    """Raise StatisticsError unless both are statistics of the same number of features."""
+    given: tuple[object, ...] = (a, b)
+    for stats in given:
+        if not isinstance(stats, FeatureStats):
+            found = type(stats).__name__
+            raise StatisticsError(f"expected statistics, as feature_stats makes, got {found}")
     if a.dim != b.dim:
         raise StatisticsError(f"expected moments of one dimension, got {a.dim} and {b.dim}")

@@ -81,7 +81,7 @@ def one_group(_names: Sequence[str]) -> dict[str, str]:
 
 
 def stages(names: Sequence[str]) -> dict[str, str]:
-    """Stages of a network, as patterns for `merge_rl.core.groups.assign_groups`.
+    """Stages of a network, as patterns for `merge_rl.core.merging.groups.assign_groups`.
 
     A transformer's blocks in thirds by depth, and its final layer; a U-Net's encoder and decoder
     at each resolution, its embeddings and its output; of any other network its lists of modules, in

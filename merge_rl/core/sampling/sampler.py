@@ -34,7 +34,7 @@ from merge_rl.core.sampling.solvers import (
     solve_adaptive,
     solve_fixed,
 )
-from merge_rl.errors import ConfigError
+from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.interfaces import Denoiser
 from merge_rl.rng import ImageStreams
 
@@ -67,7 +67,7 @@ def rounded_down(x: Tensor) -> Tensor:
 
 
 # What commands make of a network before it comes here, and score beside it.
-FOR_RUNS: Final = frozenset({"precision", "compile", "sde_num_steps"})
+FOR_RUNS: Final = frozenset({"precision", "compile", "sde_num_steps", "guide_network"})
 
 
 def sample(
@@ -106,16 +106,18 @@ def sample(
         levels, sigma_min, sigma_max, rho: noise levels of denoisers, see `levels_of`.
         path: "linear", "gvp" or "vp": what a velocity network was trained on; "own", the default:
             what it states, else linear.
-        diffusion, diffusion_norm: noise of an SDE, see `merge_rl.core.diffusions.diffusion`.
+        diffusion, diffusion_norm: noise of an SDE, see `merge_rl.core.sampling.sde.diffusion`.
         last_step, last_step_size: end of the SDE of a path, see `PathSDE`.
         rtol, atol: of dopri5.
 
     Settings and their defaults are those of `SamplerConfig`, without what is for whole runs.
     An image is a function of its noise and label, whatever the batch, but for dopri5 and `draw`.
-    Raises ConfigError for settings that cannot work, UnknownNameError for an unknown solver.
+    Raises ConfigError for settings and labels that cannot work, its kind UnknownNameError for
+    settings and solvers that are not known.
     """
-    for name in sorted(FOR_RUNS & settings.keys()):
-        raise TypeError(f"sample() takes the network as it is, and no setting {name!r}")
+    known = {item.name for item in dataclasses.fields(SamplerConfig)} - FOR_RUNS
+    for name in sorted(settings.keys() - known):
+        raise UnknownNameError("setting of sample", name, known)
     return sample_with(
         SamplerConfig(**settings), model, noise, labels, guide=guide, churn=churn, draw=draw,
         dtype=dtype, check_finite=check_finite,

@@ -158,7 +158,7 @@ def require_extra(library: str, extra: str) -> Any:
     try:
         return import_module(library)
     except ImportError:
-        raise MissingLibraryError(f"--track {library}", library, extra) from None
+        raise MissingLibraryError(f"--log-to {library}", library, extra) from None
 
 
 def _run_id(folder: Path) -> str:

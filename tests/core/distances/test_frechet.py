@@ -98,6 +98,8 @@ def test_moments_of_different_dimensions_are_refused() -> None:
         frechet_distance(x, y)
     with pytest.raises(StatisticsError, match="got 2 against a reference of 3"):
         FrechetReference.from_stats(y).distance(x)
+    with pytest.raises(StatisticsError, match=r"statistics, as feature_stats makes, got Tensor$"):
+        frechet_distance(x, torch.ones(3, 2))  # type: ignore[arg-type]
 
 
 def test_distance_is_never_negative(generator: torch.Generator) -> None:

@@ -144,6 +144,8 @@ def test_features_that_are_no_matrix_are_refused(shape: tuple[int, ...]) -> None
         feature_stats([[1.0, 2.0], [3.0, 4.0]])  # type: ignore[arg-type]
     with pytest.raises(StatisticsError, match=r"features \(N, D\), got shape"):
         feature_stats(torch.ones(shape))
+    with pytest.raises(StatisticsError, match=r"real numbers, got torch\.complex64"):
+        feature_stats(torch.ones(3, 2, dtype=torch.complex64))
 
 
 @pytest.mark.parametrize(("old", "new"), [((2, 3), (3, 3)), ((2, 4), (2, 4)), ((7, 3), (7, 3))])

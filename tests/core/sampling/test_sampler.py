@@ -17,7 +17,7 @@ from merge_rl.core.sampling.compatibility import count_network_calls
 from merge_rl.core.sampling.edm import Churn
 from merge_rl.core.sampling.guidance import autoguided, classifier_free
 from merge_rl.core.sampling.paths import time_grid
-from merge_rl.core.sampling.sampler import sample
+from merge_rl.core.sampling.sampler import FOR_RUNS, sample
 from merge_rl.core.sampling.solvers import solve_adaptive, solve_fixed
 from merge_rl.errors import ConfigError, UnknownNameError
 from merge_rl.models.sit import SiT
@@ -287,9 +287,10 @@ def test_refusals(nets: dict[str, SiT], model: Counted, inputs: dict[str, Tensor
     assert bool(sample(model, noise, y, num_steps=1).isfinite().all())
 
 
-@pytest.mark.parametrize("name", ["precision", "compile", "sde_num_steps", "num_stps"])
+@pytest.mark.parametrize("name", [*sorted(FOR_RUNS), "num_stps"])
 def test_settings_that_sampling_does_not_read_are_refused(name: str, nets: dict[str, SiT]) -> None:
     noise = torch.zeros(1, *nets["a"].sample_shape)
     unread: dict[str, Any] = {name: 3}
-    with pytest.raises(TypeError, match=name):
+    with pytest.raises(UnknownNameError, match=f"unknown setting of sample '{name}'") as caught:
         sample(nets["a"], noise, **unread)
+    assert ("did you mean 'num_steps'?" in str(caught.value)) == ("num" in name)
