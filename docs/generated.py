@@ -19,10 +19,10 @@ from merge_rl.cli.options.settings import page
 
 def write(folder: Path) -> None:
     """commands.md, settings.md and python.rst, touched only where their content changes."""
-    offers = [COMMANDS[name] for name in sorted(COMMANDS)]
+    listed = "\n".join(commands())  # which fills COMMANDS
     pages = {
-        "commands.md": "\n".join(commands()),
-        "settings.md": page(offers),
+        "commands.md": listed,
+        "settings.md": page([COMMANDS[name] for name in sorted(COMMANDS)]),
         "python.rst": "\n".join(python()),
     }
     for name, text in pages.items():
@@ -41,7 +41,7 @@ def commands() -> Iterator[str]:
             continue
         context = group.context_class(command, info_name=f"mergerl {name}")
         usage = " ".join(command.collect_usage_pieces(context))
-        yield f"## mergerl {name}\n\n    mergerl {name} {usage}\n\n{plain(command.help)}\n"
+        yield f"## mergerl {name}\n\n    mergerl {name} {usage}\n\n{described(command.help)}\n"
         yield "| argument or option | default | meaning |\n| --- | --- | --- |"
         for parameter in command.get_params(context):
             record = parameter.get_help_record(context)
@@ -58,6 +58,13 @@ def default(parameter: Any) -> str:
         return cell(f"({shown})")
     given = None if parameter.required else parameter.default
     return "" if given is None or given is False or given in ((), []) else cell(str(given))
+
+
+def described(text: str | None) -> str:
+    """A command's help in Markdown: a paragraph all in bold is an example, other bold is code."""
+    paragraphs = inspect.cleandoc(text or "").split("\n\n")
+    marked = (re.sub(r"^\[bold\]([^\[]*)\[/bold\]$", r"    \1", part) for part in paragraphs)
+    return plain(re.sub(r"\[bold\](.*?)\[/bold\]", r"`\1`", "\n\n".join(marked)))
 
 
 def plain(text: str | None) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 import merge_rl
+from merge_rl.cli.main import COMMANDS
 from merge_rl.cli.tables import print_table
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +100,24 @@ def test_names_of_the_package_in_pages_and_docstrings_are_there() -> None:
     assert {"merge_rl.sample", "merge_rl.interfaces.Searcher"} <= named
     for name in sorted(named):
         pkgutil.resolve_name(name)
+
+
+def test_pages_of_commands_and_settings_have_all_of_them(tmp_path: Path) -> None:
+    # In a process of its own: here other tests have loaded commands, whose settings are then known.
+    program = (
+        "import sys, pathlib, generated; generated.python = tuple; "
+        "generated.write(pathlib.Path(sys.argv[1]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(DOCS), str(ROOT)])}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True)
+    commands = (tmp_path / "commands.md").read_text(encoding="utf-8")
+    for name in itertools.chain.from_iterable(COMMANDS.values()):
+        assert f"\n## mergerl {name}\n" in commands
+    assert "\n\n    mergerl plan digits/edm2 --budget 20000\n\n" in commands
+    assert "[bold]" not in commands
+    settings = (tmp_path / "settings.md").read_text(encoding="utf-8")
+    for key in ("reward.pool_size", "rollout.train_steps", "max_shard_size"):
+        assert f"\n| `{key}` | `--" in settings
 
 
 def test_recipes_that_pages_name_are_there() -> None:
