@@ -29,6 +29,7 @@ _ALIKE: Final = (
     "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern",
     _BASE,
 )  # fmt: skip
+_OR_PRODUCTS: Final = "--adapters products, which hold the scale of each"
 # Beginnings of the factors that are taken out of the base's weights.
 _OTHER_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _DEFAULTS: Final = {"lora_alpha": 8}  # of the library
@@ -82,29 +83,35 @@ def rank_of(item: Extracted) -> int:
 
 
 def require_one_kind(found: list[Extracted], hints: Hints = NO_HINTS) -> None:
-    """Refuse adapters that differ in rank, scale or base; a word on them where there are none."""
+    """Refuse adapters of other bases, and as factors those of another rank or scale.
+
+    A product holds its own scale, and its shape is that of the layer whatever the rank. A word on
+    `--adapters products` where there are no adapters.
+    """
     adapters = [item for item in found if "adapter" in item.facts]
     if hints.adapters == "products" and not adapters:
         raise ConfigError(
             f"{found[0].path}: no adapter, of which --adapters products says how it is taken; "
             f"expected a folder with {CONFIG}"
         )
+    products = hints.adapters == "products"
     for item in adapters[1:]:
         first = adapters[0]
-        if rank_of(item) != rank_of(first):
+        if rank_of(item) != rank_of(first) and not products:
             raise IncompatibleCheckpointError(
                 f"{first.path} is an adapter of rank {rank_of(first)} and {item.path} one of rank "
-                f"{rank_of(item)}; expected one rank"
+                f"{rank_of(item)}; expected one rank, or {_OR_PRODUCTS}"
             )
-        for key in _ALIKE:
+        for key in (_BASE,) if products else _ALIKE:
             here, there = (
                 one.facts["adapter"].get(key, _DEFAULTS.get(key)) for one in (item, first)
             )
             silent = key == _BASE and None in (here, there)
             if (here or None) != (there or None) and not silent:
+                way = f", or {_OR_PRODUCTS}" if key not in (_BASE, "use_dora") else ""
                 raise IncompatibleCheckpointError(
                     f"{item.path}: an adapter with {key} {here}, expected {there} as in "
-                    f"{first.path}"
+                    f"{first.path}{way}"
                 )
 
 

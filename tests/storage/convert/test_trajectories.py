@@ -549,6 +549,18 @@ def test_the_scale_of_products_is_the_adapters_own(tmp_path: Path) -> None:
     torch.testing.assert_close(found, (3 / 2 * up @ down).T)
 
 
+def test_products_of_other_ranks_and_scales_are_merged(tmp_path: Path) -> None:
+    alike: list[dict[str, Any]] = [{}, {"lora_alpha": 16}, {"lora_alpha": 16, "use_rslora": True}]
+    scales, made = (8 / 2, 16 / 4, 16 / 16**0.5), []
+    for i, (rank, settings) in enumerate(zip((2, 4, 16), alike, strict=True)):
+        down, up = write_adapter(tmp_path / f"run/step_{i}", rank, i, **settings).values()
+        made.append(scales[i] * up @ down)
+    convert(tmp_path / "run", tmp_path / "set", adapters="products")
+    merged = merge(open_checkpoints(tmp_path / "set"), [0.5, 0.75, -0.25])["mid.q.weight"]
+    # Of float32: three products of at most 16 terms, and a sum of three.
+    torch.testing.assert_close(merged, 0.5 * made[0] + 0.75 * made[1] - 0.25 * made[2])
+
+
 @pytest.mark.parametrize(
     ("settings", "scale"),  # of rank 4
     [
@@ -598,18 +610,20 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write_adapter(tmp_path / "c", 2, 0, lora_alpha=16)
     write_adapter(tmp_path / "d", 2, 0, use_dora=True)
     write_adapter(tmp_path / "e", 2, 0, peft_type="IA3")
-    for adapters in ("factors", "products"):
-        with pytest.raises(
-            IncompatibleCheckpointError, match=r"a is .* rank 2 and .*b one of rank 4"
-        ):
-            convert([tmp_path / "a", tmp_path / "b"], tmp_path / "out", adapters=adapters)
-    with pytest.raises(IncompatibleCheckpointError, match="lora_alpha 16, expected 8 as in"):
+    with pytest.raises(
+        IncompatibleCheckpointError, match=r"a is .* rank 2 and .*b one of rank 4.*--adapters prod"
+    ):
+        convert([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    with pytest.raises(
+        IncompatibleCheckpointError, match=r"lora_alpha 16, expected 8 as in .*, or --adapters prod"
+    ):
         convert([tmp_path / "a", tmp_path / "c"], tmp_path / "out")
     bases = [tmp_path / "x", tmp_path / "y"]
     for place in bases:
         write_adapter(place, 2, 0, base_model_name_or_path=f"org/{place.name}")
-    with pytest.raises(IncompatibleCheckpointError, match="path org/y, expected org/x as in"):
-        convert(bases, tmp_path / "out")
+    for adapters in ("factors", "products"):
+        with pytest.raises(IncompatibleCheckpointError, match=r"path org/y, .* org/x as in \S+$"):
+            convert(bases, tmp_path / "out", adapters=adapters)
     with pytest.raises(CheckpointError, match="a DoRA, whose change is no product"):
         convert(tmp_path / "d", tmp_path / "out", adapters="products")
     with pytest.raises(CheckpointError, match="of the type LORA, found 'IA3'"):
