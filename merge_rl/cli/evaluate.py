@@ -79,8 +79,7 @@ def evaluate(
     config = replace(config, reference=target, heldout=heldout)
     what: dict[str, Any] = {"model": model, "extractor": config.extractor}
     if kind == "model" and here:
-        unsaid = near.extractor if config.extractor is None else None
-        require_named(model, config, unsaid)
+        require_named(model, config, *(["extractor"] if config.extractor is None else []))
     if kind != "features":
         name, weights = _extractor(model, config, near)
         if kind == "model":

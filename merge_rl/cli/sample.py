@@ -13,7 +13,7 @@ from merge_rl.cli.options import MODEL_HELP, build, integer, meant, positive, wi
 from merge_rl.cli.output import JsonFlag, ProgressTracker, note, print_json, say, tell
 from merge_rl.config import GenerationConfig, SampleConfig, SamplerConfig, to_mapping
 from merge_rl.errors import ConfigError
-from merge_rl.own_code import allow, require_all_allowed
+from merge_rl.own_code import allow
 from merge_rl.progress import counted
 
 if TYPE_CHECKING:
@@ -177,22 +177,12 @@ def generation_settings(
     return config, sampler
 
 
-def require_named(model: Path, config: GenerationConfig, extractor: str | None = None) -> None:
+def require_named(model: Path, config: GenerationConfig, *more: str) -> None:
     """Refuse code of others that model and run name for what is to be done, and nobody here."""
-    from merge_rl.storage.checkpoints import stated_config
-    from merge_rl.workflows.assembly import find_defaults
+    from merge_rl.workflows.assembly import require_code_of
 
-    stated = (stated_config(model) or {}) if config.network is None else {}
-    near = find_defaults(model)
-    guide = None if near.sampler is None else near.sampler.guide_network
-    decoder = near.autoencoder if config.autoencoder is None else None
-    named = [
-        (str(stated.get("model", "")), "network", "--network"),
-        (decoder, "autoencoder", "--autoencoder"),
-        (extractor, "extractor", "--extractor"),
-        (guide, "network", "--guide-network"),
-    ]
-    require_all_allowed(named, f"the run or set of {model}")
+    parts = [part for part in ("network", "autoencoder") if getattr(config, part) is None]
+    require_code_of(model, [*parts, "guide", *more])
 
 
 def find_autoencoder(model: Path, network: nn.Module, config: GenerationConfig) -> Autoencoder:

@@ -237,6 +237,26 @@ def test_python_hands_the_factory_over(
     )
 
 
+def test_python_is_told_of_all_code_of_a_run_at_once(
+    mergerl: Callable[..., Ended], shifts: Path, own: str
+) -> None:
+    decoder = ("--autoencoder", f"{own}:Twice")
+    assert begin(mergerl, shifts, own, "--searcher", "uniform", *decoder).code == 0
+    points, network = f"{own}:Points", f"{own}:network"
+    flags = {"network": network, "autoencoder": f"{own}:Twice", "extractor": points}
+    for given, missing in (
+        ({}, list(flags)),
+        ({"network": network}, ["autoencoder", "extractor"]),
+        ({"reference": "real.pt", "extractor": points}, ["network", "autoencoder"]),
+    ):
+        forget()
+        for name in given.values():
+            own_code.allow(name)
+        asked = " ".join(f"--{part} {flags[part]}" for part in missing)
+        with pytest.raises(ConfigError, match=f"; pass {asked} to import them$"):
+            mrl.evaluate("run", num_images=20, **given)  # type: ignore[arg-type]
+
+
 def test_a_run_goes_on_where_its_code_is_named_again(
     mergerl: Callable[..., Ended], shifts: Path, own: str
 ) -> None:

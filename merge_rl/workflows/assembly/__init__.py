@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         guidance_text,
         load_model,
         own_sampler,
+        require_code_of,
     )
     from merge_rl.workflows.assembly.extractors import (
         build_extractor,
@@ -120,6 +121,7 @@ __all__ = [
     "own_weights",
     "plan_memory",
     "require_all_allowed",
+    "require_code_of",
     "require_known",
     "require_known_autoencoder",
     "require_tuning",
@@ -136,7 +138,10 @@ __all__ = [
 # Each is loaded when it is asked for: some need torch, others do without.
 _HOMES: Final = {
     "costs": "PartCosts cost_parts",
-    "defaults": "ModelDefaults find_defaults find_model guidance_text load_model own_sampler",
+    "defaults": (
+        "ModelDefaults find_defaults find_model guidance_text load_model own_sampler "
+        "require_code_of"
+    ),
     "extractors": "build_extractor encoder_spans encoders own_weights require_known",
     "given": "Given",
     "gradients": "auto_note own_extractors tried_in_vain why_no_gradient why_not_as_set",

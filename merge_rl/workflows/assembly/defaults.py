@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from merge_rl.storage.checkpoints import (
     left_in_file,
     newest_model,
     read_manifest,
+    stated_config,
 )
 from merge_rl.storage.files import index_of, is_weights_name, spellings
 from merge_rl.storage.hub import GUIDE_FOLDER, RECIPE_NAME, local_place
@@ -82,6 +83,24 @@ def find_defaults(model: str | Path) -> ModelDefaults:
     if tuned.guide is not None and not Path(tuned.guide).exists():
         note += f"; the guide {tuned.guide} is not here, say where with --guide (or guide=)"
     return dataclasses.replace(near, sampler=tuned, note=note)
+
+
+def require_code_of(model: str | Path, unsaid: Collection[str]) -> None:
+    """Refuse code that a model, or its run or set, names and nobody here: all of it at once.
+
+    `unsaid` are those of network, autoencoder, extractor and guide that the user leaves to it.
+    """
+    near = find_defaults(model)
+    stated = (stated_config(model) or {}) if "network" in unsaid else {}
+    guide = None if near.sampler is None else near.sampler.guide_network
+    named = {
+        "network": (str(stated.get("model", "")), "network", "--network"),
+        "autoencoder": (near.autoencoder, "autoencoder", "--autoencoder"),
+        "extractor": (near.extractor, "extractor", "--extractor"),
+        "guide": (guide, "network", "--guide-network"),
+    }
+    asked = [named[part] for part in named if part in unsaid]
+    own_code.require_all_allowed(asked, f"the run or set of {model}")
 
 
 def _near_defaults(model: str | Path) -> ModelDefaults:

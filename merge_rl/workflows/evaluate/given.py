@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from merge_rl import own_code
 from merge_rl.config import SamplerConfig
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Autoencoder, FeatureExtractor
@@ -18,6 +17,7 @@ from merge_rl.workflows.assembly import (
     find_defaults,
     find_model,
     load_autoencoder,
+    require_code_of,
 )
 from merge_rl.workflows.evaluate.features import samplers_of
 
@@ -35,27 +35,35 @@ class Given:
     autoencoder: Autoencoder | None
     near: ModelDefaults | None = None
 
-    def completed(self, path: str, kind: str) -> Given:
+    def completed(self, path: str, kind: str, network: str | None) -> Given:
         """With sampler and decoder of the run or set near the model, and a reference that it names.
 
-        Its extractor goes with that reference.
+        Its extractor goes with that reference. Code that the run or set names, and neither the call
+        nor `network`, is refused: all of it at once.
         """
-        near = find_defaults(find_model(path).path) if kind == "model" and path else None
-        if self.reference is not None:
-            return dataclasses.replace(self, near=near)
-        if near is None or near.reference is None:
+        place = find_model(path).path if kind == "model" and path else None
+        near = find_defaults(place) if place else None
+        if self.reference is None and (near is None or near.reference is None):
             where = f"near {path}" if path else "for a network in memory"
             raise ConfigError(f"no run or set {where} names a reference; expected one")
-        extractor = self.extractor or near.extractor
-        if isinstance(extractor, str):
-            own_code.require_allowed(
-                extractor, "extractor", "--extractor", f"the run or set of {path}"
-            )
+        if place is not None:
+            require_code_of(place, self._unsaid(network))
+        if self.reference is not None or near is None:
+            return dataclasses.replace(self, near=near)
         return dataclasses.replace(
             self, reference=near.reference, heldout=self.heldout or near.heldout,
-            extractor=extractor, near=near,
+            extractor=self.extractor or near.extractor, near=near,
             weights=self.weights or (near.extractor_weights if self.extractor is None else None),
         )  # fmt: skip
+
+    def _unsaid(self, network: str | None) -> list[str]:
+        said = {
+            "network": network,
+            "autoencoder": self.autoencoder,
+            "extractor": self.extractor or self.reference,
+            "guide": self.sampler,
+        }
+        return [part for part, value in said.items() if value is None]
 
     @property
     def statistics(self) -> dict[str, Statistics | None]:
@@ -66,11 +74,8 @@ class Given:
         """What makes images: as said, else that of the run or set."""
         if self.autoencoder is not None or self.near is None:
             return self.autoencoder
-        named = self.near.autoencoder
-        if named is not None:
-            own_code.require_allowed(named, "autoencoder", "--autoencoder", "the run of the model")
         return load_autoencoder(
-            named, self.near.autoencoder_weights,
+            self.near.autoencoder, self.near.autoencoder_weights,
             shape=[int(n) for n in network.sample_shape],  # type: ignore[union-attr]
             dtype=self.near.autoencoder_dtype,
         )[0]  # fmt: skip

@@ -124,7 +124,7 @@ def _scored(
     require_device(said.device)
     path = "" if isinstance(model, nn.Module) else os.fspath(model)
     kind = kind_to_score(path) if path else "model"
-    given, metrics = given.completed(path, kind), said.metric_names
+    given, metrics = given.completed(path, kind, said.network), said.metric_names
 
     def begin(maker: ExtractorId, group: Group) -> EvaluationContext:
         references = find_references(given.statistics, maker)
