@@ -67,14 +67,14 @@ class Archive(zipfile.ZipFile):
 
         Of the ways to pack only deflate can be undone in pieces of bounded size.
         """
-        problem = "encrypted" if member.flag_bits & 1 else ""
-        if member.compress_type not in _METHODS:
-            problem = f"packed by method {member.compress_type}"
-        if problem:
+        problem = ""
+        if member.flag_bits & 1:  # the method of which may be a number of its own, 99
+            problem = "encrypted, expected an archive without a password; unpack it first"
+        elif member.compress_type not in _METHODS:
             usual = " or ".join(_METHODS.values())
-            raise self._refusal(
-                f"{self._where}: {member.filename!r} is {problem}, expected {usual}"
-            )
+            problem = f"packed by method {member.compress_type}, expected {usual}"
+        if problem:
+            raise self._refusal(f"{self._where}: {member.filename!r} is {problem}")
         return self.open(member)
 
     def close(self) -> None:

@@ -108,7 +108,11 @@ def test_an_entry_without_a_name_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("at", "value", "problem"),
-    [(8, 1, "encrypted"), (10, zipfile.ZIP_BZIP2, "packed by method 12"), (10, 99, "99")],
+    [
+        (8, 1, "encrypted, expected an archive without a password; unpack it first"),
+        (10, zipfile.ZIP_BZIP2, "packed by method 12, expected stored or deflated"),
+        (10, 99, "packed by method 99, expected stored or deflated"),
+    ],
 )
 def test_entries_that_cannot_be_undone_in_pieces(at: int, value: int, problem: str) -> None:
     data = zipped()
@@ -117,7 +121,7 @@ def test_entries_that_cannot_be_undone_in_pieces(at: int, value: int, problem: s
     first, odd, _last = archive.infolist()
     with archive.entry(first) as entry:
         assert entry.read() == CONTENT["a"]
-    with pytest.raises(DataFileError, match=f"^here: 'long' is .*{problem}, expected stored or de"):
+    with pytest.raises(DataFileError, match=f"^here: 'long' is {problem}$"):
         archive.entry(odd)
     archive.close()
 
