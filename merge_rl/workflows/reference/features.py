@@ -74,8 +74,8 @@ def load_features(path: str | os.PathLike[str]) -> SavedFeatures:
     """Features (N, D) of a `.safetensors`, `.npz`, `.npy`, `.pt` or `.pth` file.
 
     They are named "features" or "reps"; one matrix of floating numbers alone needs no name but in a
-    `.safetensors`. StatisticsError for another shape or type. Labels that are no whole numbers are
-    left aside, rows that are not finite to what computes with them.
+    `.safetensors`. StatisticsError for another shape or type, and where both names lie. Labels that
+    are no whole numbers are left aside, rows that are not finite to what computes with them.
     """
     file = Path(path)
     suffix = file.suffix.lower()
@@ -129,7 +129,7 @@ def _from_torch(file: Path) -> SavedFeatures:
     loaded = (
         torch.tensor(found.astype(np.float64)) if isinstance(found, np.ndarray) else found.load()
     )
-    features = _checked(loaded, file)
+    features = _checked(loaded, file, data if isinstance(data, dict) else ())
     given = labels.load() if isinstance(labels, TensorRef) else labels
     return SavedFeatures(features=features, labels=_labels(given, len(features)))
 
@@ -164,8 +164,13 @@ def _named(tensors: Mapping[Any, T]) -> T | None:
 
 
 def _checked(found: Tensor | None, file: Path, named: Iterable[str] = ()) -> Tensor:
+    names = list(named)
+    if set(FEATURE_KEYS).issubset(names):
+        raise StatisticsError(
+            f"{file}: expected features as {' or '.join(map(repr, FEATURE_KEYS))}, found both"
+        )
     if found is None:
-        others = ", ".join(map(repr, itertools.islice(named, 4))) or "neither"
+        others = ", ".join(map(repr, names[:4])) or "neither"
         raise StatisticsError(f"{file}: expected features as 'features' or 'reps', found {others}")
     if found.ndim != 2 or not found.is_floating_point() or found.shape[1] == 0:
         kind = str(found.dtype).removeprefix("torch.")

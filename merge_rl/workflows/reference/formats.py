@@ -188,7 +188,7 @@ def _symmetric_moments(count: int, mean: Tensor, cov: Tensor, where: str) -> Fea
 def _family_note(dim: int) -> str:
     if dim == INCEPTION_DIM:
         return "assumed to be of Inception, whichever resize it was used with: the file is silent"
-    return f"taken for those of the extractor in use, which has {dim} features too"
+    return f"its extractor is not recorded, it is compared with any that has {dim} features"
 
 
 def _tensor(value: object, key: str, where: str) -> Tensor:

@@ -41,6 +41,20 @@ def test_features_in_every_dress(kind: str, suffix: str, tmp_path: Path) -> None
     assert load_reference(path).count == 7
 
 
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt"])
+def test_features_under_two_names_are_refused(suffix: str, tmp_path: Path) -> None:
+    path, both = tmp_path / f"a.{suffix}", {"features": FEATURES, "reps": FEATURES + 1}
+    if suffix == "npz":
+        np.savez(path, **{name: value.numpy() for name, value in both.items()})  # type: ignore[arg-type]
+    elif suffix == "pt":
+        torch.save(both, path)
+    else:
+        save_tensors(path, both)
+    for read in (load_features, load_reference):
+        with pytest.raises(StatisticsError, match=r"a\.\w+: expected .* or 'reps', found both$"):
+            read(path)
+
+
 def test_one_matrix_alone_needs_no_name(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, FEATURES.numpy())  # as arr_0
