@@ -62,24 +62,19 @@ def sample(
 
     [bold]mergerl sample digits/edm2 runs/a --num-images 40 --out side.png[/bold]
     """
-    from merge_rl.storage.files import enlarge, image_grid, side_by_side, write_picture
+    from merge_rl.storage.files import locked_output, write_picture
 
     require_free(out, force=force)
     names = names_of(models)
-    found = [
-        generated(meant(model), settings, label, name, quiet=json)
-        for model, name in zip(models, names if len(models) > 1 else [""], strict=True)
-    ]
-    if len({classes for _, _, classes in found}) > 1:
-        counts = ", ".join(f"{m} {c}" for m, (_, _, c) in zip(models, found, strict=True))
-        raise ConfigError(f"expected models of equally many classes, got {counts}")
-    grids = []
-    for images, _, classes in found:
-        tens = 10 if classes == 10 and len(images) % 10 == 0 else None
-        grid = image_grid(images, columns or tens)
-        grids.append(enlarge(grid, zoom or max(1, 480 // grid.shape[-1])))
-    named = list(zip(names, grids, strict=True))
-    write_picture(out, side_by_side(named) if len(named) > 1 else grids[0])
+    with locked_output(out):  # which tries before the images are made whether it can be written
+        found = [
+            generated(meant(model), settings, label, name, quiet=json)
+            for model, name in zip(models, names if len(models) > 1 else [""], strict=True)
+        ]
+        if len({classes for _, _, classes in found}) > 1:
+            counts = ", ".join(f"{m} {c}" for m, (_, _, c) in zip(models, found, strict=True))
+            raise ConfigError(f"expected models of equally many classes, got {counts}")
+        write_picture(out, picture_of(found, names, columns, zoom))
     first, count = build(SampleConfig, settings).seed, len(found[0][1])
     if json:
         document = {"out": str(out), "images": count, "first_seed": first}
@@ -91,11 +86,32 @@ def sample(
         tell(f"wrote {counted(count, 'image')}{of}, {seeds}, to {out}")
 
 
+def picture_of(
+    found: Sequence[tuple[Tensor, Tensor, int]],
+    names: Sequence[str],
+    columns: int | None,
+    zoom: int | None,
+) -> Tensor:
+    """A grid (1 or 3, H, W) uint8 of each model's images, under their names where several are."""
+    from merge_rl.storage.files import enlarge, image_grid, side_by_side
+
+    grids = []
+    for images, _, classes in found:
+        tens = 10 if classes == 10 and len(images) % 10 == 0 else None
+        grid = image_grid(images, columns or tens)
+        grids.append(enlarge(grid, zoom or max(1, 480 // grid.shape[-1])))
+    if len(grids) == 1:
+        return grids[0]
+    return side_by_side(list(zip(names, grids, strict=True)))
+
+
 def require_free(out: Path, *, force: bool) -> None:
     """Raise ConfigError for a name that is no picture's, or that is taken."""
     from merge_rl.storage.files import picture_format
 
     picture_format(out)
+    if out.is_dir():
+        raise ConfigError(f"{out}: expected a picture to write, found a folder")
     if out.exists() and not force:
         raise ConfigError(f"{out} exists already; expected another --out, or --force")
 

@@ -27,6 +27,7 @@ import merge_rl as mrl
 from merge_rl.cli import main as main_module
 from merge_rl.version import __version__
 from tests.children import Child
+from tests.fixtures import RAW
 
 
 class Ended(NamedTuple):
@@ -453,6 +454,23 @@ def test_the_name_says_the_kind_of_picture_and_must_be_free(
     assert (tmp_path / "a.png").read_bytes() == b"mine"
     assert mergerl(*command, "a.png", "--force").code == 0
     assert (tmp_path / "a.png").read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        ("file/a.png", "file/a.png: expected a folder to write to, found a file"),
+        ("/proc/a.png", "/proc/a.png: cannot be made or written: No such file or directory"),
+        ("folder.png", "folder.png: expected a picture to write, found a folder"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_told_before_images_are_made(
+    out: str, told: str, tiny: Path, mergerl: Mergerl, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    code, _, err = mergerl("sample", tiny / f"raw/{RAW[0]}.safetensors", "--out", out, "--force")
+    assert (code, err) == (1, f"error: {told}\n")  # nor is a phase announced
 
 
 def test_a_guided_run_is_sampled_and_scored_with_its_guide(
