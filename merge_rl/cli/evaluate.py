@@ -72,14 +72,14 @@ def evaluate(
     config, sampler = generation_settings(EvaluateConfig, settings, model)
     config = replace(config, device=ranks.own_device(config.device), sampler=sampler)
     note_unused_gpu(config.device)
+    if kind == "model" and here:
+        require_named(model, config, "extractor", "extractor_weights", "reference", "heldout")
     target = config.reference or near.reference or ""
     if not target:
         raise ConfigError(f"no run or manifest near {model} names a reference; pass --reference")
     heldout = config.heldout or (None if config.reference else near.heldout)
     config = replace(config, reference=target, heldout=heldout)
     what: dict[str, Any] = {"model": model, "extractor": config.extractor}
-    if kind == "model" and here:
-        require_named(model, config, *(["extractor"] if config.extractor is None else []))
     if kind != "features":
         name, weights = _extractor(model, config, near)
         if kind == "model":

@@ -194,11 +194,12 @@ def generation_settings(
 
 
 def require_named(model: Path, config: GenerationConfig, *more: str) -> None:
-    """Refuse code of others that model and run name for what is to be done, and nobody here."""
-    from merge_rl.workflows.assembly import require_code_of
+    """Refuse what model and run name for what is to be done, and what is not allowed or gone."""
+    from merge_rl.workflows.assembly import require_parts_of
 
-    parts = [part for part in ("network", "autoencoder") if getattr(config, part) is None]
-    require_code_of(model, [*parts, "guide", *more])
+    parts = ("network", "autoencoder", "autoencoder_weights", *more)
+    unsaid = [part for part in parts if getattr(config, part) is None]
+    require_parts_of(model, [*unsaid, "guide"])
 
 
 def find_autoencoder(model: Path, network: nn.Module, config: GenerationConfig) -> Autoencoder:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         guidance_text,
         load_model,
         own_sampler,
-        require_code_of,
+        require_parts_of,
     )
     from merge_rl.workflows.assembly.extractors import (
         build_extractor,
@@ -121,9 +121,9 @@ __all__ = [
     "own_weights",
     "plan_memory",
     "require_all_allowed",
-    "require_code_of",
     "require_known",
     "require_known_autoencoder",
+    "require_parts_of",
     "require_tuning",
     "resolve_config",
     "resolve_finetune",
@@ -140,7 +140,7 @@ _HOMES: Final = {
     "costs": "PartCosts cost_parts",
     "defaults": (
         "ModelDefaults find_defaults find_model guidance_text load_model own_sampler "
-        "require_code_of"
+        "require_parts_of"
     ),
     "extractors": "build_extractor encoder_spans encoders own_weights require_known",
     "given": "Given",

@@ -18,7 +18,7 @@ from merge_rl.config import (
     load_config,
     to_mapping,
 )
-from merge_rl.errors import CheckpointError, absent
+from merge_rl.errors import CheckpointError, RunError, absent
 from merge_rl.interfaces import Tracker
 from merge_rl.progress import NoteTracker
 from merge_rl.storage.checkpoints import (
@@ -29,7 +29,7 @@ from merge_rl.storage.checkpoints import (
     read_manifest,
     stated_config,
 )
-from merge_rl.storage.files import index_of, is_weights_name, spellings
+from merge_rl.storage.files import index_of, is_weights_name, reference_file, spellings
 from merge_rl.storage.hub import GUIDE_FOLDER, RECIPE_NAME, local_place
 from merge_rl.storage.runs import (
     FinetuneRun,
@@ -53,6 +53,12 @@ _PARENTS = 3  # how far above a model its set or run is looked for
 _COPIED = (
     "extractor", "extractor_weights", "reference", "heldout", "autoencoder", "autoencoder_weights",
 )  # fmt: skip
+
+
+_FILES = {
+    "reference": "reference", "heldout": "reference", "extractor_weights": "extractor",
+    "autoencoder_weights": "autoencoder",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +91,11 @@ def find_defaults(model: str | Path) -> ModelDefaults:
     return dataclasses.replace(near, sampler=tuned, note=note)
 
 
-def require_code_of(model: str | Path, unsaid: Collection[str]) -> None:
-    """Refuse code that a model, or its run or set, names and nobody here: all of it at once.
+def require_parts_of(model: str | Path, unsaid: Collection[str]) -> None:
+    """Refuse code that a model, or its run or set, names and nobody here, and files that are gone.
 
-    `unsaid` are those of network, autoencoder, extractor and guide that the user leaves to it.
+    `unsaid` are the parts that the user leaves to it: network, guide, and fields of
+    `ModelDefaults`. All code that is not allowed is told at once, and so are all files.
     """
     near = find_defaults(model)
     stated = (stated_config(model) or {}) if "network" in unsaid else {}
@@ -101,6 +108,22 @@ def require_code_of(model: str | Path, unsaid: Collection[str]) -> None:
     }
     asked = [named[part] for part in named if part in unsaid]
     own_code.require_all_allowed(asked, f"the run or set of {model}")
+    # Weights go with the part that they are of, held-out statistics with the reference.
+    files = {name: getattr(near, name) for name, of in _FILES.items() if {name, of} <= {*unsaid}}
+    gone = {name: path for name, path in files.items() if path and _is_gone(path)}
+    if gone:
+        listed = " and ".join(f"the {name.replace('_', ' ')} {path}" for name, path in gone.items())
+        flags = " ".join(f"--{name.replace('_', '-')} PATH" for name in gone)
+        what, are = ("they", "are") if len(gone) > 1 else ("it", "is")
+        raise RunError(
+            f"the run or set of {model} names {listed}, where nothing lies any more; say where "
+            f"{what} {are} with {flags}"
+        )
+
+
+def _is_gone(path: str) -> bool:
+    """Whether a path that a run or set has written is none any more; names of the Hub are none."""
+    return Path(path).is_absolute() and not reference_file(path)[0].exists()
 
 
 def _near_defaults(model: str | Path) -> ModelDefaults:

@@ -23,7 +23,12 @@ from merge_rl.searchers import SMALL_DIM, scaled_to
 from merge_rl.storage.checkpoints import CheckpointSet
 from merge_rl.storage.files import absolute
 from merge_rl.storage.runs import is_finetune_run
-from merge_rl.workflows.assembly.defaults import ModelDefaults, find_defaults, of_set
+from merge_rl.workflows.assembly.defaults import (
+    ModelDefaults,
+    find_defaults,
+    of_set,
+    require_parts_of,
+)
 from merge_rl.workflows.assembly.gradients import tried_in_vain, why_no_gradient
 from merge_rl.workflows.assembly.job import meant_guide, tuned_dim, unweighed_map
 from merge_rl.workflows.assembly.published import is_public
@@ -77,11 +82,10 @@ def _completed(config: Settings, defaults: ModelDefaults, nothing: str) -> Setti
 
 def _near(path: str | Path, config: Settings) -> ModelDefaults:
     """What the set or run of a path says; refuses to run code that it alone names."""
-    near = find_defaults(path)
-    unsaid = [kind for kind in ("extractor", "autoencoder") if getattr(config, kind) is None]
-    named = [(getattr(near, kind), kind, f"--{kind}") for kind in unsaid]
-    own_code.require_all_allowed(named, f"the run or set of {path}")
-    return near
+    parts = ("extractor", "extractor_weights", "autoencoder", "autoencoder_weights", "reference",
+             "heldout")  # fmt: skip
+    require_parts_of(path, [part for part in parts if getattr(config, part) is None])
+    return find_defaults(path)
 
 
 def resolve_finetune(config: FinetuneConfig) -> FinetuneConfig:

@@ -17,7 +17,7 @@ from merge_rl.workflows.assembly import (
     find_defaults,
     find_model,
     load_autoencoder,
-    require_code_of,
+    require_parts_of,
 )
 from merge_rl.workflows.evaluate.features import samplers_of
 
@@ -47,7 +47,7 @@ class Given:
             where = f"near {path}" if path else "for a network in memory"
             raise ConfigError(f"no run or set {where} names a reference; expected one")
         if place is not None:
-            require_code_of(place, self._unsaid(network))
+            require_parts_of(place, self._unsaid(network))
         if self.reference is not None or near is None:
             return dataclasses.replace(self, near=near)
         return dataclasses.replace(
@@ -60,7 +60,11 @@ class Given:
         said = {
             "network": network,
             "autoencoder": self.autoencoder,
+            "autoencoder_weights": self.autoencoder,
             "extractor": self.extractor or self.reference,
+            "extractor_weights": self.weights,
+            "reference": self.reference,
+            "heldout": self.heldout,
             "guide": self.sampler,
         }
         return [part for part, value in said.items() if value is None]

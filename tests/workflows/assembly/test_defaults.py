@@ -13,13 +13,17 @@ import pytest
 from merge_rl.config.optimize import OptimizeConfig
 from merge_rl.config.sampler import SamplerConfig
 from merge_rl.config.search import MergeConfig
-from merge_rl.errors import MergeRLError
+from merge_rl.errors import MergeRLError, RunError
 from merge_rl.searchers.natural_gradient import Scaled
 from merge_rl.storage.checkpoints.checkpoint_set import open_checkpoints
 from merge_rl.storage.checkpoints.manifest import MANIFEST_NAME
 from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.assembly import resolve
-from merge_rl.workflows.assembly.defaults import ModelDefaults, find_defaults
+from merge_rl.workflows.assembly.defaults import (
+    ModelDefaults,
+    find_defaults,
+    require_parts_of,
+)
 from merge_rl.workflows.assembly.resolve import resolve_config
 
 TinyConfig = Callable[..., OptimizeConfig]
@@ -116,3 +120,22 @@ def test_a_malformed_manifest_is_refused(tiny: Path) -> None:
     manifest.write_text("version: 1\n")
     with pytest.raises(MergeRLError, match="the key 'model' is missing"):
         find_defaults(tiny / "raw")
+
+
+def test_files_of_a_run_that_are_gone_are_asked_for_at_once(run: Path, tmp_path: Path) -> None:
+    unsaid = ["extractor", "extractor_weights", "reference", "heldout", "autoencoder_weights"]
+    require_parts_of(run, unsaid)  # all there
+    run = run.replace(tmp_path / "away")
+    evaluation = tmp_path / "tiny/evaluation"
+    evaluation.replace(tmp_path / "elsewhere")
+    there = f"the reference {evaluation}/reference.safetensors"
+    weights = f"the extractor weights {evaluation}/extractor.safetensors"
+    for asked, files, flags in (
+        (unsaid, f"{there} and {weights}", "they are with --reference PATH --extractor-weights"),
+        (["reference", "heldout", "extractor_weights"], there, "it is with --reference PATH$"),
+        (["extractor", "extractor_weights"], weights, "it is with --extractor-weights PATH$"),
+    ):
+        told = f"{run} names {files}, where nothing lies any more; say where {flags}"
+        with pytest.raises(RunError, match=told):
+            require_parts_of(run, asked)
+    require_parts_of(run, ["heldout", "extractor_weights"])  # of parts that the user names
