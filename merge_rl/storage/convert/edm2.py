@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,14 +21,19 @@ from merge_rl.core.state_dicts import unwrapped
 from merge_rl.errors import CheckpointError
 from merge_rl.storage.checkpoints import MAX_EMA_STD, parse_stem
 from merge_rl.storage.convert.contents import (
-    MAX_NAME,
     MAX_TENSORS,
     Extracted,
     Shapes,
     plain,
     state_dict,
 )
-from merge_rl.storage.pickles import Record, kind_of, shown
+from merge_rl.storage.pickles import (
+    Record,
+    is_module,
+    kind_of,
+    shown,
+    tensors_of_module,
+)
 
 ASSUMED: Final = "attention heads of 64 channels, sigma_data 0.5 and the published balances"
 _HEAD: Final = 64
@@ -115,6 +119,7 @@ def _unless(default: int, **option: int) -> dict[str, int]:
 
 
 _NETWORK: Final = "persistent:Precond"
+_THOUSANDS: Final = re.compile(r"(?:network-snapshot|training-state)-([0-9]{6})")
 _REQUIRED: Final = ("img_resolution", "img_channels", "label_dim")
 OPTIONS: Final = (*_REQUIRED, *DEFAULTS)
 _ATTRIBUTES: Final = (*_REQUIRED, "use_fp16", "sigma_data")
@@ -130,7 +135,8 @@ _VAE_BIAS: Final = tuple(
 
 def is_snapshot(data: object) -> bool:
     """Whether data is that of a network snapshot."""
-    return isinstance(data, dict) and isinstance(data.get("ema"), Record)
+    network = data.get("ema") if isinstance(data, dict) else None
+    return isinstance(network, Record) and network.kind == _NETWORK
 
 
 def is_training_state(data: object) -> bool:
@@ -142,10 +148,9 @@ def is_training_state(data: object) -> bool:
 def read_snapshot(data: Mapping[str, object], path: Path) -> Extracted:
     """The EMA network of a snapshot; nimg and ema_std from the file's name."""
     network = data["ema"]
-    if not isinstance(network, Record) or network.kind != _NETWORK:
-        found = shown(network.kind) if isinstance(network, Record) else kind_of(network)
-        raise CheckpointError(f"{path}: expected an EDM2 network ({_NETWORK}), found {found}")
-    tensors = state_dict(dict(islice(_walk(network, "", path), MAX_TENSORS + 1)), str(path))
+    if not isinstance(network, Record):
+        raise CheckpointError(f"{path}: expected an EDM2 network, found {kind_of(network)}")
+    tensors = state_dict(tensors_of_module(network, path, MAX_TENSORS), str(path))
     config = _config(network, path)
     nimg, ema_std = parse_stem(path.stem)
     encoder = _encoder(data.get("encoder"))
@@ -161,6 +166,25 @@ def read_snapshot(data: Mapping[str, object], path: Path) -> Extracted:
         autoencoder="sd-vae-edm2" if official else None,
         facts={"encoder": encoder, "dataset": plain(data.get("dataset_kwargs"))},
     )
+
+
+def without_modules(data: Mapping[str, object], path: Path) -> dict[str, object] | None:
+    """Data with the tensors of networks in their place, be these of any class; None without one.
+
+    The programs before EDM2's, as EDM's, pickle networks with their source, too.
+    """
+    found = {
+        key: tensors_of_module(value, path, MAX_TENSORS)
+        for key, value in data.items()
+        if is_module(value)
+    }
+    return {**data, **found} if found else None
+
+
+def images_named(stem: str) -> int | None:
+    """The images that the name of EDM's files counts in thousands: `network-snapshot-000200`."""
+    found = _THOUSANDS.fullmatch(stem)
+    return 1000 * int(found[1]) if found else None
 
 
 def read_training_state(data: Mapping[str, object], path: Path, weights: str) -> list[Extracted]:
@@ -188,35 +212,6 @@ def read_training_state(data: Mapping[str, object], path: Path, weights: str) ->
             )
         )
     return found
-
-
-def _walk(module: Record, prefix: str, path: Path) -> Iterator[tuple[str, object]]:
-    """(name, tensor) of a module: its parameters, its buffers, then those of its submodules."""
-    state = module.state
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: the module {shown(prefix) or 'ema'} has no content")
-    hidden = state.get("_non_persistent_buffers_set")
-    left_out = hidden if isinstance(hidden, (set, frozenset)) else frozenset()
-    for kind in ("_parameters", "_buffers", "_modules"):
-        for name, value in _part(state, kind, path).items():
-            # Checked on the way: long names of nested modules would add up beyond the file.
-            if len(prefix) + len(name) > MAX_NAME:
-                raise CheckpointError(f"{path}: a tensor's name of over {MAX_NAME} characters")
-            if value is None or (kind == "_buffers" and name in left_out):
-                continue
-            if kind != "_modules":
-                yield f"{prefix}{name}", value
-            elif isinstance(value, Record):
-                yield from _walk(value, f"{prefix}{name}.", path)
-            else:
-                raise CheckpointError(f"{path}: submodule {shown(name)} is {kind_of(value)}")
-
-
-def _part(state: Mapping[object, object], kind: str, path: Path) -> dict[str, object]:
-    part = state.get(kind)
-    if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
-        raise CheckpointError(f"{path}: a module whose {kind} are {kind_of(part)}")
-    return part
 
 
 def _config(network: Record, path: Path) -> dict[str, Any]:

@@ -41,11 +41,13 @@ from merge_rl.storage.convert.distcp import files_of_metadata, read_sharded
 from merge_rl.storage.convert.layouts import Place, place_of, read_library, steps_of
 from merge_rl.storage.convert.states import INDEX, holds_states, read_only_state, read_states
 from merge_rl.storage.convert.trainers import (
+    by_place,
     is_composer,
     of_composer,
     precision_note,
     require_no_optimizer,
     require_whole,
+    unknown,
 )
 from merge_rl.storage.convert.trajectories import (
     SHADOWS,
@@ -67,10 +69,8 @@ from merge_rl.storage.pickles import (
     Span,
     StorageRef,
     TensorRef,
-    kind_of,
     read_data,
     row_major,
-    shown,
 )
 
 _SAMPLES: Final = 64
@@ -230,9 +230,9 @@ def fingerprint(path: Path) -> str:
 
 def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
     require_no_optimizer(path)
-    data = read_data(path)
+    data = by_place(read_data(path))
     if not isinstance(data, dict):
-        raise _unknown(path, kind_of(data))
+        raise unknown(data, path)
     if "param_groups" in data and "state" in data:
         raise CheckpointError(f"{path}: the state of an optimizer, and no weights of a network")
     require_whole(data, path)
@@ -255,17 +255,13 @@ def _read_pickled(path: Path, weights: str, hints: Hints) -> list[Extracted]:
         return [edm2_source.read_snapshot(data, path)]
     if edm2_source.is_training_state(data):
         return edm2_source.read_training_state(data, path, weights)
+    if networks := edm2_source.without_modules(data, path):
+        read = read_states(networks, path, weights, hints)
+        images = edm2_source.images_named(path.stem)
+        return [replace(item, nimg=item.nimg or images) for item in read]
     if hints.part is not None or holds_states(data):
         return read_states(data, path, weights, hints)
-    if any(str(key).startswith("optim") or key == "opt" for key in data):
-        raise CheckpointError(f"{path}: the state of an optimizer, and no weights of a network")
-    keys = ", ".join([shown(key, 30) for key in data if isinstance(key, str)][:8])
-    raise _unknown(path, f"a mapping with the keys {keys or '(none)'}")
-
-
-def _unknown(path: Path, found: str) -> CheckpointError:
-    expected = "an EDM2 snapshot or training state, or tensors by name"
-    return CheckpointError(f"{path}: expected {expected}, found {found}")
+    raise unknown(data, path)
 
 
 def _read_safetensors(path: Path, weights: str, hints: Hints) -> list[Extracted]:

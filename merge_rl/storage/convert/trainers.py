@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from merge_rl.errors import CheckpointError
-from merge_rl.storage.pickles import TensorRef
+from merge_rl.storage.pickles import TensorRef, kind_of, shown
 
 WHOLE: Final = "mp_rank_00_model_states.pt"  # DeepSpeed's, where one file has all weights
 _PARTS: Final = "*_model_states.pt"
@@ -109,3 +109,44 @@ def batches_of(data: Mapping[str, object]) -> object:
     for key in ("fit_loop", "epoch_loop.batch_progress", "total", "ready"):
         found = found.get(key) if isinstance(found, dict) else None
     return found
+
+
+def by_place(data: object) -> object:
+    """A list of state dicts and counts, as DDIM's program writes, as a mapping by their places."""
+    if isinstance(data, (list, tuple)) and any(map(_holds_tensors, data)):
+        return {str(place): item for place, item in enumerate(data)}
+    return data
+
+
+def unknown(data: object, path: Path) -> CheckpointError:
+    """The refusal of what is no checkpoint, with what it is, or where in it weights lie."""
+    if not isinstance(data, dict):
+        found = kind_of(data)
+    elif deep := list(_deep(data, "")):
+        parts = " and ".join(deep[:8])
+        return CheckpointError(
+            f"{path}: holds tensors in {parts}; --part NAME takes those of a name"
+        )
+    elif any(str(key).startswith("optim") or key == "opt" for key in data):
+        return CheckpointError(f"{path}: the state of an optimizer, and no weights of a network")
+    else:
+        keys = ", ".join([shown(key, 30) for key in data if isinstance(key, str)][:8])
+        found = f"a mapping with the keys {keys or '(none)'}"
+    expected = "an EDM2 snapshot or training state, or tensors by name"
+    return CheckpointError(f"{path}: expected {expected}, found {found}")
+
+
+def _holds_tensors(item: object) -> bool:
+    return isinstance(item, dict) and any(
+        isinstance(key, str) and "." in key and isinstance(value, TensorRef)
+        for key, value in item.items()
+    )
+
+
+def _deep(data: Mapping[Any, object], place: str) -> Iterator[str]:
+    """The names of mappings in mappings that hold the tensors of parts."""
+    for key, item in data.items():
+        if _holds_tensors(item):
+            yield shown(f"{place}{key}", 60)
+        elif isinstance(item, dict):
+            yield from _deep(item, f"{place}{key}/")

@@ -1,6 +1,7 @@
 """Pickles and torch archives read as data: tensors and plain containers, nothing is ever called."""
 
 from merge_rl.storage.pickles.machine import Record
+from merge_rl.storage.pickles.modules import is_module, tensors_of_module
 from merge_rl.storage.pickles.reading import Alike, read_data, read_pickle
 from merge_rl.storage.pickles.spans import ByteSource, Span
 from merge_rl.storage.pickles.tensors import StorageRef, TensorRef, row_major
@@ -13,9 +14,11 @@ __all__ = [
     "Span",
     "StorageRef",
     "TensorRef",
+    "is_module",
     "kind_of",
     "read_data",
     "read_pickle",
     "row_major",
     "shown",
+    "tensors_of_module",
 ]

@@ -12,11 +12,13 @@ from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
 from merge_rl.storage.convert.contents import Extracted
 from merge_rl.storage.convert.edm2 import (
     edm2_config_from_shapes,
+    images_named,
     is_edm2,
     is_snapshot,
     is_training_state,
     read_snapshot,
     read_training_state,
+    without_modules,
 )
 from merge_rl.storage.convert.plan import _network, _require_same_config
 from merge_rl.storage.pickles import Record
@@ -43,6 +45,7 @@ def snapshot(value: object, **more: object) -> Any:
 def test_a_snapshot_is_told_from_a_training_state() -> None:
     assert is_snapshot({"ema": network()})
     assert not is_snapshot({"ema": {}})
+    assert not is_snapshot({"ema": network("persistent:EDMPrecond")})
     assert not is_snapshot([])
     averages: list[dict[str, Any]] = [{"stds": []}, {"emas": []}]
     for ema in averages:
@@ -67,11 +70,27 @@ def test_names_come_from_walking_parameters_buffers_and_submodules() -> None:
     assert len(next(iter(snapshot(long).tensors))) == 500
 
 
+def test_networks_of_other_classes_are_their_tensors() -> None:
+    inner = module(parameters={"weight": ref(1)}, buffers={"filter": ref(2)})
+    loss, pipe = Record("persistent:EDMLoss", (), {"P_mean": -1.2}), module(buffers={"Hz": ref(3)})
+    ema = network("persistent:EDMPrecond", modules={"model": inner})
+    data: dict[str, object] = {"ema": ema, "loss_fn": loss, "augment_pipe": pipe, "count": 3}
+    found: Any = without_modules(data, PATH)
+    assert list(found["ema"]) == ["w", "model.weight", "model.filter"]
+    assert list(found["augment_pipe"]) == ["Hz"]
+    assert (found["loss_fn"], found["count"]) == (loss, 3)
+    assert without_modules({"loss_fn": loss, "count": 3}, PATH) is None
+
+
+def test_names_count_thousands_of_images() -> None:
+    names = ("network-snapshot-000200", "training-state-001000", "network-snapshot-0002097", "x")
+    assert [images_named(name) for name in names] == [200_000, 1_000_000, None, None]
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        (3, "expected an EDM2 network .*, found a whole number"),
-        (network("persistent:Other"), "expected an EDM2 network .*, found persistent:Other"),
+        (3, "expected an EDM2 network, found a whole number"),
         (Record("persistent:Precond"), "the module ema has no content"),
         (network(modules={"m": Record("x", (), [])}), "the module m. has no content"),
         (network(modules={"m": ref(1)}), "submodule m is a tensor"),
