@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from merge_rl.config.numbers import real_number, whole_number
 from merge_rl.config.sampler import OWN, PATH_NAMES
-from merge_rl.config.setting import at_home
+from merge_rl.config.setting import ABOUT, at_home
 from merge_rl.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
@@ -60,13 +60,17 @@ def from_mapping(cls: type[T], values: object, where: str = "config") -> T:
     """A config of type `cls` from plain mappings; ConfigError names the key that is off."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping, found {_found(values)}")
-    kinds = _kinds(cls)  # type: ignore[arg-type]
+    kinds, taken = _kinds(cls), _words(cls)  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
         if key not in kinds:
             deeper = [f"{name}.{key}" for name, kind in kinds.items() if key in _within(kind)]
             raise UnknownNameError(f"setting in {where}", str(key), kinds, nearest=deeper or None)
-        arguments[key] = _convert(kinds[key], value, f"{where}.{key}")
+        words = taken.get(key, {})
+        if isinstance(value, str) and value in words:
+            arguments[key] = words[value]
+        else:
+            arguments[key] = _convert(kinds[key], value, f"{where}.{key}", *words)
     missing = [
         item.name
         for item in dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -82,6 +86,13 @@ def from_mapping(cls: type[T], values: object, where: str = "config") -> T:
 @functools.cache
 def _kinds(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
+
+
+@functools.cache
+def _words(cls: type) -> dict[str, Mapping[str, int]]:
+    """By field, what may be said in place of its number."""
+    said = {item.name: item.metadata.get(ABOUT) for item in dataclasses.fields(cls)}
+    return {name: about.words for name, about in said.items() if about is not None and about.words}
 
 
 def _within(kind: Any) -> Mapping[str, Any]:
@@ -136,7 +147,8 @@ def yaml_text(value: object, width: int = 80) -> str:
     return text
 
 
-def _convert(kind: Any, value: object, where: str) -> Any:
+def _convert(kind: Any, value: object, where: str, *words: str) -> Any:
+    """A plain value as one of the kind; `words` could have stood in its place."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in parts:
@@ -164,6 +176,7 @@ def _convert(kind: Any, value: object, where: str) -> Any:
         part = getattr(parts[-1 if origin is not tuple else 0], "__name__", "value")
         name = f"a list of {part}" if origin is tuple else f"a mapping of names to {part}"
     shown = "" if value is None else f" {value!r:.60}"
+    name = " or ".join((name, *words))
     raise ConfigError(f"{where}: expected {name}, found {_found(value)}{shown}")
 
 

@@ -28,7 +28,7 @@ from merge_rl.config.setting import (
 )
 from merge_rl.errors import UnknownNameError
 
-AUTO_BATCH: Final = -1  # "auto" on the command line and in files
+AUTO_BATCH: Final = -1  # "auto" wherever settings are said
 DTYPES: Final = ("float32", "bfloat16")
 OF_SET: Final = "that of the set"
 MOST_FINAL: Final = 5000
@@ -159,7 +159,7 @@ class OptimizeConfig(RunConfig):
     )  # fmt: skip
     batch: int = setting(
         250, "Images in one forward pass, or auto: as many as the device has room for.",
-        MODEL, "--batch", metavar="N|auto", text=True,
+        MODEL, "--batch", metavar="N|auto", words={"auto": AUTO_BATCH},
     )  # fmt: skip
     # It changes the time, not the result.
     weights_device: str | None = setting(

@@ -41,7 +41,8 @@ class About:
     metavar: str | None = None
     unset: str | None = None  # where the default lies elsewhere: what stands in for it
     choices: tuple[str, ...] = ()  # all there are; `require_choices` checks them
-    text: bool = False  # the option takes words beside the numbers of its field
+    # What may be said in place of a number, and the number that it stands for.
+    words: Mapping[str, int] = field(default_factory=dict)
     path: bool = False  # a file or folder
     named: str | None = None  # field that takes what the option's values say as NAME=PATH
 

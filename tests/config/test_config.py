@@ -21,7 +21,9 @@ from merge_rl.config.mapping import (
     recipe_names,
     to_mapping,
 )
+from merge_rl.config.named import with_settings
 from merge_rl.config.optimize import (
+    AUTO_BATCH,
     EvaluationConfig,
     MergeConfig,
     OptimizeConfig,
@@ -137,6 +139,11 @@ def test_forms_that_yaml_reads_otherwise_are_taken() -> None:
     assert config.budget == 100_000
 
 
+def test_auto_is_taken_for_the_batch_wherever_settings_are_said() -> None:
+    assert from_mapping(OptimizeConfig, {"checkpoints": "x", "batch": "auto"}).batch == AUTO_BATCH
+    assert with_settings(OptimizeConfig, None, batch="auto").batch == AUTO_BATCH
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -145,6 +152,7 @@ def test_forms_that_yaml_reads_otherwise_are_taken() -> None:
         ({"budget": True}, r"config.budget: expected int, found bool True"),
         ({"decay": 0.5}, r"unknown setting in config 'decay'; did you mean 'search.decay'\?"),
         ({"solver": "heun"}, r"'solver'; did you mean 'sampler.solver'\?"),
+        ({"batch": "many"}, r"config.batch: expected int or auto, found str 'many'"),
         ({"budget": None}, r"config.budget: expected int, found nothing$"),
         ({"device": 0.5}, r"config.device: expected str, found float 0.5"),
         ({"track": 0.05}, r"config.track: expected str, found float 0.05"),

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from merge_rl.config import (
-    AUTO_BATCH,
     LEARN,
     MODEL,
     OptimizeConfig,
@@ -144,8 +143,6 @@ def build(
     values = {**said, **own}
     if isinstance(values.get("sampler"), Mapping):
         values["sampler"] = {**(near or {}), **values["sampler"]}
-    if values.get("batch") == "auto":
-        values["batch"] = AUTO_BATCH
     return from_mapping(cls, values)
 
 

@@ -155,7 +155,7 @@ def _parameter(setting: Setting) -> Parameter:
     about, kind, default = setting.about, setting.kind, setting.default
     if about.named or setting.type_name not in ("int", "float", "str", "bool"):
         kind, default = list[str], None
-    elif about.text or about.path:
+    elif about.words or about.path:
         kind, default = Path if about.path else str, None if default is None else str(default)
     metavar, text = about.metavar, about.help
     if about.choices:

@@ -42,7 +42,7 @@ class Outer:
     """A whole."""
 
     name: str = setting("sum", "What.", flag="--name", choices=("sum", "product"))
-    batch: int = setting(9, "A number or auto.", flag="--batch", text=True)
+    batch: int = setting(9, "A number or auto.", flag="--batch", words={"auto": -1})
     source: str | None = setting(None, "From.", DATA, "--source", named="sources")
     sources: Mapping[str, str] = field(default_factory=dict, metadata=about(help="By name."))
     weights: str | None = setting(None, "A file.", DATA, "--weights", path=True)
