@@ -10,14 +10,8 @@ average of any width afterwards. Here a flow of points is trained, its averages 
 # %%
 # A training run with two averages
 # --------------------------------
-# ema-pytorch's ``PostHocEMA`` writes a file ``{index}.{step}.pt`` for each average and time:
-#
-# .. code-block:: python
-#
-#     emas = PostHocEMA(network, sigma_rels=(0.05, 0.2), update_every=2,
-#                       checkpoint_every_num_steps=100)
-#
-# So that this page needs no further library, the class below keeps and writes the same.
+# ``PostHocEMA`` of the library ema-pytorch keeps the averages, and writes a file
+# ``{index}.{step}.pt`` for each of them and every time.
 
 import math
 import tempfile
@@ -25,42 +19,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from ema_pytorch import PostHocEMA
 from torch import Tensor, nn
 
 import merge_rl as mrl
-from merge_rl.core.merging.ema_profiles import exponent_from_std
 from merge_rl.storage.checkpoints import open_checkpoints
 from merge_rl.workflows.export import ema_coefficients
 
 torch.manual_seed(0)
 folder = Path(tempfile.mkdtemp())
-
-
-class Averages:
-    """Two power-function averages, updated every second step, saved in float16."""
-
-    def __init__(self, network: nn.Module, widths: tuple[float, ...], update_every: int) -> None:
-        self.network, self.every, self.step = network, update_every, 0
-        self.gammas = [exponent_from_std(width) for width in widths]
-        self.kept = [{k: v.clone() for k, v in network.state_dict().items()} for _ in widths]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """To be called after every step of the optimizer."""
-        self.step += 1
-        if (self.step - 1) % self.every == 0:
-            for gamma, average in zip(self.gammas, self.kept, strict=True):
-                decay = 0.0 if self.step == 1 else (1 - 1 / (self.step + 1)) ** (gamma + 1)
-                for name, value in self.network.state_dict().items():
-                    average[name].lerp_(value, 1 - decay)
-
-    def save(self, place: Path) -> None:
-        """A file an average, as the library names and fills it."""
-        place.mkdir(exist_ok=True)
-        for index, average in enumerate(self.kept):
-            state = {f"ema_model.{name}": value.half() for name, value in average.items()}
-            state |= {"initted": torch.ones(()).half(), "step": torch.tensor(self.step).half()}
-            torch.save(state, place / f"{index}.{self.step}.pt")
 
 
 def half_moons(count: int) -> Tensor:
@@ -74,17 +41,18 @@ def half_moons(count: int) -> Tensor:
 
 network = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
 optimizer = torch.optim.Adam(network.parameters(), lr=4e-2)
-averages = Averages(network, widths=(0.05, 0.2), update_every=2)
-for step in range(1, 801):
+averages = PostHocEMA(
+    network, sigma_rels=(0.05, 0.2), update_every=2, checkpoint_every_num_steps=100,
+    checkpoint_folder=folder / "post-hoc-ema-checkpoints",
+)  # fmt: skip
+for _ in range(800):
     data, noise, t = half_moons(128), torch.randn(128, 2), torch.rand(128, 1)
     velocity = network(torch.cat([t * data + (1 - t) * noise, t], 1))
     loss = (velocity - (data - noise)).square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    averages.update()
-    if step % 100 == 0:
-        averages.save(folder / "post-hoc-ema-checkpoints")
+    averages.update()  # every 100 steps it saves
 
 # %%
 # Conversion

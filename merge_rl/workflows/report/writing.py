@@ -25,7 +25,7 @@ from merge_rl.workflows.report.run_page import run_markdown
 
 HTML: Final = "report.html"
 LEAST_SECONDS: Final = 15.0  # between two pages of a run that goes on
-SHARE: Final = 50  # of its time that it takes to write them: one part in so many
+SHARE: Final = 100  # of its time that it takes to write them: one part in so many
 
 
 @dataclass(frozen=True)
