@@ -47,13 +47,16 @@ class EvaluationConfig:
         4, "Disjoint sets of seeds that every entry is scored on, at least 3.", SCORES, "--repeats"
     )
     selection_images: int | None = setting(
-        None, "Images to find the best single checkpoint, on seeds of their own.", SCORES,
-        unset="as for num_images",
+        None, "Images that each checkpoint is scored on to find the best one; their seeds serve "
+        "nothing else.", SCORES,
+        unset="over all checkpoints a sixth of the share, or as many as a model with num_images",
     )  # fmt: skip
     share: float = setting(
         0.4, "Share of the budget for the comparison, where num_images is not given.", SCORES
     )
-    reserved: int = setting(0, "Images of the budget that are kept for it.", SCORES, unset="found")
+    reserved: int = setting(
+        0, "Images of the budget that the comparison takes; the run computes it.", SCORES
+    )
     keep_worse: bool = setting(
         False, "Write the result even where it is worse than its start, or has no score.", SCORES,
         "--keep-worse",

@@ -19,9 +19,9 @@ from merge_rl.errors import UnknownNameError
 COLUMNS: Final = ("setting", "option", "default", "meaning")
 INTRODUCTION: Final = """# Settings
 
-Written by `mergerl settings --markdown`. A setting is said by its option, in the file of
-`--config` (dots are its levels), or by `--set SETTING=VALUE`; options go over the file, and `--set`
-over both. A default in parentheses lies elsewhere.
+Written by `mergerl settings --markdown`. A setting is given by its option, in the file of
+`--config` (dots are its levels), or by `--set SETTING=VALUE`; options override the file, and
+`--set` overrides both. Parentheses say where a default comes from that is no fixed value.
 """
 
 
