@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -122,6 +122,9 @@ def _show_set(
         )
 
 
+_OF_ENTRIES: Final = ("track", "nimg", "ema_std", "ema_gamma", "ema_start")
+
+
 def _set_document(opened: CheckpointSet, failed: dict[str, str]) -> dict[str, Any]:
     newest = opened.names[opened.newest]
     return {
@@ -139,11 +142,7 @@ def _set_document(opened: CheckpointSet, failed: dict[str, str]) -> dict[str, An
         "checkpoints": [
             {
                 "name": name,
-                "track": entry.track,
-                "nimg": entry.nimg,
-                "ema_std": entry.ema_std,
-                "ema_gamma": entry.ema_gamma,
-                "ema_start": entry.ema_start,
+                **{key: getattr(entry, key) for key in _OF_ENTRIES},
                 "error": failed.get(name),
             }
             for name, entry in zip(opened.names, opened.entries, strict=True)
@@ -206,11 +205,12 @@ def _shown(value: object) -> str:
 
 def _show_file(path: Path, *, network: str | None, json: bool) -> None:
     from merge_rl.storage.checkpoints import check_model_file, left_in_file, require_network
+    from merge_rl.storage.files import left_to_convert, weights_in
 
-    tensors, config = check_model_file(path)
-    config = config if network is None else {"model": network}
-    if left := left_in_file(path):
-        note(left)
+    tensors, stated = check_model_file(path)
+    config = stated if network is None else {"model": network}
+    beside = left_to_convert(path, weights_in(path)) if path.is_dir() else ""
+    note_all(list(filter(None, (left_in_file(path), beside))))
     document: dict[str, Any] = {
         "kind": "model",
         "network": _network_name(config, {key: info.shape for key, info in tensors.items()}),
@@ -222,7 +222,7 @@ def _show_file(path: Path, *, network: str | None, json: bool) -> None:
     if json:
         print_json(document)
     else:
-        rows = [[key, _shown(value)] for key, value in document.items() if value is not None]
+        rows = [[k, _shown(value)] for k, value in document.items() if value is not None]
         print_table(str(path), ["file", ""], rows, words=True)
     require_network(tensors, config, str(path))
 

@@ -132,6 +132,22 @@ def test_what_is_something_else_is_called_so(
     assert ended.err.count("\n") == 1
 
 
+def test_the_series_beside_the_last_weights_of_a_training_is_named(
+    tiny: Path, mergerl: Mergerl
+) -> None:
+    files = sorted((tiny / "raw").glob("*.safetensors"))
+    for file, place in zip(files, ("checkpoint-900", "checkpoint-1000", "."), strict=False):
+        Path("run", place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, Path("run", place, "model.safetensors"))
+    left = "run: left out checkpoint-900, checkpoint-1000, of the same series; `mergerl convert` "
+    for command in (("inspect", "run"), ("merge", "run", "out", "--uniform")):
+        ended = mergerl(*command)
+        assert (ended.code, left + "makes a set of these\n" in ended.err) == (0, True)
+    ended = mergerl("optimize", "run")
+    assert ended.code == 1
+    assert f"run: expected at least 2 checkpoints, got 1; {left}" in ended.err
+
+
 def test_a_checkpoint_of_a_set_is_published_with_a_card(tiny: Path, mergerl: Mergerl) -> None:
     pushed = mergerl("push", tiny, "user/repo", "--dry-run", "--json")
     newest = open_checkpoints(tiny).paths[-1]

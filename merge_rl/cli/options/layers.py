@@ -174,7 +174,8 @@ def build_for_set(
     found = build(OptimizeConfig, said, checkpoints=str(checkpoints))
     opened = open_checkpoints(checkpoints, track=found.track, select=found.select or None)
     if len(opened) < 2:
-        raise CheckpointError(f"{checkpoints}: expected at least 2 checkpoints, got {len(opened)}")
+        why = "; ".join([f"got {len(opened)}", *opened.notes])
+        raise CheckpointError(f"{checkpoints}: expected at least 2 checkpoints, {why}")
     near = opened.defaults.sampler
     if opened.manifest is None:
         from merge_rl.workflows.assembly import find_defaults

@@ -129,14 +129,24 @@ def convertible(folder: Path) -> list[Path]:
 
 
 def left_to_convert(folder: Path, files: Iterable[Path]) -> str:
-    """A sentence on what is of a series with the `.safetensors`, but to be converted; or ""."""
+    """A sentence on what is of a series, but to be converted; or "".
+
+    Other formats beside the `.safetensors` of a series, or beside one of a finished training the
+    folders of its checkpoints (`checkpoint-500/`).
+    """
+    files, whole = list(files), "all"
     names = [file.name for file in convertible(folder)]
     found = {PurePath(name.removesuffix(".tar")).stem: name for name in names}
     left = sorted(of_series([weights_stem(file.name) for file in files], found), key=natural_key)
+    if not left and len(files) == 1 and files[0].parent == folder:
+        inner = (item for item in folder.iterdir() if SAVED.fullmatch(item.name))
+        homes = [item.name for item in inner if any(item.glob("**/*.safetensors"))]
+        left, found, whole = sorted(homes, key=natural_key), {n: n for n in homes}, "these"
     if not left:
         return ""
     shown = ", ".join(found[stem] for stem in left[:3]) + " ..." * (len(left) > 3)
-    return f"{folder}: left out {shown}, of the same series; `mergerl convert` makes a set of all"
+    made = f"`mergerl convert` makes a set of {whole}"
+    return f"{folder}: left out {shown}, of the same series; {made}"
 
 
 def _parts(name: str) -> _Parts:
