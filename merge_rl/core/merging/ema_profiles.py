@@ -30,6 +30,8 @@ Floats: TypeAlias = Sequence[float] | npt.NDArray[np.generic] | Tensor
 
 WIDEST_STD = 1 / math.sqrt(12)  # a flat profile, γ = 0: a uniform average of the whole run
 
+NARROWEST_STD = 1e-7  # the roots of what is much narrower are infinite in float64
+
 
 def as_float64(values: float | Floats) -> Tensor:
     """The same numbers as a float64 tensor; arrays and lists are copied."""
@@ -50,12 +52,12 @@ def exponent_from_std(ema_std: float | Floats) -> float | Tensor:
 
         γ = ⅔ √(1+3a) · cos( ⅓ arccos( −(1+18a) / (1+3a)^{3/2} ) ) − 7/3
 
-    `ema_std` in (0, 1/√12), any shape; a float gives a float, all else a float64 tensor.
+    `ema_std` in [1e-7, 1/√12), any shape; a float gives a float, all else a float64 tensor.
     """
     width = as_float64(ema_std)
-    if not bool(((width > 0) & (width < WIDEST_STD)).all()):
-        got = width.flatten().tolist()
-        raise ConfigError(f"expected 0 < ema_std < {WIDEST_STD:.6f} (1/sqrt(12)), got {got}")
+    if not bool(((width >= NARROWEST_STD) & (width < WIDEST_STD)).all()):
+        got, widest = width.flatten().tolist(), f"{WIDEST_STD:.6f} (1/sqrt(12))"
+        raise ConfigError(f"expected {NARROWEST_STD} <= ema_std < {widest}, got {got}")
     a = width.pow(-2)
     angle = torch.arccos(-(1 + 18 * a) * (1 + 3 * a).pow(-1.5))
     gamma = 2 / 3 * (1 + 3 * a).sqrt() * torch.cos(angle / 3) - 7 / 3

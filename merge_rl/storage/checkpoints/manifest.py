@@ -180,8 +180,8 @@ def _parse_entry(item: Fields) -> CheckpointEntry:
     if not name.lower().endswith(".safetensors"):
         raise item.refuse("file", "a .safetensors file")
     ema_std = item.number("ema_std")
-    if ema_std is not None and not 0 < ema_std < MAX_EMA_STD:
-        raise item.refuse("ema_std", f"a width between 0 and {MAX_EMA_STD}, both excluded")
+    if ema_std is not None and not is_ema_std(ema_std):
+        raise item.refuse("ema_std", f"a width from {MIN_EMA_STD} to below {MAX_EMA_STD}")
     ema_gamma, ema_start = item.number("ema_gamma"), item.number("ema_start")
     if ema_gamma is not None and (ema_std is not None or not -1 < ema_gamma < MAX_EMA_GAMMA):
         raise item.refuse("ema_gamma", f"an exponent of -1 to {MAX_EMA_GAMMA}, without ema_std")
@@ -253,6 +253,13 @@ def _plain(value: Any) -> Any:
 # Above 1 / sqrt(12) = 0.2887 no power-function EMA exists; 0.289 is the bound the names go by.
 MAX_EMA_STD = 0.289
 MAX_EMA_GAMMA = 1e6
+MIN_EMA_STD = 1e-7  # a tenth of what the largest exponent has; no training has as many steps
+
+
+def is_ema_std(width: float) -> bool:
+    """Whether a relative width is one that an average of a training can have."""
+    return MIN_EMA_STD <= width < MAX_EMA_STD
+
 
 _PROGRESS = re.compile(r"-(?P<kimg>[0-9]{7,12})(?:-(?P<std>0\.[0-9]{1,6}))?$")
 
@@ -271,6 +278,6 @@ def parse_stem(stem: str) -> tuple[int | None, float | None]:
     if match is None:
         return None, None
     std = float(match["std"]) if match["std"] else None
-    if std is not None and not 0 < std < MAX_EMA_STD:
+    if std is not None and not is_ema_std(std):
         return None, None
     return _nimg(int(match["kimg"])), std

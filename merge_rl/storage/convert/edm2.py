@@ -19,7 +19,7 @@ import numpy as np
 
 from merge_rl.core.state_dicts import unwrapped
 from merge_rl.errors import CheckpointError
-from merge_rl.storage.checkpoints import MAX_EMA_STD, parse_stem
+from merge_rl.storage.checkpoints import MAX_EMA_STD, is_ema_std, parse_stem
 from merge_rl.storage.convert.contents import (
     MAX_TENSORS,
     Extracted,
@@ -284,7 +284,7 @@ def _profiles(ema: object, path: Path) -> list[tuple[float | None, object]]:
     stds, states = (ema.get(key) for key in ("stds", "emas")) if isinstance(ema, dict) else ((), ())
     if not isinstance(stds, (list, tuple)) or not isinstance(states, (list, tuple)):
         raise CheckpointError(f"{path}: expected a list of EMA widths and one of weights")
-    widths = [std for std in stds if isinstance(std, float) and 0 < std < MAX_EMA_STD]
+    widths = [std for std in stds if isinstance(std, float) and is_ema_std(std)]
     if not widths or not len(widths) == len(stds) == len(states) == len(set(widths)):
         raise CheckpointError(
             f"{path}: expected an EMA for every width below {MAX_EMA_STD}, found {len(states)}"

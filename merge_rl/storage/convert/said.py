@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from merge_rl.config import real_number, whole_number
 from merge_rl.errors import ManifestError
-from merge_rl.storage.convert.trainers import batches_of
+from merge_rl.storage.convert.trainers import batches_of, is_lightning
 from merge_rl.storage.pickles import Record, TensorRef
 from merge_rl.untrusted import parse_yaml
 
@@ -51,6 +51,7 @@ class Said:
     batch: int | None = None  # images a step, over all devices
     steps: int | None = None
     images: int | None = None  # seen until then, where they are counted
+    share: int | None = None  # images of a batch of an unknown number of processes, taken for one
 
     def number(self, name: str) -> float | None:
         """The number of that name, wherever in the settings."""
@@ -70,14 +71,16 @@ def read_said(data: Mapping[str, object]) -> Said:
         found = _settings(_parsed(value) if isinstance(value, str) else value)
         if isinstance(found, dict):
             settings |= found
+    batches = _count(batches_of(data))
     return Said(
         settings=settings,
         num_classes=_count(_first(settings, _CLASSES)),
         class_dropout=_share(_first(settings, _DROPOUT)),
         num_heads=_count(_first(settings, _HEADS)),
         batch=_images_a_step(settings),
-        images=_count(_first(beside, _SEEN)) or _images_seen(_count(batches_of(data)), settings),
+        images=_count(_first(beside, _SEEN)) or _images_seen(batches, settings),
         steps=_count(_first(beside | _counters(data), _STEPS)),
+        share=_share_alone(settings) if is_lightning(data) else None,
     )
 
 
@@ -108,6 +111,12 @@ def _images_a_pass(settings: Mapping[str, Any]) -> int | None:
     processes, share = (_count(_first(settings, names)) for names in (("world_size",), _SHARE))
     one = share if share and processes else _count(_first(settings, ("batch_size",)))
     return one and one * (processes or 1)
+
+
+def _share_alone(settings: Mapping[str, Any]) -> int | None:
+    """A batch of one process, as Lightning's programs keep it, without the number of these."""
+    known = _BATCH + _SHARE + ("world_size",)
+    return None if _count(_first(settings, known)) else _count(_first(settings, ("batch_size",)))
 
 
 def _images_seen(batches: int | None, settings: Mapping[str, Any]) -> int | None:

@@ -43,6 +43,7 @@ from merge_rl.storage.convert.states import INDEX, holds_states, read_only_state
 from merge_rl.storage.convert.trainers import (
     by_place,
     is_composer,
+    is_lightning,
     of_composer,
     precision_note,
     require_no_optimizer,
@@ -53,7 +54,6 @@ from merge_rl.storage.convert.trajectories import (
     SHADOWS,
     arranged,
     is_average,
-    is_lightning,
     named_like,
     weights_of,
     with_profile,

@@ -12,6 +12,7 @@ from merge_rl import own_code, registry
 from merge_rl.core.state_dicts import Held, hold, is_average, names_for, number_of
 from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.storage.checkpoints import parse_stem
+from merge_rl.storage.convert import sit
 from merge_rl.storage.convert.contents import (
     DEFAULT_BATCH,
     Extracted,
@@ -30,7 +31,6 @@ from merge_rl.storage.convert.families import (
     strange,
 )
 from merge_rl.storage.convert.said import Said, read_said
-from merge_rl.storage.convert.sit import ROTATIONS, describe_jit, describe_sit, joined_blocks
 from merge_rl.storage.convert.trajectories import with_listed
 from merge_rl.storage.files import is_shard_name, parse_index
 from merge_rl.storage.pickles import TensorRef, read_data
@@ -248,16 +248,18 @@ def _network(
     item: Extracted, family: str, said: Said, hints: Hints, stated: Mapping[str, Any] | None
 ) -> Extracted:
     """With the options of its network, without what only training needs."""
-    unused = (ROTATIONS,) if family == "jit" else (PROJECTORS,) if family == "repa" else ()
-    tensors = {k: t for k, t in joined_blocks(item.tensors).items() if not k.startswith(unused)}
-    left = {name.partition(".")[0] for name in item.tensors if name.startswith(unused)}
+    unused = (sit.ROTATIONS,) if family == "jit" else (PROJECTORS,) if family == "repa" else ()
+    tensors = {k: t for k, t in sit.joined_blocks(item.tensors).items() if not k.startswith(unused)}
+    kept_out = {k: t for k, t in item.tensors.items() if k.startswith(unused)}
+    left = {name.partition(".")[0] for name in kept_out}
     notes = tuple(f"left out the tensors {name}.*, which no sample depends on" for name in left)
     shapes = shapes_of(tensors)
     try:
         if family == "jit":
-            config, assumed = describe_jit(shapes, said)
+            config, assumed = sit.describe_jit(shapes, said)
+            sit.require_rotations(kept_out, config)
         else:
-            config, assumed = describe_sit(shapes, said, hints)
+            config, assumed = sit.describe_sit(shapes, said, hints)
             config["model"] = family
         path = path_of(family, said.settings)
         latents = config["in_channels"] if plain_latents(said) else 0
@@ -277,12 +279,9 @@ def _trained(item: Extracted, said: Said, hints: Hints, counted: int | None) -> 
     """With what the training program kept beside the weights: settings and progress."""
     named, step = item.nimg, _STEP.fullmatch(item.path.stem)
     counted = int(step[1]) if counted is None and step else counted
-    steps, batch = (
-        counted if said.steps is None else said.steps,
-        hints.images_per_step or said.batch,
-    )
-    notes = item.notes
-    images = None if steps is None else steps * (batch or DEFAULT_BATCH)
+    steps = counted if said.steps is None else said.steps
+    batch = hints.images_per_step or said.batch
+    notes, images = item.notes, None if steps is None else steps * (batch or DEFAULT_BATCH)
     if said.images is not None and hints.images_per_step is None:
         images = said.images
     if step and steps is not None and images is not None:
@@ -291,6 +290,8 @@ def _trained(item: Extracted, said: Said, hints: Hints, counted: int | None) -> 
             notes += (f"its name says {int(step[1])}, the file itself step {steps}, which counts",)
     if steps is not None and batch is None and said.images is None:
         notes += (f"no batch size said; nimg takes {DEFAULT_BATCH} images a step",)
+    if said.share is not None and images is not None and hints.images_per_step is None:
+        notes += (f"batch_size {said.share} taken for one process (--images-per-step)",)
     return replace(
         item,
         nimg=named if images is None else images,

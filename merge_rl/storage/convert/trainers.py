@@ -100,6 +100,13 @@ def _states_of(algorithms: object) -> list[dict[str, Any]]:
     return [state for state in found if isinstance(state, dict)]
 
 
+def is_lightning(data: Mapping[str, object]) -> bool:
+    """Whether data is that of a checkpoint by Lightning's trainer."""
+    return isinstance(data.get("state_dict"), dict) and (
+        "pytorch-lightning_version" in data or {"epoch", "global_step"} <= data.keys()
+    )
+
+
 def batches_of(data: Mapping[str, object]) -> object:
     """The batches that Lightning has begun; None where data says none.
 

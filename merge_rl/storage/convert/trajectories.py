@@ -18,7 +18,7 @@ import numpy as np
 from merge_rl.config import real_number
 from merge_rl.core.state_dicts import hold
 from merge_rl.errors import CheckpointError, ConfigError
-from merge_rl.storage.checkpoints import MAX_EMA_STD
+from merge_rl.storage.checkpoints import MAX_EMA_STD, MIN_EMA_STD, is_ema_std
 from merge_rl.storage.convert.contents import DEFAULT_BATCH, NO_HINTS, Extracted, Hints
 from merge_rl.storage.convert.layouts import AVERAGE, POSTHOC
 from merge_rl.storage.pickles import ByteSource, Span, StorageRef, TensorRef, kind_of
@@ -154,8 +154,9 @@ def _width(index: int, stored: object, path: Path, hints: Hints) -> float | None
     width = told.get(index, inside)
     if width is None or not math.isfinite(width):
         return None
-    if not 0 < width < MAX_EMA_STD:
-        raise CheckpointError(f"{path}: expected a width of 0 to {MAX_EMA_STD}, found {width:g}")
+    if not is_ema_std(width):
+        expected = f"{MIN_EMA_STD} to {MAX_EMA_STD}"
+        raise CheckpointError(f"{path}: expected a width of {expected}, found {width:g}")
     if inside is not None and abs(width - inside) > _WIDTHS * width:
         raise ConfigError(f"{path}: --ema-std says {width:g}, the file itself {inside:g}")
     return float(width)
@@ -168,22 +169,15 @@ def parse_widths(text: str) -> dict[int, float]:
         index, colon, width = part.rpartition(":")
         number = real_number(width)
         key = place if not colon else int(index) if index.isdecimal() else None
-        if number is None or key is None or key in found or not 0 < number < MAX_EMA_STD:
+        if number is None or key is None or key in found or not is_ema_std(number):
             raise ConfigError(
-                'expected --ema-std as "0:0.05,1:0.28" or "0.05,0.28", widths between 0 and '
-                f"{MAX_EMA_STD}, got {text!r}"
+                'expected --ema-std as "0:0.05,1:0.28" or "0.05,0.28", widths between '
+                f"{MIN_EMA_STD} and {MAX_EMA_STD}, got {text!r}"
             )
         found[key] = number
     if not found:
         raise ConfigError(f'expected --ema-std as "0:0.05,1:0.28" or "0.05,0.28", got {text!r}')
     return found
-
-
-def is_lightning(data: Mapping[str, object]) -> bool:
-    """Whether data is that of a checkpoint by Lightning's trainer."""
-    return isinstance(data.get("state_dict"), dict) and (
-        "pytorch-lightning_version" in data or {"epoch", "global_step"} <= data.keys()
-    )
 
 
 def arranged(data: Mapping[str, object]) -> dict[str, object]:

@@ -54,9 +54,9 @@ def test_exponent_inverts_width_over_the_whole_range() -> None:
     )
 
 
-@pytest.mark.parametrize("ema_std", [0.0, -0.1, 0.2887, 1.0, float("nan")])
+@pytest.mark.parametrize("ema_std", [0.0, -0.1, 1e-320, 0.2887, 1.0, float("nan")])
 def test_width_without_a_profile_is_refused(ema_std: float) -> None:
-    with pytest.raises(ConfigError, match=r"expected 0 < ema_std < 0\.288675 .*got"):
+    with pytest.raises(ConfigError, match=r"expected 1e-07 <= ema_std < 0\.288675 .*got"):
         exponent_from_std(ema_std)
     with pytest.raises(ConfigError, match="ema_std"):
         exponent_from_std([0.1, ema_std])

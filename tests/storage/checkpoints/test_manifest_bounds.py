@@ -33,7 +33,7 @@ def manifest(folder: Path, entry: dict[str, Any], **changes: Any) -> Manifest:
 @pytest.mark.parametrize(
     ("key", "accepted", "refused"),
     [
-        ("ema_std", [1e-9, 0.2889], [0, -0.1, 0.289]),
+        ("ema_std", [1e-7, 0.2889], [0, 0.99e-7, 1e-320, -0.1, 0.289]),
         ("ema_gamma", [-0.9, 0, 999_999], [-1, -1.5, 1e6]),
         ("ema_start", [0, 0.5, 1e300], [-1, float("inf")]),
         ("sha256", ["0" * 64, "aF" * 32], ["0" * 63, "0" * 65, "g" * 64, ""]),

@@ -20,10 +20,10 @@ from merge_rl.storage.convert.adapters import (
 )
 from merge_rl.storage.convert.contents import Extracted, Hints
 from merge_rl.storage.convert.distcp import PiecedRef, _require_cover, read_distcp
+from merge_rl.storage.convert.trainers import is_lightning
 from merge_rl.storage.convert.trajectories import (
     arranged,
     is_average,
-    is_lightning,
     named_like,
     parse_widths,
     weights_of,
@@ -120,7 +120,7 @@ def test_widths_of_averages_as_they_are_said_and_stored() -> None:
     with pytest.raises(ConfigError, match="expected --update-every"):
         with_profile(average(), data, Hints())
     for stored in (0.289, 0.0, -1.0):
-        with pytest.raises(CheckpointError, match="expected a width of 0 to 0.289, found"):
+        with pytest.raises(CheckpointError, match="expected a width of 1e-07 to 0.289, found"):
             with_profile(average(), {**data, "sigma_rel": stored}, Hints(update_every=1))
     infinite = with_profile(average(), {**data, "sigma_rel": number(math.inf)}, Hints())
     assert infinite.ema_std is None

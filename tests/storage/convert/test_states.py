@@ -19,6 +19,7 @@ from torch import Tensor
 
 import merge_rl as mrl
 from merge_rl.errors import CheckpointError, ConfigError, NonFiniteWeightsError
+from merge_rl.models.jit import rotations
 from merge_rl.registry import build_model
 from merge_rl.storage.checkpoints.manifest import (
     CheckpointEntry,
@@ -331,6 +332,24 @@ def test_jit_has_two_averages(tmp_path: Path) -> None:
     assert torch.equal(opened.read(0)["pos_embed"], first["net.pos_embed"])
     convert(tmp_path / "checkpoint-last.pth", tmp_path / "all", weights="both")
     assert mrl.open_checkpoints(tmp_path / "all").tracks == ["raw", "ema1", "ema2"]
+
+
+def test_jits_rotations_are_left_out_where_they_are_its_own(tmp_path: Path) -> None:
+    def told(**stored: Tensor) -> str:
+        held = {f"feat_rope.{name}": tensor for name, tensor in stored.items()}
+        torch.save({"model": state_of(JIT, 1) | held}, tmp_path / "a.pt")
+        ear = Ear()
+        convert(tmp_path / "a.pt", tmp_path / f"out-{len(stored)}-{others}", tracker=ear)
+        return "\n".join(ear.heard)
+
+    for others in (0, 2):
+        cosines, sines = rotations(8, 2, others)
+        said = told(freqs_cos=cosines.bfloat16(), freqs_sin=sines)
+        assert "left out the tensors feat_rope.*, which no sample depends on" in said
+    for wrong in ({"freqs_cos": sines}, {"freqs_sin": 2 * sines}, {"freqs_cos": cosines[:3]},
+                  {"freqs_sin": sines[:, :4]}):  # fmt: skip
+        with pytest.raises(CheckpointError, match="turns tokens by other angles than a JiT of 2 x"):
+            told(**wrong)
 
 
 @pytest.mark.parametrize(

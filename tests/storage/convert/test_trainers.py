@@ -147,18 +147,19 @@ def test_lightnings_stochastic_average_counts_once_it_has_begun(tmp_path: Path) 
 def test_lightnings_images_are_its_batches(tmp_path: Path) -> None:
     """Steps leave out what gradients accumulate over, and count each of two optimizers."""
     progress = {"epoch_loop.batch_progress": {"total": {"ready": 40, "completed": 39}}}
-    cases: list[tuple[dict[str, int], dict[str, Any], int]] = [
-        ({"batch_size": 8}, {}, 320),
-        ({"batch_size": 8, "accumulate_grad_batches": 2}, {}, 320),
-        ({"batch_size": 8, "world_size": 2}, {}, 640),
-        ({"global_batch_size": 16}, {}, 320),
-        ({"batch_size": 8}, {"images_per_step": 5}, 100),
-        ({}, {}, 20 * 256),
+    cases: list[tuple[dict[str, int], dict[str, Any], int, bool]] = [
+        ({"batch_size": 8}, {}, 320, True),
+        ({"batch_size": 8, "accumulate_grad_batches": 2}, {}, 320, True),
+        ({"batch_size": 8, "world_size": 2}, {}, 640, False),
+        ({"global_batch_size": 16}, {}, 320, False),
+        ({"batch_size": 8}, {"images_per_step": 5}, 100, False),
+        ({}, {}, 20 * 256, False),
     ]
-    for number, (settings, more, images) in enumerate(cases):
+    for number, (settings, more, images, assumed) in enumerate(cases):
         data = lightning(20, hyper_parameters=settings) | {"loops": {"fit_loop": progress}}
         torch.save(data, tmp_path / "a.ckpt")
-        convert(tmp_path / "a.ckpt", tmp_path / f"{number}", **more)
+        said = heard(tmp_path / "a.ckpt", tmp_path / f"{number}", **more)
+        assert ("batch_size 8 taken for one process (--images-per-step)" in said) == assumed
         assert entries(tmp_path / f"{number}") == {("raw", "a"): images}
 
 

@@ -132,7 +132,7 @@ def test_the_searches_for_profiles_begin_at_them(posthoc: Path) -> None:
     [
         ({"ema_std": "0.05,0.28"}, "expected --update-every .by default 100 in ema-pytorch, 10"),
         ({"ema_std": "0:0.05", "update_every": 1}, "says no width of average 1, only of 0$"),
-        ({"ema_std": "0.05,0.3", "update_every": 1}, "widths between 0 and 0.289, got '0.05,0.3'"),
+        ({"ema_std": "0.05,0.3", "update_every": 1}, "widths between 1e-07 and 0.289, got '0.05,0.3'"),
         ({"weights": "model"}, "holds an average, no raw weights"),
         ({"format": "lightning"}, "expected the format lightning, found posthoc-ema"),
     ],
@@ -171,7 +171,7 @@ def test_averages_that_begin_late_count_from_there(tmp_path: Path) -> None:
     entries = read_manifest(tmp_path / "out").checkpoints
     assert [(entry.nimg, entry.ema_std) for entry in entries] == [(802, 0.15), (1802, 0.15)]
     torch.save({**data, "sigma_rel": -1.0}, tmp_path / "0.1000.pt")
-    with pytest.raises(CheckpointError, match=r"expected a width of 0 to 0\.\d+, found -1"):
+    with pytest.raises(CheckpointError, match=r"expected a width of 1e-07 to 0\.\d+, found -1"):
         convert(tmp_path / "0.1000.pt", tmp_path / "other", update_every=1)
     with pytest.raises(ConfigError, match=r"--ema-std says 0\.1, the file itself 0\.15"):
         convert(tmp_path / "run", tmp_path / "other", update_every=1, ema_std="0.1")

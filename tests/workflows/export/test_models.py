@@ -202,5 +202,5 @@ def test_ema_profiles_that_cannot_be(shared_tiny: Path, raw: CheckpointSet) -> N
         ema_coefficients(raw, 0.1)
     with pytest.raises(ConfigError, match="no checkpoint ends at or before 5 images"):
         ema_coefficients(opened, 0.1, nimg=5)
-    with pytest.raises(ConfigError, match=r"expected 0 < ema_std < 0\.288675.*got \[0\.4\]"):
+    with pytest.raises(ConfigError, match=r"expected 1e-07 <= ema_std < 0\.288675.*got \[0\.4\]"):
         ema_coefficients(opened, 0.4)
