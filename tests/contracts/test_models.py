@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import merge_rl as mrl
+from merge_rl import own_code
 from merge_rl.config.sampler import SDE_SOLVERS, SOLVERS
 from merge_rl.core.merging.live_model import LiveModel
 from merge_rl.core.sampling.compatibility import balanced_labels
@@ -63,6 +64,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+OWN = "own"  # a network of the user's, as one writes it who has read the guide
+
+
+class OwnNetwork(nn.Module):
+    """Velocities of 8x8 images from the image, its label and the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = nn.Embedding(10, 16)
+        self.first = nn.Conv2d(2, 16, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 16)
+        self.last = nn.Conv2d(16, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        times = t.reshape(-1, 1, 1, 1).expand(len(x), 1, 8, 8)
+        hidden = self.first(torch.cat([x, times], 1)) + self.labels(labels)[:, :, None, None]
+        out: Tensor = self.last(self.norm(hidden).relu())
+        return out
+
+
+def own_network() -> nn.Module:
+    return mrl.describe(
+        OwnNetwork(), prediction="velocity", time="up", path="linear", sample_shape=[1, 8, 8],
+        label_dim=10,
+    )  # fmt: skip
+
+
+FACTORY = f"{__name__}:own_network"
+CONFIGS[OWN] = {"model": FACTORY}
 STEPS = 3
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors"}  # of a model folder
 
@@ -103,9 +133,12 @@ def write_set(folder: Path, config: dict[str, Any], evaluation: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=sorted(MODELS))
-def family(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=[*sorted(MODELS), OWN])
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
+    if name == OWN:
+        monkeypatch.setattr(own_code, "_allowed", {})
+        own_code.allow(FACTORY)
     if name in EXTRAS:
         pytest.importorskip(EXTRAS[name][0])
     return name
@@ -139,7 +172,7 @@ def noise_and_labels(count: int) -> tuple[Tensor, Tensor]:
 
 
 def test_every_family_has_a_case() -> None:
-    assert set(CONFIGS) == set(MODELS)
+    assert set(CONFIGS) == {*MODELS, OWN}
 
 
 @pytest.mark.numerics
@@ -208,7 +241,7 @@ def test_merges_live_saved_and_by_hand_agree(family: str, folder: Path, tmp_path
 # one solver of an ODE and one of an SDE.
 PAIRS = [
     (name, solver)
-    for name in sorted(MODELS)
+    for name in [*sorted(MODELS), OWN]
     for solver in (SOLVERS if name in ("dit", "edm2", "sit") else ("heun", "sde-euler"))
 ]
 
