@@ -144,16 +144,16 @@ def names_for(found: Collection[str], wanted: Collection[str]) -> dict[str, str]
     """What a network calls its tensors -> what a file calls them, if these meet.
 
     They may be equal, or differ by what wrappers add: to the file's names, or to the network's,
-    which may be a wrapper itself; or by what all names of the file begin with. Where they do not
-    meet every name of the file is its own.
+    which may be a wrapper itself; or by what all names of either begin with. Where they do not meet
+    every name of the file is its own.
     """
     own = {name: name for name in found}
-    short = unwrapped({name: name for name in wanted})
+    wrapper = {name: name for name in wanted}
+    inner = [wrapper, unwrapped(wrapper), *_without_beginnings(wrapper)]
     for names in (own, unwrapped(own), own_names(found), *_without_beginnings(own)):
-        if names.keys() == set(wanted):
-            return names
-        if names.keys() == short.keys():
-            return {short[name]: known for name, known in names.items()}
+        for short in inner:
+            if names.keys() == short.keys():
+                return {short[name]: known for name, known in names.items()}
     return own
 
 

@@ -204,6 +204,9 @@ def test_any_beginning_of_all_names_may_be_left_out() -> None:
     for wrapper in ("denoiser", "model.diffusion_model", "a.b.c"):
         found = [f"{wrapper}.{name}" for name in wanted]
         assert names_for(found, wanted) == dict(zip(wanted, found, strict=True))
+        assert names_for(wanted, found) == dict(zip(found, wanted, strict=True))
+        other = [f"inner.{name}" for name in wanted]
+        assert names_for(other, found) == dict(zip(found, other, strict=True))
     other = ["a.first.weight", "b.last.weight"]
     assert names_for(other, wanted) == {name: name for name in other}
 

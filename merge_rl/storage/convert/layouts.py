@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -22,6 +23,7 @@ from merge_rl.storage.files import (
     training_key,
     weights_in,
     weights_stem,
+    without_numbers,
 )
 from merge_rl.storage.pickles import TensorRef
 
@@ -216,3 +218,34 @@ def _with_classes(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
     if hints.null_class is not None and type(rows) is int:
         return {**config, "num_classes": rows - hints.null_class}
     return config
+
+
+def told_apart(found: list[Extracted], weights: str) -> list[Extracted]:
+    """Files of raw weights and of averages of one run, as tracks by what their names say.
+
+    guided-diffusion's programs write `model010000.pt` and `ema_0.9999_010000.pt`, and those of
+    consistency models `target_model010000.pt` beside them. As of one file, "auto" takes the
+    averages of the first decay.
+    """
+    names = [AVERAGE.fullmatch(item.stem) if item.track is None else None for item in found]
+    said = [name and "-".join(filter(None, ("ema", name["decay"]))) for name in names]
+    raw = [item for item, track in zip(found, said, strict=True) if not track]
+    first = next(filter(None, said), None)
+    if first is None or (not raw and set(said) == {first}) or any(item.track for item in raw):
+        return found
+    called = _raw_tracks([item.stem for item in raw])
+    told = [replace(i, track=track or called[i.stem]) for i, track in zip(found, said, strict=True)]
+    kinds = {"auto": (first,), "model": ("raw",), "ema": tuple(filter(None, said))}
+    kept = [item for item in told if item.track in kinds.get(weights, (item.track,))]
+    left = len(told) - len(kept)
+    if kept and left:
+        note = f"took {kept[0].track} by the names; {left} files hold others (--weights both)"
+        kept[0] = replace(kept[0], notes=(*kept[0].notes, note))
+    return kept
+
+
+def _raw_tracks(stems: Sequence[str]) -> dict[str, str]:
+    """Track by stem: "raw", but for what is called otherwise beside files of the name `model`."""
+    called = {stem: without_numbers(stem).strip("-_.#") for stem in stems}
+    several = "model" in called.values()
+    return {stem: name if several and name != "model" else "raw" for stem, name in called.items()}

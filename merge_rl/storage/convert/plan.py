@@ -36,8 +36,9 @@ from merge_rl.storage.convert.contents import (
     shapes_of,
 )
 from merge_rl.storage.convert.edm2 import ASSUMED, DEFAULTS, edm2_config_from_shapes
+from merge_rl.storage.convert.layouts import told_apart
 from merge_rl.storage.convert.sources import extract, files_of, fingerprint
-from merge_rl.storage.convert.trajectories import require_one_width, told_apart
+from merge_rl.storage.convert.trajectories import require_one_width
 from merge_rl.storage.files import TensorInfo, read_header
 
 ORIGIN_KEY: Final = "converted_from"  # of an output's metadata
@@ -124,7 +125,7 @@ def make_plan(
     if config.get("model") == "edm2" and told:
         raise ConfigError("an EDM2 network says its classes itself; expected no word of them")
     require_network(infos_of(found[0].tensors), config, str(found[0].path))
-    known = {path: _known_set(path.name) for path in paths}
+    known = {path: _known_files().get(path.name) for path in paths}
     origins = {path: fingerprint(path) for path in paths}
     jobs = tuple(
         ConversionFile(
@@ -284,10 +285,6 @@ def _require_distinct(jobs: Sequence[ConversionFile]) -> None:
 @cache
 def _known_files() -> Mapping[str, KnownSet]:
     return {file: known for known in load_catalogue().sets for file in known.file_names()}
-
-
-def _known_set(file: str) -> KnownSet | None:
-    return _known_files().get(file)
 
 
 def _of(known: KnownSet | None, key: Literal["name", "licence"]) -> str | None:

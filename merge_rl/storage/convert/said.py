@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from merge_rl import own_code
 from merge_rl.config import real_number, whole_number
 from merge_rl.errors import ManifestError
+from merge_rl.storage.convert.contents import DEFAULT_BATCH, Extracted, Hints, plain
 from merge_rl.storage.convert.trainers import batches_of, is_lightning
 from merge_rl.storage.pickles import Record, TensorRef
 from merge_rl.untrusted import parse_yaml
@@ -36,6 +38,10 @@ _SHARE: Final = (
     "batch_size_per_gpu", "per_gpu_batch_size", "batch_size_per_device",
     "per_device_train_batch_size", "train_micro_batch_size_per_gpu",
 )  # fmt: skip
+_EPOCH: Final = r"(?!(?:.*[^a-z])?ep(?:och)?[-_.=]?\d)"
+_NAMED: Final = re.compile(rf"(?:{_EPOCH}.*[-_.])?(\d{{7,9}})")
+_WORD: Final = re.compile(r"(?:.*[^a-z])?(?:steps?|iter(?:ation)?)[-_.=]?(\d{1,9})")
+_LAST: Final = re.compile(rf"(?:{_EPOCH}.*\D)?(?<!\d\.)(\d{{1,9}})")
 _MOST: Final = 2**30
 _MAX_DOCUMENT: Final = 100_000  # characters of settings that are text
 
@@ -170,3 +176,46 @@ def _count(value: object) -> int | None:
 def _share(value: object) -> float | None:
     found = real_number(value)
     return found if found is not None and 0 <= found <= 1 else None
+
+
+def trained(item: Extracted, said: Said, hints: Hints, counted: int | None) -> Extracted:
+    """With what the training program kept beside the weights: settings and progress.
+
+    Steps are those that the file says, else `counted`, else those of its name: of seven digits,
+    after the word, or where the user says the images of a step the last number. nimg is their
+    product with the images of a step.
+    """
+    named, step = item.nimg, _NAMED.fullmatch(item.path.stem)
+    counted = _steps_named(item, said, hints) if counted is None else counted
+    steps = counted if said.steps is None else said.steps
+    batch = hints.images_per_step or said.batch
+    notes, images = item.notes, None if steps is None else steps * (batch or DEFAULT_BATCH)
+    if said.images is not None and hints.images_per_step is None:
+        images = said.images
+    if step and steps is not None and images is not None:
+        alike = (steps, steps + 1, steps - 1, images, images // 1000)  # of images, or thousands
+        if int(step[1]) not in alike:
+            notes += (f"its name says {int(step[1])}, the file itself step {steps}, which counts",)
+    if steps is not None and batch is None and said.images is None:
+        notes += (f"no batch size said; nimg takes {DEFAULT_BATCH} images a step",)
+    if said.share is not None and images is not None and hints.images_per_step is None:
+        notes += (f"batch_size {said.share} taken for one process (--images-per-step)",)
+    if images is None and hints.images_per_step:
+        notes += ("neither the file nor its name says a step, so that there is no nimg",)
+    return replace(
+        item,
+        nimg=named if images is None else images,
+        facts={"training": plain(said.settings)} if said.settings else {},
+        notes=notes,
+    )
+
+
+def _steps_named(item: Extracted, said: Said, hints: Hints) -> int | None:
+    """The steps in the name of a file; None where its number may well be another's: of epochs,
+    of what the networks of a known family are called by.
+    """
+    stem, known = item.path.stem.lower(), item.config and not own_code.is_own(item.config["model"])
+    found = _NAMED.fullmatch(stem) or _WORD.fullmatch(stem)
+    if found is None and hints.images_per_step and not known and said.number("epoch") is None:
+        found = _LAST.fullmatch(stem)
+    return int(found[1]) if found else None

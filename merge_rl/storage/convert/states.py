@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,8 @@ from merge_rl.errors import CheckpointError, MergeRLError
 from merge_rl.storage.checkpoints import parse_stem
 from merge_rl.storage.convert import sit
 from merge_rl.storage.convert.contents import (
-    DEFAULT_BATCH,
     Extracted,
     Hints,
-    plain,
     shapes_of,
     state_dict,
 )
@@ -30,12 +27,11 @@ from merge_rl.storage.convert.families import (
     plain_latents,
     strange,
 )
-from merge_rl.storage.convert.said import Said, read_said
+from merge_rl.storage.convert.said import Said, read_said, trained
 from merge_rl.storage.convert.trajectories import with_listed
-from merge_rl.storage.files import is_shard_name, parse_index
+from merge_rl.storage.files import is_shard_name, is_weights_name, parse_index
 from merge_rl.storage.pickles import TensorRef, read_data
 
-_STEP: Final = re.compile(r"(?:(?!(?:.*[^a-z])?ep(?:och)?[-_.=]?\d).*[-_.])?(\d{7,9})")
 State = Mapping[str, TensorRef]
 INDEX: Final = ".index.json"  # of shards, be they pickled or not
 
@@ -77,7 +73,7 @@ def read_states(
     if own_code.is_own(stated) and hints.network is None:
         own_code.require_allowed(stated, "network", "--network", f"{path}: its config")
         hints = replace(hints, network=stated)
-    data = with_listed(data)
+    data = with_listed(data, ordered=path.is_file() and not is_weights_name(path.name))
     held, found = hold(data, TensorRef), list[Extracted]()
     if not any(map(_is_known, held.states.values())):
         held = hold(data, TensorRef, whole=whole or hints.part is not None)
@@ -94,8 +90,8 @@ def read_states(
         if placed:  # else names alone say the place
             track = _track_of(place)
             item = replace(item, folder=track, track=track)
-        if placed or steps is not None or hints.part is not None:
-            item = _trained(item, said, hints, steps)
+        if placed or steps is not None or hints.part is not None or hints.images_per_step:
+            item = trained(item, said, hints, steps)
         left = () if weights == "both" else held.beside(place)
         found.append(replace(item, notes=(*item.notes, *_left(place, left))))
     return found
@@ -273,28 +269,3 @@ def _network(
         autoencoder="sd-vae-sit" if latents == 4 else None,
         sampler=() if path in (None, "linear") else (("path", path),),
     )  # fmt: skip
-
-
-def _trained(item: Extracted, said: Said, hints: Hints, counted: int | None) -> Extracted:
-    """With what the training program kept beside the weights: settings and progress."""
-    named, step = item.nimg, _STEP.fullmatch(item.path.stem)
-    counted = int(step[1]) if counted is None and step else counted
-    steps = counted if said.steps is None else said.steps
-    batch = hints.images_per_step or said.batch
-    notes, images = item.notes, None if steps is None else steps * (batch or DEFAULT_BATCH)
-    if said.images is not None and hints.images_per_step is None:
-        images = said.images
-    if step and steps is not None and images is not None:
-        alike = (steps, steps + 1, steps - 1, images, images // 1000)  # of images, or thousands
-        if int(step[1]) not in alike:
-            notes += (f"its name says {int(step[1])}, the file itself step {steps}, which counts",)
-    if steps is not None and batch is None and said.images is None:
-        notes += (f"no batch size said; nimg takes {DEFAULT_BATCH} images a step",)
-    if said.share is not None and images is not None and hints.images_per_step is None:
-        notes += (f"batch_size {said.share} taken for one process (--images-per-step)",)
-    return replace(
-        item,
-        nimg=named if images is None else images,
-        facts={"training": plain(said.settings)} if said.settings else {},
-        notes=notes,
-    )

@@ -20,7 +20,7 @@ from merge_rl.core.state_dicts import hold
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.checkpoints import MAX_EMA_STD, MIN_EMA_STD, is_ema_std
 from merge_rl.storage.convert.contents import DEFAULT_BATCH, NO_HINTS, Extracted, Hints
-from merge_rl.storage.convert.layouts import AVERAGE, POSTHOC
+from merge_rl.storage.convert.layouts import POSTHOC
 from merge_rl.storage.pickles import ByteSource, Span, StorageRef, TensorRef, kind_of
 
 _COUNTS: Final = ("initted", "step")
@@ -239,42 +239,30 @@ def _in_order(tensors: Mapping[Any, TensorRef], values: Sequence[TensorRef]) -> 
     return early if early == late and None not in early else None
 
 
-def with_listed(data: Mapping[str, object]) -> Mapping[str, object]:
-    """Data with the average by name that it has in the order of its raw weights (torch-ema's)."""
+def with_listed(data: Mapping[str, object], *, ordered: bool = True) -> Mapping[str, object]:
+    """Data with the average by name that it has in the order of its raw weights (torch-ema's).
+
+    A module that averages (flow_matching's `EMA`) numbers those beside the weights that it follows,
+    which tells which is which where the file keeps the weights in their order (`ordered`).
+    """
     held = hold(data, TensorRef)
-    raw = held.among(averaged=False)
-    if len(raw) != 1 or held.among(averaged=True):
+    raw, averages = held.among(averaged=False), held.among(averaged=True)
+    if len(raw) != 1:
         return data
-    for key in SHADOWS:
+    weights = held.states[raw[0]]
+    if len(averages) == 1 and ordered:
+        counted = held.states[averages[0]]
+        listed = [counted[name] for name in map(str, range(len(counted))) if name in counted]
+        named = named_like(listed, weights) if len(listed) == len(counted) else None
+        return {**data, raw[0].partition("/")[0]: weights, "ema": named} if named else data
+    for key in SHADOWS if not averages else ():
         item = data.get(key)
         if isinstance(item, dict):
             item = next((item[k] for k in SHADOWS if k in item), None)
-        named = named_like(item, held.states[raw[0]]) if isinstance(item, (list, tuple)) else None
+        named = named_like(item, weights) if isinstance(item, (list, tuple)) else None
         if named:
             return {**data, "ema": named}
     return data
-
-
-def told_apart(found: list[Extracted], weights: str) -> list[Extracted]:
-    """Files of raw weights and of averages of one run, as tracks by what their names say.
-
-    guided-diffusion's programs write `model010000.pt` and `ema_0.9999_010000.pt`. As of one file,
-    "auto" takes the averages of the first decay.
-    """
-    names = [AVERAGE.fullmatch(item.stem) if item.track is None else None for item in found]
-    said = [name and "-".join(filter(None, ("ema", name["decay"]))) for name in names]
-    raw = [item for item, track in zip(found, said, strict=True) if not track]
-    first = next(filter(None, said), None)
-    if first is None or (not raw and set(said) == {first}) or any(item.track for item in raw):
-        return found
-    told = [replace(i, track=track or "raw") for i, track in zip(found, said, strict=True)]
-    kinds = {"auto": (first,), "model": ("raw",), "ema": tuple(filter(None, said))}
-    kept = [item for item in told if item.track in kinds.get(weights, (item.track,))]
-    left = len(told) - len(kept)
-    if kept and left:
-        note = f"took {kept[0].track} by the names; {left} files hold others (--weights both)"
-        kept[0] = replace(kept[0], notes=(*kept[0].notes, note))
-    return kept
 
 
 def _code(value: object) -> str:

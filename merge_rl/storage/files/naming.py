@@ -82,6 +82,8 @@ _ANY_NUMBER = re.compile(rf"{_SCALED}|[0-9]+(?:\.[0-9]+)?")
 _SCORES = re.compile(
     r"(loss|fid|kid|mse|score|acc(uracy)?)[-_=]?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE
 )
+# Without a word before it, where a whole number follows: ckpt_0.001234_30000.
+_FRACTION = re.compile(r"(?<![0-9A-Za-z.])[0-9]+\.[0-9]{4,}(?=[-_][0-9]+$)")
 _WORDS = re.compile(r"(?<![a-z])(best|last|latest|final)(?![a-z])", re.IGNORECASE)
 
 _Parts = list[tuple[int, str, str]]
@@ -102,11 +104,14 @@ def training_key(name: str) -> tuple[int, _Parts, Key]:
     """Sorts files of one training naturally, but "best" first and "last" or "final" last.
 
     These words, where no number says more, are of no place in the order of text. A score
-    ("loss=0.2-step=500") and the case of letters count where all else is equal.
+    ("loss=0.2-step=500", "0.0123_500") and the case of letters count where all else is equal.
     """
     word = None if any(map(str.isdecimal, name)) else _WORDS.search(name)
     place = 1 if word is None else 0 if word[1].lower() == "best" else 2
-    parts = [(size, text.lower(), more) for size, text, more in _parts(_SCORES.sub("", name))]
+    parts = [
+        (size, text.lower(), more)
+        for size, text, more in _parts(_FRACTION.sub("", _SCORES.sub("", name)))
+    ]
     return place, parts, natural_key(name)
 
 

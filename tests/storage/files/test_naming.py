@@ -62,6 +62,10 @@ def test_scores_and_capitals_count_where_all_else_is_equal() -> None:
     scored = ["val_loss=0.4-step=100", "val_loss=0.31-step=500", "val_loss=0.29-step=1000"]
     assert sorted({*scored}, key=training_key) == scored
     assert sorted(["fid5-a", "fid3-a"], key=training_key) == ["fid3-a", "fid5-a"]
+    unnamed = ["ckpt_0.512345_500", "ckpt_12.340000_2000", "ckpt_0.012345_30000"]
+    assert sorted({*unnamed}, key=training_key) == unnamed
+    plain = ["0.1000", "0.2000", "1.1000", "v1.10_5", "v1.9_7"]  # an index, a version
+    assert sorted({*plain}, key=training_key) == [*plain[:3], "v1.9_7", "v1.10_5"]
     mixed = ["step_500", "STEP_786", "step_1000"]
     assert sorted({*mixed}, key=training_key) == mixed
 
