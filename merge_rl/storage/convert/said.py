@@ -201,7 +201,7 @@ def trained(item: Extracted, said: Said, hints: Hints, counted: int | None) -> E
     if said.share is not None and images is not None and hints.images_per_step is None:
         notes += (f"batch_size {said.share} taken for one process (--images-per-step)",)
     if images is None and hints.images_per_step:
-        notes += ("neither the file nor its name says a step, so that there is no nimg",)
+        notes += ("no step said, by the file or by what it is called; it gets no nimg",)
     return replace(
         item,
         nimg=named if images is None else images,

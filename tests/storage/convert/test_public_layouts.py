@@ -109,7 +109,7 @@ def test_the_last_number_counts_steps_where_the_images_of_one_are_said(
     torch.save(net(1), tmp_path / name)
     told = heard(tmp_path / name, tmp_path / "out", images_per_step=4)
     assert [nimg for _, nimg, _ in read(tmp_path / "out").values()] == [steps and 4 * steps]
-    assert ("neither the file nor its name says a step" in told) == (steps is None)
+    assert ("no step said, by the file or by what it is called" in told) == (steps is None)
 
 
 def test_numbers_of_epochs_that_a_file_says_are_no_steps(tmp_path: Path) -> None:
