@@ -132,7 +132,10 @@ def test_the_searches_for_profiles_begin_at_them(posthoc: Path) -> None:
     [
         ({"ema_std": "0.05,0.28"}, "expected --update-every .by default 100 in ema-pytorch, 10"),
         ({"ema_std": "0:0.05", "update_every": 1}, "says no width of average 1, only of 0$"),
-        ({"ema_std": "0.05,0.3", "update_every": 1}, "widths between 1e-07 and 0.289, got '0.05,0.3'"),
+        (
+            {"ema_std": "0.05,0.3", "update_every": 1},
+            "widths between 1e-07 and 0.289, got '0.05,0.3'",
+        ),
         ({"weights": "model"}, "holds an average, no raw weights"),
         ({"format": "lightning"}, "expected the format lightning, found posthoc-ema"),
     ],
