@@ -37,9 +37,10 @@ def number(value: float | None, form: str = ".3f", like: float | None = None) ->
 
 
 class LineTracker:
-    """Prints a line a phase, a round, a note and a warning, in a terminal as in a notebook.
+    """Prints progress as lines: one for a phase, a round, a note, a warning.
 
-    A `Tracker` for any function that takes one: `optimize(..., tracker=LineTracker(file))`.
+    A `merge_rl.interfaces.Tracker` for any function that takes one, such as
+    `optimize(..., tracker=LineTracker(file))`; prints to stderr where no file is given.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -47,12 +48,12 @@ class LineTracker:
         self._name, self._total, self._done, self._told = "", 0, 0, 0.0
 
     def phase(self, name: str, total: int) -> None:
-        """Say what begins."""
+        """Print the phase that begins and its `total` of images."""
         self._name, self._total, self._done, self._told = name, total, 0, time.monotonic()
         self._print(f"{name} ({total:,} images)")
 
     def advance(self, count: int) -> None:
-        """Say how far it is, now and then."""
+        """Count images that are done; print the number now and then."""
         self._done += count
         now = time.monotonic()
         if now - self._told >= EVERY and self._done < self._total:
@@ -60,7 +61,7 @@ class LineTracker:
             self._print(f"{self._name}: {self._done:,} of {self._total:,}")
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Say a note, a warning, or what a round came to."""
+        """Print a note, a warning, or a round in a few words; other events are not printed."""
         kind = event.get("kind")
         if kind == "note":
             self._print(str(event["text"]))

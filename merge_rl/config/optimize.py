@@ -37,7 +37,7 @@ MOST_SELECTION: Final = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """The comparison at the end, on fresh seeds."""
+    """The final comparison, on fresh seeds, of start, uniform average, best single and result."""
 
     num_images: int | None = setting(
         None, "N of one repeat; where it is given, the comparison comes on top of the budget.",

@@ -86,7 +86,7 @@ GRADIENT_COST: Final = 3
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """The reward and its pool."""
+    """The reward, and the pool of generated images that it is measured in."""
 
     name: str | None = setting(
         None,

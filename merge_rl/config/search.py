@@ -16,7 +16,7 @@ COEFFICIENT_SCALE: Final = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """How theta becomes coefficients."""
+    """How the vector theta that is searched becomes merging coefficients, and where they start."""
 
     map: str = setting(
         "whitened",
@@ -81,7 +81,7 @@ TUNED: Final = (COEFFICIENTS, GUIDANCE, GUIDE)
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """The searcher; what `policy-gradient` reads is marked so in its own module."""
+    """The searcher and its settings; a searcher reads those that it has a use for."""
 
     name: str = setting(
         "auto",

@@ -31,9 +31,9 @@ def against(made: Tensor, cotangent: Tensor) -> Tensor:
 
 
 class Undrawn(TorchFunctionMode):
-    """Inside, new layers leave their weights undrawn: all of them are to be loaded.
+    """Context in which new layers leave their weights uninitialised, since all are loaded next.
 
-    Millions of numbers take longer to draw than to read.
+    Millions of random numbers take longer to draw than weights to read.
     """
 
     def __torch_function__(
@@ -50,28 +50,37 @@ class Undrawn(TorchFunctionMode):
 
 
 class Network(nn.Module, ABC):
-    """A denoising network with weights: a `Denoiser` that says what its samples look like."""
+    """Base of all networks: a module called as `merge_rl.interfaces.Denoiser` describes.
+
+    Attributes that samplers look at, where a network has them:
+        sample_shape: shape of one sample.
+        prediction: "denoised" (the default) or "velocity".
+        label_dim: number of classes, 0 for none.
+        null_label: the class id that means "no class", None for none.
+
+    `merge_rl.describe` makes one of any module.
+    """
 
     # Whether a forward pass is the same operations on the same addresses for equal shapes, so that
     # it can be recorded as a CUDA graph.
     capturable: bool = False
 
     def kept(self) -> list[Tensor]:
-        """What it keeps and what follows from its weights, brought up to date in place."""
+        """Cached tensors that are computed from the weights, recomputed in place where stale."""
         return []
 
     def derived_once(self) -> AbstractContextManager[None]:
-        """Inside, what follows from weights alone is made once, for all calls with gradients.
+        """Context in which calls share what is computed from the weights alone, with gradients.
 
-        Leaving it takes the gradients of those values back to the weights, so that these have
-        theirs only then. Weights must not change inside.
+        Gradients of the shared values reach the weights when the context is left, and not before.
+        Weights must not change inside.
         """
         return nullcontext()
 
     @property
     @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
-        """Of one sample; (C, H, W) of images and latents."""
+        """Shape of one sample, without the batch; (C, H, W) of images and latents."""
 
 
 def load_exactly(

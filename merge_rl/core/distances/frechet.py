@@ -38,8 +38,10 @@ def frechet_distance(x: FeatureStats, y: FeatureStats) -> float:
         d² = |μx − μy|² + tr(Σx + Σy) − 2 tr((Σx Σy)^½)
 
     Dowson & Landau, 1982; as FID: Heusel et al., 2017 (arXiv:1706.08500). Symmetric and real;
-    where the sets are equal, rounding may leave a value below 0, which is returned as 0. Moments
-    that no samples have, `check_moments`, are refused, as are negative eigenvalues.
+    where the sets are equal, rounding may leave a value below 0, which is returned as 0.
+
+    Raises StatisticsError for moments of different dimensions and for those that no samples have
+    (NaN, an asymmetric or negative covariance), TooFewSamplesError for a count below 2.
     """
     check_same_dim(x, y)
     for stats in (x, y):
@@ -133,7 +135,7 @@ SMALLEST = 5000
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """A straight line through distances over 1/N, read off at 1/N = 0."""
+    """A straight line through distances (P,) over 1/N, N in `counts`: value + slope / N."""
 
     value: float  # may be negative: an estimate without bias of a distance near 0
     standard_error: float  # of the intercept, from the scatter of the points about the line
@@ -165,7 +167,9 @@ def frechet_infinity(
             where these are fewer than 10,000. More than D, below which FID is no line in 1/N.
 
     The points share rows, so the standard error is that of the fit: it lacks the noise that all
-    points have in common, which repeats with other seeds show.
+    points have in common, which repeats with other seeds show. Raises ConfigError for fewer than 3
+    points, TooFewSamplesError where there are no `num_points` different N above D, and
+    StatisticsError as `frechet_distance` does.
     """
     check_features(features, at_least=2)
     count, dim = features.shape

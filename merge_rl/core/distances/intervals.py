@@ -15,7 +15,7 @@ from merge_rl.errors import TooFewSamplesError
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of `count` values with the bounds of its confidence interval."""
+    """A mean of `count` values and its confidence interval [low, high]."""
 
     mean: float
     low: float
@@ -28,7 +28,11 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean and its two-sided Student interval, mean +- t_{n-1} s / sqrt(n), from n >= 2 values."""
+    """Mean and its two-sided Student interval, mean +- t_{n-1} s / sqrt(n), from n >= 2 values.
+
+    s is the sample standard deviation (n - 1), `level` the coverage in (0, 1). Raises
+    TooFewSamplesError for a single value.
+    """
     count = len(values)
     if count < 2:
         raise TooFewSamplesError(f"an interval needs at least 2 values, got {count}")
@@ -40,7 +44,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def summarize_repeats(repeats: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """{value: {reference: summary}} over repeats; see `summarize`."""
+    """{metric: {reference: summary}} of repeats {metric: {reference: score}}; see `summarize`."""
     return {name: summarize([repeat[name] for repeat in repeats]) for name in repeats[0]}
 
 
@@ -66,5 +70,8 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
 def improvement(
     result: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]], name: str
 ) -> Interval:
-    """Interval of the paired differences other - result: same seeds, so most noise cancels."""
+    """95 % interval of the paired differences other - result of the score `name`; above 0: better.
+
+    Repeats i of both have the same seeds, so that most of their noise cancels.
+    """
     return mean_interval([b[name] - a[name] for a, b in zip(result, other, strict=True)])

@@ -65,8 +65,8 @@ def kernel_distance(
 
     As KID: Bińkowski et al., 2018 (arXiv:1801.01401), there averaged over random subsets; all pairs
     leave no draw and the least variance. x (N, D), y (M, D), N and M >= 2. The unbiased value may
-    be negative; `biased` sums over i = j too and divides by n² and m². At most `block` x `block`
-    kernel values are held at a time.
+    be negative; `biased` sums over i = j too and divides by n², m². `block`: rows at a time. Raises
+    StatisticsError (not finite, unequal D), TooFewSamplesError (1 row), ConfigError (`block` < 1).
     """
     check_block(block)
     check_pair(x, y, at_least=2)

@@ -26,7 +26,7 @@ MAX_BYTES = 512 * 2**20
 
 
 class PRDC(NamedTuple):
-    """Shares in 0..1, except density, which may exceed 1."""
+    """Precision, recall and coverage in 0..1, density at least 0; higher is better."""
 
     precision: float
     recall: float
@@ -37,7 +37,9 @@ class PRDC(NamedTuple):
 def prdc(
     real: Tensor, fake: Tensor, k: int = 5, *, closed: bool = False, max_bytes: int = MAX_BYTES
 ) -> PRDC:
-    """How much of the fakes is realistic, and how much of the real data they cover.
+    """Precision, recall, density and coverage of generated (fake) features against real ones.
+
+    With a ball around each point that reaches to its k-th nearest neighbour in its own set:
 
     - precision: share of fakes inside at least one real ball;
     - recall: share of reals inside at least one fake ball;
@@ -52,6 +54,9 @@ def prdc(
         k: neighbours that a ball reaches to, the point itself not counted.
         closed: count points on the surface of a ball (<=); by default they are outside (<).
         max_bytes: bound on the memory beyond the features.
+
+    Raises StatisticsError for features that are not finite or of different D, TooFewSamplesError
+    for k rows or fewer, ConfigError for k or `max_bytes` that are too small.
     """
     _check(real, fake, k)
     size = block_rows(real.shape[1], max_bytes)

@@ -20,7 +20,10 @@ MOMENT_TOLERANCE = 1e-5  # asymmetry and negative variance that rounding to floa
 
 @dataclass(frozen=True, eq=False)
 class FeatureStats:
-    """Moments of `count` feature rows: mean (D,) and sample covariance (D, D), n−1, float64."""
+    """Moments of `count` feature rows: mean (D,) and sample covariance (D, D), n−1, float64.
+
+    Raises StatisticsError for other shapes and dtypes, TooFewSamplesError for a count below 1.
+    """
 
     count: int
     mean: Tensor

@@ -53,6 +53,7 @@ def exponent_from_std(ema_std: float | Floats) -> float | Tensor:
         γ = ⅔ √(1+3a) · cos( ⅓ arccos( −(1+18a) / (1+3a)^{3/2} ) ) − 7/3
 
     `ema_std` in [1e-7, 1/√12), any shape; a float gives a float, all else a float64 tensor.
+    Raises ConfigError for widths outside.
     """
     width = as_float64(ema_std)
     if not bool(((width >= NARROWEST_STD) & (width < WIDEST_STD)).all()):
@@ -244,7 +245,7 @@ def posthoc_coefficients(
     Least-squares fit of each output profile by a sum of the input profiles: A X = B with
     A = <in, in>, B = <in, out>; each column is then divided by its own sum, so that it sums to 1
     (section 3.2). Coefficients may be negative and above 1. An output equal to one of the inputs
-    gives exactly that input. Repeated or indistinguishable inputs are refused.
+    gives exactly that input. Raises ConfigError for inputs that are repeated or almost equal.
     """
     outputs = Profiles.of_widths(out_nimg, out_std)
     return Profiles.of_widths(in_nimg, in_std).coefficients(outputs)

@@ -34,13 +34,13 @@ class CoefficientMap(Protocol):
     """theta (D,) -> coefficients (G, K) float64; theta = 0 gives the starting coefficients."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str: ...  # one of MAPS
     @property
-    def num_checkpoints(self) -> int: ...
+    def num_checkpoints(self) -> int: ...  # K
     @property
-    def num_groups(self) -> int: ...
+    def num_groups(self) -> int: ...  # G
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int: ...  # D
     def __call__(self, theta: Tensor) -> Tensor: ...
     def theta_of(self, coefficients: Tensor) -> Tensor:
         """The theta (D,) that gives coefficients (G, K); ConfigError where none does."""

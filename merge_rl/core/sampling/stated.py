@@ -139,7 +139,8 @@ def describe(
 
     Networks over noise levels, and all that predict the clean sample or the noise, are sampled over
     noise levels as EDM's are, those of betas at the levels of their steps (Euler's step is DDIM's);
-    velocities along their path. ConfigError where one of the first three is missing, or wrong.
+    velocities along their path. Raises ConfigError where `prediction`, `time` or `sample_shape` is
+    missing, or where arguments do not fit each other.
     """
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expected a torch module, got {type(module).__name__}")

@@ -83,7 +83,7 @@ class CheckpointSet:
         self.hashes = FileHashes(self.paths, self._headers, recorded)
 
     def describe(self, config: dict[str, Any]) -> None:
-        """Take them for weights of another network, under its names."""
+        """Take the weights for those of the network of `config`, under its tensors' names."""
         self.config, self._headers = config, tuple(named_alike(self._headers, config))
 
     @property
@@ -124,9 +124,9 @@ class CheckpointSet:
 
     @property
     def ema_start(self) -> float:
-        """Images at which the averages began, all at one time; 0 where the manifest says nothing.
+        """Training images seen when the averages began; 0 where the manifest says nothing.
 
-        CheckpointError where it says several.
+        Raises CheckpointError where averages began at different times.
         """
         averages = [e for e in self.entries if e.ema_std is not None or e.ema_gamma is not None]
         starts = sorted({entry.ema_start or 0.0 for entry in averages})

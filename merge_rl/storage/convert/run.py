@@ -38,12 +38,19 @@ MAX_WORKERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertResult:
-    """What a conversion left behind; every file in it has been written or verified in full."""
+    """Files that a conversion wrote, or found there and verified.
+
+    Attributes:
+        written: safetensors of this conversion.
+        skipped: safetensors that were there already, from the same source, with the recorded hash.
+        manifest: the `checkpoints_manifest.yaml`.
+        deleted: sources that were removed.
+    """
 
     written: tuple[Path, ...]
-    skipped: tuple[Path, ...]  # there already, with the recorded hash, from the same source
+    skipped: tuple[Path, ...]
     manifest: Path
-    deleted: tuple[Path, ...] = ()  # sources that were removed
+    deleted: tuple[Path, ...] = ()
 
 
 def convert(

@@ -36,7 +36,8 @@ def open_checkpoints(
 
     The text "user/repo" or "user/repo@revision" means a set of the Hub, unless there is such a path
     here; it is downloaded to a cache, of which `tracker` hears before. Raises CheckpointError for
-    anything but a set, HubError where it cannot come.
+    anything but a set, UnknownNameError for a track or a checkpoint that it lacks, and HubError
+    where it cannot be downloaded.
     """
     place = find_set(local_set(path, tracker)).path
     return open_folder(place, track=track, select=select, distinct=distinct)
@@ -50,18 +51,19 @@ def convert(
     tracker: Tracker | None = None,
     **settings: Any,
 ) -> ConvertResult:
-    """Published files -> safetensors and `checkpoints_manifest.yaml` in `folder`.
+    """Turn checkpoints of a training into safetensors with a `checkpoints_manifest.yaml`.
 
-    EDM2 `.pkl` and `.pt`, SiT, DiT, REPA and JiT `.pt` and `.pth`, safetensors of any of them. The
-    files are read as data: no name in them is imported, looked up or called, and embedded source is
-    not run. Types are kept (float16 stays float16). One piece of a file is in memory at a time. All
-    files must hold the same network; outputs that are there already, sound and made from the same
-    source, are kept, so that an interrupted conversion is simply started again.
+    Published files of EDM2, SiT, DiT, REPA and JiT, and what training libraries write: Lightning,
+    accelerate, diffusers, torch.distributed.checkpoint, DeepSpeed, Composer, PEFT, post-hoc EMA
+    folders, state dicts of any network. The files are read as data: no name in them is imported,
+    looked up or called. Dtypes are kept (float16 stays float16). One piece of a file is in memory
+    at a time. All files must hold the same network. Outputs that are there already, sound and made
+    from the same source, are kept: an interrupted conversion is simply started again.
 
     Args:
-        sources: files, or folders whose `.pkl`, `.pt` and `.pth` files are meant; of a folder
-            with EDM2 snapshots, these alone. "user/repo" means the files of a repository of the
-            Hub, unless there is such a path here; they are downloaded to the Hub's cache.
+        sources: files, folders of one checkpoint, or folders of several; of a folder with EDM2
+            snapshots, these alone. "user/repo" means the files of a repository of the Hub, unless
+            there is such a path here; they are downloaded to the Hub's cache.
         folder: where outputs and manifest go; entries of a manifest there are kept.
         config: what to take, and what the files do not say of themselves.
         tracker: hears of bytes written.

@@ -244,12 +244,16 @@ def load_model(
 ) -> Network:
     """The network of a model folder, a .safetensors, a run or a set, float32, evaluation mode.
 
-    `network` is a factory of the user's, or its name "package.module:factory": what a file's config
-    names is not imported unless it is named here too. `merge_rl.describe` says what it returns.
+    Args:
+        path: a model, a run (its result) or a set (its newest checkpoint). "user/repo" and
+            "user/repo@revision" mean those of the Hub, unless there is such a path here; they are
+            downloaded to a cache.
+        network: a factory of the user's, or its name "package.module:factory": what a file's config
+            names is not imported unless it is named here too. See `merge_rl.describe`.
+        announce: called with a sentence where another path than `path` is taken.
 
-    See `find_model` for which one is meant, of which `announce` hears. The text "user/repo" or
-    "user/repo@revision" means a model of the Hub, or the newest of a set there, unless there is
-    such a path here; it is downloaded to a cache.
+    Raises CheckpointError for weights that are missing, damaged or not the network's, RunError for
+    a run without a result, ConfigError for a network that cannot be built, HubError for downloads.
     """
     from merge_rl.workflows.assembly.networks import load_network
 

@@ -45,7 +45,7 @@ class Given:
         near = find_defaults(place) if place else None
         if self.reference is None and (near is None or near.reference is None):
             where = f"near {path}" if path else "for a network in memory"
-            raise ConfigError(f"no run or set {where} names a reference; expected one")
+            raise ConfigError(f"no run or set {where} names a reference; pass reference=")
         if place is not None:
             require_parts_of(place, self._unsaid(network))
         if self.reference is not None or near is None:

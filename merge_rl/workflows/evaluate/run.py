@@ -103,9 +103,10 @@ def evaluate(
             `save_features` that was cut short goes on from what is there, and ends in the same
             numbers.
 
-    Where there is only one block of images an interval's ends are None. Never a score for a
-    failure: StatisticsError for statistics of another extractor, NonFiniteSamplesError for samples
-    that are not finite.
+    Where there is only one block of images an interval's ends are None. Raises CheckpointError for
+    what is no model, ConfigError where no reference is known or settings cannot work,
+    StatisticsError for statistics of another extractor, NonFiniteSamplesError for samples that are
+    not finite.
     """
     if isinstance(settings.get("metrics"), (list, tuple)):
         settings["metrics"] = ",".join(settings["metrics"])

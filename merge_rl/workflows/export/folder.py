@@ -85,7 +85,8 @@ def save_model(
         metadata: further entries of the safetensors header.
         replace: swap an existing folder for the new one.
 
-    Weights that are not finite are refused (NonFiniteWeightsError).
+    Raises NonFiniteWeightsError for weights that are not finite, RunError for a folder that exists,
+    ConfigError for another dtype.
     """
     code = stored_as(dtype)
     stream = weights if isinstance(weights, WeightStream) else WeightStream.of(weights)

@@ -123,7 +123,8 @@ def merge(
             the newest by default. Buffers are never averaged.
 
     The files are read once, a piece at a time: besides the result a few MiB are held. Raises
-    ConfigError for coefficients of another shape, that are no numbers, or not finite.
+    ConfigError for coefficients of another shape, that are no numbers, or not finite, its kind
+    UnknownNameError for a `base` that is not in the set, CheckpointError for what is no set.
     """
     from merge_rl.storage.checkpoints import merge_into_memory
 

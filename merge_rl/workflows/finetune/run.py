@@ -59,14 +59,23 @@ from merge_rl.workflows.rollout import on_device, require_same_everywhere
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a finished run came to."""
+    """What a finished fine-tuning run came to.
+
+    Attributes:
+        run_dir: the run directory.
+        step: the step whose weights are the result.
+        images: number of images that were generated for training.
+        skipped: steps without an update, as their reward or loss was not finite.
+        curves: scores along the run, step -> curve -> reference.
+        comparison: start and result on fresh seeds, see `final_scores`.
+    """
 
     run_dir: Path
-    step: int  # whose weights are the result
-    images: int  # generated for training
-    skipped: int  # steps without an update, as their reward or loss was not finite
-    curves: Mapping[int, Mapping[str, Mapping[str, float | None]]]  # step -> curve -> reference
-    comparison: Mapping[str, Any]  # start and result on fresh seeds, see `final_scores`
+    step: int
+    images: int
+    skipped: int
+    curves: Mapping[int, Mapping[str, Mapping[str, float | None]]]
+    comparison: Mapping[str, Any]
 
     @property
     def model_path(self) -> Path:

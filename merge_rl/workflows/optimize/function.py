@@ -87,8 +87,9 @@ def search(
         settings: any other setting by its name: `budget`, `seed`, `batch`, `device`, `reward`,
             `num_classes` (of the labels, which take turns), `pool_size`, ...
 
-    The run directory is that of every search; `merge_rl.resume(out, generate=...)` goes on with
-    it. Raises MergeRLError subclasses for input that cannot work, with nothing left behind.
+    The run directory is that of every search. `merge_rl.resume(out, generate=...)` goes on with it,
+    with `model=` where `generate` is handed a module. Raises MergeRLError subclasses for input that
+    cannot work, with nothing left behind.
     """
     run, name = Path(out), own_code.name_of(generate)
     _require_of_use(settings, model)
