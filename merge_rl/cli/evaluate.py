@@ -56,7 +56,7 @@ def evaluate(
     What is not said comes from the run or the checkpoint set that the model lies in. The minimum
     of the repeats is printed too: papers on EDM2 report that of three.
 
-    [bold]mergerl evaluate runs/a --num-images 2000 --metrics fid,mmd[/bold]
+    [bold]mergerl evaluate runs/a --num-images 2000 --metrics fid,fid-infinity[/bold]
     """
     from merge_rl.storage.hub import is_set_of_hub
     from merge_rl.workflows.assembly import build_extractor, find_defaults

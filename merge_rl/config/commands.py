@@ -253,8 +253,9 @@ class EvaluateConfig(GenerationConfig):
     repeats: int = setting(3, "Disjoint blocks of seeds, or of images.", flag="--repeats")
     seed: int = setting(0, "Fixes the images; no two seeds share one.", flag="--seed")
     metrics: str = setting(
-        "fid", "Comma-separated: fid, kid, mmd, prdc, fid-infinity, fd-mean.", flag="--metrics"
-    )
+        "fid", "Comma-separated: fid, fid-infinity, fd-mean; with a reference that keeps features "
+        "kid, mmd, prdc.", flag="--metrics",
+    )  # fmt: skip
     extractor: str | None = setting(
         None, "Feature extractor, or package.module:factory.", DATA, "--extractor",
         unset=f"{NEAR}, or of the reference",

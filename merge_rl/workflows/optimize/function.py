@@ -87,9 +87,8 @@ def search(
         settings: any other setting by its name: `budget`, `seed`, `batch`, `device`, `reward`,
             `num_classes` (of the labels, which take turns), `pool_size`, ...
 
-    The run directory is that of every search. `merge_rl.resume(out, generate=...)` goes on with it,
-    with `model=` where `generate` is handed a module. Raises MergeRLError subclasses for input that
-    cannot work, with nothing left behind.
+    `merge_rl.resume(out, generate=...)` goes on, with `model=` where `generate` takes a
+    module. Raises MergeRLError subclasses for input that cannot work, with nothing left behind.
     """
     run, name = Path(out), own_code.name_of(generate)
     _require_of_use(settings, model)
