@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TextIO
 
+from merge_rl.errors import ConfigError
 from merge_rl.interfaces import NullTracker, Tracker
 
 EVERY: Final = 10.0  # seconds between two lines on how far a phase is
@@ -102,10 +103,18 @@ def announcing(tracker: Tracker) -> Callable[[str], None]:
 
 
 def tracker_of(tracker: Tracker | None, progress: bool) -> Tracker:
-    """The tracker that was given, else one that prints, or forgets where `progress` is off."""
-    if tracker is not None:
-        return tracker
-    return LineTracker() if progress else NullTracker()
+    """The tracker that was given, else one that prints, or forgets where `progress` is off.
+
+    Raises ConfigError for what is no tracker.
+    """
+    if tracker is None:
+        return LineTracker() if progress else NullTracker()
+    heard = [getattr(tracker, name, None) for name in ("phase", "advance", "event")]
+    if isinstance(tracker, type) or not all(map(callable, heard)):
+        given: object = tracker
+        found = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+        raise ConfigError(f"expected a tracker, with phase, advance and event, got {found}")
+    return tracker
 
 
 def round_text(event: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 import merge_rl as mrl
 from merge_rl.config.optimize import EvaluationConfig, OptimizeConfig, RewardConfig, SearchConfig
-from merge_rl.errors import MergeRLError, MissingLibraryError, UnknownNameError
+from merge_rl.errors import ConfigError, MergeRLError, MissingLibraryError, UnknownNameError
 
 
 def _sent(value: Any) -> Any:
@@ -136,3 +137,46 @@ def test_errors_leave_a_worker_as_they_are(error: MergeRLError) -> None:
     arrived = _sent(error)
     assert type(arrived) is type(error)
     assert (str(arrived), vars(arrived)) == (str(error), vars(error))
+
+
+@pytest.mark.parametrize("given", [None, 3, b"x", object()])
+def test_what_is_no_path_is_refused_in_one_sentence(given: Any, tiny: Path, tmp_path: Path) -> None:
+    state, config = {"weight": torch.ones(2)}, OptimizeConfig(checkpoints=str(tiny), track="raw")
+    points = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    calls: list[Callable[[], object]] = [
+        lambda: mrl.optimize(tiny, out=given, config=config),
+        lambda: mrl.optimize(given, out=tmp_path / "run"),
+        lambda: mrl.search([state] * 2, generate=lambda *_: points, reference=points, out=given),
+        lambda: mrl.finetune(tiny, out=given),
+        lambda: mrl.compare_searchers(config, out=given),
+        lambda: mrl.save_model(given, state, None),
+        lambda: mrl.convert(tiny, given),
+        lambda: mrl.convert(given, tmp_path / "set"),
+        lambda: mrl.open_checkpoints(given),
+        lambda: mrl.load_model(given),
+        lambda: mrl.evaluate(given),
+        lambda: mrl.resume(given),
+        lambda: mrl.push(given, "user/repo"),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ConfigError, match=f"^expected a path as .*, got {type(given).__name__}$"
+        ):
+            call()
+    assert [item.name for item in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize(("tracker", "named"), [(3, "int"), (mrl.LineTracker, "the class Line")])
+def test_what_is_no_tracker_is_refused_before_anything_is_written(
+    tracker: Any, named: str, tiny: Path, tmp_path: Path
+) -> None:
+    new = tmp_path / "new"
+    calls: list[Callable[[], object]] = [
+        lambda: mrl.optimize(tiny, out=new, tracker=tracker),
+        lambda: mrl.finetune(tiny, out=new, tracker=tracker),
+        lambda: mrl.convert(tiny, new, tracker=tracker),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=f"phase, advance and event, got {named}"):
+            call()
+    assert not (tmp_path / "new").exists()

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, Final
 
 from merge_rl.config import ConvertConfig, from_mapping, yaml_text
 from merge_rl.errors import CheckpointError, NonFiniteWeightsError
-from merge_rl.interfaces import NullTracker, Tracker
+from merge_rl.interfaces import Tracker
+from merge_rl.progress import tracker_of
 from merge_rl.storage.checkpoints import MANIFEST_NAME, write_manifest
 from merge_rl.storage.convert.contents import Hints, infos_of
 from merge_rl.storage.convert.given import list_files
@@ -65,7 +66,7 @@ def convert(
     if config is not None and settings:
         raise TypeError(f"convert() takes config or {sorted(settings)[0]}=, not both")
     config = config or from_mapping(ConvertConfig, settings)
-    tracker = tracker or NullTracker()
+    tracker = tracker_of(tracker, progress=False)
     files, repeated = list_files(sources)
     hints = Hints(**{item.name: getattr(config, item.name) for item in fields(Hints)})
     with locked(folder):  # which the manifest of the plan is read under, too

@@ -17,13 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.config import yaml_text
-from merge_rl.errors import CheckpointError, MergeRLError, RunError
+from merge_rl.errors import CheckpointError, ConfigError, MergeRLError, RunError
 from merge_rl.storage.files.locks import is_vacant, locked_output, temporary_beside
 from merge_rl.storage.files.safetensors_file import read_file, write_tensors
 from merge_rl.untrusted import load_json_mapping, parse_json, read_bounded
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def as_path(given: object, what: str) -> Path:
+    """A path that a caller from Python gave as `what`; ConfigError for anything else."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise ConfigError(f"expected a path as {what}, got {type(given).__name__}")
+    return Path(given)
 
 
 def spellings(path: str | os.PathLike[str]) -> list[Path]:
@@ -227,7 +234,7 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
 
     An existing path is refused unless `replace` is set; then it is swapped at the end.
     """
-    target = Path(path)
+    target = as_path(path, "the folder to write")
     if not replace:
         require_new(target)
     temporary = temporary_beside(target)

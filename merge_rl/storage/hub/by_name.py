@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from merge_rl.storage.checkpoints import open_checkpoints as open_folder
+from merge_rl.storage.files import as_path
 from merge_rl.storage.hub.cached import local_set, local_sources
 from merge_rl.storage.runs import find_set
 
@@ -75,7 +76,10 @@ def convert(
     """
     from merge_rl.storage.convert import convert as convert_files
 
-    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    as_path(folder, "folder")
+    named: Any = sources
+    several = isinstance(named, Iterable) and not isinstance(named, (str, bytes))
+    given = list(named) if several else [named]
     found = [local_sources(source, tracker) for source in given]
     files, stated = [file for files, _ in found for file in files], {said for _, said in found}
     licence = stated.pop() if len(stated) == 1 else None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from merge_rl.errors import BusyError, CheckpointError, HubError, RunError
 from merge_rl.interfaces import NullTracker, Tracker
 from merge_rl.storage.checkpoints import MANIFEST_NAME, by_progress
-from merge_rl.storage.files import write_json
+from merge_rl.storage.files import as_path, write_json
 from merge_rl.storage.hub.cached_model import (
     cached_files,
     cached_model,
@@ -104,6 +104,7 @@ def is_set_of_hub(path: str | os.PathLike[str]) -> bool:
 
 
 def _named(path: str | os.PathLike[str]) -> str | None:
+    as_path(path, "a model or set")
     named = isinstance(path, str) and not os.path.lexists(path) and looks_like_repo(path)
     return str(path) if named else None
 

@@ -70,7 +70,7 @@ class Repository:
 
 def split_repo(text: str) -> tuple[str, str | None]:
     """user/repo@revision -> ("user/repo", "revision"); None without a revision."""
-    match = _REPO.fullmatch(text)
+    match = _REPO.fullmatch(text) if isinstance(text, str) else None
     if match is None or ".." in text or "--" in match[1]:
         raise HubError(f"expected a repository as user/repo or user/repo@revision, got {text!r}")
     return match[1], match[2]

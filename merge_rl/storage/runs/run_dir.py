@@ -30,6 +30,7 @@ from merge_rl.config import (
 from merge_rl.errors import RunError, absent, misfit
 from merge_rl.storage.files import (
     State,
+    as_path,
     is_vacant,
     read_state,
     reading_from,
@@ -65,7 +66,7 @@ class RunFolder(Generic[C]):
     CONFIG: ClassVar[type]
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = as_path(path, "the folder of a run")
         self.config_path = self.path / self.CONFIG_NAME
         self.events_path = self.path / "events.jsonl"
 

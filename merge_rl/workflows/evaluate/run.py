@@ -20,7 +20,7 @@ from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.progress import tracker_of
 from merge_rl.rng import image_seeds
-from merge_rl.storage.files import locked
+from merge_rl.storage.files import as_path, locked
 from merge_rl.version import __version__
 from merge_rl.workflows.assembly import (
     ExtractorId,
@@ -123,7 +123,7 @@ def _scored(
     model: nn.Module | str | os.PathLike[str], given: Given, said: EvaluateConfig, tracker: Tracker
 ) -> dict[str, Any]:
     require_device(said.device)
-    path = "" if isinstance(model, nn.Module) else os.fspath(model)
+    path = "" if isinstance(model, nn.Module) else str(as_path(model, "model"))
     kind = kind_to_score(path) if path else "model"
     given, metrics = given.completed(path, kind, said.network), said.metric_names
 

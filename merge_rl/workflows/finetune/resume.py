@@ -12,6 +12,7 @@ from merge_rl import own_code
 from merge_rl.errors import ConfigError
 from merge_rl.interfaces import Tracker
 from merge_rl.progress import announcing, tracker_of
+from merge_rl.storage.files import as_path
 from merge_rl.storage.runs import find_run, is_finetune_run
 from merge_rl.workflows.finetune.run import FinetuneResult, resume_finetune
 from merge_rl.workflows.optimize import OptimizeResult
@@ -48,7 +49,7 @@ def resume(
     for item in code if isinstance(code, tuple) else (code,):
         own_code.allow(item)
     heard = tracker_of(tracker, progress)
-    folder = find_run(run_dir).told(announcing(heard))
+    folder = find_run(as_path(run_dir, "run_dir")).told(announcing(heard))
     if not is_finetune_run(folder):
         return resume_search(
             folder, checkpoints=checkpoints, generate=generate, model=model, tracker=heard

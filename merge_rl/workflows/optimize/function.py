@@ -28,7 +28,7 @@ from merge_rl.parallel import Place, joined
 from merge_rl.parallel.group import Group
 from merge_rl.progress import announcing, notes_of, tracker_of
 from merge_rl.storage.checkpoints import keep_states, open_checkpoints
-from merge_rl.storage.files import require_new
+from merge_rl.storage.files import as_path, require_new
 from merge_rl.storage.hub import local_set
 from merge_rl.storage.runs import INPUTS, find_set, goes_on
 from merge_rl.workflows.assembly import (
@@ -90,7 +90,7 @@ def search(
     `merge_rl.resume(out, generate=...)` goes on, with `model=` where `generate` takes a
     module. Raises MergeRLError subclasses for input that cannot work, with nothing left behind.
     """
-    run, name = Path(out), own_code.name_of(generate)
+    run, name = as_path(out, "out"), own_code.name_of(generate)
     _require_of_use(settings, model)
     config, tracker = or_defaults(OptimizeConfig, config), tracker_of(tracker, progress)
     settings |= {"generate": name} | ({} if searcher is None else {"searcher": searcher})

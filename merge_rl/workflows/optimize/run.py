@@ -27,7 +27,7 @@ from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.progress import announcing, notes_of, tracker_of
 from merge_rl.storage.checkpoints import CheckpointSet, merged_licence, open_checkpoints
-from merge_rl.storage.files import absolute, locked, require_new
+from merge_rl.storage.files import absolute, as_path, locked, require_new
 from merge_rl.storage.hub import local_set
 from merge_rl.storage.runs import (
     RunDir,
@@ -115,7 +115,7 @@ def optimize(
     if isinstance(said, dict) and (config is None or config.sampler is None):
         sampler = from_mapping(SamplerConfig, {**opened.defaults.sampler, **said}, "sampler")
         base = dataclasses.replace(base, sampler=sampler)
-    return optimize_set(base, opened, Path(out), tracker)
+    return optimize_set(base, opened, as_path(out, "out"), tracker)
 
 
 def optimize_set(
