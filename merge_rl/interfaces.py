@@ -1,4 +1,4 @@
-"""The seams between layers, as Protocols: anything with these methods fits."""
+"""The interfaces between layers, as Protocols: anything with these methods fits."""
 
 from __future__ import annotations
 

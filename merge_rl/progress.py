@@ -15,7 +15,7 @@ EVERY: Final = 10.0  # seconds between two lines on how far a phase is
 
 
 def counted(count: int, noun: str) -> str:
-    """So many of a thing: "1 round", "1,200 rounds"."""
+    """A count and its noun: "1 round", "1,200 rounds"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
@@ -93,12 +93,12 @@ class NoteTracker(NullTracker):
 
 
 def notes_of(tracker: Tracker) -> Tracker:
-    """Its ears for notes alone: of phases it would say that they are of images."""
+    """A tracker that hands on notes alone: phases would be printed as numbers of images."""
     return NoteTracker(announcing(tracker))
 
 
 def announcing(tracker: Tracker) -> Callable[[str], None]:
-    """Sentences as notes that `tracker` hears."""
+    """A function that hands sentences to `tracker` as notes."""
     return lambda text: tracker.event({"kind": "note", "text": text})
 
 

@@ -117,7 +117,7 @@ def gather_rows(
 
 
 class Buffers:
-    """Memory for rows, given out again once nobody holds anything that lies in it.
+    """A pool of memory for rows: a buffer is reused once no tensor refers to it.
 
     Fresh memory has to be mapped page by page when it is written, which takes longer than the
     copy. What is kept for later is never more than `KEPT` bytes.
@@ -127,7 +127,7 @@ class Buffers:
         self._known: list[np.ndarray[Any, np.dtype[np.float32]]] = []
 
     def take(self, count: int, dim: int) -> Tensor:
-        """(count, dim) float32 of any values; all that is known of the memory hangs on it."""
+        """An uninitialised tensor (count, dim) float32; its memory is reused once it is gone."""
         size = count * dim
         for i in range(len(self._known)):
             if self._known[i].size >= size + ALIGNED // 4 and self._is_free(i):

@@ -81,7 +81,7 @@ class Group:
     def waiting(
         self, phase: str, away: Callable[[], list[int]], *, patient: bool = False
     ) -> Iterator[None]:
-        """Give way to a test again and again; raise if a rank has failed, or when time is up."""
+        """Poll a condition until it holds; raise if a rank has failed, or at the timeout."""
         seconds = self.timeout if self._met else min(self.timeout, START_SECONDS)
         said, waited, looked = "", 0.0, time.monotonic()
         now = looked
@@ -100,7 +100,7 @@ class Group:
                 raise self._late(away(), phase, seconds)
 
     def note(self, doing: str) -> None:
-        """Say what this rank is doing, for the message of whoever waits for it in vain."""
+        """Record what this rank is doing, for the message of a rank whose wait for it times out."""
         if self._store is not None:
             self._store.set(f"doing/{self.rank}", doing)
 
@@ -183,7 +183,7 @@ class Group:
         return [json.loads(data[: int(n)].numpy().tobytes()) for data, n in pairs]
 
     def fail(self, sentence: str) -> None:
-        """Tell the others that this rank has failed, and why; its first sentence stands."""
+        """Tell the others that this rank has failed, and why; only the first reason is kept."""
         self.abandon()
         if self._store is None or self.size == 1:
             return
@@ -242,7 +242,7 @@ class Group:
         return self._has("stop")
 
     def look(self) -> None:
-        """Raise if another rank has failed since all have met."""
+        """Raise if another rank has failed since `connect`."""
         sentence = self.failure() if self._met else None
         if sentence is not None:
             self.abandon()
@@ -258,7 +258,7 @@ class Group:
             self.lost(phase)
 
     def lost(self, phase: str) -> NoReturn:
-        """Raise for a link that broke, with the last words of whoever was at its other end."""
+        """Raise for a connection that broke, with what the rank at its other end noted last."""
         for _ in range(round(GRACE / PAUSE[1])):
             self.look()
             time.sleep(PAUSE[1])

@@ -1,4 +1,4 @@
-"""Tasks that last: each is one rank's alone, whichever is free first takes the next."""
+"""A queue of long tasks: each is done by one rank, and the first free rank takes the next."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TaskQueue:
         return [each for each in found if each.rank != self._group.rank]
 
     def wait(self) -> Iterator[None]:
-        """Until all tasks are done; gives way whenever one is. Late is who says nothing new."""
+        """Wait for all tasks, yielding after each; ranks without news until the timeout are late."""
         store, known = self._store, 0
         if store is None:
             return

@@ -1,4 +1,4 @@
-"""From noise to samples: one door for both families of networks and all solvers."""
+"""From noise to samples: one entry point for denoisers, velocity networks and all solvers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What manifests above files say of them."""
+"""Entries of files in the manifests of the folders above them."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def require_same(found: Extracted, expected: Mapping[str, TensorInfo], name: str
 
 @dataclass(frozen=True, kw_only=True)
 class Hints:
-    """What the user says where a file does not; it counts more than what the file says."""
+    """The user's settings of a conversion, which override what files say."""
 
     family: str | None = None
     num_heads: int | None = None

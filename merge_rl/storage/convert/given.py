@@ -1,4 +1,4 @@
-"""What is meant by the files and folders that a conversion is given."""
+"""Which files a conversion reads of the paths that it is given."""
 
 from __future__ import annotations
 

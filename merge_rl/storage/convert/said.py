@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself beside its weights: settings, counters, images a step."""
+"""Metadata of a checkpoint beside its weights: settings, counters, images a step."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _MAX_DOCUMENT: Final = 100_000  # characters of settings that are text
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """What a checkpoint says of itself; None where it does not, or says several things at once."""
+    """Metadata of a checkpoint; None where it is missing or ambiguous."""
 
     settings: Mapping[str, Any]  # all of them, plain
     num_classes: int | None = None

@@ -1,4 +1,4 @@
-"""What names of files say: their order, which hold weights, what their network is called."""
+"""Names of files: their order, which hold weights, what their network is called."""
 
 from __future__ import annotations
 

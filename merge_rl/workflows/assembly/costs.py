@@ -1,4 +1,4 @@
-"""What a search would work with, built without its checkpoints, on weights at random."""
+"""The parts of a search, built with random weights instead of its checkpoints, and their cost."""
 
 from __future__ import annotations
 

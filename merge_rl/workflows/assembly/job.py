@@ -88,7 +88,7 @@ class GuideSet:
 
     @property
     def start(self) -> Tensor:
-        """Its coefficients (G', K') where nothing is said."""
+        """Coefficients (G', K') that the guide starts with."""
         return self.map(torch.zeros(self.map.dim, dtype=torch.float64))
 
 
@@ -182,7 +182,7 @@ def unweighed_map(
 
 @dataclass(frozen=True, eq=False)
 class Job(OfParts):
-    """What a search or a comparison works with."""
+    """The objects that a search or a comparison is made of."""
 
     parts: Parts
     checkpoints: CheckpointSet

@@ -190,7 +190,7 @@ class Parts:
 
 
 class OfParts:
-    """What every job takes from its parts."""
+    """Properties of a job that are those of its parts."""
 
     parts: Parts
 
@@ -254,7 +254,7 @@ def network_rollout(
 
 
 class _NoFeatures:
-    """Stands where an extractor would, for images alone."""
+    """A placeholder for the extractor of rollouts that make images alone."""
 
     name, dim = "none", 0
 

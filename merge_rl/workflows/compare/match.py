@@ -68,7 +68,7 @@ class Match:
     curve_images: int
 
     def play(self, contenders: Sequence[SearcherSpec], seeds: Sequence[int]) -> dict[str, Any]:
-        """All searches in order, those that are done from their files; what they come to."""
+        """Run all searches in order, reading finished ones from their files; the outcome."""
         shared = resolve_config(self.base, self.opened)
         job = self.jobs.of(shared)
         document = {**self._facts(shared, job, seeds), **self._fixed(shared, job)}
@@ -82,7 +82,7 @@ class Match:
     def share(
         self, group: Group, contenders: Sequence[SearcherSpec], seeds: Sequence[int]
     ) -> dict[str, Any]:
-        """The same of all ranks, each a search at a time, on every one of them.
+        """As `play`, with all ranks: each takes a search at a time. Every rank calls it.
 
         Rank 0 then reads what there is as a process does that goes on with a comparison, so that
         nothing follows from who made it.
@@ -254,7 +254,7 @@ class RankTracker:
         self._tracker.phase(name, total)
 
     def advance(self, count: int) -> None:
-        """As it is; a rank that is waited for is seen to go on."""
+        """Hand on, and record that this rank makes progress."""
         self._images += count
         self._group.note(f"{self._phase}, {self._images:,} images")
         self._tracker.advance(count)

@@ -1,4 +1,4 @@
-"""What a comparison of searchers comes to: fresh scores, medians and ranges over seeds."""
+"""The outcome of a comparison of searchers: fresh scores, medians and ranges over seeds."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def coefficient_spread(trials: Sequence[Trial]) -> float | None:
 def standing(
     contender: SearcherSpec, trials: Sequence[ScoredTrial], names: Sequence[str]
 ) -> dict[str, Any]:
-    """A line of the table, for JSON; `names` are those of the references."""
+    """A line of the ranking, for JSON; `names` are those of the references."""
     plain = [scored.trial for scored in trials]
     metrics = trials[0].scores[0]
     found = {name: spread_of([scored.mean(name) for scored in trials]) for name in metrics}

@@ -35,7 +35,7 @@ from merge_rl.workflows.rollout import Rollout, free_on, require_derivative
 
 @dataclass(frozen=True, eq=False)
 class FinetuneJob(OfParts):
-    """What a fine-tuning run works with."""
+    """The objects that a fine-tuning run is made of."""
 
     config: FinetuneConfig
     parts: Parts

@@ -174,19 +174,19 @@ class LoopState:
     skipped: int = 0  # skipped steps of the whole run
 
     def advanced(self, images: int) -> LoopState:
-        """After a step that was made, of so many images."""
+        """The state after a finished step that generated so many images."""
         return dataclasses.replace(
             self, step=self.step + 1, failures=0, images=self.images + images
         )
 
     def passed_over(self) -> LoopState:
-        """After a step that was skipped."""
+        """The state after a skipped step."""
         return dataclasses.replace(
             self, step=self.step + 1, failures=self.failures + 1, skipped=self.skipped + 1
         )
 
     def before_failures(self) -> LoopState:
-        """As if the skipped steps of the present row had not been tried."""
+        """The state before the consecutive skipped steps."""
         row = self.failures
         return dataclasses.replace(
             self, step=self.step - row, failures=0, skipped=self.skipped - row

@@ -233,7 +233,7 @@ def is_broken_link(error: RuntimeError) -> bool:
 
 
 class Replicated(DistributedDataParallel):
-    """Says of itself what its network does: samplers ask what it predicts, and of which classes."""
+    """A DDP module that hands on the attributes of its network that samplers look at."""
 
     def __init__(self, network: nn.Module) -> None:
         known = inspect.signature(DistributedDataParallel).parameters

@@ -93,7 +93,7 @@ class StepParts:
         return dataclasses.replace(state, pool=pool, pool_step=step, images=state.images + count)
 
     def collect(self, pool: Pool, step: int) -> tuple[Credit, KeptRollouts]:
-        """B sets of n images in the same rows of the pool: what they earned, and the best."""
+        """Rewards of B sets of n images in the same rows of the pool, and the best rollouts."""
         config = self.config
         size, sets = config.reward.images_per_subset, config.subsets
         rows = draw_subset(pool.labels, size, stream(config.seed, "subset", step))
@@ -173,7 +173,7 @@ def require_pool(state: LoopState) -> Pool:
 
 @dataclass(frozen=True, eq=False)
 class Credit:
-    """What B sets of n images that stood in the same rows of a pool have earned.
+    """Rewards and advantages of B sets of n images that replaced the same rows of a pool.
 
     rewards (B,) are those of the sets, whatever the credit; advantages (B n,), set by set, and
     kept (B n,), which of the images an update learns from.

@@ -235,7 +235,7 @@ class UpdateStats:
 
     @classmethod
     def together(cls, found: Iterable[Mapping[str, Any]]) -> UpdateStats:
-        """What several processes have seen, of their fields."""
+        """Combine the statistics of several processes, field by field."""
         whole = cls()
         for part in found:
             whole.count += part["count"]

@@ -105,7 +105,7 @@ def require_paid(config: OptimizeConfig, candidates: int, needed: int, limit: in
 
 @dataclass(frozen=True)
 class Winner:
-    """How a tournament ended."""
+    """The outcome of a tournament."""
 
     label: str
     score: float | None  # FID to the reference in the last rung; None if nothing was compared

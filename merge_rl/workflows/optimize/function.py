@@ -140,7 +140,7 @@ def _looked_up(checkpoints: Checkpoints, tracker: Tracker) -> Checkpoints:
 
 @contextmanager
 def _gone_unless_begun(run: Path) -> Iterator[None]:
-    """Around the group: that rank 0 has failed is told before what others read is removed."""
+    """Remove the kept inputs of a run that fails before it begins, once the group has told it."""
     try:
         yield
     except BaseException:

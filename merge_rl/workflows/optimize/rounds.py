@@ -90,7 +90,7 @@ class SearchLoop:
             self.tracker.event({"kind": "warning", "text": text})
 
     def _begin(self, round_index: int) -> None:
-        """Be at the beginning of a round, after which `renewed` rows of the pool are made anew."""
+        """Begin a round, after which `renewed` rows of the pool are generated again."""
         self.round_index, reward = round_index, self.config.reward
         self.renewed = reward.refresh_images(round_index) if reward.pooled else 0
 
@@ -105,7 +105,7 @@ class SearchLoop:
         return self.job.rollout.features_of([item], " ".join(map(str, names)))[0]
 
     def _needs_pool(self) -> bool:
-        """Whether rewards replace a part of one, and anything is rewarded."""
+        """Whether the reward replaces rows of a pool, and candidates are rewarded at all."""
         return self.config.reward.pooled and not self.searcher.done
 
     def _first_pool(self) -> None:
@@ -167,7 +167,7 @@ class SearchLoop:
             self.failed_rounds = 0
 
     def _no_refresh(self) -> dict[str, Any]:
-        """Of a round after which the mean makes no images: its candidates speak for it."""
+        """Fields of a round without a refresh; the mean is the result unless all candidates failed."""
         if self.failed_rounds == 0:
             self.result_theta = self.searcher.mean
         return {"pool_after": None, "gap": None, "refreshed": 0}

@@ -45,7 +45,7 @@ _TENSORS = ("coefficients", "start", "rows")
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search came to."""
+    """The outcome of a search."""
 
     coefficients: Tensor  # (G, K) float64
     start: Tensor  # (G, K), where it began
@@ -235,7 +235,7 @@ def free_starts(
 
 
 def _averages(checkpoints: CheckpointSet) -> dict[str, Tensor]:
-    """Of the newest, then of the 2, 4, 8 ... newest, the tracks in turns: few are of all tracks."""
+    """Averages of the newest 1, 2, 4, 8, ... checkpoints, alternating between the tracks."""
     tracks, rows, size = _tracks(checkpoints), dict[str, Tensor](), 1
     while any(size // 2 < len(members) for members in tracks.values()):
         for track, members in tracks.items():
@@ -286,7 +286,7 @@ def _profiles(checkpoints: CheckpointSet) -> dict[str, Tensor]:
 
 
 def _singles(checkpoints: CheckpointSet) -> dict[str, Tensor]:
-    """From new to old, the tracks in turns."""
+    """Single checkpoints from new to old, alternating between the tracks."""
     tracks = [members[::-1] for members in _tracks(checkpoints).values()]
     turns = [i for place in zip_longest(*tracks) for i in place if i is not None]
     rows = torch.eye(len(checkpoints), dtype=torch.float64)

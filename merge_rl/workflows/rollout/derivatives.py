@@ -108,7 +108,7 @@ def pull_back(rollout: Rollout, latents: Tensor, cotangents: Tensor) -> Tensor:
 
 
 def made_again(evaluate: Velocity) -> Velocity:
-    """The same, of which nothing is kept but its input: it is called again on the way back."""
+    """The same with activation checkpointing: only its input is kept for the backward pass."""
 
     def call(x: Tensor, t: Tensor) -> Tensor:
         made: Tensor = checkpoint(evaluate, x, t, use_reentrant=False, preserve_rng_state=False)
@@ -179,7 +179,7 @@ SHARE: Final = 4  # of an accelerator's memory, one part
 
 @dataclass(frozen=True)
 class Room:
-    """What is kept of the way there at a time."""
+    """How much of the forward pass is kept for the backward pass at a time."""
 
     images: int  # in one call of the network
     kept: int  # calls of the network for one image that may all be kept

@@ -23,7 +23,7 @@ from merge_rl.storage.checkpoints import DISK
 def require_device(name: str) -> torch.device:
     """The device of that name; ConfigError, with what is there instead, if there is none.
 
-    With the processor comes `keep_freed_memory`.
+    For the CPU it calls `keep_freed_memory`.
     """
     with suppress(RuntimeError):
         device = torch.device(name)

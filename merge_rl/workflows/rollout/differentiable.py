@@ -60,7 +60,7 @@ class Differentiated:
 
 @dataclass(frozen=True, eq=False)
 class BothWays:
-    """Features and gradient of some images; of no use where an image has a problem."""
+    """Features and gradient of images (forward and backward pass), or what was not finite."""
 
     features: Tensor  # (N, D) float32 on the CPU
     gradient: Tensor  # as of `Differentiated`
@@ -194,7 +194,7 @@ class DifferentiableRollout:
     def latents(
         self, noise: Tensor, labels: Tensor, again: bool, watch: StepWatch, guidance: Tensor | None
     ) -> Tensor:
-        """Samples with what their way back needs; with `again` the network is called twice."""
+        """Samples, kept for the backward pass; with `again` the network is called twice instead."""
         device = self.rollout.device
         return sample_with(
             self.rollout.sampler, self._network, noise.to(device), labels.to(device),
@@ -204,7 +204,7 @@ class DifferentiableRollout:
 
 
 class Way:
-    """Images of an item, made with what their way back needs; inside, weights have gradients."""
+    """Forward pass of an item's images, kept for the backward pass; a context with gradients."""
 
     def __init__(self, maker: DifferentiableRollout, item: WorkItem, room: Room) -> None:
         self._maker, self._item, self._room = maker, item, room
@@ -253,7 +253,7 @@ class Way:
         self.features = torch.cat([self.features, *parts])
 
     def problems(self) -> dict[int, str]:
-        """What is wrong with which image, on the way so far."""
+        """Image -> what of it was not finite so far."""
         return problems_of(self._watches, self.features)
 
     def back(self, cotangents: Tensor) -> None:
@@ -265,7 +265,7 @@ class Way:
             against(latents, pulled).backward()  # type: ignore[no-untyped-call]
 
     def gradient(self) -> Tensor:
-        """Of the coefficients, as of `Differentiated`; once the way is over."""
+        """Gradient of the coefficients, as in `Differentiated`; after the context is left."""
         sets = [live.checkpoints for live in self._maker.lives]
         guidance = None if self._guidance is None else self._guidance.grad
         return self._maker.rows(list(map(coefficient_gradient, sets, self._totals)), guidance)

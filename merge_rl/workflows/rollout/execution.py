@@ -25,7 +25,7 @@ from merge_rl.parallel.blocks import single_threaded
 
 @dataclass(frozen=True)
 class Failures:
-    """Images without finite features, and whose doing it is.
+    """Images without finite features, and which part of the rollout made them so.
 
     A rollout's row is NaN where the sample is not finite, and infinite where the sample is and the
     extractor's answer is not.
@@ -63,7 +63,7 @@ def calls_an_image(settings: SamplerConfig, model: Denoiser) -> int:
 
 
 def fast_hint(settings: SamplerConfig, device: str) -> list[str]:
-    """A note for who samples on a GPU the slow way; none else."""
+    """A note that recommends --fast for sampling on a GPU in float32; else none."""
     slow = settings.precision == "float32" and not settings.compile
     if torch.device(device).type != "cuda" or not slow:
         return []
