@@ -60,7 +60,7 @@ def _plain(name: str) -> str:
 
 @dataclass
 class Held(Generic[T]):
-    """What a mapping holds: state dicts by where they lie ("" is the mapping itself), and the rest.
+    """The state dicts in a mapping, by place ("" is the mapping itself), and its other entries.
 
     Names within are those of the networks, without wrappers.
     """
@@ -73,7 +73,7 @@ class Held(Generic[T]):
         return [place for place in self.states if is_average(place) == averaged]
 
     def beside(self, place: str) -> list[str]:
-        """What else there is: state dicts by place, or what their names begin with; the rest."""
+        """The other entries: state dicts by place, or by what their names begin with; the rest."""
         others = {p: [name.partition(".")[0] for name in self.states[p]] for p in self.states}
         named = [
             name for p, begin in others.items() if p != place for name in ([p] if p else begin)

@@ -59,7 +59,7 @@ class TaskQueue:
         return [each for each in found if each.rank != self._group.rank]
 
     def wait(self) -> Iterator[None]:
-        """Wait for all tasks, yielding after each; ranks without news until the timeout are late."""
+        """Wait for all tasks, yielding after each; ranks without news by the timeout are late."""
         store, known = self._store, 0
         if store is None:
             return

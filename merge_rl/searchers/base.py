@@ -24,7 +24,7 @@ from merge_rl.rng import derive_seed, stream
 
 
 class AskTell:
-    """A searcher but for its method; `merge_rl.interfaces.Searcher` says what each call means."""
+    """Base of searchers, all but the method; `merge_rl.interfaces.Searcher` has the contract."""
 
     def __init__(self, config: SearchConfig, space: SearchSpace, seed: int) -> None:
         self.config, self.space, self.seed = config, space, seed
@@ -55,7 +55,7 @@ class AskTell:
         return {}
 
     def _restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Take back what `_tensors` and `_scalars` gave; `rounds` and `_mean` are set already."""
+        """Restore what `_tensors` and `_scalars` gave; `rounds` and `_mean` are set already."""
 
     # ------------------------------------------------------------------------------ the contract
 
@@ -154,7 +154,7 @@ DEFAULT_POPULATION = 16
 
 
 def parallel(config: SearchConfig, *, least: int = 2) -> int:
-    """Of a method that draws as many as it is told: the setting, 16 if unset."""
+    """Population of a method that draws any number: the setting, 16 if unset."""
     given = DEFAULT_POPULATION if config.population is None else config.population
     if given < least:
         raise ConfigError(f"expected population >= {least}, got {given} for {config.name}")
@@ -162,7 +162,7 @@ def parallel(config: SearchConfig, *, least: int = 2) -> int:
 
 
 def serial(config: SearchConfig) -> int:
-    """Of a method whose next candidate depends on the last one's reward: 1."""
+    """Population of a method whose next candidate depends on the last one's reward: 1."""
     if config.population not in (None, 1):
         raise ConfigError(
             f"{config.name} evaluates one candidate after the other:"
@@ -172,7 +172,7 @@ def serial(config: SearchConfig) -> int:
 
 
 def planned(config: SearchConfig) -> int:
-    """Of a method whose candidates are given: at least 1, and no matter of settings."""
+    """Population of a method whose candidates are given: 1 at least; the setting is refused."""
     if config.population is not None:
         raise ConfigError(
             f"{config.name} knows its candidates and how many of them it asks a round:"

@@ -21,7 +21,7 @@ from merge_rl.searchers.base import AskTell, SearchSpace
 
 
 class HalvingRound(NamedTuple):
-    """`rounds` rounds of `size` candidates, of which the better half climbs on."""
+    """`rounds` rounds of `size` candidates, of which the better half goes to the next rung."""
 
     size: int
     rounds: int
@@ -46,7 +46,7 @@ def halving_rounds(count: int, evaluations: int) -> list[HalvingRound]:
 
 
 class Halving:
-    """Which of `count` candidates are left after what was told; all that it knows can be saved."""
+    """Which of `count` candidates are left after the rewards so far; its state can be saved."""
 
     def __init__(self, count: int, evaluations: int) -> None:
         self.count = count
@@ -90,12 +90,12 @@ class Halving:
             self.alive = self.alive[order[:size].sort().values]
 
     def strike(self, index: int) -> None:
-        """This candidate failed elsewhere."""
+        """Rule out a candidate that failed elsewhere."""
         self.sums[index] = torch.nan
         self.tries[index] += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """To be saved, with `scalars`."""
+        """Tensors of the state to save, beside `scalars`."""
         return {
             "halving.alive": self.alive.clone(),
             "halving.sums": self.sums.clone(),
@@ -103,7 +103,7 @@ class Halving:
         }
 
     def scalars(self) -> dict[str, int]:
-        """To be saved, with `tensors`."""
+        """Numbers of the state to save, beside `tensors`."""
         return {"halving.rung": self.rung, "halving.rounds": self.rounds}
 
     def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:

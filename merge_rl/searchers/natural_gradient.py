@@ -33,7 +33,7 @@ FREE_EACH = 16  # coefficients of a group, up to which the exploration keeps its
 
 
 class Scaled(NamedTuple):
-    """What suits a space of many dimensions; 1 and 16 candidates where there are few."""
+    """Population and factors for a space of many dimensions; 16 and 1 where there are few."""
 
     population: int
     step: float  # factor of STEP

@@ -228,7 +228,7 @@ def _long_name(path: PurePosixPath) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What is known of a model."""
+    """Name, config and provenance of a model."""
 
     name: str
     config: Mapping[str, Any]  # "model" and the network's constructor options

@@ -79,7 +79,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def told_of(target: Path, temporary: Path) -> Iterator[None]:
-    """Errors of the disk name what was to be written.
+    """Context in which errors of the disk name the file that was to be written.
 
     A full disk names no file by itself, a copy its source, and the rest a temporary.
     """

@@ -113,7 +113,7 @@ def _pieces(
 
 
 def _failed_step(rollout: Rollout, noise: Tensor, label: Tensor) -> str:
-    """Where one image ceases to be finite, for a message; it is made again with a look inside."""
+    """The step at which an image ceases to be finite, for a message; it is generated again."""
     try:
         with matmul_precision(rollout.sampler):
             rollout.latents(noise, label, check_finite=True)

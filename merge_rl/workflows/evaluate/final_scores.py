@@ -1,4 +1,4 @@
-"""The end of a run: start, uniform average, best single checkpoint and result on fresh seeds."""
+"""The final comparison: start, uniform average, best checkpoint and result on fresh seeds."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ PAIRWISE: Final = ("kid", "mmd", "prdc")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MetricSource:
-    """What a metric is made from."""
+    """What a metric is constructed from: its name, the reference, the device."""
 
     name: str
     reference: Reference

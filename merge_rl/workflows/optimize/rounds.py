@@ -167,7 +167,7 @@ class SearchLoop:
             self.failed_rounds = 0
 
     def _no_refresh(self) -> dict[str, Any]:
-        """Fields of a round without a refresh; the mean is the result unless all candidates failed."""
+        """Fields of a round without refresh; its mean is the result unless all candidates fail."""
         if self.failed_rounds == 0:
             self.result_theta = self.searcher.mean
         return {"pool_after": None, "gap": None, "refreshed": 0}

@@ -1,4 +1,4 @@
-"""How near first-order rewards are to exact ones: the ratio, the watch on it, and its words."""
+"""How close first-order rewards are to exact ones: their ratio, and a warning."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def first_order_ratio(found: Tensor, exact: Callable[[Tensor], Tensor]) -> float
 
 
 class FirstOrderWatch:
-    """Follows the ratios of a run, and speaks up once."""
+    """Follows the ratios of a run and warns once."""
 
     def __init__(self) -> None:
         self.ratios: list[float] = []

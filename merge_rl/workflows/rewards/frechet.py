@@ -35,7 +35,7 @@ class Pool:
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor]) -> Pool:
-        """That of a `state_dict`, moments included: recomputed, they end in other last bits."""
+        """The pool of a `state_dict`, with its moments: recomputed ones differ in the last bits."""
         features = tensors["pool.features"]
         stats = FeatureStats(len(features), tensors["pool.mean"], tensors["pool.cov"])
         return cls(features, tensors["pool.labels"], stats)
@@ -62,7 +62,7 @@ class Pool:
         return Pool(self.features.index_copy(0, rows, features), self.labels, stats)
 
     def columns(self, start: int, stop: int) -> Pool:
-        """The pool as those of its features see it that lie in columns start..stop-1."""
+        """The pool with the feature columns start..stop-1 alone."""
         if (start, stop) == (0, self.stats.dim):
             return self
         block = slice(start, stop)
@@ -94,7 +94,7 @@ Subset = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RewardSource:
-    """What a reward is made from."""
+    """What a reward is constructed from: its name, the reference, the device."""
 
     name: str  # as it was asked for
     reference: Reference
@@ -109,7 +109,7 @@ class RewardSource:
 
 
 class PoolCache(Generic[T]):
-    """What was last made of a pool, as long as the same pool comes back.
+    """Cache of what `make` gave for the last pool.
 
     `make` is a method of the reward that holds this one: a reward with a function without a name
     could not be sent to another process.
@@ -207,7 +207,7 @@ class InfluenceFrechet(SubsetFrechet):
     """
 
     def exact(self, pool: Pool, draws: Sequence[Subset]) -> Tensor:
-        """What these are the first order of, (P,) float64 on the CPU."""
+        """The exact rewards that `rewards` approximates, (P,) float64 on the CPU."""
         return super().rewards(pool, draws)
 
     def rewards(self, pool: Pool, draws: Sequence[Subset]) -> Tensor:
