@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from merge_rl.core.distances.neighbours import prdc
     from merge_rl.core.distances.statistics import FeatureStats, feature_stats
     from merge_rl.core.network import Network
+    from merge_rl.core.sampling.description import describe
     from merge_rl.core.sampling.sampler import sample
-    from merge_rl.core.sampling.stated import describe
     from merge_rl.errors import MergeRLError
     from merge_rl.progress import LineTracker
     from merge_rl.registry import build_model
@@ -59,7 +59,7 @@ _HOMES: Final = {
     "core.distances.statistics": "FeatureStats feature_stats",
     "core.network": "Network",
     "core.sampling.sampler": "sample",
-    "core.sampling.stated": "describe",
+    "core.sampling.description": "describe",
     "errors": "MergeRLError",
     "progress": "LineTracker",
     "registry": "build_model",

@@ -223,7 +223,7 @@ def _refusing(name: str) -> str:
 
 
 def _own_network(name: str, options: Mapping[str, Any]) -> Network:
-    from merge_rl.core.sampling.stated import network_of
+    from merge_rl.core.sampling.description import network_of
 
     own_code.require_allowed(name, "network", "--network", "the model config")
     what = f"the options {', '.join(options)}" if options else "no arguments"

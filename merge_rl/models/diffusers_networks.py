@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from merge_rl.core.network import Network
 from merge_rl.core.sampling.compatibility import require_class_ids
-from merge_rl.core.sampling.stated import describe
+from merge_rl.core.sampling.description import describe
 from merge_rl.core.sampling.steps import SPACINGS
 from merge_rl.errors import ConfigError, MissingLibraryError
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from merge_rl.errors import CheckpointError, ConfigError, UnknownNameError
 from merge_rl.storage.convert.contents import Hints, Shapes
 from merge_rl.storage.convert.edm2 import is_edm2
-from merge_rl.storage.convert.said import Said
+from merge_rl.storage.convert.metadata import Said
 from merge_rl.storage.convert.sit import is_jit, is_sit, sit_config_from_shapes
 
 FAMILIES: Final = ("edm2", "sit", "dit", "repa", "jit")

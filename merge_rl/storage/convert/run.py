@@ -19,7 +19,7 @@ from merge_rl.interfaces import Tracker
 from merge_rl.progress import tracker_of
 from merge_rl.storage.checkpoints import MANIFEST_NAME, write_manifest
 from merge_rl.storage.convert.contents import Hints, infos_of
-from merge_rl.storage.convert.given import list_files
+from merge_rl.storage.convert.inputs import list_files
 from merge_rl.storage.convert.plan import ORIGIN_KEY, ConversionFile, ConversionPlan, make_plan
 from merge_rl.storage.convert.sources import files_of
 from merge_rl.storage.files import (

@@ -15,7 +15,7 @@ from merge_rl.core.forms import sit_forms
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.late import torch
 from merge_rl.storage.convert.contents import ELSE, Hints, Shapes, require_axes
-from merge_rl.storage.convert.said import Said
+from merge_rl.storage.convert.metadata import Said
 from merge_rl.storage.pickles import TensorRef
 
 SIZES: Final[Mapping[str, tuple[int, int, int]]] = {  # letter -> (depth, hidden size, heads)

@@ -27,7 +27,7 @@ from merge_rl.storage.convert.families import (
     plain_latents,
     strange,
 )
-from merge_rl.storage.convert.said import Said, read_said, trained
+from merge_rl.storage.convert.metadata import Said, read_said, trained
 from merge_rl.storage.convert.trajectories import with_listed
 from merge_rl.storage.files import is_shard_name, is_weights_name, parse_index
 from merge_rl.storage.pickles import TensorRef, read_data

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         own_weights,
         require_known,
     )
-    from merge_rl.workflows.assembly.given import Given
+    from merge_rl.workflows.assembly.functions import Given
     from merge_rl.workflows.assembly.gradients import (
         auto_note,
         own_extractors,
@@ -143,7 +143,7 @@ _HOMES: Final = {
         "require_parts_of"
     ),
     "extractors": "build_extractor encoder_spans encoders own_weights require_known",
-    "given": "Given",
+    "functions": "Given",
     "gradients": "auto_note own_extractors tried_in_vain why_no_gradient why_not_as_set",
     "job": "GuideSet Job build_job require_tuning unweighed_map",
     "memory": "MemoryPlan fit_batch gib plan_memory",

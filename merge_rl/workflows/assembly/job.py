@@ -38,7 +38,7 @@ from merge_rl.storage.files import absolute
 from merge_rl.storage.hub import local_set
 from merge_rl.storage.runs import find_set
 from merge_rl.workflows.assembly.defaults import find_model
-from merge_rl.workflows.assembly.given import Given, GivenParts
+from merge_rl.workflows.assembly.functions import Given, GivenParts
 from merge_rl.workflows.assembly.networks import Announce
 from merge_rl.workflows.assembly.parts import OfParts, Parts, blank_network, set_hashes
 from merge_rl.workflows.rollout import MergedRollout, Rollout, TunedRollout, place_weights

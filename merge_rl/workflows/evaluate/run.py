@@ -42,7 +42,7 @@ from merge_rl.workflows.evaluate.features import (
     image_features,
     sampler_summary,
 )
-from merge_rl.workflows.evaluate.given import Given
+from merge_rl.workflows.evaluate.inputs import Given
 from merge_rl.workflows.evaluate.metrics import MetricScores, require_metrics
 from merge_rl.workflows.reference import (
     FeatureStore,

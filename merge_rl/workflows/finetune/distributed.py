@@ -23,15 +23,15 @@ from merge_rl.rng import image_seeds
 from merge_rl.storage.runs import StopSignals
 from merge_rl.workflows.assembly import load_network
 from merge_rl.workflows.finetune.job import FinetuneJob
-from merge_rl.workflows.finetune.kept import (
+from merge_rl.workflows.finetune.learner import Learner
+from merge_rl.workflows.finetune.pathwise import PathwiseGradient, sum_in_order
+from merge_rl.workflows.finetune.rollouts import (
     KeptRollouts,
     PolicyRollout,
     ProcessShare,
     read_kept,
     write_kept,
 )
-from merge_rl.workflows.finetune.learner import Learner
-from merge_rl.workflows.finetune.pathwise import PathwiseGradient, sum_in_order
 from merge_rl.workflows.finetune.sharded import ShardedLearner, is_broken_link, replicated
 from merge_rl.workflows.finetune.step import StepParts, memory_advice
 from merge_rl.workflows.finetune.updates import UpdateStats

@@ -27,8 +27,8 @@ from merge_rl.workflows.assembly import (
     require_known,
     require_known_autoencoder,
 )
-from merge_rl.workflows.finetune.kept import PolicyRollout
 from merge_rl.workflows.finetune.learner import trainable
+from merge_rl.workflows.finetune.rollouts import PolicyRollout
 from merge_rl.workflows.rewards import require_gradient
 from merge_rl.workflows.rollout import Rollout, free_on, require_derivative
 

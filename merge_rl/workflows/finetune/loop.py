@@ -11,8 +11,8 @@ from merge_rl.errors import ParallelError, TrainingError
 from merge_rl.interfaces import Tracker
 from merge_rl.storage.files import below
 from merge_rl.storage.runs import Boards, FinetuneRun, StopSignals, fitting
-from merge_rl.workflows.finetune.kept import KeptRollouts
 from merge_rl.workflows.finetune.learner import LoopState, pack_state, unpack_state
+from merge_rl.workflows.finetune.rollouts import KeptRollouts
 from merge_rl.workflows.finetune.scores import Curves, Point, write_grid
 from merge_rl.workflows.finetune.snapshots import Snapshots
 from merge_rl.workflows.finetune.step import (

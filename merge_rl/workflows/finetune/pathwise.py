@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from merge_rl.config import UpdateConfig
 from merge_rl.core.network import against
-from merge_rl.workflows.finetune.kept import KeptRollouts, PolicyRollout
 from merge_rl.workflows.finetune.learner import Learner
+from merge_rl.workflows.finetune.rollouts import KeptRollouts, PolicyRollout
 from merge_rl.workflows.finetune.updates import Update, UpdateStats
 from merge_rl.workflows.rollout import exact_products, prepare_network, pull_back
 

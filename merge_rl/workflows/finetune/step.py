@@ -20,9 +20,9 @@ from merge_rl.core.sampling.compatibility import balanced_labels
 from merge_rl.errors import NonFiniteWeightsError, OutOfMemoryError, StatisticsError
 from merge_rl.rng import draw_subset, image_seeds, stream
 from merge_rl.workflows.finetune.job import FinetuneJob
-from merge_rl.workflows.finetune.kept import KeptRollouts, Window
 from merge_rl.workflows.finetune.learner import Learner, LoopState
 from merge_rl.workflows.finetune.pathwise import PathwiseGradient
+from merge_rl.workflows.finetune.rollouts import KeptRollouts, Window
 from merge_rl.workflows.finetune.updates import PolicyGradient, RejectionSampling
 from merge_rl.workflows.rewards import InfluenceFrechet, Pool, RewardGradient, RewardSum
 from merge_rl.workflows.rollout import Failures, Rollout, is_out_of_memory, matmul_precision

@@ -24,8 +24,8 @@ from merge_rl.core.step_policy import (
 )
 from merge_rl.interfaces import Denoiser
 from merge_rl.rng import stream
-from merge_rl.workflows.finetune.kept import KeptRollouts, PolicyRollout, ProcessShare
 from merge_rl.workflows.finetune.learner import Learner
+from merge_rl.workflows.finetune.rollouts import KeptRollouts, PolicyRollout, ProcessShare
 from merge_rl.workflows.rollout import exact_products, prepare_network, pull_back
 
 

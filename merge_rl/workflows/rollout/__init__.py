@@ -34,7 +34,7 @@ from merge_rl.workflows.rollout.execution import (
     is_out_of_memory,
     matmul_precision,
 )
-from merge_rl.workflows.rollout.given import (
+from merge_rl.workflows.rollout.functions import (
     AsTheyAre,
     Generate,
     GivenRollout,

@@ -28,7 +28,7 @@ from merge_rl.workflows.rollout.differentiable import (
     Way,
 )
 from merge_rl.workflows.rollout.execution import is_out_of_memory
-from merge_rl.workflows.rollout.given import with_gradient
+from merge_rl.workflows.rollout.functions import with_gradient
 from merge_rl.workflows.rollout.rollout import MergedRollout, WorkItem
 
 GRADIENT: Final = "gradient"  # phase

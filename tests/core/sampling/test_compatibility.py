@@ -18,7 +18,7 @@ from merge_rl.core.sampling.compatibility import (
     require_reward_solver,
     require_sampler,
 )
-from merge_rl.core.sampling.stated import describe
+from merge_rl.core.sampling.description import describe
 from merge_rl.errors import ConfigError
 
 

@@ -29,7 +29,7 @@ from merge_rl.storage.convert.contents import (
     state_dict,
 )
 from merge_rl.storage.convert.families import find_family, fitting, is_foreign, path_of
-from merge_rl.storage.convert.said import Said, read_said
+from merge_rl.storage.convert.metadata import Said, read_said
 from merge_rl.storage.convert.sit import (
     describe_jit,
     describe_sit,

@@ -11,7 +11,7 @@ import torch
 
 from merge_rl.errors import CheckpointError, ConfigError
 from merge_rl.storage.convert.contents import NO_HINTS, Hints
-from merge_rl.storage.convert.given import list_files
+from merge_rl.storage.convert.inputs import list_files
 from merge_rl.storage.convert.layouts import files_in, place_of, read_library, steps_of
 from merge_rl.storage.convert.sources import extract, files_of
 from merge_rl.storage.files import save_tensors

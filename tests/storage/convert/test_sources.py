@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from merge_rl.errors import CheckpointError
-from merge_rl.storage.convert.given import list_files
+from merge_rl.storage.convert.inputs import list_files
 
 
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])

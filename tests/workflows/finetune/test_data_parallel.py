@@ -21,8 +21,8 @@ from merge_rl.storage.runs.lifecycle import StopSignals
 from merge_rl.workflows.assembly.defaults import load_model
 from merge_rl.workflows.assembly.resolve import resolve_finetune
 from merge_rl.workflows.finetune.job import build_finetune
-from merge_rl.workflows.finetune.kept import KeptRollouts
 from merge_rl.workflows.finetune.learner import Learner, trainable
+from merge_rl.workflows.finetune.rollouts import KeptRollouts
 from merge_rl.workflows.finetune.step import StepParts
 from tests.children import Child, launch_ranks
 from tests.gradients import (

@@ -25,8 +25,8 @@ from merge_rl.storage.runs.lifecycle import StopSignals
 from merge_rl.storage.runs.run_dir import FinetuneRun, RunFolder, is_finetune_run
 from merge_rl.workflows.finetune import scores as finetune_scores
 from merge_rl.workflows.finetune import snapshots as finetune_snapshots
-from merge_rl.workflows.finetune.kept import KeptRollouts, PolicyRollout
 from merge_rl.workflows.finetune.learner import Learner
+from merge_rl.workflows.finetune.rollouts import KeptRollouts, PolicyRollout
 from merge_rl.workflows.finetune.run import resume_finetune
 from merge_rl.workflows.finetune.updates import PolicyGradient, RejectionSampling
 from tests.finetuning import events_of, outcome_of, small_config, write_sit_set

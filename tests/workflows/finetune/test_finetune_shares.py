@@ -18,8 +18,8 @@ from merge_rl.parallel.rendezvous import Place
 from merge_rl.storage.runs.lifecycle import StopSignals, begin_finetune
 from merge_rl.workflows.finetune import run as finetune
 from merge_rl.workflows.finetune.job import training_bytes
-from merge_rl.workflows.finetune.kept import KeptRollouts, ProcessShare, read_kept, write_kept
 from merge_rl.workflows.finetune.learner import Learner
+from merge_rl.workflows.finetune.rollouts import KeptRollouts, ProcessShare, read_kept, write_kept
 from merge_rl.workflows.finetune.updates import UpdateStats
 from merge_rl.workflows.rollout.distributed import require_same_everywhere
 from tests.finetuning import small_config

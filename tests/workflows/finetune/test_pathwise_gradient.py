@@ -13,8 +13,8 @@ from merge_rl.core.sampling.sampler import sample_with
 from merge_rl.rng import image_seeds
 from merge_rl.workflows.assembly.resolve import resolve_finetune
 from merge_rl.workflows.finetune.job import build_finetune
-from merge_rl.workflows.finetune.kept import KeptRollouts
 from merge_rl.workflows.finetune.learner import Learner, LoopState
+from merge_rl.workflows.finetune.rollouts import KeptRollouts
 from merge_rl.workflows.finetune.step import StepParts
 from merge_rl.workflows.rewards import RewardGradient
 from tests.finetuning import small_config, write_sit_set

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from merge_rl.config import SamplerConfig, UpdateConfig
 from merge_rl.core.sampling.sde import SDE, Gaussian
 from merge_rl.core.step_policy import Action, StillSteps, WindowedSDE, replay
-from merge_rl.workflows.finetune.kept import KeptRollouts
 from merge_rl.workflows.finetune.learner import Learner
+from merge_rl.workflows.finetune.rollouts import KeptRollouts
 from merge_rl.workflows.finetune.updates import PolicyGradient
 
 F64 = torch.float64

@@ -17,7 +17,7 @@ from merge_rl.config import EvaluationConfig, OptimizeConfig, RewardConfig, Sear
 from merge_rl.errors import CheckpointError, ConfigError, IncompatibleCheckpointError, RunError
 from merge_rl.workflows.optimize import OptimizeResult
 from merge_rl.workflows.rollout import Subject
-from merge_rl.workflows.rollout.given import GivenImages
+from merge_rl.workflows.rollout.functions import GivenImages
 
 Generated = Callable[[Subject, Sequence[int], Tensor], Tensor]
 SMALL = OptimizeConfig(

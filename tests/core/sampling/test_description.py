@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import merge_rl as mrl
 from merge_rl.core.sampling.compatibility import require_call
+from merge_rl.core.sampling.description import StatedNetwork, network_of
 from merge_rl.core.sampling.guidance import grid_of
 from merge_rl.core.sampling.paths import PATHS
 from merge_rl.core.sampling.sampler import sample_with
-from merge_rl.core.sampling.stated import StatedNetwork, network_of
 from merge_rl.errors import ConfigError
 from tests.gaussian import denoised, path_velocity
 
