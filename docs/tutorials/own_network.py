@@ -16,6 +16,7 @@ trained with a large step, whose snapshots are merged along the gradient of the 
 import copy
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -78,7 +79,7 @@ def features(points: Tensor) -> Tensor:
     return (points @ frequencies + phases).cos()
 
 
-def points_of(network: nn.Module, seeds: Tensor) -> Tensor:
+def points_of(network: nn.Module, seeds: Sequence[int]) -> Tensor:
     """Points (n, 2): eight steps of Euler from the noise of each seed."""
     x = mrl.seeded_noise(seeds, (2,))
     for step in range(8):
@@ -86,7 +87,7 @@ def points_of(network: nn.Module, seeds: Tensor) -> Tensor:
     return x
 
 
-def generate(network: nn.Module, seeds: Tensor, labels: Tensor) -> Tensor:
+def generate(network: nn.Module, seeds: Sequence[int], labels: Tensor) -> Tensor:
     """Features of what the network makes; there are no classes here."""
     return features(points_of(network, seeds))
 
@@ -113,8 +114,8 @@ print(result.verdict)
 merged = copy.deepcopy(network)
 merged.load_state_dict(load_file(result.run_dir / "merged/model.safetensors"))
 clouds = {
-    "newest": points_of(network, torch.arange(1000)),
-    "merged": points_of(merged, torch.arange(1000)),
+    "newest": points_of(network, range(1000)),
+    "merged": points_of(merged, range(1000)),
     "data": half_moons(1000),
 }
 figure, plots = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")

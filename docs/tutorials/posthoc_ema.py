@@ -15,6 +15,7 @@ average of any width afterwards. Here a flow of points is trained, its averages 
 
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -89,7 +90,7 @@ def features(points: Tensor) -> Tensor:
     return (points @ frequencies + phases).cos()
 
 
-def points_of(network: nn.Module, seeds: Tensor) -> Tensor:
+def points_of(network: nn.Module, seeds: Sequence[int]) -> Tensor:
     """Points (n, 2): eight steps of Euler from the noise of each seed."""
     x = mrl.seeded_noise(seeds, (2,))
     for step in range(8):
@@ -97,7 +98,7 @@ def points_of(network: nn.Module, seeds: Tensor) -> Tensor:
     return x
 
 
-def generate(network: nn.Module, seeds: Tensor, labels: Tensor) -> Tensor:
+def generate(network: nn.Module, seeds: Sequence[int], labels: Tensor) -> Tensor:
     """Features of what the network makes; there are no classes here."""
     return features(points_of(network, seeds))
 

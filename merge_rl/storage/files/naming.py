@@ -127,9 +127,14 @@ def of_series(names: Iterable[str], others: Iterable[str]) -> list[str]:
     return [name for name in others if name not in known and without_numbers(name) in series]
 
 
+def is_convertible(name: str) -> bool:
+    """Whether a name is that of a file which `mergerl convert` reads."""
+    return name.lower().endswith(CONVERTED)
+
+
 def convertible(folder: Path) -> list[Path]:
     """The files in a folder that by their names `mergerl convert` reads, in their natural order."""
-    found = (f for f in folder.iterdir() if f.name.lower().endswith(CONVERTED) and f.is_file())
+    found = (f for f in folder.iterdir() if is_convertible(f.name) and f.is_file())
     return sorted(found, key=lambda file: natural_key(file.stem))
 
 

@@ -17,6 +17,7 @@ from merge_rl.storage.files.naming import (
     SAVED,
     SHARED,
     convertible,
+    is_convertible,
     is_weights_name,
     natural_key,
     training_key,
@@ -233,9 +234,13 @@ def instead_of_weights(folder: Path) -> str:
     if files := convertible(folder):
         kinds = ", ".join(sorted({file.suffix.lower() for file in files}))
         return f"; `mergerl convert` makes them from the {len(files)} {kinds} files there"
-    within = {file.parent.name for file in folder.glob("*/*") if is_weights_name(file.name)}
-    shown = ", ".join(sorted(within, key=natural_key)[:4])
-    return f"; some lie in {shown}: name the folder that is meant" if within else ""
+    for wanted, told in (
+        (is_weights_name, "; some lie in {}: name the folder that is meant"),
+        (is_convertible, "; `mergerl convert` makes them from what lies in {}"),
+    ):
+        if within := {file.parent.name for file in folder.glob("*/*") if wanted(file.name)}:
+            return told.format(", ".join(sorted(within, key=natural_key)[:4]))
+    return ""
 
 
 def index_of(file: Path) -> Path | None:

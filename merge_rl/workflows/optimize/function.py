@@ -70,7 +70,7 @@ def search(
         checkpoints: state dicts of equal names and shapes, oldest first: mappings (of torch's or
             NumPy's numbers), modules or files, in a sequence or by name; or a folder of
             .safetensors. A model or a set may be the name of one on the Hub, "user/repo".
-        generate: (network or weights, N seeds, labels (N,)) -> features (N, D), or images
+        generate: (network or weights, list of N seeds, labels (N,)) -> features (N, D), or images
             where `extractor` names what makes features of them: uint8, or floating on 0..255, whose
             gradient goes on through the extractor. NumPy's do as well. Weights are float32,
             whatever the checkpoints are. Deterministic: a row follows from the weights, its seed

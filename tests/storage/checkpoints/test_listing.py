@@ -97,6 +97,15 @@ def test_folders_of_files_to_convert_say_so(tmp_path: Path) -> None:
     assert told() == f"{makes} 3 .ckpt, .pkl, .pt files there"
 
 
+def test_files_to_convert_a_folder_deeper_are_said_to_be_there(tmp_path: Path) -> None:
+    for name in ("50.ckpt/nnet.pth", "100.ckpt/nnet.pth", "logs/log.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    makes = "no .safetensors files; `mergerl convert` makes them from what lies in 50.ckpt, 100.ckpt"
+    with pytest.raises(CheckpointError, match=f"{makes}$"):
+        list_folder(tmp_path)
+
+
 def test_weights_a_folder_deeper_are_found_or_said_to_be_there(tmp_path: Path) -> None:
     for name in ("step_500/m", "step_2000/m", "other/a", "other/b"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

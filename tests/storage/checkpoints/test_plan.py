@@ -175,7 +175,11 @@ def test_states_are_kept_by_name(tmp_path: Path) -> None:
         "s": ({}, "checkpoint s: expected tensors by name, found nothing"),
         "t": (
             {"w": torch.ones(1), "x": 3},
-            "checkpoint t: expected tensors by name, found int at 'x'",
+            "checkpoint t: expected tensors by name, found int at 'x'$",
+        ),
+        "w": (
+            {"model": {"w": torch.ones(1)}},
+            "found dict at 'model'; hand over one of the state dicts in it, or its file$",
         ),
         "u": ({1: torch.ones(1)}, "found a tensor at 1$"),
         "v": ({"x": torch.ones(1).to_sparse()}, "found a sparse_coo tensor at 'x'$"),
