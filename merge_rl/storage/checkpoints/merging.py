@@ -133,7 +133,9 @@ def keep_states(folder: Path, states: Mapping[str, Mapping[str, Tensor]]) -> Non
             found = f"{_kind(state[odd[0]]) or 'a tensor'} at {odd[0]!r}" if odd else "nothing"
             inner = bool(odd) and isinstance(state[odd[0]], Mapping)
             more = "; hand over one of the state dicts in it, or its file" if inner else ""
-            raise CheckpointError(f"checkpoint {name}: expected tensors by name, found {found}{more}")
+            raise CheckpointError(
+                f"checkpoint {name}: expected tensors by name, found {found}{more}"
+            )
         kept = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_checkpoint(folder / f"{name}.safetensors", kept)
 

@@ -101,7 +101,9 @@ def test_files_to_convert_a_folder_deeper_are_said_to_be_there(tmp_path: Path) -
     for name in ("50.ckpt/nnet.pth", "100.ckpt/nnet.pth", "logs/log.txt"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
-    makes = "no .safetensors files; `mergerl convert` makes them from what lies in 50.ckpt, 100.ckpt"
+    makes = (
+        "no .safetensors files; `mergerl convert` makes them from what lies in 50.ckpt, 100.ckpt"
+    )
     with pytest.raises(CheckpointError, match=f"{makes}$"):
         list_folder(tmp_path)
 
