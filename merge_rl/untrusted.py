@@ -211,7 +211,7 @@ def load_yaml(path: Path, refusal: Refusal = ManifestError) -> object:
 
 def parse_yaml(text: str, where: str, refusal: Refusal = ManifestError) -> object:
     """The one YAML document of a text, as plain data; `where` begins the message of a refusal."""
-    # What is refused here is read once more: for one wording of refusals, with libyaml or not.
+    # What is refused here is parsed again without libyaml, so that messages are the same.
     with suppress(yaml.YAMLError, *_ESCAPING):
         if _is_usual(text):
             return yaml.load(text, Loader=_QuickLoader)

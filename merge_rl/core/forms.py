@@ -113,7 +113,7 @@ def _blocks(
             skips.append(width)
     for i, (res, own) in reversed(list(enumerate(levels))):
         place, attends = f"dec.{res}x{res}", res in attn_resolutions
-        if i == len(levels) - 1:  # in0 asks for attention whatever the resolution
+        if i == len(levels) - 1:  # in0 has attention at every resolution
             yield f"{place}_in0", width, width, True
             yield f"{place}_in1", width, width, False
         else:

@@ -112,7 +112,7 @@ class UNet(nn.Module):
         width = levels[-1][1]
         for level, (res, level_width) in reversed(list(enumerate(levels))):
             prefix = f"{res}x{res}"
-            if level == len(levels) - 1:  # in0 asks for attention whatever the resolution
+            if level == len(levels) - 1:  # in0 has attention at every resolution
                 self.dec[f"{prefix}_in0"] = block(width, width, attention=True)
                 self.dec[f"{prefix}_in1"] = block(width, width)
             else:

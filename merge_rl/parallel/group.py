@@ -21,9 +21,9 @@ from merge_rl.parallel.rendezvous import TIMEOUT, Place, Store, greet, prefixed,
 PAUSE: Final = (1e-4, 5e-3)  # between two looks at an exchange: shortest, longest
 PATIENCE: Final = 1 / 16  # of the time waited so far: a pause, between these two
 LOOK_SECONDS: Final = 0.25  # how often a waiting rank looks for failures of others
-STOOD_SECONDS: Final = 1.0  # longer between two looks: the machine stood, which is nobody's delay
+STOOD_SECONDS: Final = 1.0  # a longer gap between two looks: the machine was suspended
 START_SECONDS: Final = 300.0  # that processes of one launch may start apart, at most
-GRACE: Final = 3.0  # seconds that a lost rank's last words may take
+GRACE: Final = 3.0  # seconds to wait for the last note of a lost rank
 HINT: Final = "; MERGERL_TIMEOUT sets how long to wait"
 DONE: Final = "done: "  # before the phase in which a rank has finished
 
@@ -93,7 +93,7 @@ class Group:
             if now - looked > LOOK_SECONDS:
                 looked = now
                 self.look()
-                # Time begins anew with whatever a rank that is away says.
+                # The timeout starts again with every note of a rank that is at work.
                 if patient and (news := self._listed(away())) != said:
                     said, waited = news, 0.0
             if waited > seconds:

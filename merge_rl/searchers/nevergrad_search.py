@@ -133,7 +133,7 @@ class Nevergrad(Replayed):
         def tell() -> None:
             for candidate, reward in zip(pending, rewards.tolist(), strict=True):
                 self._method.tell(candidate, -reward)  # nevergrad minimises
-            # One that runs in a thread would go on now, with nobody to silence it: wait for it.
+            # A method in a thread of its own would go on unsilenced: wait until it asks again.
             if self.population == 1 and self._left is None:
                 self._ahead = [self._method.ask()]
 

@@ -74,7 +74,7 @@ def fused_sum(sources: Sequence[Tensor], coefficients: Sequence[float], out: Ten
             aligned=math.gcd(WIDEST, *addresses), block=BLOCK, num_warps=WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
-    torch.autograd.graph.increment_version(out)  # or whoever keeps what follows from it is wrong
+    torch.autograd.graph.increment_version(out)  # so that caches keyed by the version notice
 
 
 def sum_parts(terms: Sequence[tuple[Tensor, float]], out: Tensor) -> bool:

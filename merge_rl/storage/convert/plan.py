@@ -198,7 +198,7 @@ def _network(
 
     The config is that of the folder, else what a file states, else what the shapes say.
     """
-    # Whoever assumes least describes the network; what another one assumed gives way to it.
+    # The file that leaves least to assume describes the network; it overrides the others.
     told = sorted((i for i in found if i.config is not None), key=lambda item: len(item.assumed))
     notes: tuple[str, ...] = ()
     if existing is not None:

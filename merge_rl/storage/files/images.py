@@ -132,7 +132,7 @@ def decode_image(data: bytes, name: str) -> Pixels:
             pixels = np.asarray(_as_rgb_or_grey(image, name))
     except ImageError:
         raise
-    except UnidentifiedImageError:  # whose own text is the address of a buffer
+    except UnidentifiedImageError:  # whose message has only the address of a buffer
         if problem := pointer_problem(data):
             raise ImageError(f"{name}: {problem}") from None
         formats = ", ".join(known_formats())

@@ -117,7 +117,7 @@ def map_file(path: Path, header: Header) -> dict[str, Tensor]:
     return views
 
 
-# Word of the same size, the bits that count, and the least and most of what is not finite.
+# Integer type of the same size, mask of exponent and mantissa, range of what is not finite.
 _FORMATS: Final[Mapping[str, tuple[npt.DTypeLike, int, int, int]]] = {
     "F16": (np.uint16, 0x7FFF, 0x7C00, 0x7FFF),
     "BF16": (np.uint16, 0x7FFF, 0x7F80, 0x7FFF),

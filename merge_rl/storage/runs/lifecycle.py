@@ -68,7 +68,9 @@ class StopSignals:
 
     def _interrupt(self) -> NoReturn:
         self._ending = True
-        for handler in self._before.values():  # the command's own hears of it, and is as quiet
+        for (
+            handler
+        ) in self._before.values():  # the command's own handler ignores further signals too
             if hasattr(handler, "ending"):
                 handler.ending = True
         raise KeyboardInterrupt

@@ -29,7 +29,7 @@ from merge_rl.workflows.compare.scores import (
     add_ratios,
     curve_scores,
     fixed_merges,
-    standing,
+    ranking_line,
 )  # fmt: skip
 from merge_rl.workflows.compare.trials import (
     FRACTIONS,
@@ -67,20 +67,20 @@ class Match:
     scores: FreshScores
     curve_images: int
 
-    def play(self, contenders: Sequence[SearcherSpec], seeds: Sequence[int]) -> dict[str, Any]:
+    def play(self, specs: Sequence[SearcherSpec], seeds: Sequence[int]) -> dict[str, Any]:
         """Run all searches in order, reading finished ones from their files; the outcome."""
         shared = resolve_config(self.base, self.opened)
         job = self.jobs.of(shared)
         document = {**self._facts(shared, job, seeds), **self._fixed(shared, job)}
         lines = []
-        for contender in contenders:
-            scored = [self._search(contender, seed) for seed in seeds]
-            lines.append(standing(contender, scored, list(job.references)))
+        for spec in specs:
+            scored = [self._search(spec, seed) for seed in seeds]
+            lines.append(ranking_line(spec, scored, list(job.references)))
         ratios = add_ratios(lines, document["fixed"], document["headline"])
         return {**document, **ratios, "searchers": lines}
 
     def share(
-        self, group: Group, contenders: Sequence[SearcherSpec], seeds: Sequence[int]
+        self, group: Group, specs: Sequence[SearcherSpec], seeds: Sequence[int]
     ) -> dict[str, Any]:
         """As `play`, with all ranks: each takes a search at a time. Every rank calls it.
 
@@ -88,9 +88,9 @@ class Match:
         nothing follows from who made it.
         """
         if group.size == 1:
-            return self.play(contenders, seeds)
+            return self.play(specs, seeds)
         self._require_seen(group)
-        trials = list(itertools.product(contenders, seeds))
+        trials = list(itertools.product(specs, seeds))
         queue = TaskQueue(group, "searches", 1 + len(trials))
         tracker = RankTracker(self.tracker, group, queue, ["fixed merges", *map(_name, trials)])
         own = dataclasses.replace(
@@ -106,7 +106,7 @@ class Match:
                 own._search(*trials[task - 1])
         for _ in queue.wait():
             tracker.tell_news()
-        document = self._read(contenders, seeds) if group.leads else None
+        document = self._read(specs, seeds) if group.leads else None
         found: dict[str, Any] = group.broadcast(document, phase="the outcome")
         return found
 
@@ -134,11 +134,11 @@ class Match:
         own.write(SCORES, self.folder.scores())
         return own
 
-    def _read(self, contenders: Sequence[SearcherSpec], seeds: Sequence[int]) -> dict[str, Any]:
+    def _read(self, specs: Sequence[SearcherSpec], seeds: Sequence[int]) -> dict[str, Any]:
         take_scores(self.folder)
         silent = NullTracker()
         scores = FreshScores(self.folder, self.base.seed, silent)
-        return dataclasses.replace(self, tracker=silent, scores=scores).play(contenders, seeds)
+        return dataclasses.replace(self, tracker=silent, scores=scores).play(specs, seeds)
 
     def cost(self, searches: int, ranks: int) -> str:
         """All that so many searches and their scores will generate at most, and about how long."""
@@ -158,26 +158,26 @@ class Match:
         listed = ", ".join(f"{name} {count:,}" for name, count in parts.items() if count)
         return f"{total:,} images in all at most{time} ({listed})"
 
-    def doubts(self, contenders: Sequence[SearcherSpec], seed: int) -> list[str]:
+    def doubts(self, specs: Sequence[SearcherSpec], seed: int) -> list[str]:
         """What makes the scores of any of the searches doubtful, each once."""
         job = self.jobs.of(resolve_config(self.base, self.opened))
-        settings = (resolve_config(c.config(self.base, seed), self.opened) for c in contenders)
+        settings = (resolve_config(c.config(self.base, seed), self.opened) for c in specs)
         rollout = job.final_rollout.rollout
         found = (search_doubts(each, job.references, rollout) for each in settings)
         return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
-    def _search(self, contender: SearcherSpec, seed: int) -> ScoredTrial:
-        name = _name((contender, seed))
+    def _search(self, spec: SearcherSpec, seed: int) -> ScoredTrial:
+        name = _name((spec, seed))
         try:
-            return self._scored(contender, seed, name)
+            return self._scored(spec, seed, name)
         except MergeRLError as error:  # which of many failed is not in what failed
             error.args = (f"{name}: {error}",)
             raise
 
-    def _scored(self, contender: SearcherSpec, seed: int, name: str) -> ScoredTrial:
-        settings = resolve_config(contender.config(self.base, seed), self.opened)
+    def _scored(self, spec: SearcherSpec, seed: int, name: str) -> ScoredTrial:
+        settings = resolve_config(spec.config(self.base, seed), self.opened)
         job = self.jobs.of(settings)
-        path = self.folder.path / f"{contender.slug}-seed{seed}"
+        path = self.folder.path / f"{spec.slug}-seed{seed}"
         trial = run_trial(path, settings, job, NamedTracker(self.tracker, name))
         return ScoredTrial(
             trial=trial,
@@ -265,5 +265,5 @@ class RankTracker:
 
 
 def _name(trial: tuple[SearcherSpec, int]) -> str:
-    contender, seed = trial
-    return f"{contender.label} seed {seed}"
+    spec, seed = trial
+    return f"{spec.label} seed {seed}"

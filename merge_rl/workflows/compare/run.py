@@ -51,7 +51,7 @@ from merge_rl.workflows.compare.trials import (
     Jobs,
     SearcherSpec,
     check_seeds,
-    parse_contenders,
+    parse_specs,
 )  # fmt: skip
 from merge_rl.workflows.optimize import check_names, require_first_round
 from merge_rl.workflows.report import CompareResult, with_page
@@ -90,10 +90,10 @@ def compare_searchers(
     """
     config, heard = or_defaults(OptimizeConfig, config), tracker_of(tracker, progress)
     seeds = check_seeds(seeds)
-    contenders = parse_contenders(DEFAULT if searchers is None else searchers)
-    if not contenders:
+    specs = parse_specs(DEFAULT if searchers is None else searchers)
+    if not specs:
         raise ConfigError("expected at least one searcher, got none")
-    asked = Asked(contenders, seeds, curve_images, lenient=searchers is None)
+    asked = Asked(specs, seeds, curve_images, lenient=searchers is None)
     with joined() as group:
         return compare_on(group, config, RunDir(out), asked, heard)
 
@@ -102,7 +102,7 @@ def compare_searchers(
 class Asked:
     """What is to be compared; `lenient`: without the searchers that cannot work here."""
 
-    contenders: Sequence[SearcherSpec]
+    specs: Sequence[SearcherSpec]
     seeds: Sequence[int]
     curve_images: int | None
     lenient: bool
@@ -167,7 +167,7 @@ def _shared(config: OptimizeConfig, checkpoints: str) -> OptimizeConfig:
 def _check(
     asked: Asked, base: OptimizeConfig, opened: CheckpointSet, jobs: Jobs
 ) -> tuple[list[SearcherSpec], list[str]]:
-    """The contenders that can work, and a sentence for each that cannot, if that is allowed."""
+    """The searchers that can work, and a sentence for each that cannot, if that is allowed."""
 
     def fits(settings: OptimizeConfig) -> None:
         check_names(settings)
@@ -179,18 +179,18 @@ def _check(
     def works(settings: OptimizeConfig) -> None:
         require_first_round(settings, jobs.of(settings))
 
-    able, left_out = list(asked.contenders), list[str]()
+    able, left_out = list(asked.specs), list[str]()
     for check in (fits, works):  # what is fetched is fetched when all are known to fit
-        for contender in tuple(able):
+        for spec in tuple(able):
             try:
-                check(resolve_config(contender.config(base, asked.seeds[0]), opened))
+                check(resolve_config(spec.config(base, asked.seeds[0]), opened))
             except ConfigError as error:
-                text = f"searcher {contender.label}: {error}"
+                text = f"searcher {spec.label}: {error}"
                 if not asked.lenient:
                     kind = BudgetError if isinstance(error, BudgetError) else ConfigError
                     raise kind(text) from None
                 left_out.append(text)
-                able.remove(contender)
+                able.remove(spec)
     if not able:
         raise ConfigError(f"no searcher can work here: {left_out[0]}")
     return able, left_out

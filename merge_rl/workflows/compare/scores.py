@@ -95,8 +95,8 @@ def coefficient_spread(trials: Sequence[Trial]) -> float | None:
     return float(stacked.std(dim=0).flatten().quantile(0.5))
 
 
-def standing(
-    contender: SearcherSpec, trials: Sequence[ScoredTrial], names: Sequence[str]
+def ranking_line(
+    spec: SearcherSpec, trials: Sequence[ScoredTrial], names: Sequence[str]
 ) -> dict[str, Any]:
     """A line of the ranking, for JSON; `names` are those of the references."""
     plain = [scored.trial for scored in trials]
@@ -104,9 +104,9 @@ def standing(
     found = {name: spread_of([scored.mean(name) for scored in trials]) for name in metrics}
     curves = zip(*(scored.curve for scored in trials), strict=True)
     return {
-        "searcher": contender.label,
-        "name": contender.name,
-        "settings": dict(contender.settings),
+        "searcher": spec.label,
+        "name": spec.name,
+        "settings": dict(spec.settings),
         "images": int(statistics.median(trial.images for trial in plain)),
         "evaluations": int(statistics.median(scored.evaluations for scored in trials)),
         "fid": {name: found.pop(name) for name in names},

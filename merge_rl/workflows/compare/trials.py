@@ -77,7 +77,7 @@ class SearcherSpec:
         return from_mapping(OptimizeConfig, values)
 
 
-def parse_contender(text: str) -> SearcherSpec:
+def parse_spec(text: str) -> SearcherSpec:
     """NAME [label=LABEL] [preset=NAME] [KEY=VALUE ...], with keys such as search.std or merge.map.
 
     Raises ConfigError for what does not read so, and for settings that all must share.
@@ -123,10 +123,10 @@ def _value(name: str, pair: str, text: str) -> Any:
     return parse_yaml(text, f"searcher {name}: {pair}", ConfigError)
 
 
-def parse_contenders(texts: Sequence[str]) -> tuple[SearcherSpec, ...]:
+def parse_specs(texts: Sequence[str]) -> tuple[SearcherSpec, ...]:
     """All of them, in order; ConfigError where two could not be told apart."""
-    found = tuple(parse_contender(text) for text in texts)
-    slugs = [contender.slug for contender in found]
+    found = tuple(parse_spec(text) for text in texts)
+    slugs = [spec.slug for spec in found]
     twice = next((c.label for c in found if slugs.count(c.slug) > 1), None)
     if twice is not None:
         raise ConfigError(

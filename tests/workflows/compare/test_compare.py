@@ -29,8 +29,8 @@ from merge_rl.workflows.compare.trials import (
     Jobs,
     Trial,
     check_seeds,
-    parse_contender,
-    parse_contenders,
+    parse_spec,
+    parse_specs,
 )
 from merge_rl.workflows.evaluate.score_store import ScoreStore
 from merge_rl.workflows.optimize.search import run_search
@@ -81,13 +81,13 @@ def scored_images(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-# ------------------------------------------------------------------------------------ contenders
+# ------------------------------------------------------------------------------------ specs
 
 
-def test_a_contender_has_settings_and_a_label() -> None:
-    plain = parse_contender("nevergrad:TBPSA")
+def test_a_spec_has_settings_and_a_label() -> None:
+    plain = parse_spec("nevergrad:TBPSA")
     assert (plain.label, plain.name, plain.slug) == ("nevergrad:TBPSA",) * 2 + ("nevergrad-TBPSA",)
-    found = parse_contender("policy-gradient label='wide steps' search.std=2 merge.map=affine")
+    found = parse_spec("policy-gradient label='wide steps' search.std=2 merge.map=affine")
     assert (found.label, found.slug) == ("wide steps", "wide-steps")
     config = found.config(OptimizeConfig(checkpoints="x", budget=7), seed=9)
     assert (config.search.std, config.merge.map, config.seed, config.budget) == (
@@ -96,7 +96,7 @@ def test_a_contender_has_settings_and_a_label() -> None:
         9,
         7,
     )
-    paper = parse_contender("policy-gradient preset=paper search.std=0.5")
+    paper = parse_spec("policy-gradient preset=paper search.std=0.5")
     config = paper.config(OptimizeConfig(checkpoints="x"), seed=0)
     assert (config.search.policy, config.search.std, config.merge.map) == ("mlp", 0.5, "free")
 
@@ -118,14 +118,14 @@ def test_a_contender_has_settings_and_a_label() -> None:
         ("lcsc preset=none", "unknown preset 'none'"),
     ],
 )
-def test_what_is_no_contender_is_refused(text: str, message: str) -> None:
+def test_what_is_no_spec_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_contender(text)
+        parse_spec(text)
 
 
-def test_contenders_and_seeds_come_once() -> None:
+def test_specs_and_seeds_come_once() -> None:
     with pytest.raises(ConfigError, match="'a b' is there twice; .* label="):
-        parse_contenders(["x label=a-b", "y label='a b'"][::-1])
+        parse_specs(["x label=a-b", "y label='a b'"][::-1])
     assert check_seeds([2, 0]) == (2, 0)
     with pytest.raises(ConfigError, match="got 1 twice"):
         check_seeds([1, 0, 1])
@@ -157,7 +157,7 @@ def test_what_a_search_reports_on_the_way() -> None:
 
 def test_a_search_is_that_of_a_run_of_its_own(compared: Compared, tmp_path: Path) -> None:
     # The second search after another with the same objects: nothing of the first is left in them.
-    config = parse_contender("policy-gradient").config(compared.config, seed=4)
+    config = parse_spec("policy-gradient").config(compared.config, seed=4)
     opened = mrl.open_checkpoints(config.checkpoints, track="raw")
     resolved = resolve_config(config, opened)
     job = build_job(resolved, opened)
@@ -220,7 +220,7 @@ def test_what_searches_can_share_is_built_once(compared: Compared) -> None:
     jobs = Jobs(opened, lambda _text: None)
 
     def job(text: str, seed: int) -> Job:
-        return jobs.of(resolve_config(parse_contender(text).config(compared.config, seed), opened))
+        return jobs.of(resolve_config(parse_spec(text).config(compared.config, seed), opened))
 
     first, second = job("policy-gradient", 0), job("random reward.name=fid-full", 1)
     assert second.flat is first.flat

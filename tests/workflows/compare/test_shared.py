@@ -17,7 +17,7 @@ from merge_rl.parallel.group import Group
 from merge_rl.storage.runs.run_dir import RunDir
 from merge_rl.workflows.compare import trials
 from merge_rl.workflows.compare.run import Asked, compare_on, compare_searchers
-from merge_rl.workflows.compare.trials import parse_contenders
+from merge_rl.workflows.compare.trials import parse_specs
 from merge_rl.workflows.optimize import run_search
 from merge_rl.workflows.report import CompareResult
 from tests.ranks import on_ranks
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.usefixtures("no_network_here"), pytest.mark.numerics]
 
 TinyConfig = Callable[..., OptimizeConfig]
 SEARCHERS = ["policy-gradient", "best-checkpoint"]
-ASKED = Asked(parse_contenders(SEARCHERS), (3, 4), 10, lenient=False)
+ASKED = Asked(parse_specs(SEARCHERS), (3, 4), 10, lenient=False)
 
 
 class Notes(NullTracker):

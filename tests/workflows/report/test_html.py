@@ -17,7 +17,7 @@ from merge_rl.config import OptimizeConfig
 from merge_rl.errors import RunError
 from merge_rl.interfaces import NullTracker
 from merge_rl.storage.runs import FinetuneRun, RunDir
-from merge_rl.workflows.compare.trials import parse_contender
+from merge_rl.workflows.compare.trials import parse_spec
 from merge_rl.workflows.optimize import optimize
 from merge_rl.workflows.report import LivePage, with_page, write_report, writing
 from merge_rl.workflows.report.compare_html import compare_document, cost_to_reach, spec_of
@@ -273,9 +273,9 @@ def test_cost_to_reach_is_the_first_look_at_or_below(tmp_path: Path) -> None:
              "nevergrad:CMA label='a b' search.std=0.5 merge.max_abs=null"],
 )  # fmt: skip
 def test_searchers_are_named_as_the_command_takes_them(text: str) -> None:
-    before = parse_contender(text)
+    before = parse_spec(text)
     line = {"searcher": before.label, "name": before.name, "settings": dict(before.settings)}
-    assert parse_contender(spec_of(line)) == before
+    assert parse_spec(spec_of(line)) == before
 
 
 def test_a_comparison_that_goes_on_lists_its_searches(tmp_path: Path) -> None:
