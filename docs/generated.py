@@ -77,8 +77,19 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+RETURNED = (
+    "merge_rl.workflows.report.results.EvaluateResult",
+    "merge_rl.workflows.report.results.Score",
+    "merge_rl.workflows.report.results.CompareResult",
+    "merge_rl.workflows.report.results.SearcherScore",
+    "merge_rl.workflows.report.results.Verdict",
+    "merge_rl.storage.hub.upload.Pushed",
+    "merge_rl.core.distances.neighbours.PRDC",
+)
+
+
 def python() -> Iterator[str]:
-    """Every public name, functions before classes."""
+    """Every public name, functions before classes, then what functions return beside these."""
     yield "Python\n======\n\n.. currentmodule:: merge_rl\n"
     yield "Everything here is imported from ``merge_rl``, on first use.\n"
     names = [name for name in merge_rl.__all__ if not name.startswith("_")]
@@ -89,6 +100,9 @@ def python() -> Iterator[str]:
             if inspect.isclass(value) == (kind == "class"):
                 members = "\n   :members:" if kind == "class" else ""
                 yield f".. auto{kind}:: {name}{members}\n"
+    yield "Results\n-------\n\nWhat some of the functions return; these are not made by hand.\n"
+    for name in RETURNED:
+        yield f".. autoclass:: {name}\n   :members:\n"
 
 
 def as_restructured(
@@ -115,9 +129,9 @@ def literal_blocks(lines: list[str]) -> Iterator[str]:
 
 
 def escaped(line: str) -> str:
-    """Stars, bars and trailing underscores outside of `names` mean themselves."""
+    """Stars, bars, @ and trailing underscores outside of `names` mean themselves."""
     return "".join(_escaped(part) for part in re.split(r"(`[^`]*`)", line))
 
 
 def _escaped(part: str) -> str:
-    return part if part.startswith("`") else re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", part)
+    return part if part.startswith("`") else re.sub(r"([*|@]|(?<=\w)_(?=\W|$))", r"\\\1", part)

@@ -103,7 +103,8 @@ def evaluate(
             `save_features` that was cut short goes on from what is there, and ends in the same
             numbers.
 
-    Where there is only one block of images an interval's ends are None. Raises CheckpointError for
+    `result.score("fid", "heldout")` is one of the scores that come back; where there is only one
+    block of images an interval's ends are None. Raises CheckpointError for
     what is no model, ConfigError where no reference is known or settings cannot work,
     StatisticsError for statistics of another extractor, NonFiniteSamplesError for samples that are
     not finite.

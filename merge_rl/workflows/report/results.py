@@ -199,7 +199,7 @@ def _lead(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]], head: str
 
 @dataclass(frozen=True)
 class Score:
-    """A metric over several repeats; without an interval where there is but one."""
+    """Mean, 95 % interval (low, high; None for one repeat), minimum and values of a metric."""
 
     mean: float
     low: float | None  # ends of the 95 % interval
@@ -267,7 +267,7 @@ class EvaluateResult(dict[str, Any]):
 
 @dataclass(frozen=True)
 class SearcherScore:
-    """Held-out FID of what a searcher found (to the reference where nothing is held out)."""
+    """Held-out FID of what a searcher found: median, low and high over its seeds, and images."""
 
     searcher: str
     median: float | None  # over the seeds of the searches; None where it is not finite
