@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -157,6 +158,11 @@ def absent(path: object, expected: str = "file or folder", *, of_hub: bool = Fal
     named = of_hub and "/" in repo and address[0] not in ("http://", "https://", "s3://", "gs://")
     way = f", or the repository's name: {repo}" if named else ": download it first"
     return f"{text}: an address, expected a {expected}{way}"
+
+
+def quoted(path: object) -> str:
+    """A path as a shell takes it, in a command that is there to be typed."""
+    return shlex.quote(str(path))
 
 
 @contextmanager

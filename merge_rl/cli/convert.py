@@ -13,7 +13,7 @@ from merge_rl.cli.options import build, named, with_settings
 from merge_rl.cli.output import ByteTracker, JsonFlag, print_json, tell
 from merge_rl.cli.tables import print_table
 from merge_rl.config import ConvertConfig
-from merge_rl.errors import ConfigError
+from merge_rl.errors import ConfigError, quoted
 
 if TYPE_CHECKING:
     from merge_rl.storage.convert import ConvertResult
@@ -131,7 +131,7 @@ def _show(result: ConvertResult, *, json: bool) -> None:
             for row in rows
         ],
     )
-    tell(f"next: mergerl inspect {folder}")
+    tell(f"next: mergerl inspect {quoted(folder)}")
 
 
 def _text(value: object) -> str:

@@ -17,6 +17,7 @@ from merge_rl.cli.results import (
     print_finetuned,
 )
 from merge_rl.config import PAPER_REWARD, FinetuneConfig, to_mapping
+from merge_rl.errors import quoted
 
 if TYPE_CHECKING:
     from merge_rl.workflows.finetune import FinetuneResult
@@ -116,7 +117,7 @@ def _drive_new(
 def _drive(run: Path, job: Callable[[ProgressTracker], FinetuneResult], *, json: bool) -> None:
     from merge_rl.storage.runs import is_finetune_run
 
-    done = f"finished steps are saved. Go on with: mergerl resume {run}"
+    done = f"finished steps are saved. Go on with: mergerl resume {quoted(run)}"
     begun = partial(is_finetune_run, run)
     with stoppable(begun, done), FinetuneTracker(quiet=json) as tracker:
         result = job(tracker)

@@ -20,7 +20,7 @@ from merge_rl.cli.output import (
 )
 from merge_rl.cli.tables import print_table
 from merge_rl.config import FetchConfig
-from merge_rl.errors import ConfigError
+from merge_rl.errors import ConfigError, quoted
 
 if TYPE_CHECKING:
     from merge_rl.storage.checkpoints import KnownSet
@@ -122,7 +122,7 @@ def fetch(
         print_json(_plan_document(plan) | _result_document(result))
         return
     tell(f"{len(result.fetched)} files fetched, {len(result.kept)} were there already")
-    tell(f"look at them: mergerl inspect {folder}")
+    tell(f"look at them: mergerl inspect {quoted(folder)}")
 
 
 def push(

@@ -12,7 +12,7 @@ import typer
 from merge_rl.cli.output import JsonFlag, note, note_all, print_json, tell
 from merge_rl.cli.results import interval_text
 from merge_rl.cli.tables import print_table
-from merge_rl.errors import CheckpointError, IncompatibleCheckpointError
+from merge_rl.errors import CheckpointError, IncompatibleCheckpointError, quoted
 from merge_rl.own_code import allow_network
 from merge_rl.progress import counted
 
@@ -184,7 +184,7 @@ def _print_run(path: Path, document: Mapping[str, Any]) -> None:
     rows = [[key, _shown(value)] for key, value in document.items() if key != "comparison"]
     print_table(str(path), ["run", ""], rows)
     if document["state"] == "unfinished":
-        tell(f"go on with: mergerl resume {path}")
+        tell(f"go on with: mergerl resume {quoted(path)}")
     if (comparison := document["comparison"]) is None:  # not there yet, or one that is compared
         return
     headline, entries = comparison["headline"], comparison["entries"]

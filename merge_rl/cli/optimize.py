@@ -23,6 +23,7 @@ from merge_rl.cli.output import (
 from merge_rl.cli.plan import show_plan
 from merge_rl.cli.results import print_result, result_document
 from merge_rl.config import OptimizeConfig
+from merge_rl.errors import quoted
 from merge_rl.own_code import allow
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def demo(
         tell(f"wrote {path}: {len(opened)} checkpoints of {name} (tracks {tracks})")
     recipe = " --config digits28" if pixels == 28 else ""
     for path in written.values():
-        tell(f"next: mergerl optimize {path}{recipe}")
+        tell(f"next: mergerl optimize {quoted(path)}{recipe}")
 
 
 Out = Annotated[
@@ -209,7 +210,7 @@ def resume(
 
 
 def _drive(run_dir: Path, job: Callable[[ProgressTracker], OptimizeResult], *, json: bool) -> None:
-    done = f"finished rounds are saved. Go on with: mergerl resume {run_dir}"
+    done = f"finished rounds are saved. Go on with: mergerl resume {quoted(run_dir)}"
     begun = (run_dir / "config.yaml").is_file
     with stoppable(begun, done), ProgressTracker() as tracker:
         result = job(tracker)

@@ -97,9 +97,16 @@ def _print(text: str, *, stderr: bool) -> None:
 
 @contextlib.contextmanager
 def stoppable(saved: Callable[[], bool], sentence: str) -> Iterator[None]:
-    """Ctrl-C inside says what is kept and how to go on, where `saved`, and ends the command."""
+    """Ctrl-C inside says what is kept and how to go on, where `saved`, and ends the command.
+
+    An error of the disk, such as a full one, says it too before it ends the command.
+    """
     try:
         yield
+    except OSError:
+        if saved():
+            note(sentence)
+        raise
     except KeyboardInterrupt:
         if not saved():
             raise

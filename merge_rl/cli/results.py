@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_rl.cli.output import ProgressTracker, escape, say, tell
 from merge_rl.cli.tables import print_table
+from merge_rl.errors import quoted
 from merge_rl.progress import number, pool_text
 
 if TYPE_CHECKING:
@@ -224,5 +225,5 @@ def print_finetuned(result: FinetuneResult) -> None:
     )
     if result.skipped:
         tell(f"{result.skipped} steps were skipped: their reward or loss was not finite")
-    tell(f"merge the trajectory: mergerl optimize {result.run_dir}")
+    tell(f"merge the trajectory: mergerl optimize {quoted(result.run_dir)}")
     tell(finetune_verdict(comparison, labels).line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,7 +26,9 @@ from PIL import Image
 
 import merge_rl as mrl
 from merge_rl.cli import main as main_module
+from merge_rl.storage.runs import RunDir
 from merge_rl.version import __version__
+from merge_rl.workflows.optimize.state import SearchState
 from tests.children import Child
 from tests.fixtures import RAW
 
@@ -616,6 +619,29 @@ def test_interrupted_before_there_is_anything_to_keep(
     assert (code, out) == (1, "")
     assert err.strip() == "error: interrupted"
     assert everything_in(tmp_path) == before
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_full_disk_is_told_with_the_way_to_go_on(
+    tiny: Path, mergerl: Mergerl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, left = SearchState.save, [1]
+
+    def full(state: SearchState, run: RunDir) -> None:
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device", "state.safetensors")
+        left.pop()
+        save(state, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchState, "save", full)
+        code, _, err = mergerl("optimize", tiny, "--out", "a run", *SMALL)
+    assert code == 1
+    assert err.splitlines()[-2:] == [
+        "note: finished rounds are saved. Go on with: mergerl resume 'a run'",
+        "error: state.safetensors: No space left on device",
+    ]
+    assert mergerl("resume", "a run").code == 0
 
 
 @pytest.mark.usefixtures("no_network")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from merge_rl.config import FinetuneConfig, OptimizeConfig
-from merge_rl.errors import CheckpointError, RunError, absent
+from merge_rl.errors import CheckpointError, RunError, absent, quoted
 from merge_rl.storage.checkpoints import CONFIG_NAME, has_manifest
 from merge_rl.storage.files import absolute, is_image_name, read_header, reference_file, weights_in
 from merge_rl.storage.runs.run_dir import SETTINGS, FinetuneRun, RunDir, is_finetune_run
@@ -109,7 +109,7 @@ def find_set(path: str | os.PathLike[str]) -> Meant:
     folder = only_inside(given) if given.is_dir() else given
     kind = folder_kind(folder) if folder.is_dir() else "nothing"
     if kind in ("run", "comparison"):
-        of = f"; mergerl report {folder} writes its page"
+        of = f"; mergerl report {quoted(folder)} writes its page"
         if kind == "run":
             of = f", of the set {RunDir(folder).config().checkpoints}"
         raise CheckpointError(f"{folder}: expected a set of checkpoints, found a {kind}{of}")
@@ -147,7 +147,7 @@ def find_run(path: str | os.PathLike[str]) -> Meant:
 def result_of(run: Path) -> Path:
     """The model that a finished run, or fine-tuning run, has written; else RunError."""
     if RunDir(run).read("result.json") is None:
-        raise RunError(f"{run}: the run is not finished; go on with: mergerl resume {run}")
+        raise RunError(f"{run}: the run is not finished; go on with: mergerl resume {quoted(run)}")
     tuned = is_finetune_run(run)
     result = FinetuneRun(run).final_path if tuned else RunDir(run).merged_path
     if not result.is_dir():
@@ -292,7 +292,7 @@ def _present(path: Path, run: Path, name: str, announce: Callable[[str], None]) 
                 announce(f"{name} is no longer {path}; taken from {found}")
                 return found
     if name in ("checkpoints", "model"):
-        way = f"say where it is now: mergerl resume {run} --checkpoints PATH"
+        way = f"say where it is now: mergerl resume {quoted(run)} --checkpoints PATH"
     else:
         settings = "finetune.yaml" if (run / "finetune.yaml").is_file() else "config.yaml"
         way = f"put it back, or say in {run / settings} where it is now"

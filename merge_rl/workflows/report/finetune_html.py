@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.config import CURVES, FinetuneConfig, load_mapping
+from merge_rl.errors import quoted
 from merge_rl.progress import counted, number
 from merge_rl.storage.runs import FinetuneRun
 from merge_rl.workflows.report.elements import badge, facts, figure, grids, headline, span_of, strip
@@ -125,7 +126,8 @@ def _headline(run: TuningFacts) -> Safe:
     why = f" The last steps had a {failing[-1]} that is not finite." if len(failing) == 3 else ""
     top = headline(None, f"Not finished: step {done:,} of {of:,}.{why}", context)
     bar = tag("progress", value=done, max=of)
-    return joined([top, bar, tag("p", f"If it was stopped: mergerl resume {shown_path(run.path)}")])
+    path = quoted(shown_path(run.path))
+    return joined([top, bar, tag("p", f"If it was stopped: mergerl resume {path}")])
 
 
 def _pictures(run: TuningFacts) -> Safe:

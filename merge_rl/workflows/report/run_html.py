@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from merge_rl.config import OptimizeConfig
+from merge_rl.errors import quoted
 from merge_rl.progress import counted, number
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.report.elements import TITLES, before_after, facts, headline, pictured
@@ -102,7 +103,8 @@ def _to_go(run: RunFacts) -> Safe:
     done = run.events[-1]["images"] if run.events else 0
     budget = run.setting("budget") or 1
     bar = tag("progress", value=min(done, budget), max=budget)
-    return joined([bar, tag("p", f"If it was stopped: mergerl resume {shown_path(run.path)}")])
+    path = quoted(shown_path(run.path))
+    return joined([bar, tag("p", f"If it was stopped: mergerl resume {path}")])
 
 
 def _warnings(run: RunFacts) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from merge_rl.errors import ConfigError, MergeRLError
+from merge_rl.errors import ConfigError, MergeRLError, quoted
 from merge_rl.interfaces import Tracker
 from merge_rl.progress import announcing
 from merge_rl.storage.files import write_text
@@ -115,7 +115,7 @@ def with_page(folder: Path | None, tracker: Tracker) -> Iterator[Tracker]:
         written = write_report(folder)
     except (MergeRLError, OSError) as error:
         where = f"{name}: " if (name := getattr(error, "filename", None)) else ""
-        later = f"write it with mergerl report {folder}"
+        later = f"write it with mergerl report {quoted(folder)}"
         announcing(tracker)(f"no page: {where}{reason(error)}; {later}")
         return
     if written.note:
