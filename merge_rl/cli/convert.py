@@ -37,13 +37,13 @@ def convert(
 ) -> None:
     """Turn checkpoints of any network into safetensors, not running them.
 
-    EDM2: network snapshots (.pkl), and training-state-*.pt where they are named one by one or
-    have their folder to themselves. SiT, DiT, REPA and JiT: released weights and training
-    checkpoints (.pt, .pth). Of any network: state dicts, post-hoc EMA folders, Lightning's .ckpt,
-    folders of accelerate, diffusers and torch.distributed, LoRA adapters of PEFT; each format is
-    told by what the files hold. A pickle can run any program when it is loaded; here it is read as
-    data, and a file that asks for anything else is refused by what it asks for. Types are kept:
-    float16 stays float16.
+    EDM2: network snapshots (.pkl), and training-state-*.pt where they are named one by one or have
+    their folder to themselves. SiT, DiT, REPA and JiT: released weights and training checkpoints
+    (.pt, .pth). Of any network: state dicts, post-hoc EMA folders, Lightning's .ckpt, folders of
+    accelerate, diffusers, DeepSpeed and torch.distributed, Composer's .pt, LoRA adapters of PEFT;
+    each format is told by what the files hold. A pickle can run any program when it is loaded;
+    here it is read as data, and a file that asks for anything else is refused by what it asks for.
+    Types are kept: float16 stays float16.
 
     All files must be of the same network. What is in DIR already and sound is kept, so start an
     interrupted conversion again as it was:

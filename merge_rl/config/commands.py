@@ -211,7 +211,7 @@ class GenerationConfig:
     """How a model's images are made; None, and no sampler: as its run or set says."""
 
     network: str | None = setting(
-        None, "Your own, package.module:factory, which says what it predicts over which time.",
+        None, "Your own network: package.module:factory that returns merge_rl.describe(...).",
         MODEL, "--network", unset="that of the model",
     )  # fmt: skip
     autoencoder: str | None = setting(

@@ -88,7 +88,12 @@ class RunConfig:
     None stands for what the set, or the run or set of a model, says.
     """
 
-    extractor: str | None = setting(None, "Feature extractor.", DATA, "--extractor", unset=OF_SET)
+    extractor: str | None = setting(
+        None,
+        "Feature extractor: inception, dinov2, efficientnet-lite0, clip, ..., or "
+        "package.module:factory; several with commas.",
+        DATA, "--extractor", unset=OF_SET,
+    )  # fmt: skip
     extractor_weights: str | None = setting(
         None, "The extractor's weights; with NAME those of another extractor of the reward.",
         DATA, "--extractor-weights", metavar="[NAME=]PATH", unset=OF_SET, named="extra_weights",
@@ -112,7 +117,7 @@ class RunConfig:
         metadata=about(help="Weights of other extractors of the reward, by name.", panel=DATA),
     )
     network: str | None = setting(
-        None, "Your own, package.module:factory, which says what it predicts over which time.",
+        None, "Your own network: package.module:factory that returns merge_rl.describe(...).",
         MODEL, "--network", unset="that of the set",
     )  # fmt: skip
     autoencoder: str | None = setting(

@@ -267,7 +267,7 @@ class EvaluateResult(dict[str, Any]):
 
 @dataclass(frozen=True)
 class SearcherScore:
-    """Held-out FID of what a searcher found: median, low and high over its seeds, and images."""
+    """FID of what a searcher found, held-out where there is some: median, low, high over seeds."""
 
     searcher: str
     median: float | None  # over the seeds of the searches; None where it is not finite
