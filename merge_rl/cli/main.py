@@ -150,6 +150,14 @@ def _find_home() -> None:
         sys.argv[1:] = at_home(sys.argv[1:])
 
 
+def _require_place() -> None:
+    """Refuse to work where the current folder was removed: libraries end the process there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("the current folder is there no more; change to one that is") from None
+
+
 def _require_said(arguments: Sequence[str]) -> None:
     """Refuse an argument of no characters, which as a path would mean the current folder."""
     for before, argument in zip(("", *arguments), arguments, strict=False):
@@ -213,6 +221,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, stop)
     ranks.quiet_followers()
     try:
+        _require_place()
         _find_home()
         _require_said(sys.argv[1:])
         listed = sys.argv[1:] in ([], ["--help"], ["-h"])

@@ -399,3 +399,15 @@ def test_a_full_disk_is_one_sentence(
     found = mergerl("merge", tiny, "out", "--track", "raw", "--uniform")
     require_one_sentence(found, r"model\.safetensors: cannot be written: No space left on device")
     assert everything_in(tmp_path) == before
+
+
+def test_where_the_current_folder_is_gone_nothing_is_done(
+    mergerl: Mergerl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    ended = mergerl("inspect", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err == "error: the current folder is there no more; change to one that is\n"
