@@ -205,12 +205,12 @@ def _shown(value: object) -> str:
 
 def _show_file(path: Path, *, network: str | None, json: bool) -> None:
     from merge_rl.storage.checkpoints import check_model_file, left_in_file, require_network
-    from merge_rl.storage.files import left_to_convert, weights_in
+    from merge_rl.storage.files import left_out, weights_in
 
     tensors, stated = check_model_file(path)
     config = stated if network is None else {"model": network}
-    beside = left_to_convert(path, weights_in(path)) if path.is_dir() else ""
-    note_all(list(filter(None, (left_in_file(path), beside))))
+    beside = left_out(path, weights_in(path)) if path.is_dir() else []
+    note_all([*filter(None, [left_in_file(path)]), *beside])
     document: dict[str, Any] = {
         "kind": "model",
         "network": _network_name(config, {key: info.shape for key, info in tensors.items()}),

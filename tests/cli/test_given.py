@@ -148,6 +148,15 @@ def test_the_series_beside_the_last_weights_of_a_training_is_named(
     assert f"run: expected at least 2 checkpoints, got 1; {left}" in ended.err
 
 
+def test_downloads_that_were_cut_are_named(tiny: Path, mergerl: Mergerl) -> None:
+    shutil.copytree(tiny / "raw", "set")
+    for name in ("a.safetensors.part", "b.safetensors.crdownload", "notes.txt.part", "x.part"):
+        Path("set", name).touch()
+    ended = mergerl("inspect", "set", "--quick")
+    cut = "a.safetensors.part, b.safetensors.crdownload"
+    assert f"note: set: left out {cut}, whose download is not finished\n" in ended.err
+
+
 def test_a_checkpoint_of_a_set_is_published_with_a_card(tiny: Path, mergerl: Mergerl) -> None:
     pushed = mergerl("push", tiny, "user/repo", "--dry-run", "--json")
     newest = open_checkpoints(tiny).paths[-1]

@@ -29,7 +29,7 @@ from merge_rl.storage.files import (
     StoredWeights,
     TensorInfo,
     WeightsReader,
-    left_to_convert,
+    left_out,
     nearest,
     require_finite,
     tensor_bytes,
@@ -180,8 +180,7 @@ class CheckpointSet:
         ]
         if left := self._headers[0].left_text:
             notes.append(f"{self.folder}: {left}")
-        others = "" if self.manifest else left_to_convert(self.folder, self.paths)
-        return [*notes, others] if others else notes
+        return notes if self.manifest else [*notes, *left_out(self.folder, self.paths)]
 
     @property
     def total_bytes(self) -> int:

@@ -138,7 +138,19 @@ def convertible(folder: Path) -> list[Path]:
     return sorted(found, key=lambda file: natural_key(file.stem))
 
 
-def left_to_convert(folder: Path, files: Iterable[Path]) -> str:
+_UNFINISHED: Final = (".part", ".crdownload", ".download", ".partial", ".incomplete", ".aria2")
+
+
+def left_out(folder: Path, files: Iterable[Path]) -> list[str]:
+    """A sentence each on what lies beside the files of a set, and is none of them."""
+    found = (item.name for item in folder.iterdir() if item.suffix.lower() in _UNFINISHED)
+    cut = sorted((n for n in found if is_weights_name(PurePath(n).stem)), key=natural_key)
+    shown = ", ".join(cut[:3]) + " ..." * (len(cut) > 3)
+    told = [f"{folder}: left out {shown}, whose download is not finished"] if cut else []
+    return [*told, *filter(None, [_left_to_convert(folder, files)])]
+
+
+def _left_to_convert(folder: Path, files: Iterable[Path]) -> str:
     """A sentence on what is of a series, but to be converted; or "".
 
     Other formats beside the `.safetensors` of a series, or beside one of a finished training the
