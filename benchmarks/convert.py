@@ -95,7 +95,7 @@ def write_formats(folder: Path, megabytes: int) -> dict[str, Path]:
     }  # fmt: skip
     for path, data in files.values():
         torch.save(data, path)
-    save({"model": weights}, checkpoint_id=folder / "distcp/step_1000", no_dist=True)
+    save({"model": weights}, checkpoint_id=folder / "distcp/step_1000")
     found = {name: path for name, (path, _) in files.items()}
     return {**found, **places, "distcp": folder / "distcp/step_1000"}
 
@@ -105,7 +105,7 @@ def write_network(name: str, folder: Path) -> dict[str, Path]:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     (snapshot, weights), pieces = make_snapshot(name, folder), folder / "network/step_1000"
-    save({"model": weights}, checkpoint_id=pieces, no_dist=True)
+    save({"model": weights}, checkpoint_id=pieces)
     return {f"{name} snapshot": snapshot, f"{name} distcp": pieces}
 
 

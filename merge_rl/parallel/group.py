@@ -50,8 +50,7 @@ class Group:
         self._store = store
         self._links: Any = None  # torch's stubs know half of what it can do
         self._begun: list[Transfer] = []  # and not settled yet
-        self._abandoned = False
-        self._met = False  # whether this set of processes has found itself
+        self._abandoned = self._met = False  # met: this set of processes has found itself
         self._barriers = 0
 
     @property
@@ -141,7 +140,8 @@ class Group:
         rows = rows.contiguous()
         found = [torch.empty_like(rows) for _ in range(self.size)] if self.leads else []
         self.note(f"{DONE}{phase}")
-        self._wait(self._links.gather(found, rows, 0), phase)
+        # As lists: PyTorch 2.6 refuses ranks that gather nothing where rows are given alone.
+        self._wait(self._links.gather([found] if found else [], [rows]), phase)
         return found if self.leads else None
 
     def send(self, rows: Tensor, tag: int) -> Transfer:

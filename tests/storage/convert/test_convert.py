@@ -647,6 +647,8 @@ def test_memory_is_a_few_pieces_whatever_the_size(tmp_path: Path) -> None:
     "code", [code for code in CODES if TensorInfo((), code).is_floating or code == "C64"]
 )
 def test_numbers_that_are_not_finite_are_counted_in_every_type(code: str) -> None:
+    if code == "F8_E8M0" and not hasattr(torch, "float8_e8m0fnu"):
+        pytest.skip("not a type of this PyTorch")
     dtype = TensorInfo((), code).dtype
     # All 16-bit patterns, in an order in which wider types see many of theirs.
     words = torch.arange(2**16, dtype=torch.int32)

@@ -400,7 +400,7 @@ def save_distributed(data: dict[str, Any], folder: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        save(data, checkpoint_id=folder, no_dist=True)
+        save(data, checkpoint_id=folder)
 
 
 def test_distributed_checkpoints_as_torch_writes_them(tmp_path: Path) -> None:
