@@ -33,13 +33,14 @@ from merge_rl.storage.files import (
     StoredWeights,
     absolute,
     averaged,
+    in_training_order,
     instead_of_weights,
     network_name,
     open_weights,
     spellings,
-    training_key,
     weights_in,
     weights_stem,
+    with_thousands,
     without_numbers,
 )
 
@@ -199,9 +200,9 @@ def progress(entry: CheckpointEntry) -> tuple[int, float, float]:
 def _by_numbers(entries: tuple[CheckpointEntry, ...]) -> tuple[CheckpointEntry, ...]:
     """Names that differ in numbers alone are a series: by those, else the order of the manifest."""
     stems = [weights_stem(PurePosixPath(entry.file).name) for entry in entries]
-    if len({without_numbers(stem) for stem in stems}) > 1:
+    if len({without_numbers(stem) for stem in with_thousands(stems).values()}) > 1:
         return entries
-    return tuple(sorted(entries, key=lambda entry: training_key(PurePosixPath(entry.file).stem)))
+    return tuple(in_training_order(entries, lambda entry: PurePosixPath(entry.file).stem))
 
 
 def _unique_names(entries: Sequence[CheckpointEntry]) -> tuple[str, ...]:

@@ -16,11 +16,11 @@ from merge_rl.storage.files import (
     SAVED,
     averaged,
     convertible,
+    in_training_order,
     is_shard_name,
     natural_key,
     network_name,
     of_series,
-    training_key,
     weights_in,
     weights_stem,
     without_numbers,
@@ -119,7 +119,7 @@ def files_in(folder: Path) -> list[Path]:
     found += [file for file in folder.iterdir() if file.name.endswith(".bin.index.json")]
     usable = [f for f in found if not _BESIDE.match(f.name) and not is_shard_name(f.name)]
     usable += _of_series(usable, _right_in(folder))
-    files = sorted(usable, key=lambda file: training_key(file.stem))
+    files = in_training_order(usable, lambda file: file.stem)
     states = [file for file in files if file.name.startswith("training-state-")]
     if any(file.suffix.lower() == ".pkl" for file in files):
         files = [file for file in files if file not in states]

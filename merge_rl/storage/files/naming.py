@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from pathlib import Path, PurePath
-from typing import Final
+from typing import Final, TypeVar
 
 from merge_rl.storage.files.shards import DIFFUSERS_STEM, INDEX_NAME, INDEX_SUFFIX, MODEL_NAME
 
+T = TypeVar("T")
 SUFFIX: Final = ".safetensors"
 # The ends of names of what `mergerl convert` reads.
 CONVERTED: Final = (".pkl", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
@@ -84,6 +85,7 @@ _SCORES = re.compile(
 )
 # Without a word before it, where a whole number follows: ckpt_0.001234_30000.
 _FRACTION = re.compile(r"(?<![0-9A-Za-z.])[0-9]+\.[0-9]{4,}(?=[-_][0-9]+$)")
+_THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9]_)[1-9][0-9]{0,2}(?:_[0-9]{3})+(?![0-9.]|_[0-9])")
 _WORDS = re.compile(r"(?<![a-z])(best|last|latest|final)(?![a-z])", re.IGNORECASE)
 
 _Parts = list[tuple[int, str, str]]
@@ -113,6 +115,29 @@ def training_key(name: str) -> tuple[int, _Parts, Key]:
         for size, text, more in _parts(_FRACTION.sub("", _SCORES.sub("", name)))
     ]
     return place, parts, natural_key(name)
+
+
+def in_training_order(items: Iterable[T], name_of: Callable[[T], str]) -> list[T]:
+    """Files of one training by `training_key` of their names, thousands as one number."""
+    found = list(items)
+    joined = with_thousands(map(name_of, found))
+    return sorted(found, key=lambda item: training_key(joined[name_of(item)]))
+
+
+def with_thousands(names: Iterable[str]) -> dict[str, str]:
+    """Name -> itself, without what sets thousands apart: "step_1_000" beside "step_900".
+
+    So only where it makes a series of names that else are none, no number has more than three
+    digits, and no name goes on where another ends ("run_1", "run_1_500"): else two numbers may be
+    meant, and names stay as they are.
+    """
+    plain = {name: name for name in names}
+    joined = {name: _THOUSANDS.sub(lambda m: m[0].replace("_", ""), name) for name in plain}
+    kinds, whole = ({without_numbers(n) for n in of.values()} - {*of} for of in (plain, joined))
+    long = any(len(digits) > 3 for name in plain for digits in re.findall("[0-9]+", name))
+    ends = (name[: cut.start()] for name in plain for cut in re.finditer("_(?=[0-9])", name))
+    apart = len(kinds) > 1 == len(whole) and not long and plain.keys().isdisjoint(ends)
+    return joined if apart else plain
 
 
 def without_numbers(name: str) -> str:

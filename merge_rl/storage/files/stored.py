@@ -17,10 +17,10 @@ from merge_rl.storage.files.naming import (
     SAVED,
     SHARED,
     convertible,
+    in_training_order,
     is_convertible,
     is_weights_name,
     natural_key,
-    training_key,
     weights_stem,
 )
 from merge_rl.storage.files.safetensors_file import TensorReader, check_file, map_file, read_file
@@ -203,7 +203,7 @@ def _right_in(folder: Path) -> list[Path]:
         if file.is_file() or _is_dead(file)
     )
     found = [*indexes, *(file for file in whole if file not in shards)]
-    found = sorted(found, key=lambda file: training_key(weights_stem(file.name)))
+    found = in_training_order(found, lambda file: weights_stem(file.name))
     for file in found:
         if _is_dead(file):
             raise CheckpointError(f"{file}: a link to nothing, expected its file to be there")

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from merge_rl.storage.files.naming import (
+    in_training_order,
     natural_key,
     reference_file,
     training_key,
+    with_thousands,
     without_numbers,
 )
 
@@ -56,6 +58,24 @@ def test_units_stand_after_a_word_for_what_is_counted() -> None:
         ["run12e5f", "s1e10", "s2e3"],  # a hash, and seeds with epochs
     ):
         assert sorted({*ordered}, key=natural_key) == ordered
+
+
+def test_thousands_that_are_set_apart_are_one_number_where_nothing_else_fits() -> None:
+    for ordered in (
+        ["step_50", "step_900", "step_10_000", "step_1_000_000", "last"],
+        ["ema-50-step_900", "ema-50-step_1_000"],
+        ["900_000", "1_000_000"],
+    ):
+        assert in_training_order(sorted(ordered), str) == ordered
+    for two in (
+        ["run_1", "run_1_500", "run_2"],  # goes on where another ends
+        ["run_1_500", "run_1_600", "run_2_100"],  # a series as it is
+        ["step_2000", "step_900", "step_1_000"],  # 2000 is not set apart
+        ["a_900", "a_1_00", "a_1_000"],
+        ["a_900", "a_1_000", "b_900", "b_1_000"],
+    ):
+        assert with_thousands(two) == {name: name for name in two}
+        assert in_training_order(two, str) == sorted(two, key=training_key)
 
 
 def test_scores_and_capitals_count_where_all_else_is_equal() -> None:
