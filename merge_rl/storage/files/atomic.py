@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from merge_rl.config import yaml_text
-from merge_rl.errors import CheckpointError, ConfigError, MergeRLError, RunError
+from merge_rl.errors import (
+    CheckpointError,
+    ConfigError,
+    MergeRLError,
+    NonFiniteWeightsError,
+    RunError,
+)
 from merge_rl.storage.files.locks import is_vacant, locked_output, temporary_beside
 from merge_rl.storage.files.safetensors_file import read_file, write_tensors
 from merge_rl.untrusted import load_json_mapping, parse_json, read_bounded
@@ -79,12 +85,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def told_of(target: Path, temporary: Path) -> Iterator[None]:
-    """Context in which errors of the disk name the file that was to be written.
+    """Context in which errors of disk and weights name the file that was to be written.
 
     A full disk names no file by itself, a copy its source, and the rest a temporary.
     """
     try:
         yield
+    except NonFiniteWeightsError as error:
+        raise type(error)(str(error).replace(str(temporary), str(target))) from None
     except OSError as error:
         told = error.filename2 or error.filename  # of a copy, where it goes
         named = Path(told) if isinstance(told, (str, Path)) else None
