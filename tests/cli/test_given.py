@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import merge_rl as mrl
 from merge_rl.config import OptimizeConfig, SamplerConfig
@@ -299,3 +301,42 @@ class Notes(NullTracker):
 
     def event(self, event: Mapping[str, Any]) -> None:
         self.texts += [event["text"]] if event.get("kind") == "note" else []
+
+
+class Scheduled(nn.Module):
+    """A list of layers, and after it a schedule: buffers of numbers, which a merge carries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        self.schedule = nn.Module()
+        self.schedule.register_buffer("betas", torch.linspace(0.1, 0.2, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Points (n, 2) to points (n, 2)."""
+        made: Tensor = self.layers[1](self.layers[0](x).tanh())
+        return made
+
+
+def points_of(module: nn.Module, seeds: Sequence[int], _labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        made: Tensor = module(mrl.seeded_noise(seeds, (2,)))
+    return made
+
+
+@pytest.mark.parametrize("grouping", ["stages", "tensors"])
+def test_a_recipe_says_what_a_module_carries(
+    grouping: str, mergerl: Mergerl, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    run = tmp_path / "searched"
+    mrl.search(
+        [Scheduled() for _ in range(3)], generate=points_of, reference=torch.randn(60, 2), out=run,
+        searcher="policy-gradient", population=2, pool_size=40, subset_size=10, num_images=30,
+        budget=600, grouping=grouping, keep_worse=True, progress=False,
+    )  # fmt: skip
+    again = tmp_path / "again"
+    said(mergerl("merge", run / "inputs/checkpoints", again, "--recipe", run / "merged/merge.yaml"))
+    made = run / "merged/model.safetensors"
+    assert (again / "model.safetensors").read_bytes() == made.read_bytes()
+    assert torch.equal(load_file(made)["schedule.betas"], torch.linspace(0.1, 0.2, 5))

@@ -125,6 +125,7 @@ def tensors(_names: Sequence[str]) -> dict[str, str]:
     return {"tensor": "^(?P<each>.+)$"}
 
 
+LAST: Final = "final layers"
 MOST_PARTS: Final = 12  # of a network of several lists that is not divided into thirds
 
 
@@ -150,7 +151,8 @@ def _places(name: str) -> list[tuple[str, int]]:
 def _stages_of_lists(names: Sequence[str]) -> dict[str, str]:
     """Stages of any network: its lists of modules in thirds, or their elements where these are few.
 
-    What comes after the last list, in the order of the tensors, is the group "final layers".
+    What comes after the last list, in the order of the tensors, is the group "final layers": by the
+    names alone these may be buffers, see `with_weights`.
     """
     lists = module_lists(names)
     if not lists:
@@ -165,8 +167,17 @@ def _stages_of_lists(names: Sequence[str]) -> dict[str, str]:
             found[f"{prefix or 'layer'} {label}"] = _elements(prefix, "|".join(map(str, part)))
     last = max(i for i, name in enumerate(names) if any(re.search(p, name) for p in found.values()))
     if last + 1 < len(names):
-        found["final layers"] = rf"^(?:{'|'.join(map(re.escape, names[last + 1 :]))})$"
+        found[LAST] = rf"^(?:{'|'.join(map(re.escape, names[last + 1 :]))})$"
     return found
+
+
+def with_weights(patterns: Mapping[str, str], merged: Sequence[str]) -> dict[str, str]:
+    """Patterns without that of final layers where these are no weights: a schedule's constants."""
+    return {
+        group: pattern
+        for group, pattern in patterns.items()
+        if group != LAST or any(re.search(pattern, name) for name in merged)
+    }
 
 
 def _elements(prefix: str, numbers: str) -> str:

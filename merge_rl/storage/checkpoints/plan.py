@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from merge_rl import registry
 from merge_rl.core.forms import network_constants
-from merge_rl.core.merging.groups import Groups, assign_groups
+from merge_rl.core.merging.groups import Groups, assign_groups, with_weights
 from merge_rl.errors import (
     ConfigError,
     IncompatibleCheckpointError,
@@ -74,6 +74,7 @@ def plan_merge(
     if not merged:
         said = f"--freeze takes all {len(infos)} tensors" if freeze else "no tensor is averaged"
         raise ConfigError(f"{said}; expected some to merge")
+    groups = with_weights(groups or {}, merged)
     assigned = assign_groups(merged, groups) if groups else Groups(("all",), (0,) * len(merged))
     return MergePlan(
         merged=merged,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,18 @@ def from_plain(values: Mapping[str, Any]) -> OptimizeResult:
     return OptimizeResult(Path(values["run_dir"]), found, comparison)
 
 
+def _carried_by_module(job: Job, config: OptimizeConfig) -> list[str]:
+    """Patterns of the buffers of numbers that a module of the user's carries, and no name says."""
+    if config.generate is None:
+        return []
+    infos, freeze = job.checkpoints.tensors, config.merge.freeze
+    return [
+        f"^{re.escape(name)}$"
+        for name in sorted(job.flat.fixed)
+        if infos[name].is_floating and not any(re.search(pattern, name) for pattern in freeze)
+    ]
+
+
 def write_merged(
     path: Path, job: Job, config: OptimizeConfig, rows: Tensor, comparison: Comparison
 ) -> None:
@@ -152,7 +165,7 @@ def write_merged(
     licence = merged_licence(checkpoints, config.licence)
     recipe = merge_recipe(
         checkpoints, coefficients, base=base, groups=config.merge.groups,
-        frozen=config.merge.freeze, licence=licence,
+        frozen=[*config.merge.freeze, *_carried_by_module(job, config)], licence=licence,
     )  # fmt: skip
     recipe["search"] = without_places(to_mapping(config))
     recipe |= {} if sampler is None else {"sampler": without_places(to_mapping(sampler))}
