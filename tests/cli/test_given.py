@@ -26,6 +26,7 @@ from merge_rl.storage.checkpoints import (
 from merge_rl.storage.files import write_png
 from merge_rl.storage.runs import RunDir
 from merge_rl.workflows.assembly import find_defaults, find_model, resolve_config
+from merge_rl.workflows.rollout import Subject
 from tests.fixtures import TinyConfig
 
 pytestmark = pytest.mark.usefixtures("no_network_here")
@@ -318,7 +319,8 @@ class Scheduled(nn.Module):
         return made
 
 
-def points_of(module: nn.Module, seeds: Sequence[int], _labels: Tensor) -> Tensor:
+def points_of(module: Subject, seeds: Sequence[int], _labels: Tensor) -> Tensor:
+    assert isinstance(module, Scheduled)
     with torch.no_grad():
         made: Tensor = module(mrl.seeded_noise(seeds, (2,)))
     return made
