@@ -129,3 +129,8 @@ def seconds_to_wait(environment: Mapping[str, str] = os.environ) -> float:
         if 0 < float(text) < float("inf"):
             return float(text)
     raise ConfigError(f"expected MERGERL_TIMEOUT in seconds, > 0, got {text!r}")
+
+
+def is_broken_link(error: RuntimeError) -> bool:
+    """Whether an exchange has failed because of the process at its other end."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

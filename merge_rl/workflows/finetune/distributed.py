@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from merge_rl.config import SamplerConfig, from_mapping, to_mapping
 from merge_rl.parallel.blocks import Block, SharedWork, blocks_of_sizes, split_blocks
 from merge_rl.parallel.group import Group
+from merge_rl.parallel.rendezvous import is_broken_link
 from merge_rl.rng import image_seeds
 from merge_rl.storage.runs import StopSignals
 from merge_rl.workflows.assembly import load_network
@@ -32,7 +33,7 @@ from merge_rl.workflows.finetune.rollouts import (
     read_kept,
     write_kept,
 )
-from merge_rl.workflows.finetune.sharded import ShardedLearner, is_broken_link, replicated
+from merge_rl.workflows.finetune.sharded import ShardedLearner, replicated
 from merge_rl.workflows.finetune.step import StepParts, memory_advice
 from merge_rl.workflows.finetune.updates import UpdateStats
 from merge_rl.workflows.rollout import Rollout

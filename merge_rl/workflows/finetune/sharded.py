@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from merge_rl.config import UpdateConfig
+from merge_rl.errors import ConfigError
 from merge_rl.models import plain_state_dict
 from merge_rl.parallel.group import Group
+from merge_rl.parallel.rendezvous import is_broken_link
 from merge_rl.workflows.finetune.learner import Learner
 
 
@@ -227,11 +229,6 @@ def process_group(device: str, group: Group | None = None) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def is_broken_link(error: RuntimeError) -> bool:
-    """Whether an exchange has failed because of the process at its other end."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-
-
 class Replicated(DistributedDataParallel):
     """A DDP module that hands on the attributes of its network that samplers look at."""
 
@@ -262,8 +259,13 @@ def sharded(network: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     One block of its lists of blocks is whole at a time, beside what belongs to none of them.
 
     Gradients of the shards are means over processes after every backward pass; those of the
-    scalars once `average_scalars` has been called.
+    scalars once `average_scalars` has been called. ConfigError for PyTorch 2.6, which can neither
+    leave scalars whole nor shard on a CPU.
     """
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ConfigError(
+            f"parallel fsdp needs a later PyTorch than {torch.__version__}; expected parallel ddp"
+        )
     if mesh is None:
         kind = next(network.parameters()).device.type
         mesh = init_device_mesh(kind, (dist.get_world_size(),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from merge_rl.config.finetune import PAPER_REWARD, FinetuneConfig, RolloutConfig, UpdateConfig
 from merge_rl.demo import write_demo
+from merge_rl.errors import ConfigError
 from merge_rl.parallel import joined
 from merge_rl.parallel.group import Group
 from merge_rl.storage.runs.lifecycle import StopSignals
@@ -39,6 +41,7 @@ from tests.quick import Late
 pytestmark = pytest.mark.numerics
 
 sharing = Late("merge_rl.workflows.finetune.distributed")
+shards = Late("merge_rl.workflows.finetune.sharded")
 EPS, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
 
@@ -166,7 +169,22 @@ def in_a_process(folder: Path) -> None:
         sys.stdout.write("\n".join(lines) + "\n")
 
 
+def test_shards_of_a_torch_that_cannot_make_them_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def of_torch_2_6(module: nn.Module, *, mesh: object = None) -> nn.Module:
+        raise AssertionError(module, mesh)
+
+    monkeypatch.setattr("merge_rl.workflows.finetune.sharded.fully_shard", of_torch_2_6)
+    with pytest.raises(
+        ConfigError, match="parallel fsdp needs a later PyTorch than .*parallel ddp"
+    ):
+        shards.sharded(nn.Linear(2, 2))
+
+
 def test_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
+    if "ignored_params" not in inspect.signature(shards.fully_shard).parameters:
+        pytest.skip("shards take a later PyTorch")
     write_demo(tmp_path)
     ranks = Child(
         launch_ranks, 2, 0, in_a_process, tmp_path, folder=tmp_path / "outputs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.fsdp import fully_shard
 
 import merge_rl as mrl
 from merge_rl.config.mapping import dump_config
@@ -150,6 +152,8 @@ def test_fine_tuning_that_loses_a_rank_ends_where_one_process_does(
 def test_sigterm_of_one_rank_saves_what_lies_in_shards(
     shared_tiny: Path, tmp_path: Path, forked: Forked
 ) -> None:
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        pytest.skip("shards take a later PyTorch")
     model = write_sit_set(tmp_path / "sit", shared_tiny)
     endless = {"steps": 10_000, "save_every": 10_000, "curves": {"every": 10_000}}
     config = small_config(model, parallel="fsdp", batch=3, **endless)
