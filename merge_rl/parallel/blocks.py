@@ -19,7 +19,7 @@ from torch import Tensor
 from merge_rl.errors import ConfigError
 from merge_rl.parallel.group import Group
 
-PAIR: Final = 50  # images from which an item is worth two blocks
+PAIR: Final = 50  # images that are worth two blocks
 
 
 class Block(NamedTuple):
@@ -36,14 +36,16 @@ class Block(NamedTuple):
 
 
 def block_size(count: int, limit: int) -> int:
-    """Images of one block: at most `limit`, blocks as even as they go, two where that leaves 25.
+    """Images of one block: at most `limit`, blocks as even as they go, in pairs of 25 or more.
 
-    The second block keeps a second core busy.
+    The second block of a pair keeps a second core busy.
     """
     if limit < 1:
         raise ConfigError(f"expected at least 1 image a batch, got {limit}")
-    least = 2 if count >= PAIR else 1
-    return math.ceil(max(count, 1) / max(math.ceil(count / limit), least))
+    blocks = math.ceil(max(count, 1) / limit)
+    if count >= PAIR * math.ceil(blocks / 2):
+        blocks += blocks % 2
+    return math.ceil(max(count, 1) / blocks)
 
 
 def split_blocks(counts: Sequence[int], limit: int) -> list[Block]:

@@ -12,11 +12,11 @@ from merge_rl.parallel.blocks import Block, block_size, share_blocks, split_bloc
     ("count", "limit", "size"),
     [
         (0, 250, 1), (1, 250, 1), (7, 3, 3), (8, 3, 3), (49, 250, 49), (50, 250, 25),
-        (100, 250, 50), (512, 250, 171), (1000, 250, 250), (1001, 250, 201), (5, 1, 1),
+        (99, 40, 33), (100, 40, 25), (512, 250, 128), (1000, 250, 250), (1001, 250, 167), (5, 1, 1),
     ],
 )  # fmt: skip
 def test_blocks_are_even_and_within_the_limit(count: int, limit: int, size: int) -> None:
-    # 512 images at most 250 at once: three blocks, so 171, 171 and 170, not 250, 250 and 12.
+    # 512 images at most 250 at once: an even number of blocks, so four of 128, not 250, 250 and 12.
     assert block_size(count, limit) == size
     sizes = [block.size for block in split_blocks([count], limit)]
     assert sum(sizes) == count
