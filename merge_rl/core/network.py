@@ -119,3 +119,17 @@ def load_exactly(
             f"found {given.get(odd[0], 'nothing')}, expected {own.get(odd[0], 'nothing')}"
         )
     network.load_state_dict({name: weights[name] for name in given}, strict=False)
+
+
+def rotations(head_size: int, side: int, others: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (others + side^2, head_size) of the angles that tokens are turned by.
+
+    Neighbouring channels form a pair with one angle: p w_k for pair k, where p is the row in the
+    first half of the channels and the column in the second, and w_k = 10000^(-4 k / head_size).
+    The first `others` tokens have no place in the image and are not turned.
+    """
+    rates = 10000.0 ** (-torch.arange(head_size // 4, dtype=torch.float32) * 4 / head_size)
+    line = torch.arange(side, dtype=torch.float32).outer(rates).repeat_interleave(2, dim=1)
+    angles = torch.cat([line.repeat_interleave(side, dim=0), line.repeat(side, 1)], dim=1)
+    angles = torch.cat([angles.new_zeros(others, head_size), angles])
+    return angles.cos(), angles.sin()

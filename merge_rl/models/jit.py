@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from merge_rl.core.network import rotations
 from merge_rl.models.patches import PatchNetwork
 from merge_rl.models.transformer import (
     Block,
@@ -20,20 +21,6 @@ from merge_rl.models.transformer import (
     TimeEmbedder,
     unpatchify,
 )
-
-
-def rotations(head_size: int, side: int, others: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (others + side^2, head_size) of the angles that tokens are turned by.
-
-    Neighbouring channels form a pair with one angle: p w_k for pair k, where p is the row in the
-    first half of the channels and the column in the second, and w_k = 10000^(-4 k / head_size).
-    The first `others` tokens have no place in the image and are not turned.
-    """
-    rates = 10000.0 ** (-torch.arange(head_size // 4, dtype=torch.float32) * 4 / head_size)
-    line = torch.arange(side, dtype=torch.float32).outer(rates).repeat_interleave(2, dim=1)
-    angles = torch.cat([line.repeat_interleave(side, dim=0), line.repeat(side, 1)], dim=1)
-    angles = torch.cat([angles.new_zeros(others, head_size), angles])
-    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

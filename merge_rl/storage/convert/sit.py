@@ -13,7 +13,6 @@ from typing import Any, Final, TypeVar
 
 from merge_rl.core.forms import sit_forms
 from merge_rl.errors import CheckpointError, ConfigError
-from merge_rl.late import torch
 from merge_rl.storage.convert.contents import ELSE, Hints, Shapes, require_axes
 from merge_rl.storage.convert.metadata import Said
 from merge_rl.storage.pickles import TensorRef
@@ -271,20 +270,19 @@ def require_rotations(tensors: Mapping[str, TensorRef], config: Mapping[str, Any
     `freqs_cos` and `freqs_sin`: (tokens, head size), with class tokens before those of the image or
     without. The bound is on values that were rounded to bfloat16, if not computed so.
     """
+    from merge_rl.core.network import rotations  # with torch, which few files need
+
     side = config["input_size"] // config["patch_size"]
     size = config["hidden_size"] // config["num_heads"]
-    rates = 10000.0 ** (-torch.arange(size // 4).double() * 4 / size)
-    line = torch.arange(side).double().outer(rates).repeat_interleave(2, dim=1)
-    angles = torch.cat([line.repeat_interleave(side, dim=0), line.repeat(side, 1)], dim=1)
     for name, tensor in tensors.items():
         last = name.rpartition(".")[2]
         if last not in ("freqs_cos", "freqs_sin"):
             continue
-        others = tensor.shape[0] - len(angles) if tensor.shape else -1
+        others = tensor.shape[0] - side**2 if tensor.shape else -1
         fits = others in (0, config["in_context_len"]) and tensor.shape[1:] == (size,)
         if fits:
-            turned = torch.cat([angles.new_zeros(others, size), angles])
-            expected = turned.cos() if last == "freqs_cos" else turned.sin()
+            cosines, sines = rotations(size, side, others)
+            expected = cosines if last == "freqs_cos" else sines
             fits = float((tensor.load().double() - expected).abs().max()) <= 2**-7
         if not fits:
             raise CheckpointError(

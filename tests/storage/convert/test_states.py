@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import merge_rl as mrl
+from merge_rl.core.network import rotations
 from merge_rl.errors import CheckpointError, ConfigError, NonFiniteWeightsError
-from merge_rl.models.jit import rotations
 from merge_rl.registry import build_model
 from merge_rl.storage.checkpoints.manifest import (
     CheckpointEntry,
